@@ -1,0 +1,89 @@
+"""The dataset card: README.md of a run folder, which makes it a dataset that tools can load and people can judge.
+
+The front matter points at data/ only, so `datasets.load_dataset(<run folder>)` never reads refused rows or receipts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from rayexpand.schema import Reason
+from rayexpand.status import RunView, class_counts, read_classes, view_run, write_page
+
+PROMISE = (
+    "On one stack (versions in the receipt, same CPU instruction set or GPU model, dtype, attention backend, thread "
+    "count) the decoded pixels, label and draw of a sample are a function of plan, model hashes and sample id only: "
+    "any number of actors, any order, kill, resume, retry, or failure of a neighbour. Committed output holds every "
+    "planned sample exactly once; a sampler may run twice. Not promised: equal pixels across stacks or batch shapes, "
+    "equal encoded bytes across encoder versions, equal Parquet bytes.")
+GPU_CAVEAT = "On a GPU, guided methods are called run-to-run bitwise only after a test there has shown it."
+ALL_CLASSES = 100  # up to here every class has its line
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"),
+          (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B"))
+
+_ESCAPES = str.maketrans({**{c: f"\\{c}" for c in "\\`*_[]|#~"}, "<": "&lt;", ">": "&gt;", "&": "&amp;"})
+
+
+def write_card(folder: str | Path, *, license_id: str | None = None) -> Path:
+    """Writes README.md into a run folder and returns its path.
+
+    `license_id` is a Hugging Face license identifier; without one the card says that the license is unknown. Raises
+    UsageError if there is no run, EnvironmentFault if the card cannot be written.
+    """
+    view = view_run(folder)
+    classes, kept = read_classes(view), class_counts(view)
+    lines = [(label, classes.name[label], classes.key[label], classes.count[label], int(kept[label]))
+             for label in range(len(classes))]
+    reasons = [(reason, Reason(reason).status.value, rows) for reason, rows in view.reasons.items()]
+    text = _environment().get_template("card.md.j2").render(
+        front=_front_matter(view, license_id), run=view.run, totals=view.totals, reasons=reasons, classes=lines,
+        listed=lines if len(lines) <= ALL_CLASSES else [], license_id=license_id, promise=PROMISE,
+        gpu_caveat=GPU_CAVEAT, stacks=view.stacks, source=_fields(view.run["config"]["data"]),
+        settings=_fields(view.run["config"]["method"]), config=yaml.safe_dump(view.run["config"], sort_keys=False))
+    return write_page(Path(folder) / "README.md", text)
+
+
+def size_category(rows: int) -> str:
+    """Hugging Face's name for a dataset of `rows` rows."""
+    return next((name for limit, name in _SIZES if rows < limit), "n>1B")
+
+
+def _front_matter(view: RunView, license_id: str | None) -> str:
+    matter: dict[str, Any] = {
+        "pretty_name": view.run["name"], "annotations_creators": ["machine-generated"],
+        "task_categories": ["image-classification"], "size_categories": [size_category(view.totals.kept)],
+        "tags": ["synthetic", "rayexpand", view.run["config"]["method"]["name"]],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}]}
+    if license_id:
+        matter["license"] = license_id
+    return yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
+
+
+def _fields(section: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Fields of a configuration section that are set, nested ones with dots."""
+    lines: list[tuple[str, Any]] = []
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            lines += [(f"{name}.{inner}", v) for inner, v in _fields(value)]
+        elif value is not None:
+            lines.append((name, value))
+    return lines
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rayexpand", ""), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+        autoescape=jinja2.select_autoescape(["html"]))  # Markdown: data goes through `cell`
+    environment.filters.update(cell=markdown_cell, number=lambda n: f"{n:,}")
+    return environment
+
+
+def markdown_cell(value: Any) -> str:
+    """Text that stays inside one table cell: no line break, column, tag, link or formatting of its own."""
+    return " ".join(str(value).split()).translate(_ESCAPES)

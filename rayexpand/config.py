@@ -1,0 +1,239 @@
+"""The configuration of a run: one YAML file, frozen, every unknown key an error, all mistakes reported at once.
+
+Fields are semantic (they decide what the samples are, and enter the run digest) or operational (where, how fast, at
+what price). OPERATIONAL lists the second kind; everything else is semantic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
+
+from rayexpand.errors import ConfigError
+from rayexpand.methods import load_method, method_class
+from rayexpand.schema import Method
+from rayexpand.seeds import DataConfig
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ImageConfig(Section):
+    size: int | None = Field(None, ge=8, description="side in pixels of the square the sampler sees; null: the prior's "
+                             "own size, or for methods without a prior the size each image has")
+    fit: Literal["crop", "center", "squash", "none"] = Field(
+        "crop", description="crop: shorter side to size, then a random square (as DistDiff's released code); "
+        "center: the middle square; squash: both sides, aspect lost; none: as it is")
+
+
+class PriorConfig(Section):
+    weights: str = Field("digits", description="'digits' (embedded default), a diffusers folder, or org/name@revision")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: float32 on CPU, bfloat16 on GPU")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    attention: str = Field("auto", description="attention implementation of the UNet: auto, sdpa or eager")
+    channels_last: bool = Field(False, description="channels-last memory format")
+    compile: bool = Field(False, description="torch.compile the UNet; minutes of warm-up, worth it on a GPU only")
+
+
+class GuideConfig(Section):
+    weights: str = Field("digits", description="'digits', an open_clip folder, or an open_clip model name")
+    checkpoint: str | None = Field(None, description="safetensors file for a model name")
+
+
+class SamplerConfig(Section):
+    batch: int = Field(64, ge=1, description="rows per sampler call; part of the promise, since pixels depend on shape")
+    shard_images: int = Field(1000, ge=1, description="rows per shard, about four minutes of work; whole seeds")
+
+
+class CodecConfig(Section):
+    format: Literal["auto", "png", "jpeg"] = Field("auto", description="auto: png up to 64 px, else jpeg 4:4:4")
+    quality: int = Field(95, ge=1, le=100, description="jpeg quality")
+
+
+class LimitsConfig(Section):
+    max_failed: float = Field(0.01, ge=0, le=1, description="share of planned rows that may fail; above it the run "
+                              "ends with exit code 3")
+    deadline_s: float = Field(600, gt=0, description="seconds one sampler call may take before its process is ended")
+    first_deadline_s: float = Field(1800, gt=0, description="the same for the first call of a process, which warms up")
+
+
+class StoreConfig(Section):
+    single_writer: bool = Field(False, description="publish by rename, for storage without hard links: the promise "
+                                "that an old process cannot replace a file is dropped, run one driver at a time")
+
+
+class RuntimeConfig(Section):
+    torch_threads: int = Field(1, ge=1, description="CPU threads of one sampler process")
+    io_threads: int = Field(2, ge=1, description="threads that decode ahead and encode behind the sampler")
+
+
+class EstimateConfig(Section):
+    seeds: int | None = Field(None, ge=1, description="seed count to assume where the data is not on this machine")
+    images_per_second: float | None = Field(None, gt=0, description="measured images/s of one GPU (or one CPU process)")
+    bytes_per_image: int | None = Field(None, gt=0, description="measured encoded bytes of one image")
+    gpus: int = Field(1, ge=1, description="GPUs (or CPU processes) to plan with")
+    gpu_hour_usd: float | None = Field(None, ge=0, description="price of one GPU hour")
+    preemptions_per_gpu_hour: float = Field(0.05, ge=0, description="spot losses to plan with")
+
+
+class RunConfig(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder is <out>/<name>")
+    out: str = Field("runs", description="folder that holds runs")
+    seed: int = Field(0, ge=0, description="run seed; keys every random stream")
+    data: DataConfig
+    image: ImageConfig = ImageConfig()
+    prior: PriorConfig = PriorConfig()
+    guide: GuideConfig = GuideConfig()
+    method: Any = Field(description="name of a method and its fields")
+    sampler: SamplerConfig = SamplerConfig()
+    codec: CodecConfig = CodecConfig()
+    limits: LimitsConfig = LimitsConfig()
+    store: StoreConfig = StoreConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    estimate: EstimateConfig = EstimateConfig()
+
+    @field_serializer("method")
+    def _method_fields(self, method: Method) -> dict[str, Any]:
+        return {"name": method.name, **method.model_dump(mode="json", exclude={"name"})}  # type: ignore[attr-defined]
+
+    @property
+    def folder(self) -> str:
+        return f"{self.out.rstrip('/')}/{self.name}"
+
+
+# The device and its attention kernels are in the stack fingerprint of every receipt instead.
+OPERATIONAL = ("name", "out", "limits", "store", "runtime", "estimate", "prior.device", "prior.attention",
+               "prior.channels_last", "prior.compile")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Configuration of a YAML file with `a.b=value` overrides (values are YAML too). Raises ConfigError."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read ({error.strerror}); give the path of a YAML file such as "
+                                      "jobs/digits/expand-img2img.yaml"]) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"is not YAML: {error}"]) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(str(path), ["holds no mapping at its top; expected sections such as name, data, method"])
+    return parse(override(raw, overrides), str(path))
+
+
+def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`raw` with each `a.b=value` applied. Raises ConfigError."""
+    for one in overrides:
+        _apply(raw, one)
+    return raw
+
+
+def parse(raw: Mapping[str, Any], where: str = "configuration") -> RunConfig:
+    """Configuration of a mapping. Raises ConfigError with every mistake of every section."""
+    problems: list[str] = []
+    method = raw.get("method")
+    loaded: Method | None = None
+    if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
+        problems.append("method.name: is missing; name a method, for example `method: {name: img2img}`")
+    else:
+        try:
+            loaded = load_method(method["name"], {k: v for k, v in method.items() if k != "name"})
+        except ValidationError as error:
+            problems += _lines(error, method_class(method["name"]), "method.")
+        except ConfigError as error:
+            problems += error.problems
+    try:
+        config = RunConfig(**{**{str(k): v for k, v in raw.items()}, "method": loaded})
+    except ValidationError as error:
+        raise ConfigError(where, _lines(error, RunConfig, "") + problems) from error
+    if problems:
+        raise ConfigError(where, problems)
+    return config
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """Every field with its value, as plain JSON data."""
+    return config.model_dump(mode="json")
+
+
+def semantic(config: RunConfig) -> dict[str, Any]:
+    """The resolved fields that decide what the samples are."""
+    fields = resolved(config)
+    for dotted in OPERATIONAL:
+        section, _, leaf = dotted.partition(".")
+        if leaf:
+            fields[section] = {k: v for k, v in fields[section].items() if k != leaf}
+        else:
+            del fields[section]
+    if not config.method.needs() & {"prior"}:
+        fields.pop("prior")
+    if not config.method.needs() & {"guide"}:
+        fields.pop("guide")
+    return fields
+
+
+def digest(value: Any) -> str:
+    """sha256 of JSON data in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One line per field that differs: `a.b: old -> new`."""
+    lines = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return lines
+
+
+def _apply(raw: dict[str, Any], one: str) -> None:
+    dotted, sign, value = one.partition("=")
+    if not sign or not dotted:
+        raise ConfigError("--set", [f"{one!r}: expected a.b=value, for example --set method.strength=0.7"])
+    *sections, leaf = dotted.split(".")
+    target = raw
+    for section in sections:
+        child = target.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError("--set", [f"{dotted}: '{section}' is not a section"])
+        target = child
+    try:
+        target[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError("--set", [f"{dotted}: the value is not YAML ({error})"]) from error
+
+
+def _lines(error: ValidationError, model: Any, prefix: str) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        loc = [str(part) for part in problem["loc"]]
+        dotted = prefix + ".".join(loc)
+        if problem["type"] == "extra_forbidden":
+            known = _known_fields(model, loc[:-1])
+            near = get_close_matches(loc[-1], known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+            lines.append(f"{dotted}: unknown field, {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{dotted}: is required and missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            shown = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+            lines.append(f"{dotted.rstrip('.')}: {message}{shown}")
+    return lines
+
+
+def _known_fields(model: Any, loc: Sequence[str]) -> list[str]:
+    for part in loc:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)

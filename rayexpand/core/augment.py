@@ -1,0 +1,119 @@
+"""RandAugment (Cubuk et al. 2020) and AutoAugment's ImageNet policy (Cubuk et al. 2019) from a given generator.
+
+torchvision's own transforms draw from torch's global generator; here the drawing is ours and keyed, and the pixel work
+is torchvision's on PIL images, which draws nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+
+def randaugment(image: np.ndarray, rng: np.random.Generator, num_ops: int = 2, bin_: int = 9,
+                bins: int = 31) -> np.ndarray:
+    """uint8 (H, W, 3) after `num_ops` operations drawn uniformly, each at bin `bin_` of its range, signs drawn."""
+    picture = Image.fromarray(image)
+    for op in rng.integers(len(RANDAUGMENT_OPS), size=num_ops):
+        picture = _one_op(picture, RANDAUGMENT_OPS[op], bin_, bins, rng)
+    return np.array(picture)
+
+
+def autoaugment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """uint8 (H, W, 3) after one of the 25 pairs of operations of the ImageNet policy, drawn uniformly."""
+    picture = Image.fromarray(image)
+    for op, probability, bin_ in AUTOAUGMENT_IMAGENET[rng.integers(len(AUTOAUGMENT_IMAGENET))]:
+        if rng.random() < probability:
+            picture = _one_op(picture, op, bin_ or 0, 10, rng)
+    return np.array(picture)
+
+
+def magnitudes(op: str, bins: int, height: int, width: int) -> np.ndarray | None:
+    """Range of an operation cut into `bins`, weakest first; None where it has no strength.
+
+    Shears are slopes, translations pixels, rotations degrees, the four enhancements a change of a factor of 1,
+    posterize bits kept, solarize a threshold as a share of white.
+    """
+    share = np.linspace(0.0, 1.0, bins)
+    if op == "Posterize":
+        return np.rint(8 - 4 * share)
+    if op == "Solarize":
+        return 1 - share
+    top = {"ShearX": 0.3, "ShearY": 0.3, "TranslateX": 150 / 331 * width, "TranslateY": 150 / 331 * height,
+           "Rotate": 30.0, "Brightness": 0.9, "Color": 0.9, "Contrast": 0.9, "Sharpness": 0.9}.get(op)
+    return None if top is None else top * share
+
+
+SIGNED = frozenset({"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
+                    "Sharpness"})
+RANDAUGMENT_OPS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color",
+                   "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize")
+
+# (operation, probability, bin of 10) twice per row: the ImageNet policy of the AutoAugment paper, appendix, in order.
+AUTOAUGMENT_IMAGENET: tuple[tuple[tuple[str, float, int | None], tuple[str, float, int | None]], ...] = (
+    (("Posterize", 0.4, 8), ("Rotate", 0.6, 9)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, None)),
+    (("Equalize", 0.8, None), ("Equalize", 0.6, None)),
+    (("Posterize", 0.6, 7), ("Posterize", 0.6, 6)),
+    (("Equalize", 0.4, None), ("Solarize", 0.2, 4)),
+    (("Equalize", 0.4, None), ("Rotate", 0.8, 8)),
+    (("Solarize", 0.6, 3), ("Equalize", 0.6, None)),
+    (("Posterize", 0.8, 5), ("Equalize", 1.0, None)),
+    (("Rotate", 0.2, 3), ("Solarize", 0.6, 8)),
+    (("Equalize", 0.6, None), ("Posterize", 0.4, 6)),
+    (("Rotate", 0.8, 8), ("Color", 0.4, 0)),
+    (("Rotate", 0.4, 9), ("Equalize", 0.6, None)),
+    (("Equalize", 0.0, None), ("Equalize", 0.8, None)),
+    (("Invert", 0.6, None), ("Equalize", 1.0, None)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Rotate", 0.8, 8), ("Color", 1.0, 2)),
+    (("Color", 0.8, 8), ("Solarize", 0.8, 7)),
+    (("Sharpness", 0.4, 7), ("Invert", 0.6, None)),
+    (("ShearX", 0.6, 5), ("Equalize", 1.0, None)),
+    (("Color", 0.4, 0), ("Equalize", 0.6, None)),
+    (("Equalize", 0.4, None), ("Solarize", 0.2, 4)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, None)),
+    (("Invert", 0.6, None), ("Equalize", 1.0, None)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Equalize", 0.8, None), ("Equalize", 0.6, None)),
+)
+
+
+def _one_op(picture: Image.Image, op: str, bin_: int, bins: int, rng: np.random.Generator) -> Image.Image:
+    strengths = magnitudes(op, bins, picture.height, picture.width)
+    strength = 0.0 if strengths is None else float(strengths[bin_])
+    if op in SIGNED and rng.random() < 0.5:
+        strength = -strength
+    return apply_op(picture, op, strength)
+
+
+def apply_op(picture: Image.Image, op: str, strength: float) -> Image.Image:
+    """`picture` after one operation; a signed strength mirrors it. Geometry is nearest-neighbour on black."""
+    from torchvision.transforms.v2 import functional
+
+    def affine(translate: list[float], shear: list[float], center: list[float] | None = None) -> Image.Image:
+        return functional.affine(picture, angle=0.0, translate=translate, scale=1.0, shear=shear, center=center)
+
+    # torchvision takes a shear as an angle and shears about the centre; the papers give a slope about the corner
+    slope = math.degrees(math.atan(strength))
+    ops: dict[str, Callable[[], Image.Image]] = {
+        "Identity": lambda: picture,
+        "ShearX": lambda: affine([0, 0], [slope, 0.0], [0, 0]),
+        "ShearY": lambda: affine([0, 0], [0.0, slope], [0, 0]),
+        "TranslateX": lambda: affine([int(strength), 0], [0.0, 0.0]),
+        "TranslateY": lambda: affine([0, int(strength)], [0.0, 0.0]),
+        "Rotate": lambda: functional.rotate(picture, strength),
+        "Brightness": lambda: functional.adjust_brightness(picture, 1 + strength),
+        "Color": lambda: functional.adjust_saturation(picture, 1 + strength),
+        "Contrast": lambda: functional.adjust_contrast(picture, 1 + strength),
+        "Sharpness": lambda: functional.adjust_sharpness(picture, 1 + strength),
+        "Posterize": lambda: functional.posterize(picture, int(strength)),
+        "Solarize": lambda: functional.solarize(picture, 255 * strength),
+        "AutoContrast": lambda: functional.autocontrast(picture),
+        "Equalize": lambda: functional.equalize(picture),
+        "Invert": lambda: functional.invert(picture),
+    }
+    return ops[op]()

@@ -1,0 +1,477 @@
+"""Expander: a plain callable that does all the work of one shard and knows nothing of Ray.
+
+    seeds -> decode ahead -> method.expand on full planned shapes -> encode behind -> commit -> Receipt
+
+It owns failures. A row that cannot be made is refused and its slot becomes a filler, so batch-mates keep their slots
+and their bytes; an exception is traced to its row by bisection at full shape; out of memory halves the shape; a fault
+of the process or of the environment commits nothing (blame.py and errors.py say which is which).
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import platform
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from rayexpand.blame import Blame, ProcessFault
+from rayexpand.config import RunConfig
+from rayexpand.errors import EnvironmentFault, Interrupted, RayexpandError, RowFault
+from rayexpand.pixels import decode, encode, prepare
+from rayexpand.plan import Call, Plan, Unit, pack
+from rayexpand.priors import inspect_prior
+from rayexpand.rng import RowRng
+from rayexpand.schema import (
+    Batch,
+    ClassTable,
+    Draw,
+    Expansion,
+    Reason,
+    Receipt,
+    Sample,
+    Seed,
+    Start,
+    Status,
+    Tools,
+    sample_sha256,
+)
+from rayexpand.seeds import SeedReader
+from rayexpand.store import Store, failpoint
+
+_DETAIL_CHARS = 500
+_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
+_GREY = 128
+
+
+class Expander:
+    """Expands shards of one run. Models are loaded at the first row that needs them and stay.
+
+    `on_rows(n)` is called after every sampler call with the rows it decided.
+    """
+
+    def __init__(self, config: RunConfig, plan: Plan, store: Store, blame: Blame, *, tools: Tools | None = None,
+                 on_rows: Callable[[int], None] = lambda n: None) -> None:
+        self.config, self.plan, self.store, self.blame, self.on_rows = config, plan, store, blame, on_rows
+        self.batch = plan.batch  # smaller after an out-of-memory; stays so for the life of this process
+        self.tools, self._calls_made = tools, 0
+        self._pool = ThreadPoolExecutor(config.runtime.io_threads, thread_name_prefix="io")
+        self._reader = SeedReader(plan.index, config.data)
+
+    def __call__(self, shard_id: int, generation: int = 0) -> Receipt:
+        """Commits one shard and returns its receipt; the receipt of a shard that is committed already costs one read.
+
+        Generation 1, 2, ... makes only the rows that failed in the generation before. Raises EnvironmentFault or
+        ProcessFault with nothing committed.
+        """
+        if found := self.store.find(shard_id, generation):
+            return found
+        work = self._start(shard_id, generation)
+        started = time.perf_counter()
+        wanted = self._wanted(work)
+        self._run(work, wanted)
+        samples = self._collect(work, wanted)
+        receipt = Receipt(
+            shard_id, generation, "", "", len(samples), **_counts(samples), shape=[self.batch], run_digest="",
+            attempt=self.blame.attempt, content_sha256="", stack=self.stack, host=socket.gethostname(),
+            seconds={**work.clock.seconds, "total": time.perf_counter() - started})
+        receipt = self.store.commit(receipt, samples, self.plan.index.classes)
+        self.blame.clear(work.key)
+        return receipt
+
+    def regenerate(self, sample_id: str) -> Sample:
+        """Makes one sample again, alone among fillers (with its group where the method has groups)."""
+        work = self._start(self.plan.find(sample_id), 0)
+        self._run(work, {sample_id})
+        (sample,) = self._collect(work, {sample_id})
+        return sample
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self.blame.close()
+
+    # Work of one shard -------------------------------------------------------------------------------------------
+
+    def _start(self, shard_id: int, generation: int) -> _Work:
+        clock = _Clock()
+        key = f"s{shard_id:06d}g{generation}"
+        units = self.plan.units(shard_id)
+        with clock.phase("read"):
+            found = self._read(shard_id, {draw.seed_id for unit in units for draw in unit if draw.start == Start.IMAGE})
+        images = _Images(found, self._decode, self._pool)
+        verdicts = self.blame.verdicts(key)
+        return _Work(shard_id, generation, key, units, images, clock, verdicts.calls, verdicts.rows)
+
+    def _read(self, shard_id: int, used: set[str]) -> dict[str, Seed | RowFault | None]:
+        """Seeds of a shard by id; None for a seed whose image no draw uses."""
+        rows = self.plan.seeds_of(shard_id)
+        part = self.plan.index.table.slice(rows.start, len(rows))
+        found: dict[str, Seed | RowFault | None] = {
+            seed_id: RowFault(fault, "seen when the dataset was listed") if fault else None
+            for seed_id, fault in zip(part["seed_id"].to_pylist(), part["fault"].to_pylist(), strict=True)}
+        wanted = [row for row, seed_id in zip(rows, found, strict=True) if seed_id in used]
+        ids = [seed_id for seed_id in found if seed_id in used]
+        return found | dict(zip(ids, self._reader.read(wanted), strict=True))
+
+    def _run(self, work: _Work, wanted: set[str]) -> None:
+        """Decides every row in `wanted`: the planned calls, then rounds of redraws until none asks again."""
+        planned = pack(work.units, self.config.method, self.plan.batch)
+        calls, next_number = [call.only(wanted) for call in planned], len(planned)
+        while calls := [call for call in calls if any(call.slots)]:
+            for call, following in zip(calls, [*calls[1:], None], strict=True):
+                decided = len(work.results)
+                work.images.ahead(call, following)
+                self._run_call(work, call)
+                self.on_rows(len(work.results) - decided)
+            units, work.redraws = list(work.redraws.values()), {}
+            calls = pack(units, self.config.method, self.plan.batch, next_number)
+            next_number += len(calls)
+
+    def _wanted(self, work: _Work) -> set[str]:
+        """Sample ids this commit decides."""
+        if work.generation == 0:
+            return {draw.sample_id for unit in work.units for draw in unit}
+        before = self.store.find(work.shard_id, work.generation - 1)
+        if before is None:
+            raise Interrupted(f"shard {work.shard_id} has no generation {work.generation - 1}; run `expand` first")
+        refused = self.store.refused(before)
+        return {row["sample_id"] for row in refused.select(["sample_id", "status"]).to_pylist()
+                if row["status"] == Status.FAILED}
+
+    def _run_call(self, work: _Work, call: Call) -> None:
+        """Decides every row of a call, or queues its redraw."""
+        slots = list(call.slots)
+        for start in range(0, len(slots), call.unit):
+            unit = slots[start:start + call.unit]
+            if fault := self._known_fault(work, unit):
+                self._refuse(work, unit, fault)
+                slots[start:start + call.unit] = [None] * call.unit
+        if call.number in work.blamed_calls:
+            for start in range(0, len(slots), call.unit):
+                self._attempt(work, replace(call, slots=_keep(slots, range(start, start + call.unit))), alone=True)
+        else:
+            self._attempt(work, replace(call, slots=tuple(slots)))
+
+    def _refuse(self, work: _Work, unit: Sequence[Draw | None], fault: RowFault) -> None:
+        for draw in unit:
+            if draw is not None:
+                work.results[draw.sample_id] = self._pool.submit(
+                    self._finish, draw, None, Reason(fault.reason), fault.detail[:_DETAIL_CHARS], {},
+                    work.images.note(draw.seed_id))
+
+    def _known_fault(self, work: _Work, unit: Sequence[Draw | None]) -> RowFault | None:
+        for draw in unit:
+            if draw is None:
+                continue
+            if reason := work.blamed_rows.get(draw.row):
+                return RowFault(reason, "its sampler call ended two processes that ran this row alone")
+            if fault := work.images.fault(draw.seed_id, work.clock):
+                return fault
+        return None
+
+    def _attempt(self, work: _Work, call: Call, alone: bool = False) -> None:
+        """Runs a call in pieces of the shape in force; halves the shape when memory runs out."""
+        start = 0
+        while start < len(call.slots):
+            size = max(call.unit, self.batch // call.unit * call.unit)
+            piece = list(call.slots[start:start + size])
+            piece += [None] * (min(size, len(call.slots)) - len(piece))
+            if any(piece):
+                try:
+                    self._decide(work, replace(call, slots=tuple(piece)), alone)
+                except _OutOfMemory as error:
+                    if size == call.unit:
+                        raise EnvironmentFault(
+                            f"out of memory with a single unit of {call.unit} row(s): {error}. Use a smaller "
+                            "image.size, prior.dtype: bfloat16, or a larger device.") from error
+                    self.batch = size // 2
+                    continue
+            start += size
+
+    def _decide(self, work: _Work, call: Call, alone: bool) -> None:
+        try:
+            expansion = self._sample(work, call, alone)
+        except _SamplerError as error:
+            self._bisect(work, call, error)
+        else:
+            self._take(work, call, expansion)
+
+    def _bisect(self, work: _Work, call: Call, error: _SamplerError) -> None:
+        """Finds the rows that raise, at full shape. At most 2 log2(rows) + 1 extra calls for one bad row."""
+        try:
+            self._sample(work, replace(call, slots=(None,) * len(call.slots)), alone=False)
+        except _SamplerError as empty:
+            raise EnvironmentFault(f"the sampler fails even on a call of fillers: {empty}. Not the data is at fault "
+                                   "but the model, the device or the method; repair it and run the same command "
+                                   "again.") from empty.__cause__
+        suspects = [[i for i in range(start, start + call.unit) if call.slots[i]]
+                    for start in range(0, len(call.slots), call.unit)]
+        self._search(work, call, [s for s in suspects if s], error)
+
+    def _search(self, work: _Work, call: Call, suspects: list[list[int]], error: _SamplerError) -> None:
+        if len(suspects) == 1:
+            self._refuse(work, [call.slots[i] for i in suspects[0]], RowFault(Reason.SAMPLER_ERROR, str(error)))
+            return
+        middle = len(suspects) // 2
+        for half in (suspects[:middle], suspects[middle:]):
+            part = replace(call, slots=_keep(call.slots, [i for unit in half for i in unit]))
+            try:
+                self._take(work, part, self._sample(work, part, alone=False))
+            except _SamplerError as again:
+                self._search(work, part, half, again)
+
+    def _sample(self, work: _Work, call: Call, alone: bool) -> Expansion:
+        """One sampler call, marked, under a deadline. Sorts its exceptions by who is to blame."""
+        batch = self._batch(work, call)
+        row = next((draw.row for draw in call.slots if draw), None) if alone else None
+        limits = self.config.limits
+        tools = self._loaded(work.clock)
+        deadline = limits.deadline_s if self._calls_made else limits.first_deadline_s
+        with self.blame.watch(work.key, call.number, row, deadline), work.clock.phase("sample"):
+            failpoint("before_call", work.shard_id)
+            try:
+                expansion = self.config.method.expand(batch, tools)
+                assert len(expansion.images) == len(batch), "a method must return one image or None per slot"
+            except Exception as error:
+                raise _sorted(error) from error
+            self._calls_made += 1
+        failpoint("after_call", work.shard_id)
+        return expansion
+
+    def _batch(self, work: _Work, call: Call) -> Batch:
+        pattern = next((draw for draw in call.slots if draw), None) or work.last_draw
+        assert pattern is not None
+        work.last_draw = pattern
+        pixels = [work.images.pixels(draw.seed_id) if draw else None for draw in call.slots]
+        grey = np.full(self._filler_shape(pixels), _GREY, np.uint8)
+        # A filler must be sampled like its batch-mates (strength, steps), and must not carry anything of a refused row.
+        fillers = [replace(pattern, sample_id=f"filler/{i}", seed_id="filler", copy=i, source_label=0, target_label=0,
+                           prompt="", negative="", attempt=0, row=-1, group=i // call.unit)
+                   for i in range(len(call.slots))]
+        draws = tuple(draw or fillers[i] for i, draw in enumerate(call.slots))
+        images = tuple(grey if image is None else image for image in pixels)
+        rngs = tuple(self.plan.rng(draw) if real else RowRng(0, "filler", "filler", i)
+                     for i, (draw, real) in enumerate(zip(draws, call.slots, strict=True)))
+        return Batch(draws, images, rngs, tuple(draw is None for draw in call.slots))
+
+    def _filler_shape(self, pixels: list[np.ndarray | None]) -> tuple[int, ...]:
+        if self.image_size:
+            return (self.image_size, self.image_size, 3)
+        return next((image.shape for image in pixels if image is not None), (64, 64, 3))
+
+    def _take(self, work: _Work, call: Call, expansion: Expansion) -> None:
+        reasons = expansion.reasons or [None] * len(call.slots)
+        details = expansion.details or [""] * len(call.slots)
+        for start in range(0, len(call.slots), call.unit):
+            again: list[Draw] = []
+            for i in range(start, start + call.unit):
+                draw = call.slots[i]
+                if draw is not None and i in expansion.redraws:
+                    again.append(expansion.redraws[i])
+                elif draw is not None:
+                    scores = {name: float(values[i]) for name, values in expansion.scores.items()}
+                    work.results[draw.sample_id] = self._pool.submit(
+                        self._finish, draw, expansion.images[i], reasons[i], details[i], scores,
+                        work.images.note(draw.seed_id))
+            if again:
+                work.redraws[again[0].sample_id] = tuple(again)
+
+    def _finish(self, draw: Draw, image: np.ndarray | None, reason: Reason | None, detail: str,
+                scores: dict[str, float], note: str) -> Sample:
+        """Checks, encodes and hashes one image; runs in the pool."""
+        method = self.config.method.name
+        if image is not None and image.dtype != np.uint8:
+            if np.isfinite(image).all():
+                image = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+            else:
+                image, reason = None, reason or Reason.NAN_LATENT
+        if image is None:
+            reason = reason or Reason.NAN_LATENT
+            return Sample(draw, method, reason.status, None, "", reason, detail, note, scores)
+        if reason is None and (image == image[0, 0]).all():
+            reason, detail = Reason.CONSTANT_IMAGE, f"every pixel is {image[0, 0].tolist()}"
+        content, extension, decoded = encode(image, self.config.codec.format, self.config.codec.quality)
+        status = reason.status if reason else Status.KEPT
+        return Sample(draw, method, status, content, f"{draw.sample_id}.{extension}", reason, detail, note, scores,
+                      sample_sha256(decoded, draw))
+
+    def _collect(self, work: _Work, wanted: set[str]) -> list[Sample]:
+        with work.clock.phase("encode"):
+            samples = [future.result() for sample_id, future in work.results.items() if sample_id in wanted]
+        return sorted(samples, key=lambda sample: sample.draw.row)
+
+    # Models and images -------------------------------------------------------------------------------------------
+
+    def _loaded(self, clock: _Clock) -> Tools:
+        if self.tools is None:
+            with clock.phase("load"):
+                self.tools = load_tools(self.config, self.plan.index.classes)
+        return self.tools
+
+    @cached_property
+    def image_size(self) -> int | None:
+        """Side of the square the sampler sees; None where every image keeps its own size."""
+        if "prior" not in self.config.method.needs():
+            return self.config.image.size
+        return self.config.image.size or inspect_prior(self.config.prior.weights).image_size
+
+    def _decode(self, seed: Seed) -> tuple[np.ndarray, str]:
+        data = self.config.data
+        pixels, note = decode(seed.image, min_side=data.min_side, max_pixels=data.max_pixels)
+        rng = RowRng(self.config.seed, self.config.method.name, seed.seed_id, 0)
+        return prepare(pixels, self.image_size, self.config.image.fit, rng), note
+
+    @cached_property
+    def stack(self) -> dict[str, str]:
+        """What a sample's pixels may depend on besides plan and models."""
+        return stack_fingerprint(self.config)
+
+
+@dataclass(slots=True)
+class _Work:
+    """State of one shard while it runs."""
+
+    shard_id: int
+    generation: int
+    key: str
+    units: list[Unit]
+    images: _Images
+    clock: _Clock
+    blamed_calls: frozenset[int]
+    blamed_rows: dict[int, Reason]
+    results: dict[str, Future[Sample]] = field(default_factory=dict)
+    redraws: dict[str, Unit] = field(default_factory=dict)
+    last_draw: Draw | None = None
+
+
+class _Images:
+    """Decoded seeds of a shard: decoded ahead in the pool, kept for the call that runs and the next one."""
+
+    def __init__(self, found: dict[str, Seed | RowFault | None], decode: Callable[[Seed], tuple[np.ndarray, str]],
+                 pool: ThreadPoolExecutor) -> None:
+        self._found, self._decode, self._pool = found, decode, pool
+        self._decoded: dict[str, Future[tuple[np.ndarray, str]]] = {}
+        self._notes: dict[str, str] = {}
+
+    def ahead(self, *calls: Call | None) -> None:
+        """Starts decoding what `calls` use, and forgets the rest."""
+        used = {draw.seed_id for call in calls if call for draw in call.slots if draw}
+        self._decoded = {seed_id: future for seed_id, future in self._decoded.items() if seed_id in used}
+        for seed_id in used - set(self._decoded):
+            if isinstance(seed := self._found[seed_id], Seed):
+                self._decoded[seed_id] = self._pool.submit(self._decode, seed)
+
+    def fault(self, seed_id: str, clock: _Clock) -> RowFault | None:
+        """Why a seed has no pixels; None when it has, or when no draw uses them."""
+        if isinstance(fault := self._found[seed_id], RowFault):
+            return fault
+        if seed_id in self._decoded:
+            try:
+                with clock.phase("decode"):
+                    _, self._notes[seed_id] = self._decoded[seed_id].result()
+            except RowFault as error:
+                return error
+        return None
+
+    def pixels(self, seed_id: str) -> np.ndarray | None:
+        """Prepared uint8 (H, W, 3) pixels; None when no draw uses them."""
+        return self._decoded[seed_id].result()[0] if seed_id in self._decoded else None
+
+    def note(self, seed_id: str) -> str:
+        return self._notes.get(seed_id, "")
+
+
+class _Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("load", "read", "decode", "sample", "encode"), 0.0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - started
+
+
+class _OutOfMemory(RayexpandError):
+    pass
+
+
+class _SamplerError(RayexpandError):
+    pass
+
+
+def _sorted(error: Exception) -> Exception:
+    """The exception of a sampler call as the class of who is to blame."""
+    text = f"{type(error).__name__}: {error}"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return _OutOfMemory(text)
+    if isinstance(error, (Interrupted, EnvironmentFault)):
+        return error
+    if isinstance(error, MemoryError) or "CUDA error" in text:
+        return ProcessFault(f"{text}. This process cannot go on; the same command continues in a new one.")
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+        return EnvironmentFault(f"{text}. Repair it and run the same command again.")
+    return _SamplerError(text)
+
+
+def _keep(slots: Sequence[Draw | None], kept: Sequence[int] | range) -> tuple[Draw | None, ...]:
+    wanted = set(kept)
+    return tuple(draw if i in wanted else None for i, draw in enumerate(slots))
+
+
+def _counts(samples: Sequence[Sample]) -> dict[str, Any]:
+    reasons: dict[str, int] = {}
+    for sample in samples:
+        if sample.reason:
+            reasons[sample.reason.value] = reasons.get(sample.reason.value, 0) + 1
+    by_status = {status: sum(s.status is status for s in samples) for status in Status}
+    return {"kept": by_status[Status.KEPT], "rejected": by_status[Status.REJECTED],
+            "failed": by_status[Status.FAILED], "reasons": reasons}
+
+
+def load_tools(config: RunConfig, classes: ClassTable) -> Tools:
+    """Loads what the method asks for. Raises ModelError."""
+    needs = config.method.needs()
+    prior = guide = None
+    if needs:
+        import torch
+
+        torch.set_num_threads(config.runtime.torch_threads)
+    if "prior" in needs:
+        from rayexpand.priors import load_prior
+
+        prior = load_prior(**config.prior.model_dump())
+    if "guide" in needs:
+        from rayexpand.guides import load_guide
+
+        guide = load_guide(config.guide.weights, config.guide.checkpoint, classes.name, device=config.prior.device)
+    return Tools(classes, prior, guide)
+
+
+def stack_fingerprint(config: RunConfig) -> dict[str, str]:
+    """Versions, instruction set or GPU model, dtype, attention and threads: what the promise calls one stack."""
+    import torch
+
+    packages = ("torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "numpy", "pillow")
+    facts = {name: importlib.metadata.version(name) for name in packages}
+    facts |= {"python": platform.python_version(), "machine": platform.machine(),
+              "cpu": torch.backends.cpu.get_cpu_capability(), "torch_threads": str(config.runtime.torch_threads)}
+    if "prior" in config.method.needs():
+        on_gpu = config.prior.device.startswith("cuda") or (config.prior.device == "auto" and torch.cuda.is_available())
+        facts |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "dtype": config.prior.dtype,
+                  "attention": config.prior.attention, "compile": str(config.prior.compile)}
+    return facts

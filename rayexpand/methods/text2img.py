@@ -1,0 +1,77 @@
+"""Text to image: a sample from pure noise and a class prompt. The seed image is not looked at.
+
+The seeds set how many samples a class gets and name them; as an expansion it shows what the prior knows of the class
+without any real image.
+
+    paper    here              meaning, unit
+    N        steps             solver steps, all of them run
+    w        guidance_scale    classifier-free guidance, 1 = none
+    z_T      z_BCHW            pure noise
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from rayexpand.core import sampling
+from rayexpand.methods import quota_copies, ratio_copies
+from rayexpand.methods._prompts import Template, format_prompt
+from rayexpand.rng import PlanRng, RowRng
+from rayexpand.schema import Batch, ClassTable, Draw, Expansion, SeedIndex, Start, Tools
+
+
+class Text2Img(BaseModel):
+    """Settings of text2img. Defaults are those of Stable Diffusion's text-to-image pipeline unless noted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["text2img"] = "text2img"
+    ratio: float = Field(5.0, gt=0, le=65535, description="samples for each seed; 2.5 gives half of each class a third "
+                         "one (ours, as img2img)")
+    quota: int | None = Field(None, ge=1, description="samples per class, instead of `ratio`")
+    prompt: Template = Field("a photo of a {name}.", description="template with {name}, {metaclass}, {noun}; may be "
+                             "empty (DistDiff, sec. 4.1)")
+    negative: str = Field("", description="negative prompt (Stable Diffusion: empty)")
+    steps: int = Field(50, ge=1, le=999, description="solver steps (Stable Diffusion: 50)")
+    guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance scale (Stable Diffusion: 7.5)")
+    solver: sampling.Solver = Field("ddim", description="ddim (ours, as img2img), dpmpp_2m (Diff-Gen) or unipc")
+    spacing: sampling.Spacing | None = Field(None, description="timestep spacing; none: leading for ddim, linspace for "
+                                             "the others")
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        import torch
+
+        prior = tools.prior
+        schedule = sampling.schedule(prior.scheduler, self.solver, self.steps, spacing=self.spacing)
+        with torch.no_grad():
+            cond = prior.embed([d.prompt for d in batch.draws], [d.negative for d in batch.draws])
+            z_BCHW = sampling.noise_batch(prior, batch)
+            z_BCHW = sampling.denoise(prior, z_BCHW, schedule, cond, self.guidance_scale)
+            images, reasons = sampling.to_images(prior.decode(z_BCHW, cond))
+        return Expansion(images, reasons)
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"prior"})
+
+    def copies(self, index: SeedIndex, rng: PlanRng) -> np.ndarray:
+        if self.quota is None:
+            return ratio_copies(index, self.ratio, rng)
+        return quota_copies(index, np.full(len(index.classes), self.quota), rng)
+
+    def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
+        return Draw(sample_id=f"{seed_id}/{copy}", seed_id=seed_id, copy=copy, source_label=label, target_label=label,
+                    prompt=format_prompt(self.prompt, label, classes), negative=self.negative, start=Start.NOISE,
+                    strength=1.0, steps_run=self.steps, attempt=0, row=row, group=copy)
+
+    def group(self, copies: int) -> int:
+        return 1
+
+    def batch_key(self, draw: Draw) -> tuple[Any, ...]:
+        return (draw.steps_run,)
+
+    def soft_label(self, source: np.ndarray, target: np.ndarray, strength: np.ndarray, n_classes: int,
+                   **recipe: float) -> np.ndarray:
+        return np.eye(n_classes, dtype=np.float32)[target]

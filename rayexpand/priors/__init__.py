@@ -1,0 +1,294 @@
+"""Generators: where their weights are, what their configuration files say, and loading them.
+
+Weights are named in one of three ways: `digits` (the embedded default, trained on first use), a folder in diffusers'
+StableDiffusionPipeline layout, or `org/name@revision` on the Hugging Face hub. Only safetensors are read and no code
+that comes with weights is ever run. Nothing here imports torch before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayexpand.errors import ModelError
+
+if TYPE_CHECKING:
+    from rayexpand.priors.latent import StableDiffusionPrior
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+DIGITS = "digits"
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+CONFIGS = ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in WEIGHTS))
+CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+_HUB_FILES = (*CONFIGS, "tokenizer/*.json", "tokenizer/*.txt", "*/*.safetensors.index.json",
+              *(f"{part}/{stem}{end}.safetensors" for part, stem in WEIGHTS.items() for end in ("", "-*-of-*")))
+_CONVERT = "load it once in diffusers where you trust it and call save_pretrained(folder, safe_serialization=True)"
+
+
+@dataclass(frozen=True, slots=True)
+class PriorFacts:
+    """What configuration files say about a generator. Sizes in pixels of the image."""
+
+    weights: str  # as given, with the commit hash in place of a branch or tag
+    image_size: int  # side the generator was trained at
+    vae_factor: int  # image pixels per latent pixel, along one side
+    unet_factor: int  # by which the UNet halves the latent, along one side
+    latent_channels: int
+    prediction_type: str  # "epsilon" or "v_prediction"
+    train_timesteps: int
+
+
+DIGITS_FACTS = PriorFacts(weights=DIGITS, image_size=16, vae_factor=2, unet_factor=2, latent_channels=4,
+                          prediction_type="v_prediction", train_timesteps=1000)
+
+
+def load_prior(weights: str, *, dtype: str = "auto", device: str = "auto", attention: str = "auto",
+               channels_last: bool = False, compile: bool = False) -> StableDiffusionPrior:
+    """The generator named by `weights`, in eval mode with frozen weights.
+
+    `dtype` auto is float32 on CPU and bfloat16 on CUDA (the autoencoder is float32 always); `device` auto, cpu, cuda
+    or cuda:N; `attention` auto (what diffusers chooses), sdpa (fused) or eager (plain matrix products). `compile` is
+    for the UNet and pays on a GPU only. Raises ModelError.
+    """
+    folder = resolve(weights)
+    _inspect(folder, weights)
+    from rayexpand.priors.latent import StableDiffusionPrior
+
+    return StableDiffusionPrior.load(folder, dtype=dtype, device=device, attention=attention,
+                                     channels_last=channels_last, compile=compile)
+
+
+def inspect_prior(weights: str) -> PriorFacts:
+    """Facts from configuration files alone. On the hub only those files are fetched. Raises ModelError."""
+    if weights == DIGITS:
+        return DIGITS_FACTS
+    folder = _local_folder(weights)
+    if folder is None:
+        return _inspect(hub_snapshot(weights, CONFIGS, complete=_missing_configs), weights)
+    if problems := _missing_files(folder):
+        raise ModelError(_incomplete(folder, problems))
+    return _inspect(folder, weights)
+
+
+def check_size(facts: PriorFacts, size: int) -> None:
+    """Raises ModelError unless square images of `size` pixels fit autoencoder and UNet."""
+    unit = math.lcm(8, facts.vae_factor * facts.unet_factor)  # 8: what diffusers' own pipelines ask for
+    if size < unit or size % unit:
+        below, above = max(size // unit * unit, unit), (size // unit + 1) * unit
+        near = f"{below} or {above}" if below != above else str(unit)
+        raise ModelError(f"an image of {size} px does not fit {facts.weights}: its autoencoder shrinks by "
+                         f"{facts.vae_factor} and its UNet by {facts.unet_factor}, so the side must be a multiple of "
+                         f"{unit}; set image.size to {near} (trained at {facts.image_size})")
+
+
+def prior_hash(weights: str, progress: Progress | None = None) -> str:
+    """Content hash of the generator's files; trains the embedded default or downloads first where needed."""
+    return folder_hash(resolve(weights, progress))
+
+
+def folder_hash(folder: Path | str) -> str:
+    """sha256 over the sorted (relative name, sha256) of the files of a model folder that are loaded.
+
+    A pipeline folder counts its configurations, tokenizer and weights, not a safety checker or other formats beside
+    them; any other folder (open_clip) counts its own .json, .txt and .safetensors files.
+    """
+    folder = Path(folder)
+    if (folder / "model_index.json").is_file():
+        names = loaded_files(folder)
+    else:
+        names = [file.name for file in folder.iterdir() if file.suffix in (".json", ".txt", ".safetensors")]
+    hasher = hashlib.sha256()
+    for name in sorted(names):
+        with open(folder / name, "rb") as stream:
+            hasher.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return hasher.hexdigest()
+
+
+def resolve(weights: str, progress: Progress | None = None) -> Path:
+    """Folder with everything needed to load `weights`: trained, downloaded, or as it is. Raises ModelError."""
+    if weights == DIGITS:
+        from rayexpand.priors import digits
+
+        return digits.ensure(progress) / "pipeline"
+    folder = _local_folder(weights)
+    if folder is None:
+        return hub_snapshot(weights, _HUB_FILES, complete=_missing_files)
+    if problems := _missing_files(folder):
+        raise ModelError(_incomplete(folder, problems))
+    return folder
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No progress bars of diffusers and transformers inside; they would tear ours."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [lib for lib in (diffusers_logging, transformers_logging) if lib.is_progress_bar_enabled()]
+    for lib in shown:
+        lib.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for lib in shown:
+            lib.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def weight_files(folder: Path, part: str) -> tuple[str | None, list[str]]:
+    """(variant, relative names) of the safetensors of one component; no names where there are none.
+
+    A full-precision file wins; a folder that holds half precision only is loaded as diffusers' variant `fp16`.
+    """
+    for variant in (None, "fp16"):
+        stem = f"{part}/{WEIGHTS[part]}" + (f".{variant}" if variant else "")
+        if (folder / f"{stem}.safetensors").is_file():
+            return variant, [f"{stem}.safetensors"]
+        index = f"{part}/{WEIGHTS[part]}.safetensors.index" + (f".{variant}" if variant else "") + ".json"
+        if (folder / index).is_file():
+            shards = set(_read_json(folder / index)["weight_map"].values())
+            return variant, [index, *sorted(f"{part}/{shard}" for shard in shards)]
+    return None, []
+
+
+def loaded_files(folder: Path) -> list[str]:
+    """Relative names of all files of a pipeline folder that loading reads."""
+    tokenizer = [f"tokenizer/{file.name}" for file in (folder / "tokenizer").iterdir()
+                 if file.suffix in (".json", ".txt")]
+    return [*CONFIGS, *tokenizer, *(name for part in WEIGHTS for name in weight_files(folder, part)[1])]
+
+
+def _local_folder(weights: str) -> Path | None:
+    """The folder, or None for a name on the hub. Raises ModelError for anything else."""
+    path = Path(weights).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        kind = "a pickle, which can run code when opened" if path.suffix in PICKLES else "a single file"
+        raise ModelError(f"{path} is {kind}; a folder in diffusers' StableDiffusionPipeline layout is "
+                         f"needed: {_CONVERT}")
+    if HUB_NAME.fullmatch(weights):
+        return None
+    raise ModelError(f"there is no folder {path}; give 'digits' (the embedded default), a folder in diffusers' "
+                     "StableDiffusionPipeline layout, or org/name@revision")
+
+
+def _missing_configs(folder: Path) -> list[str]:
+    return [f"{name} is missing" for name in CONFIGS if not (folder / name).is_file()]
+
+
+def _missing_files(folder: Path) -> list[str]:
+    """What keeps a folder from being loaded, one line per file."""
+    problems = _missing_configs(folder)
+    tokenizer = folder / "tokenizer"
+    if not (tokenizer / "tokenizer.json").is_file() and not all(
+            (tokenizer / name).is_file() for name in ("vocab.json", "merges.txt")):
+        problems.append("tokenizer/tokenizer.json (or vocab.json and merges.txt) is missing")
+    for part, stem in WEIGHTS.items():
+        names = weight_files(folder, part)[1]
+        pickles = sorted(f.name for f in (folder / part).glob("*") if f.suffix in PICKLES)
+        if not names and pickles:
+            problems.append(f"{part}/{pickles[0]} is a pickle, which can run code when opened, and there is no "
+                            f"{part}/{stem}.safetensors: {_CONVERT}")
+        elif not names:
+            problems.append(f"{part}/{stem}.safetensors is missing")
+        problems += [f"{name} is missing" for name in names if not (folder / name).is_file()]
+    return problems
+
+
+def _incomplete(folder: Path, problems: Sequence[str]) -> str:
+    head = f"{folder} is not a complete folder in diffusers' StableDiffusionPipeline layout:"
+    return "\n  ".join([head, *problems])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}); fetch or save the model again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} does not hold a JSON object; fetch or save the model again")
+    return value
+
+
+def _inspect(folder: Path, weights: str) -> PriorFacts:
+    """Facts of a complete folder. Raises ModelError for another kind of pipeline."""
+    index = _read_json(folder / "model_index.json")
+    found = {part: (index.get(part) or [None, None])[1] for part in CLASSES}
+    if found != CLASSES or index.get("text_encoder_2"):
+        raise ModelError(f"{folder} is a {index.get('_class_name')} with "
+                         f"{', '.join(f'{part} {name}' for part, name in found.items())}; only Stable Diffusion 1.x "
+                         f"and 2.x are supported ({', '.join(CLASSES.values())}, one text encoder)")
+    unet, vae = _read_json(folder / "unet/config.json"), _read_json(folder / "vae/config.json")
+    noise = _read_json(folder / "scheduler/scheduler_config.json")
+    prediction = noise.get("prediction_type", "epsilon")
+    if prediction not in PREDICTION_TYPES:
+        raise ModelError(f"{folder}/scheduler/scheduler_config.json: prediction_type '{prediction}' is not supported; "
+                         f"use a model that predicts one of {', '.join(PREDICTION_TYPES)}")
+    channels = vae.get("latent_channels", 4)
+    if unet.get("in_channels", 4) != channels:
+        raise ModelError(f"{folder}: the UNet takes {unet['in_channels']} channels but the autoencoder makes "
+                         f"{channels}; inpainting and image-editing variants need inputs we do not have, use the base "
+                         "model")
+    vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    revision = f"{weights.split('@')[0]}@{folder.name}" if folder.parent.name == "snapshots" else weights
+    return PriorFacts(weights=revision, image_size=_trained_size(unet, vae, vae_factor), vae_factor=vae_factor,
+                      unet_factor=2 ** (len(unet["block_out_channels"]) - 1), latent_channels=channels,
+                      prediction_type=prediction, train_timesteps=noise.get("num_train_timesteps", 1000))
+
+
+def _trained_size(unet: dict[str, Any], vae: dict[str, Any], vae_factor: int) -> int:
+    side = unet.get("sample_size")
+    if side is None:
+        return int(vae.get("sample_size", 512))
+    return int(max(side) if isinstance(side, list) else side) * vae_factor
+
+
+# ------------------------------------------------------------------------------------------------------------------ hub
+
+
+def hub_snapshot(weights: str, patterns: Sequence[str], complete: Callable[[Path], list[str]]) -> Path:
+    """Snapshot folder of `org/name@revision`, named by its commit; from the cache where that is complete."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
+
+    match = HUB_NAME.fullmatch(weights)
+    assert match
+    repo, revision = match["repo"], match["revision"] or "main"
+    fetch = {"repo_id": repo, "revision": revision, "allow_patterns": list(patterns)}
+    try:
+        cached = Path(snapshot_download(**fetch, local_files_only=True))
+        if not complete(cached):
+            return cached
+    except OSError:
+        pass  # not in the cache, or only partly: fetch it
+    try:
+        folder = Path(snapshot_download(**fetch))
+    except GatedRepoError as error:
+        raise ModelError(f"{weights} asks for a licence to be accepted: open its page on the hub, accept, then run "
+                         "`hf auth login`") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{weights} is neither a folder here nor in the local Hugging Face cache, and it cannot be "
+                         f"downloaded ({type(error).__name__}). {_fetch_elsewhere(repo, revision)}") from error
+    if problems := complete(folder):  # offline, the hub client hands out what it has
+        raise ModelError(f"{_incomplete(folder, problems)}\n{_fetch_elsewhere(repo, revision)}")
+    return folder
+
+
+def _fetch_elsewhere(repo: str, revision: str) -> str:
+    return (f"Where the hub can be reached run `hf download {repo} --revision {revision}` and copy the cache or its "
+            "snapshot folder here, or give a local folder")

@@ -1,0 +1,269 @@
+"""A run: its folder, what it must agree with, and the loop that drives shards until none is pending.
+
+The loop knows nothing of where shards run: `expand_wave` maps (shard, generation) jobs to receipts or faults, in this
+process (`in_process`) or on a cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayexpand import __version__, seeds
+from rayexpand.blame import Blame
+from rayexpand.config import RunConfig, differences, digest, override, parse, resolved, semantic
+from rayexpand.errors import ConfigError, DigestMismatch, EnvironmentFault, ModelError, OverBudget, UsageError
+from rayexpand.estimate import Measured, measure
+from rayexpand.expander import Expander
+from rayexpand.plan import Plan, make_plan, plan_digest, read_plan, write_plan
+from rayexpand.priors import check_size, inspect_prior, prior_hash
+from rayexpand.schema import Receipt, Tools
+from rayexpand.store import LocalFiles, Store, Totals, create_once, failpoint, new_attempt, process_token, totals
+
+WAVE = 20_000  # shards handed out before pending() is asked again
+BARREN_WAVES = 3  # waves without a commit before the run gives up for now
+FAULTS_IN_A_ROW = 3  # environment faults of one process before it stops taking shards
+
+Job = tuple[int, int]  # shard id, generation
+ExpandWave = Callable[[Sequence[Job]], Iterator[Receipt | EnvironmentFault]]
+
+
+@dataclass(frozen=True)
+class Run:
+    config: RunConfig
+    files: LocalFiles
+    store: Store
+    plan: Plan
+    facts: dict[str, Any]  # run.json
+
+    @property
+    def folder(self) -> Path:
+        return self.files.root
+
+    def totals(self) -> Totals:
+        return totals(self.plan.planned, self.store.receipts())
+
+
+def preflight(config: RunConfig) -> list[str]:
+    """Everything wrong that can be known without loading a model or listing the dataset, one line each."""
+    problems = seeds.check(config.data)
+    needs = config.method.needs()
+    if "prior" in needs:
+        try:
+            facts = inspect_prior(config.prior.weights)
+            check_size(facts, config.image.size or facts.image_size)
+        except ModelError as error:
+            problems.append(f"prior.weights: {error}")
+        if config.image.fit == "none":
+            problems.append(f"image.fit: 'none' keeps each image's own size, but {config.method.name} samples squares; "
+                            "use crop, center or squash")
+    if config.prior.device.startswith("cuda") and needs & {"prior", "guide"}:
+        import torch
+
+        if not torch.cuda.is_available():
+            problems.append(f"prior.device: {config.prior.device} asked for, but torch sees no CUDA device here; "
+                            "use auto or cpu")
+    out = Path(config.out)
+    while not out.exists() and out != out.parent:
+        out = out.parent
+    if not out.is_dir() or not os.access(out, os.W_OK | os.X_OK):
+        problems.append(f"out: {config.folder} cannot be created, because {out} is not a folder this user may write "
+                        "to; choose another `out`")
+    return problems
+
+
+def measured(config: RunConfig) -> Measured | None:
+    """Throughput and size of what this run has committed so far, None before its first start."""
+    if not Path(config.folder, "run.json").exists():
+        return None
+    run = open_run(config.folder)
+    return measure(list(run.store.receipts()), sum(path.stat().st_size for path in (run.folder / "data").iterdir()))
+
+
+def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None = None) -> Run:
+    """Creates the run folder, or opens it if it is the same run.
+
+    Raises ConfigError (all problems at once), StorageError, or DigestMismatch with the fields that differ.
+    """
+    if problems := preflight(config):
+        raise ConfigError(config.name, problems)
+    files = LocalFiles(config.folder, single_writer=config.store.single_writer)
+    files.probe()
+    files.sweep()
+    models = model_hashes(config, on_model)
+    found = files.read("run.json")
+    if found is None:
+        plan = make_plan(seeds.build_index(config.data), config)
+        facts = _facts(config, plan, models)
+        failpoint("before_plan_folder")
+        write_plan(plan, files, facts["plan"])
+        create_once(files, "run.json", facts, "run")
+    return _open(config, files, models)
+
+
+def open_run(folder: str, overrides: Sequence[str] = ()) -> Run:
+    """The run in an existing folder, with the configuration it was created with and `a.b=value` overrides of
+    operational fields. Raises UsageError, or DigestMismatch for an override of any other field.
+    """
+    files = LocalFiles(folder)
+    facts = _read_facts(files)
+    path = Path(folder).absolute()
+    raw = {**facts["config"], "out": str(path.parent), "name": path.name}
+    config = parse(override(raw, overrides), f"{folder}/run.json")
+    return _open(config, LocalFiles(folder, single_writer=config.store.single_writer), facts["models"])
+
+
+def start(run: Run, tools: Tools | None = None, on_rows: Callable[[int], None] = lambda n: None) -> Expander:
+    """Registers an attempt and returns the Expander that works for it in this process."""
+    attempt = new_attempt(run.files, {"host": socket.gethostname(), "pid": os.getpid(), "token": process_token(),
+                                      "version": __version__})
+    blame = Blame(run.folder / "blame", process_token(), attempt)
+    blame.sweep()
+    return Expander(run.config, run.plan, run.store, blame, tools=tools, on_rows=on_rows)
+
+
+def in_process(expander: Expander) -> ExpandWave:
+    """Expands jobs one after the other in this process; three environment faults in a row end the wave."""
+
+    def wave(jobs: Sequence[Job]) -> Iterator[Receipt | EnvironmentFault]:
+        faults = 0
+        for shard_id, generation in jobs:
+            try:
+                receipt = expander(shard_id, generation)
+            except EnvironmentFault as fault:
+                faults += 1
+                yield fault
+                if faults == FAULTS_IN_A_ROW:
+                    return
+            else:
+                faults = 0
+                yield receipt
+
+    return wave
+
+
+def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, to_the_end: bool = False) -> Totals:
+    """Runs `jobs()` wave by wave until it is empty, and returns the totals of the run.
+
+    Raises OverBudget as soon as more rows failed than limits.max_failed allows (`to_the_end`: only when all jobs are
+    done, for a retry starts over its budget), and EnvironmentFault after three waves without a commit.
+    """
+    receipts = {(r.shard_id, r.generation): r for r in run.store.receipts()}
+    barren, cause = 0, EnvironmentFault("no shard could be started")
+    while todo := jobs()[:WAVE]:
+        if not to_the_end:
+            check_budget(run, receipts)
+        committed = 0
+        for outcome in expand_wave(todo):
+            if isinstance(outcome, EnvironmentFault):
+                cause = outcome
+                continue
+            committed += 1
+            receipts[outcome.shard_id, outcome.generation] = outcome
+            if not to_the_end:
+                check_budget(run, receipts)
+        barren = 0 if committed else barren + 1
+        if barren == BARREN_WAVES:
+            raise EnvironmentFault(f"no shard was committed in {BARREN_WAVES} rounds; last cause: {cause}") from cause
+    return check_budget(run, receipts)
+
+
+def pending_jobs(run: Run) -> list[Job]:
+    return [(shard_id, 0) for shard_id in run.store.pending(run.plan.n_shards)]
+
+
+def retry_jobs(run: Run) -> Callable[[], list[Job]]:
+    """Jobs that make once more what failed: one new generation for each shard whose last one has failed rows."""
+    last = {receipt.shard_id: receipt for receipt in run.store.receipts()}
+    wanted = [(r.shard_id, r.generation + 1) for r in last.values() if r.failed]
+
+    def jobs() -> list[Job]:
+        done = run.store.committed()
+        return [(shard_id, generation) for shard_id, generation in wanted if done.get(shard_id, -1) < generation]
+
+    return jobs
+
+
+def committed_hash(run: Run, sample_id: str) -> str | None:
+    """sample_sha256 of a committed sample, None where it was refused or is pending."""
+    shard_id = run.plan.find(sample_id)
+    for generation in range(run.store.committed().get(shard_id, -1) + 1):
+        receipt = run.store.find(shard_id, generation)
+        if receipt is not None:
+            rows = run.store.data(receipt, ["sample_id", "sample_sha256"]).to_pylist()
+            for row in rows:
+                if row["sample_id"] == sample_id:
+                    return row["sample_sha256"]
+    return None
+
+
+def check_budget(run: Run, receipts: dict[Job, Receipt]) -> Totals:
+    counts = totals(run.plan.planned, [receipts[key] for key in sorted(receipts)])
+    allowed = run.config.limits.max_failed * run.plan.planned
+    if counts.failed > allowed:
+        last = {shard_id: receipt for (shard_id, _), receipt in sorted(receipts.items())}
+        reasons: dict[str, int] = {}
+        for receipt in last.values():
+            for reason, count in receipt.reasons.items():
+                reasons[reason] = reasons.get(reason, 0) + count
+        listed = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items(), key=lambda item: -item[1])[:5])
+        raise OverBudget(
+            f"{counts.failed} of {run.plan.planned} rows failed, more than limits.max_failed = "
+            f"{run.config.limits.max_failed:g} allows ({listed}). Everything made so far is kept in {run.folder}. Look "
+            f"at rejected/*.parquet, then continue with --set limits.max_failed=<share>.")
+    return counts
+
+
+def model_hashes(config: RunConfig, on_model: Callable[[str, int, int], None] | None = None) -> dict[str, str]:
+    """Content hashes of the models the method uses; trains the embedded default if it is asked for and not cached."""
+    needs = config.method.needs()
+    hashes = {}
+    if "prior" in needs:
+        hashes["prior"] = prior_hash(config.prior.weights, on_model)
+    if "guide" in needs:
+        from rayexpand.guides import guide_hash
+
+        hashes["guide"] = guide_hash(config.guide.weights, config.guide.checkpoint, on_model)
+    return hashes
+
+
+def _facts(config: RunConfig, plan: Plan, models: dict[str, str]) -> dict[str, Any]:
+    identity = plan_digest(plan)
+    return {"version": __version__, "created": time.time(), "name": config.name, "config": resolved(config),
+            "run_digest": digest({"plan": identity, "config": semantic(config), "models": models}),
+            "plan_digest": identity, "plan": f"plan/{identity[:8]}", "planned": plan.planned, "shards": plan.n_shards,
+            "seeds": len(plan.index), "classes": len(plan.index.classes), "models": models}
+
+
+def _open(config: RunConfig, files: LocalFiles, models: dict[str, str]) -> Run:
+    facts = _read_facts(files)
+    before = {**semantic(parse(facts["config"], "run.json")), "models": facts["models"]}
+    changed = differences(before, {**semantic(config), "models": models})
+    if changed:
+        raise DigestMismatch("\n  ".join([f"{files.root} holds another run; continuing would mix two datasets. What "
+                                          "differs (there -> here):", *changed,
+                                          "Set it back, or give this run another `name`."]))
+    return Run(config, files, Store(files, facts["run_digest"]), _read_plan(config, files, facts), facts)
+
+
+def _read_facts(files: LocalFiles) -> dict[str, Any]:
+    text = files.read("run.json")
+    if text is None:
+        raise UsageError(f"{files.root} is not a run folder (no run.json). Give the folder that `expand` printed, "
+                         "<out>/<name>.")
+    return json.loads(text)
+
+
+def _read_plan(config: RunConfig, files: LocalFiles, facts: dict[str, Any]) -> Plan:
+    plan = read_plan(config, files, facts["plan"])
+    if plan is None:
+        raise UsageError(f"{files.root}/{facts['plan']} is missing or incomplete, so the run cannot go on. Restore "
+                         "that folder, or start under another `name`.")
+    return plan
+

@@ -1,0 +1,214 @@
+"""SIGKILL between two system calls, at every step of a run; the same command again must lose and double nothing.
+
+A child process (forked, so each case takes a fraction of a second) runs the real driver loop and is killed at a
+failpoint; a second child runs to the end. Every row of the crash table in README.md is a case here.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rayexpand import run as runs
+from rayexpand.config import RunConfig
+from rayexpand.errors import EXIT_RESUMABLE, RayexpandError
+from rayexpand.verify import verify
+from tests.conftest import MakeConfig, complete, hashes, refused
+
+BAD = "bee/2.png/1"
+PREPARING = [f"{when}_{step}{part}" for step in ("index", "classes", "plan", "run")
+             for when, part in (("before", ""), ("after", "_write"), ("after", "_link"), ("after", ""))]
+STARTING = ["before_attempt", "after_attempt_link"]
+SAMPLING = ["before_call", "after_call"]
+COMMITTING = ["before_side", "after_side_write", "after_side_link", "after_side", "before_data", "after_data_write",
+              "after_data_link", "after_data", "before_receipt", "after_receipt"]
+SHARD = 1  # holds BAD, so that it has a side file
+
+
+def run_command(config: RunConfig) -> None:
+    """What `rayexpand expand` does, ending with its exit code."""
+    try:
+        complete(config)
+    except RayexpandError as error:
+        os._exit(error.exit_code)
+    os._exit(0)
+
+
+def in_child(target: Callable[..., None], *args: object, failpoint: str = "") -> multiprocessing.Process:
+    """`target` started in a forked process with a failpoint set."""
+    os.environ["RAYEXPAND_FAILPOINT"] = failpoint
+    try:
+        child = multiprocessing.get_context("fork").Process(target=target, args=args)
+        child.start()
+    finally:
+        del os.environ["RAYEXPAND_FAILPOINT"]
+    return child  # type: ignore[return-value]
+
+
+def exit_code(child: multiprocessing.Process, timeout_s: float = 60) -> int:
+    child.join(timeout_s)
+    assert child.exitcode is not None, "still running"
+    return child.exitcode
+
+
+@contextmanager
+def every_visible_file_opens(folder: Path) -> Iterator[None]:
+    """Reads every data/*.parquet over and over while the block runs."""
+    stop, torn, seen = threading.Event(), [], 0
+
+    def poll() -> None:
+        nonlocal seen
+        while not stop.is_set():
+            for path in folder.glob("data/*.parquet"):
+                try:
+                    pq.read_table(path)
+                    seen += 1
+                except (pa.ArrowException, OSError) as error:
+                    torn.append(f"{path.name}: {error}")
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    assert not torn
+    assert seen
+
+
+@pytest.fixture
+def reference(make_config: MakeConfig) -> tuple[dict[str, str], dict[str, str]]:
+    run, _ = complete(make_config("Failing", ratio=2, name="undisturbed", nan=BAD))
+    return hashes(run), refused(run)
+
+
+@pytest.mark.parametrize("point", PREPARING + STARTING + [f"{p}@shard={SHARD}" for p in SAMPLING + COMMITTING])
+def test_killed_anywhere_and_run_again(make_config: MakeConfig, reference: tuple, point: str) -> None:
+    config = make_config("Failing", ratio=2, nan=BAD)
+    child = in_child(run_command, config, failpoint=f"{point}:kill")
+
+    assert exit_code(child) == -signal.SIGKILL, "the failpoint was never reached"
+    with every_visible_file_opens(Path(config.folder)):
+        assert exit_code(in_child(run_command, config)) == 0
+        time.sleep(0.05)
+    run = runs.open_run(config.folder)
+    assert (hashes(run), refused(run)) == reference
+    assert run.totals().pending == 0
+    assert verify(run, pixels=True).problems == []
+    assert run.files.list(".tmp") == [], "leftovers of the dead are swept at the next start"
+
+
+def test_the_readme_lists_every_crash_window() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    listed = set(re.findall(r"`((?:before|after)_[a-z_]+)`", readme))
+
+    assert listed == set(PREPARING + STARTING + SAMPLING + COMMITTING)
+
+
+def test_killed_at_every_shard_in_turn(make_config: MakeConfig, reference: tuple) -> None:
+    config = make_config("Failing", ratio=2, nan=BAD)
+    shards = runs.prepare(config).plan.n_shards
+    for shard in range(shards):
+        point = COMMITTING[shard % len(COMMITTING)] if shard == SHARD else ("after_data", "before_receipt")[shard % 2]
+        assert exit_code(in_child(run_command, config, failpoint=f"{point}@shard={shard}:kill")) == -signal.SIGKILL
+    assert exit_code(in_child(run_command, config)) == 0
+
+    run = runs.open_run(config.folder)
+    assert (hashes(run), refused(run)) == reference
+
+
+def test_a_full_disk_stops_the_run_resumably(make_config: MakeConfig, reference: tuple) -> None:
+    config = make_config("Failing", ratio=2, nan=BAD)
+
+    assert exit_code(in_child(run_command, config, failpoint="before_data:full")) == EXIT_RESUMABLE
+    assert runs.open_run(config.folder).totals().shards == 0
+    assert exit_code(in_child(run_command, config)) == 0
+    assert hashes(runs.open_run(config.folder)) == reference[0]
+
+
+def test_two_drivers_on_one_output(make_config: MakeConfig, reference: tuple) -> None:
+    config = make_config("Failing", ratio=2, nan=BAD)
+    children = [in_child(run_command, config) for _ in range(2)]
+
+    assert [exit_code(child) for child in children] == [0, 0]
+    run = runs.open_run(config.folder)
+    assert (hashes(run), refused(run)) == reference
+    assert run.totals().pending == 0
+
+
+@pytest.mark.parametrize("point", ["after_side", "after_data_write"])
+def test_an_old_attempt_that_wakes_up_replaces_nothing(make_config: MakeConfig, reference: tuple, point: str) -> None:
+    config = make_config("Failing", ratio=2, nan=BAD)
+    sleeper = in_child(run_command, config, failpoint=f"{point}@shard={SHARD}:stop")
+    assert os.waitpid(sleeper.pid, os.WUNTRACED)[0] == sleeper.pid  # type: ignore[arg-type]
+    assert exit_code(in_child(run_command, config)) == 0
+    data = {path: (path.stat().st_ino, path.read_bytes()) for path in Path(config.folder, "data").iterdir()}
+    os.kill(sleeper.pid, signal.SIGCONT)  # type: ignore[arg-type]
+
+    assert exit_code(sleeper) == 0
+    assert {path: (path.stat().st_ino, path.read_bytes()) for path in Path(config.folder, "data").iterdir()} == data
+    run = runs.open_run(config.folder)
+    assert (hashes(run), refused(run)) == reference
+
+
+def test_deleted_receipts_and_data_come_back(make_config: MakeConfig, reference: tuple) -> None:
+    config = make_config("Failing", ratio=2, nan=BAD)
+    run, before = complete(config)
+    for path in (run.folder / "receipts").iterdir():
+        path.unlink()
+    findings = verify(run)
+    assert findings.totals == before
+    assert findings.rebuilt_receipts == run.plan.n_shards
+    (run.folder / "data" / "train-000001.parquet").unlink()
+    assert run.store.pending(run.plan.n_shards) == [1]
+    complete(config)
+
+    assert (hashes(run), refused(run)) == reference
+
+
+@pytest.mark.parametrize(("method", "reason"), [("Hang", "timeout"), ("Segfault", "actor_died"),
+                                                ("HardExit", "actor_died")])
+def test_a_row_that_ends_its_process_is_refused_alone(make_config: MakeConfig, method: str, reason: str) -> None:
+    """Two deaths blame the call, two more the row; every other sample of its call is made."""
+    limits = {"limits": {"max_failed": 1.0, "deadline_s": 1.0, "first_deadline_s": 1.0}}
+    reference = hashes(complete(make_config(method, ratio=2, name="healthy", sections=limits))[0])
+    config = make_config(method, ratio=2, bad=BAD, sections=limits)
+    codes = []
+    while not codes or (codes[-1] != 0 and len(codes) < 6):
+        codes.append(exit_code(in_child(run_command, config)))
+
+    assert len(codes) == 5
+    run = runs.open_run(config.folder)
+    assert refused(run) == {BAD: reason}
+    assert hashes(run) == {k: v for k, v in reference.items() if k != BAD}
+    assert run.files.list("blame") == [], "the dead of a committed shard are forgotten"
+
+
+def test_random_kills_never_poison_a_row(make_config: MakeConfig, reference: tuple) -> None:
+    """Spot losses: one kill at each of many calls, no row refused for it."""
+    config = make_config("Failing", ratio=2, nan=BAD)
+    for shard in range(runs.prepare(config).plan.n_shards):
+        in_child(run_command, config, failpoint=f"after_call@shard={shard}:kill").join()
+    assert exit_code(in_child(run_command, config)) == 0
+
+    run = runs.open_run(config.folder)
+    assert (hashes(run), refused(run)) == reference
+
+
+def test_a_broken_sampler_exits_resumably_without_refusing_rows(make_config: MakeConfig) -> None:
+    config = make_config("BrokenAfterFirst", ratio=2, batch=4, shard_images=40)
+
+    assert exit_code(in_child(run_command, config)) == EXIT_RESUMABLE
+    assert runs.open_run(config.folder).totals().failed == 0

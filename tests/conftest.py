@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side
+
+from rayexpand import run as runs
+from rayexpand.config import RunConfig, parse
+from rayexpand.store import Totals
+
+FAKES = "tests.methods.fakes."
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four classes of five 16-pixel images."""
+    root = tmp_path_factory.mktemp("seeds")
+    rng = np.random.Generator(np.random.Philox(key=7))
+    for name in ("ant", "bee", "cat", "dog"):
+        (root / name).mkdir()
+        for i in range(5):
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def make_config(image_folder: Path, tmp_path: Path) -> MakeConfig:
+    """Configuration of a small run: `make_config("Fake", ratio=3)`, or a built-in method by its lower-case name."""
+
+    def make(method: str = "Fake", *, name: str = "run", batch: int = 8, shard_images: int = 8, data: Any = None,
+             sections: dict[str, Any] | None = None, **fields: Any) -> RunConfig:
+        dotted = method if method.islower() else FAKES + method
+        return parse({
+            "name": name, "out": str(tmp_path / "out"), "seed": 3, "method": {"name": dotted, **fields},
+            "data": data or {"source": "imagefolder", "path": str(image_folder)},
+            "sampler": {"batch": batch, "shard_images": shard_images}, "limits": {"max_failed": 1.0},
+            **(sections or {})})
+
+    return make
+
+
+def complete(config: RunConfig, **start: Any) -> tuple[runs.Run, Totals]:
+    """Prepares and drives a run in this process until nothing is pending."""
+    run = runs.prepare(config)
+    expander = runs.start(run, **start)
+    try:
+        return run, runs.drive(run, runs.in_process(expander), lambda: runs.pending_jobs(run))
+    finally:
+        expander.close()
+
+
+def hashes(run: runs.Run) -> dict[str, str]:
+    """sample_sha256 by sample id over all committed files; fails where a sample is there twice."""
+    found: dict[str, str] = {}
+    for receipt in run.store.receipts():
+        for row in run.store.data(receipt, ["sample_id", "sample_sha256"]).to_pylist():
+            assert row["sample_id"] not in found
+            found[row["sample_id"]] = row["sample_sha256"]
+    return found
+
+
+def refused(run: runs.Run) -> dict[str, str]:
+    """Reason by sample id over all committed files."""
+    return {row["sample_id"]: row["reason"] for receipt in run.store.receipts()
+            for row in run.store.refused(receipt).to_pylist()}

@@ -1,0 +1,243 @@
+"""Cheap methods for tests: every corner of the method contract, and every way to fail. They start without torch.
+
+Any of these methods is loaded by its dotted name, `tests.methods.fakes.Redraws`. Their image is 16 x 16 and a function
+of the draw, the keyed noise of its row and the mean colour of the seed image, so equal rows have equal bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, PrivateAttr
+
+from rayexpand.methods import quota_copies, ratio_copies
+from rayexpand.rng import PlanRng, RowRng
+from rayexpand.schema import Batch, ClassTable, Draw, Expansion, Method, Reason, SeedIndex, Start, Tools
+
+SIZE = 16
+
+
+def picture(batch: Batch, i: int, noise: np.ndarray | None = None) -> np.ndarray:
+    """uint8 (16, 16, 3) of slot i."""
+    draw, rng = batch.draws[i], batch.rngs[i]
+    noise = rng.normals("noise", (SIZE, SIZE, 3)) if noise is None else noise
+    mean = batch.images[i].reshape(-1, 3).mean(axis=0)
+    shift = 7 * draw.target_label + 13 * draw.attempt + 3 * draw.copy
+    return np.clip(0.5 * mean + 30 * noise + 20 + shift % 60, 0, 255).astype(np.uint8)
+
+
+class Fake(BaseModel):
+    """`ratio` copies of every seed, one picture per row. The other fakes change one thing each."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str = "tests.methods.fakes.Fake"
+    ratio: float = 2.0
+
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    def copies(self, index: SeedIndex, rng: PlanRng) -> np.ndarray:
+        return ratio_copies(index, self.ratio, rng)
+
+    def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
+        return Draw(sample_id=f"{seed_id}/{copy}", seed_id=seed_id, copy=copy, source_label=label, target_label=label,
+                    prompt=classes.name[label], negative="", start=Start.IMAGE, strength=0.0, steps_run=0, attempt=0,
+                    row=row, group=copy // self.group(copy + 1))
+
+    def group(self, copies: int) -> int:
+        return 1
+
+    def batch_key(self, draw: Draw) -> tuple[Any, ...]:
+        return ()
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        return Expansion([picture(batch, i) for i in range(len(batch))], [None] * len(batch))
+
+    def soft_label(self, source: np.ndarray, target: np.ndarray, strength: np.ndarray, n_classes: int,
+                   **recipe: float) -> np.ndarray:
+        return np.eye(n_classes, dtype=np.float32)[target]
+
+
+class FractionalRatio(Fake):
+    ratio: float = 2.5
+
+
+class ClassQuota(Fake):
+    """Exactly `quota` samples of every class."""
+
+    quota: int = 7
+
+    def copies(self, index: SeedIndex, rng: PlanRng) -> np.ndarray:
+        return quota_copies(index, np.full(len(index.classes), self.quota), rng)
+
+
+class ClassUniformReferences(Fake):
+    """`per_class` samples of every class, each from a seed drawn uniformly, with replacement, from its class."""
+
+    per_class: int = 6
+
+    def copies(self, index: SeedIndex, rng: PlanRng) -> np.ndarray:
+        chosen = rng.dataset("references")
+        of_class = [np.flatnonzero(index.labels == label) for label in range(len(index.classes))]
+        rows = [chosen.choice(seeds, self.per_class) for seeds in of_class if len(seeds)]
+        return np.bincount(np.concatenate(rows), minlength=len(index)).astype(np.uint16)
+
+
+class NoiseStart(Fake):
+    """The seed image is never looked at."""
+
+    def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
+        return replace(super().draw(seed_id, label, copy, row, classes, rng), start=Start.NOISE, strength=1.0)
+
+
+class Groups(Fake):
+    """Copies of a seed in groups of `size` that share a call: each picture has the mean noise of its group taken out.
+
+    The members of a group are the different copies with one (seed_id, group), wherever they stand in the batch.
+    """
+
+    ratio: float = 5.0
+    size: int = 2
+
+    def group(self, copies: int) -> int:
+        return self.size
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        groups: dict[tuple[str, int], dict[int, np.ndarray]] = {}
+        for draw, rng in zip(batch.draws, batch.rngs, strict=True):
+            groups.setdefault((draw.seed_id, draw.group), {})[draw.copy] = rng.normals("noise", (SIZE, SIZE, 3))
+        images: list[np.ndarray | None] = []
+        for i, draw in enumerate(batch.draws):
+            members = groups[draw.seed_id, draw.group]
+            mean = np.mean([members[copy] for copy in sorted(members)], axis=0)
+            images.append(picture(batch, i, members[draw.copy] - mean))
+        return Expansion(images, [None] * len(batch))
+
+
+class Redraws(Fake):
+    """Each attempt of a row is refused with chance `share`: a redraw until attempt `last`, `exhausted` there."""
+
+    share: float = 0.5
+    last: int = 2
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        made = super().expand(batch, tools)
+        refused = [rng("accept").random() < self.share for rng in batch.rngs]
+        made.scores = {"luck": [float(rng("accept").random()) for rng in batch.rngs]}
+        for i, draw in enumerate(batch.draws):
+            if refused[i] and draw.attempt < self.last:
+                made.redraws[i] = replace(draw, attempt=draw.attempt + 1)
+            elif refused[i]:
+                made.images[i], made.reasons[i] = None, Reason.EXHAUSTED
+        return made
+
+
+class Bad(Fake):
+    """Base of the fakes that misbehave at sample `bad`; a filler in its place does no harm."""
+
+    bad: str = ""
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        if has(batch, self.bad):
+            self.misbehave()
+        return super().expand(batch, tools)
+
+    def misbehave(self) -> None:
+        raise NotImplementedError
+
+
+def has(batch: Batch, sample_id: str) -> bool:
+    return any(d.sample_id == sample_id and not absent for d, absent in zip(batch.draws, batch.filler, strict=True))
+
+
+class Failing(Bad):
+    """Raises on `bad`, makes NaN of `nan` and a constant image of `constant`."""
+
+    nan: str = ""
+    constant: str = ""
+
+    def misbehave(self) -> None:
+        raise RuntimeError(f"cannot sample {self.bad}")
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        made = super().expand(batch, tools)
+        for i, draw in enumerate(batch.draws):
+            if draw.sample_id == self.nan:
+                made.images[i] = np.full((SIZE, SIZE, 3), np.nan, np.float32)
+            if draw.sample_id == self.constant:
+                made.images[i] = np.full((SIZE, SIZE, 3), 77, np.uint8)
+        return made
+
+
+class Hang(Bad):
+    """Sleeps for an hour without letting go of the interpreter lock: no other Python thread runs."""
+
+    def misbehave(self) -> None:
+        ctypes.PyDLL(None).sleep(3600)
+
+
+class Segfault(Bad):
+    def misbehave(self) -> None:
+        ctypes.string_at(0)
+
+
+class HardExit(Bad):
+    """The process ends at once, without exception or clean-up."""
+
+    code: int = 11
+
+    def misbehave(self) -> None:
+        os._exit(self.code)
+
+
+class Sleeping(Fake):
+    """Takes `seconds` per image, like a sampler."""
+
+    seconds: float = 0.02
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        time.sleep(self.seconds * len(batch))
+        return super().expand(batch, tools)
+
+
+class BrokenAfterFirst(Fake):
+    """The first call of each process works, every later one raises: a fault of the machine, not of a row."""
+
+    _calls: Iterator[int] = PrivateAttr(default_factory=itertools.count)
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        if next(self._calls):
+            raise RuntimeError("device lost")
+        return super().expand(batch, tools)
+
+
+class Capacity(Fake):
+    """Runs out of memory above `rows` rows a call."""
+
+    rows: int = 4
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        if len(batch) > self.rows:
+            import torch
+
+            raise torch.OutOfMemoryError(f"{len(batch)} rows")
+        return super().expand(batch, tools)
+
+
+def batch_of(method: Method, classes: ClassTable, rows: Sequence[tuple[str, int, int]], size: int = SIZE,
+             run_seed: int = 0) -> Batch:
+    """Batch of (seed_id, label, copy) rows; the seed image is a function of its id."""
+    draws, images, rngs = [], [], []
+    for row, (seed_id, label, copy) in enumerate(rows):
+        rng = RowRng(run_seed, method.name, seed_id, copy)
+        draws.append(method.draw(seed_id, label, copy, row, classes, rng))
+        images.append(RowRng(0, "pixels", seed_id, 0)("image").integers(0, 256, (size, size, 3), dtype=np.uint8))
+        rngs.append(rng)
+    return Batch(tuple(draws), tuple(images), tuple(rngs), (False,) * len(rows))

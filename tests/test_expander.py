@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rayexpand import run as runs
+from rayexpand.errors import EnvironmentFault, OverBudget
+from rayexpand.methods import names
+from rayexpand.schema import Draw
+from tests.conftest import MakeConfig, complete, hashes, refused
+from tests.methods import fakes
+from tests.tiny import tiny_pipeline
+
+ROW = "bee/2.png/1"  # a sample of the image_folder fixture
+
+
+def test_nothing_is_lost(make_config: MakeConfig) -> None:
+    run, totals = complete(make_config("Fake", ratio=3))
+
+    assert (totals.planned, totals.kept, totals.pending) == (60, 60, 0)
+    assert len(hashes(run)) == 60
+    for receipt in run.store.receipts():
+        assert receipt.planned == receipt.kept + receipt.rejected + receipt.failed
+        assert receipt.planned == run.plan.shard_rows(receipt.shard_id)
+
+
+def test_the_same_samples_whatever_the_order_of_shards_and_processes(make_config: MakeConfig) -> None:
+    reference = hashes(complete(make_config("Redraws", ratio=3))[0])
+    run = runs.prepare(make_config("Redraws", ratio=3, name="other"))
+    for shard in reversed(range(run.plan.n_shards)):
+        expander = runs.start(run)  # each shard in a fresh one
+        expander(shard)
+        expander.close()
+
+    assert hashes(run) == reference
+
+
+def test_a_failed_seed_moves_no_other_byte(make_config: MakeConfig, image_folder: Path, tmp_path: Path) -> None:
+    reference = hashes(complete(make_config("Fake", ratio=3))[0])
+    broken = tmp_path / "broken"
+    shutil.copytree(image_folder, broken)
+    (broken / "bee/2.png").write_bytes(b"")
+    data = {"source": "imagefolder", "path": str(broken)}
+    run, totals = complete(make_config("Fake", ratio=3, name="broken", data=data))
+
+    assert refused(run) == {f"bee/2.png/{copy}": "decode_error" for copy in range(3)}
+    assert totals.failed == 3
+    assert hashes(run) == {k: v for k, v in reference.items() if not k.startswith("bee/2.png")}
+
+
+@pytest.mark.parametrize(("field", "reason"), [("bad", "sampler_error"), ("nan", "nan_latent"),
+                                               ("constant", "constant_image")])
+def test_one_bad_row_costs_itself_alone(make_config: MakeConfig, field: str, reason: str) -> None:
+    reference = hashes(complete(make_config("Failing", ratio=2))[0])
+    run, _ = complete(make_config("Failing", ratio=2, name="bad", **{field: ROW}))
+
+    assert refused(run) == {ROW: reason}
+    assert hashes(run) == {k: v for k, v in reference.items() if k != ROW}
+
+
+def test_bisection_needs_few_calls(make_config: MakeConfig) -> None:
+    config = make_config("Failing", ratio=2, bad=ROW, batch=32, shard_images=100)
+    run = runs.prepare(config)
+    expander = runs.start(run)
+    sizes: list[int] = []
+    sample = expander._sample
+
+    def counted(work, call, alone):  # type: ignore[no-untyped-def]
+        sizes.append(len(call.slots))
+        return sample(work, call, alone)
+
+    expander._sample = counted  # type: ignore[method-assign]
+    receipt = expander(0)
+
+    assert receipt.failed == 1
+    assert set(sizes) == {32}, "every call has the planned shape"
+    assert len(sizes) <= 2 + (2 * 5 + 1), "2 log2(32) + 1 extra calls"
+
+
+def test_a_sampler_that_always_fails_commits_nothing(make_config: MakeConfig) -> None:
+    run = runs.prepare(make_config("BrokenAfterFirst", ratio=2))
+    expander = runs.start(run)
+
+    with pytest.raises(EnvironmentFault, match=r"no shard was committed in 3 rounds.*fails even on a call of fillers"):
+        runs.drive(run, runs.in_process(expander), lambda: [job for job in runs.pending_jobs(run) if job[0]])
+    assert all(receipt.failed == 0 for receipt in run.store.receipts())
+
+
+def test_out_of_memory_halves_the_shape_and_loses_no_row(make_config: MakeConfig) -> None:
+    small = hashes(complete(make_config("Capacity", ratio=2, batch=4, rows=4))[0])
+    run, totals = complete(make_config("Capacity", ratio=2, batch=16, rows=4, name="capacity"))
+
+    assert totals.kept == 40
+    assert hashes(run) == small
+    assert {tuple(receipt.shape) for receipt in run.store.receipts()} == {(4,)}
+
+
+def test_out_of_memory_at_one_row_is_the_environment(make_config: MakeConfig) -> None:
+    run = runs.prepare(make_config("Capacity", ratio=1, rows=0))
+    expander = runs.start(run)
+
+    with pytest.raises(EnvironmentFault, match="out of memory with a single unit"):
+        expander(0)
+    assert run.store.pending(run.plan.n_shards)[0] == 0
+
+
+@pytest.mark.parametrize("method", ["Fake", "Groups", "Redraws", "FractionalRatio", "ClassQuota", "NoiseStart",
+                                    "ClassUniformReferences"])
+def test_regenerating_one_sample_gives_its_hash(make_config: MakeConfig, method: str) -> None:
+    run, _ = complete(make_config(method))
+    expander = runs.start(run)
+    committed = hashes(run)
+
+    for sample_id in list(committed)[::7]:
+        assert expander.regenerate(sample_id).sample_sha256 == committed[sample_id]
+
+
+def test_redraws_keep_full_shapes_and_say_their_attempt(make_config: MakeConfig) -> None:
+    run, totals = complete(make_config("Redraws", ratio=4, share=0.5, last=2))
+    attempts = [row["attempt"] for receipt in run.store.receipts()
+                for row in run.store.data(receipt, ["attempt"]).to_pylist()]
+
+    assert set(attempts) == {0, 1, 2}
+    assert set(refused(run).values()) == {"exhausted"}
+    assert totals.rejected == len(refused(run)) > 0
+    assert totals.pending == 0
+
+
+def test_a_group_shares_its_fate(make_config: MakeConfig) -> None:
+    run, _ = complete(make_config("Groups", ratio=5))
+
+    assert len(hashes(run)) == 100
+
+
+def test_retry_makes_only_what_failed_and_touches_no_old_file(make_config: MakeConfig, image_folder: Path,
+                                                              tmp_path: Path) -> None:
+    reference = hashes(complete(make_config("Fake", ratio=3))[0])
+    broken = tmp_path / "broken"
+    shutil.copytree(image_folder, broken)
+    for name in ("bee/2.png", "dog/0.png"):
+        (broken / name).write_bytes(b"")
+    run, _ = complete(make_config("Fake", ratio=3, name="retried", data={"source": "imagefolder", "path": str(broken)}))
+    before = {path: path.read_bytes() for path in (run.folder / "data").iterdir()}
+    shutil.copy(image_folder / "bee/2.png", broken / "bee/2.png")
+    again = runs.open_run(str(run.folder))
+    totals = runs.drive(again, runs.in_process(runs.start(again)), runs.retry_jobs(again))
+
+    assert (totals.kept, totals.failed, totals.pending) == (57, 3, 0)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    added = {path.name for path in (run.folder / "data").iterdir()} - {path.name for path in before}
+    assert all(name.endswith(".r1.parquet") for name in added)
+    assert len(added) == 2
+    assert hashes(again) == {k: v for k, v in reference.items() if not k.startswith("dog/0.png")}
+
+
+def test_the_budget_ends_the_run_and_keeps_what_is_made(make_config: MakeConfig) -> None:
+    config = make_config("Failing", ratio=2, bad=ROW, sections={"limits": {"max_failed": 0.0}})
+    run = runs.prepare(config)
+
+    with pytest.raises(OverBudget, match=r"1 of 40 rows failed.*sampler_error 1"):
+        runs.drive(run, runs.in_process(runs.start(run)), lambda: runs.pending_jobs(run))
+    assert 0 < run.totals().kept < 40
+
+    _, totals = complete(make_config("Failing", ratio=2, bad=ROW))
+    assert (totals.kept, totals.failed) == (39, 1)
+
+
+def test_a_committed_shard_costs_no_model(make_config: MakeConfig) -> None:
+    run, _ = complete(make_config("Fake", ratio=1))
+    expander = runs.start(run)
+    first = expander(0)
+
+    assert first.attempt == 1
+    assert expander.tools is None
+
+
+def test_odd_seeds_are_noted(make_config: MakeConfig, image_folder: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(image_folder, odd)
+    (odd / "ant/0.png").unlink()
+    Image.new("CMYK", (16, 16), (10, 200, 30, 0)).save(odd / "ant/0.jpg")
+    run, _ = complete(make_config("Fake", ratio=1, data={"source": "imagefolder", "path": str(odd)}))
+    notes = {row["seed_id"]: row["note"] for receipt in run.store.receipts()
+             for row in run.store.data(receipt, ["seed_id", "note"]).to_pylist()}
+
+    assert notes["ant/0.jpg"] == "cmyk"
+    assert notes["ant/1.png"] == ""
+
+
+def test_data_opens_in_datasets_and_pyarrow_with_right_labels(make_config: MakeConfig, tmp_path: Path) -> None:
+    import datasets
+
+    run, _ = complete(make_config("Fake", ratio=2))
+    loaded = datasets.load_dataset("parquet", data_files=str(run.folder / "data/*.parquet"), split="train",
+                                   cache_dir=str(tmp_path / "cache"))
+
+    assert loaded.num_rows == 40
+    assert loaded.features["label"].names == ["ant", "bee", "cat", "dog"]
+    row = loaded[7]
+    assert row["image"].size == (16, 16)
+    assert row["seed_id"].startswith(loaded.features["label"].int2str(row["label"]))
+
+
+def test_a_filler_carries_nothing_of_the_row_it_replaces(make_config: MakeConfig) -> None:
+    seen: list[Draw] = []
+    config = make_config("Fake", ratio=1)
+    run = runs.prepare(config)
+    expander = runs.start(run)
+    plain = fakes.Fake.expand
+
+    class Watching(fakes.Fake):
+        def expand(self, batch, tools):  # type: ignore[no-untyped-def]
+            seen.extend(draw for draw, filler in zip(batch.draws, batch.filler, strict=True) if filler)
+            return plain(self, batch, tools)
+
+    object.__setattr__(expander, "config", config.model_copy(update={"method": Watching(ratio=1)}))
+    expander.regenerate("bee/2.png/0")
+
+    assert len(seen) == 7
+    assert {(draw.seed_id, draw.prompt, draw.target_label) for draw in seen} == {("filler", "", 0)}
+    assert replace(seen[0], sample_id="", copy=0) is not None
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
+
+
+@pytest.mark.parametrize("method", names())
+def test_real_methods_keep_every_hash_alone_resumed_and_beside_a_failure(
+        make_config: MakeConfig, tiny: Path, image_folder: Path, tmp_path: Path, method: str) -> None:
+    """The promise, for every method there is: regenerated alone, in another order, and with a failed batch-mate."""
+    sections = {"prior": {"weights": str(tiny)}, "image": {"size": 16}}
+    fields: dict = {} if method == "classical" else {"steps": 4}
+    run, totals = complete(make_config(method, ratio=2, sections=sections, **fields))
+    committed = hashes(run)
+    assert totals.kept == 40
+
+    expander = runs.start(run)
+    for sample_id in list(committed)[::9]:
+        assert expander.regenerate(sample_id).sample_sha256 == committed[sample_id]
+
+    broken = tmp_path / "broken"
+    shutil.copytree(image_folder, broken)
+    (broken / "bee/2.png").write_bytes(b"not an image")
+    data = {"source": "imagefolder", "path": str(broken)}
+    other = runs.prepare(make_config(method, ratio=2, name="other", data=data, sections=sections, **fields))
+    for shard in reversed(range(other.plan.n_shards)):
+        runs.start(other, expander.tools)(shard)
+    lost = {f"bee/2.png/{copy}" for copy in range(2)} if method != "text2img" else set()
+    assert hashes(other) == {k: v for k, v in committed.items() if k not in lost}
+    assert set(refused(other)) == lost

@@ -1,0 +1,103 @@
+"""Which module may import which. The walk reads every import in the tree, also those inside functions."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "rayexpand"
+
+LOW = {"errors", "rng", "schema"}
+METHODS = {"methods", "core", *LOW}
+MODELS = {"priors", "guides"}
+RUNNING = {"plan", "pixels", "seeds", "store", "config", "blame"}
+ALLOWED: dict[str, set[str]] = {
+    "__init__": set(),
+    "errors": set(),
+    "rng": set(),
+    "schema": {"errors", "rng"},
+    "core": {"core", *LOW},
+    "pixels": LOW,
+    "seeds": {"pixels", *LOW},
+    "priors": {"priors", "core", "seeds", *LOW},
+    "guides": {"core", "seeds", "priors", *LOW},
+    "methods": METHODS,
+    "config": {"methods", "seeds", *LOW},
+    "store": LOW,
+    "blame": {"store", *LOW},
+    "plan": {"config", "methods", "store", *LOW},
+    "estimate": {"config", "seeds", "pixels", *LOW},
+    "expander": {*RUNNING, *MODELS, *METHODS},
+    "run": {"expander", "estimate", "__init__", *RUNNING, *MODELS, *METHODS},
+    "verify": {"run", "plan", "store", *LOW},
+    "status": {"config", "seeds", "store", *LOW},
+    "report": {"card", "config", "pixels", "seeds", "store", "status", *LOW},
+    "card": {"config", "seeds", "store", "status", *LOW},
+    "demo": {"run", "config", "core", "pixels", "seeds", *MODELS, *LOW},
+}
+TOP = {"cli", "__main__"}  # may import everything
+LIGHT = {"errors", "rng", "schema", "pixels", "seeds", "config", "store", "blame", "plan", "estimate", "status", "cli"}
+
+
+def _layer(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0]
+
+
+def _imports(path: Path) -> set[str]:
+    """First names below the package that a module imports, and top-level names of other packages."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            names = ([f"rayexpand.{alias.name}" for alias in node.names] if node.module == "rayexpand"
+                     else [node.module or ""])
+        found |= {".".join(name.split(".")[:2 if name.startswith("rayexpand") else 1]) for name in names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    layer = _layer(path)
+    if layer in TOP:
+        return
+    inside = {name.removeprefix("rayexpand.") for name in _imports(path) if name.startswith("rayexpand.")}
+    inside = {name if (ROOT / name).with_suffix(".py").exists() or (ROOT / name).is_dir() else "__init__"
+              for name in inside}
+
+    assert inside <= ALLOWED[layer], f"{layer} may not import {sorted(inside - ALLOWED[layer])}"
+    assert "ray" not in _imports(path), "ray lives in on_ray/"
+
+
+@pytest.mark.parametrize("module", sorted(LIGHT))
+def test_light_modules_import_without_torch(module: str) -> None:
+    code = (f"import sys, rayexpand.{module}\n"
+            "heavy = {'torch', 'diffusers', 'transformers', 'open_clip', 'ray', 'sklearn', 'matplotlib'}\n"
+            "assert not heavy & set(sys.modules), heavy & set(sys.modules)")
+
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_everything_works_with_ray_blocked(tmp_path: Path) -> None:
+    code = """
+import importlib, pkgutil, sys
+sys.modules["ray"] = None
+import rayexpand
+for module in pkgutil.walk_packages(rayexpand.__path__, "rayexpand."):
+    if not module.name.startswith(("rayexpand.on_ray", "rayexpand.__main__")):
+        importlib.import_module(module.name)
+from rayexpand import run as runs
+from rayexpand.config import load
+config = load("jobs/digits/expand-classical.yaml", [f"out={sys.argv[1]}", "method.ratio=1"])
+run = runs.prepare(config)
+expander = runs.start(run)
+assert expander(0).kept == 20
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT.parent)
