@@ -5,22 +5,28 @@ dead processes at one call: its rows are run one by one, each with a row marker;
 refused, as `timeout` if a deadline ended the last process, else as `actor_died`. A preempted shard leaves one marker
 at a random place, so lost machines never add up to a poisoned row.
 
-The deadline uses faulthandler's watchdog thread, which ends the process even while a C extension holds the GIL.
+The deadline uses faulthandler's watchdog thread, which ends the process even while a C extension holds the GIL. It
+writes a stack trace into a local folder that outlives the process, one file per process and run: that file tells
+`timeout` from `actor_died`, and while its process runs, that it runs. Only processes of the same host can look it up.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import hashlib
+import os
 import socket
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from rayexpand.errors import Interrupted
+from rayexpand.errors import EnvironmentFault, Interrupted
+from rayexpand.files import Files, token_alive
 from rayexpand.schema import Reason
-from rayexpand.store import token_alive
 
 DEAD_CALLS = 2  # dead processes at one call before its rows run one by one
 DEAD_ROWS = 2  # dead processes at one row before it is refused
@@ -39,15 +45,17 @@ class Verdicts:
 
 
 class Blame:
-    def __init__(self, folder: Path, token: str, attempt: int) -> None:
-        self.folder, self.token, self.attempt = folder, token, attempt
+    """Markers in blame/ of a run, as `<shard key>@<call>@<row or all>@<attempt>@<process token>`."""
+
+    def __init__(self, files: Files, token: str, attempt: int) -> None:
+        self.files, self.token, self.attempt = files, token, attempt
         self._trace: IO[str] | None = None
 
     def verdicts(self, shard_key: str) -> Verdicts:
         calls: dict[int, int] = {}
         rows: dict[int, list[str]] = {}
-        for path in self.folder.glob(f"{shard_key}@*"):
-            _, call, row, attempt, token = path.name.split("@", 4)
+        for name in self.files.list("blame", f"{shard_key}@"):
+            _, call, row, attempt, token = name.split("@", 4)
             if not self._dead(int(attempt), token):
                 continue
             if row == "all":
@@ -62,8 +70,8 @@ class Blame:
     def watch(self, shard_key: str, call: int, row: int | None, deadline_s: float) -> Iterator[None]:
         """Marks a call (or one row of it) as running, and ends the process if it outlasts `deadline_s`."""
         who = "all" if row is None else str(row)
-        marker = self.folder / "@".join([shard_key, str(call), who, str(self.attempt), self.token])
-        marker.touch()
+        marker = "blame/" + "@".join([shard_key, str(call), who, str(self.attempt), self.token])
+        self.files.mark(marker)
         if self._trace is None:
             self._trace = open(self._trace_path(self.token), "w")  # noqa: SIM115  (open for the life of the process)
         faulthandler.dump_traceback_later(deadline_s, exit=True, file=self._trace)
@@ -72,27 +80,32 @@ class Blame:
         except ProcessFault:
             raise
         except BaseException:
-            marker.unlink(missing_ok=True)
+            self.files.delete(marker)
             raise
         else:
-            marker.unlink(missing_ok=True)
+            self.files.delete(marker)
         finally:
             faulthandler.cancel_dump_traceback_later()
 
     def clear(self, shard_key: str) -> None:
         """Forgets the dead of a committed shard."""
-        for path in self.folder.glob(f"{shard_key}@*"):
-            _, _, _, attempt, token = path.name.split("@", 4)
+        dead = []
+        for name in self.files.list("blame", f"{shard_key}@"):
+            _, _, _, attempt, token = name.split("@", 4)
             if self._dead(int(attempt), token):
-                path.unlink(missing_ok=True)
-        self.sweep()
+                dead.append(f"blame/{name}")
+        if dead:
+            self.files.delete(*dead)
+            self.sweep()
 
     def sweep(self) -> None:
         """Removes traces of dead processes that no marker needs any more."""
-        needed = {path.name.split("@", 4)[4] for path in self.folder.glob("*@*")}
-        for path in self.folder.glob("*.trace"):
-            if path.stem not in needed and not token_alive(path.stem):
-                path.unlink(missing_ok=True)
+        traces = [path for path in trace_folder(self.files).glob("*.trace") if not token_alive(path.stem)]
+        if traces:
+            needed = {name.split("@", 4)[4] for name in self.files.list("blame") if "@" in name}
+            for path in traces:
+                if path.stem not in needed:
+                    path.unlink(missing_ok=True)
 
     def close(self) -> None:
         if self._trace is not None:
@@ -113,4 +126,22 @@ class Blame:
         return Reason.TIMEOUT if timed_out else Reason.ACTOR_DIED
 
     def _trace_path(self, token: str) -> Path:
-        return self.folder / f"{token}.trace"
+        return trace_folder(self.files) / f"{token}.trace"
+
+
+def trace_folder(files: Files) -> Path:
+    """The folder of this host and user for traces of a run. Raises EnvironmentFault if it is somebody else's."""
+    user = Path(tempfile.gettempdir(), f"rayexpand-traces-{os.getuid()}")
+    user.mkdir(mode=0o700, exist_ok=True)
+    found = user.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise EnvironmentFault(f"{user} is not a folder of this user; remove it, or set TMPDIR to another place")
+    root = files.root if isinstance(files.root, str) else str(files.root.resolve())
+    folder = user / hashlib.sha256(root.encode()).hexdigest()[:16]
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def running_here(files: Files) -> int:
+    """Sampler processes of a run alive on this host: each keeps a trace from its first sampler call to its end."""
+    return sum(token_alive(path.stem) for path in trace_folder(files).glob("*.trace"))

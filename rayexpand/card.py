@@ -29,8 +29,8 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000
 _ESCAPES = str.maketrans({**{c: f"\\{c}" for c in "\\`*_[]|#~"}, "<": "&lt;", ">": "&gt;", "&": "&amp;"})
 
 
-def write_card(folder: str | Path, *, license_id: str | None = None) -> Path:
-    """Writes README.md into a run folder and returns its path.
+def write_card(folder: str | Path, *, license_id: str | None = None) -> Path | str:
+    """Writes README.md into a run folder and returns its path or URL.
 
     `license_id` is a Hugging Face license identifier; without one the card says that the license is unknown. Raises
     UsageError if there is no run, EnvironmentFault if the card cannot be written.
@@ -45,7 +45,7 @@ def write_card(folder: str | Path, *, license_id: str | None = None) -> Path:
         listed=lines if len(lines) <= ALL_CLASSES else [], license_id=license_id, promise=PROMISE,
         gpu_caveat=GPU_CAVEAT, stacks=view.stacks, source=_fields(view.run["config"]["data"]),
         settings=_fields(view.run["config"]["method"]), config=yaml.safe_dump(view.run["config"], sort_keys=False))
-    return write_page(Path(folder) / "README.md", text)
+    return write_page(view.files, "README.md", text)
 
 
 def size_category(rows: int) -> str:

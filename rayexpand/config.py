@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
+from rayexpand import seeds
 from rayexpand.errors import ConfigError
 from rayexpand.methods import load_method, method_class
 from rayexpand.schema import Method
@@ -76,6 +77,18 @@ class RuntimeConfig(Section):
     io_threads: int = Field(2, ge=1, description="threads that decode ahead and encode behind the sampler")
 
 
+class ClusterConfig(Section):
+    address: str | None = Field(None, description="Ray cluster to join (auto, or host:port); null: RAY_ADDRESS, the "
+                                "cluster of the job this runs in, or a cluster of our own on this machine")
+    actors: int | None = Field(None, ge=1, description="sampler processes; a fixed pool is what an autoscaler is asked "
+                               "for. null: as many as the cluster holds now")
+    cpus_per_actor: float = Field(1.0, ge=0, description="CPUs each of them reserves")
+    gpus_per_actor: float | None = Field(None, ge=0, description="GPUs each reserves, fractions share one; null: 1 for "
+                                         "methods with models where the cluster has GPUs, else 0")
+    resources: dict[str, float] = Field({}, description="custom resources each reserves")
+    label_selector: dict[str, str] = Field({}, description="labels a node must have, e.g. {ray.io/market-type: spot}")
+
+
 class EstimateConfig(Section):
     seeds: int | None = Field(None, ge=1, description="seed count to assume where the data is not on this machine")
     images_per_second: float | None = Field(None, gt=0, description="measured images/s of one GPU (or one CPU process)")
@@ -99,6 +112,7 @@ class RunConfig(Section):
     limits: LimitsConfig = LimitsConfig()
     store: StoreConfig = StoreConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    cluster: ClusterConfig = ClusterConfig()
     estimate: EstimateConfig = EstimateConfig()
 
     @field_serializer("method")
@@ -111,19 +125,30 @@ class RunConfig(Section):
 
 
 # The device and its attention kernels are in the stack fingerprint of every receipt instead.
-OPERATIONAL = ("name", "out", "limits", "store", "runtime", "estimate", "prior.device", "prior.attention",
+OPERATIONAL = ("name", "out", "limits", "store", "runtime", "cluster", "estimate", "prior.device", "prior.attention",
                "prior.channels_last", "prior.compile")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error instead of a silent choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [str(key) for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.YAMLError(f"{', '.join(twice)} is given twice (line {node.start_mark.line + 1} and below)")
+        return super().construct_mapping(node, deep)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Configuration of a YAML file with `a.b=value` overrides (values are YAML too). Raises ConfigError."""
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read ({error.strerror}); give the path of a YAML file such as "
                                       "jobs/digits/expand-img2img.yaml"]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [f"is not YAML: {error}"]) from error
+        tabs = "; indent with spaces, not tabs" if "\\t" in str(error) else ""
+        raise ConfigError(str(path), [f"is not YAML: {error}{tabs}"]) from error
     if not isinstance(raw, dict):
         raise ConfigError(str(path), ["holds no mapping at its top; expected sections such as name, data, method"])
     return parse(override(raw, overrides), str(path))
@@ -142,7 +167,8 @@ def parse(raw: Mapping[str, Any], where: str = "configuration") -> RunConfig:
     method = raw.get("method")
     loaded: Method | None = None
     if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
-        problems.append("method.name: is missing; name a method, for example `method: {name: img2img}`")
+        wanted = method if isinstance(method, str) else "img2img"
+        problems.append(f"method.name: is missing; write `method: {{name: {wanted}}}`")
     else:
         try:
             loaded = load_method(method["name"], {k: v for k, v in method.items() if k != "name"})
@@ -153,10 +179,18 @@ def parse(raw: Mapping[str, Any], where: str = "configuration") -> RunConfig:
     try:
         config = RunConfig(**{**{str(k): v for k, v in raw.items()}, "method": loaded})
     except ValidationError as error:
-        raise ConfigError(where, _lines(error, RunConfig, "") + problems) from error
+        raise ConfigError(where, _lines(error, RunConfig, "") + problems + _data_problems(raw)) from error
     if problems:
-        raise ConfigError(where, problems)
+        raise ConfigError(where, problems + seeds.check(config.data))
     return config
+
+
+def _data_problems(raw: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the place of the data, where that section itself is sound."""
+    try:
+        return seeds.check(DataConfig(**raw["data"]))
+    except (KeyError, TypeError, ValidationError):
+        return []
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
@@ -226,8 +260,13 @@ def _lines(error: ValidationError, model: Any, prefix: str) -> list[str]:
             lines.append(f"{dotted}: unknown field, {hint}")
         elif problem["type"] == "missing":
             lines.append(f"{dotted}: is required and missing")
+        elif problem["type"] in ("model_type", "dict_type", "model_attributes_type"):
+            lines.append(f"{dotted}: must be a section with fields, such as {{{_known_fields(model, loc)[0]}: ...}}, "
+                         f"got {problem['input']!r}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "string_pattern_mismatch":
+                message = "may hold letters, digits, '.', '_' and '-', and must start with a letter or digit"
             shown = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
             lines.append(f"{dotted.rstrip('.')}: {message}{shown}")
     return lines

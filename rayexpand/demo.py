@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from rayexpand import run as runs
@@ -63,8 +64,17 @@ def standard_error(values: list[float]) -> float:
     return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
-def demo(out: Path, progress: Progress) -> DemoResult:
+def demo(out: Path | str, progress: Progress) -> DemoResult:
     """Runs the demo below `out`; what is there already is used again, not made again."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # accuracies depend on it, and on small models a second thread only spins
+    try:
+        return _demo(out, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _demo(out: Path | str, progress: Progress) -> DemoResult:
     started = time.perf_counter()
     cached = digits.ensure(progress)
     test_images, test_labels = digits_split()["test"]
@@ -95,7 +105,7 @@ def demo(out: Path, progress: Progress) -> DemoResult:
                       made / making if making else 0.0, time.perf_counter() - started, folders, measured)
 
 
-def _config(out: Path, subset: int, empty: bool) -> RunConfig:
+def _config(out: Path | str, subset: int, empty: bool) -> RunConfig:
     # The empty prompt keeps the label only at moderate strength: at 0.9 nothing of the digit is left to label.
     method = {"name": "img2img", "ratio": RATIO, "steps": 10, "guidance_scale": 2.0,
               "prompt": "" if empty else "a photo of a {name}", "strength": 0.5 if empty else 0.9}

@@ -22,6 +22,7 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_OVER_BUDGET = 3
 EXIT_DIGEST = 4
+EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h: a fault of this package
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h
 
 

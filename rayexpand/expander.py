@@ -48,6 +48,8 @@ from rayexpand.schema import (
 from rayexpand.seeds import SeedReader
 from rayexpand.store import Store, failpoint
 
+Slots = Sequence[Draw | None]
+
 _DETAIL_CHARS = 500
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
 _GREY = 128
@@ -94,6 +96,13 @@ class Expander:
         self._run(work, {sample_id})
         (sample,) = self._collect(work, {sample_id})
         return sample
+
+    def batches(self, shard_id: int) -> list[Batch]:
+        """What the sampler would get for a shard, decoded and ready; rows whose seed cannot be read are fillers."""
+        work = self._start(shard_id, 0)
+        calls = pack(work.units, self.config.method, self.plan.batch)
+        work.images.ahead(*calls)
+        return [self._batch(work, replace(call, slots=self._sound(work, call)[0])) for call in calls]
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -149,26 +158,34 @@ class Expander:
 
     def _run_call(self, work: _Work, call: Call) -> None:
         """Decides every row of a call, or queues its redraw."""
-        slots = list(call.slots)
-        for start in range(0, len(slots), call.unit):
-            unit = slots[start:start + call.unit]
-            if fault := self._known_fault(work, unit):
-                self._refuse(work, unit, fault)
-                slots[start:start + call.unit] = [None] * call.unit
+        slots, faulty = self._sound(work, call)
+        for unit, fault in faulty:
+            self._refuse(work, unit, fault)
         if call.number in work.blamed_calls:
             for start in range(0, len(slots), call.unit):
                 self._attempt(work, replace(call, slots=_keep(slots, range(start, start + call.unit))), alone=True)
         else:
-            self._attempt(work, replace(call, slots=tuple(slots)))
+            self._attempt(work, replace(call, slots=slots))
 
-    def _refuse(self, work: _Work, unit: Sequence[Draw | None], fault: RowFault) -> None:
+    def _refuse(self, work: _Work, unit: Slots, fault: RowFault) -> None:
         for draw in unit:
             if draw is not None:
                 work.results[draw.sample_id] = self._pool.submit(
                     self._finish, draw, None, Reason(fault.reason), fault.detail[:_DETAIL_CHARS], {},
                     work.images.note(draw.seed_id))
 
-    def _known_fault(self, work: _Work, unit: Sequence[Draw | None]) -> RowFault | None:
+    def _sound(self, work: _Work, call: Call) -> tuple[tuple[Draw | None, ...], list[tuple[Slots, RowFault]]]:
+        """The slots with fillers for units that cannot be sampled, and those units with their faults."""
+        slots = list(call.slots)
+        faulty: list[tuple[Slots, RowFault]] = []
+        for start in range(0, len(slots), call.unit):
+            unit = call.slots[start:start + call.unit]
+            if fault := self._known_fault(work, unit):
+                faulty.append((unit, fault))
+                slots[start:start + call.unit] = [None] * call.unit
+        return tuple(slots), faulty
+
+    def _known_fault(self, work: _Work, unit: Slots) -> RowFault | None:
         for draw in unit:
             if draw is None:
                 continue
@@ -234,7 +251,8 @@ class Expander:
         batch = self._batch(work, call)
         row = next((draw.row for draw in call.slots if draw), None) if alone else None
         limits = self.config.limits
-        tools = self._loaded(work.clock)
+        with work.clock.phase("load"):
+            tools = self.loaded()
         deadline = limits.deadline_s if self._calls_made else limits.first_deadline_s
         with self.blame.watch(work.key, call.number, row, deadline), work.clock.phase("sample"):
             failpoint("before_call", work.shard_id)
@@ -311,10 +329,10 @@ class Expander:
 
     # Models and images -------------------------------------------------------------------------------------------
 
-    def _loaded(self, clock: _Clock) -> Tools:
+    def loaded(self) -> Tools:
+        """The models of the method, loaded at the first call."""
         if self.tools is None:
-            with clock.phase("load"):
-                self.tools = load_tools(self.config, self.plan.index.classes)
+            self.tools = load_tools(self.config, self.plan.index.classes)
         return self.tools
 
     @cached_property
@@ -472,6 +490,7 @@ def stack_fingerprint(config: RunConfig) -> dict[str, str]:
               "cpu": torch.backends.cpu.get_cpu_capability(), "torch_threads": str(config.runtime.torch_threads)}
     if "prior" in config.method.needs():
         on_gpu = config.prior.device.startswith("cuda") or (config.prior.device == "auto" and torch.cuda.is_available())
-        facts |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "dtype": config.prior.dtype,
+        facts |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu",
+                  "dtype": {"auto": "bfloat16" if on_gpu else "float32"}.get(config.prior.dtype, config.prior.dtype),
                   "attention": config.prior.attention, "compile": str(config.prior.compile)}
     return facts

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from rayexpand.config import RunConfig, digest
 from rayexpand.errors import UsageError
+from rayexpand.files import Files
 from rayexpand.rng import PlanRng, RowRng
 from rayexpand.schema import SEED_INDEX, ClassTable, Draw, Method, SeedIndex
-from rayexpand.store import LocalFiles, create_once, parquet_bytes
+from rayexpand.store import create_once, parquet_bytes, read_table
 
 MAX_SHARDS = 50_000  # more small files than this make listing and the Ray driver slow
 
@@ -178,9 +178,9 @@ def plan_digest(plan: Plan) -> str:
     return hasher.hexdigest()
 
 
-def write_plan(plan: Plan, files: LocalFiles, folder: str) -> None:
+def write_plan(plan: Plan, files: Files, folder: str) -> None:
     """Publishes a plan below `folder`; two writers of one plan write the same things."""
-    (files.root / folder).mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     table = plan.index.table.append_column("copies", pa.array(plan.copies)).append_column("shard", pa.array(plan.shard))
     content = parquet_bytes(table, plan.index.table.schema.metadata or {}, row_group=1 << 18)
     files.publish(f"{folder}/seeds.parquet", content, "index")
@@ -189,12 +189,12 @@ def write_plan(plan: Plan, files: LocalFiles, folder: str) -> None:
                                                "seeds": len(plan.index)}, "plan")
 
 
-def read_plan(config: RunConfig, files: LocalFiles, folder: str) -> Plan | None:
+def read_plan(config: RunConfig, files: Files, folder: str) -> Plan | None:
     """The plan below `folder`, None where it was never finished."""
     if files.read(f"{folder}/plan.json") is None:
         return None
-    table = pq.read_table(files.root / folder / "seeds.parquet")
-    classes = ClassTable.from_arrow(pq.read_table(files.root / folder / "classes.parquet"))
+    table = read_table(files, f"{folder}/seeds.parquet")
+    classes = ClassTable.from_arrow(read_table(files, f"{folder}/classes.parquet"))
     index = SeedIndex(table.select(SEED_INDEX.names), classes)
     counts = json.loads(files.read(f"{folder}/plan.json") or b"{}")
     plan = Plan(index, config.method, config.seed, config.sampler.batch, table["copies"].to_numpy(),

@@ -18,7 +18,6 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
@@ -36,6 +35,7 @@ from rayexpand.status import (
     view_run,
     write_page,
 )
+from rayexpand.store import read_table
 
 SHEET_CLASSES, SHEET_SAMPLES = 8, 8
 REFUSED_ROWS, REFUSED_PER_REASON = 12, 4
@@ -66,8 +66,8 @@ class SheetRow:
     samples: tuple[Picture, ...]
 
 
-def write_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None) -> Path:
-    """Writes report.html into a run folder and returns its path.
+def write_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None) -> Path | str:
+    """Writes report.html into a run folder and returns its path or URL.
 
     `demo` adds a section at the top: {"arms": {name: {"accuracies": [...], "mean": x, "se": x}}, "controls": {name: x},
     "gain": x, "gain_se": x, "note": sentence}, with accuracies (one per training) as fractions. Raises UsageError if
@@ -83,7 +83,7 @@ def write_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None) -
         mixed=len(view.stacks) > 1, promise=PROMISE, gpu_caveat=GPU_CAVEAT, attempts=_attempts(view),
         commands=_commands(view, str(folder)), busy_seconds=sum(map(shard_seconds, view.receipts)),
         written=datetime.now(UTC).timestamp())
-    return write_page(Path(folder) / "report.html", page)
+    return write_page(view.files, "report.html", page)
 
 
 # Numbers -------------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def _attempts(view: RunView) -> list[dict[str, Any]]:
     """What each start committed, with its share of all rows decided so far."""
     decided = max(view.totals.planned - view.totals.pending, 1)
     lines = []
-    for attempt in view.attempts:
+    for attempt in view.attempts():
         mine = [r for r in view.receipts if r.attempt == attempt["attempt"]]
         rows = sum(r.kept + r.rejected + r.failed for r in mine)
         lines.append({**attempt, "shards": len(mine), "rows": rows, "share": min(rows / decided, 1.0),
@@ -168,7 +168,7 @@ def _contact_sheet(view: RunView, classes: ClassTable) -> list[SheetRow]:
     seed_pictures = _seed_pictures(view, [seed_id for _, seed_id, _ in chosen])
     rows = []
     for (_, seed_id, receipt), seed in zip(chosen, seed_pictures, strict=True):
-        found = _rows(view.folder / "data" / receipt.data_file, "seed_id", [seed_id]).sort_by("copy").to_pylist()
+        found = _rows(view, f"data/{receipt.data_file}", "seed_id", seed_id).sort_by("copy").to_pylist()
         samples = tuple(_picture((sample["image"] or {}).get("bytes"), _about(sample),
                                  _name(classes, sample["label"]) if sample["label"] != sample["source_label"] else "")
                         for sample in found[:SHEET_SAMPLES])
@@ -181,30 +181,30 @@ def _refused_rows(view: RunView, classes: ClassTable) -> list[dict[str, Any]]:
     latest = {receipt.shard_id: receipt.generation for receipt in view.receipts}
     by_reason: dict[str, list[tuple[str, Receipt]]] = {}
     for receipt in _spread([r for r in view.receipts if r.side_file], FILES_SEARCHED):
-        path = view.folder / "rejected" / receipt.side_file
-        for row in pq.read_table(path, columns=["sample_id", "status", "reason"]).to_pylist():
+        side = read_table(view.files, f"rejected/{receipt.side_file}", ["sample_id", "status", "reason"])
+        for row in side.to_pylist():
             retried = row["status"] == Status.FAILED and receipt.generation < latest[receipt.shard_id]
             if not retried and len(rows := by_reason.setdefault(row["reason"], [])) < REFUSED_PER_REASON:
                 rows.append((row["sample_id"], receipt))
     turns = [rows[i] for i in range(REFUSED_PER_REASON) for rows in by_reason.values() if i < len(rows)]
     lines = []
     for sample_id, receipt in turns[:REFUSED_ROWS]:
-        (row,) = _rows(view.folder / "rejected" / receipt.side_file, "sample_id", [sample_id]).to_pylist()
+        (row,) = _rows(view, f"rejected/{receipt.side_file}", "sample_id", sample_id).to_pylist()
         picture = _picture((row["image"] or {}).get("bytes"), _about(row))
         lines.append({**row, "picture": picture, "class": _name(classes, row["label"])})
     return sorted(lines, key=lambda line: (line["status"], line["reason"]))
 
 
-def _rows(path: Path, column: str, values: list[str]) -> pa.Table:
-    """Whole rows of a Parquet file where `column` is one of `values`; other row groups are not read."""
-    return pq.read_table(path, filters=pc.field(column).isin(values))
+def _rows(view: RunView, name: str, column: str, value: str) -> pa.Table:
+    """Whole rows of a Parquet file where `column` is `value`; other row groups are not read."""
+    return read_table(view.files, name, rows=pc.field(column) == value)
 
 
 def _seed_pictures(view: RunView, seed_ids: list[str]) -> list[Picture]:
     """Pictures of seeds; grey boxes where the seed dataset cannot be read from here."""
     try:
         data = seeds.DataConfig.model_validate(view.run["config"]["data"])
-        table = pq.read_table(view.folder / view.run["plan"] / "seeds.parquet").select(SEED_INDEX.names)
+        table = read_table(view.files, f"{view.run['plan']}/seeds.parquet").select(SEED_INDEX.names)
         reader = seeds.SeedReader(SeedIndex(table, read_classes(view)), data)
         rows = [pc.index(table["seed_id"], pa.scalar(seed_id)).as_py() for seed_id in seed_ids]
         found = reader.read(rows)

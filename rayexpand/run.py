@@ -18,16 +18,37 @@ from typing import Any
 from rayexpand import __version__, seeds
 from rayexpand.blame import Blame
 from rayexpand.config import RunConfig, differences, digest, override, parse, resolved, semantic
-from rayexpand.errors import ConfigError, DigestMismatch, EnvironmentFault, ModelError, OverBudget, UsageError
+from rayexpand.errors import (
+    ConfigError,
+    DigestMismatch,
+    EnvironmentFault,
+    ModelError,
+    OverBudget,
+    StorageError,
+    UsageError,
+)
 from rayexpand.estimate import Measured, measure
 from rayexpand.expander import Expander
+from rayexpand.files import Files
 from rayexpand.plan import Plan, make_plan, plan_digest, read_plan, write_plan
-from rayexpand.priors import check_size, inspect_prior, prior_hash
+from rayexpand.priors import PriorFacts, check_size, inspect_prior, prior_hash
 from rayexpand.schema import Receipt, Tools
-from rayexpand.store import LocalFiles, Store, Totals, create_once, failpoint, new_attempt, process_token, totals
+from rayexpand.store import (
+    Store,
+    Totals,
+    create_once,
+    first_look,
+    is_url,
+    new_attempt,
+    open_files,
+    process_token,
+    read_facts,
+    totals,
+)
 
 WAVE = 20_000  # shards handed out before pending() is asked again
 BARREN_WAVES = 3  # waves without a commit before the run gives up for now
+ROLL_UP_EVERY = 500  # commits after which their receipts become one file
 FAULTS_IN_A_ROW = 3  # environment faults of one process before it stops taking shards
 
 Job = tuple[int, int]  # shard id, generation
@@ -37,71 +58,104 @@ ExpandWave = Callable[[Sequence[Job]], Iterator[Receipt | EnvironmentFault]]
 @dataclass(frozen=True)
 class Run:
     config: RunConfig
-    files: LocalFiles
+    files: Files
     store: Store
     plan: Plan
     facts: dict[str, Any]  # run.json
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Path | str:
+        """Where the run lies: a path, or the URL of an object store."""
         return self.files.root
 
     def totals(self) -> Totals:
         return totals(self.plan.planned, self.store.receipts())
 
 
-def preflight(config: RunConfig) -> list[str]:
-    """Everything wrong that can be known without loading a model or listing the dataset, one line each."""
+def preflight(config: RunConfig, *, device_here: bool = True) -> list[str]:
+    """Everything wrong that can be known without loading a model or listing the dataset, one line each.
+
+    `device_here`: the sampler will run in this process, so its device must be here too.
+    """
     problems = seeds.check(config.data)
     needs = config.method.needs()
     if "prior" in needs:
         try:
             facts = inspect_prior(config.prior.weights)
-            check_size(facts, config.image.size or facts.image_size)
         except ModelError as error:
             problems.append(f"prior.weights: {error}")
+        else:
+            problems += _size_problems(facts, config)
         if config.image.fit == "none":
             problems.append(f"image.fit: 'none' keeps each image's own size, but {config.method.name} samples squares; "
                             "use crop, center or squash")
-    if config.prior.device.startswith("cuda") and needs & {"prior", "guide"}:
+    if device_here and config.prior.device.startswith("cuda") and needs & {"prior", "guide"}:
         import torch
 
         if not torch.cuda.is_available():
             problems.append(f"prior.device: {config.prior.device} asked for, but torch sees no CUDA device here; "
                             "use auto or cpu")
+    return problems + _out_problems(config)
+
+
+def _out_problems(config: RunConfig) -> list[str]:
+    if is_url(config.folder):
+        try:
+            open_files(config.folder)
+        except StorageError as error:
+            return [f"out: {error}"]
+        return []
     out = Path(config.out)
     while not out.exists() and out != out.parent:
         out = out.parent
-    if not out.is_dir() or not os.access(out, os.W_OK | os.X_OK):
-        problems.append(f"out: {config.folder} cannot be created, because {out} is not a folder this user may write "
-                        "to; choose another `out`")
-    return problems
+    if out.is_dir() and os.access(out, os.W_OK | os.X_OK):
+        return []
+    return [f"out: {config.folder} cannot be created, because {out} is not a folder this user may write to; choose "
+            "another `out`"]
+
+
+def bench_file(config: RunConfig) -> Path:
+    """Where `bench` keeps its figures: beside the run folder, or here where that is in an object store."""
+    return Path(f"{config.name}.bench.json" if is_url(config.out) else f"{config.folder}.bench.json")
 
 
 def measured(config: RunConfig) -> Measured | None:
-    """Throughput and size of what this run has committed so far, None before its first start."""
-    if not Path(config.folder, "run.json").exists():
-        return None
+    """Throughput and size of what this run has committed so far; before its first start, what `bench` measured."""
+    if first_look(open_files(config.folder)) is None:
+        try:
+            found = json.loads(bench_file(config).read_text())
+        except FileNotFoundError:
+            return None
+        return Measured(found["images_per_second"], found["bytes_per_image"])
     run = open_run(config.folder)
-    return measure(list(run.store.receipts()), sum(path.stat().st_size for path in (run.folder / "data").iterdir()))
+    data = run.files.entries("data")
+    return measure(list(run.store.receipts(data)), sum(entry.size for entry in data.values()))
 
 
-def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None = None) -> Run:
-    """Creates the run folder, or opens it if it is the same run.
+def _size_problems(facts: PriorFacts, config: RunConfig) -> list[str]:
+    try:
+        check_size(facts, config.image.size or facts.image_size)
+    except ModelError as error:
+        return [f"image.size: {error}"]
+    return []
 
-    Raises ConfigError (all problems at once), StorageError, or DigestMismatch with the fields that differ.
+
+def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None = None, *,
+            device_here: bool = True, where: str = "") -> Run:
+    """Creates the run folder, or opens it if it is the same run. `where` names the configuration in errors.
+
+    Raises ConfigError (all problems at once), SeedDataError, StorageError, or DigestMismatch with the fields that
+    differ; nothing is created before the dataset is known to be sound.
     """
-    if problems := preflight(config):
-        raise ConfigError(config.name, problems)
-    files = LocalFiles(config.folder, single_writer=config.store.single_writer)
+    if problems := preflight(config, device_here=device_here):
+        raise ConfigError(where or config.name, problems)
+    files = open_files(config.folder, single_writer=config.store.single_writer)
+    plan = None if first_look(files) else make_plan(seeds.build_index(config.data), config)
     files.probe()
     files.sweep()
     models = model_hashes(config, on_model)
-    found = files.read("run.json")
-    if found is None:
-        plan = make_plan(seeds.build_index(config.data), config)
+    if plan is not None:
         facts = _facts(config, plan, models)
-        failpoint("before_plan_folder")
         write_plan(plan, files, facts["plan"])
         create_once(files, "run.json", facts, "run")
     return _open(config, files, models)
@@ -111,19 +165,27 @@ def open_run(folder: str, overrides: Sequence[str] = ()) -> Run:
     """The run in an existing folder, with the configuration it was created with and `a.b=value` overrides of
     operational fields. Raises UsageError, or DigestMismatch for an override of any other field.
     """
-    files = LocalFiles(folder)
-    facts = _read_facts(files)
-    path = Path(folder).absolute()
-    raw = {**facts["config"], "out": str(path.parent), "name": path.name}
-    config = parse(override(raw, overrides), f"{folder}/run.json")
-    return _open(config, LocalFiles(folder, single_writer=config.store.single_writer), facts["models"])
+    facts = read_facts(open_files(folder))
+    out, _, name = (folder if is_url(folder) else str(Path(folder).absolute())).rstrip("/").rpartition("/")
+    config = parse(override({**facts["config"], "out": out or "/", "name": name}, overrides), f"{folder}/run.json")
+    return _open(config, open_files(folder, single_writer=config.store.single_writer), facts["models"])
+
+
+def begin(run: Run) -> int:
+    """Registers a start of the run and returns its number."""
+    return new_attempt(run.files, {"host": socket.gethostname(), "pid": os.getpid(), "token": process_token(),
+                                   "version": __version__})
 
 
 def start(run: Run, tools: Tools | None = None, on_rows: Callable[[int], None] = lambda n: None) -> Expander:
     """Registers an attempt and returns the Expander that works for it in this process."""
-    attempt = new_attempt(run.files, {"host": socket.gethostname(), "pid": os.getpid(), "token": process_token(),
-                                      "version": __version__})
-    blame = Blame(run.folder / "blame", process_token(), attempt)
+    return expander_of(run, begin(run), tools, on_rows)
+
+
+def expander_of(run: Run, attempt: int, tools: Tools | None = None,
+                on_rows: Callable[[int], None] = lambda n: None) -> Expander:
+    """An Expander of this process for an attempt that has begun."""
+    blame = Blame(run.files, process_token(), attempt)
     blame.sweep()
     return Expander(run.config, run.plan, run.store, blame, tools=tools, on_rows=on_rows)
 
@@ -155,6 +217,8 @@ def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, t
     done, for a retry starts over its budget), and EnvironmentFault after three waves without a commit.
     """
     receipts = {(r.shard_id, r.generation): r for r in run.store.receipts()}
+    run.store.roll_up(ROLL_UP_EVERY)
+    made = 0
     barren, cause = 0, EnvironmentFault("no shard could be started")
     while todo := jobs()[:WAVE]:
         if not to_the_end:
@@ -166,11 +230,14 @@ def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, t
                 continue
             committed += 1
             receipts[outcome.shard_id, outcome.generation] = outcome
+            if (made := made + 1) % ROLL_UP_EVERY == 0:
+                run.store.roll_up()
             if not to_the_end:
                 check_budget(run, receipts)
         barren = 0 if committed else barren + 1
         if barren == BARREN_WAVES:
             raise EnvironmentFault(f"no shard was committed in {BARREN_WAVES} rounds; last cause: {cause}") from cause
+    run.store.roll_up()
     return check_budget(run, receipts)
 
 
@@ -215,8 +282,9 @@ def check_budget(run: Run, receipts: dict[Job, Receipt]) -> Totals:
         listed = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items(), key=lambda item: -item[1])[:5])
         raise OverBudget(
             f"{counts.failed} of {run.plan.planned} rows failed, more than limits.max_failed = "
-            f"{run.config.limits.max_failed:g} allows ({listed}). Everything made so far is kept in {run.folder}. Look "
-            f"at rejected/*.parquet, then continue with --set limits.max_failed=<share>.")
+            f"{run.config.limits.max_failed:g} allows ({listed}). Everything made so far is kept in {run.folder}, and "
+            f"its report.html shows the refused rows. Repair their seeds and run `rayexpand retry {run.folder}`, or go "
+            f"on with --set limits.max_failed=<share>.")
     return counts
 
 
@@ -241,8 +309,8 @@ def _facts(config: RunConfig, plan: Plan, models: dict[str, str]) -> dict[str, A
             "seeds": len(plan.index), "classes": len(plan.index.classes), "models": models}
 
 
-def _open(config: RunConfig, files: LocalFiles, models: dict[str, str]) -> Run:
-    facts = _read_facts(files)
+def _open(config: RunConfig, files: Files, models: dict[str, str]) -> Run:
+    facts = read_facts(files)
     before = {**semantic(parse(facts["config"], "run.json")), "models": facts["models"]}
     changed = differences(before, {**semantic(config), "models": models})
     if changed:
@@ -252,15 +320,7 @@ def _open(config: RunConfig, files: LocalFiles, models: dict[str, str]) -> Run:
     return Run(config, files, Store(files, facts["run_digest"]), _read_plan(config, files, facts), facts)
 
 
-def _read_facts(files: LocalFiles) -> dict[str, Any]:
-    text = files.read("run.json")
-    if text is None:
-        raise UsageError(f"{files.root} is not a run folder (no run.json). Give the folder that `expand` printed, "
-                         "<out>/<name>.")
-    return json.loads(text)
-
-
-def _read_plan(config: RunConfig, files: LocalFiles, facts: dict[str, Any]) -> Plan:
+def _read_plan(config: RunConfig, files: Files, facts: dict[str, Any]) -> Plan:
     plan = read_plan(config, files, facts["plan"])
     if plan is None:
         raise UsageError(f"{files.root}/{facts['plan']} is missing or incomplete, so the run cannot go on. Restore "

@@ -114,8 +114,8 @@ class ClassTable:
 
 
 # The seed index: one row per seed, made once per run. `file` indexes the list of files kept in the schema metadata
-# under b"files" (JSON); `group`, `offset` locate a row inside a parquet file (-1 for one image per file); `fault` is ""
-# or the Reason known from listing alone (duplicate_id, bad_label, missing, unsafe_path).
+# under b"files" (JSON); `group`, `offset` locate a row inside its file, each layout in its way (-1 for one image per
+# file); `fault` is "" or the Reason known from listing alone (duplicate_id, bad_label, missing, unsafe_path).
 SEED_INDEX = pa.schema([("seed_id", pa.string()), ("label", pa.int32()), ("file", pa.int32()), ("member", pa.string()),
                         ("group", pa.int32()), ("offset", pa.int32()), ("fault", pa.string())])
 

@@ -8,23 +8,21 @@ a local disk `read_status` takes about half a second (measured, 13,000 receipts 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
+from rayexpand.blame import running_here
 from rayexpand.errors import EnvironmentFault, UsageError
+from rayexpand.files import Files, each
 from rayexpand.schema import ClassTable, Reason, Receipt, Status
-from rayexpand.store import LocalFiles, Store, Totals, token_alive, totals
+from rayexpand.store import Store, Totals, open_files, read_facts, read_table, totals
 
 _WINDOW_SHARDS = 5  # the rate looks back over five typical shard times
 
@@ -33,11 +31,20 @@ _WINDOW_SHARDS = 5  # the rate looks back over five typical shard times
 class RunView:
     """What is on disk of one run at one moment."""
 
-    folder: Path
     run: dict[str, Any]  # run.json
     receipts: tuple[Receipt, ...]  # by shard, then generation
-    attempts: tuple[dict[str, Any], ...]  # in order
+    committed: dict[str, float]  # data file -> modification time, unix seconds
     store: Store
+
+    @property
+    def files(self) -> Files:
+        return self.store.files
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Every start of the run in order; reads one small file for each."""
+        names = sorted(name for name in self.files.list("attempts") if name.endswith(".json"))
+        texts = each(self.files, self.files.read, [f"attempts/{name}" for name in names])
+        return [json.loads(text) for text in texts if text is not None]
 
     @property
     def totals(self) -> Totals:
@@ -104,27 +111,20 @@ class RunStatus:
 
 
 def view_run(folder: str | Path) -> RunView:
-    """The run below `folder`. Raises UsageError if there is none, DigestMismatch if a data file is of another run."""
-    path = Path(folder)
-    try:
-        run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(f"{path}: there is no run here (no run.json). Give the folder of a run, <out>/<name> of its "
-                         "configuration, or start one with `rayexpand expand`.") from error
-    except OSError as error:
-        raise UsageError(f"{path / 'run.json'}: cannot be read ({error.strerror}). Give this user the right to read "
-                         "the run folder.") from error
-    except ValueError as error:
-        raise UsageError(f"{path / 'run.json'}: is not JSON ({error}). Restore it from a copy; the data files beside "
-                         "it are whole.") from error
-    store = Store(LocalFiles(path), run["run_digest"])
-    return RunView(path, run, tuple(store.receipts()), _attempts(path), store)
+    """The run in `folder`, a path or a URL. Raises UsageError if there is none, StorageError if its store refuses,
+    DigestMismatch if a data file is of another run.
+    """
+    files = open_files(folder)
+    run = read_facts(files)
+    store = Store(files, run["run_digest"])
+    data = {name: entry.modified for name, entry in files.entries("data").items() if name.endswith(".parquet")}
+    return RunView(run, tuple(store.receipts(data)), data, store)
 
 
 def read_status(folder: str | Path, clock: Callable[[], float] = time.time) -> RunStatus:
     """Counts, rate and finishing time of a run. Raises UsageError if there is none below `folder`."""
     view = view_run(folder)
-    counts, committed = view.totals, _commit_times(view.folder)
+    counts, committed = view.totals, view.committed
     rate, concurrency = recent_rate(view.receipts, committed)
     eta = 0.0 if not counts.pending else counts.pending / rate if rate else None
     return RunStatus(
@@ -133,7 +133,8 @@ def read_status(folder: str | Path, clock: Callable[[], float] = time.time) -> R
         pending=counts.pending, shards_done=counts.shards, shards=int(view.run["shards"]), reasons=view.reasons,
         images_per_second=rate, concurrency=concurrency, eta_seconds=eta,
         last_commit_age_seconds=max(0.0, clock() - max(committed.values())) if committed else None,
-        attempts=len(view.attempts), processes=_living(view.folder), mixed_stacks=len(view.stacks) > 1)
+        attempts=len(view.files.list("attempts")), processes=running_here(view.files),
+        mixed_stacks=len(view.stacks) > 1)
 
 
 def recent_rate(receipts: Sequence[Receipt], committed: dict[str, float]) -> tuple[float | None, float | None]:
@@ -186,18 +187,17 @@ def class_counts(view: RunView) -> np.ndarray:
         return np.bincount(labels, minlength=n_classes)
 
     n_classes = len(read_classes(view))
-    with ThreadPoolExecutor(8) as pool:
-        return sum(pool.map(one, (r for r in view.receipts if r.kept)), np.zeros(n_classes, np.int64))
+    return sum(each(view.files, one, (r for r in view.receipts if r.kept)), np.zeros(n_classes, np.int64))
 
 
 def read_classes(view: RunView) -> ClassTable:
     """Class table of the plan. Raises UsageError if the plan folder is gone."""
-    path = view.folder / view.run["plan"] / "classes.parquet"
+    name = f"{view.run['plan']}/classes.parquet"
     try:
-        return ClassTable.from_arrow(pq.read_table(path))
+        return ClassTable.from_arrow(read_table(view.files, name))
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read, so the classes have no names. Restore the plan folder of the run; "
-                         "the data files are whole without it.") from error
+        raise UsageError(f"{view.files.at(name)}: cannot be read, so the classes have no names. Restore the plan "
+                         "folder of the run; the data files are whole without it.") from error
 
 
 def duration(seconds: float | None) -> str:
@@ -212,35 +212,11 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if hours < 100 else f"{hours // 24} d {hours % 24} h"
 
 
-def write_page(path: Path, text: str) -> Path:
+def write_page(files: Files, name: str, text: str) -> Path | str:
     """Replaces a file of the run folder in one step. Raises EnvironmentFault if the folder takes no more files."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        files.replace(name, text.encode(), "page")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EnvironmentFault(f"{path}: {error.strerror}. Free space or allow writing there, then run the same "
-                               "command again; no data file is touched.") from error
-    return path
-
-
-def _attempts(folder: Path) -> tuple[dict[str, Any], ...]:
-    paths = sorted((folder / "attempts").glob("*.json"))
-    return tuple(json.loads(path.read_text(encoding="utf-8")) for path in paths)
-
-
-def _commit_times(folder: Path) -> dict[str, float]:
-    """Data file -> modification time, unix seconds."""
-    try:
-        with os.scandir(folder / "data") as entries:
-            return {entry.name: entry.stat().st_mtime for entry in entries if entry.name.endswith(".parquet")}
-    except FileNotFoundError:
-        return {}
-
-
-def _living(folder: Path) -> int:
-    """Sampler processes alive on this host: each keeps a stack-trace file from its first sampler call to its end."""
-    here = f"{socket.gethostname()}~"
-    tokens = (path.name.removesuffix(".trace") for path in (folder / "blame").glob("*.trace"))
-    return sum(token.startswith(here) and token_alive(token) for token in tokens)
+        raise EnvironmentFault(f"{files.at(name)}: {error.strerror}. Free space or allow writing there, then run the "
+                               "same command again; no data file is touched.") from error
+    return files.at(name)

@@ -6,35 +6,36 @@
     data/train-000123.parquet     the only commit point; generation 1 of a retry is train-000123.r1.parquet
     rejected/000123-<hash8>.parquet   refused rows; counts only if the footer of a data file names it
     receipts/000123.json          a cache of that footer, plus seconds by phase
+    receipts/rollup-0007-1.json   many of them in one file, so that a status reads tens of files and not thousands
     selections/                   later decisions; data files are never rewritten
     blame/                        markers of sampler calls in flight (blame.py)
 
-Publishing: temporary file on the same filesystem, fsync, link without overwrite, fsync of the folder. The order of a
-commit is side file, data file, receipt. Whoever links the data file first has committed the shard; a later writer
-adopts that file if it belongs to the same run digest.
+The order of a commit is side file, data file, receipt; files.py and objects.py publish each without overwriting.
+Whoever publishes the data file first has committed the shard; a later writer adopts that file if it belongs to the
+same run digest.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
-import os
 import re
-import signal
-import socket
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayexpand.errors import DigestMismatch, EnvironmentFault, StorageError, UsageError
+from rayexpand.errors import DigestMismatch, StorageError, UsageError
+from rayexpand.files import Files, StorageDenied, each
+from rayexpand.files import LocalFiles as LocalFiles
+from rayexpand.files import failpoint as failpoint
+from rayexpand.files import process_token as process_token
+from rayexpand.files import token_alive as token_alive
 from rayexpand.schema import (
     DATA_SCHEMA,
     REFUSED_SCHEMA,
@@ -47,9 +48,55 @@ from rayexpand.schema import (
 )
 
 FOOTER = b"rayexpand"
+_URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://(.*)$")
 _DATA_NAME = re.compile(r"^train-(\d{6,})(?:\.r(\d+))?\.parquet$")
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+_ROLL_UP_NAME = re.compile(r"^rollup-(\d+)-(\d+)\.json$")
+_NO_ROLL_UP = (-1, -1)
 _ROW_GROUP = 500  # images; viewers and readers load one row group at a time
+_FULL_ROLL_UP = 5_000  # receipts; a smaller roll-up is folded into the next one
+
+
+def is_url(folder: str | Path) -> bool:
+    """Whether a run folder is the URL of an object store and not a path."""
+    return isinstance(folder, str) and _URL.match(folder) is not None
+
+
+def open_files(folder: str | Path, *, single_writer: bool = False) -> Files:
+    """The files of a run folder: a local path, s3://bucket/prefix or gs://bucket/prefix. Nothing is asked yet.
+
+    Raises StorageError for any other URL, and where the package of the store is not installed.
+    """
+    if not is_url(folder):
+        return LocalFiles(folder, single_writer=single_writer)
+    from rayexpand.objects import ObjectFiles
+
+    return ObjectFiles.of(str(folder), single_writer=single_writer)
+
+
+def first_look(files: Files) -> bytes | None:
+    """run.json as it is, None without a run. Raises StorageError if this user may not read there."""
+    try:
+        return files.read("run.json")
+    except StorageDenied as error:
+        raise StorageError(str(error)) from error
+    except NotADirectoryError:
+        return None
+    except OSError as error:
+        raise StorageError(f"{files.at('run.json')}: cannot be read ({error.strerror}). Give this user the right to "
+                           "read the run folder.") from error
+
+
+def read_facts(files: Files) -> dict[str, Any]:
+    """run.json. Raises UsageError if there is no run, StorageError if this user may not read it."""
+    where, text = files.at("run.json"), first_look(files)
+    if text is None:
+        raise UsageError(f"{files.root} is not a run folder (no run.json). Give the folder that `expand` printed, "
+                         "<out>/<name>, or start a run with `rayexpand expand`.")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{where}: is not JSON ({error}). Restore it from a copy; the data files beside it are "
+                         "whole.") from error
 
 
 def data_name(shard_id: int, generation: int = 0) -> str:
@@ -61,179 +108,6 @@ def parse_data_name(name: str) -> tuple[int, int] | None:
     """(shard id, generation) of a data file name, None for any other file."""
     match = _DATA_NAME.match(name)
     return (int(match[1]), int(match[2] or 0)) if match else None
-
-
-def failpoint(point: str, shard: int | None = None) -> None:
-    """Acts when RAYEXPAND_FAILPOINT is `<point>[@shard=N]:kill|stop|full`; for tests of every crash window.
-
-    kill sends SIGKILL to this process, stop SIGSTOP, full raises the error of a full disk.
-    """
-    setting = os.environ.get("RAYEXPAND_FAILPOINT")
-    if not setting:
-        return
-    where, _, action = setting.rpartition(":")
-    wanted, _, only = where.partition("@shard=")
-    if wanted != point or (only and int(only) != shard):
-        return
-    if action == "full":
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), point)
-    os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
-
-
-class LocalFiles:
-    """Files below one folder of a filesystem with hard links. `system` is the os module, replaced in crash tests."""
-
-    def __init__(self, root: str | Path, *, single_writer: bool = False, system: Any = os) -> None:
-        self.root, self.single_writer, self.system = Path(root), single_writer, system
-
-    def probe(self) -> None:
-        """Writes one name twice; the second must be refused. Raises StorageError with the remedy."""
-        name = f".tmp/probe-{uuid.uuid4().hex}"
-        try:
-            for folder in ("data", "rejected", "receipts", "attempts", "plan", "blame", ".tmp"):
-                (self.root / folder).mkdir(parents=True, exist_ok=True)
-            won = [self.publish(name, b"probe"), self.publish(name, b"probe")]
-        except EnvironmentFault:
-            raise
-        except OSError as error:
-            if error.errno in _NO_LINKS:
-                raise StorageError(f"{self.root}: this filesystem has no hard links ({error.strerror}), so two writers "
-                                   "could replace each other's files. Use another folder, or set "
-                                   "store.single_writer: true and never run two drivers at once.") from error
-            raise StorageError(f"{self.root}: cannot be written ({error.strerror}). Choose another `out`, or give "
-                               "this user the right to write there.") from error
-        self.delete(name)
-        if won != [True, False]:
-            raise StorageError(f"{self.root}: writing a name twice was not refused (got {won}); exactly-once output "
-                               "cannot be kept on this storage")
-
-    def publish(self, name: str, content: bytes, step: str = "file", shard: int | None = None) -> bool:
-        """Makes `content` visible under `name`, durable and whole; False if the name is taken.
-
-        `step` names the failpoints before_<step>, after_<step>_write, after_<step>_link and after_<step>.
-        Raises EnvironmentFault when the storage is full or broken.
-        """
-        target = self.root / name
-        temporary = self.root / ".tmp" / f"{process_token()}-{uuid.uuid4().hex[:12]}"
-        try:
-            failpoint(f"before_{step}", shard)
-            self._write(temporary, content)
-            failpoint(f"after_{step}_write", shard)
-            won = self._link(temporary, target)
-            failpoint(f"after_{step}_link", shard)
-            self._sync_folder(target.parent)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE):
-                raise EnvironmentFault(f"{target}: {error.strerror}. Free space or repair the storage, then run the "
-                                       "same command again; nothing committed is lost.") from error
-            raise
-        finally:
-            self._discard(temporary)
-        failpoint(f"after_{step}", shard)
-        return won
-
-    def replace(self, name: str, content: bytes, step: str, shard: int | None = None) -> None:
-        """Writes or overwrites a cache file, whole at every instant. Never for a commit."""
-        temporary = self.root / ".tmp" / f"{process_token()}-{uuid.uuid4().hex[:12]}"
-        failpoint(f"before_{step}", shard)
-        try:
-            self._write(temporary, content)
-            self.system.rename(temporary, self.root / name)
-        finally:
-            self._discard(temporary)
-        failpoint(f"after_{step}", shard)
-
-    def _write(self, path: Path, content: bytes) -> None:
-        descriptor = self.system.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        try:
-            view = memoryview(content)
-            while view:
-                view = view[self.system.write(descriptor, view):]
-            self.system.fsync(descriptor)
-        finally:
-            self.system.close(descriptor)
-
-    def _link(self, temporary: Path, target: Path) -> bool:
-        if self.single_writer:
-            if target.exists():
-                return False
-            self.system.rename(temporary, target)
-            return True
-        try:
-            self.system.link(temporary, target)
-        except FileExistsError:
-            return False
-        return True
-
-    def _sync_folder(self, folder: Path) -> None:
-        descriptor = self.system.open(folder, os.O_RDONLY)
-        try:
-            self.system.fsync(descriptor)
-        finally:
-            self.system.close(descriptor)
-
-    def _discard(self, path: Path) -> None:
-        try:
-            self.system.unlink(path)
-        except OSError:
-            return  # already renamed away, or a leftover that `sweep` removes later
-
-    def sweep(self) -> int:
-        """Removes temporary files of processes that are dead on this host; returns how many."""
-        stale = [path for path in (self.root / ".tmp").glob("*") if not token_alive(path.name.rpartition("-")[0])]
-        for path in stale:
-            self._discard(path)
-        return len(stale)
-
-    def read(self, name: str) -> bytes | None:
-        try:
-            return (self.root / name).read_bytes()
-        except FileNotFoundError:
-            return None
-
-    def open(self, name: str) -> Any:
-        """A seekable reader, so that a footer is read without its images."""
-        return (self.root / name).open("rb")
-
-    def list(self, folder: str) -> list[str]:
-        """Names in a folder, unsorted; empty if it is not there."""
-        try:
-            return os.listdir(self.root / folder)
-        except FileNotFoundError:
-            return []
-
-    def delete(self, name: str) -> None:
-        (self.root / name).unlink(missing_ok=True)
-
-
-def process_token() -> str:
-    """Names this process for good: host, pid and its start time, so that a reused pid is another token."""
-    return f"{socket.gethostname()}~{os.getpid()}~{_start_time(os.getpid())}"
-
-
-def token_alive(token: str) -> bool:
-    """Whether the process of a token may still run. A process of another host counts as alive."""
-    try:
-        host, pid, started = token.rsplit("~", 2)
-    except ValueError:
-        return False
-    if host != socket.gethostname():
-        return True
-    return _start_time(int(pid)) == started
-
-
-def _start_time(pid: int) -> str:
-    """Start time of a process in clock ticks since boot, "" if there is none. Without /proc: "0" while it runs."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        if Path("/proc/self").exists():
-            return ""
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return ""
-    return "0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +128,7 @@ class Totals:
 class Store:
     """Committed shards of one run folder."""
 
-    def __init__(self, files: LocalFiles, run_digest: str, token: str | None = None) -> None:
+    def __init__(self, files: Files, run_digest: str, token: str | None = None) -> None:
         self.files, self.run_digest, self.token = files, run_digest, token or process_token()
 
     def committed(self) -> dict[int, int]:
@@ -321,32 +195,102 @@ class Store:
         """Writes the receipt of a committed file; a lost or stale one costs a footer read, never a count."""
         self.files.replace(receipt_name(receipt), receipt.to_json().encode(), "receipt", receipt.shard_id)
 
-    def receipts(self) -> Iterator[Receipt]:
-        """One receipt per committed file, in shard order: from the cache, or from the footer where that is gone."""
-        cached = set(self.files.list("receipts"))
-        files = sorted(parsed for name in self.files.list("data") if (parsed := parse_data_name(name)))
-        for shard_id, generation in files:
-            name = f"receipts/{data_name(shard_id, generation).removeprefix('train-').removesuffix('.parquet')}.json"
-            text = self.files.read(name) if name.removeprefix("receipts/") in cached else None
-            receipt = Receipt.from_json(text.decode()) if text else self.find(shard_id, generation)
+    def receipts(self, names: Iterable[str] | None = None) -> Iterator[Receipt]:
+        """One receipt per committed file, in shard order: from the cache, or from the footer where that is gone.
+
+        `names` are the files in data/, if they have been listed already.
+        """
+        listed = self.files.list("data") if names is None else names
+        committed = sorted(parsed for name in listed if (parsed := parse_data_name(name)))
+        cached = self.cached() if committed else {}
+        rebuilt = each(self.files, lambda key: self.find(*key), [key for key in committed if key not in cached])
+        for key in committed:
+            receipt = cached[key] if key in cached else next(rebuilt)
             if receipt is not None:
                 yield receipt
 
+    def cached(self) -> dict[tuple[int, int], Receipt]:
+        """Receipts by (shard, generation) from roll-ups and single files; a single file is the newer one."""
+        for _ in range(3):  # a file that vanishes after the listing was folded into a new roll-up
+            names = _cache_order(self.files.list("receipts"))
+            texts = list(each(self.files, self.files.read, [f"receipts/{name}" for name in names]))
+            if None not in texts:
+                break
+        return {(r.shard_id, r.generation): r for text in texts if text is not None for r in _receipts_in(text)}
+
+    def roll_up(self, at_least: int = 1) -> int:
+        """Folds single receipts, if there are `at_least` so many, into one file; returns how many.
+
+        Any number of drivers may do so at once: at worst a receipt is in two files, or in none and a footer is read.
+        """
+        listed = self.files.list("receipts")
+        singles = [name for name in listed if name.endswith(".json") and _roll_up_number(name) == _NO_ROLL_UP]
+        if len(singles) < max(at_least, 1):
+            return 0
+        folded: dict[tuple[int, int], Receipt] = {}
+        spent: list[str] = []
+        names = [f"receipts/{name}" for name in _cache_order(listed)]
+        for name, text in zip(names, each(self.files, self.files.read, names), strict=True):
+            found = _receipts_in(text or b"[]")
+            if len(found) < _FULL_ROLL_UP:
+                folded |= {(r.shard_id, r.generation): r for r in found}
+                spent.append(name)
+        attempt = max((receipt.attempt for receipt in folded.values()), default=0)
+        content = json.dumps([asdict(folded[key]) for key in sorted(folded)], sort_keys=True).encode()
+        number = 1 + max((n for a, n in map(_roll_up_number, listed) if a == attempt), default=0)
+        while not self.files.publish(f"receipts/rollup-{attempt:04d}-{number}.json", content, "rollup"):
+            number += 1
+        self.files.delete(*spent)
+        return len(singles)
+
     def data(self, receipt: Receipt, columns: list[str] | None = None) -> pa.Table:
         """Kept rows of a committed file (DATA_SCHEMA), or some of their columns."""
-        with self.files.open(f"data/{receipt.data_file}") as reader:
-            return pq.read_table(reader, columns=columns)
+        return read_table(self.files, f"data/{receipt.data_file}", columns)
 
     def refused(self, receipt: Receipt) -> pa.Table:
         """Refused rows of a committed file (REFUSED_SCHEMA); no rows where it names no side file."""
         if not receipt.side_file:
             return REFUSED_SCHEMA.empty_table()
-        with self.files.open(f"rejected/{receipt.side_file}") as reader:
-            return pq.read_table(reader)
+        return read_table(self.files, f"rejected/{receipt.side_file}")
+
+
+def read_table(files: Files, name: str, columns: list[str] | None = None, rows: Any = None) -> pa.Table:
+    """A Parquet file, or some of its columns, or the rows for which the pyarrow expression `rows` holds.
+
+    Raises FileNotFoundError.
+    """
+    if columns is None and rows is None:
+        content = files.read(name)
+        if content is None:
+            raise FileNotFoundError(f"{files.at(name)}: no such file")
+        return pq.read_table(pa.BufferReader(content))
+    with files.open(name) as reader:
+        return pq.read_table(reader, columns=columns, filters=rows)
 
 
 def receipt_name(receipt: Receipt) -> str:
     return f"receipts/{receipt.data_file.removeprefix('train-').removesuffix('.parquet')}.json"
+
+
+def _cache_order(names: Iterable[str]) -> list[str]:
+    """Receipt files, roll-ups first and the older before the newer, so that a later one replaces an earlier one."""
+    kept = [name for name in names if name.endswith(".json")]
+    return sorted(kept, key=lambda name: (_roll_up_number(name) == _NO_ROLL_UP, _roll_up_number(name)))
+
+
+def _roll_up_number(name: str) -> tuple[int, int]:
+    """(attempt, number) of a roll-up, _NO_ROLL_UP for any other file."""
+    match = _ROLL_UP_NAME.match(name)
+    return (int(match[1]), int(match[2])) if match else _NO_ROLL_UP
+
+
+def _receipts_in(text: bytes) -> list[Receipt]:
+    """Receipts of a cache file, one or a list; none of a file that is not one, for the footers replace it."""
+    try:
+        found = json.loads(text)
+        return [Receipt(**fields) for fields in (found if isinstance(found, list) else [found])]
+    except (ValueError, TypeError):
+        return []
 
 
 def totals(planned: int, receipts: Iterator[Receipt] | Sequence[Receipt]) -> Totals:
@@ -381,7 +325,7 @@ def _footer(schema: pa.Schema, name: str) -> dict[str, Any]:
     return json.loads(raw)
 
 
-def create_once(files: LocalFiles, name: str, content: dict[str, Any], step: str) -> dict[str, Any]:
+def create_once(files: Files, name: str, content: dict[str, Any], step: str) -> dict[str, Any]:
     """Publishes JSON under `name`, or returns what is there already."""
     files.publish(name, json.dumps(content, indent=1, sort_keys=True).encode(), step)
     found = files.read(name)
@@ -389,7 +333,7 @@ def create_once(files: LocalFiles, name: str, content: dict[str, Any], step: str
     return json.loads(found)
 
 
-def new_attempt(files: LocalFiles, facts: dict[str, Any], clock: Callable[[], float] = time.time) -> int:
+def new_attempt(files: Files, facts: dict[str, Any], clock: Callable[[], float] = time.time) -> int:
     """Registers a start as attempts/NNNN.json and returns its number, from 1."""
     number = 1 + max((int(name[:-5]) for name in files.list("attempts") if name.endswith(".json")), default=0)
     while not files.publish(f"attempts/{number:04d}.json",

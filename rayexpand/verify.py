@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +14,7 @@ from rayexpand.errors import RayexpandError
 from rayexpand.plan import Plan
 from rayexpand.run import Run
 from rayexpand.schema import DRAW_FIELDS, Draw, Receipt, Status, sample_sha256
-from rayexpand.store import Store, Totals, content_sha256, data_name, parse_data_name, receipt_name, totals
+from rayexpand.store import Store, Totals, content_sha256, data_name, parse_data_name, totals
 
 
 @dataclass
@@ -30,13 +29,14 @@ def verify(run: Run, *, pixels: bool = False) -> Findings:
     """Checks every committed file and rebuilds missing receipts. `pixels` also decodes each image and its hash."""
     findings, receipts, named = Findings(), [], set()
     failed_before: dict[int, set[str]] = {}
+    cached = run.store.cached()
     for shard_id, generation in sorted(p for name in run.files.list("data") if (p := parse_data_name(name))):
         try:
             receipt = run.store.find(shard_id, generation)
             assert receipt is not None
             expected = (_planned_ids(run.plan, shard_id) if generation == 0 else failed_before.get(shard_id, set()))
             failed_before[shard_id] = _check_file(run.store, receipt, expected, pixels, findings.problems)
-            findings.rebuilt_receipts += _rebuild(run.store, receipt)
+            findings.rebuilt_receipts += _rebuild(run.store, receipt, cached.get((shard_id, generation)))
         except (pa.ArrowException, OSError, RayexpandError, KeyError) as error:
             findings.problems.append(f"data/{data_name(shard_id, generation)}: cannot be read ({error}). Delete it "
                                      "and run `expand` again.")
@@ -89,15 +89,9 @@ def _pixels_match(row: dict) -> bool:
     return sample_sha256(decoded, Draw(**{name: row[name] for name in DRAW_FIELDS})) == row["sample_sha256"]
 
 
-def _rebuild(store: Store, receipt: Receipt) -> bool:
+def _rebuild(store: Store, receipt: Receipt, cached: Receipt | None) -> bool:
     """Writes a receipt that is missing or disagrees with its data file; True if it did."""
-    text = store.files.read(receipt_name(receipt))
-    if text is not None:
-        cached = json.loads(text)
-        mine = json.loads(receipt.to_json())
-        if all(cached.get(name) == mine[name] for name in mine if name != "seconds"):
-            return False
+    if cached is not None and replace(cached, seconds={}) == replace(receipt, seconds={}):
+        return False
     store.cache(receipt)
     return True
-
-

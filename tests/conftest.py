@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,6 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by
 from rayexpand import run as runs
 from rayexpand.config import RunConfig, parse
 from rayexpand.store import Totals
+
+if TYPE_CHECKING:
+    from tests.s3server import Server
 
 FAKES = "tests.methods.fakes."
 
@@ -28,6 +31,30 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(5):
             Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def object_store_server() -> Iterator[Server]:
+    from tests.s3server import Server
+
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def object_stores(object_store_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """S3 and GCS with a bucket `runs`, where every client of this test and its children goes."""
+    settings = {"AWS_ENDPOINT_URL": object_store_server.url, "AWS_ACCESS_KEY_ID": "testing",
+                "AWS_SECRET_ACCESS_KEY": "not-a-secret", "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull, "NO_PROXY": "127.0.0.1",
+                "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "STORAGE_EMULATOR_HOST": object_store_server.url}
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    object_store_server.reset()
+    return object_store_server
 
 
 MakeConfig = Callable[..., RunConfig]

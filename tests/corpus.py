@@ -6,6 +6,7 @@ import io
 import json
 import os
 import struct
+import tarfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -222,3 +223,99 @@ def write_bad_parquet(folder: Path) -> dict[str, str]:
     pq.write_table(pa.table({"image": pa.array([{"bytes": good[0], "path": None}], IMAGE), "labels": [0]}),
                    folder / "no_label/train-00000-of-00001.parquet")
     return dict(zip(ids, reasons, strict=True))
+
+
+NAMES = {"0": "cat", "1": "dog", "2": "emu"}  # classes of the data sets below, as a mapping file
+
+
+def write_tar(file: Path, members: Sequence[tuple[str, bytes | str]], kind: int = tarfile.GNU_FORMAT) -> None:
+    """A tar of (name, content) members; a str as content makes a symbolic link to it, a name with / at its end a
+    folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w", format=kind) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                member.type, member.linkname = tarfile.SYMTYPE, content
+            elif name.endswith("/"):
+                member.type = tarfile.DIRTYPE
+            else:
+                member.size = len(content)
+            tar.addfile(member, io.BytesIO(content) if isinstance(content, bytes) else None)
+
+
+def write_bad_tar(folder: Path) -> dict[str, str]:
+    """Two tar shards in `folder` and the mapping `folder`.json; expected reason by seed id."""
+    good = [encoded(photo(i)) for i in range(6)]
+    long, odd = "long/" * 30 + "name", "ünïcødé 日本/ñ🐧"
+    first: list[tuple[str, bytes | str]] = [
+        ("README.md", b"ignored"), ("folder/", b""), (".hidden.png", good[0]), ("no_suffix", b"ignored"),
+        ("000.png", good[0]), ("000.cls", b"0"),
+        ("./001.JPG", encoded(photo(1), "JPEG")), ("./001.json", b'{"label": 1, "caption": "a dog"}'),
+        ("002.txt", b"a caption"), ("002.cls", b" 2\n"), ("002.webp", encoded(photo(2), "WEBP")),
+        ("no label.png", good[3]), ("no image.cls", b"0"),
+        ("no image.txt", b"a caption"), ("caption only.txt", b"ignored"),
+        ("../evil.png", good[0]), ("../evil.cls", b"0"),
+        ("/etc/evil.png", good[0]), ("/etc/evil.cls", b"0"),
+        ("inner/../../evil.png", good[0]), ("inner/../../evil.cls", b"0"),
+        ("C:\\evil.png", good[0]), ("C:\\evil.cls", b"0"),
+        ("000.png", good[4]), ("000.cls", b"1"),
+        ("split.png", good[5]), ("between.png", good[1]), ("between.cls", b"1"), ("split.cls", b"1"),
+        ("again.png", good[0]), ("again.png", good[1]), ("again.cls", b"0"),
+        ("high.png", good[0]), ("high.cls", b"3"), ("minus.png", good[0]), ("minus.cls", b"-1"),
+        ("word.png", good[0]), ("word.cls", b"cat"), ("none.png", good[0]), ("none.cls", b""),
+        ("true.png", good[0]), ("true.json", b'{"label": true}'), ("list.png", good[0]), ("list.json", b"[1]"),
+        ("torn.png", good[0]), ("torn.json", b'{"label": 1'), ("binary.png", good[0]), ("binary.cls", b"\xff\xfe"),
+        ("empty.png", b""), ("empty.cls", b"0"), ("half.png", good[0][:len(good[0]) * 2 // 3]), ("half.cls", b"0"),
+        ("link.png", "/etc/passwd"), ("link.cls", b"0")]
+    second: list[tuple[str, bytes | str]] = [
+        ("000.png", good[2]), ("000.cls", b"2"),
+        ("mask.seg.png", good[1]), ("mask.jpg", encoded(photo(3), "JPEG")), ("mask.cls", b"1"),
+        ("only.image.png", good[1]), ("only.cls", b"1"),
+        (f"{odd}.png", good[4]), (f"{odd}.cls", b"0"), ("sp ace. dots.png", good[5]), ("sp ace.cls", b"1"),
+        (f"{long}.png", good[3]), (f"{long}.cls", b"0")]
+    write_tar(folder / "train-000000.tar", first, tarfile.PAX_FORMAT)
+    write_tar(folder / "train-000001.tar", second, tarfile.GNU_FORMAT)
+    folder.with_suffix(".json").write_text(json.dumps(NAMES))
+    expected = {
+        "000": "", "001": "", "002": "", "no label": "bad_label", "no image": "missing", "../evil": "unsafe_path",
+        "/etc/evil": "unsafe_path", "inner/../../evil": "unsafe_path", "C:\\evil": "unsafe_path",
+        "000#2": "duplicate_id", "split": "bad_label", "between": "", "split#2": "duplicate_id", "again": "bad_label",
+        "again#2": "duplicate_id", "high": "bad_label", "minus": "bad_label", "word": "bad_label",
+        "none": "bad_label", "true": "bad_label", "list": "bad_label", "torn": "bad_label", "binary": "bad_label",
+        "empty": "decode_error", "half": "decode_error", "link": "unreadable"}
+    return {f"train-000000/{key}": reason for key, reason in expected.items()} | {
+        f"train-000001/{key}": "" for key in ("000", "mask", "only", odd, "sp ace", long)}
+
+
+def write_bad_manifest(folder: Path) -> dict[str, str]:
+    """`folder`/list.csv beside its images, and the mapping `folder`.json; expected reason by seed id."""
+    good = [encoded(photo(i)) for i in range(4)]
+    for name, content in {"a/0.png": good[0], "a/1, ü.png": good[1], "b c/2.v1.png": good[2], "b c/3.png": good[3],
+                          "b c/empty.png": b"", "../outside.png": good[0]}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    (folder / "a/link.png").symlink_to(folder.parent / "outside.png")
+    rows = [("a/0.png", "0", ""), ('"a/1, ü.png"', "1", ""), ("b c/2.v1.png", "2", ""),
+            (f"{folder}/b c/3.png", " 1 ", ""), ("a/../a/0.png", "0", ""), ("a/0.png", "0", "duplicate_id"),
+            ("b c/empty.png", "0", "decode_error"), ("gone.png", "1", "missing"), ("a", "1", "unreadable"),
+            ("../outside.png", "0", "unsafe_path"), ("a/../../outside.png", "0", "unsafe_path"),
+            (f"{folder.parent}/outside.png", "0", "unsafe_path"), ("https://localhost/x.png", "0", "unsafe_path"),
+            ("a/link.png", "0", "unsafe_path"), ("x.png", "9", "bad_label"), ("y.png", "cat", "bad_label"),
+            ("z.png", "", "bad_label"), ("", "0", "missing"), ("short.png", None, "bad_label")]
+    lines = [path if label is None else f"{path},{label}" for path, label, _ in rows]
+    (folder / "list.csv").write_text("\ufeff" + "\r\n".join(["path,label", *lines]) + "\r\n", encoding="utf-8")
+    folder.with_suffix(".json").write_text(json.dumps(NAMES))
+    ids = [path.strip('"') for path, _, _ in rows]
+    ids[5], ids[17] = "a/0.png#2", "list/17"
+    return dict(zip(ids, [reason for _, _, reason in rows], strict=True))
+
+
+def write_bad_npz(file: Path) -> dict[str, str]:
+    """`file` with the split train, 7 grey images of 3 classes with two bad labels; expected reason by seed id."""
+    images = np.stack([photo(10 * i)[:, :, i % 3] for i in range(7)])
+    labels = np.array([[0], [1], [2], [-1], [0], [7], [1]])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(file, train_images=images, train_labels=labels, val_images=images[:3], val_labels=labels[:3])
+    file.with_suffix(".json").write_text(json.dumps(NAMES))
+    return {f"{file.stem}/train/{row}": "bad_label" if row in (3, 5) else "" for row in range(7)}

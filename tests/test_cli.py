@@ -17,10 +17,14 @@ import yaml
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-VERBS = ["demo", "validate", "plan", "expand", "status", "verify", "retry", "regen", "report", "card"]
+VERBS = ["demo", "validate", "plan", "expand", "status", "verify", "retry", "regen", "bench", "report", "card",
+         "export", "submit"]
 
 
 def rayexpand(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command of its own process; `expand` and `retry` without Ray, which tests/on_ray has."""
+    if arguments[0] in ("expand", "retry") and "--help" not in arguments:
+        arguments = (*arguments, "--no-ray")
     return subprocess.run([sys.executable, "-m", "rayexpand", *map(str, arguments)], capture_output=True, text=True,
                           cwd=ROOT, env={**os.environ, **environment}, timeout=120)
 
@@ -61,6 +65,7 @@ def test_the_life_of_a_run(job: Path, tmp_path: Path) -> None:
     again = json.loads(rayexpand("expand", job, "--json").stdout)
     assert again["kept"] == 40
     assert again["images_per_second"] == 0
+    assert "nothing to do" in rayexpand("expand", job).stderr
 
     status = json.loads(rayexpand("status", folder, "--json").stdout)
     assert (status["kept"], status["pending"], status["complete"]) == (40, 0, True)
@@ -69,7 +74,9 @@ def test_the_life_of_a_run(job: Path, tmp_path: Path) -> None:
     one = json.loads(rayexpand("regen", folder, "cat/3.png/1", "--to", tmp_path / "one.png", "--json").stdout)
     assert one["equal"] is True
     with Image.open(tmp_path / "one.png") as image:
-        assert image.size == (16, 16)
+        assert (image.size, image.format) == ((16, 16), "PNG")
+    assert len(list(Path(folder, "attempts").iterdir())) == 1, "neither doing nothing nor regen is a start"
+    assert rayexpand("regen", folder, "cat/3.png/1", "--to", tmp_path / "nowhere/one.png").returncode == 2
     page = json.loads(rayexpand("report", folder, "--json").stdout)["report"]
     assert "<html" in Path(page).read_text()
     assert "configs:" in Path(json.loads(rayexpand("card", folder, "--json").stdout)["card"]).read_text()
@@ -86,12 +93,6 @@ def test_the_same_folder_refuses_another_run_with_the_difference(job: Path) -> N
     assert "seed: 0 -> 1" in other.stderr
 
 
-def test_a_changed_seed_image_is_not_a_changed_run_but_an_added_one_waits(job: Path) -> None:
-    """The seed index is made once per run; listing again would move rows."""
-    assert rayexpand("expand", job, "--set", "limits.max_failed=1").returncode == 0
-    assert rayexpand("expand", job).returncode == 0
-
-
 def test_retry_from_the_command_line(job: Path, tmp_path: Path, image_folder: Path) -> None:
     import shutil
 
@@ -101,6 +102,7 @@ def test_retry_from_the_command_line(job: Path, tmp_path: Path, image_folder: Pa
     over = rayexpand("expand", job, "--set", f"data.path={broken}", "--json")
     assert over.returncode == 3
     assert "decode_error" in json.loads(over.stdout)["error"]["message"]
+    assert "decode_error" in (tmp_path / "out/run/report.html").read_text(), "the report of an over-budget run"
     assert rayexpand("expand", job, "--set", f"data.path={broken}", "--set", "limits.max_failed=1").returncode == 0
     shutil.copy(image_folder / "bee/2.png", broken / "bee/2.png")
     retried = json.loads(rayexpand("retry", tmp_path / "out/run", "--json").stdout)
@@ -166,19 +168,42 @@ def _made(tmp_path: Path) -> Path:
     return tmp_path / "one"
 
 
-def test_sigterm_ends_resumably(job: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_resumably(job: Path, tmp_path: Path, number: signal.Signals) -> None:
     config = yaml.safe_load(job.read_text())
     config["method"] = {"name": "tests.methods.fakes.Sleeping", "seconds": 0.05, "ratio": 2}
     job.write_text(yaml.safe_dump(config))
-    child = subprocess.Popen([sys.executable, "-m", "rayexpand", "expand", str(job)], cwd=ROOT, text=True,
+    child = subprocess.Popen([sys.executable, "-m", "rayexpand", "expand", str(job), "--no-ray"], cwd=ROOT, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").glob("run/data/*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    child.send_signal(signal.SIGTERM)
+    child.send_signal(number)
     _, stderr = child.communicate(timeout=60)
 
     assert child.returncode == 75
-    assert "same command continues" in stderr
+    assert f"{number.name} received; the same command continues" in stderr
+    assert "Traceback" not in stderr
     assert rayexpand("expand", job).returncode == 0
     assert json.loads(rayexpand("verify", tmp_path / "out/run", "--json").stdout)["pending"] == 0
+
+
+def test_bench_measures_and_plan_uses_it(job: Path, tmp_path: Path) -> None:
+    found = json.loads(rayexpand("bench", job, "--json").stdout)
+
+    assert found["rows"] == 10
+    assert 0 < found["efficiency"] < 1.5
+    assert found["seconds"]["sample"] > 0
+    planned = json.loads(rayexpand("plan", job, "--json").stdout)
+    assert planned["images_per_second"] == pytest.approx(found["images_per_second"])
+    assert not (tmp_path / "out/run").exists()
+
+
+def test_a_fault_of_ours_is_one_line_and_a_file(job: Path, tmp_path: Path) -> None:
+    assert rayexpand("expand", job).returncode == 0
+    (tmp_path / "out/run/plan").rename(tmp_path / "elsewhere")
+    (tmp_path / "out/run/plan").write_text("")
+    done = rayexpand("expand", job)
+
+    assert done.returncode in (2, 70)
+    assert "Traceback" not in done.stderr

@@ -38,7 +38,7 @@ def test_all_mistakes_at_once_with_suggestions(tmp_path: Path) -> None:
     problems = "\n".join(raised.value.problems)
     assert str(file) in str(raised.value)
     assert len(raised.value.problems) == 6
-    for expected in ("name: String should match", "data.per_clas: unknown field, did you mean 'per_class'?",
+    for expected in ("name: may hold letters, digits", "data.per_clas: unknown field, did you mean 'per_class'?",
                      "sampler.batch: Input should be greater than or equal to 1, got 0",
                      "method.strenght: unknown field, did you mean 'strength'?", "method.steps: ",
                      "samplr: unknown field, did you mean 'sampler'?"):
@@ -48,14 +48,18 @@ def test_all_mistakes_at_once_with_suggestions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("raw", "words"), [
     ({**GOOD, "method": {"name": "img2imgs"}}, "unknown method 'img2imgs', did you mean 'img2img'?"),
     ({**GOOD, "method": {"name": "no.such.Method"}}, "no.such.Method: cannot be imported"),
-    ({**GOOD, "method": "img2img"}, "method.name: is missing"),
+    ({**GOOD, "method": "text2img"}, "method.name: is missing; write `method: {name: text2img}`"),
+    ({**GOOD, "data": "birds"}, "data: must be a section with fields, such as {source: ...}, got 'birds'"),
+    ({**GOOD, "sampler": {"batch": 0}, "data": {"source": "imagefolder", "path": "/nowhere"}},
+     "'/nowhere' does not"),
     ({k: v for k, v in GOOD.items() if k != "data"}, "data: is required and missing"),
     ({**GOOD, "method": {"name": "img2img", "strength": 0.01}}, "strength"),
     ({**GOOD, "method": {"name": "img2img", "prompt": "a {nmae}"}}, "nmae"),
 ])
 def test_wrong_configurations_say_what(raw: dict, words: str) -> None:
-    with pytest.raises(ConfigError, match=r"(?s).*" + words.replace("?", r"\?").replace("{", r"\{")):
+    with pytest.raises(ConfigError) as raised:
         parse(raw)
+    assert words in str(raised.value)
 
 
 def test_overrides_reach_nested_fields_and_are_typed() -> None:
@@ -70,8 +74,9 @@ def test_a_malformed_override_is_an_error(override: str) -> None:
         load(JOBS / "digits/expand-img2img.yaml", [override])
 
 
-@pytest.mark.parametrize(("content", "words"), [("[1, 2]", "mapping"), ("a: [", "not YAML"),
-                                                ("!!python/object:x {}", "YAML")])
+@pytest.mark.parametrize(("content", "words"), [
+    ("[1, 2]", "mapping"), ("a: [", "not YAML"), ("!!python/object:x {}", "YAML"), ("a: 1\na: 2", "a is given twice"),
+    ("a:\n\tb: 1", "indent with spaces")])
 def test_files_that_are_no_configuration(tmp_path: Path, content: str, words: str) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(content)
@@ -85,9 +90,9 @@ def test_a_missing_file_names_itself() -> None:
         load("nowhere.yaml")
 
 
-OTHER = {"limits.max_failed": 0.5, "runtime.io_threads": 7, "prior.device": "cpu", "out": "elsewhere",
-         "estimate.gpus": 9, "store.single_writer": True, "prior.attention": "eager", "prior.channels_last": True,
-         "prior.compile": True, "name": "b"}
+OTHER = {"limits.max_failed": 0.5, "runtime.io_threads": 7, "cluster.actors": 3, "prior.device": "cpu",
+         "out": "elsewhere", "estimate.gpus": 9, "store.single_writer": True, "prior.attention": "eager",
+         "prior.channels_last": True, "prior.compile": True, "name": "b"}
 
 
 def test_operational_fields_leave_the_digest_alone() -> None:

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from rayexpand import seeds
 from rayexpand.errors import EnvironmentFault, RowFault, SeedDataError, UsageError
 from rayexpand.pixels import decode
 from rayexpand.schema import SEED_INDEX, Reason, SeedIndex
 from rayexpand.seeds import DataConfig, SeedReader, build_index, check, digits_split
+from rayexpand.seeds.places import Place
 from tests.corpus import (
     CLASSES,
     encoded,
@@ -32,22 +32,9 @@ from tests.corpus import (
     write_corpus,
     write_parquet,
 )
+from tests.seeds.outcomes import outcomes
 
 CIFAR10 = Path(__file__).parents[2] / "shared/data/cifar10"
-
-
-def outcomes(index: SeedIndex, data: DataConfig) -> dict[str, tuple[str, str]]:
-    """(reason, note) of every seed of the index, as the engine would see them."""
-    found = {}
-    for seed_id, seed in zip(index.seed_ids, SeedReader(index, data).read(range(len(index))), strict=True):
-        try:
-            if isinstance(seed, RowFault):
-                raise seed
-            assert seed.seed_id == seed_id
-            found[seed_id] = ("", decode(seed.image)[1])
-        except RowFault as fault:
-            found[seed_id] = (str(fault.reason), "")
-    return found
 
 
 def folder_of(root: Path, classes: dict[str, int], kind: str = "PNG") -> DataConfig:
@@ -365,7 +352,7 @@ def test_indexing_reads_no_image_bytes(tmp_path: Path, monkeypatch: pytest.Monke
             read += len(got)
             return got
 
-    monkeypatch.setattr(seeds._Place, "open", lambda place: Counting(place.root))
+    monkeypatch.setattr(Place, "open", lambda place: Counting(place.root))
     assert len(build_index(DataConfig(source="parquet", path=str(tmp_path)))) == 20
     assert 0 < read < 200_000
 
@@ -448,9 +435,9 @@ def test_who_is_to_blame_for_a_failed_read(tmp_path: Path, monkeypatch: pytest.M
     def fail(_: object) -> bytes:
         raise error
 
-    monkeypatch.setattr(seeds._Place, "read", fail)
+    monkeypatch.setattr(Place, "read", fail)
     if remote:
-        reader._place = seeds._Place(reader._place.root, fsspec.filesystem("memory"))
+        reader._place = Place(reader._place.root, fsspec.filesystem("memory"))
     if reason is None:
         with pytest.raises(EnvironmentFault, match=r"'a/000\.png'"):
             reader.read([0])

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 
 from rayexpand import status
+from rayexpand.blame import trace_folder
 from rayexpand.errors import DigestMismatch, EnvironmentFault, UsageError
 from rayexpand.schema import Reason
-from rayexpand.store import process_token
+from rayexpand.store import LocalFiles, process_token
 from tests.runfolder import RUN_DIGEST, Builder, sample_run
 
 
@@ -92,12 +93,12 @@ def test_eta_and_age_follow_the_clock(tmp_path: Path) -> None:
 
 
 def test_processes_are_those_alive(run: Builder) -> None:
-    marker = run.folder / "blame" / f"{process_token()}.trace"
-    dead = run.folder / "blame" / f"{process_token()[:-1]}x.trace"
-    for path in (marker, dead, run.folder / "blame" / "elsewhere~12~34.trace"):
+    folder = trace_folder(run.store.files)
+    mine, dead = folder / f"{process_token()}.trace", folder / f"{process_token()[:-1]}x.trace"
+    for path in (mine, dead):
         path.touch()
     assert status.read_status(run.folder).processes == 1
-    marker.unlink()
+    mine.unlink()
     assert status.read_status(run.folder).processes == 0
 
 
@@ -136,9 +137,11 @@ def test_a_file_of_another_run_is_refused(run: Builder, tmp_path: Path) -> None:
 
 def test_a_page_that_cannot_be_written_is_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "report.html").mkdir()
+    (tmp_path / ".tmp").mkdir()
     with pytest.raises(EnvironmentFault, match=r"report\.html"):
-        status.write_page(tmp_path / "report.html", "x")
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+        status.write_page(LocalFiles(tmp_path), "report.html", "x")
+    assert [p.name for p in tmp_path.iterdir() if p.name != ".tmp"] == ["report.html"]
+    assert list((tmp_path / ".tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(None, "unknown"), (4.25, "4.2 s"), (600, "10 min"),

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rayexpand import store as stores
 from rayexpand.errors import DigestMismatch, EnvironmentFault, StorageError, UsageError
 from rayexpand.schema import ClassTable, Draw, Reason, Receipt, Sample, Status, sample_sha256
 from rayexpand.store import (
@@ -120,6 +121,93 @@ def test_lost_receipts_change_no_count(store: Store) -> None:
 
     assert totals(6, store.receipts()) == before
     assert (before.kept, before.failed, before.pending) == (3, 3, 0)
+
+
+def _commit(store: Store, *shards: int) -> None:
+    for shard in shards:
+        samples = [sample(2 * shard), sample(2 * shard + 1, Reason.NAN_LATENT)]
+        store.commit(replace(receipt(shard, samples), attempt=2, host="here", seconds={"total": 1.5}), samples, CLASSES)
+
+
+def test_a_roll_up_holds_what_the_receipts_said(store: Store) -> None:
+    _commit(store, 0, 1, 2)
+    before = list(store.receipts())
+    assert store.roll_up() == 3
+    assert store.files.list("receipts") == ["rollup-0002-1.json"]
+    assert list(store.receipts()) == before
+    assert store.roll_up() == 0
+    _commit(store, 3)
+    assert store.roll_up(at_least=2) == 0
+    assert store.roll_up() == 1
+    assert store.files.list("receipts") == ["rollup-0002-2.json"], "a small roll-up is folded into the next"
+    assert list(store.receipts())[:3] == before
+    assert len(list(store.receipts())) == 4
+
+
+def test_a_full_roll_up_is_left_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "_FULL_ROLL_UP", 2)
+    for shard in range(5):
+        _commit(store, shard)
+        store.roll_up()
+    assert sorted(store.files.list("receipts")) == ["rollup-0002-2.json", "rollup-0002-4.json", "rollup-0002-5.json"]
+    assert totals(10, store.receipts()).shards == 5
+
+
+def test_a_single_receipt_is_newer_than_a_roll_up(store: Store) -> None:
+    """A data file was deleted and its shard made again: the roll-up still tells of the old one."""
+    _commit(store, 0, 1)
+    store.roll_up()
+    store.files.delete(f"data/{data_name(1)}")
+    assert [r.shard_id for r in store.receipts()] == [0], "a receipt without its data file counts for nothing"
+    again = [sample(2), sample(3)]
+    store.commit(receipt(1, again), again, CLASSES)
+    assert [r.failed for r in store.receipts()] == [1, 0]
+    store.roll_up()
+    assert [r.failed for r in store.receipts()] == [1, 0]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[{}]", b"[1]", b"null", b"\xff"])
+def test_a_damaged_cache_is_no_cache(store: Store, content: bytes) -> None:
+    _commit(store, 0, 1)
+    before = totals(4, store.receipts())
+    store.roll_up()
+    store.files.replace("receipts/rollup-0002-1.json", content, "receipt")
+    assert totals(4, store.receipts()) == before
+    _commit(store, 2)
+    store.roll_up()
+    assert totals(6, store.receipts()).shards == 3
+
+
+def test_a_roll_up_that_vanishes_while_it_is_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another driver folded it into the next one between the listing and the read."""
+    _commit(store, 0, 1)
+    store.roll_up()
+    before, read = list(store.receipts()), store.files.read
+    reads: list[str] = []
+
+    def vanishes(name: str) -> bytes | None:
+        reads.append(name)
+        if len(reads) == 1:
+            store.files.publish("receipts/rollup-0002-2.json", read(name) or b"")
+            store.files.delete(name)
+        return read(name)
+
+    monkeypatch.setattr(store.files, "read", vanishes)
+    monkeypatch.setattr(store, "find", None)
+    assert list(store.receipts()) == before
+
+
+def test_many_drivers_roll_up_at_once(store: Store) -> None:
+    _commit(store, *range(12))
+    threads = [threading.Thread(target=store.roll_up) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    _commit(store, *range(12, 16))
+    for thread in threads:
+        thread.join()
+    store.roll_up()
+    assert totals(32, store.receipts()).shards == 16
+    assert not [name for name in store.files.list("receipts") if not name.startswith("rollup-")]
 
 
 def test_a_retry_counts_rows_once(store: Store) -> None:

@@ -130,6 +130,24 @@ def resolve(weights: str, progress: Progress | None = None) -> Path:
     return folder
 
 
+def present(weights: str) -> Path | None:
+    """The folder of `weights` if it is on this machine under a name of its own; nothing is trained or downloaded."""
+    if weights == DIGITS:
+        from rayexpand.priors import digits
+
+        folder = digits.cache_root() / digits.cache_name() / "pipeline"
+    else:
+        folder = Path(weights).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def staged_folder(sha256: str) -> Path:
+    """Where a copy of the model with this content hash lies in this machine's cache, if there is one."""
+    from rayexpand.priors import digits
+
+    return digits.cache_root() / "staged" / sha256[:16]
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """No progress bars of diffusers and transformers inside; they would tear ours."""

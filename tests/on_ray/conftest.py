@@ -1,0 +1,94 @@
+"""One real Ray cluster on this machine, with its own ports and folder, for all tests of this folder."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+os.environ["RAY_AUTH_MODE"] = "token"  # before ray is imported
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Head:
+    address: str
+    dashboard: str
+    env: dict[str, str]
+    folder: Path
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """The daemons of a cluster (they name its folder) and everything they started."""
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        try:
+            if any(str(folder) in part for part in process.cmdline()):
+                for one in [process, *process.children(recursive=True)]:
+                    found[one.pid] = one
+        except psutil.Error:
+            continue
+    found.pop(os.getpid(), None)
+    return list(found.values())
+
+
+def ensure_token() -> None:
+    """A cluster started by hand wants a token that exists; one started by ray.init would make it."""
+    token = Path.home() / ".ray" / "auth_token"
+    if not token.exists():
+        token.parent.mkdir(exist_ok=True)
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(16))
+
+
+def start_head(*, cpus: int) -> Head:
+    folder = Path(tempfile.mkdtemp(prefix="rxt-"))  # short: sockets below it have a length limit
+    port, dashboard, agent, client, metrics = free_ports(5)
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1",
+           "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    env.pop("RAY_ADDRESS", None)
+    ensure_token()
+    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}",
+                    "--node-ip-address=127.0.0.1", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
+                    f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
+                    f"--metrics-export-port={metrics}", f"--num-cpus={cpus}", "--object-store-memory=200000000",
+                    f"--temp-dir={folder}", "--disable-usage-stats"], env=env, check=True, capture_output=True)
+    return Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", env, folder)
+
+
+def stop_head(head: Head) -> None:
+    processes = processes_of(head.folder)
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes, timeout=10)
+    shutil.rmtree(head.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="package")
+def head() -> Iterator[Head]:
+    started = start_head(cpus=4)
+    try:
+        yield started
+    finally:
+        stop_head(started)

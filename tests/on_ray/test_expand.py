@@ -1,0 +1,167 @@
+"""The same engine on Ray: equal hashes for any number of actors, whoever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rayexpand import run as runs
+from rayexpand.verify import verify
+from tests.chaos.test_kill import BAD, SHARD
+from tests.conftest import MakeConfig, complete, hashes, refused
+from tests.on_ray.conftest import ROOT, Head, processes_of
+
+pytestmark = pytest.mark.cluster
+
+Oracle = tuple[dict[str, str], dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def oracle(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    """Hashes and refusals of the undisturbed run, made once in this process."""
+    from rayexpand.config import parse
+
+    out = tmp_path_factory.mktemp("oracle")
+    run, _ = complete(parse({**_raw(image_folder, out), "name": "oracle"}))
+    return hashes(run), refused(run)
+
+
+def _raw(images: Path, out: Path, **method: Any) -> dict[str, Any]:
+    return {"name": "run", "out": str(out), "seed": 3, "data": {"source": "imagefolder", "path": str(images)},
+            "method": {"name": "tests.methods.fakes.Failing", "ratio": 2, "nan": BAD, **method},
+            "sampler": {"batch": 8, "shard_images": 8}, "limits": {"max_failed": 1.0}}
+
+
+@pytest.fixture
+def job(image_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    def make(**changes: Any) -> Path:
+        file = tmp_path / "job.yaml"
+        raw = _raw(image_folder, tmp_path / "out", **changes.pop("method", {}))
+        file.write_text(yaml.safe_dump({**raw, **changes}))
+        return file
+
+    return make
+
+
+def start(head: Head, file: Path, *sets: str, **environment: str) -> subprocess.Popen[str]:
+    arguments = [part for one in (f"cluster.address={head.address}", *sets) for part in ("--set", one)]
+    return subprocess.Popen([sys.executable, "-m", "rayexpand", "expand", str(file), "--json", *arguments], cwd=ROOT,
+                            env={**head.env, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(child: subprocess.Popen[str], timeout_s: float = 120) -> tuple[int, dict[str, Any], str]:
+    stdout, stderr = child.communicate(timeout=timeout_s)
+    return child.returncode, json.loads(stdout) if stdout.strip() else {}, stderr
+
+
+def check(folder: Path, oracle: Oracle) -> None:
+    run = runs.open_run(str(folder))
+    assert (hashes(run), refused(run)) == oracle
+    assert run.totals().pending == 0
+    assert verify(run, pixels=True).problems == []
+
+
+@pytest.mark.parametrize("actors", [1, 2, 4])
+def test_the_same_hashes_with_any_number_of_actors(head: Head, job: Callable[..., Path], tmp_path: Path, oracle: Oracle,
+                                                   actors: int) -> None:
+    code, summary, stderr = finish(start(head, job(), f"cluster.actors={actors}"))
+
+    assert code == 0, stderr
+    assert (summary["kept"], summary["failed"]) == (39, 1)
+    check(tmp_path / "out/run", oracle)
+
+
+@pytest.mark.parametrize("point", ["before_call", "after_call", "before_data", "after_data", "after_receipt"])
+def test_an_actor_killed(head: Head, job: Callable[..., Path], tmp_path: Path, oracle: Oracle, point: str) -> None:
+    once = tmp_path / "once"
+    code, _, stderr = finish(start(head, job(), "cluster.actors=2",
+                                   RAYEXPAND_FAILPOINT=f"{point}@shard={SHARD}:kill",
+                                   RAYEXPAND_FAILPOINT_ONCE=str(once)))
+
+    assert once.exists(), "the failpoint was never reached"
+    assert code == 0, stderr
+    check(tmp_path / "out/run", oracle)
+
+
+@pytest.mark.parametrize("moment", ["no receipt", "one receipt"])
+def test_the_driver_killed(head: Head, job: Callable[..., Path], tmp_path: Path, oracle: Oracle, moment: str) -> None:
+    file = job(method={"name": "tests.methods.fakes.Failing"})
+    child = start(head, file, "cluster.actors=2")
+    wanted = tmp_path / "out/run" / ("attempts" if moment == "no receipt" else "receipts")
+    _until(lambda: wanted.is_dir() and any(wanted.iterdir()))
+    child.kill()
+    child.communicate()
+    code, _, stderr = finish(start(head, file, "cluster.actors=2"))
+
+    assert code == 0, stderr
+    check(tmp_path / "out/run", oracle)
+
+
+@pytest.mark.parametrize(("method", "reason"), [("Hang", "timeout"), ("Segfault", "actor_died")])
+def test_a_row_that_ends_its_actor_is_refused_alone(head: Head, job: Callable[..., Path], tmp_path: Path,
+                                                    make_config: MakeConfig, method: str, reason: str) -> None:
+    limits = {"max_failed": 1.0, "deadline_s": 2.0, "first_deadline_s": 2.0}
+    reference = hashes(complete(make_config(method, ratio=2, sections={"limits": limits}, name="healthy"))[0])
+    file = job(method={"name": f"tests.methods.fakes.{method}", "bad": BAD, "nan": None}, limits=limits)
+    raw = yaml.safe_load(file.read_text())
+    del raw["method"]["nan"]
+    file.write_text(yaml.safe_dump(raw))
+    code, summary, stderr = finish(start(head, file, "cluster.actors=2"))
+
+    assert code == 0, stderr
+    assert (summary["kept"], summary["failed"]) == (39, 1)
+    run = runs.open_run(str(tmp_path / "out/run"))
+    assert refused(run) == {BAD: reason}
+    assert hashes(run) == {k: v for k, v in reference.items() if k != BAD}
+
+
+def test_a_broken_sampler_ends_resumably(head: Head, job: Callable[..., Path], tmp_path: Path) -> None:
+    file = job(method={"name": "tests.methods.fakes.BrokenAfterFirst"}, sampler={"batch": 4, "shard_images": 20})
+    raw = yaml.safe_load(file.read_text())
+    del raw["method"]["nan"]
+    file.write_text(yaml.safe_dump(raw))
+    code, summary, _ = finish(start(head, file, "cluster.actors=2"))
+
+    assert code == 75
+    assert "fails even on a call of fillers" in summary["error"]["message"]
+    assert runs.open_run(str(tmp_path / "out/run")).totals().failed == 0
+
+
+def test_no_cluster_at_an_address_is_said(job: Callable[..., Path], head: Head) -> None:
+    child = start(head, job(), "cluster.address=127.0.0.1:1")
+    code, summary, stderr = finish(child)
+
+    assert code == 2
+    assert "no Ray cluster answers at 127.0.0.1:1" in summary["error"]["message"]
+    assert "Traceback" not in stderr
+
+
+def test_a_cluster_of_our_own_leaves_nothing_behind(job: Callable[..., Path], tmp_path: Path, oracle: Oracle) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="rxt-"))
+    done = subprocess.run([sys.executable, "-m", "rayexpand", "expand", str(job()), "--json"], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "TMPDIR": str(folder)}, timeout=180)
+
+    assert done.returncode == 0, done.stderr
+    check(tmp_path / "out/run", oracle)
+    assert processes_of(folder) == []
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
+
+
+def _until(done: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < deadline, "never happened"
+        time.sleep(0.02)
+
+

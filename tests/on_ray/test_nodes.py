@@ -1,0 +1,240 @@
+"""Nodes that come, die and lack things: several raylets on this machine, and an autoscaler over fake nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.data
+import yaml
+from ray.cluster_utils import Cluster
+
+from rayexpand import run as runs
+from rayexpand.config import parse
+from rayexpand.on_ray import expand as on_ray
+from rayexpand.priors import digits, prior_hash
+from tests.conftest import FAKES, MakeConfig, complete, hashes
+from tests.on_ray.conftest import ROOT, ensure_token, free_ports, processes_of
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head without room for actors; tests add nodes."""
+    ensure_token()
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False,
+                                                         "object_store_memory": 150_000_000})
+    try:
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+def add(cluster: Cluster, **arguments: Any) -> Any:
+    return cluster.add_node(num_cpus=1, object_store_memory=80_000_000, **arguments)
+
+
+def on(cluster: Cluster, **section: Any) -> dict[str, Any]:
+    return {"cluster": {"address": cluster.address, **section}}
+
+
+def expand_with(run: runs.Run, jobs: Callable[[], list[runs.Job]] | None = None) -> Any:
+    return on_ray.expand(run, jobs or (lambda: runs.pending_jobs(run)))
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["no replacement", "a replacement"])
+def test_a_node_killed_loses_nothing(cluster: Cluster, make_config: MakeConfig, again: bool) -> None:
+    reference = hashes(complete(make_config("Sleeping", ratio=3, seconds=0.0))[0])
+    lost = add(cluster, resources={"sampler": 1})
+    add(cluster, resources={"sampler": 1})
+    cluster.wait_for_nodes()
+    # The pause is a field of the method and so of the plan, but no pixel depends on it.
+    config = make_config("Sleeping", ratio=3, seconds=0.08, name="killed", shard_images=6,
+                         sections=on(cluster, actors=2, cpus_per_actor=0.5, resources={"sampler": 1}))
+    run = runs.prepare(config, device_here=False)
+
+    def kill() -> None:
+        _until(lambda: len(run.store.committed()) >= 2)
+        cluster.remove_node(lost, allow_graceful=False)
+        if again:
+            add(cluster, resources={"sampler": 1})
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    totals = expand_with(run)
+    killer.join()
+
+    assert (totals.kept, totals.pending) == (60, 0)
+    assert hashes(run) == reference
+
+
+def test_nodes_with_empty_caches_get_the_model_once(cluster: Cluster, tmp_path: Path) -> None:
+    """The driver has the embedded default; three nodes have nothing and train nothing."""
+    expected = prior_hash("digits")
+    caches = [tmp_path / f"node{i}" for i in range(3)]
+    for cache in caches:
+        add(cluster, resources={"sampler": 1}, env_vars={"RAYEXPAND_CACHE": str(cache)})
+    cluster.wait_for_nodes()
+    raw = yaml.safe_load((ROOT / "jobs/digits/expand-img2img.yaml").read_text())
+    raw |= {"out": str(tmp_path / "out"), "sampler": {"batch": 10, "shard_images": 10},
+            **on(cluster, actors=3, cpus_per_actor=0.5, resources={"sampler": 1})}
+    run = runs.prepare(parse(raw), device_here=False)
+    totals = expand_with(run)
+    local, _ = complete(parse({**raw, "name": "local"}))
+
+    assert totals.kept == 100
+    assert run.facts["models"]["prior"] == expected
+    assert hashes(run) == hashes(local)
+    filled = [cache for cache in caches if cache.exists()]
+    assert len(filled) >= 2
+    for cache in filled:
+        assert [path.name for path in cache.iterdir() if path.is_dir()] == ["staged"]
+        assert [path.name for path in (cache / "staged").iterdir() if path.is_dir()] == [expected[:16]]
+    assert digits.cache_root() not in caches
+
+
+def test_without_a_gpu_the_run_waits_and_goes_on_when_one_comes(cluster: Cluster, make_config: MakeConfig,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own limit, shortened, ends a plain pipeline here; ours is told to wait."""
+    config = make_config("Fake", ratio=1, sections=on(cluster, actors=1, gpus_per_actor=1, cpus_per_actor=0))
+    run = runs.prepare(config, device_here=False)
+    monkeypatch.setattr(on_ray, "WAITING_S", 4.0)
+    said: list[str] = []
+    started = time.monotonic()
+    come: list[float] = []
+
+    def gpu_later() -> None:
+        time.sleep(25)
+        come.append(time.monotonic() - started)
+        add(cluster, num_gpus=1)
+
+    thread = threading.Thread(target=gpu_later)
+    with on_ray.connected(config.cluster):
+        context = ray.data.DataContext.get_current()
+        context.execution_no_progress_timeout_s = 8
+        rows = ray.data.from_items([1]).map_batches(on_ray.ExpandActor, num_gpus=1, num_cpus=0, batch_size=1,
+                                                    compute=ray.data.ActorPoolStrategy(size=1))
+        with pytest.raises(Exception, match=r"(?i)progress|timeout"):
+            rows.take_all()
+        started = time.monotonic()
+        thread.start()
+        totals = on_ray.expand(run, lambda: runs.pending_jobs(run), say=said.append)
+    thread.join()
+
+    assert totals.pending == 0
+    assert come
+    assert any(line.startswith("waiting for capacity") for line in said)
+
+
+def test_many_shards_are_as_many_tasks_and_the_first_receipt_comes_early(cluster: Cluster, make_config: MakeConfig,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 shards of one image, 2 actors: the first receipt is there long before the last."""
+    add(cluster, resources={"sampler": 2})
+    cluster.wait_for_nodes()
+    config = make_config("Sleeping", ratio=15, seconds=0.02, batch=1, shard_images=1,
+                         sections=on(cluster, actors=2, cpus_per_actor=0.5, resources={"sampler": 1}))
+    run = runs.prepare(config, device_here=False)
+    waves: list[int] = []
+    monkeypatch.setattr(runs, "WAVE", 12)
+    at: list[float] = []
+
+    def jobs() -> list[runs.Job]:
+        todo = runs.pending_jobs(run)
+        waves.append(len(todo))
+        return todo
+
+    def watch() -> None:
+        _until(lambda: bool(run.store.committed()))
+        at.append(len(run.store.committed()))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    totals = expand_with(run, jobs)
+    thread.join()
+
+    assert run.plan.n_shards == 20
+    assert waves == [20, 8, 0], "each wave asks again what is pending"
+    assert at[0] < 12, "the first receipt does not wait for the wave"
+    assert (totals.pending, totals.shards) == (0, 20)
+
+
+def _until(done: Callable[[], bool], timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < deadline, "never happened"
+        time.sleep(0.02)
+
+
+def test_an_autoscaler_brings_nodes_and_takes_them_away(make_config: MakeConfig, tmp_path: Path) -> None:
+    """0 -> 2 -> 0 fake GPU nodes, driven by the pool alone; one of them is removed in the middle."""
+    folder = Path(tempfile.mkdtemp(prefix="rxt-"))
+    port, = free_ports(1)
+    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
+    node = {"node_config": {}, "resources": {"CPU": 1, "GPU": 1, "object_store_memory": 80_000_000}}
+    ensure_token()
+    (folder / "cluster.json").write_text(json.dumps({
+        "cluster_name": "fake", "max_workers": 2, "upscaling_speed": 2.0, "idle_timeout_minutes": 0.15,
+        "provider": {"type": "fake_multinode", "disable_node_updaters": True, "disable_launch_config_check": True,
+                     "gcs_address": f"127.0.0.1:{port}", "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID,
+                     "use_node_id_as_ip": True},
+        "available_node_types": {"head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+                                 "gpu": {**node, "min_workers": 0, "max_workers": 2}},
+        "head_node_type": "head", "auth": {}, "file_mounts": {}, "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": [], "initialization_commands": [],
+        "setup_commands": [], "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
+        "worker_start_ray_commands": []}))
+    env = {**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_AUTH_MODE": "token",
+           "RAY_TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}",
+                    "--node-ip-address=127.0.0.1", "--num-cpus=1", "--num-gpus=0", "--object-store-memory=150000000",
+                    "--include-dashboard=false", f"--autoscaling-config={folder}/cluster.json",
+                    f"--temp-dir={folder}", "--disable-usage-stats"], env=env, check=True, capture_output=True)
+    config = make_config("Sleeping", ratio=15, seconds=0.25, shard_images=8, sections={
+        "cluster": {"address": f"127.0.0.1:{port}", "actors": 2, "gpus_per_actor": 1, "cpus_per_actor": 0}})
+    reference = hashes(complete(make_config("Sleeping", ratio=15, seconds=0.0, shard_images=8, name="reference"))[0])
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(json.loads(json.dumps({
+        **config.model_dump(mode="json", exclude={"method"}), "method": {"name": FAKES + "Sleeping", "ratio": 15,
+                                                                         "seconds": 0.25}}))))
+    try:
+        child = subprocess.Popen([sys.executable, "-m", "rayexpand", "expand", str(tmp_path / "job.yaml"), "--json"],
+                                 cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        timeline = _timeline(folder, child)
+        stdout, stderr = child.communicate(timeout=300)
+        print("seconds: GPU nodes", timeline)
+        assert child.returncode == 0, stderr
+        assert json.loads(stdout)["kept"] == 300
+        assert hashes(runs.open_run(config.folder)) == reference
+        assert max(count for _, count in timeline) == 2
+        _until(lambda: _gpu_nodes(folder) == 0, 120)
+    finally:
+        for process in processes_of(folder):
+            process.kill()
+
+
+def _gpu_nodes(folder: Path) -> int:
+    """Raylets with a GPU: the nodes the autoscaler brought."""
+    return sum("raylet" in process.name() and any("GPU" in part for part in process.cmdline())
+               for process in processes_of(folder) if process.is_running())
+
+
+def _timeline(folder: Path, child: subprocess.Popen[str]) -> list[tuple[float, int]]:
+    """(seconds, GPU nodes) at every change until the run ends."""
+    started, found = time.monotonic(), [(0.0, _gpu_nodes(folder))]
+    while child.poll() is None and time.monotonic() - started < 300:
+        if (count := _gpu_nodes(folder)) != found[-1][1]:
+            found.append((round(time.monotonic() - started, 1), count))
+        time.sleep(0.5)
+    return found
