@@ -5,6 +5,9 @@ dead processes at one call: its rows are run one by one, each with a row marker;
 refused, as `timeout` if a deadline ended the last process, else as `actor_died`. A preempted shard leaves one marker
 at a random place, so lost machines never add up to a poisoned row.
 
+A whole shard is marked as well, for a death can come from outside a sampler call: a decoder that crashes on a seed, an
+encoder, the commit. After two deaths its seeds are decoded and its samples encoded one by one under row markers.
+
 The deadline uses faulthandler's watchdog thread, which ends the process even while a C extension holds the GIL. It
 writes a stack trace into a local folder that outlives the process, one file per process and run: that file tells
 `timeout` from `actor_died`, and while its process runs, that it runs. Only processes of the same host can look it up.
@@ -18,6 +21,7 @@ import os
 import socket
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +34,9 @@ from rayexpand.schema import Reason
 
 DEAD_CALLS = 2  # dead processes at one call before its rows run one by one
 DEAD_ROWS = 2  # dead processes at one row before it is refused
+DEAD_SHARDS = 2  # dead processes at one shard, wherever, before its seeds are decoded one by one
+DEAD_UNEXPLAINED = 6  # dead processes that blame neither a call nor a row of their shard, before it is given up for now
+SHARD, DECODE, ENCODE = -1, -2, -3  # in the place of a call number: the whole shard, and work on one row outside calls
 
 
 class ProcessFault(Interrupted):
@@ -40,8 +47,11 @@ class ProcessFault(Interrupted):
 class Verdicts:
     """What the dead say about one shard."""
 
+    careful: bool  # decode and encode row by row, each under a marker of its own
+    unexplained: int  # processes that died at the shard but at no call or row of it
     calls: frozenset[int]  # run these row by row
-    rows: dict[int, Reason]  # refuse these
+    rows: dict[tuple[int, int], Reason]  # (row, attempt of its draw): refuse these
+    seeds: dict[int, Reason]  # first row of a seed whose decoding ended processes: refuse all its rows
 
 
 class Blame:
@@ -52,29 +62,49 @@ class Blame:
         self._trace: IO[str] | None = None
 
     def verdicts(self, shard_key: str) -> Verdicts:
-        calls: dict[int, int] = {}
-        rows: dict[int, list[str]] = {}
+        calls: Counter[int] = Counter()
+        at_row: dict[tuple[int, int, int], list[str]] = {}  # call, row, attempt of its draw
+        shard: set[str] = set()
+        explained: set[str] = set()
         for name in self.files.list("blame", f"{shard_key}@"):
             _, call, row, attempt, token = name.split("@", 4)
             if not self._dead(int(attempt), token):
                 continue
+            if int(call) == SHARD:
+                shard.add(token)
+                continue
+            explained.add(token)
             if row == "all":
-                calls[int(call)] = calls.get(int(call), 0) + 1
+                calls[int(call)] += 1
             else:
-                rows.setdefault(int(row), []).append(token)
+                number, _, redraw = row.partition(".")
+                at_row.setdefault((int(call), int(number), int(redraw)), []).append(token)
                 calls[int(call)] = DEAD_CALLS
-        refused = {row: self._reason(tokens) for row, tokens in rows.items() if len(tokens) >= DEAD_ROWS}
-        return Verdicts(frozenset(c for c, n in calls.items() if n >= DEAD_CALLS), refused)
+        refused = {key: self._reason(tokens) for key, tokens in at_row.items() if len(tokens) >= DEAD_ROWS}
+        return Verdicts(
+            careful=len(shard) >= DEAD_SHARDS, unexplained=len(shard - explained),
+            calls=frozenset(call for call, dead in calls.items() if dead >= DEAD_CALLS),
+            rows={(row, redraw): reason for (call, row, redraw), reason in refused.items() if call != DECODE},
+            seeds={row: reason for (call, row, _), reason in refused.items() if call == DECODE})
 
     @contextmanager
-    def watch(self, shard_key: str, call: int, row: int | None, deadline_s: float) -> Iterator[None]:
+    def watch(self, shard_key: str, call: int, row: tuple[int, int] | None, deadline_s: float) -> Iterator[None]:
         """Marks a call (or one row of it) as running, and ends the process if it outlasts `deadline_s`."""
-        who = "all" if row is None else str(row)
+        with self.mark(shard_key, call, row):
+            if self._trace is None:
+                self._trace = open(self._trace_path(self.token), "w")  # noqa: SIM115  (open while the process lives)
+            faulthandler.dump_traceback_later(deadline_s, exit=True, file=self._trace)
+            try:
+                yield
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+
+    @contextmanager
+    def mark(self, shard_key: str, call: int, row: tuple[int, int] | None) -> Iterator[None]:
+        """Marks work as running. The marker stays when the process dies, or raises ProcessFault."""
+        who = "all" if row is None else f"{row[0]}.{row[1]}"
         marker = "blame/" + "@".join([shard_key, str(call), who, str(self.attempt), self.token])
         self.files.mark(marker)
-        if self._trace is None:
-            self._trace = open(self._trace_path(self.token), "w")  # noqa: SIM115  (open for the life of the process)
-        faulthandler.dump_traceback_later(deadline_s, exit=True, file=self._trace)
         try:
             yield
         except ProcessFault:
@@ -84,8 +114,6 @@ class Blame:
             raise
         else:
             self.files.delete(marker)
-        finally:
-            faulthandler.cancel_dump_traceback_later()
 
     def clear(self, shard_key: str) -> None:
         """Forgets the dead of a committed shard."""
@@ -127,6 +155,12 @@ class Blame:
 
     def _trace_path(self, token: str) -> Path:
         return trace_folder(self.files) / f"{token}.trace"
+
+
+def forget_unexplained(files: Files) -> None:
+    """Forgets who died at a shard but at no call of it, for a run that ends in order: its next start tries again."""
+    if spent := [f"blame/{name}" for name in files.list("blame") if f"@{SHARD}@" in name]:
+        files.delete(*spent)
 
 
 def trace_folder(files: Files) -> Path:

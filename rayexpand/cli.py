@@ -141,7 +141,7 @@ def retry(folder: Folder, set_: Set = None, no_ray: NoRay = False, as_json: Json
     """Make once more only the rows of a run that failed."""
     from rayexpand import run as runs
 
-    run = runs.open_run(folder, set_ or [])
+    run = runs.open_run(folder, set_ or [], check_models=True)
     with _Progress() as progress:
         _drive(run, runs.retry_jobs(run), progress, as_json, no_ray=no_ray, to_the_end=True)
 
@@ -190,7 +190,7 @@ def regen(folder: Folder,
 
     if to and (Path(to).suffix.lower() not in _PICTURES or not Path(to).parent.is_dir()):
         raise UsageError(f"--to {to}: give a file ending in {', '.join(_PICTURES)} in a folder that exists")
-    run = runs.open_run(folder)
+    run = runs.open_run(folder, check_models=True)
     expander = runs.expander_of(run, attempt=0)
     try:
         sample = expander.regenerate(sample_id)

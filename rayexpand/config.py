@@ -100,7 +100,7 @@ class EstimateConfig(Section):
 
 class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder is <out>/<name>")
-    out: str = Field("runs", description="folder that holds runs")
+    out: str = Field("runs", min_length=1, description="folder that holds runs")
     seed: int = Field(0, ge=0, description="run seed; keys every random stream")
     data: DataConfig
     image: ImageConfig = ImageConfig()

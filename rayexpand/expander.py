@@ -9,22 +9,25 @@ of the process or of the environment commits nothing (blame.py and errors.py say
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import errno
 import importlib.metadata
 import platform
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from rayexpand.blame import Blame, ProcessFault
+from rayexpand import __version__
+from rayexpand.blame import DEAD_UNEXPLAINED, DECODE, ENCODE, SHARD, Blame, ProcessFault, Verdicts
 from rayexpand.config import RunConfig
 from rayexpand.errors import EnvironmentFault, Interrupted, RayexpandError, RowFault
 from rayexpand.pixels import decode, encode, prepare
@@ -77,29 +80,42 @@ class Expander:
         """
         if found := self.store.find(shard_id, generation):
             return found
-        work = self._start(shard_id, generation)
+        key = _key(shard_id, generation)
+        verdicts = self.blame.verdicts(key)
+        if verdicts.unexplained >= DEAD_UNEXPLAINED:
+            raise EnvironmentFault(f"{verdicts.unexplained} processes died on shard {shard_id} while they loaded "
+                                   "models, read seeds or committed. Look at the system's log (out of memory?), then "
+                                   "run the same command again.")
+        with self.blame.mark(key, SHARD, None):
+            receipt = self._expand(shard_id, generation, verdicts)
+        self.blame.clear(key)
+        return receipt
+
+    def _expand(self, shard_id: int, generation: int, verdicts: Verdicts) -> Receipt:
         started = time.perf_counter()
+        work = self._start(shard_id, generation, verdicts)
         wanted = self._wanted(work)
+        if verdicts.careful:
+            self._decode_one_by_one(work)
         self._run(work, wanted)
         samples = self._collect(work, wanted)
         receipt = Receipt(
             shard_id, generation, "", "", len(samples), **_counts(samples), shape=[self.batch], run_digest="",
             attempt=self.blame.attempt, content_sha256="", stack=self.stack, host=socket.gethostname(),
             seconds={**work.clock.seconds, "total": time.perf_counter() - started})
-        receipt = self.store.commit(receipt, samples, self.plan.index.classes)
-        self.blame.clear(work.key)
-        return receipt
+        return self.store.commit(receipt, samples, self.plan.index.classes)
 
     def regenerate(self, sample_id: str) -> Sample:
         """Makes one sample again, alone among fillers (with its group where the method has groups)."""
-        work = self._start(self.plan.find(sample_id), 0)
+        shard_id = self.plan.find(sample_id)
+        work = self._start(shard_id, 0, self.blame.verdicts(_key(shard_id, 0)))
         self._run(work, {sample_id})
         (sample,) = self._collect(work, {sample_id})
         return sample
 
     def batches(self, shard_id: int) -> list[Batch]:
         """What the sampler would get for a shard, decoded and ready; rows whose seed cannot be read are fillers."""
-        work = self._start(shard_id, 0)
+        work = self._start(shard_id, 0, self.blame.verdicts(_key(shard_id, 0)))
         calls = pack(work.units, self.config.method, self.plan.batch)
         work.images.ahead(*calls)
         return [self._batch(work, replace(call, slots=self._sound(work, call)[0])) for call in calls]
@@ -110,18 +126,29 @@ class Expander:
 
     # Work of one shard -------------------------------------------------------------------------------------------
 
-    def _start(self, shard_id: int, generation: int) -> _Work:
+    def _start(self, shard_id: int, generation: int, verdicts: Verdicts) -> _Work:
         clock = _Clock()
-        key = f"s{shard_id:06d}g{generation}"
         units = self.plan.units(shard_id)
         with clock.phase("read"):
-            found = self._read(shard_id, {draw.seed_id for unit in units for draw in unit if draw.start == Start.IMAGE})
-        images = _Images(found, self._decode, self._pool)
-        verdicts = self.blame.verdicts(key)
-        return _Work(shard_id, generation, key, units, images, clock, verdicts.calls, verdicts.rows)
+            used = {draw.seed_id for unit in units for draw in unit if draw.start == Start.IMAGE}
+            found, listed = self._read(shard_id, used)
+        for draw in (draw for unit in units for draw in unit if draw.copy == 0):
+            if reason := verdicts.seeds.get(draw.row):  # in place of the seed, or it would be decoded ahead
+                found[draw.seed_id] = RowFault(reason, "two processes that decoded this seed alone ended")
+        images = _Images(found, listed, self._decode, self._pool)
+        return _Work(shard_id, generation, _key(shard_id, generation), units, images, clock, verdicts)
 
-    def _read(self, shard_id: int, used: set[str]) -> dict[str, Seed | RowFault | None]:
-        """Seeds of a shard by id; None for a seed whose image no draw uses."""
+    def _decode_one_by_one(self, work: _Work) -> None:
+        """Decodes each seed alone under a marker, so that a decoder's crash blames its seed."""
+        first_rows = {draw.seed_id: draw.row - draw.copy for unit in work.units for draw in unit
+                      if draw.start == Start.IMAGE}
+        for seed_id, row in first_rows.items():
+            if row not in work.verdicts.seeds:
+                with self.blame.mark(work.key, DECODE, (row, 0)):
+                    work.images.try_alone(seed_id)
+
+    def _read(self, shard_id: int, used: set[str]) -> tuple[dict[str, Seed | RowFault | None], dict[str, RowFault]]:
+        """Seeds of a shard by id, None for a seed whose image no draw uses; and the faults known from the listing."""
         rows = self.plan.seeds_of(shard_id)
         part = self.plan.index.table.slice(rows.start, len(rows))
         found: dict[str, Seed | RowFault | None] = {
@@ -129,7 +156,8 @@ class Expander:
             for seed_id, fault in zip(part["seed_id"].to_pylist(), part["fault"].to_pylist(), strict=True)}
         wanted = [row for row, seed_id in zip(rows, found, strict=True) if seed_id in used]
         ids = [seed_id for seed_id in found if seed_id in used]
-        return found | dict(zip(ids, self._reader.read(wanted), strict=True))
+        listed = {seed_id: fault for seed_id, fault in found.items() if isinstance(fault, RowFault)}
+        return found | dict(zip(ids, self._reader.read(wanted), strict=True)), listed
 
     def _run(self, work: _Work, wanted: set[str]) -> None:
         """Decides every row in `wanted`: the planned calls, then rounds of redraws until none asks again."""
@@ -138,7 +166,7 @@ class Expander:
         while calls := [call for call in calls if any(call.slots)]:
             for call, following in zip(calls, [*calls[1:], None], strict=True):
                 decided = len(work.results)
-                work.images.ahead(call, following)
+                work.images.ahead(call, None if work.verdicts.careful else following)
                 self._run_call(work, call)
                 self.on_rows(len(work.results) - decided)
             units, work.redraws = list(work.redraws.values()), {}
@@ -161,7 +189,7 @@ class Expander:
         slots, faulty = self._sound(work, call)
         for unit, fault in faulty:
             self._refuse(work, unit, fault)
-        if call.number in work.blamed_calls:
+        if call.number in work.verdicts.calls:
             for start in range(0, len(slots), call.unit):
                 self._attempt(work, replace(call, slots=_keep(slots, range(start, start + call.unit))), alone=True)
         else:
@@ -170,9 +198,15 @@ class Expander:
     def _refuse(self, work: _Work, unit: Slots, fault: RowFault) -> None:
         for draw in unit:
             if draw is not None:
-                work.results[draw.sample_id] = self._pool.submit(
-                    self._finish, draw, None, Reason(fault.reason), fault.detail[:_DETAIL_CHARS], {},
-                    work.images.note(draw.seed_id))
+                self._submit(work, draw, None, Reason(fault.reason), fault.detail[:_DETAIL_CHARS], {})
+
+    def _submit(self, work: _Work, draw: Draw, image: np.ndarray | None, reason: Reason | None, detail: str,
+                scores: dict[str, float]) -> None:
+        future = self._pool.submit(self._finish, draw, image, reason, detail, scores, work.images.note(draw.seed_id))
+        work.results[draw.sample_id] = future
+        if work.verdicts.careful:
+            with self.blame.mark(work.key, ENCODE, (draw.row, draw.attempt)):
+                concurrent.futures.wait([future])
 
     def _sound(self, work: _Work, call: Call) -> tuple[tuple[Draw | None, ...], list[tuple[Slots, RowFault]]]:
         """The slots with fillers for units that cannot be sampled, and those units with their faults."""
@@ -189,9 +223,9 @@ class Expander:
         for draw in unit:
             if draw is None:
                 continue
-            if reason := work.blamed_rows.get(draw.row):
-                return RowFault(reason, "its sampler call ended two processes that ran this row alone")
-            if fault := work.images.fault(draw.seed_id, work.clock):
+            if reason := work.verdicts.rows.get((draw.row, draw.attempt)):
+                return RowFault(reason, "two processes that worked on this row alone ended")
+            if fault := work.images.fault(draw, work.clock):
                 return fault
         return None
 
@@ -249,7 +283,7 @@ class Expander:
     def _sample(self, work: _Work, call: Call, alone: bool) -> Expansion:
         """One sampler call, marked, under a deadline. Sorts its exceptions by who is to blame."""
         batch = self._batch(work, call)
-        row = next((draw.row for draw in call.slots if draw), None) if alone else None
+        row = next(((draw.row, draw.attempt) for draw in call.slots if draw), None) if alone else None
         limits = self.config.limits
         with work.clock.phase("load"):
             tools = self.loaded()
@@ -258,9 +292,12 @@ class Expander:
             failpoint("before_call", work.shard_id)
             try:
                 expansion = self.config.method.expand(batch, tools)
-                assert len(expansion.images) == len(batch), "a method must return one image or None per slot"
+                _check(expansion, batch)
             except Exception as error:
-                raise _sorted(error) from error
+                fault = _sorted(error)
+                for one in (error, error.__cause__, error.__context__):
+                    traceback.clear_frames(one.__traceback__ if one else None)  # frees the tensors of the failed call
+                raise fault from error
             self._calls_made += 1
         failpoint("after_call", work.shard_id)
         return expansion
@@ -269,14 +306,17 @@ class Expander:
         pattern = next((draw for draw in call.slots if draw), None) or work.last_draw
         assert pattern is not None
         work.last_draw = pattern
-        pixels = [work.images.pixels(draw.seed_id) if draw else None for draw in call.slots]
+        pixels = [work.images.pixels(draw.seed_id) if draw and draw.start == Start.IMAGE else None
+                  for draw in call.slots]
         grey = np.full(self._filler_shape(pixels), _GREY, np.uint8)
+        blank = np.full(self._filler_shape([]), _GREY, np.uint8)  # never of a batch-mate's size
         # A filler must be sampled like its batch-mates (strength, steps), and must not carry anything of a refused row.
         fillers = [replace(pattern, sample_id=f"filler/{i}", seed_id="filler", copy=i, source_label=0, target_label=0,
                            prompt="", negative="", attempt=0, row=-1, group=i // call.unit)
                    for i in range(len(call.slots))]
         draws = tuple(draw or fillers[i] for i, draw in enumerate(call.slots))
-        images = tuple(grey if image is None else image for image in pixels)
+        images = tuple(image if image is not None else blank if draw else grey
+                       for image, draw in zip(pixels, call.slots, strict=True))
         rngs = tuple(self.plan.rng(draw) if real else RowRng(0, "filler", "filler", i)
                      for i, (draw, real) in enumerate(zip(draws, call.slots, strict=True)))
         return Batch(draws, images, rngs, tuple(draw is None for draw in call.slots))
@@ -297,9 +337,7 @@ class Expander:
                     again.append(expansion.redraws[i])
                 elif draw is not None:
                     scores = {name: float(values[i]) for name, values in expansion.scores.items()}
-                    work.results[draw.sample_id] = self._pool.submit(
-                        self._finish, draw, expansion.images[i], reasons[i], details[i], scores,
-                        work.images.note(draw.seed_id))
+                    self._submit(work, draw, expansion.images[i], reasons[i], details[i], scores)
             if again:
                 work.redraws[again[0].sample_id] = tuple(again)
 
@@ -324,15 +362,21 @@ class Expander:
 
     def _collect(self, work: _Work, wanted: set[str]) -> list[Sample]:
         with work.clock.phase("encode"):
-            samples = [future.result() for sample_id, future in work.results.items() if sample_id in wanted]
+            samples = [work.results[sample_id].result() for sample_id in wanted]
         return sorted(samples, key=lambda sample: sample.draw.row)
 
     # Models and images -------------------------------------------------------------------------------------------
 
     def loaded(self) -> Tools:
-        """The models of the method, loaded at the first call."""
+        """The models of the method, loaded at the first call. Raises EnvironmentFault when they cannot be."""
         if self.tools is None:
-            self.tools = load_tools(self.config, self.plan.index.classes)
+            try:
+                self.tools = load_tools(self.config, self.plan.index.classes)
+            except RayexpandError:
+                raise
+            except Exception as error:
+                raise EnvironmentFault(f"the models cannot be loaded: {type(error).__name__}: {error}. Free memory or "
+                                       "repair the model folder, then run the same command again.") from error
         return self.tools
 
     @cached_property
@@ -364,8 +408,7 @@ class _Work:
     units: list[Unit]
     images: _Images
     clock: _Clock
-    blamed_calls: frozenset[int]
-    blamed_rows: dict[int, Reason]
+    verdicts: Verdicts
     results: dict[str, Future[Sample]] = field(default_factory=dict)
     redraws: dict[str, Unit] = field(default_factory=dict)
     last_draw: Draw | None = None
@@ -374,22 +417,31 @@ class _Work:
 class _Images:
     """Decoded seeds of a shard: decoded ahead in the pool, kept for the call that runs and the next one."""
 
-    def __init__(self, found: dict[str, Seed | RowFault | None], decode: Callable[[Seed], tuple[np.ndarray, str]],
-                 pool: ThreadPoolExecutor) -> None:
-        self._found, self._decode, self._pool = found, decode, pool
+    def __init__(self, found: dict[str, Seed | RowFault | None], listed: dict[str, RowFault],
+                 decode: Callable[[Seed], tuple[np.ndarray, str]], pool: ThreadPoolExecutor) -> None:
+        self._found, self._listed, self._decode, self._pool = found, listed, decode, pool
         self._decoded: dict[str, Future[tuple[np.ndarray, str]]] = {}
         self._notes: dict[str, str] = {}
 
     def ahead(self, *calls: Call | None) -> None:
         """Starts decoding what `calls` use, and forgets the rest."""
-        used = {draw.seed_id for call in calls if call for draw in call.slots if draw}
+        used = {draw.seed_id for call in calls if call for draw in call.slots if draw and draw.start == Start.IMAGE}
         self._decoded = {seed_id: future for seed_id, future in self._decoded.items() if seed_id in used}
         for seed_id in used - set(self._decoded):
             if isinstance(seed := self._found[seed_id], Seed):
                 self._decoded[seed_id] = self._pool.submit(self._decode, seed)
 
-    def fault(self, seed_id: str, clock: _Clock) -> RowFault | None:
-        """Why a seed has no pixels; None when it has, or when no draw uses them."""
+    def try_alone(self, seed_id: str) -> None:
+        """Decodes a seed here and now, for what it does to the process."""
+        if isinstance(seed := self._found[seed_id], Seed):
+            with contextlib.suppress(RowFault):
+                self._decode(seed)
+
+    def fault(self, draw: Draw, clock: _Clock) -> RowFault | None:
+        """Why a draw cannot start: a fault of its seed in the listing, or of the pixels if it starts from them."""
+        seed_id = draw.seed_id
+        if draw.start != Start.IMAGE:
+            return self._listed.get(seed_id)
         if isinstance(fault := self._found[seed_id], RowFault):
             return fault
         if seed_id in self._decoded:
@@ -414,7 +466,7 @@ class _Clock:
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(("load", "read", "decode", "sample", "encode"), 0.0)
 
-    @contextmanager
+    @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
@@ -429,6 +481,23 @@ class _OutOfMemory(RayexpandError):
 
 class _SamplerError(RayexpandError):
     pass
+
+
+def _key(shard_id: int, generation: int) -> str:
+    return f"s{shard_id:06d}g{generation}"
+
+
+def _check(expansion: Expansion, batch: Batch) -> None:
+    """The contract of a method, before its word is taken for a row."""
+    assert len(expansion.images) == len(batch), "a method must return one image or None per slot"
+    for image in expansion.images:
+        assert image is None or (image.ndim == 3 and image.shape[2] == 3 and (
+            image.dtype == np.uint8 or image.dtype.kind == "f")), "an image must be (H, W, 3), uint8 or float in [0, 1]"
+    for i, again in expansion.redraws.items():
+        draw = batch.draws[i]
+        same = (draw.sample_id, draw.seed_id, draw.copy, draw.row, draw.attempt + 1)
+        assert (again.sample_id, again.seed_id, again.copy, again.row, again.attempt) == same, \
+            "a redraw is the same row, one attempt later"
 
 
 def _sorted(error: Exception) -> Exception:
@@ -487,10 +556,12 @@ def stack_fingerprint(config: RunConfig) -> dict[str, str]:
     packages = ("torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "numpy", "pillow")
     facts = {name: importlib.metadata.version(name) for name in packages}
     facts |= {"python": platform.python_version(), "machine": platform.machine(),
-              "cpu": torch.backends.cpu.get_cpu_capability(), "torch_threads": str(config.runtime.torch_threads)}
+              "rayexpand": __version__, "cpu": torch.backends.cpu.get_cpu_capability(),
+              "torch_threads": str(config.runtime.torch_threads)}
     if "prior" in config.method.needs():
         on_gpu = config.prior.device.startswith("cuda") or (config.prior.device == "auto" and torch.cuda.is_available())
         facts |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu",
                   "dtype": {"auto": "bfloat16" if on_gpu else "float32"}.get(config.prior.dtype, config.prior.dtype),
-                  "attention": config.prior.attention, "compile": str(config.prior.compile)}
+                  "attention": config.prior.attention, "compile": str(config.prior.compile),
+                  "channels_last": str(config.prior.channels_last)}
     return facts

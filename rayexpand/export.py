@@ -139,7 +139,7 @@ def _rows(run: Run, chosen: _Selection | None, kept: int, on_rows: OnRows) -> It
         if not receipt.kept:
             continue
         with run.store.files.open(f"data/{receipt.data_file}") as reader:
-            for batch in pq.ParquetFile(reader).iter_batches(BATCH):
+            for batch in pq.ParquetFile(reader, pre_buffer=False).iter_batches(BATCH, use_threads=False):
                 table = pa.Table.from_batches([batch])
                 numbers = table["row"].to_numpy()
                 if seen[numbers].any() or len(np.unique(numbers)) < len(numbers):

@@ -127,7 +127,7 @@ class LocalFiles:
 
     def probe(self) -> None:
         """Writes one name twice; the second must be refused. Raises StorageError with the remedy."""
-        name = f".tmp/probe-{uuid.uuid4().hex}"
+        name = f".tmp/{process_token()}-{uuid.uuid4().hex}"  # the sweep of another driver spares the living
         try:
             for folder in FOLDERS:
                 self.make_folder(folder)
@@ -162,10 +162,7 @@ class LocalFiles:
             failpoint(f"after_{step}_link", shard)
             self._sync_folder(target.parent)
         except OSError as error:
-            if error.errno in _BROKEN:
-                raise EnvironmentFault(f"{target}: {error.strerror}. Free space or repair the storage, then run the "
-                                       "same command again; nothing committed is lost.") from error
-            raise
+            raise _named(error, target) from error
         finally:
             self._discard(temporary)
         failpoint(f"after_{step}", shard)
@@ -174,10 +171,12 @@ class LocalFiles:
     def replace(self, name: str, content: bytes, step: str = "file", shard: int | None = None) -> None:
         """Writes or overwrites a cache file, whole at every instant. Never for a commit."""
         temporary = self.root / ".tmp" / f"{process_token()}-{uuid.uuid4().hex[:12]}"
-        failpoint(f"before_{step}", shard)
         try:
+            failpoint(f"before_{step}", shard)
             self._write(temporary, content)
             self.system.rename(temporary, self.root / name)
+        except OSError as error:
+            raise _named(error, self.root / name) from error
         finally:
             self._discard(temporary)
         failpoint(f"after_{step}", shard)
@@ -251,17 +250,32 @@ class LocalFiles:
 
     def mark(self, name: str) -> None:
         """Leaves an empty file. It survives this process, not a power cut."""
-        (self.root / name).touch()
+        try:
+            (self.root / name).touch()
+        except OSError as error:
+            raise _named(error, self.root / name) from error
 
     def delete(self, *names: str) -> None:
         for name in names:
             (self.root / name).unlink(missing_ok=True)
 
     def make_folder(self, name: str) -> None:
-        (self.root / name).mkdir(parents=True, exist_ok=True)
+        folder = self.root / name
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in new:
+            self._sync_folder(path.parent)
 
     def at(self, name: str) -> Path:
         return self.root / name
+
+
+def _named(error: OSError, path: Path) -> OSError | EnvironmentFault:
+    """The error as a fault of the environment, if it is one."""
+    if error.errno not in _BROKEN:
+        return error
+    return EnvironmentFault(f"{path}: {error.strerror}. Free space or repair the storage, then run the same command "
+                            "again; nothing committed is lost.")
 
 
 def process_token() -> str:
@@ -283,7 +297,8 @@ def token_alive(token: str) -> bool:
 def _start_time(pid: int) -> str:
     """Start time of a process in clock ticks since boot, "" if there is none. Without /proc: "0" while it runs."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]  # a zombie is dead, only its parent has not looked yet
     except OSError:
         if Path("/proc/self").exists():
             return ""

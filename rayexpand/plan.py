@@ -98,7 +98,7 @@ class Plan:
         """Shard of a sample. Raises UsageError if the plan has no such sample."""
         seed_id, _, copy = sample_id.rpartition("/")
         position = pc.index(self.index.table["seed_id"], pa.scalar(seed_id)).as_py()
-        if position < 0 or not copy.isdigit() or int(copy) >= self.copies[position]:
+        if position < 0 or copy not in map(str, range(int(self.copies[position]))):
             raise UsageError(f"{sample_id!r} is not in this plan. Sample ids are <seed id>/<copy>; the sample_id "
                              "column of data/*.parquet and rejected/*.parquet lists them.")
         return int(self.shard[position])

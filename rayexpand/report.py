@@ -35,7 +35,7 @@ from rayexpand.status import (
     view_run,
     write_page,
 )
-from rayexpand.store import read_table
+from rayexpand.store import find_rows, read_table
 
 SHEET_CLASSES, SHEET_SAMPLES = 8, 8
 REFUSED_ROWS, REFUSED_PER_REASON = 12, 4
@@ -168,7 +168,8 @@ def _contact_sheet(view: RunView, classes: ClassTable) -> list[SheetRow]:
     seed_pictures = _seed_pictures(view, [seed_id for _, seed_id, _ in chosen])
     rows = []
     for (_, seed_id, receipt), seed in zip(chosen, seed_pictures, strict=True):
-        found = _rows(view, f"data/{receipt.data_file}", "seed_id", seed_id).sort_by("copy").to_pylist()
+        table = find_rows(view.files, f"data/{receipt.data_file}", "seed_id", seed_id)
+        found = table.sort_by("copy").to_pylist()
         samples = tuple(_picture((sample["image"] or {}).get("bytes"), _about(sample),
                                  _name(classes, sample["label"]) if sample["label"] != sample["source_label"] else "")
                         for sample in found[:SHEET_SAMPLES])
@@ -189,15 +190,10 @@ def _refused_rows(view: RunView, classes: ClassTable) -> list[dict[str, Any]]:
     turns = [rows[i] for i in range(REFUSED_PER_REASON) for rows in by_reason.values() if i < len(rows)]
     lines = []
     for sample_id, receipt in turns[:REFUSED_ROWS]:
-        (row,) = _rows(view, f"rejected/{receipt.side_file}", "sample_id", sample_id).to_pylist()
+        (row,) = find_rows(view.files, f"rejected/{receipt.side_file}", "sample_id", sample_id).to_pylist()
         picture = _picture((row["image"] or {}).get("bytes"), _about(row))
         lines.append({**row, "picture": picture, "class": _name(classes, row["label"])})
     return sorted(lines, key=lambda line: (line["status"], line["reason"]))
-
-
-def _rows(view: RunView, name: str, column: str, value: str) -> pa.Table:
-    """Whole rows of a Parquet file where `column` is `value`; other row groups are not read."""
-    return read_table(view.files, name, rows=pc.field(column) == value)
 
 
 def _seed_pictures(view: RunView, seed_ids: list[str]) -> list[Picture]:

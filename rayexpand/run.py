@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rayexpand import __version__, seeds
-from rayexpand.blame import Blame
+from rayexpand.blame import Blame, forget_unexplained
 from rayexpand.config import RunConfig, differences, digest, override, parse, resolved, semantic
 from rayexpand.errors import (
     ConfigError,
@@ -29,10 +29,10 @@ from rayexpand.errors import (
 )
 from rayexpand.estimate import Measured, measure
 from rayexpand.expander import Expander
-from rayexpand.files import Files
+from rayexpand.files import FOLDERS, Files
 from rayexpand.plan import Plan, make_plan, plan_digest, read_plan, write_plan
 from rayexpand.priors import PriorFacts, check_size, inspect_prior, prior_hash
-from rayexpand.schema import Receipt, Tools
+from rayexpand.schema import Reason, Receipt, Status, Tools
 from rayexpand.store import (
     Store,
     Totals,
@@ -161,18 +161,22 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
     return _open(config, files, models)
 
 
-def open_run(folder: str, overrides: Sequence[str] = ()) -> Run:
+def open_run(folder: str, overrides: Sequence[str] = (), *, check_models: bool = False) -> Run:
     """The run in an existing folder, with the configuration it was created with and `a.b=value` overrides of
-    operational fields. Raises UsageError, or DigestMismatch for an override of any other field.
+    operational fields. `check_models`: samples will be made, so its models must still be the ones it started with.
+    Raises UsageError, or DigestMismatch for an override of any other field or another model.
     """
     facts = read_facts(open_files(folder))
     out, _, name = (folder if is_url(folder) else str(Path(folder).absolute())).rstrip("/").rpartition("/")
     config = parse(override({**facts["config"], "out": out or "/", "name": name}, overrides), f"{folder}/run.json")
-    return _open(config, open_files(folder, single_writer=config.store.single_writer), facts["models"])
+    return _open(config, open_files(folder, single_writer=config.store.single_writer),
+                 model_hashes(config) if check_models else facts["models"])
 
 
 def begin(run: Run) -> int:
     """Registers a start of the run and returns its number."""
+    for folder in FOLDERS:  # a copy of a run may lack the empty ones
+        run.files.make_folder(folder)
     return new_attempt(run.files, {"host": socket.gethostname(), "pid": os.getpid(), "token": process_token(),
                                    "version": __version__})
 
@@ -216,6 +220,7 @@ def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, t
     Raises OverBudget as soon as more rows failed than limits.max_failed allows (`to_the_end`: only when all jobs are
     done, for a retry starts over its budget), and EnvironmentFault after three waves without a commit.
     """
+    run.store.forget_lost()
     receipts = {(r.shard_id, r.generation): r for r in run.store.receipts()}
     run.store.roll_up(ROLL_UP_EVERY)
     made = 0
@@ -236,9 +241,10 @@ def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, t
                 check_budget(run, receipts)
         barren = 0 if committed else barren + 1
         if barren == BARREN_WAVES:
+            forget_unexplained(run.files)
             raise EnvironmentFault(f"no shard was committed in {BARREN_WAVES} rounds; last cause: {cause}") from cause
     run.store.roll_up()
-    return check_budget(run, receipts)
+    return check_budget(run, {(r.shard_id, r.generation): r for r in run.store.receipts()})  # other drivers' too
 
 
 def pending_jobs(run: Run) -> list[Job]:
@@ -278,7 +284,8 @@ def check_budget(run: Run, receipts: dict[Job, Receipt]) -> Totals:
         reasons: dict[str, int] = {}
         for receipt in last.values():
             for reason, count in receipt.reasons.items():
-                reasons[reason] = reasons.get(reason, 0) + count
+                if Reason(reason).status is Status.FAILED:
+                    reasons[reason] = reasons.get(reason, 0) + count
         listed = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items(), key=lambda item: -item[1])[:5])
         raise OverBudget(
             f"{counts.failed} of {run.plan.planned} rows failed, more than limits.max_failed = "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -29,18 +30,30 @@ def verify(run: Run, *, pixels: bool = False) -> Findings:
     """Checks every committed file and rebuilds missing receipts. `pixels` also decodes each image and its hash."""
     findings, receipts, named = Findings(), [], set()
     failed_before: dict[int, set[str]] = {}
+    faulty: set[int] = set()
+    seen: set[tuple[int, int]] = set()
     cached = run.store.cached()
     for shard_id, generation in sorted(p for name in run.files.list("data") if (p := parse_data_name(name))):
+        where, before = f"data/{data_name(shard_id, generation)}", len(findings.problems)
+        if shard_id in faulty or (generation > 0 and (shard_id, generation - 1) not in seen):
+            findings.problems.append(f"{where}: an earlier file of this shard is gone or faulty. Delete it too and run "
+                                     "`expand` again.")
+            faulty.add(shard_id)
+            continue
+        seen.add((shard_id, generation))
         try:
             receipt = run.store.find(shard_id, generation)
             assert receipt is not None
             expected = (_planned_ids(run.plan, shard_id) if generation == 0 else failed_before.get(shard_id, set()))
             failed_before[shard_id] = _check_file(run.store, receipt, expected, pixels, findings.problems)
-            findings.rebuilt_receipts += _rebuild(run.store, receipt, cached.get((shard_id, generation)))
         except (pa.ArrowException, OSError, RayexpandError, KeyError) as error:
-            findings.problems.append(f"data/{data_name(shard_id, generation)}: cannot be read ({error}). Delete it "
-                                     "and run `expand` again.")
+            findings.problems.append(f"{where}: cannot be read ({error}). Delete it and run `expand` again.")
+            faulty.add(shard_id)
             continue
+        if len(findings.problems) > before:
+            faulty.add(shard_id)
+        with suppress(OSError, RayexpandError):  # a place that cannot be written says nothing about the data
+            findings.rebuilt_receipts += _rebuild(run.store, receipt, cached.get((shard_id, generation)))
         receipts.append(receipt)
         named.add(receipt.side_file)
     findings.garbage = len(set(run.files.list("rejected")) - named)

@@ -1,21 +1,37 @@
 from __future__ import annotations
 
+import errno
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from rayexpand import __version__
+from rayexpand import expander as expanders
 from rayexpand import run as runs
 from rayexpand.errors import EnvironmentFault, OverBudget
 from rayexpand.methods import names
-from rayexpand.schema import Draw
+from rayexpand.schema import Batch, Draw, Expansion, Tools
+from rayexpand.verify import verify
 from tests.conftest import MakeConfig, complete, hashes, refused
 from tests.methods import fakes
 from tests.tiny import tiny_pipeline
 
 ROW = "bee/2.png/1"  # a sample of the image_folder fixture
+BADS = ("ant/0.png/0", "ant/0.png/1", "bee/2.png/1", "cat/0.png/0", "dog/0.png/4", "dog/4.png/1")
+
+
+def without_seed(image_folder: Path, tmp_path: Path) -> dict[str, str]:
+    """The dataset with a seed that cannot be decoded."""
+    broken = tmp_path / "broken"
+    shutil.copytree(image_folder, broken)
+    (broken / "bee/2.png").write_bytes(b"")
+    return {"source": "imagefolder", "path": str(broken)}
 
 
 def test_nothing_is_lost(make_config: MakeConfig) -> None:
@@ -81,6 +97,82 @@ def test_bisection_needs_few_calls(make_config: MakeConfig) -> None:
     assert len(sizes) <= 2 + (2 * 5 + 1), "2 log2(32) + 1 extra calls"
 
 
+def test_bisection_frees_what_the_failed_call_held(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
+
+    class Holding(fakes.Failing):
+        def expand(self, batch: Batch, tools: Tools) -> Expansion:
+            tensor = np.zeros(1000, np.float32)
+            alive.append(sum(other() is not None for other in made))
+            made.append(weakref.ref(tensor))
+            return super().expand(batch, tools)
+
+    monkeypatch.setattr(fakes, "Holding", Holding, raising=False)
+    complete(make_config("Holding", ratio=2, bad=ROW, batch=32, shard_images=100))
+
+    assert len(alive) > 5
+    assert max(alive) == 0
+
+
+@pytest.mark.parametrize("rows", [1000, 4])
+def test_several_bad_rows_cost_themselves_alone(make_config: MakeConfig, rows: int) -> None:
+    def config(name: str, **fields: Any):  # type: ignore[no-untyped-def]
+        return make_config("ManyBad", ratio=2, batch=16, shard_images=17, name=name, **fields)
+
+    reference = hashes(complete(config("clean"))[0])
+    run, _ = complete(config("bad", bads=BADS, rows=rows))
+
+    assert set(refused(run)) == set(BADS) & reference.keys()
+    assert hashes(run) == {k: v for k, v in reference.items() if k not in BADS}
+
+
+@pytest.mark.parametrize("rows", [1000, 5])
+def test_a_group_is_refused_whole_and_never_split(make_config: MakeConfig, rows: int) -> None:
+    def config(name: str, **fields: Any):  # type: ignore[no-untyped-def]
+        return make_config("ManyBadGroups", ratio=5, batch=16, shard_images=17, name=name, **fields)
+
+    reference = hashes(complete(config("clean"))[0])
+    run, _ = complete(config("bad", bads=BADS, rows=rows))
+    lost = {f"{seed}/{copy}" for seed in ("ant/0.png", "bee/2.png", "cat/0.png", "dog/4.png") for copy in (0, 1)}
+    lost |= {f"dog/0.png/{copy}" for copy in (2, 3, 4)}
+
+    assert set(refused(run)) == lost
+    assert hashes(run) == {k: v for k, v in reference.items() if k not in lost}
+    assert verify(run, pixels=True).problems == []
+
+
+def test_bad_redraws_cost_themselves_alone(make_config: MakeConfig) -> None:
+    clean, _ = complete(make_config("BadRedraws", ratio=3))
+    reference = hashes(clean)
+    redrawn = [row["sample_id"] for receipt in clean.store.receipts()
+               for row in clean.store.data(receipt, ["sample_id", "attempt"]).to_pylist() if row["attempt"]]
+    bads = redrawn[:3]
+    assert len(redrawn) > len(bads)
+    run, _ = complete(make_config("BadRedraws", ratio=3, bads=bads, name="bad"))
+
+    assert {k for k, reason in refused(run).items() if reason == "sampler_error"} == set(bads)
+    assert hashes(run) == {k: v for k, v in reference.items() if k not in bads}
+
+
+def test_a_redraw_under_another_name_loses_no_row(make_config: MakeConfig) -> None:
+    reference = hashes(complete(make_config("WrongRedraw", ratio=2))[0])
+    run, _ = complete(make_config("WrongRedraw", ratio=2, bad=ROW, name="wrong"))
+
+    assert refused(run) == {ROW: "sampler_error"}
+    assert hashes(run) == {k: v for k, v in reference.items() if k != ROW}
+    assert verify(run).problems == []
+
+
+@pytest.mark.parametrize("mode", ["gray", "int"])
+def test_a_picture_of_another_kind_costs_its_row_alone(make_config: MakeConfig, mode: str) -> None:
+    reference = hashes(complete(make_config("OddPicture"))[0])
+    run, _ = complete(make_config("OddPicture", bad=ROW, mode=mode, name="odd"))
+
+    assert refused(run) == {ROW: "sampler_error"}
+    assert hashes(run) == {k: v for k, v in reference.items() if k != ROW}
+
+
 def test_a_sampler_that_always_fails_commits_nothing(make_config: MakeConfig) -> None:
     run = runs.prepare(make_config("BrokenAfterFirst", ratio=2))
     expander = runs.start(run)
@@ -108,6 +200,57 @@ def test_out_of_memory_at_one_row_is_the_environment(make_config: MakeConfig) ->
     assert run.store.pending(run.plan.n_shards)[0] == 0
 
 
+def test_a_model_that_cannot_load_is_the_environment(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def out_of_memory(*args: Any) -> Tools:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(expanders, "load_tools", out_of_memory)
+    run = runs.prepare(make_config("Fake"))
+
+    with pytest.raises(EnvironmentFault, match="models cannot be loaded"):
+        runs.start(run)(0)
+    assert run.store.committed() == {}
+
+
+def test_a_marker_that_cannot_be_written_is_the_environment(make_config: MakeConfig,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    expander = runs.start(runs.prepare(make_config("Fake")))
+    monkeypatch.setattr(Path, "touch", full)
+
+    with pytest.raises(EnvironmentFault, match="No space left"):
+        expander(0)
+
+
+def test_an_unmounted_dataset_fails_no_row(make_config: MakeConfig, image_folder: Path, tmp_path: Path) -> None:
+    mount = tmp_path / "mount"
+    shutil.copytree(image_folder, mount)
+    run = runs.prepare(make_config("Fake", data={"source": "imagefolder", "path": str(mount)}))
+    shutil.rmtree(mount)
+    mount.mkdir()
+
+    with pytest.raises(EnvironmentFault, match="mounted"):
+        runs.start(run)(0)
+    assert run.store.committed() == {}
+
+
+def test_a_noise_start_needs_no_seed_image(make_config: MakeConfig, image_folder: Path, tmp_path: Path) -> None:
+    data = without_seed(image_folder, tmp_path)
+    run, _ = complete(make_config("SecondCopyFromNoise", ratio=2, data=data))
+
+    assert refused(run) == {"bee/2.png/0": "decode_error"}
+
+
+def test_the_size_of_a_noise_row_is_not_that_of_its_batch_mates(make_config: MakeConfig) -> None:
+    run, _ = complete(make_config("MixedStarts", ratio=1, seeds="ant"))
+
+    assert runs.start(run).regenerate("bee/0.png/0").sample_sha256 == hashes(run)["bee/0.png/0"]
+
+
 @pytest.mark.parametrize("method", ["Fake", "Groups", "Redraws", "FractionalRatio", "ClassQuota", "NoiseStart",
                                     "ClassUniformReferences"])
 def test_regenerating_one_sample_gives_its_hash(make_config: MakeConfig, method: str) -> None:
@@ -128,6 +271,23 @@ def test_redraws_keep_full_shapes_and_say_their_attempt(make_config: MakeConfig)
     assert set(refused(run).values()) == {"exhausted"}
     assert totals.rejected == len(refused(run)) > 0
     assert totals.pending == 0
+
+
+def test_rounds_of_redraws_have_full_shapes_and_numbers_of_their_own(make_config: MakeConfig,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    expander = runs.start(runs.prepare(make_config("Redraws", ratio=2, shard_images=100)))
+    calls: list[tuple[int, int]] = []
+    sample = expander._sample
+
+    def noting(work, call, alone):  # type: ignore[no-untyped-def]
+        calls.append((call.number, len(call.slots)))
+        return sample(work, call, alone)
+
+    monkeypatch.setattr(expander, "_sample", noting)
+    expander(0)
+
+    assert {slots for _, slots in calls} == {8}
+    assert len({number for number, _ in calls}) == len(calls) > 5
 
 
 def test_a_group_shares_its_fate(make_config: MakeConfig) -> None:
@@ -225,9 +385,33 @@ def test_a_filler_carries_nothing_of_the_row_it_replaces(make_config: MakeConfig
     assert replace(seen[0], sample_id="", copy=0) is not None
 
 
+def test_a_filler_shows_no_pixel_of_a_batch_mate(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[np.ndarray] = []
+
+    class Looking(fakes.Fake):
+        def expand(self, batch: Batch, tools: Tools) -> Expansion:
+            seen.extend(image for image, absent in zip(batch.images, batch.filler, strict=True) if absent)
+            return super().expand(batch, tools)
+
+    monkeypatch.setattr(fakes, "Looking", Looking, raising=False)
+    run = runs.prepare(make_config("Looking", ratio=1))
+    runs.start(run).regenerate("bee/2.png/0")
+
+    assert len(seen) == 7
+    assert all((image == 128).all() for image in seen)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
+
+
+def test_the_stack_names_what_is_left_out_of_the_digest(make_config: MakeConfig, tiny: Path) -> None:
+    plain, channels_last = (expanders.stack_fingerprint(make_config("img2img", steps=4, sections={
+        "prior": {"weights": str(tiny), "channels_last": value}})) for value in (False, True))
+
+    assert plain != channels_last
+    assert plain["rayexpand"] == __version__
 
 
 @pytest.mark.parametrize("method", names())

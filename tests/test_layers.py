@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "blame": {"files", *LOW},
     "plan": {"config", "files", "methods", "store", *LOW},
     "estimate": {"config", "seeds", "pixels", *LOW},
-    "expander": {*RUNNING, *MODELS, *METHODS},
+    "expander": {"__init__", *RUNNING, *MODELS, *METHODS},
     "run": {"expander", "estimate", "__init__", *RUNNING, *MODELS, *METHODS},
     "verify": {"run", "plan", "store", *LOW},
     "status": {"blame", "config", "files", "seeds", "store", *LOW},

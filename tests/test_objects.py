@@ -392,7 +392,7 @@ def thirteen_thousand(object_stores: Server, n: int) -> None:
     root = f"thirteen/{uuid.uuid4().hex[:8]}"
     files = open_files(f"s3://runs/{root}")
     files.publish("run.json", json.dumps({"name": "r", "planned": 2 * n, "shards": n, "run_digest": "d"}).encode())
-    fields = json.loads(receipt(0, [sample(0), sample(1)]).to_json())
+    fields = json.loads(receipt(0, [sample(0), sample(1)]).to_json()) | {"run_digest": "d"}
     lines = [{**fields, "shard_id": i, "data_file": data_name(i)} for i in range(n)]
     rolled = [(f"{root}/receipts/rollup-0001-{k}.json", json.dumps(lines[i:i + 5000]))
               for k, i in enumerate(range(0, n, 5000))]

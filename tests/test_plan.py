@@ -11,6 +11,7 @@ import pytest
 
 from rayexpand.errors import UsageError
 from rayexpand.plan import make_plan, pack, plan_digest, read_plan, write_plan
+from rayexpand.rng import RowRng
 from rayexpand.schema import SEED_INDEX, ClassTable, SeedIndex
 from rayexpand.store import LocalFiles
 from tests.conftest import MakeConfig
@@ -136,6 +137,12 @@ def test_the_digest_sees_every_part_of_a_plan(make_config: MakeConfig) -> None:
     assert len({plan_digest(plan) for plan in [base, *others]}) == len(others) + 1
 
 
+def test_a_row_draws_from_streams_of_its_own(make_config: MakeConfig) -> None:
+    plan = make_plan(index_of([0, 1, 2]), make_config(ratio=2))
+    for (draw,) in plan.units(0):
+        assert plan.rng(replace(draw, attempt=3)) == RowRng(3, plan.method.name, draw.seed_id, draw.copy, 3)
+
+
 def test_empty_and_oversharded_plans_are_refused(make_config: MakeConfig) -> None:
     with pytest.raises(UsageError, match="the plan is empty"):
         make_plan(index_of([0, 1]), make_config("FractionalRatio", ratio=0.01))
@@ -147,7 +154,7 @@ def test_unknown_samples_are_refused(make_config: MakeConfig) -> None:
     plan = make_plan(index_of([0, 1]), make_config(ratio=2))
 
     assert plan.find("s1/1") == 0
-    for wrong in ("s1/2", "nobody/0", "s1", "s1/x"):
+    for wrong in ("s1/2", "nobody/0", "s1", "s1/x", "s1/01", "s1/²", "s1/+1"):
         with pytest.raises(UsageError, match="is not in this plan"):
             plan.find(wrong)
 
@@ -157,6 +164,7 @@ import re, sys, time
 import numpy as np, pyarrow as pa
 from rayexpand.config import load
 from rayexpand.plan import make_plan, write_plan, plan_digest
+from rayexpand.rng import RowRng
 from rayexpand.schema import SEED_INDEX, ClassTable, SeedIndex
 from rayexpand.store import LocalFiles, Store
 n = 1_281_167

@@ -42,6 +42,7 @@ from rayexpand.schema import Receipt
 HEARTBEAT_S = 5.0
 SILENT_S = 30.0  # an actor that has not been heard of for so long is not counted as alive
 WAITING_S = 20.0  # no actor alive for so long is said in one line, and again every ten minutes
+NO_PROGRESS_S = -1  # never; Ray's default ends a run that waits half an hour for spot GPUs
 CHUNK = 64 << 20  # bytes of a model file in one object
 FAULTS_PER_ACTOR = 3  # environment faults in a row before an actor gives up its process, and its node is named
 
@@ -209,7 +210,7 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = -1  # the default ends a run that waits half an hour for spot GPUs
+    context.execution_no_progress_timeout_s = NO_PROGRESS_S
     if ray.is_initialized():
         yield
         return
@@ -229,8 +230,9 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         temporary = tempfile.mkdtemp(prefix="rx-")  # short: sockets below it have a length limit
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING,
                  _temp_dir=temporary)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)  # ray.init sets its own, which would lose our exit code
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # ray.init sets its own, which would lose our exit code
     try:
         yield
     finally:

@@ -126,7 +126,7 @@ def _read_csv(data: DataConfig) -> pa.Table:
 
 def _read_parquet(data: DataConfig) -> pa.Table:
     assert data.path is not None
-    content = io.BytesIO(read_bytes("data.path", data.path))
+    content = pa.BufferReader(read_bytes("data.path", data.path))
     with blaming("data.path", data.path, Place("")):
         columns = _columns(data, pq.read_schema(content))
         table = pq.read_table(content, columns=[*columns.values()])

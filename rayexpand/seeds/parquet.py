@@ -67,11 +67,11 @@ def list_seeds(data: DataConfig) -> Listing:
 def _list_file(data: DataConfig, place: Place, name: str, schema: pa.Schema) -> tuple[pa.Array, pa.Array, list[int]]:
     """Labels, ids and row-group sizes of one file."""
     columns = [data.label_column] + ([data.id_column] if data.id_column else [])
-    with blaming("data.path", name, place), place.at(name).open() as raw, pq.ParquetFile(raw) as file:
+    with blaming("data.path", name, place), place.at(name).open() as raw, pq.ParquetFile(raw, pre_buffer=False) as file:
         if absent := [c for c in columns if c not in file.schema_arrow.names]:
             raise SeedDataError(f"data.path: '{name}' has no column {few(absent)}, unlike the first file; remove it "
                                 "or narrow data.split")
-        table = file.read(columns=columns)
+        table = file.read(columns=columns, use_threads=False)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     numbers = pa.array(np.arange(len(table))).cast(pa.string())
     ids = pc.binary_join_element_wise(posixpath.splitext(posixpath.basename(name))[0], numbers, "/")
@@ -88,8 +88,9 @@ def reader(folder: Place, files: list[str], data: DataConfig) -> Read:
     def row_group(file: int, group: int) -> Any:
         if (file, group) not in kept:
             kept.clear()
-            with folder.at(files[file]).open() as raw, pq.ParquetFile(raw) as parquet:
-                kept[file, group] = parquet.read_row_group(group, columns=[data.image_column]).column(0)
+            with folder.at(files[file]).open() as raw, pq.ParquetFile(raw, pre_buffer=False) as parquet:
+                table = parquet.read_row_group(group, columns=[data.image_column], use_threads=False)
+                kept[file, group] = table.column(0)
         return kept[file, group]
 
     def read(row: dict[str, Any]) -> bytes:

@@ -62,9 +62,18 @@ class SeedReader:
         if isinstance(error, MemoryError) or not (remote or isinstance(error, OSError | pa.ArrowException)):
             raise error
         reason = reason_of(error, remote)
-        if reason is None or (not remote and not os.path.isdir(self._place.root)):
+        if reason is None or (not remote and _is_empty(self._place.root)):
             raise EnvironmentFault(f"data.path: reading seed '{seed_id}' from '{self._data.path}' failed: {error!r}; "
                                    "check that the storage is mounted and reachable, then run the same command again"
                                    ) from error
         what = "the file is gone" if reason is Reason.MISSING else f"cannot be read ({type(error).__name__})"
         return RowFault(reason, f"{seed_id}: {what}")
+
+
+def _is_empty(folder: str) -> bool:
+    """Whether there is nothing in a local folder, or no folder: what a lost mount looks like."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return not os.path.isfile(folder)

@@ -8,6 +8,7 @@ import json
 import posixpath
 from typing import Literal
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -86,7 +87,7 @@ def wanted_ids(data: DataConfig) -> list[str] | None:
     suffix = posixpath.splitext(data.ids)[1].lower()
     try:
         if suffix == ".parquet":
-            content = io.BytesIO(read_bytes("data.ids", data.ids))
+            content = pa.BufferReader(read_bytes("data.ids", data.ids))
             found = pq.read_table(content, columns=["seed_id"])["seed_id"].to_pylist()
         elif suffix == ".json":
             found = json.loads(read_text("data.ids", data.ids))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -16,13 +17,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rayexpand import expander as expanders
 from rayexpand import run as runs
+from rayexpand.blame import DEAD_ROWS, DEAD_SHARDS, DEAD_UNEXPLAINED
 from rayexpand.config import RunConfig
-from rayexpand.errors import EXIT_RESUMABLE, RayexpandError
+from rayexpand.errors import EXIT_DONE, EXIT_RESUMABLE, RayexpandError
+from rayexpand.schema import Draw, Sample
+from rayexpand.store import data_name
 from rayexpand.verify import verify
 from tests.conftest import MakeConfig, complete, hashes, refused
 
@@ -60,6 +66,14 @@ def exit_code(child: multiprocessing.Process, timeout_s: float = 60) -> int:
     child.join(timeout_s)
     assert child.exitcode is not None, "still running"
     return child.exitcode
+
+
+def codes_until_done(config: RunConfig, at_most: int) -> list[int]:
+    """Exit codes of one start after the other, until one is done."""
+    codes: list[int] = []
+    while EXIT_DONE not in codes and len(codes) < at_most:
+        codes.append(exit_code(in_child(run_command, config)))
+    return codes
 
 
 @contextmanager
@@ -185,15 +199,147 @@ def test_a_row_that_ends_its_process_is_refused_alone(make_config: MakeConfig, m
     limits = {"limits": {"max_failed": 1.0, "deadline_s": 1.0, "first_deadline_s": 1.0}}
     reference = hashes(complete(make_config(method, ratio=2, name="healthy", sections=limits))[0])
     config = make_config(method, ratio=2, bad=BAD, sections=limits)
-    codes = []
-    while not codes or (codes[-1] != 0 and len(codes) < 6):
-        codes.append(exit_code(in_child(run_command, config)))
+    codes = codes_until_done(config, at_most=6)
 
     assert len(codes) == 5
     run = runs.open_run(config.folder)
     assert refused(run) == {BAD: reason}
     assert hashes(run) == {k: v for k, v in reference.items() if k != BAD}
     assert run.files.list("blame") == [], "the dead of a committed shard are forgotten"
+
+
+def test_a_deadly_redraw_costs_its_row_alone(make_config: MakeConfig) -> None:
+    """Not the other rows of its group, which need no redraw."""
+    reference = hashes(complete(make_config("DeadlyRedraw", ratio=2, name="healthy"))[0])
+    config = make_config("DeadlyRedraw", ratio=2, bad=BAD)
+
+    assert codes_until_done(config, at_most=6) == [11] * 4 + [EXIT_DONE]
+    run = runs.open_run(config.folder)
+    assert refused(run) == {BAD: "actor_died"}
+    assert hashes(run) == {k: v for k, v in reference.items() if k != BAD}
+
+
+@pytest.mark.parametrize("shard_images", [100, 8])
+def test_a_seed_that_ends_its_decoder_blames_no_other_row(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch,
+                                                          image_folder: Path, shard_images: int) -> None:
+    """It is decoded while another call runs, so at first the dead blame that call."""
+    def config(name: str) -> RunConfig:
+        return make_config("Sleeping", ratio=2, batch=4, shard_images=shard_images, seconds=0.005, name=name)
+
+    reference = hashes(complete(config("healthy"))[0])
+    deadly_image, plain = (image_folder / "bee/2.png").read_bytes(), expanders.decode
+
+    def deadly(image: bytes, **limits: int) -> tuple[np.ndarray, str]:
+        if image == deadly_image:
+            time.sleep(0.01)
+            os._exit(9)
+        return plain(image, **limits)
+
+    monkeypatch.setattr(expanders, "decode", deadly)
+    codes = codes_until_done(config("run"), at_most=8)
+
+    assert codes == [9] * (DEAD_SHARDS + DEAD_ROWS) + [EXIT_DONE]
+    run = runs.open_run(config("run").folder)
+    lost = {f"bee/2.png/{copy}": "actor_died" for copy in range(2)}
+    assert refused(run) == lost
+    assert hashes(run) == {k: v for k, v in reference.items() if k not in lost}
+    assert run.files.list("blame") == []
+
+
+def test_a_row_that_ends_its_encoder_is_refused_alone(make_config: MakeConfig,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(name: str) -> RunConfig:
+        return make_config("Sleeping", ratio=2, batch=4, shard_images=100, seconds=0.005, name=name)
+
+    reference = hashes(complete(config("healthy"))[0])
+    plain = expanders.Expander._finish
+
+    def deadly(self: expanders.Expander, draw: Draw, image: np.ndarray | None, *rest: object) -> Sample:
+        if draw.sample_id == BAD and image is not None:
+            time.sleep(0.01)
+            os._exit(9)
+        return plain(self, draw, image, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(expanders.Expander, "_finish", deadly)
+    codes = codes_until_done(config("run"), at_most=8)
+
+    assert codes == [9] * (DEAD_SHARDS + DEAD_ROWS) + [EXIT_DONE]
+    run = runs.open_run(config("run").folder)
+    assert refused(run) == {BAD: "actor_died"}
+    assert hashes(run) == {k: v for k, v in reference.items() if k != BAD}
+    assert run.files.list("blame") == []
+
+
+def test_deaths_that_blame_no_row_end_resumably(make_config: MakeConfig, reference: tuple) -> None:
+    """Six processes die at the commit of a shard: the next one leaves it, makes the others and says so."""
+    config = make_config("Failing", ratio=2, nan=BAD)
+    codes: list[int] = []
+    while EXIT_RESUMABLE not in codes and len(codes) < 9:
+        codes.append(exit_code(in_child(run_command, config, failpoint=f"before_data@shard={SHARD}:kill")))
+
+    assert codes == [-signal.SIGKILL] * DEAD_UNEXPLAINED + [EXIT_RESUMABLE]
+    run = runs.open_run(config.folder)
+    assert run.store.pending(run.plan.n_shards) == [SHARD]
+    assert exit_code(in_child(run_command, config)) == EXIT_DONE, "repaired, it is made as if nothing had been"
+    assert (hashes(run), refused(run)) == reference
+
+
+@pytest.mark.parametrize("point", ["before_receipt", "before_data", "before_side"])
+def test_a_full_disk_ends_resumably_and_loses_nothing(make_config: MakeConfig, reference: tuple, point: str) -> None:
+    config = make_config("Failing", ratio=2, nan=BAD)
+
+    assert exit_code(in_child(run_command, config, failpoint=f"{point}:full")) in (EXIT_DONE, EXIT_RESUMABLE)
+    assert exit_code(in_child(run_command, config)) == EXIT_DONE
+    run = runs.open_run(config.folder)
+    assert (hashes(run), refused(run)) == reference
+    assert run.totals().pending == 0
+
+
+@pytest.fixture
+def broken(image_folder: Path, tmp_path: Path) -> Path:
+    """The image folder with seeds of three classes that cannot be read."""
+    folder = tmp_path / "broken"
+    shutil.copytree(image_folder, folder)
+    for name in ("ant/1.png", "bee/2.png", "dog/0.png"):
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def test_the_receipt_of_a_lost_file_changes_no_count(make_config: MakeConfig, broken: Path,
+                                                     image_folder: Path) -> None:
+    """Its data file is deleted, made again with another outcome, and the process dies before the new receipt."""
+    config = make_config("Fake", ratio=3, data={"source": "imagefolder", "path": str(broken)})
+    run, totals = complete(config)
+    assert totals.failed == 9
+    shard = next(receipt.shard_id for receipt in run.store.receipts() if receipt.failed)
+    shutil.copytree(image_folder, broken, dirs_exist_ok=True)
+    (run.folder / "data" / data_name(shard)).unlink()
+    killed = in_child(run_command, config, failpoint=f"after_data@shard={shard}:kill")
+    assert exit_code(killed) == -signal.SIGKILL
+    run, totals = complete(config)
+
+    assert totals.kept == len(hashes(run)) == 54
+
+
+def _retry_command(folder: str) -> None:
+    try:
+        run = runs.open_run(folder, check_models=True)
+        runs.drive(run, runs.in_process(runs.start(run)), runs.retry_jobs(run), to_the_end=True)
+    except RayexpandError as error:
+        os._exit(error.exit_code)
+    os._exit(0)
+
+
+def test_three_retries_at_once_make_each_row_once(make_config: MakeConfig, broken: Path, image_folder: Path) -> None:
+    config = make_config("Fake", ratio=3, data={"source": "imagefolder", "path": str(broken)})
+    complete(config)
+    shutil.copytree(image_folder, broken, dirs_exist_ok=True)
+    children = [in_child(_retry_command, config.folder) for _ in range(3)]
+
+    assert [exit_code(child) for child in children] == [EXIT_DONE] * 3
+    run = runs.open_run(config.folder)
+    assert len(hashes(run)) == run.totals().kept == 60
+    assert verify(run, pixels=True).problems == []
 
 
 def test_random_kills_never_poison_a_row(make_config: MakeConfig, reference: tuple) -> None:

@@ -231,6 +231,120 @@ class Capacity(Fake):
         return super().expand(batch, tools)
 
 
+class ManyBad(Fake):
+    """Runs out of memory above `rows` rows a call, and raises while any of `bads` is in a call."""
+
+    bads: tuple[str, ...] = ()
+    rows: int = 1000
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        if len(batch) > self.rows:
+            import torch
+
+            raise torch.OutOfMemoryError(f"{len(batch)} rows")
+        if any(has(batch, bad) for bad in self.bads):
+            raise RuntimeError("a bad row is among them")
+        return super().expand(batch, tools)
+
+
+class ManyBadGroups(ManyBad, Groups):
+    """A group that is not whole makes other pictures."""
+
+
+class BadRedraws(Redraws):
+    """Raises while the first redraw of any of `bads` is in a call."""
+
+    bads: tuple[str, ...] = ()
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        if any(draw.attempt == 1 and draw.sample_id in self.bads for draw in batch.draws):
+            raise RuntimeError("a bad redraw is among them")
+        return super().expand(batch, tools)
+
+
+class DeadlyRedraw(Groups):
+    """Asks for a redraw of `bad` alone, which ends the process."""
+
+    bad: str = ""
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        if any(draw.attempt for draw, absent in zip(batch.draws, batch.filler, strict=True) if not absent):
+            os._exit(11)
+        made = super().expand(batch, tools)
+        made.redraws = {i: replace(draw, attempt=1) for i, draw in enumerate(batch.draws) if draw.sample_id == self.bad}
+        return made
+
+
+class WrongRedraw(Fake):
+    """Asks for a redraw of `bad` under another sample id."""
+
+    bad: str = ""
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        made = super().expand(batch, tools)
+        made.redraws = {i: replace(draw, attempt=1, sample_id=f"{draw.sample_id}'")
+                        for i, draw in enumerate(batch.draws) if draw.sample_id == self.bad}
+        return made
+
+
+class OddPicture(Fake):
+    """The picture of `bad` is no uint8 or float (H, W, 3) array: `gray` has no channels, `int` is int64."""
+
+    bad: str = ""
+    mode: str = "gray"
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        made = super().expand(batch, tools)
+        for i, draw in enumerate(batch.draws):
+            if draw.sample_id == self.bad:
+                image = made.images[i]
+                assert image is not None
+                made.images[i] = image[..., 0] / 255 if self.mode == "gray" else image.astype(np.int64)
+        return made
+
+
+class MixedStarts(Fake):
+    """Rows of the seeds whose id starts with `seeds` start from their image, the others from noise."""
+
+    seeds: str = ""
+
+    def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
+        draw = super().draw(seed_id, label, copy, row, classes, rng)
+        return draw if seed_id.startswith(self.seeds) else replace(draw, start=Start.NOISE)
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        """The size of each picture is that of the image given."""
+        images: list[np.ndarray | None] = [rng.uniforms("noise", image.shape)
+                                           for rng, image in zip(batch.rngs, batch.images, strict=True)]
+        return Expansion(images, [None] * len(batch))
+
+
+class SecondCopyFromNoise(Fake):
+    """Copy 0 starts from its seed image; an image other than grey at a later copy is an error."""
+
+    def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
+        draw = super().draw(seed_id, label, copy, row, classes, rng)
+        return replace(draw, start=Start.NOISE) if copy else draw
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        for draw, image in zip(batch.draws, batch.images, strict=True):
+            assert draw.start == Start.IMAGE or (image == 128).all()
+        return super().expand(batch, tools)
+
+
+class RejectsAndFails(Redraws):
+    """Rejects by luck at once, and fails the samples listed in the environment variable FAILS."""
+
+    last: int = 0
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        made = super().expand(batch, tools)
+        for i, draw in enumerate(batch.draws):
+            if draw.sample_id in os.environ.get("FAILS", "").split():
+                made.images[i], made.reasons[i] = np.full((SIZE, SIZE, 3), np.nan, np.float32), None
+        return made
+
+
 def batch_of(method: Method, classes: ClassTable, rows: Sequence[tuple[str, int, int]], size: int = SIZE,
              run_seed: int = 0) -> Batch:
     """Batch of (seed_id, label, copy) rows; the seed image is a function of its id."""

@@ -171,6 +171,7 @@ def test_damaged_shards_are_named_all_at_once(tmp_path: Path, damage: object, me
 
 def test_replaced_shard_gives_refused_rows_not_other_images(tmp_path: Path) -> None:
     data = shard(tmp_path / "a.tar", ["0", "1", "0"])
+    (tmp_path / "LICENSE").write_text("an empty folder would be a lost mount")
     reader = SeedReader(build_index(data), data)
     write_tar(tmp_path / "a.tar", [("0.txt", b"shifts all"), ("1.png", encoded(photo(9)))])
     found = reader.read(range(3))
