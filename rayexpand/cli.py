@@ -23,6 +23,7 @@ from rayexpand.errors import EXIT_DONE, EXIT_FAULT, Interrupted, OverBudget, Ray
 
 if TYPE_CHECKING:
     from rayexpand.config import RunConfig
+    from rayexpand.on_ray.expand import Snapshot
     from rayexpand.run import Run
     from rayexpand.store import Totals
 
@@ -34,6 +35,7 @@ File = Annotated[str, typer.Argument(metavar="FILE", help="YAML file, for exampl
 Folder = Annotated[str, typer.Argument(metavar="RUN", help="run folder, <out>/<name>")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override a field; repeatable")]
 NoRay = Annotated[bool, typer.Option("--no-ray", help="run in this process instead of on Ray (one machine, debugger)")]
+LogJson = Annotated[bool, typer.Option("--log-json", help="progress on stderr as JSON lines, one every 30 s")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, everything else on stderr")]
 
 
@@ -126,23 +128,25 @@ def plan(file: File, set_: Set = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def expand(file: File, set_: Set = None, no_ray: NoRay = False, as_json: Json = False) -> None:
+def expand(file: File, set_: Set = None, no_ray: NoRay = False, log_json: LogJson = False,
+           as_json: Json = False) -> None:
     """Make every planned sample, once. Killed or stopped anywhere, the same command continues."""
     from rayexpand import run as runs
 
     config = _load(file, set_)
-    with _Progress() as progress:
+    with _Progress(log_json) as progress:
         run = runs.prepare(config, progress, device_here=no_ray, where=file)
         _drive(run, lambda: runs.pending_jobs(run), progress, as_json, no_ray=no_ray, to_the_end=False)
 
 
 @app.command()
-def retry(folder: Folder, set_: Set = None, no_ray: NoRay = False, as_json: Json = False) -> None:
+def retry(folder: Folder, set_: Set = None, no_ray: NoRay = False, log_json: LogJson = False,
+          as_json: Json = False) -> None:
     """Make once more only the rows of a run that failed."""
     from rayexpand import run as runs
 
     run = runs.open_run(folder, set_ or [], check_models=True)
-    with _Progress() as progress:
+    with _Progress(log_json) as progress:
         _drive(run, runs.retry_jobs(run), progress, as_json, no_ray=no_ray, to_the_end=True)
 
 
@@ -360,30 +364,45 @@ def _drive(run: Run, jobs: Any, progress: _Progress, as_json: bool, *, no_ray: b
                                                       for k, v in summary.items()] + [("report", str(page))])
 
 
+class _RunProgress:
+    """Puts together what is known of a run: rows decided between commits, counts at commits, actors alive."""
+
+    def __init__(self, run: Run, progress: _Progress, decided: int) -> None:
+        self._task, self._planned = f"expanding {run.config.name}", run.plan.planned
+        self._progress, self._decided, self._facts = progress, decided, dict[str, int]()
+
+    def rows(self, made: int) -> None:
+        self._decided += made
+        self._show(self._decided)
+
+    def counts(self, totals: Totals) -> None:
+        self._facts |= {"kept": totals.kept, "rejected": totals.rejected, "failed": totals.failed}
+
+    def snapshot(self, now: Snapshot) -> None:
+        self._facts |= {"actors": now.alive, "nodes": now.hosts}
+        self._show(self._decided + now.rows)
+
+    def _show(self, done: int) -> None:
+        self._progress(self._task, min(done, self._planned), self._planned, self._facts)
+
+
 def _in_process(run: Run, jobs: Any, decided: int, progress: _Progress, *, to_the_end: bool) -> Totals:
     from rayexpand import run as runs
 
-    def on_rows(rows: int) -> None:
-        nonlocal decided
-        decided += rows
-        progress(f"expanding {run.config.name}", decided, run.plan.planned)
-
-    expander = runs.start(run, on_rows=on_rows)
+    shown = _RunProgress(run, progress, decided)
+    expander = runs.start(run, on_rows=shown.rows)
     try:
-        return runs.drive(run, runs.in_process(expander), jobs, to_the_end=to_the_end)
+        return runs.drive(run, runs.in_process(expander), jobs, to_the_end=to_the_end, on_counts=shown.counts)
     finally:
         expander.close()
 
 
 def _on_ray(run: Run, jobs: Any, decided: int, progress: _Progress, *, to_the_end: bool) -> Totals:
-    from rayexpand.on_ray.expand import Snapshot, expand
+    from rayexpand.on_ray.expand import expand
 
-    def on_snapshot(now: Snapshot) -> None:
-        note = f"{now.alive} actors on {now.hosts} nodes"
-        progress(f"expanding {run.config.name}", decided + now.rows, run.plan.planned, note)
-
+    shown = _RunProgress(run, progress, decided)
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints to stdout what its actors do
-        return expand(run, jobs, to_the_end=to_the_end, on_snapshot=on_snapshot,
+        return expand(run, jobs, to_the_end=to_the_end, on_counts=shown.counts, on_snapshot=shown.snapshot,
                       say=lambda line: print(line, file=sys.stderr, flush=True))
 
 
@@ -424,18 +443,20 @@ def _print_table(head: tuple[str, ...], rows: Any) -> None:
 
 
 class _Progress:
-    """A bar on a terminal; elsewhere one line every 30 seconds and one for each new task. Always on stderr."""
+    """A bar on a terminal; elsewhere a line every 30 seconds and one for each new task, as JSON if asked. On stderr."""
 
     QUIET_S = 30
 
-    def __init__(self) -> None:
+    def __init__(self, as_json: bool = False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                             console=console) if console.is_terminal else None
+                             console=console) if console.is_terminal and not as_json else None
+        self._as_json = as_json
         self._tasks: dict[str, Any] = {}
+        self._begun: dict[str, tuple[float, int]] = {}
         self._spoken = ("", 0.0)
 
     def __enter__(self) -> _Progress:
@@ -446,17 +467,31 @@ class _Progress:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
+    def __call__(self, task: str, done: int, total: int, facts: dict[str, int] | None = None) -> None:
+        """`facts` are counts to show beside the bar: rows kept, rejected and failed, actors, nodes."""
+        now = time.monotonic()
+        at, first = self._begun.setdefault(task, (now, done))
+        rate = (done - first) / (now - at) if now - at > 1 and done > first else 0.0
         if self._bar:
+            known = [f"{n:,} {what}" for what, n in (facts or {}).items()]
+            words = [task, *([f"{rate:,.1f}/s"] if rate else []), *known]
             if task not in self._tasks:
                 self._tasks[task] = self._bar.add_task(task, total=total)
-            self._bar.update(self._tasks[task], completed=done, total=total, description=f"{task} {note}".rstrip())
+            self._bar.update(self._tasks[task], completed=done, total=total, description=", ".join(words))
             return
         last_task, last_time = self._spoken
-        now = time.monotonic()
         if task != last_task or now - last_time >= self.QUIET_S:
             self._spoken = (task, now)
-            print(f"{task}: {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
+            print(self._line(task, done, total, rate, facts or {}), file=sys.stderr, flush=True)
+
+    def _line(self, task: str, done: int, total: int, rate: float, facts: dict[str, int]) -> str:
+        left = round((total - done) / rate) if rate else None
+        if self._as_json:
+            return json.dumps({"time": round(time.time(), 1), "task": task, "done": done, "total": total,
+                               "per_second": round(rate, 2), "eta_seconds": left, **facts})
+        words = [f"{task}: {done:,}/{total:,}", *([f"{rate:,.1f}/s", f"{left:,} s left"] if rate else []),
+                 *(f"{n:,} {what}" for what, n in facts.items())]
+        return ", ".join(words)
 
     def close(self) -> None:
         if self._bar:

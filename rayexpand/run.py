@@ -32,9 +32,10 @@ from rayexpand.expander import Expander
 from rayexpand.files import FOLDERS, Files
 from rayexpand.plan import Plan, make_plan, plan_digest, read_plan, write_plan
 from rayexpand.priors import PriorFacts, check_size, inspect_prior, prior_hash
-from rayexpand.schema import Reason, Receipt, Status, Tools
+from rayexpand.schema import Receipt, Tools
 from rayexpand.store import (
     Store,
+    Tally,
     Totals,
     create_once,
     first_look,
@@ -214,37 +215,40 @@ def in_process(expander: Expander) -> ExpandWave:
     return wave
 
 
-def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, to_the_end: bool = False) -> Totals:
+def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, to_the_end: bool = False,
+          on_counts: Callable[[Totals], None] = lambda counts: None) -> Totals:
     """Runs `jobs()` wave by wave until it is empty, and returns the totals of the run.
 
-    Raises OverBudget as soon as more rows failed than limits.max_failed allows (`to_the_end`: only when all jobs are
-    done, for a retry starts over its budget), and EnvironmentFault after three waves without a commit.
+    `on_counts` is called after every commit. Raises OverBudget as soon as more rows failed than limits.max_failed
+    allows (`to_the_end`: only when all jobs are done, for a retry starts over its budget), and EnvironmentFault after
+    three waves without a commit.
     """
     run.store.forget_lost()
-    receipts = {(r.shard_id, r.generation): r for r in run.store.receipts()}
+    tally = Tally(run.plan.planned, run.store.receipts())
     run.store.roll_up(ROLL_UP_EVERY)
     made = 0
     barren, cause = 0, EnvironmentFault("no shard could be started")
     while todo := jobs()[:WAVE]:
         if not to_the_end:
-            check_budget(run, receipts)
+            check_budget(run, tally)
         committed = 0
         for outcome in expand_wave(todo):
             if isinstance(outcome, EnvironmentFault):
                 cause = outcome
                 continue
             committed += 1
-            receipts[outcome.shard_id, outcome.generation] = outcome
+            tally.add(outcome)
+            on_counts(tally.totals)
             if (made := made + 1) % ROLL_UP_EVERY == 0:
                 run.store.roll_up()
             if not to_the_end:
-                check_budget(run, receipts)
+                check_budget(run, tally)
         barren = 0 if committed else barren + 1
         if barren == BARREN_WAVES:
             forget_unexplained(run.files)
             raise EnvironmentFault(f"no shard was committed in {BARREN_WAVES} rounds; last cause: {cause}") from cause
     run.store.roll_up()
-    return check_budget(run, {(r.shard_id, r.generation): r for r in run.store.receipts()})  # other drivers' too
+    return check_budget(run, Tally(run.plan.planned, run.store.receipts()))  # with what other drivers made
 
 
 def pending_jobs(run: Run) -> list[Job]:
@@ -276,17 +280,12 @@ def committed_hash(run: Run, sample_id: str) -> str | None:
     return None
 
 
-def check_budget(run: Run, receipts: dict[Job, Receipt]) -> Totals:
-    counts = totals(run.plan.planned, [receipts[key] for key in sorted(receipts)])
+def check_budget(run: Run, tally: Tally) -> Totals:
+    """The counts so far. Raises OverBudget when more rows failed than the budget allows."""
+    counts = tally.totals
     allowed = run.config.limits.max_failed * run.plan.planned
     if counts.failed > allowed:
-        last = {shard_id: receipt for (shard_id, _), receipt in sorted(receipts.items())}
-        reasons: dict[str, int] = {}
-        for receipt in last.values():
-            for reason, count in receipt.reasons.items():
-                if Reason(reason).status is Status.FAILED:
-                    reasons[reason] = reasons.get(reason, 0) + count
-        listed = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items(), key=lambda item: -item[1])[:5])
+        listed = ", ".join(f"{reason} {count}" for reason, count in tally.failures().most_common(5))
         raise OverBudget(
             f"{counts.failed} of {run.plan.planned} rows failed, more than limits.max_failed = "
             f"{run.config.limits.max_failed:g} allows ({listed}). Everything made so far is kept in {run.folder}, and "

@@ -42,6 +42,7 @@ from rayexpand.schema import (
     DATA_SCHEMA,
     REFUSED_SCHEMA,
     ClassTable,
+    Reason,
     Receipt,
     Sample,
     Status,
@@ -336,15 +337,45 @@ def _receipts_in(text: bytes) -> list[Receipt]:
         return []
 
 
-def totals(planned: int, receipts: Iterator[Receipt] | Sequence[Receipt]) -> Totals:
-    """Counts over generations: a retried row leaves `failed` of the generation before it."""
-    kept = rejected = shards = 0
-    failed: dict[int, int] = {}
-    for receipt in receipts:
-        kept, rejected = kept + receipt.kept, rejected + receipt.rejected
-        shards += receipt.generation == 0
-        failed[receipt.shard_id] = receipt.failed  # receipts come by generation, the last one holds
-    return Totals(planned, kept, rejected, sum(failed.values()), shards)
+class Tally:
+    """Counts of a run, receipt by receipt, in any order; a retried row leaves `failed` of the generation before it."""
+
+    def __init__(self, planned: int, receipts: Iterable[Receipt] = ()) -> None:
+        self._planned = planned
+        self._kept = self._rejected = self._failed = self._shards = 0
+        self._seen: set[tuple[int, int]] = set()
+        self._last: dict[int, tuple[int, int, dict[str, int]]] = {}  # shard -> its last generation: failed, reasons
+        for receipt in receipts:
+            self.add(receipt)
+
+    def add(self, receipt: Receipt) -> None:
+        """Counts a committed file once, however often it is reported."""
+        key = (receipt.shard_id, receipt.generation)
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self._kept, self._rejected = self._kept + receipt.kept, self._rejected + receipt.rejected
+        self._shards += receipt.generation == 0
+        last, failed, _ = self._last.get(receipt.shard_id, (-1, 0, {}))
+        if receipt.generation > last:
+            self._last[receipt.shard_id] = (receipt.generation, receipt.failed, receipt.reasons)
+            self._failed += receipt.failed - failed
+
+    @property
+    def totals(self) -> Totals:
+        return Totals(self._planned, self._kept, self._rejected, self._failed, self._shards)
+
+    def failures(self) -> Counter[str]:
+        """Rows that failed and were not made since, by reason."""
+        found: Counter[str] = Counter()
+        for _, _, reasons in self._last.values():
+            found.update({reason: n for reason, n in reasons.items() if Reason(reason).status is Status.FAILED})
+        return found
+
+
+def totals(planned: int, receipts: Iterable[Receipt]) -> Totals:
+    """Counts over all generations of committed files."""
+    return Tally(planned, receipts).totals
 
 
 def content_sha256(rows: Any) -> str:

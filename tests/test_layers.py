@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"card", "config", "pixels", "seeds", "store", "status", *LOW},
     "card": {"config", "seeds", "store", "status", *LOW},
     "export": {"run", "card", "files", *LOW},
-    "on_ray": {"on_ray", "run", "config", "blame", "expander", "priors", "__init__", *LOW},
+    "on_ray": {"on_ray", "run", "config", "blame", "store", "expander", "priors", "__init__", *LOW},
     "bench": {"run", "config", "expander", *LOW},
     "demo": {"run", "config", "core", "pixels", "seeds", *MODELS, *LOW},
 }

@@ -11,7 +11,7 @@ from rayexpand import run as runs
 from rayexpand.config import RunConfig, parse
 from rayexpand.errors import ConfigError, DigestMismatch, EnvironmentFault, OverBudget, UsageError
 from rayexpand.schema import Receipt
-from rayexpand.store import Totals, data_name
+from rayexpand.store import Tally, Totals, data_name
 from rayexpand.verify import verify
 from tests.conftest import MakeConfig, complete, hashes
 from tests.tiny import tiny_pipeline
@@ -174,7 +174,7 @@ def test_the_budget_names_reasons_of_failures_only(make_config: MakeConfig) -> N
     failed = replace(receipt, failed=1, reasons={**receipt.reasons, "sampler_error": 1})
 
     with pytest.raises(OverBudget, match="sampler_error 1") as caught:
-        runs.check_budget(run, {(0, 0): failed})
+        runs.check_budget(run, Tally(run.plan.planned, [failed]))
     assert "exhausted" not in str(caught.value)
 
 

@@ -38,6 +38,7 @@ from rayexpand.errors import EnvironmentFault, RayexpandError, UsageError
 from rayexpand.expander import Expander
 from rayexpand.priors import folder_hash, loaded_files, present, resolve, staged_folder
 from rayexpand.schema import Receipt
+from rayexpand.store import Totals
 
 HEARTBEAT_S = 5.0
 SILENT_S = 30.0  # an actor that has not been heard of for so long is not counted as alive
@@ -185,18 +186,21 @@ class Pool:
 
 
 def expand(run: runs.Run, jobs: Callable[[], list[runs.Job]], *, to_the_end: bool = False,
+           on_counts: Callable[[Totals], None] = lambda counts: None,
            on_snapshot: Callable[[Snapshot], None] = lambda snapshot: None,
            say: Callable[[str], None] = lambda line: None) -> Any:
     """Drives `jobs` on Ray and returns the totals (see `run.drive`, whose errors it raises).
 
-    `on_snapshot` is called every few seconds; `say` gets a line when the cluster has no capacity.
+    `on_counts` is called after every commit, `on_snapshot` every few seconds; `say` gets a line when the cluster has no
+    capacity.
     """
     with connected(run.config.cluster):
         pool = choose_pool(run.config)
         attempt = runs.begin(run)
         office = _open_office(run)
         with _watched(office, on_snapshot, say):
-            return runs.drive(run, RayWave(run, attempt, office, pool), jobs, to_the_end=to_the_end)
+            wave = RayWave(run, attempt, office, pool)
+            return runs.drive(run, wave, jobs, to_the_end=to_the_end, on_counts=on_counts)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ failpoint; a second child runs to the end. Every row of the crash table in READM
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import re
@@ -39,11 +40,13 @@ STARTING = ["before_attempt", "after_attempt_link"]
 SAMPLING = ["before_call", "after_call"]
 COMMITTING = ["before_side", "after_side_write", "after_side_link", "after_side", "before_data", "after_data_write",
               "after_data_link", "after_data", "before_receipt", "after_receipt"]
+ENDING = ["before_rollup", "after_rollup_write", "after_rollup_link", "after_rollup"]
 SHARD = 1  # holds BAD, so that it has a side file
 
 
 def run_command(config: RunConfig) -> None:
     """What `rayexpand expand` does, ending with its exit code."""
+    faulthandler.disable()  # pytest's would print the traces of deaths that are meant
     try:
         complete(config)
     except RayexpandError as error:
@@ -108,7 +111,7 @@ def reference(make_config: MakeConfig) -> tuple[dict[str, str], dict[str, str]]:
     return hashes(run), refused(run)
 
 
-@pytest.mark.parametrize("point", PREPARING + STARTING + [f"{p}@shard={SHARD}" for p in SAMPLING + COMMITTING])
+@pytest.mark.parametrize("point", PREPARING + STARTING + [f"{p}@shard={SHARD}" for p in SAMPLING + COMMITTING] + ENDING)
 def test_killed_anywhere_and_run_again(make_config: MakeConfig, reference: tuple, point: str) -> None:
     config = make_config("Failing", ratio=2, nan=BAD)
     child = in_child(run_command, config, failpoint=f"{point}:kill")
@@ -128,7 +131,7 @@ def test_the_readme_lists_every_crash_window() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     listed = set(re.findall(r"`((?:before|after)_[a-z_]+)`", readme))
 
-    assert listed == set(PREPARING + STARTING + SAMPLING + COMMITTING)
+    assert listed == set(PREPARING + STARTING + SAMPLING + COMMITTING + ENDING)
 
 
 def test_killed_at_every_shard_in_turn(make_config: MakeConfig, reference: tuple) -> None:
