@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -80,7 +81,8 @@ def start_head(*, cpus: int) -> Head:
 def stop_head(head: Head) -> None:
     processes = processes_of(head.folder)
     for process in processes:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(processes, timeout=10)
     shutil.rmtree(head.folder, ignore_errors=True)
 

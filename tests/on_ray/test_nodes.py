@@ -221,7 +221,8 @@ def test_an_autoscaler_brings_nodes_and_takes_them_away(make_config: MakeConfig,
         print("and back to 0")
     finally:
         for process in processes_of(folder):
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def _gpu_nodes(folder: Path) -> list[psutil.Process]:
