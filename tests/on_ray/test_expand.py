@@ -94,11 +94,11 @@ def test_an_actor_killed(head: Head, job: Callable[..., Path], tmp_path: Path, o
     check(tmp_path / "out/run", oracle)
 
 
-@pytest.mark.parametrize("moment", ["no receipt", "one receipt"])
-def test_the_driver_killed(head: Head, job: Callable[..., Path], tmp_path: Path, oracle: Oracle, moment: str) -> None:
+@pytest.mark.parametrize("seen", ["blame", "data", "receipts"], ids=["before publish", "after data", "after a receipt"])
+def test_the_driver_killed(head: Head, job: Callable[..., Path], tmp_path: Path, oracle: Oracle, seen: str) -> None:
     file = job(method={"name": "tests.methods.fakes.Failing"})
     child = start(head, file, "cluster.actors=2")
-    wanted = tmp_path / "out/run" / ("attempts" if moment == "no receipt" else "receipts")
+    wanted = tmp_path / "out/run" / seen
     _until(lambda: wanted.is_dir() and any(wanted.iterdir()))
     child.kill()
     child.communicate()

@@ -63,8 +63,9 @@ def expand_with(run: runs.Run, jobs: Callable[[], list[runs.Job]] | None = None,
         return done.result()
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["no replacement", "a replacement"])
-def test_a_node_killed_loses_nothing(cluster: Cluster, make_config: MakeConfig, again: bool) -> None:
+@pytest.mark.parametrize(("seen", "again"), [("blame", False), ("data", True), ("receipts", False)],
+                         ids=["before publish", "after data, with a replacement", "after a receipt"])
+def test_a_node_killed_loses_nothing(cluster: Cluster, make_config: MakeConfig, seen: str, again: bool) -> None:
     reference = hashes(complete(make_config("Sleeping", ratio=3, seconds=0.0))[0])
     lost = add(cluster, resources={"sampler": 1})
     add(cluster, resources={"sampler": 1})
@@ -75,7 +76,7 @@ def test_a_node_killed_loses_nothing(cluster: Cluster, make_config: MakeConfig, 
     run = runs.prepare(config, device_here=False)
 
     def kill() -> None:
-        _until(lambda: len(run.store.committed()) >= 2)
+        _until(lambda: bool(run.files.list(seen)))
         cluster.remove_node(lost, allow_graceful=False)
         if again:
             add(cluster, resources={"sampler": 1})
