@@ -21,6 +21,7 @@ from rayexpand.verify import verify
 from tests.chaos.test_kill import BAD, SHARD
 from tests.conftest import MakeConfig, complete, hashes, refused
 from tests.on_ray.conftest import ROOT, Head, processes_of
+from tests.s3server import Server
 
 pytestmark = pytest.mark.cluster
 
@@ -166,3 +167,17 @@ def _until(done: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.02)
 
 
+
+
+def test_a_run_in_an_object_store(job: Callable[..., Path], object_stores: Server, oracle: Oracle) -> None:
+    """Actors killed once on the way; every file is published by a conditional request."""
+    done = subprocess.run([sys.executable, "-m", "rayexpand", "expand", str(job()), "--json", "--set",
+                           "out=s3://runs/on-ray"], cwd=ROOT, text=True, capture_output=True, timeout=200,
+                          env={**os.environ, "RAYEXPAND_FAILPOINT": f"after_data@shard={SHARD}:kill",
+                               "RAYEXPAND_FAILPOINT_ONCE": str(job().parent / "once")})
+
+    assert done.returncode == 0, done.stderr
+    assert (job().parent / "once").exists()
+    run = runs.open_run("s3://runs/on-ray/run")
+    assert (hashes(run), refused(run)) == oracle
+    assert verify(run, pixels=True).problems == []
