@@ -116,7 +116,7 @@ class Expander:
     def batches(self, shard_id: int) -> list[Batch]:
         """What the sampler would get for a shard, decoded and ready; rows whose seed cannot be read are fillers."""
         work = self._start(shard_id, 0, self.blame.verdicts(_key(shard_id, 0)))
-        calls = pack(work.units, self.config.method, self.plan.batch)
+        calls = self.plan.calls(shard_id)
         work.images.ahead(*calls)
         return [self._batch(work, replace(call, slots=self._sound(work, call)[0])) for call in calls]
 
@@ -506,7 +506,7 @@ def _sorted(error: Exception) -> Exception:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return _OutOfMemory(text)
-    if isinstance(error, (Interrupted, EnvironmentFault)):
+    if isinstance(error, Interrupted):
         return error
     if isinstance(error, MemoryError) or "CUDA error" in text:
         return ProcessFault(f"{text}. This process cannot go on; the same command continues in a new one.")
