@@ -284,7 +284,8 @@ class Receipt:
     rejected: int
     failed: int
     reasons: dict[str, int]
-    shape: list[int]  # rows per sampler call in force at the end (smaller after out-of-memory)
+    shape: list[int]  # in force at the end, smaller after out-of-memory: rows per call, then of each of the method's
+    # own pieces inside a call (its PIECES: distdiff guide_batch; gif chunk, forward_chunk), 0 for the whole call
     run_digest: str
     attempt: int
     content_sha256: str  # over sorted (sample_id, sample_sha256)
@@ -351,11 +352,15 @@ class Tools:
     classes: ClassTable
     prior: Any = None
     guide: Any = None
+    prototypes: Any = None
 
 
 class Method(Protocol):
     """A way to make samples. The method is its own configuration: a frozen pydantic model with defaults that name
-    their source; fields `name` (the module name) and, usually, `ratio`, the copies of each seed."""
+    their source; fields `name` (the module name) and, usually, `ratio`, the copies of each seed.
+
+    A method that works on part of a call at a time may name the fields that say how many rows in a class attribute
+    PIECES, in the order in which they are halved when memory runs out; None in such a field is the whole call."""
 
     name: str
 

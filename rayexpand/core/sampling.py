@@ -17,7 +17,7 @@ torch and diffusers are imported where they are used: methods import this module
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +35,8 @@ Spacing = Literal["leading", "trailing", "linspace"]
 # What the released code of the papers ends up with: DistDiff and GIF run DDIM on the leading grid of Stable Diffusion,
 # Diff-Mix (DPM-Solver++) and Real-Fake (UniPC) the linspace grid their solver class falls back to.
 DEFAULT_SPACING: dict[Solver, Spacing] = {"ddim": "leading", "dpmpp_2m": "linspace", "unipc": "linspace"}
+
+SEED_PIXELS = 512 * 512  # pixels of seed images per call of an encoder
 
 FINAL = -1  # the "timestep" after the last one: the clean latent
 
@@ -198,7 +200,47 @@ def encode_batch(prior: LatentPrior, batch: Batch) -> torch.Tensor:
 
     The posterior noise is a stream of the seed, not of the copy: all copies of a seed start from one latent.
     """
-    return prior.encode(to_tensor(batch.images), noise_batch(prior, batch, "posterior"))
+    noise_BCHW = noise_batch(prior, batch, "posterior")
+    return once_per_seed(batch, lambda x_nCHW, slots: prior.encode(x_nCHW, noise_BCHW[slots]))
+
+
+def once_per_seed(batch: Batch, function: Callable[[torch.Tensor, list[int]], torch.Tensor]) -> torch.Tensor:
+    """(B, ...) rows of `function(x_nCHW, slots)`, which is called on the distinct seed images of the batch only.
+
+    It gets SEED_PIXELS at a time: large images one by one, so that ten copies of a seed cost one of them; small ones
+    in one call of the batch's own shape, where a call per image would cost more than it saves. The shape of a call
+    follows from that of the batch alone, so that a row's numbers do not depend on how many seeds its batch holds.
+    """
+    keys = [(rng.run_seed, rng.method, rng.seed_id, image.tobytes())
+            for image, rng in zip(batch.images, batch.rngs, strict=True)]
+    first: dict[tuple[int, str, str, bytes], int] = {}
+    for i, key in enumerate(keys):
+        first.setdefault(key, i)
+    slots, place = list(first.values()), {key: n for n, key in enumerate(first)}
+    height, width = batch.images[0].shape[:2]
+    size = min(len(batch), max(1, SEED_PIXELS // (height * width)))
+
+    def call(chosen: list[int]) -> torch.Tensor:
+        rows = [slots[i] for i in chosen]
+        return function(to_tensor([batch.images[i] for i in rows]), rows)
+
+    return in_chunks(call, len(slots), size)[[place[key] for key in keys]]
+
+
+def chunks(rows: int, size: int) -> Iterator[tuple[list[int], int]]:
+    """(row numbers, how many of them count) of the calls of `size` rows that cover `rows` rows.
+
+    Every call has one shape, because numbers may depend on it: the last one fills up with the first rows again.
+    """
+    for start in range(0, rows, size):
+        yield [i % rows for i in range(start, start + size)], min(size, rows - start)
+
+
+def in_chunks(function: Callable[[list[int]], torch.Tensor], rows: int, size: int) -> torch.Tensor:
+    """(rows, ...) tensor of `function(row numbers)`, called on `size` rows at a time."""
+    import torch
+
+    return torch.cat([function(chosen)[:kept] for chosen, kept in chunks(rows, size)])
 
 
 def noise_batch(prior: LatentPrior, batch: Batch, stream: str = "noise") -> torch.Tensor:

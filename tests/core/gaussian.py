@@ -20,7 +20,7 @@ def sd_scheduler(**changes: Any) -> DDIMScheduler:
 
 @dataclass
 class FakeCond:
-    tokens_BTE: torch.Tensor  # noqa: N815
+    tokens_BTE: torch.Tensor
 
     def __getitem__(self, rows: Any) -> FakeCond:
         return FakeCond(self.tokens_BTE[rows])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -234,3 +236,35 @@ def test_steps_are_differentiable():
     z = torch.ones(1, 1, 1, 1, requires_grad=True)
     (gradient,) = torch.autograd.grad(schedule.ddim_step(z, 0.5 * z, 381, 361).sum(), z)
     assert float(gradient) == pytest.approx(1.01110, abs=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "size", "calls"), [
+    (5, 2, [([0, 1], 2), ([2, 3], 2), ([4, 0], 1)]), (4, 2, [([0, 1], 2), ([2, 3], 2)]), (3, 3, [([0, 1, 2], 3)]),
+    (2, 5, [([0, 1, 0, 1, 0], 2)])])
+def test_chunks_have_one_shape_and_count_every_row_once(rows, size, calls):
+    assert list(sampling.chunks(rows, size)) == calls
+    x = torch.arange(rows)
+    assert torch.equal(sampling.in_chunks(lambda chosen: 2 * x[chosen], rows, size), 2 * x)
+
+
+@pytest.mark.parametrize(("side", "shapes"), [(16, [4]), (256, [4]), (512, [1, 1, 1])])
+def test_distinct_seeds_are_visited_once_in_calls_of_a_shape_that_their_number_does_not_change(side, shapes):
+    rows = [("s", 0, 0), ("t", 1, 0), ("s", 0, 1), ("u", 1, 0)]
+    batch = batch_of(NoiseStart(), ClassTable.of(["a", "b"]), rows, side)
+    seen = []
+
+    def mean(x_nCHW, slots):
+        seen.append(slots)
+        return x_nCHW.mean((1, 2, 3))
+
+    expected = sampling.to_tensor(batch.images).mean((1, 2, 3))
+    torch.testing.assert_close(sampling.once_per_seed(batch, mean), expected)
+    assert [len(slots) for slots in seen] == shapes
+    assert {slot for slots in seen for slot in slots} == {0, 1, 3}
+
+
+def test_two_images_under_one_seed_id_are_two_seeds():
+    batch = batch_of(NoiseStart(), ClassTable.of(["a"]), [("s", 0, 0), ("s", 0, 1)])
+    batch = replace(batch, images=(batch.images[0], 255 - batch.images[1]))
+    means = sampling.once_per_seed(batch, lambda x_nCHW, slots: x_nCHW.mean((1, 2, 3)))
+    assert float(means[0]) == pytest.approx(1 - float(means[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import fields, replace
 from itertools import pairwise
 
@@ -12,19 +13,16 @@ from pydantic import ValidationError
 
 from rayexpand.errors import ConfigError
 from rayexpand.methods import MAX_COPIES, load_method, method_class, names
-from rayexpand.priors import load_prior
 from rayexpand.rng import PlanRng, RowRng
-from rayexpand.schema import DRAW_FIELDS, SEED_INDEX, Batch, ClassTable, Expansion, Reason, SeedIndex, Start, Tools
+from rayexpand.schema import DRAW_FIELDS, SEED_INDEX, Batch, Expansion, Reason, SeedIndex, Start, Tools
 from tests.methods import fakes
+from tests.methods.conftest import CLASSES
 from tests.methods.fakes import batch_of
-from tests.tiny import tiny_pipeline
 
-CLASSES = ClassTable.of(["3", "7", "boot"], ["three", "seven", "rain_boot"], [5, 4, 2], ["digit", "digit", "shoe"],
-                        ["digit", "digit", "boot"])
 ROWS = [("a/1.png", 0, 0), ("b", 1, 0), ("a/1.png", 0, 1), ("ü n", 2, 3)]
 OTHERS = [("other0", 2, 5), ("other1", 0, 1), ("other2", 1, 0), ("other3", 2, 2)]
 # Few steps: the contract is about rows and bytes, not about image quality.
-SMALL = {"steps": 4}
+SMALL = {"steps": 4, "guide_step": 2}
 
 
 def small(name, **changes):
@@ -40,20 +38,13 @@ def index_of(labels):
     return SeedIndex(table, replace(CLASSES, count=tuple(np.bincount(labels, minlength=3).tolist())))
 
 
-@pytest.fixture(scope="module")
-def tools(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_pipeline(folder)
-    return Tools(CLASSES, prior=load_prior(str(folder), device="cpu"))
-
-
 @pytest.fixture(params=names())
 def method(request):
     return small(request.param)
 
 
 def test_the_methods_of_this_package():
-    assert {"classical", "img2img", "text2img"} <= set(names())
+    assert {"classical", "distdiff", "gif", "img2img", "text2img"} <= set(names())
     assert not [name for name in names() if name.startswith("_")]
 
 
@@ -126,18 +117,34 @@ def expand(method, batch, tools):
 
 
 def mixed(first, second, keep):
-    """`first` in slot `keep`, `second` elsewhere."""
+    """`first` in slots `keep`, `second` elsewhere."""
     def pick(name):
-        return tuple((getattr(first, name) if i == keep else getattr(second, name))[i] for i in range(len(first)))
+        return tuple((getattr(first, name) if i in keep else getattr(second, name))[i] for i in range(len(first)))
     return Batch(*(pick(f.name) for f in fields(Batch)))
 
 
-@pytest.mark.parametrize("settings", [{}, {"solver": "dpmpp_2m"}, {"solver": "unipc"}])
-def test_batch_mates_never_change_a_row(method, tools, settings):
-    if settings:
-        if "solver" not in type(method).model_fields:
-            pytest.skip("no solver")
-        method = small(method.name, **settings)
+def group_of(method, batch, slot):
+    """Slots that share a call with `slot` by right; the others are its batch-mates."""
+    if method.group(2) == 1:
+        return {slot}
+    of = batch.draws[slot]
+    return {i for i, d in enumerate(batch.draws) if (d.seed_id, d.group) == (of.seed_id, of.group)}
+
+
+SETTINGS = ({}, {"solver": "dpmpp_2m"}, {"solver": "unipc"}, {"guide_batch": 3}, {"recompute": True},
+            {"guidance": "direct"}, {"guidance": "random"}, {"chunk": 3, "forward_chunk": 3}, {"level": "pixel"})
+
+
+def variants():
+    """Every method with every entry of SETTINGS it knows."""
+    for name in names():
+        for settings in SETTINGS:
+            with suppress(ValidationError):
+                yield pytest.param(small(name, **settings), id=f"{name}-{settings}")
+
+
+@pytest.mark.parametrize("method", variants())
+def test_batch_mates_never_change_a_row(method, tools):
     batch = batch_of(method, CLASSES, ROWS)
     others = batch_of(method, CLASSES, OTHERS)
     fillers = replace(batch, images=(np.full((16, 16, 3), 128, np.uint8),) * 4, filler=(True,) * 4)
@@ -145,7 +152,8 @@ def test_batch_mates_never_change_a_row(method, tools, settings):
     assert all(image.shape == (16, 16, 3) and image.dtype == np.uint8 for image in alone)
     for slot in range(len(ROWS)):
         for mates in (others, fillers):
-            np.testing.assert_array_equal(expand(method, mixed(batch, mates, slot), tools)[slot], alone[slot])
+            changed = mixed(batch, mates, group_of(method, batch, slot))
+            np.testing.assert_array_equal(expand(method, changed, tools)[slot], alone[slot])
     order = [2, 0, 3, 1]
     shuffled = Batch(*(tuple(getattr(batch, f.name)[i] for i in order) for f in fields(Batch)))
     for image, i in zip(expand(method, shuffled, tools), order, strict=True):

@@ -1,0 +1,37 @@
+"""What a guided method says about the rows of a call: their scores, and the rows that guidance lost."""
+
+# B rows
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rayexpand.schema import Expansion, Reason
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Guided:
+    def __init__(self, rows: int) -> None:
+        self.scores: dict[str, Sequence[float]] = {}
+        self._diverged_B = np.zeros(rows, bool)
+
+    def score(self, name: str, values_B: torch.Tensor) -> None:
+        self.scores[name] = values_B.tolist()
+
+    def check(self, before_B: torch.Tensor, *after: torch.Tensor) -> None:
+        """A row that was a finite number `before` and is not `after` has diverged: projection would hide an inf."""
+        import torch
+
+        finite_B = torch.stack([torch.isfinite(numbers).flatten(1).all(1) for numbers in after]).all(0)
+        self._diverged_B |= (torch.isfinite(before_B) & ~finite_B).cpu().numpy()
+
+    def expansion(self, images: list[np.ndarray | None], reasons: list[Reason | None]) -> Expansion:
+        """Images and reasons, without the diverged rows, and with the scores."""
+        for i in np.flatnonzero(self._diverged_B):
+            images[i], reasons[i] = None, Reason.GUIDANCE_DIVERGED
+        return Expansion(images, reasons, scores=self.scores)

@@ -1,0 +1,317 @@
+"""GIF: make copies of a seed, then push each latent to where a guide still sees the seed's class, is less sure of it,
+and sees the copies differ (Zhang et al., "Expanding Small-Scale Datasets with Guided Imagination", 2023). No training.
+
+    paper            here            meaning, unit
+    K                group_size      copies of a seed that are pushed apart together
+    f                z_BCHW          latent of a copy, clean: guidance comes after diffusion
+    e, b, eps        e, b, eps       perturbation and box of core/perturb.py
+    s, s'            logits          class scores of the seed and of a copy, softmax over the guide's logits
+    j                anchor          the class the guide sees in the seed; never its label
+    S_inf            class_term + entropy_gain    s'_j + H(s') - H(s)
+    S_div            diversity       KL(softmax f'_i || softmax mean f') of guide features of unit length, nats
+    S                score           sum over copies of S_inf + S_div; one signed step of e and b up its gradient
+
+The generator here is Stable Diffusion (GIF-SD): each copy has its own prompt, turned seed image, posterior sample and
+noise, as in the released code. The guided part needs `encode` and `decode` of a prior only.
+
+The score joins the copies of a group through their features alone. So a group larger than memory takes three passes:
+features of all copies without a graph, the gradient of the score in that (K, D) matrix, then `chunk` rows at a time
+once more with a graph to carry it on to e and b. The result is that of one pass.
+"""
+
+# B rows, K copies of a group, C latent channels, D features
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from rayexpand.core import energy, perturb, sampling
+from rayexpand.methods import quota_copies, ratio_copies
+from rayexpand.methods._guided import Guided
+from rayexpand.methods._prompts import Template, format_prompt
+from rayexpand.rng import PlanRng, RowRng
+from rayexpand.schema import Batch, ClassTable, Draw, Expansion, SeedIndex, Start, Tools
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+DOMAINS = ("an image of", "a real-world photo of", "a cartoon image of", "an oil painting of", "a sketch of")
+ADJECTIVES = ("", "colorful", "stylized", "high-contrast", "low-contrast", "posterized", "solarized", "sheared",
+              "bright", "dark")
+
+
+class Gif(BaseModel):
+    """Settings of GIF-SD. Defaults are those of the released code for CIFAR100-S unless noted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    PIECES: ClassVar = ("chunk", "forward_chunk")  # rows at once; halved in this order when memory runs out
+
+    name: Literal["gif"] = "gif"
+    ratio: float = Field(5.0, gt=0, le=65535, description="copies of each seed; 2.5 gives half of each class a third "
+                         "copy (released code: 5)")
+    quota: int | None = Field(None, ge=1, description="samples per class, instead of `ratio`")
+    domains: tuple[str, ...] = Field(DOMAINS, min_length=1, description="first part of a prompt, one drawn for each "
+                                     "copy (appendix D.2)")
+    adjectives: tuple[str, ...] = Field(ADJECTIVES, min_length=1, description="second part, one drawn for each copy; "
+                                        "may be empty text (appendix D.2)")
+    subject: Template = Field("{name}", description="last part: template with {name}, {metaclass}, {noun} (released "
+                              "code: the class name)")
+    negative: str = Field("", description="negative prompt (released code: empty)")
+    rotation: float = Field(15.0, ge=0, le=180, description="largest angle in degrees by which the seed image of a "
+                            "copy is turned, corners black (released code: 15)")
+    flip: bool = Field(True, description="mirror the seed image of every other copy, by chance (released code); off "
+                       "for digits and letters")
+    strength: float = Field(0.9, gt=0, le=1, description="share of the schedule that is run (released code: 0.9; "
+                            "paper: 0.5 to 0.9)")
+    steps: int = Field(50, ge=1, le=999, description="DDIM steps of the whole schedule (released code: 50)")
+    guidance_scale: float = Field(50.0, ge=0, description="classifier-free guidance scale (released code: 50; paper: 5 "
+                                  "to 50; 7.5 to 15 saturates less)")
+    noise_level: Literal["first_step", "official"] = Field(
+        "first_step", description="first_step: noise to the timestep of the first executed step; official: one grid "
+        "point more than is then taken away (released code)")
+    guidance: Literal["guided", "random", "none"] = Field(
+        "guided", description="guided: the method; random: e and b as drawn; none: diffusion alone (unguided twin)")
+    group_size: int | None = Field(None, ge=2, description="copies of a seed in one group; a shorter tail joins the "
+                                   "last group; none: all of them (paper; released code: 2)")
+    level: perturb.Level = Field("channel", description="channel: one e and b per latent channel; pixel: per element "
+                                 "(ablation of the paper)")
+    eps: float = Field(0.8, ge=0, description="radius of the box around the latent (released code: 0.8)")
+    step: float = Field(0.1, ge=0, description="length of the one signed step of e and b (released code: 0.1)")
+    lambda_cls: float = Field(1.0, description="weight of the class term; 0 turns it off (paper: 1)")
+    lambda_ent: float = Field(1.0, description="weight of the entropy gain; 0 turns it off (paper: 1)")
+    lambda_div: float = Field(1.0, description="weight of the diversity; 0 turns it off (paper: 1)")
+    kl_direction: Literal["paper", "official"] = Field(
+        "paper", description="paper: KL(copy || mean); official: KL(mean || copy) (released code)")
+    class_term_on: Literal["all", "first"] = Field("all", description="copies that get the class term: all (paper) or "
+                                                   "the first of each group (released code)")
+    chunk: int | None = Field(None, ge=1, description="rows that carry a gradient at once; none: the whole call")
+    forward_chunk: int | None = Field(None, ge=1, description="rows that are denoised and decoded at once without a "
+                                      "gradient; none: the whole call")
+    measure: bool = Field(False, description="score the images with the update (after) and with the drawn perturbation "
+                          "alone (random) too, both projected; costs 1 more decode and 2 guide calls")
+
+    @field_validator("steps")
+    @classmethod
+    def _runs_a_step(cls, steps: int, info: ValidationInfo) -> int:
+        if "strength" in info.data:
+            sampling.steps_run(info.data["strength"], steps)
+        return steps
+
+    @field_validator("noise_level")
+    @classmethod
+    def _has_a_point_before(cls, noise_level: str, info: ValidationInfo) -> str:
+        if noise_level == "official" and {"strength", "steps"} <= info.data.keys() and (
+                sampling.steps_run(info.data["strength"], info.data["steps"]) == info.data["steps"]):
+            raise ValueError(f"strength {info.data['strength']:g} runs all {info.data['steps']} steps, and the "
+                             "schedule has no point before the first; lower strength, or use first_step")
+        return noise_level
+
+    @field_validator("lambda_div")
+    @classmethod
+    def _has_a_score(cls, lambda_div: float, info: ValidationInfo) -> float:
+        others = [info.data.get(name, 1.0) for name in ("lambda_cls", "lambda_ent")]
+        if not lambda_div and not any(others) and info.data.get("guidance") == "guided":
+            raise ValueError("lambda_cls and lambda_ent are 0 too, so there is nothing to climb; set one of them, or "
+                             "guidance: random")
+        return lambda_div
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        import torch
+
+        guided = Guided(len(batch))
+        with torch.no_grad():
+            z_BCHW = self._diffuse(batch, tools)
+            if self.guidance == "none":
+                return guided.expansion(*sampling.to_images(self._decoded(tools, z_BCHW)))
+            score = _Score(self, batch, tools) if "guide" in self.needs() else None
+            drawn = perturb.draw(batch, z_BCHW, self.level)
+            moved = self._climb(score, guided, z_BCHW, *drawn) if score and self.guidance == "guided" else drawn
+            u_BCHW = perturb.apply(z_BCHW, *moved)
+            x_BCHW = self._decoded(tools, perturb.project(u_BCHW, z_BCHW, self.eps))
+            guided.score("clamp_fraction", perturb.clamp_fraction(u_BCHW, z_BCHW, self.eps))
+            guided.score("flip_fraction", perturb.flip_fraction(z_BCHW, drawn, moved))
+            if score and self.measure:
+                random_BCHW = perturb.project(perturb.apply(z_BCHW, *drawn), z_BCHW, self.eps)
+                score.record(guided, "random", self._features(score, self._decoded(tools, random_BCHW)))
+                score.record(guided, "after", self._features(score, x_BCHW))
+            return guided.expansion(*sampling.to_images(x_BCHW))
+
+    def _diffuse(self, batch: Batch, tools: Tools) -> torch.Tensor:
+        """Clean latents of all copies, by plain image to image."""
+        prior = tools.prior
+        schedule = sampling.schedule(prior.scheduler, "ddim", self.steps, batch.draws[0].steps_run)
+        before = 1 if self.noise_level == "official" else 0
+        cond = prior.embed([d.prompt for d in batch.draws], [d.negative for d in batch.draws])
+        x_BCHW = sampling.to_tensor([self._turned(image, rng("aug"))
+                                     for image, rng in zip(batch.images, batch.rngs, strict=True)])
+        posterior_BCHW, noise_BCHW = (sampling.noise_batch(prior, batch, s) for s in ("posterior_copy", "noise"))
+
+        def latents(rows: list[int]) -> torch.Tensor:
+            z0_BCHW = prior.encode(x_BCHW[rows], posterior_BCHW[rows])
+            z_BCHW = schedule.noise_to(z0_BCHW, noise_BCHW[rows], schedule.grid[schedule.start - before])
+            return sampling.denoise(prior, z_BCHW, schedule, cond[rows], self.guidance_scale)
+
+        return self._forward(latents, len(batch))
+
+    def _turned(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """uint8 (H, W, 3): the seed image as this copy starts from it."""
+        angle, mirrored = rng.uniform(-self.rotation, self.rotation), rng.random() < 0.5
+        if self.rotation:
+            image = np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR))
+        return np.ascontiguousarray(image[:, ::-1]) if self.flip and mirrored else image
+
+    def _climb(self, score: _Score, guided: Guided, z_BCHW: torch.Tensor, e: torch.Tensor,
+               b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """e + step sign(dS/de), b + step sign(dS/db), where S is the score before the latent is projected.
+
+        The sign and not the gradient: the released code's way of "arg max", blind to the scale of S.
+        """
+        import torch
+
+        def features(rows: list[int], e: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return score.features(score.tools.prior.decode(perturb.apply(z_BCHW[rows], e, b)))
+
+        rows, size = len(z_BCHW), min(self.chunk or len(z_BCHW), len(z_BCHW))
+        if size == rows:
+            with torch.enable_grad():
+                leaves = [noise.detach().clone().requires_grad_() for noise in (e, b)]
+                f_BD = features(list(range(rows)), *leaves)
+                gradients = torch.autograd.grad(score.total(f_BD).sum(), leaves)
+        else:
+            f_BD = sampling.in_chunks(lambda chosen: features(chosen, e[chosen], b[chosen]), rows, size)
+            with torch.enable_grad():
+                (g_BD,) = torch.autograd.grad(score.total(f_BD.requires_grad_()).sum(), f_BD)
+            gradients = _carried(features, g_BD, (e, b), size)
+        score.record(guided, "before", f_BD.detach())
+        guided.check(f_BD.detach().sum(1), *gradients)
+        return e + self.step * gradients[0].sign(), b + self.step * gradients[1].sign()
+
+    def _features(self, score: _Score, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return self._forward(lambda rows: score.features(x_BCHW[rows]), len(x_BCHW))
+
+    def _decoded(self, tools: Tools, z_BCHW: torch.Tensor) -> torch.Tensor:
+        return self._forward(lambda rows: tools.prior.decode(z_BCHW[rows]), len(z_BCHW))
+
+    def _forward(self, function: Callable[[list[int]], torch.Tensor], rows: int) -> torch.Tensor:
+        return sampling.in_chunks(function, rows, min(self.forward_chunk or rows, rows))
+
+    def needs(self) -> frozenset[str]:
+        scored = self.guidance == "guided" or (self.guidance == "random" and self.measure)
+        return frozenset({"prior", "guide"} if scored else {"prior"})
+
+    def copies(self, index: SeedIndex, rng: PlanRng) -> np.ndarray:
+        if self.quota is None:
+            return ratio_copies(index, self.ratio, rng)
+        return quota_copies(index, np.full(len(index.classes), self.quota), rng)
+
+    def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
+        chosen = rng("prompt")
+        words = [parts[chosen.integers(len(parts))] for parts in (self.domains, self.adjectives)]
+        words.append(format_prompt(self.subject, label, classes))
+        return Draw(sample_id=f"{seed_id}/{copy}", seed_id=seed_id, copy=copy, source_label=label, target_label=label,
+                    prompt=" ".join(" ".join(words).split()), negative=self.negative, start=Start.IMAGE,
+                    strength=self.strength, steps_run=sampling.steps_run(self.strength, self.steps), attempt=0,
+                    row=row, group=copy // self.group_size if self.group_size else 0)
+
+    def group(self, copies: int) -> int:
+        return min(self.group_size or copies, copies)
+
+    def batch_key(self, draw: Draw) -> tuple[Any, ...]:
+        return (draw.steps_run,)
+
+    def soft_label(self, source: np.ndarray, target: np.ndarray, strength: np.ndarray, n_classes: int,
+                   **recipe: float) -> np.ndarray:
+        return np.eye(n_classes, dtype=np.float32)[target]
+
+
+class _Score:
+    """The score of the copies of a call, one number per row; rows of one (seed_id, group) are scored together."""
+
+    def __init__(self, method: Gif, batch: Batch, tools: Tools) -> None:
+        self.method, self.tools = method, tools
+        self.groups = _groups(batch)
+        if any(len(group) == 1 for group in self.groups) and method.lambda_div:
+            _warn_of_single_copies()
+        self.seed_logits_BK = sampling.once_per_seed(batch, lambda x_nCHW, _: tools.guide.head(self.features(x_nCHW)))
+        self.anchor_B = self.seed_logits_BK.argmax(dim=1)
+
+    def features(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B, D) guide features of images, about [0, 1]. With antialiasing, as CLIP's own preprocessing has it."""
+        x_BCHW = energy.resize(x_BCHW.float().clamp(0, 1), self.tools.guide.size, antialias=True)
+        return self.tools.guide.features(x_BCHW).float()
+
+    def total(self, f_BD: torch.Tensor) -> torch.Tensor:
+        """(B,): the weighted terms of each row."""
+        class_B, entropy_B, diversity_B = self.terms(f_BD)
+        if self.method.class_term_on == "first":
+            firsts = {group[0] for group in self.groups}
+            class_B = class_B * class_B.new_tensor([float(i in firsts) for i in range(len(f_BD))])
+        return (self.method.lambda_cls * class_B + self.method.lambda_ent * entropy_B
+                + self.method.lambda_div * diversity_B)
+
+    def terms(self, f_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Class term, entropy gain and diversity of each row, (B,) each."""
+        logits_BK = self.tools.guide.head(f_BD)
+        return (energy.class_term(logits_BK, self.anchor_B), energy.entropy_gain(logits_BK, self.seed_logits_BK),
+                self._diversity(f_BD))
+
+    def _diversity(self, f_BD: torch.Tensor) -> torch.Tensor:
+        """0 for a copy alone in its group. A copy that is not finite leaves the mean of the others."""
+        import torch
+        import torch.nn.functional as F  # noqa: N812
+
+        unit_BD = F.normalize(f_BD, dim=1)
+        finite = torch.isfinite(f_BD.detach()).all(1).tolist()
+        diversity_B = f_BD.new_zeros(len(f_BD))
+        for group in self.groups:
+            members = [i for i in group if finite[i]]
+            if len(members) > 1:
+                kl_K = energy.kl_diversity(unit_BD[members], reverse=self.method.kl_direction == "official")
+                diversity_B = diversity_B.index_put((torch.tensor(members, device=f_BD.device),), kl_K)
+        return diversity_B
+
+    def record(self, guided: Guided, when: str, f_BD: torch.Tensor) -> None:
+        """Scores of rows before or after the update: the total, its terms, and whether the anchor is still on top."""
+        kept_B = (self.tools.guide.head(f_BD).argmax(dim=1) == self.anchor_B).float()
+        names = ("class_term", "entropy_gain", "diversity")
+        for name, values_B in zip(names, self.terms(f_BD), strict=True):
+            guided.score(f"{name}_{when}", values_B)
+        guided.score(f"score_{when}", self.total(f_BD))
+        guided.score(f"retained_{when}", kept_B)
+
+
+def _carried(features: Callable[..., torch.Tensor], g_BD: torch.Tensor, noises: tuple[torch.Tensor, ...],
+             size: int) -> tuple[torch.Tensor, ...]:
+    """Gradients in `noises` from the gradient in the features, `size` rows at a time."""
+    import torch
+
+    parts = []
+    for rows, kept in sampling.chunks(len(g_BD), size):
+        with torch.enable_grad():
+            leaves = [noise[rows].requires_grad_() for noise in noises]
+            gradients = torch.autograd.grad(features(rows, *leaves), leaves, g_BD[rows])
+        parts.append([gradient[:kept] for gradient in gradients])
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _groups(batch: Batch) -> list[list[int]]:
+    """Slots of each (seed_id, group), by copy, wherever they stand in the batch."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for i, draw in enumerate(batch.draws):
+        found.setdefault((draw.seed_id, draw.group), []).append(i)
+    return [sorted(slots, key=lambda i: batch.draws[i].copy) for slots in found.values()]
+
+
+@functools.cache
+def _warn_of_single_copies() -> None:
+    log.warning("some seeds have one copy only: their diversity is 0, and GIF pushes them by class and entropy alone; "
+                "raise method.ratio to 2 or more")

@@ -1,0 +1,30 @@
+"""Tiny random models and prototypes, built once for all tests of methods."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rayexpand.core.prototypes import fit_prototypes
+from rayexpand.guides import load_guide
+from rayexpand.priors import load_prior
+from rayexpand.rng import RowRng
+from rayexpand.schema import ClassTable, Tools
+from tests.tiny import tiny_clip, tiny_pipeline
+
+CLASSES = ClassTable.of(["3", "7", "boot"], ["three", "seven", "rain_boot"], [5, 4, 2], ["digit", "digit", "shoe"],
+                        ["digit", "digit", "boot"])
+
+
+@pytest.fixture(scope="session")
+def tools(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_pipeline(folder / "prior")
+    tiny_clip(folder / "guide")
+    guide = load_guide(str(folder / "guide"), None, CLASSES.name, device="cpu")
+    pixels = torch.from_numpy(RowRng(0, "test", "seeds", 0).uniforms("x", (12, 3, 16, 16)))
+    with torch.no_grad():
+        features = guide.features(pixels).numpy()
+    prototypes = fit_prototypes(features, np.arange(12) % 3, 3, 2, guide_hash="g", class_keys=CLASSES.key)
+    return Tools(CLASSES, load_prior(str(folder / "prior"), device="cpu"), guide, prototypes)
