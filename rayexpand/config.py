@@ -11,16 +11,17 @@ import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
 from rayexpand import seeds
-from rayexpand.errors import ConfigError
+from rayexpand.errors import ConfigError, EnvironmentFault, SeedDataError
 from rayexpand.methods import load_method, method_class
 from rayexpand.schema import Method
 from rayexpand.seeds import DataConfig
+from rayexpand.seeds.source import wanted_ids
 
 
 class Section(BaseModel):
@@ -46,8 +47,13 @@ class PriorConfig(Section):
 
 
 class GuideConfig(Section):
-    weights: str = Field("digits", description="'digits', an open_clip folder, or an open_clip model name")
+    weights: str = Field("digits", description="'digits' (embedded CLIP), a folder (open_clip's layout, or made by "
+                         "`rayexpand fit`), org/name@revision, or an open_clip model name")
     checkpoint: str | None = Field(None, description="safetensors file for a model name")
+
+
+class ArtifactsConfig(Section):
+    prototypes: str | None = Field(None, description="folder of class and group prototypes, made by `rayexpand fit`")
 
 
 class SamplerConfig(Section):
@@ -106,6 +112,7 @@ class RunConfig(Section):
     image: ImageConfig = ImageConfig()
     prior: PriorConfig = PriorConfig()
     guide: GuideConfig = GuideConfig()
+    artifacts: ArtifactsConfig = ArtifactsConfig()
     method: Any = Field(description="name of a method and its fields")
     sampler: SamplerConfig = SamplerConfig()
     codec: CodecConfig = CodecConfig()
@@ -124,9 +131,10 @@ class RunConfig(Section):
         return f"{self.out.rstrip('/')}/{self.name}"
 
 
-# The device and its attention kernels are in the stack fingerprint of every receipt instead.
-OPERATIONAL = ("name", "out", "limits", "store", "runtime", "cluster", "estimate", "prior.device", "prior.attention",
-               "prior.channels_last", "prior.compile")
+# The device and its attention kernels are in the stack fingerprint of every receipt instead; an artifact counts by its
+# content hash, wherever it lies.
+OPERATIONAL = ("name", "out", "artifacts", "limits", "store", "runtime", "cluster", "estimate", "prior.device",
+               "prior.attention", "prior.channels_last", "prior.compile")
 
 
 class _Loader(yaml.SafeLoader):
@@ -141,6 +149,11 @@ class _Loader(yaml.SafeLoader):
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Configuration of a YAML file with `a.b=value` overrides (values are YAML too). Raises ConfigError."""
+    return parse(read(path, overrides), str(path))
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file with `a.b=value` overrides, not yet checked. Raises ConfigError."""
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
     except OSError as error:
@@ -151,7 +164,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(str(path), [f"is not YAML: {error}{tabs}"]) from error
     if not isinstance(raw, dict):
         raise ConfigError(str(path), ["holds no mapping at its top; expected sections such as name, data, method"])
-    return parse(override(raw, overrides), str(path))
+    return override(raw, overrides)
 
 
 def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -173,13 +186,13 @@ def parse(raw: Mapping[str, Any], where: str = "configuration") -> RunConfig:
         try:
             loaded = load_method(method["name"], {k: v for k, v in method.items() if k != "name"})
         except ValidationError as error:
-            problems += _lines(error, method_class(method["name"]), "method.")
+            problems += mistakes(error, method_class(method["name"]), "method.")
         except ConfigError as error:
             problems += error.problems
     try:
         config = RunConfig(**{**{str(k): v for k, v in raw.items()}, "method": loaded})
     except ValidationError as error:
-        raise ConfigError(where, _lines(error, RunConfig, "") + problems + _data_problems(raw)) from error
+        raise ConfigError(where, mistakes(error, RunConfig, "") + problems + _data_problems(raw)) from error
     if problems:
         raise ConfigError(where, problems + seeds.check(config.data))
     return config
@@ -198,9 +211,20 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def ids_sha256(data: DataConfig) -> str | None:
+    """Hash of what the file data.ids says, whatever its order; None where there is no such file (any more)."""
+    try:
+        wanted = wanted_ids(data)
+    except (SeedDataError, EnvironmentFault):
+        return None
+    return None if wanted is None else digest(sorted(wanted))
+
+
 def semantic(config: RunConfig) -> dict[str, Any]:
-    """The resolved fields that decide what the samples are."""
+    """The resolved fields that decide what the samples are. A list of ids counts by what it says, wherever it lies; by
+    its path only where it cannot be read."""
     fields = resolved(config)
+    fields["data"]["ids"] = ids_sha256(config.data) or config.data.ids
     for dotted in OPERATIONAL:
         section, _, leaf = dotted.partition(".")
         if leaf:
@@ -248,7 +272,8 @@ def _apply(raw: dict[str, Any], one: str) -> None:
         raise ConfigError("--set", [f"{dotted}: the value is not YAML ({error})"]) from error
 
 
-def _lines(error: ValidationError, model: Any, prefix: str) -> list[str]:
+def mistakes(error: ValidationError, model: Any, prefix: str) -> list[str]:
+    """One line for each mistake pydantic found in a `model`: the dotted field, what is wrong, what was meant."""
     lines = []
     for problem in error.errors():
         loc = [str(part) for part in problem["loc"]]
@@ -273,6 +298,15 @@ def _lines(error: ValidationError, model: Any, prefix: str) -> list[str]:
 
 
 def _known_fields(model: Any, loc: Sequence[str]) -> list[str]:
+    """Fields of the section at `loc`, through optional sections and lists or mappings of sections."""
     for part in loc:
-        model = model.model_fields[part].annotation
-    return list(model.model_fields)
+        if part in model.model_fields:  # else the key of a mapping or the place in a list of sections
+            model = _section(model.model_fields[part].annotation)
+    return list(model.model_fields) if model is not None else ["name"]  # a mapping whose keys are free
+
+
+def _section(annotation: Any) -> Any:
+    """The model in an annotation such as Model, Model | None or dict[str, Model]."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    return next((found for one in get_args(annotation) if (found := _section(one))), None)

@@ -3,8 +3,9 @@
     seeds -> decode ahead -> method.expand on full planned shapes -> encode behind -> commit -> Receipt
 
 It owns failures. A row that cannot be made is refused and its slot becomes a filler, so batch-mates keep their slots
-and their bytes; an exception is traced to its row by bisection at full shape; out of memory halves the shape; a fault
-of the process or of the environment commits nothing (blame.py and errors.py say which is which).
+and their bytes; an exception is traced to its row by bisection at full shape; out of memory halves the shape (first
+the pieces a guided method works in, then the call); a fault of the process or of the environment commits nothing
+(blame.py and errors.py say which is which).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from rayexpand.schema import (
     ClassTable,
     Draw,
     Expansion,
+    Method,
     Reason,
     Receipt,
     Sample,
@@ -67,7 +69,8 @@ class Expander:
     def __init__(self, config: RunConfig, plan: Plan, store: Store, blame: Blame, *, tools: Tools | None = None,
                  on_rows: Callable[[int], None] = lambda n: None) -> None:
         self.config, self.plan, self.store, self.blame, self.on_rows = config, plan, store, blame, on_rows
-        self.batch = plan.batch  # smaller after an out-of-memory; stays so for the life of this process
+        # Rows of a call, and the method with its own pieces: smaller after an out-of-memory, until this process ends.
+        self.batch, self.method = plan.batch, config.method
         self.tools, self._calls_made = tools, 0
         self._pool = ThreadPoolExecutor(config.runtime.io_threads, thread_name_prefix="io")
         self._reader = SeedReader(plan.index, config.data)
@@ -100,7 +103,7 @@ class Expander:
         self._run(work, wanted)
         samples = self._collect(work, wanted)
         receipt = Receipt(
-            shard_id, generation, "", "", len(samples), **_counts(samples), shape=[self.batch], run_digest="",
+            shard_id, generation, "", "", len(samples), **_counts(samples), shape=self.shape, run_digest="",
             attempt=self.blame.attempt, content_sha256="", stack=self.stack, host=socket.gethostname(),
             seconds={**work.clock.seconds, "total": time.perf_counter() - started})
         return self.store.commit(receipt, samples, self.plan.index.classes)
@@ -108,6 +111,8 @@ class Expander:
     def regenerate(self, sample_id: str) -> Sample:
         """Makes one sample again, alone among fillers (with its group where the method has groups)."""
         shard_id = self.plan.find(sample_id)
+        if committed := self.store.find(shard_id, 0):
+            self._adopt(committed.shape)
         work = self._start(shard_id, 0, self.blame.verdicts(_key(shard_id, 0)))
         self._run(work, {sample_id})
         (sample,) = self._collect(work, {sample_id})
@@ -160,15 +165,24 @@ class Expander:
         return found | dict(zip(ids, self._reader.read(wanted), strict=True)), listed
 
     def _run(self, work: _Work, wanted: set[str]) -> None:
-        """Decides every row in `wanted`: the planned calls, then rounds of redraws until none asks again."""
+        """Decides every row in `wanted`, all in one shape: where memory runs out on the way, from the start again."""
+        while True:
+            try:
+                return self._run_calls(work, wanted)
+            except _Smaller:
+                self.on_rows(-work.told)
+                work.results, work.redraws, work.told = {}, {}, 0
+
+    def _run_calls(self, work: _Work, wanted: set[str]) -> None:
+        """The planned calls, then rounds of redraws until none asks again."""
         planned = pack(work.units, self.config.method, self.plan.batch)
         calls, next_number = [call.only(wanted) for call in planned], len(planned)
         while calls := [call for call in calls if any(call.slots)]:
             for call, following in zip(calls, [*calls[1:], None], strict=True):
-                decided = len(work.results)
                 work.images.ahead(call, None if work.verdicts.careful else following)
                 self._run_call(work, call)
-                self.on_rows(len(work.results) - decided)
+                self.on_rows(len(work.results) - work.told)
+                work.told = len(work.results)
             units, work.redraws = list(work.redraws.values()), {}
             calls = pack(units, self.config.method, self.plan.batch, next_number)
             next_number += len(calls)
@@ -240,13 +254,37 @@ class Expander:
                 try:
                     self._decide(work, replace(call, slots=tuple(piece)), alone)
                 except _OutOfMemory as error:
-                    if size == call.unit:
+                    if not self._shrink(size, call.unit):
                         raise EnvironmentFault(
                             f"out of memory with a single unit of {call.unit} row(s): {error}. Use a smaller "
                             "image.size, prior.dtype: bfloat16, or a larger device.") from error
-                    self.batch = size // 2
+                    if work.results:
+                        raise _Smaller from error
                     continue
             start += size
+
+    @property
+    def shape(self) -> list[int]:
+        """Rows of a call in force, then those of each of the method's own pieces, 0 for the whole call."""
+        return [self.batch, *(getattr(self.method, name) or 0 for name in _pieces(self.method))]
+
+    def _shrink(self, rows: int, unit: int) -> bool:
+        """Halves what a call of `rows` rows holds at once: the method's pieces one after the other, then the call.
+        False where nothing is left to halve."""
+        for name in _pieces(self.method):
+            if (held := min(getattr(self.method, name) or rows, rows)) > 1:
+                self.method = self.method.model_copy(update={name: held // 2})
+                return True
+        if rows == unit:
+            return False
+        self.batch = rows // 2
+        return True
+
+    def _adopt(self, shape: Sequence[int]) -> None:
+        """Takes over the shape another process ended with, because pixels may depend on it."""
+        if shape != self.shape:
+            pieces = {name: rows or None for name, rows in zip(_pieces(self.method), shape[1:], strict=False)}
+            self.batch, self.method = shape[0], self.method.model_copy(update=pieces)
 
     def _decide(self, work: _Work, call: Call, alone: bool) -> None:
         try:
@@ -291,7 +329,7 @@ class Expander:
         with self.blame.watch(work.key, call.number, row, deadline), work.clock.phase("sample"):
             failpoint("before_call", work.shard_id)
             try:
-                expansion = self.config.method.expand(batch, tools)
+                expansion = self.method.expand(batch, tools)
                 _check(expansion, batch)
             except Exception as error:
                 fault = _sorted(error)
@@ -412,6 +450,7 @@ class _Work:
     results: dict[str, Future[Sample]] = field(default_factory=dict)
     redraws: dict[str, Unit] = field(default_factory=dict)
     last_draw: Draw | None = None
+    told: int = 0  # decided rows that on_rows has heard of
 
 
 class _Images:
@@ -479,6 +518,10 @@ class _OutOfMemory(RayexpandError):
     pass
 
 
+class _Smaller(RayexpandError):
+    """The shape has shrunk, and rows of this shard were decided in the larger one."""
+
+
 class _SamplerError(RayexpandError):
     pass
 
@@ -515,6 +558,12 @@ def _sorted(error: Exception) -> Exception:
     return _SamplerError(text)
 
 
+def _pieces(method: Method) -> tuple[str, ...]:
+    """Fields of a method that say how many rows it works on at once inside a call, in the order they are halved when
+    memory runs out; None in one of them is the whole call."""
+    return tuple(getattr(method, "PIECES", ()))
+
+
 def _keep(slots: Sequence[Draw | None], kept: Sequence[int] | range) -> tuple[Draw | None, ...]:
     wanted = set(kept)
     return tuple(draw if i in wanted else None for i, draw in enumerate(slots))
@@ -533,7 +582,7 @@ def _counts(samples: Sequence[Sample]) -> dict[str, Any]:
 def load_tools(config: RunConfig, classes: ClassTable) -> Tools:
     """Loads what the method asks for. Raises ModelError."""
     needs = config.method.needs()
-    prior = guide = None
+    prior = guide = prototypes = None
     if needs:
         import torch
 
@@ -545,15 +594,22 @@ def load_tools(config: RunConfig, classes: ClassTable) -> Tools:
     if "guide" in needs:
         from rayexpand.guides import load_guide
 
-        guide = load_guide(config.guide.weights, config.guide.checkpoint, classes.name, device=config.prior.device)
-    return Tools(classes, prior, guide)
+        guide = load_guide(config.guide.weights, config.guide.checkpoint, classes.name, device=config.prior.device,
+                           class_keys=classes.key)
+    if "prototypes" in needs:
+        from rayexpand.artifacts import prototypes_of
+
+        prototypes = prototypes_of(config, classes.key)
+    return Tools(classes, prior, guide, prototypes)
 
 
 def stack_fingerprint(config: RunConfig) -> dict[str, str]:
     """Versions, instruction set or GPU model, dtype, attention and threads: what the promise calls one stack."""
     import torch
 
-    packages = ("torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "numpy", "pillow")
+    packages = ["torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "numpy", "pillow"]
+    if "guide" in config.method.needs():
+        packages.append("timm")
     facts = {name: importlib.metadata.version(name) for name in packages}
     facts |= {"python": platform.python_version(), "machine": platform.machine(),
               "rayexpand": __version__, "cpu": torch.backends.cpu.get_cpu_capability(),

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from rayexpand import __version__, seeds
+from rayexpand.artifacts import artifact_hashes, check_artifacts, check_classes, names_classes, prototypes_of
 from rayexpand.blame import Blame, forget_unexplained
-from rayexpand.config import RunConfig, differences, digest, override, parse, resolved, semantic
+from rayexpand.config import RunConfig, differences, digest, ids_sha256, override, parse, resolved, semantic
 from rayexpand.errors import (
     ConfigError,
     DigestMismatch,
     EnvironmentFault,
     ModelError,
     OverBudget,
+    SeedDataError,
     StorageError,
     UsageError,
 )
@@ -73,13 +75,14 @@ class Run:
         return totals(self.plan.planned, self.store.receipts())
 
 
-def preflight(config: RunConfig, *, device_here: bool = True) -> list[str]:
-    """Everything wrong that can be known without loading a model or listing the dataset, one line each.
+def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool = True) -> list[str]:
+    """Everything wrong that can be known without loading a model, one line each.
 
-    `device_here`: the sampler will run in this process, so its device must be here too.
+    `device_here`: the sampler will run in this process, so its device must be here too. `with_classes`: list the
+    dataset where guide or prototypes say for which classes they were made, and compare.
     """
     problems = seeds.check(config.data)
-    needs = config.method.needs()
+    data_is_sound, needs = not problems, config.method.needs()
     if "prior" in needs:
         try:
             facts = inspect_prior(config.prior.weights)
@@ -90,6 +93,9 @@ def preflight(config: RunConfig, *, device_here: bool = True) -> list[str]:
         if config.image.fit == "none":
             problems.append(f"image.fit: 'none' keeps each image's own size, but {config.method.name} samples squares; "
                             "use crop, center or squash")
+    problems += check_artifacts(config)
+    if with_classes and data_is_sound and names_classes(config):
+        problems += _class_problems(config)
     if device_here and config.prior.device.startswith("cuda") and needs & {"prior", "guide"}:
         import torch
 
@@ -97,6 +103,14 @@ def preflight(config: RunConfig, *, device_here: bool = True) -> list[str]:
             problems.append(f"prior.device: {config.prior.device} asked for, but torch sees no CUDA device here; "
                             "use auto or cpu")
     return problems + _out_problems(config)
+
+
+def _class_problems(config: RunConfig) -> list[str]:
+    try:
+        index = seeds.build_index(config.data)
+    except SeedDataError as error:
+        return [str(error)]
+    return check_classes(config, index.classes.key)
 
 
 def _out_problems(config: RunConfig) -> list[str]:
@@ -148,14 +162,18 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
     Raises ConfigError (all problems at once), SeedDataError, StorageError, or DigestMismatch with the fields that
     differ; nothing is created before the dataset is known to be sound.
     """
-    if problems := preflight(config, device_here=device_here):
+    if problems := preflight(config, device_here=device_here, with_classes=False):
         raise ConfigError(where or config.name, problems)
     files = open_files(config.folder, single_writer=config.store.single_writer)
     plan = None if first_look(files) else make_plan(seeds.build_index(config.data), config)
+    if plan is not None and (problems := check_classes(config, plan.index.classes.key)):
+        raise ConfigError(where or config.name, problems)
     files.probe()
     files.sweep()
     models = model_hashes(config, on_model)
     if plan is not None:
+        if "prototypes" in models:
+            prototypes_of(config, plan.index.classes.key, models.get("guide"))  # refuses those of another guide
         facts = _facts(config, plan, models)
         write_plan(plan, files, facts["plan"])
         create_once(files, "run.json", facts, "run")
@@ -294,17 +312,21 @@ def check_budget(run: Run, tally: Tally) -> Totals:
     return counts
 
 
-def model_hashes(config: RunConfig, on_model: Callable[[str, int, int], None] | None = None) -> dict[str, str]:
-    """Content hashes of the models the method uses; trains the embedded default if it is asked for and not cached."""
+def model_hashes(config: RunConfig, on_model: Callable[[str, int, int], None] | None = None, *,
+                 fitted: bool = False) -> dict[str, str]:
+    """Content hashes of the models and artifacts the method uses; trains the embedded default if it is asked for and
+    not cached. `fitted`: guide and prototypes will be fitted first, so only the prior is there."""
     needs = config.method.needs()
     hashes = {}
     if "prior" in needs:
         hashes["prior"] = prior_hash(config.prior.weights, on_model)
+    if fitted:
+        return hashes
     if "guide" in needs:
         from rayexpand.guides import guide_hash
 
         hashes["guide"] = guide_hash(config.guide.weights, config.guide.checkpoint, on_model)
-    return hashes
+    return hashes | artifact_hashes(config)
 
 
 def _facts(config: RunConfig, plan: Plan, models: dict[str, str]) -> dict[str, Any]:
@@ -312,18 +334,36 @@ def _facts(config: RunConfig, plan: Plan, models: dict[str, str]) -> dict[str, A
     return {"version": __version__, "created": time.time(), "name": config.name, "config": resolved(config),
             "run_digest": digest({"plan": identity, "config": semantic(config), "models": models}),
             "plan_digest": identity, "plan": f"plan/{identity[:8]}", "planned": plan.planned, "shards": plan.n_shards,
-            "seeds": len(plan.index), "classes": len(plan.index.classes), "models": models}
+            "seeds": len(plan.index), "classes": len(plan.index.classes), "models": models,
+            **({"ids_sha256": ids_sha256(config.data)} if config.data.ids else {})}
 
 
 def _open(config: RunConfig, files: Files, models: dict[str, str]) -> Run:
     facts = read_facts(files)
-    before = {**semantic(parse(facts["config"], "run.json")), "models": facts["models"]}
-    changed = differences(before, {**semantic(config), "models": models})
+    before, now = _comparable(config, files, facts)
+    changed = differences({**before, "models": facts["models"]}, {**now, "models": models})
     if changed:
         raise DigestMismatch("\n  ".join([f"{files.root} holds another run; continuing would mix two datasets. What "
                                           "differs (there -> here):", *changed,
                                           "Set it back, or give this run another `name`."]))
     return Run(config, files, Store(files, facts["run_digest"]), _read_plan(config, files, facts), facts)
+
+
+def _comparable(config: RunConfig, files: Files, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What decides the samples, as the run was created and as `config` says. A list of ids that is gone or has moved
+    since then counts as what it said then."""
+    created = parse(facts["config"], "run.json")
+    before, now = semantic(created), semantic(config)
+    if created.data.ids is None or config.data.ids is None:
+        return before, now
+    then = facts.get("ids_sha256")
+    if then is None and created.data.per_class is None and before["data"]["ids"] == created.data.ids:
+        plan = read_plan(config, files, facts["plan"])  # it holds just the seeds that were listed
+        then = None if plan is None else digest(sorted(set(plan.index.seed_ids)))
+    before["data"]["ids"] = then or before["data"]["ids"]
+    if now["data"]["ids"] == created.data.ids:
+        now["data"]["ids"] = before["data"]["ids"]
+    return before, now
 
 
 def _read_plan(config: RunConfig, files: Files, facts: dict[str, Any]) -> Plan:

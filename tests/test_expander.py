@@ -5,7 +5,7 @@ import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,12 +15,13 @@ from rayexpand import __version__
 from rayexpand import expander as expanders
 from rayexpand import run as runs
 from rayexpand.errors import EnvironmentFault, OverBudget
-from rayexpand.methods import names
-from rayexpand.schema import Batch, Draw, Expansion, Tools
+from rayexpand.fit import fit_for
+from rayexpand.methods import method_class, names
+from rayexpand.schema import Batch, Draw, Expansion, Start, Tools
 from rayexpand.verify import verify
 from tests.conftest import MakeConfig, complete, hashes, refused
 from tests.methods import fakes
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_clip, tiny_pipeline
 
 ROW = "bee/2.png/1"  # a sample of the image_folder fixture
 BADS = ("ant/0.png/0", "ant/0.png/1", "bee/2.png/1", "cat/0.png/0", "dog/0.png/4", "dog/4.png/1")
@@ -189,6 +190,70 @@ def test_out_of_memory_halves_the_shape_and_loses_no_row(make_config: MakeConfig
     assert totals.kept == 40
     assert hashes(run) == small
     assert {tuple(receipt.shape) for receipt in run.store.receipts()} == {(4,)}
+
+
+def test_out_of_memory_halves_the_pieces_of_a_method_before_the_call(make_config: MakeConfig,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[int, int | None, int | None]] = []
+
+    class Pieces(fakes.Fake):
+        PIECES: ClassVar = ("gradient", "forward")
+        name: str = "tests.methods.fakes.Pieces"
+        gradient: int | None = None
+        forward: int | None = 4
+        room: int = 5  # rows: what the pieces hold together with the call
+
+        def expand(self, batch: Batch, tools: Tools) -> Expansion:
+            import torch
+
+            tried.append((len(batch), self.gradient, self.forward))
+            held = [min(piece or len(batch), len(batch)) for piece in (self.gradient, self.forward)]
+            if len(batch) + sum(held) > self.room:
+                raise torch.OutOfMemoryError("too much")
+            return super().expand(batch, tools)
+
+    monkeypatch.setattr(fakes, "Pieces", Pieces, raising=False)
+    run, totals = complete(make_config("Pieces", ratio=1, batch=8))
+
+    assert totals.kept == 20
+    assert list(dict.fromkeys(tried)) == [(8, None, 4), (8, 4, 4), (8, 2, 4), (8, 1, 4), (8, 1, 2), (8, 1, 1),
+                                          (4, 1, 1), (2, 1, 1)]
+    assert [receipt.shape for receipt in run.store.receipts()] == [[2, 1, 1]] * run.plan.n_shards
+    tried.clear()
+    runs.start(run).regenerate("bee/2.png/0")
+    assert tried == [(2, 1, 1)], "regen repeats the shape of the receipt"
+
+    whole, _ = complete(make_config("Pieces", ratio=1, batch=8, name="whole", room=100))
+    assert [receipt.shape for receipt in whole.store.receipts()] == [[8, 0, 4]] * whole.plan.n_shards
+
+
+def test_a_shard_that_runs_out_of_memory_on_the_way_has_one_shape(make_config: MakeConfig,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    class Late(fakes.Fake):
+        """Pixels that depend on the shape of the call; the third call of the process is too large."""
+
+        name: str = "tests.methods.fakes.Late"
+
+        def expand(self, batch: Batch, tools: Tools) -> Expansion:
+            import torch
+
+            calls.append(len(batch))
+            if len(calls) == 3:
+                raise torch.OutOfMemoryError("something else took the memory")
+            return Expansion([fakes.picture(batch, i) ^ np.uint8(len(batch)) for i in range(len(batch))])
+
+    monkeypatch.setattr(fakes, "Late", Late, raising=False)
+    heard: list[int] = []
+    run = runs.prepare(make_config("Late", ratio=2, batch=8, shard_images=40))
+    expander = runs.start(run, on_rows=heard.append)
+    receipt = expander(0)
+
+    assert calls == [8, 8, 8] + [4] * 10, "what was decided in the larger shape is decided again"
+    assert receipt.shape == [4]
+    assert sum(heard) == 40
+    assert runs.start(run).regenerate("ant/0.png/0").sample_sha256 == hashes(run)["ant/0.png/0"]
 
 
 def test_out_of_memory_at_one_row_is_the_environment(make_config: MakeConfig) -> None:
@@ -377,7 +442,7 @@ def test_a_filler_carries_nothing_of_the_row_it_replaces(make_config: MakeConfig
             seen.extend(draw for draw, filler in zip(batch.draws, batch.filler, strict=True) if filler)
             return plain(self, batch, tools)
 
-    object.__setattr__(expander, "config", config.model_copy(update={"method": Watching(ratio=1)}))
+    expander.method = Watching(ratio=1)
     expander.regenerate("bee/2.png/0")
 
     assert len(seen) == 7
@@ -403,7 +468,9 @@ def test_a_filler_shows_no_pixel_of_a_batch_mate(make_config: MakeConfig, monkey
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_clip(folder / "clip")
+    return tiny_pipeline(folder / "pipeline")
 
 
 def test_the_stack_names_what_is_left_out_of_the_digest(make_config: MakeConfig, tiny: Path) -> None:
@@ -418,8 +485,11 @@ def test_the_stack_names_what_is_left_out_of_the_digest(make_config: MakeConfig,
 def test_real_methods_keep_every_hash_alone_resumed_and_beside_a_failure(
         make_config: MakeConfig, tiny: Path, image_folder: Path, tmp_path: Path, method: str) -> None:
     """The promise, for every method there is: regenerated alone, in another order, and with a failed batch-mate."""
-    sections = {"prior": {"weights": str(tiny)}, "image": {"size": 16}}
-    fields: dict = {} if method == "classical" else {"steps": 4}
+    sections = {"prior": {"weights": str(tiny)}, "image": {"size": 16}, "guide": {"weights": str(tiny.parent / "clip")}}
+    fields = {name: value for name, value in {"steps": 4, "guide_step": 2}.items()
+              if name in method_class(method).model_fields}
+    sections["artifacts"] = {role: str(folder) for role, folder in fit_for(
+        make_config(method, sections=sections, **fields), lambda *now: None, out=str(tmp_path / "artifacts")).items()}
     run, totals = complete(make_config(method, ratio=2, sections=sections, **fields))
     committed = hashes(run)
     assert totals.kept == 40
@@ -435,6 +505,7 @@ def test_real_methods_keep_every_hash_alone_resumed_and_beside_a_failure(
     other = runs.prepare(make_config(method, ratio=2, name="other", data=data, sections=sections, **fields))
     for shard in reversed(range(other.plan.n_shards)):
         runs.start(other, expander.tools)(shard)
-    lost = {f"bee/2.png/{copy}" for copy in range(2)} if method != "text2img" else set()
+    from_seeds = other.plan.units(0)[0][0].start == Start.IMAGE
+    lost = {f"bee/2.png/{copy}" for copy in range(2)} if from_seeds else set()
     assert hashes(other) == {k: v for k, v in committed.items() if k not in lost}
     assert set(refused(other)) == lost

@@ -7,8 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from rayexpand.core.backbones import build_backbone
+from rayexpand.core.recipe import Recipe
 from rayexpand.errors import ModelError
-from rayexpand.guides import ClipGuide, guide_hash, load_guide
+from rayexpand.guide_files import check_guide, guide_classes, save_classifier
+from rayexpand.guides import ClassifierGuide, ClipGuide, guide_hash, load_guide
 from rayexpand.rng import RowRng
 from tests.tiny import tiny_clip
 
@@ -61,7 +64,7 @@ def test_features_are_those_of_open_clip(source, guide):
 def test_other_sizes_are_resized_bicubic_without_antialiasing(guide):
     x = tensor(images(2, side=40))
     expected = guide.features(F.interpolate(x, (16, 16), mode="bicubic", align_corners=False))
-    assert torch.equal(guide.features(x), expected)
+    assert torch.allclose(guide.features(x), expected, atol=1e-5)
     assert guide.zero_shot(images(5, side=8)).shape == (5,)
 
 
@@ -101,13 +104,47 @@ def test_an_incomplete_folder_lists_what_is_missing(folder):
         guide_hash(str(folder), None)
 
 
-def test_damaged_folders_are_named(folder):
-    (folder / "open_clip_model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ModelError, match="clip cannot be loaded"):
+def change_config(folder, **text):
+    file = folder / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["text_cfg"] |= text
+    file.write_text(json.dumps(config))
+
+
+DAMAGE = {
+    "weights": (lambda f: (f / "open_clip_model.safetensors").write_bytes(b"nothing"),
+                "open_clip_model.safetensors cannot be read"),
+    "configuration": (lambda f: (f / "open_clip_config.json").write_text("{"),
+                      "open_clip_config.json cannot be read as open_clip's configuration"),
+    "no text tower": (lambda f: (f / "open_clip_config.json").write_text('{"model_cfg": {"vision_cfg": {}}}'),
+                      "has no model_cfg.text_cfg"),
+    "no tokenizer": (lambda f: [file.unlink() for file in f.glob("*token*")] + [file.unlink() for file in f.glob(
+        "vocab*")], "tokenizer.json is missing"),
+    "tokenizer of another tower": (lambda f: change_config(f, vocab_size=5000), "they do not belong together"),
+    "weights without text": (lambda f: keep_weights(f, "visual."), "holds no text tower"),
+}
+
+
+def keep_weights(folder, prefix):
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "open_clip_model.safetensors"
+    save_file({name: one for name, one in load_file(file).items() if name.startswith(prefix)}, file)
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_named_by_validate_and_at_load(folder, damage, words):
+    assert check_guide(str(folder), None) == []
+    damage(folder)
+    assert words in "".join(check_guide(str(folder), None))
+    with pytest.raises(ModelError, match=words):
         load_guide(str(folder), None, NAMES)
-    (folder / "open_clip_config.json").write_text("{")
-    with pytest.raises(ModelError, match="clip cannot be loaded"):
-        load_guide(str(folder), None, NAMES)
+
+
+def test_a_checkpoint_beside_a_folder_has_no_effect_and_is_refused(folder):
+    assert "guide.checkpoint has no effect" in check_guide(str(folder), "weights.safetensors")[0]
+    assert "neither a folder here" in check_guide("ViT-Z-99", None)[0]
+    assert check_guide("acme/clip@v1", None) == []
 
 
 def test_wrong_names_and_checkpoints_say_what_to_give(tmp_path):
@@ -162,3 +199,80 @@ def test_hash_of_a_folder_follows_its_weights(folder):
     assert guide_hash(str(folder), None) == before
     tiny_clip(folder, seed=1)
     assert guide_hash(str(folder), None) != before
+
+
+BACKBONES = {
+    "small_resnet": {"backbone": "small_resnet", "backbone_args": {"width": 4}},
+    "pre-activation, whose head is a convolution": {"backbone": "preact_resnet18", "backbone_args": {"width": 4}},
+    "timm, convolutional": {"backbone": "test_resnet"},
+    "timm, transformer": {"backbone": "test_vit", "backbone_args": {"img_size": 32}},
+}
+
+
+def classifier(folder, fields, keys=NAMES):
+    """A classifier of random weights with batch statistics that matter, and its folder."""
+    recipe = Recipe(**{"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "test_size": 32, **fields})
+    model = build_backbone(recipe, len(keys), seed=3)
+    model.train()
+    with torch.no_grad():
+        model(torch.from_numpy(RowRng(0, "test", "statistics", 0).normals("x", (16, 3, 32, 32))))
+    folder.mkdir()
+    save_classifier(folder, model, recipe, keys)
+    return model.eval(), recipe
+
+
+@pytest.mark.parametrize("fields", BACKBONES.values(), ids=BACKBONES)
+def test_a_classifier_guide_is_its_network_and_its_gradient(tmp_path, fields):
+    model, recipe = classifier(tmp_path / "guide", fields)
+    guide = load_guide(str(tmp_path / "guide"), None, NAMES, device="cpu", class_keys=NAMES)
+    assert isinstance(guide, ClassifierGuide)
+    assert (guide.size, guide.differentiable, guide.model.training) == ((32, 32), True, False)
+    assert not any(p.requires_grad for p in guide.model.parameters())
+
+    def reference(x):
+        x = F.interpolate(x, (32, 32), mode="bicubic", align_corners=False)
+        return model((x - torch.tensor(recipe.mean).view(3, 1, 1)) / torch.tensor(recipe.std).view(3, 1, 1))
+
+    x = tensor(images(3, side=40)).requires_grad_()
+    found, expected = guide.logits(x), reference(x)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    weights = torch.arange(1.0, 4.0)
+    torch.testing.assert_close(*(torch.autograd.grad((out * weights).sum(), x)[0] for out in (found, expected)),
+                               atol=1e-5, rtol=1e-4)
+    assert guide.features(x).ndim == 2
+    torch.testing.assert_close(guide.head(guide.features(x)), found)
+    mates = tensor(images(3, side=40, key=1))
+    mates[1] = x[1].detach()
+    torch.testing.assert_close(guide.logits(mates)[1], found[1], msg="batch norm in training mode")
+
+
+def test_a_guide_of_other_classes_is_refused(tmp_path):
+    classifier(tmp_path / "guide", BACKBONES["small_resnet"])
+    assert guide_classes(tmp_path / "guide") == NAMES
+    for keys, words in ((("zero", "uno", "two"), "class 1 is 'one' there and 'uno' here"),
+                        (("zero", "one"), "3 classes there and 2 here")):
+        with pytest.raises(ModelError, match=words):
+            load_guide(str(tmp_path / "guide"), None, keys, class_keys=keys)
+
+
+def test_a_damaged_classifier_is_named(tmp_path):
+    folder = tmp_path / "guide"
+    classifier(folder, BACKBONES["small_resnet"])
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    assert "model.safetensors is missing" in check_guide(str(folder), None)[0]
+    (folder / "other.safetensors").rename(folder / "model.safetensors")
+    about = json.loads((folder / "guide.json").read_text())
+    (folder / "guide.json").write_text(json.dumps({**about, "recipe": {**about["recipe"], "backbone_args": {}}}))
+    with pytest.raises(ModelError, match="guide cannot be loaded"):
+        load_guide(str(folder), None, NAMES)
+    (folder / "guide.json").write_text('{"kind": "wizard"}')
+    assert "does not describe a guide" in check_guide(str(folder), None)[0]
+    with pytest.raises(ModelError, match="does not describe a guide"):
+        load_guide(str(folder), None, NAMES)
+
+
+def test_seconds_of_the_making_are_no_part_of_a_guide(tmp_path):
+    classifier(tmp_path / "guide", BACKBONES["small_resnet"])
+    before = guide_hash(str(tmp_path / "guide"), None)
+    (tmp_path / "guide" / "artifact.json").write_text('{"seconds": 3}')
+    assert guide_hash(str(tmp_path / "guide"), None) == before

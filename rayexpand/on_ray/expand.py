@@ -1,7 +1,8 @@
 """The Expander over a Ray Data actor pool: one shard is one row, one block and one task.
 
     driver    pending shards -> waves -> map_batches(ExpandActor) -> receipts (bytes, not images)
-    Office    one small actor beside the driver: who is alive, rows decided, and the model files for nodes without them
+    Office    one small actor beside the driver: who is alive, rows decided
+    Shelf     another one: the model files, for nodes without them (stage.py)
 
 A fixed pool is the demand: its pending actors make an autoscaler bring nodes, they start as nodes come, and idle ones
 leave at the end. `ExpandActor.__call__` never raises: a fault of the environment is a row that says so, and a fault of
@@ -22,10 +23,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import filelock
 import ray
 import ray.data
 from ray.util.metrics import Counter, Histogram
@@ -33,10 +32,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayexpand import run as runs
 from rayexpand.blame import ProcessFault
-from rayexpand.config import ClusterConfig, RunConfig
-from rayexpand.errors import EnvironmentFault, RayexpandError, UsageError
+from rayexpand.config import ClusterConfig
+from rayexpand.errors import EnvironmentFault, Interrupted, RayexpandError, UsageError
 from rayexpand.expander import Expander
-from rayexpand.priors import folder_hash, loaded_files, present, resolve, staged_folder
+from rayexpand.on_ray.stage import open_shelf, run_models, with_local_models
 from rayexpand.schema import Receipt
 from rayexpand.store import Totals
 
@@ -44,7 +43,6 @@ HEARTBEAT_S = 5.0
 SILENT_S = 30.0  # an actor that has not been heard of for so long is not counted as alive
 WAITING_S = 20.0  # no actor alive for so long is said in one line, and again every ten minutes
 NO_PROGRESS_S = -1  # never; Ray's default ends a run that waits half an hour for spot GPUs
-CHUNK = 64 << 20  # bytes of a model file in one object
 FAULTS_PER_ACTOR = 3  # environment faults in a row before an actor gives up its process, and its node is named
 
 
@@ -59,12 +57,10 @@ class Snapshot:
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class Office:
-    """Beside the driver: hears from actors, and holds model files for nodes that lack them."""
+    """Beside the driver: hears from actors."""
 
-    def __init__(self, models: dict[str, str]) -> None:
-        self._models = models  # content hash -> folder on this node
+    def __init__(self) -> None:
         self._heard: dict[str, tuple[float, str, int]] = {}
-        self._files: dict[str, list[tuple[str, list[Any]]]] = {}
 
     def hear(self, actor: str, host: str, rows: int) -> None:
         self._heard[actor] = (time.monotonic(), host, rows)
@@ -74,22 +70,14 @@ class Office:
         alive = [host for at, host, _ in self._heard.values() if now - at < SILENT_S]
         return Snapshot(len(alive), len(set(alive)), sum(rows for _, _, rows in self._heard.values()))
 
-    def model(self, sha256: str) -> list[tuple[str, list[Any]]]:
-        """(file name, chunk references) of a model; put into the object store when first asked for."""
-        if sha256 not in self._files:
-            folder = Path(self._models[sha256])
-            self._files[sha256] = [(name, [ray.put(chunk) for chunk in _chunks(folder / name)])
-                                   for name in loaded_files(folder)]
-        return self._files[sha256]
-
 
 class ExpandActor:
     """One process of the pool. Loads its Expander at the first shard, so that a bad start is a fault, not a crash."""
 
-    def __init__(self, folder: str, attempt: int, office: Any, cwd: str, prior_sha256: str | None) -> None:
+    def __init__(self, folder: str, attempt: int, office: Any, shelf: Any, cwd: str) -> None:
         if os.path.isdir(cwd):
             os.chdir(cwd)  # relative paths of the configuration are relative to where the driver was started
-        self._folder, self._attempt, self._office, self._prior_sha256 = folder, attempt, office, prior_sha256
+        self._folder, self._attempt, self._office, self._shelf = folder, attempt, office, shelf
         self._expander: Expander | None = None
         self._faults = self._rows = 0
         self._method = ""
@@ -120,7 +108,7 @@ class ExpandActor:
         if self._expander is None:
             run = runs.open_run(self._folder)
             self._method = run.config.method.name
-            run = _with_staged_prior(run, self._prior_sha256, self._office)
+            run = replace(run, config=with_local_models(run.config, run.facts["models"], self._shelf))
             self._expander = runs.expander_of(run, self._attempt, on_rows=self._heard_of)
         return self._expander
 
@@ -146,8 +134,8 @@ class ExpandActor:
 class RayWave:
     """Maps jobs to receipts on a Ray cluster; an ExpandWave of `run.drive`."""
 
-    def __init__(self, run: runs.Run, attempt: int, office: Any, pool: Pool) -> None:
-        self._run, self._attempt, self._office, self._pool = run, attempt, office, pool
+    def __init__(self, run: runs.Run, attempt: int, office: Any, shelf: Any, pool: Pool) -> None:
+        self._run, self._attempt, self._office, self._shelf, self._pool = run, attempt, office, shelf, pool
 
     def __call__(self, jobs: Sequence[runs.Job]) -> Iterator[Receipt | EnvironmentFault]:
         size = min(self._pool.actors, len(jobs))
@@ -172,8 +160,8 @@ class RayWave:
             resources=pool.resources or None, label_selector=pool.labels or None,
             compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
             fn_constructor_kwargs={
-                "folder": str(self._run.folder), "attempt": self._attempt, "office": self._office, "cwd": os.getcwd(),
-                "prior_sha256": self._run.facts["models"].get("prior")})
+                "folder": str(self._run.folder), "attempt": self._attempt, "office": self._office, "shelf": self._shelf,
+                "cwd": os.getcwd()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,11 +183,11 @@ def expand(run: runs.Run, jobs: Callable[[], list[runs.Job]], *, to_the_end: boo
     capacity.
     """
     with connected(run.config.cluster):
-        pool = choose_pool(run.config)
+        pool = choose_pool(run.config.cluster, models=bool(run.config.method.needs() & {"prior", "guide"}))
         attempt = runs.begin(run)
-        office = _open_office(run)
+        office, shelf = _open_office(), open_shelf(run_models(run.config, run.facts["models"]))
         with _watched(office, on_snapshot, say):
-            wave = RayWave(run, attempt, office, pool)
+            wave = RayWave(run, attempt, office, shelf, pool)
             return runs.drive(run, wave, jobs, to_the_end=to_the_end, on_counts=on_counts)
 
 
@@ -239,20 +227,30 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
             signal.signal(number, handler)  # ray.init sets its own, which would lose our exit code
     try:
         yield
+    except SystemError as error:
+        raise _stopped(error) or error from error
     finally:
         ray.shutdown()
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def choose_pool(config: RunConfig) -> Pool:
-    """How many actors of which size. What is not configured follows from the cluster as it is now.
+def _stopped(error: SystemError) -> Interrupted | None:
+    """The Interrupted of a signal handler, which leaves Ray's compiled code wrapped in a SystemError."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, Interrupted):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+def choose_pool(cluster: ClusterConfig, *, models: bool) -> Pool:
+    """How many actors of which size. What is not configured follows from the cluster as it is now; `models`: the
+    actors hold models, so they want GPUs where there are any.
 
     Raises UsageError when no number is given and the cluster has no room for a single actor yet.
     """
-    cluster = config.cluster
     total = ray.cluster_resources()
-    on_gpu = bool(config.method.needs() & {"prior", "guide"}) and total.get("GPU", 0) > 0
+    on_gpu = models and total.get("GPU", 0) > 0
     gpus = float(on_gpu) if cluster.gpus_per_actor is None else cluster.gpus_per_actor
     wants = {"CPU": cluster.cpus_per_actor, "GPU": gpus, **cluster.resources}
     room = min((int(total.get(name, 0) / amount) for name, amount in wants.items() if amount), default=1)
@@ -263,12 +261,9 @@ def choose_pool(config: RunConfig) -> Pool:
     return Pool(actors, cluster.cpus_per_actor, gpus, dict(cluster.resources), dict(cluster.label_selector))
 
 
-def _open_office(run: runs.Run) -> Any:
+def _open_office() -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    models = {}
-    if sha256 := run.facts["models"].get("prior"):
-        models[sha256] = str(resolve(run.config.prior.weights))
-    return Office.options(scheduling_strategy=here).remote(models)  # type: ignore[attr-defined]
+    return Office.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -297,50 +292,6 @@ def _watched(office: Any, on_snapshot: Callable[[Snapshot], None], say: Callable
     finally:
         stop.set()
         thread.join(timeout=5)
-
-
-def _with_staged_prior(run: runs.Run, sha256: str | None, office: Any) -> runs.Run:
-    """`run` with prior.weights at a folder on this node whose content hash is `sha256`."""
-    if sha256 is None:
-        return run
-    folder = _local_model(run.config.prior.weights, sha256) or _fetch(sha256, office)
-    prior = run.config.prior.model_copy(update={"weights": str(folder)})
-    return replace(run, config=run.config.model_copy(update={"prior": prior}))
-
-
-def _local_model(weights: str, sha256: str) -> Path | None:
-    """The model where it already is on this node (a shared path, or this node's cache), if its hash is right."""
-    for candidate in (staged_folder(sha256), present(weights)):
-        if candidate is not None and candidate.is_dir() and folder_hash(candidate) == sha256:
-            return candidate
-    return None
-
-
-def _fetch(sha256: str, office: Any) -> Path:
-    """Copies a model from the driver's node, once per node. Raises EnvironmentFault when the copy is not the model."""
-    folder = staged_folder(sha256)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{folder}.lock"):
-        if folder.is_dir():
-            return folder
-        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
-        for name, chunks in ray.get(office.model.remote(sha256)):
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            with open(partial / name, "wb") as file:
-                for chunk in chunks:
-                    file.write(ray.get(chunk))
-        if folder_hash(partial) != sha256:
-            shutil.rmtree(partial)
-            raise EnvironmentFault(f"the model copied to {socket.gethostname()} does not have the hash {sha256[:12]} "
-                                   "of the run; its files changed while the run was on")
-        os.rename(partial, folder)
-    return folder
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
 
 
 def _reach(address: str) -> None:

@@ -30,6 +30,7 @@ CONFIGS = ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/con
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+MAKING_OF = "artifact.json"  # how `rayexpand fit` made a folder, seconds among it: no part of the model
 HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 _HUB_FILES = (*CONFIGS, "tokenizer/*.json", "tokenizer/*.txt", "*/*.safetensors.index.json",
@@ -102,15 +103,11 @@ def folder_hash(folder: Path | str) -> str:
     """sha256 over the sorted (relative name, sha256) of the files of a model folder that are loaded.
 
     A pipeline folder counts its configurations, tokenizer and weights, not a safety checker or other formats beside
-    them; any other folder (open_clip) counts its own .json, .txt and .safetensors files.
+    them; any other folder (a guide) counts its own .json, .txt and .safetensors files.
     """
     folder = Path(folder)
-    if (folder / "model_index.json").is_file():
-        names = loaded_files(folder)
-    else:
-        names = [file.name for file in folder.iterdir() if file.suffix in (".json", ".txt", ".safetensors")]
     hasher = hashlib.sha256()
-    for name in sorted(names):
+    for name in sorted(loaded_files(folder)):
         with open(folder / name, "rb") as stream:
             hasher.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return hasher.hexdigest()
@@ -184,7 +181,10 @@ def weight_files(folder: Path, part: str) -> tuple[str | None, list[str]]:
 
 
 def loaded_files(folder: Path) -> list[str]:
-    """Relative names of all files of a pipeline folder that loading reads."""
+    """Relative names of all files of a model folder that loading reads."""
+    if not (folder / "model_index.json").is_file():
+        return [file.name for file in folder.iterdir()
+                if file.suffix in (".json", ".txt", ".safetensors") and file.name != MAKING_OF]
     tokenizer = [f"tokenizer/{file.name}" for file in (folder / "tokenizer").iterdir()
                  if file.suffix in (".json", ".txt")]
     return [*CONFIGS, *tokenizer, *(name for part in WEIGHTS for name in weight_files(folder, part)[1])]

@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 class TextCond:
     """Hidden states of prompts and of their negatives; `cond[rows]` takes rows like a tensor, an int keeps its row."""
 
-    tokens_BTE: torch.Tensor  # noqa: N815
-    negative_tokens_BTE: torch.Tensor  # noqa: N815
+    tokens_BTE: torch.Tensor
+    negative_tokens_BTE: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.tokens_BTE)

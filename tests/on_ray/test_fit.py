@@ -1,0 +1,148 @@
+"""Prototypes on a cluster: the same bytes for any number of actors, and models on nodes that have none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+from rayexpand import fit as fits
+from rayexpand import run as runs
+from rayexpand.artifacts import prototypes_hash, read_facts
+from rayexpand.config import GuideConfig, parse
+from rayexpand.errors import ModelError
+from rayexpand.guides import guide_hash
+from rayexpand.on_ray import fit as on_ray
+from rayexpand.on_ray import stage
+from rayexpand.on_ray.expand import connected
+from rayexpand.priors import prior_hash
+from tests.conftest import complete, hashes
+from tests.on_ray.conftest import ROOT, Head
+from tests.on_ray.test_nodes import add, cluster, expand_with, on  # noqa: F401  (cluster is a fixture)
+from tests.tiny import tiny_clip
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def raw(image_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    clip = tiny_clip(tmp_path / "clip")
+    return {"name": "ants", "out": str(tmp_path / "here"), "guide": {"weights": str(clip)}, "device": "cpu",
+            "data": {"source": "imagefolder", "path": str(image_folder)},
+            "fit": {"prototypes": {"groups": 2, "batch": 3}}}
+
+
+def quiet(task: str, done: int, total: int) -> None:
+    """Nothing is shown."""
+
+
+def test_prototypes_are_the_same_bytes_for_any_number_of_actors(head: Head, raw: dict[str, Any],
+                                                                tmp_path: Path) -> None:
+    expected = fits.fit(fits.parse_fit(raw), quiet)["prototypes"]
+    file = tmp_path / "fit.yaml"
+    for actors in (1, 2):
+        file.write_text(yaml.safe_dump({**raw, "out": str(tmp_path / str(actors)),
+                                        "cluster": {"address": head.address, "actors": actors}}))
+        done = subprocess.run([sys.executable, "-m", "rayexpand", "fit", str(file), "--json"], cwd=ROOT, env=head.env,
+                              text=True, capture_output=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        made = json.loads(done.stdout)["prototypes"]
+        assert made["actors"] == actors
+        assert made["cpu_seconds"] > 0
+        assert Path(made["folder"]).name == expected.name
+        assert ((Path(made["folder"]) / "prototypes.safetensors").read_bytes()
+                == (expected / "prototypes.safetensors").read_bytes())
+
+
+def test_a_guide_that_cannot_be_loaded_is_said(head: Head, raw: dict[str, Any], tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = Path(raw["guide"]["weights"])
+    file = tmp_path / "fit.yaml"
+    about = {"kind": "classifier", "classes": ["ant", "bee", "cat", "wolf"], "recipe": {}}
+    (weights / "guide.json").write_text(json.dumps(about))
+    (weights / "model.safetensors").write_bytes(b"")
+    file.write_text(yaml.safe_dump({**raw, "cluster": {"address": head.address, "actors": 1}}))
+    done = subprocess.run([sys.executable, "-m", "rayexpand", "fit", str(file), "--json"], cwd=ROOT, env=head.env,
+                          text=True, capture_output=True, timeout=180)
+
+    assert done.returncode == 2
+    assert "class 3 is 'wolf' there and 'dog' here" in json.loads(done.stdout)["error"]["message"]
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "here").glob("[!.]*"))
+
+
+def test_guide_and_prototypes_reach_nodes_with_empty_caches(cluster: Any, tmp_path: Path) -> None:  # noqa: F811
+    """The driver has all; two nodes have nothing, and what the driver names lies where they do not look."""
+    caches = [tmp_path / f"node{i}" for i in range(2)]
+    for cache in caches:
+        add(cluster, resources={"sampler": 1}, env_vars={"RAYEXPAND_CACHE": str(cache)})
+    cluster.wait_for_nodes()
+    raw = {"name": "spread", "out": str(tmp_path / "out"), "data": {"source": "digits", "per_class": 2},
+           "method": {"name": "distdiff", "ratio": 1, "steps": 4, "guide_step": 2, "guidance_scale": 2.0},
+           "sampler": {"batch": 5, "shard_images": 5}, "prior": {"device": "cpu"},
+           **on(cluster, actors=2, cpus_per_actor=0.5, resources={"sampler": 1})}
+    config = parse(raw)
+    wanted = fits.fit_config(config, groups=2, out=str(tmp_path / "artifacts"))
+    assert wanted is not None
+    with connected(config.cluster):
+        made = on_ray.fit(wanted, quiet)
+    assert read_facts(made["prototypes"])["actors"] == 1, "20 images are one call"
+    filled = [cache for cache in caches if cache.exists()]
+    assert filled
+    for cache in filled:
+        assert [one.name for one in (cache / "staged").iterdir() if one.is_dir()] == [guide_hash("digits", None)[:16]]
+    run = runs.prepare(fits.with_artifacts(config, made), device_here=False)
+    totals = expand_with(run)
+    local, _ = complete(parse({**raw, "name": "local", "artifacts": {"prototypes": str(made["prototypes"])}}))
+
+    assert totals.kept == 20
+    assert hashes(run) == hashes(local)
+    for cache in caches:
+        if cache.exists():
+            assert {one.name for one in (cache / "staged").iterdir() if one.is_dir()} <= {
+                prior_hash("digits")[:16], guide_hash("digits", None)[:16]}
+
+
+def test_every_kind_of_model_is_copied_and_checked(head: Head, raw: dict[str, Any], tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder, the checkpoint of an architecture, and prototypes, to a cache that has none of them."""
+    import open_clip
+    from safetensors.torch import load_file
+
+    folder = fits.fit(fits.parse_fit(raw), quiet)["prototypes"]
+    clip = Path(raw["guide"]["weights"])
+    config = json.loads((clip / "open_clip_config.json").read_text())["model_cfg"]
+    (tmp_path / "tiny-staged-clip.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny-staged-clip.json")
+    named = GuideConfig(weights="tiny-staged-clip", checkpoint=str(clip / "open_clip_model.safetensors"))
+    models = {"folder": (stage.guide_model(GuideConfig(weights=str(clip))), guide_hash(str(clip), None)),
+              "checkpoint": (stage.guide_model(named), guide_hash(named.weights, named.checkpoint)),
+              "prototypes": (stage.prototypes_model(folder), prototypes_hash(folder))}
+    for name, value in head.env.items():
+        monkeypatch.setenv(name, value)
+    ray.init(address=head.address, log_to_driver=False)
+    try:
+        shelf = stage.open_shelf({sha256: model for model, sha256 in models.values()})
+        monkeypatch.setenv("RAYEXPAND_CACHE", str(tmp_path / "cache"))
+        for model, sha256 in models.values():
+            assert stage.local(model, sha256, shelf) == model.source()[0], "what is here is used"
+            away = stage.Model(model.source, lambda: None, model.hash)
+            copy = stage.local(away, sha256, shelf)
+            assert copy == tmp_path / "cache/staged" / sha256[:16]
+            assert model.hash(copy) == sha256
+            assert stage.local(away, sha256, shelf) == copy
+        moved = stage.guide_at(named, str(tmp_path / "cache/staged" / models["checkpoint"][1][:16]))
+        assert load_file(str(moved.checkpoint)).keys() == load_file(str(named.checkpoint)).keys()
+        wrong = stage.Model(models["folder"][0].source, lambda: None, lambda folder: "another")
+        with pytest.raises(Exception, match="its files changed while the run was on"):
+            stage.local(wrong, "f" * 64, stage.open_shelf({"f" * 64: wrong}))
+        with pytest.raises(ModelError, match=r"has no prototypes\.safetensors"):
+            prototypes_hash(tmp_path)
+    finally:
+        ray.shutdown()
