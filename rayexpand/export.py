@@ -74,7 +74,7 @@ def export(folder: str, out: str, layout: Layout, *, shard_images: int = 1000, s
     target = _new_folder(out)
     run = open_run(folder)
     totals = run.totals()
-    rows = _rows(run, _selection(run, selection) if selection else None, totals.kept, on_rows)
+    rows = _rows(run, read_selection(run, selection) if selection else None, totals.kept, on_rows)
     partial = _partial_folder(target)
     try:
         if layout == "webdataset":
@@ -132,7 +132,7 @@ def _publish(partial: Path, target: Path) -> None:
         raise
 
 
-def _rows(run: Run, chosen: _Selection | None, kept: int, on_rows: OnRows) -> Iterator[pa.Table]:
+def _rows(run: Run, chosen: Selection | None, kept: int, on_rows: OnRows) -> Iterator[pa.Table]:
     """Tables of at most BATCH kept rows, by shard and then generation. Raises UsageError if a row comes twice."""
     seen, done = np.zeros(run.plan.planned, bool), 0
     for receipt in run.store.receipts():
@@ -155,7 +155,7 @@ def _rows(run: Run, chosen: _Selection | None, kept: int, on_rows: OnRows) -> It
 
 
 @dataclass(frozen=True)
-class _Selection:
+class Selection:
     """Decisions by sample id: sorted 8-byte digests and, for each, whether to keep."""
 
     name: str
@@ -171,7 +171,8 @@ class _Selection:
         return pa.array(self.keep[at])
 
 
-def _selection(run: Run, name: str) -> _Selection:
+def read_selection(run: Run, name: str) -> Selection:
+    """The decision selections/<name>.parquet. Raises UsageError where there is none, or it is empty or ambiguous."""
     content = run.files.read(f"selections/{name}.parquet") if re.fullmatch(r"[\w.-]+", name) else None
     if content is None:
         known = sorted(file.removesuffix(".parquet") for file in run.files.list("selections"))
@@ -183,7 +184,7 @@ def _selection(run: Run, name: str) -> _Selection:
     order = np.argsort(ids)
     if (np.diff(ids[order]) == 0).any():
         raise UsageError(f"selection {name!r} of {run.folder} decides a sample twice; select again")
-    return _Selection(name, ids[order], np.asarray(table["keep"].to_pylist(), bool)[order])
+    return Selection(name, ids[order], np.asarray(table["keep"].to_pylist(), bool)[order])
 
 
 def _digests(sample_ids: Sequence[str]) -> np.ndarray:
