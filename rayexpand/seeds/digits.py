@@ -8,10 +8,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from rayexpand.errors import SeedDataError
 from rayexpand.seeds.listing import Listing, Read, blanks, encode_png
 from rayexpand.seeds.places import Place
 from rayexpand.seeds.source import DataConfig
 
+SPLITS = ("seeds", "test", "pool")
 _NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -34,7 +36,9 @@ def _rows(count: int, split: int) -> dict[str, np.ndarray]:
 
 
 def check(data: DataConfig) -> None:
-    """Nothing can be wrong with them."""
+    """Raises SeedDataError for a part they do not have."""
+    if data.split not in (None, *SPLITS):
+        raise SeedDataError(f"data.split: the digits have no part '{data.split}'; choose one of {', '.join(SPLITS)}")
 
 
 def root(data: DataConfig) -> Place:
@@ -43,9 +47,10 @@ def root(data: DataConfig) -> Place:
 
 def list_seeds(data: DataConfig) -> Listing:
     """Ids are `digits/<number in scikit-learn's set>`, so a digit has one id in every split."""
-    labels = digits_split(data.digits_split)["seeds"][1].astype(np.int32)
+    parts, part = digits_split(data.digits_split), data.split or "seeds"
+    labels = parts[part][1].astype(np.int32)
     count = len(labels)
-    numbers = _rows(1500 + count, data.digits_split)["seeds"]
+    numbers = _rows(sum(len(one) for _, one in parts.values()), data.digits_split)[part]
     return Listing(pa.array([f"digits/{number:04d}" for number in numbers]), labels, np.zeros(count, np.int8),
                    [str(digit) for digit in range(10)], _NAMES, [""], np.zeros(count, np.int32), blanks(count),
                    np.full(count, -1, np.int32), np.arange(count, dtype=np.int32))
@@ -56,7 +61,7 @@ def reader(folder: Place, files: list[str], data: DataConfig) -> Read:
 
     def read(row: dict[str, Any]) -> bytes:
         if not images:
-            images.append(digits_split(data.digits_split)["seeds"][0])
+            images.append(digits_split(data.digits_split)[data.split or "seeds"][0])
         return encode_png(images[0][row["offset"]])
 
     return read

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def check(data: DataConfig) -> list[str]:
         problems.append(f"data.path: missing, source '{data.source}' needs a folder or URL; set data.path")
     if data.source not in ("parquet", "manifest") and data.id_column is not None:
         problems.append(f"data.id_column: has no effect on source '{data.source}'; remove it")
-    layout = LAYOUTS[data.source].check if data.path is not None else None
+    layout = LAYOUTS[data.source].check if data.path is not None or data.source == "digits" else None
     tests: tuple[Callable[[DataConfig], Any] | None, ...] = (class_mapping, wanted_ids, layout)
     for test in tests:
         try:
@@ -97,11 +97,18 @@ def _selected(listing: Listing, data: DataConfig) -> np.ndarray:
     if short := [f"{listing.keys[c]} ({counts[c]})" for c in present if counts[c] < data.per_class]:
         raise SeedDataError(f"data.per_class: {data.per_class} seeds asked of each class, but {len(short)} classes "
                             f"have fewer sound ones ({few(short)}); lower data.per_class or list seeds in data.ids")
-    ids = listing.ids.take(pa.array(rows)).to_pylist()
-    order = np.lexsort((PlanRng(data.subset_seed, "subset").per_seed("subset", ids), listing.labels[rows]))
-    sorted_labels = listing.labels[rows][order]
-    rank = np.arange(len(order)) - np.searchsorted(sorted_labels, sorted_labels, side="left")
-    return np.sort(rows[order[rank < data.per_class]])
+    rank = subset_rank(listing.ids.take(pa.array(rows)).to_pylist(), listing.labels[rows], data.subset_seed)
+    return rows[rank < data.per_class]
+
+
+def subset_rank(ids: Sequence[str], labels: np.ndarray, seed: int) -> np.ndarray:
+    """int64[n]: place of each seed in the one random order of its class that all subsets are taken from, so that a
+    smaller subset lies inside a larger one."""
+    order = np.lexsort((PlanRng(seed, "subset").per_seed("subset", ids), labels))
+    sorted_labels = labels[order]
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order)) - np.searchsorted(sorted_labels, sorted_labels, side="left")
+    return rank
 
 
 def _class_table(listing: Listing, mapping: Mapping[str, Mapping[str, str]] | None, counts: np.ndarray) -> ClassTable:

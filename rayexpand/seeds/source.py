@@ -30,7 +30,8 @@ class DataConfig(BaseModel):
         "relative paths start at the working directory"))
     split: str | None = Field(default=None, description=(
         "imagefolder: sub-folder ('train'); parquet, webdataset: prefix of the file names ('train-*.parquet'), also "
-        "looked for in data/ and <split>/; manifest: value of split_column; npz: prefix of the arrays"))
+        "looked for in data/ and <split>/; manifest: value of split_column; npz: prefix of the arrays; digits: seeds "
+        "(the default), test, or pool, which the tiny prior and guide are trained on"))
     classes: str | None = Field(default=None, description=(
         "file that maps class ids to names: JSON object, CSV with columns key,name[,metaclass,noun], or lines "
         "'n01440764 tench, Tinca tinca'"))
