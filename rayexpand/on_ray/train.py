@@ -1,0 +1,302 @@
+"""Trials of a study on a Ray cluster: many at once as tasks, or each spread over Ray Train workers.
+
+Small trials (training.workers 0) are one task each, so a study of sixty takes what its CPUs or GPUs allow. Larger ones
+are a TorchTrainer each, and Ray Data loads their rows: worker r of W reads, decodes and augments its slice of every
+step in loader processes beside it. The slices follow from the study list alone, so the images of a step, and their
+order, are the same for any W.
+
+A checkpoint is one file that rank 0 replaces whole; Ray restarts dead workers, who read it again. Ray's own reported
+checkpoints are not used, because a worker that dies can take the last one with it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+import ray.data
+
+from rayexpand.errors import Interrupted, RayexpandError, UsageError
+from rayexpand.evaluation.accuracy import Answers
+from rayexpand.files import Files
+from rayexpand.on_ray.expand import connected
+from rayexpand.store import open_files
+from rayexpand.study import Study, TrainingConfig, Trial
+from rayexpand.training import (
+    Curve,
+    Work,
+    answers_of,
+    checkpoint,
+    fit,
+    make_classifier,
+    open_work,
+    restore,
+    write_result,
+)
+from rayexpand.training import run_trial as run_here
+
+if TYPE_CHECKING:
+    from rayexpand.core.classifier import Classifier, TrainBatch
+
+SPAN_IMAGES = 2048  # images one loader task makes; long beside the 10-30 ms a task costs
+SEGMENT = 1000  # loader tasks of one Ray dataset
+TASK_RETRIES = 16  # deaths of a trial's process before it counts as failed
+WORKER_FAILURES = 4  # the same of Ray Train workers; nodes taken away do not count
+
+
+def train_study(study: Study, trials: Sequence[Trial], *,
+                on_done: Callable[[Trial], None] = lambda trial: None) -> list[str]:
+    """Trains `trials` at once as far as the cluster has room; returns one line for each that failed, with its name.
+
+    Raises UsageError when workers cannot share the batches, or the cluster is too small for one trial.
+    """
+    with connected(study.config.cluster):
+        training = _sized(study.config.training)
+        if training.workers:
+            _check_workers(study.files, trials, training)
+        room = _room(training)
+        failed, waiting = [], list(trials)
+        running: dict[Any, Trial] = {}
+        fault: Interrupted | None = None
+        while waiting or running:
+            while waiting and len(running) < room:
+                trial = waiting.pop(0)
+                running[_submit(study, trial, training)] = trial
+            done, _ = ray.wait(list(running), num_returns=1)
+            trial = running.pop(done[0])
+            try:
+                ray.get(done[0])
+            except ray.exceptions.RayError as error:
+                if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Interrupted):
+                    fault = error.cause  # the place is at fault, not the trial
+                else:
+                    failed.append(f"{trial.name}: {_cause(error)}")
+            on_done(trial)
+        if fault is not None:
+            raise fault
+        return failed
+
+
+def _submit(study: Study, trial: Trial, training: TrainingConfig) -> Any:
+    arguments = (str(study.files.root), vars(trial), training.model_dump(), os.getcwd())
+    if training.workers:
+        return _train_spread.remote(*arguments)
+    return _train_alone.options(num_cpus=training.cpus_per_worker,
+                                num_gpus=training.gpus_per_worker or 0).remote(*arguments)
+
+
+@ray.remote(max_retries=TASK_RETRIES, max_calls=0)
+def _train_alone(folder: str, trial: dict[str, Any], training: dict[str, Any], cwd: str) -> None:
+    _enter(cwd)
+    config = TrainingConfig(**training)
+    run_here(open_files(folder), Trial(**trial), config, gpus=config.gpus_per_worker or 0.0)
+
+
+@ray.remote(max_retries=TASK_RETRIES, num_cpus=0)
+def _train_spread(folder: str, trial: dict[str, Any], training: dict[str, Any], cwd: str) -> None:
+    """Drives the Ray Train run of one trial; in a task, so that several run side by side."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    _enter(cwd)
+    config, files = TrainingConfig(**training), open_files(folder)
+    files.delete(_refusal(trial["name"]))  # of an attempt whose driver died
+    place = str(files.at("checkpoints"))
+    resources = {"CPU": config.cpus_per_worker, **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})}
+    TorchTrainer(
+        _work_on, train_loop_config={"folder": folder, "trial": trial, "training": training, "cwd": cwd},
+        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=bool(config.gpus_per_worker),
+                                     resources_per_worker=resources),
+        run_config=RunConfig(name=f"{trial['name']}-{Trial(**trial).digest[:8]}",
+                             storage_path=place if "://" in place else os.path.abspath(place),
+                             failure_config=FailureConfig(max_failures=WORKER_FAILURES))).fit()
+    if (problem := files.read(_refusal(trial["name"]))) is not None:
+        files.delete(_refusal(trial["name"]))
+        raise RayexpandError(problem.decode())
+
+
+def _work_on(config: dict[str, Any]) -> None:
+    """What each Ray Train worker does. What no new attempt can mend is written down: Ray starts the workers again after
+    any error, and then they end at once."""
+    _enter(config["cwd"])
+    trial, files = Trial(**config["trial"]), open_files(config["folder"])
+    if files.read(_refusal(trial.name)) is not None:
+        return
+    try:
+        _train(trial, files, config)
+    except Interrupted:
+        raise
+    except RayexpandError as error:
+        files.replace(_refusal(trial.name), str(error).encode())
+        raise
+
+
+def _train(trial: Trial, files: Files, config: dict[str, Any]) -> None:
+    import torch
+    from ray.train import get_context
+    from ray.train.torch import get_device, prepare_model
+
+    training = TrainingConfig(**config["training"])
+    torch.set_num_threads(training.threads)
+    rank, world = get_context().get_world_rank(), get_context().get_world_size()
+    work, device = open_work(files, trial, training), get_device()
+    classifier, curve = make_classifier(work, str(device), _wrapped(prepare_model, device), world), Curve()
+    name = f"checkpoints/{trial.name}.pt"
+    if (saved := files.read(name)) is not None:
+        curve = restore(saved, trial, classifier) or curve
+    curve.starts.append(classifier.step)
+    loaders = LoaderTime()
+    answers = fit(work, classifier, curve, loaded_batches(work, config, classifier.step, rank, world, loaders),
+                  evaluate=lambda: _evaluated(work, classifier, rank, world),
+                  save=lambda: _save(files, name, trial, classifier, curve, rank), every=training.checkpoint_steps,
+                  mean=lambda value: _mean(value, device))
+    cpu_seconds = world * _mean(curve.cpu_seconds + loaders.seconds, device)
+    if rank == 0:
+        write_result(files, work, curve, answers, device=str(device.type), workers=world,
+                     gpus=training.gpus_per_worker or 0.0, cpu_seconds=cpu_seconds)
+        files.delete(name)
+
+
+def _refusal(trial: str) -> str:
+    return f"checkpoints/{trial}.refused"
+
+
+@dataclass
+class LoaderTime:
+    """CPU seconds that the loaders of this worker spent, since it started."""
+
+    seconds: float = 0.0
+
+
+def loaded_batches(work: Work, config: dict[str, Any], start: int, rank: int, world: int,
+                   time_spent: LoaderTime | None = None) -> Iterator[TrainBatch]:
+    """This worker's slices of steps `start` to the last, made by loader processes, in order."""
+    from rayexpand.core.classifier import TrainBatch
+
+    spent = time_spent or LoaderTime()
+
+    rows = work.feed.batch // world
+    steps = max(1, SPAN_IMAGES // rows)
+    spans = [(first, min(first + steps, work.feed.total_steps))
+             for first in range(start, work.feed.total_steps, steps)]
+    for at in range(0, len(spans), SEGMENT):
+        for batch in _dataset(spans[at:at + SEGMENT], config, rank, world).iter_batches(
+                batch_size=rows, batch_format="numpy", prefetch_batches=2):
+            spent.seconds += float(batch["cpu_seconds"].sum())
+            yield TrainBatch(batch["x"], batch["y"], int(batch["step"][0]))
+
+
+def _dataset(spans: Sequence[tuple[int, int]], config: dict[str, Any], rank: int, world: int) -> Any:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    items = ray.data.from_items([{"first": first, "stop": stop} for first, stop in spans],
+                                override_num_blocks=len(spans))
+    # CPUs are reserved by the worker the loaders serve: a share for each would deadlock trials that fill the cluster
+    return items.map_batches(
+        Loader, batch_size=1, num_cpus=0, label_selector=here,
+        compute=ray.data.ActorPoolStrategy(size=min(config["training"]["loaders"], len(spans)),
+                                           max_tasks_in_flight_per_actor=2),
+        fn_constructor_kwargs={"config": config, "rank": rank, "world": world})
+
+
+class Loader:
+    """Makes one worker's slices of a span of steps."""
+
+    def __init__(self, config: dict[str, Any], rank: int, world: int) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        _enter(config["cwd"])
+        self._rank, self._world = rank, world
+        self._feed = open_work(open_files(config["folder"]), Trial(**config["trial"]),
+                               TrainingConfig(**config["training"])).feed
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, np.ndarray]]:
+        for first, stop in zip(batch["first"], batch["stop"], strict=True):
+            before = time.process_time()
+            for made in self._feed.batches(int(first), int(stop), self._rank, self._world):
+                now = time.process_time()
+                each, before = (now - before) / len(made.y_BK), now
+                yield {"x": made.x_BHWC, "y": made.y_BK, "step": np.full(len(made.y_BK), made.step),
+                       "cpu_seconds": np.full(len(made.y_BK), each)}
+
+
+def _wrapped(prepare_model: Any, device: Any) -> Callable[[Any], Any]:
+    return lambda model: prepare_model(model, move_to_device=device)
+
+
+def _save(files: Files, name: str, trial: Trial, classifier: Any, curve: Curve, rank: int) -> None:
+    if rank == 0:
+        files.replace(name, checkpoint(trial, classifier, curve))
+
+
+def _evaluated(work: Work, classifier: Classifier, rank: int, world: int) -> Answers:
+    """Answers of all workers, of one model: DDP leaves each worker running statistics of its own after a step, and the
+    first worker's are those that are kept."""
+    import torch.distributed as dist
+
+    if world == 1:
+        return answers_of(work, classifier)
+    for buffer in classifier.module.buffers():
+        dist.broadcast(buffer, src=0)
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, answers_of(work, classifier, rank, world))
+    return Answers.concatenate(found)
+
+
+def _mean(value: float, device: Any) -> float:
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    total = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
+
+
+def _sized(training: TrainingConfig) -> TrainingConfig:
+    if training.gpus_per_worker is not None:
+        return training
+    on_gpu = ray.cluster_resources().get("GPU", 0) > 0 and training.device != "cpu"
+    return training.model_copy(update={"gpus_per_worker": float(on_gpu)})
+
+
+def _room(training: TrainingConfig) -> int:
+    """How many trials the cluster holds at once. Raises UsageError when it cannot hold one."""
+    total, workers = ray.cluster_resources(), max(1, training.workers)
+    wants = {"CPU": workers * training.cpus_per_worker, "GPU": workers * (training.gpus_per_worker or 0.0)}
+    room = min(int(total.get(name, 0) / amount) for name, amount in wants.items() if amount)
+    if room < 1:
+        raise UsageError(f"training.workers: one trial wants {wants}, and the cluster has "
+                         f"{ {name: total.get(name, 0) for name in wants} }. Lower training.workers, "
+                         "training.cpus_per_worker or training.gpus_per_worker, or join a larger cluster.")
+    return room
+
+
+def _check_workers(files: Files, trials: Sequence[Trial], training: TrainingConfig) -> None:
+    for trial in trials:
+        open_work(files, trial, training).feed.check_world(training.workers)
+
+
+def _cause(error: Exception) -> str:
+    """One line for people: the message of an error of ours, else the last lines of what went wrong."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, RayexpandError):
+        return str(cause)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {' / '.join(lines[-3:])}"
+
+
+def _enter(cwd: str) -> None:
+    """Relative paths mean the same in every process of the cluster that has the driver's folder."""
+    if os.path.isdir(cwd):
+        os.chdir(cwd)
+
