@@ -1,0 +1,207 @@
+"""The trials of a sweep under Ray Tune: each is one process with its own share of CPUs and GPUs.
+
+Tune starts trials, hears their scores, stops what ASHA gives up and restarts what dies. What is tried, and what is
+known already, is the Search's, so a sweep goes on from its own files after any death. A trial asks Ray for nothing, so
+as many run as their shares fit into the cluster, and none waits for another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import Searcher
+
+from rayexpand.errors import Interrupted, RayexpandError, UsageError
+from rayexpand.on_ray.expand import connected
+from rayexpand.store import open_files
+from rayexpand.study import parse_study
+from rayexpand.sweep import Candidate, Sweep, SweepConfig, best_of, candidate, read_test
+from rayexpand.sweep_search import Search
+from rayexpand.sweep_trial import run_candidate, score_on_test
+
+RESTARTS = 3  # deaths of a trial's process before it counts as failed
+STOP_S = 10  # a stopped trial that has not ended by then is killed; Tune waits ten minutes
+
+
+def run_sweep(search: Search, on_change: Callable[[], None] = lambda: None) -> dict[str, Any] | None:
+    """Runs what is left of a sweep; returns the test score of the best, None where that was not asked for.
+
+    Raises UsageError when the cluster cannot hold one trial.
+    """
+    config = search.sweep.config
+    if search.is_over:
+        return read_test(search.sweep, best_of(search.results))
+    with connected(config.cluster):
+        share = _share(config)
+        room = _room(share, config.max_concurrent)
+        if search.decided < search.total:
+            _tune(search, share, room, on_change)
+        return _test(search, share)
+
+
+def _tune(search: Search, share: dict[str, float], room: int, on_change: Callable[[], None]) -> None:
+    config = search.sweep.config
+    os.environ["TUNE_FORCE_TRIAL_CLEANUP_S"] = str(STOP_S)
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would lose our exit code
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # tables, whatever its verbosity
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # a traceback for each restart
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    trial = partial(_trial, sweep=_packed(search.sweep), gpus=share.get("gpu", 0.0))
+    with tempfile.TemporaryDirectory(prefix="rx-tune-") as scratch:  # Tune's own state, which nothing reads again
+        tune.Tuner(
+            tune.with_resources(tune.with_parameters(_named(trial)), share),
+            tune_config=tune.TuneConfig(search_alg=_Suggestions(search, on_change), num_samples=search.total,
+                                        max_concurrent_trials=room, scheduler=_scheduler(search)),
+            run_config=tune.RunConfig(name=config.name, storage_path=scratch, verbose=0,
+                                      callbacks=[_Errors(search, on_change)],
+                                      failure_config=tune.FailureConfig(max_failures=RESTARTS))).fit()
+
+
+def _named(trial: Callable[..., None]) -> Callable[[dict[str, Any]], None]:
+    def rayexpand_trial(config: dict[str, Any]) -> None:
+        trial(config)
+
+    return rayexpand_trial
+
+
+def _trial(config: dict[str, Any], sweep: dict[str, Any], gpus: float) -> None:
+    """What the process of a trial does."""
+    started = time.time()
+    if os.path.isdir(sweep["cwd"]):
+        os.chdir(sweep["cwd"])
+    opened = _unpacked(sweep)
+    found = candidate(opened, config["number"], config["values"])
+    try:
+        run_candidate(opened, found, gpus=gpus, on_epoch=lambda epoch, score: tune.report(
+            {"epoch": epoch, "score": score, "started": started}))
+    except Interrupted:
+        raise  # Tune starts it again
+    except RayexpandError as error:
+        tune.report({"epoch": 0, "score": -1.0, "problem": str(error)})
+
+
+class _Suggestions(Searcher):
+    """Tune's way to ask a Search."""
+
+    def __init__(self, search: Search, on_change: Callable[[], None]) -> None:
+        super().__init__(metric="score", mode="max")
+        self._search, self._on_change = search, on_change
+        self._keys: dict[str, str] = {}  # of Tune's trials
+
+    def suggest(self, trial_id: str) -> Any:
+        found = self._search.next()
+        if found is None:
+            return self.FINISHED
+        self._keys[trial_id] = found.key
+        return {"number": found.number, "values": found.values, "key": found.key}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if "problem" not in result:
+            self._search.heard(self._keys[trial_id], result["epoch"], result["score"], result["started"])
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if error:
+            return  # _Errors hears why
+        result = result or {}
+        if "epoch" in result:
+            self.on_trial_result(trial_id, result)
+        self._search.ended(self._keys.pop(trial_id), result.get("problem", ""))
+        self._on_change()
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).touch()  # the sweep's own files are its state
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise AssertionError("a sweep goes on from its own files")
+
+
+class _Errors(tune.Callback):
+    """Hears of trials that failed more often than they are restarted."""
+
+    def __init__(self, search: Search, on_change: Callable[[], None]) -> None:
+        self._search, self._on_change = search, on_change
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        error = trial.get_pickled_error()
+        cause = getattr(error, "cause", None) or error
+        why = str(cause) if isinstance(cause, RayexpandError) else f"{type(cause).__name__}: {cause}".split("\n")[0]
+        self._search.ended(trial.config["key"], f"failed {RESTARTS + 1} times, at last with {why}")
+        self._on_change()
+
+
+def _scheduler(search: Search) -> ASHAScheduler | None:
+    """ASHA that has heard of the trials that are already over, so that a resumed sweep stops what it would have."""
+    asha, epochs = search.sweep.config.scheduler, search.sweep.config.epochs
+    if asha is None:
+        return None
+    scheduler = ASHAScheduler("epoch", "score", "max", max_t=epochs, grace_period=asha.grace,
+                              reduction_factor=asha.reduction_factor)
+    nobody: Any = None
+    for key, result in search.results.items():
+        trial: Any = SimpleNamespace(trial_id=key)
+        scheduler.on_trial_add(nobody, trial)
+        for point in result["curve"]:
+            scheduler.on_trial_result(nobody, trial, point)
+        scheduler.on_trial_complete(nobody, trial, result["curve"][-1])
+    return scheduler
+
+
+def _share(config: SweepConfig) -> dict[str, float]:
+    """CPUs and GPUs of one trial."""
+    gpus = config.gpus_per_trial
+    if gpus is None:
+        wanted = parse_study({**config.study, "name": "trial"}).training.device != "cpu"
+        gpus = float(wanted and ray.cluster_resources().get("GPU", 0) > 0)
+    return {"cpu": config.cpus_per_trial, **({"gpu": gpus} if gpus else {})}
+
+
+def _room(share: dict[str, float], most: int | None) -> int:
+    """Trials the cluster holds at once. Raises UsageError when it cannot hold one."""
+    total = ray.cluster_resources()
+    room = min(int(total.get(name.upper(), 0) / amount + 1e-9) for name, amount in share.items())
+    if room < 1:
+        raise UsageError(f"cpus_per_trial, gpus_per_trial: one trial wants {share}, and the cluster has "
+                         f"{ {name: total.get(name.upper(), 0) for name in share} }; lower them, or join a larger "
+                         "cluster")
+    return room if most is None else min(room, most)
+
+
+def _test(search: Search, share: dict[str, float]) -> dict[str, Any] | None:
+    """Scores the best configuration on the test images, in a process like a trial's."""
+    best = search.best()
+    if best is None or search.sweep.config.score_on == "test":
+        return None
+    task = ray.remote(_score).options(num_cpus=share["cpu"], num_gpus=share.get("gpu", 0.0), max_retries=RESTARTS)
+    try:
+        return ray.get(task.remote(_packed(search.sweep), best.number, best.values, share.get("gpu", 0.0)))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, RayexpandError) else error from error
+
+
+def _score(sweep: dict[str, Any], number: int, values: dict[str, Any], gpus: float) -> dict[str, Any]:
+    if os.path.isdir(sweep["cwd"]):
+        os.chdir(sweep["cwd"])
+    opened = _unpacked(sweep)
+    best: Candidate = candidate(opened, number, values)
+    return score_on_test(opened, best, gpus=gpus)
+
+
+def _packed(sweep: Sweep) -> dict[str, Any]:
+    """A sweep as plain values, for processes elsewhere."""
+    return {"config": sweep.config.model_dump(mode="json"), "base": sweep.base, "cwd": os.getcwd()}
+
+
+def _unpacked(packed: dict[str, Any]) -> Sweep:
+    config = SweepConfig(**packed["config"])
+    return Sweep(config, open_files(config.folder), packed["base"], ())
