@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
@@ -35,7 +38,7 @@ from rayexpand.status import (
     view_run,
     write_page,
 )
-from rayexpand.store import find_rows, read_table
+from rayexpand.store import FOOTER, find_rows, read_table
 
 SHEET_CLASSES, SHEET_SAMPLES = 8, 8
 REFUSED_ROWS, REFUSED_PER_REASON = 12, 4
@@ -66,20 +69,22 @@ class SheetRow:
     samples: tuple[Picture, ...]
 
 
-def write_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None) -> Path | str:
+def write_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None, look: Any = None) -> Path | str:
     """Writes report.html into a run folder and returns its path or URL.
 
     `demo` adds a section at the top: {"arms": {name: {"accuracies": [...], "mean": x, "se": x}}, "controls": {name: x},
-    "gain": x, "gain_se": x, "note": sentence}, with accuracies (one per training) as fractions. Raises UsageError if
-    there is no run, EnvironmentFault if the page cannot be written.
+    "gain": x, "gain_se": x, "note": sentence}, with accuracies (one per training) as fractions. `look` adds
+    what guided_report.look found. Raises UsageError if there is no run, EnvironmentFault if the page cannot be written.
     """
     view = view_run(folder)
     classes = read_classes(view)
     page = _environment().get_template("report.html.j2").render(
         run=view.run, status=read_status(folder), totals=view.totals, demo=demo, phases=_phases(view.receipts),
-        reasons=_reasons(view), classes=_class_lines(view, classes), n_classes=len(classes),
+        reasons=_reasons(view), selections=_selections(view), classes=_class_lines(view, classes),
+        n_classes=len(classes),
         lowest=LOWEST_CLASSES if len(classes) > ALL_CLASSES else 0, sheet=_contact_sheet(view, classes),
-        refused=_refused_rows(view, classes), config=_yaml(view.run["config"]), stacks=_stacks(view),
+        guidance=_guidance(view), look=look, refused=_refused_rows(view, classes),
+        config=_yaml(view.run["config"]), stacks=_stacks(view),
         mixed=len(view.stacks) > 1, promise=PROMISE, gpu_caveat=GPU_CAVEAT, attempts=_attempts(view),
         commands=_commands(view, str(folder)), busy_seconds=sum(map(shard_seconds, view.receipts)),
         written=datetime.now(UTC).timestamp())
@@ -104,6 +109,53 @@ def _reasons(view: RunView) -> list[tuple[str, str, int, float]]:
     """(reason, status, rows, share of the decided rows)."""
     decided = view.totals.planned - view.totals.pending
     return [(reason, Reason(reason).status.value, rows, rows / decided) for reason, rows in view.reasons.items()]
+
+
+def _guidance(view: RunView) -> dict[str, Any] | None:
+    """What the scores of the kept samples say, of at most FILES_SEARCHED files; None where no sample has a score."""
+    found: list[tuple[tuple[str, int], dict[str, float]]] = []  # seed and group, scores
+    for receipt in spread([r for r in view.receipts if r.kept], FILES_SEARCHED):
+        for row in view.store.data(receipt, ["seed_id", "group", "scores"]).to_pylist():
+            if row["scores"]:
+                found.append(((row["seed_id"], row["group"]), {one["name"]: one["value"] for one in row["scores"]}))
+    if not found:
+        return None
+    columns = {name: [scores[name] for _, scores in found if name in scores]
+               for name in sorted({name for _, scores in found for name in scores})}
+    lines = [(name, *(f"{value:.3g}" for value in (np.mean(values), *np.quantile(values, (0.05, 0.5, 0.95)))))
+             for name, values in columns.items()]
+    retained = {when: float(np.mean(columns[f"retained_{when}"])) for when in ("before", "random", "after")
+                if f"retained_{when}" in columns}
+    return {"samples": len(found), "better": [one for name in ("energy", "score") if (one := _better(found, name))],
+            "lines": lines, "retained": retained}
+
+
+def _better(found: Sequence[tuple[tuple[str, int], dict[str, float]]], name: str) -> dict[str, Any] | None:
+    """How often the update moved the energy of DistDiff down, or the score of GIF up, against the same number with the
+    drawn perturbation alone; None where the method was not told to measure both. GIF climbs the sum over a group."""
+    sign = -1 if name == "energy" else 1
+    gains = [(group, sign * (scores[f"{name}_after"] - scores[f"{name}_random"])) for group, scores in found
+             if {f"{name}_after", f"{name}_random"} <= scores.keys()]
+    if not gains:
+        return None
+    sums: dict[tuple[str, int], float] = {}
+    for group, gain in gains:
+        sums[group] = sums.get(group, 0.0) + gain
+    return {"name": name, "words": "is lower" if sign < 0 else "is higher", "samples": len(gains),
+            "share": sum(gain > 0 for _, gain in gains) / len(gains), "groups": len(sums) if name == "score" else 0,
+            "group_share": sum(gain > 0 for gain in sums.values()) / len(sums),
+            "mean": sign * sum(gain for _, gain in gains) / len(gains)}
+
+
+def _selections(view: RunView) -> list[dict[str, Any]]:
+    """What `select` has decided, as the files state it."""
+    lines = []
+    for name in sorted(view.files.list("selections")):
+        with view.files.open(f"selections/{name}") as reader:
+            stated = (pq.ParquetFile(reader, pre_buffer=False).schema_arrow.metadata or {}).get(FOOTER)
+        if stated is not None:
+            lines.append(json.loads(stated))
+    return lines
 
 
 def _class_lines(view: RunView, classes: ClassTable) -> list[dict[str, Any]]:
@@ -142,6 +194,9 @@ def _commands(view: RunView, folder: str) -> list[tuple[str, str]]:
     lines = [("Check every file against the plan", f"rayexpand verify {where}")]
     if view.totals.failed:
         lines.insert(0, ("Try the failed rows again", f"rayexpand retry {where}"))
+    if any(r.kept for r in view.receipts) and view.run["models"].get("guide"):
+        lines.append(("Add guided beside plain samples to this page (loads the models)",
+                      f"rayexpand report {where} --strips 10"))
     if view.totals.pending:
         lines.insert(0, ("Continue (with the job file of this run, or with the configuration above saved as one)",
                          f"rayexpand expand {name}"))
@@ -158,13 +213,13 @@ def _commands(view: RunView, folder: str) -> list[tuple[str, str]]:
 def _contact_sheet(view: RunView, classes: ClassTable) -> list[SheetRow]:
     """One seed of up to SHEET_CLASSES classes, each beside its samples."""
     best: dict[int, tuple[int, str, Receipt]] = {}  # label -> samples, seed, file
-    for receipt in _spread([r for r in view.receipts if r.kept], FILES_SEARCHED):
+    for receipt in spread([r for r in view.receipts if r.kept], FILES_SEARCHED):
         table = view.store.data(receipt, ["seed_id", "source_label"])
         for group in table.group_by(["seed_id", "source_label"]).aggregate([([], "count_all")]).to_pylist():
             label, count = group["source_label"], group["count_all"]
             if label not in best or count > best[label][0]:
                 best[label] = (count, group["seed_id"], receipt)
-    chosen = [best[label] for label in _spread(sorted(best), SHEET_CLASSES)]
+    chosen = [best[label] for label in spread(sorted(best), SHEET_CLASSES)]
     seed_pictures = _seed_pictures(view, [seed_id for _, seed_id, _ in chosen])
     rows = []
     for (_, seed_id, receipt), seed in zip(chosen, seed_pictures, strict=True):
@@ -181,7 +236,7 @@ def _refused_rows(view: RunView, classes: ClassTable) -> list[dict[str, Any]]:
     """Up to REFUSED_ROWS refused rows with their pictures, taken from the reasons in turn."""
     latest = {receipt.shard_id: receipt.generation for receipt in view.receipts}
     by_reason: dict[str, list[tuple[str, Receipt]]] = {}
-    for receipt in _spread([r for r in view.receipts if r.side_file], FILES_SEARCHED):
+    for receipt in spread([r for r in view.receipts if r.side_file], FILES_SEARCHED):
         side = read_table(view.files, f"rejected/{receipt.side_file}", ["sample_id", "status", "reason"])
         for row in side.to_pylist():
             retried = row["status"] == Status.FAILED and receipt.generation < latest[receipt.shard_id]
@@ -216,7 +271,7 @@ def _seed_picture(seed: Any, data: seeds.DataConfig) -> Picture:
         pixels, note = decode(seed.image, min_side=data.min_side, max_pixels=data.max_pixels)
     except Exception as error:
         return Picture(title=f"{seed.seed_id}: {error}")
-    return _shown(Image.fromarray(pixels), f"seed {seed.seed_id}" + (f" ({note})" if note else ""), "")
+    return picture_of(Image.fromarray(pixels), f"seed {seed.seed_id}" + (f" ({note})" if note else ""))
 
 
 def _picture(encoded: bytes | None, title: str, caption: str = "") -> Picture:
@@ -225,12 +280,13 @@ def _picture(encoded: bytes | None, title: str, caption: str = "") -> Picture:
         return Picture(title=title, caption=caption)
     try:
         with Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")) as image:
-            return _shown(image.convert("RGB"), title, caption)
+            return picture_of(image.convert("RGB"), title, caption)
     except Exception as error:
         return Picture(title=f"{title}: {error}", caption=caption)
 
 
-def _shown(image: Image.Image, title: str, caption: str) -> Picture:
+def picture_of(image: Image.Image, title: str, caption: str = "") -> Picture:
+    """Picture of an image; a large one is shrunk for the page."""
     small = max(image.size) <= SMALL_SIDE
     if not small:
         image.thumbnail((LARGE_SIDE, LARGE_SIDE))
@@ -241,8 +297,13 @@ def _shown(image: Image.Image, title: str, caption: str) -> Picture:
     return Picture(uri, width, title, caption, small)
 
 
+def score_texts(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """(name, number) of the scores of a row of a data file."""
+    return tuple((score["name"], f"{score['value']:.3g}") for score in row["scores"] or ())
+
+
 def _about(row: Mapping[str, Any]) -> str:
-    scores = "".join(f", {score['name']} {score['value']:.3g}" for score in row["scores"] or [])
+    scores = "".join(f", {name} {value}" for name, value in score_texts(row))
     prompt = f", “{row['prompt']}”" if row["prompt"] else ""
     return f"{row['sample_id']}{prompt}, strength {row['strength']:g}, {row['steps_run']} steps{scores}"
 
@@ -251,7 +312,7 @@ def _name(classes: ClassTable, label: int) -> str:
     return classes.name[label] if 0 <= label < len(classes) else f"label {label}"
 
 
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
+def spread(items: Sequence[Any], count: int) -> list[Any]:
     """At most `count` items, evenly over the sequence, the first among them."""
     step = max(1.0, len(items) / count)
     return [items[int(i * step)] for i in range(min(count, len(items)))]
