@@ -19,13 +19,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rayexpand import __version__
-from rayexpand.errors import EXIT_DONE, EXIT_FAULT, Interrupted, OverBudget, RayexpandError, UsageError
+from rayexpand.errors import EXIT_DONE, EXIT_FAILURE, EXIT_FAULT, Interrupted, OverBudget, RayexpandError, UsageError
+from rayexpand.progress import Progress, RunProgress
 
 if TYPE_CHECKING:
-    from rayexpand.config import RunConfig
-    from rayexpand.on_ray.expand import Snapshot
+    from collections.abc import Sequence
+
+    from rayexpand.config import ClusterConfig, RunConfig
     from rayexpand.run import Run
     from rayexpand.store import Totals
+    from rayexpand.study import Study, Trial
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Turn a labelled image dataset into a bigger one with diffusion models. "
@@ -72,43 +75,54 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 
 
 @app.command()
-def demo(out: Annotated[str, typer.Option(help="folder for the runs and the report")] = "runs/demo",
-         as_json: Json = False) -> None:
+def demo(out: Annotated[str, typer.Option(help="folder for the runs and the report; else runs/demo, or "
+                                          "runs/demo-METHOD")] = "",
+         method: Annotated[str, typer.Option(help="what expands: img2img, or any other method (by its name)")] =
+         "img2img", as_json: Json = False) -> None:
     """Expand real digits on this machine, train classifiers, and show the gain with its controls."""
     from rayexpand.demo import demo as run_demo
     from rayexpand.report import write_report
+    from rayexpand.study_report import write_study_report
 
-    with _Progress() as progress:
-        result = run_demo(out, progress)
-    summary = result.summary()
-    page = write_report(result.folders[0], demo=summary)
+    with Progress() as progress:
+        result = run_demo(out or ("runs/demo" if method == "img2img" else f"runs/demo-{method}"), progress, method)
+    summary, look = result.summary(), None
+    if result.guided:
+        from rayexpand.guided_report import look as look_at
+
+        look = look_at(result.runs[0], 10)
+    sheet = write_report(result.runs[0], demo=summary, look=look)
+    fitted = {f"CPU seconds of fitting {kind}": seconds for kind, seconds in result.fitted.items()}
+    page = write_study_report(result.folder, demo={**summary, **fitted})
     if as_json:
-        _print_json({**summary, "report": str(page)})
+        _print_json({**summary, "report": str(page), "samples": str(sheet)})
         return
     rows = [(name, f"{100 * arm['mean']:.1f} ± {100 * arm['se']:.1f}") for name, arm in summary["arms"].items()]
     rows += [(f"control: {name}", f"{100 * value:.1f}") for name, value in summary["controls"].items()]
-    print("two real digits per class; test accuracy in %, mean ± standard error over three subsets\n")
+    print(f"two real digits per class, expanded by {method}; test accuracy in %, mean ± standard error over three "
+          "subsets\n")
     _print_table(("trained on", "accuracy"), rows)
+    for kind, seconds in result.fitted.items():
+        print(f"\nfitted for {method} on each subset: {kind}, {seconds:.1f} CPU seconds in all")
     print(f"\ngain of expanded over original: {100 * result.gain:+.1f} ± {100 * result.gain_se:.1f} points")
-    print(f"{summary['note']}\nreport: {page}")
+    print(f"{summary['note']}\nsamples beside their seeds: {sheet}\nreport: {page}")
 
 
 @app.command()
 def validate(file: File, set_: Set = None, as_json: Json = False) -> None:
-    """Check a configuration without loading a model, and print it with every default filled in."""
-    from rayexpand.config import resolved
+    """Check a job file of any verb without loading a model, and print it with every default filled in."""
     from rayexpand.errors import ConfigError
-    from rayexpand.run import preflight
+    from rayexpand.jobs import checked
 
-    config = _load(file, set_)
-    if problems := preflight(config):
+    fields, problems = checked(file, set_ or [])
+    if problems:
         raise ConfigError(file, problems)
     if as_json:
-        _print_json(resolved(config))
+        _print_json(fields)
     else:
         import yaml
 
-        print(yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), end="")
 
 
 @app.command()
@@ -134,9 +148,165 @@ def expand(file: File, set_: Set = None, no_ray: NoRay = False, log_json: LogJso
     from rayexpand import run as runs
 
     config = _load(file, set_)
-    with _Progress(log_json) as progress:
+    with Progress(log_json) as progress:
         run = runs.prepare(config, progress, device_here=no_ray, where=file)
         _drive(run, lambda: runs.pending_jobs(run), progress, as_json, no_ray=no_ray, to_the_end=False)
+
+
+@app.command()
+def fit(file: File, set_: Set = None,
+        out: Annotated[str, typer.Option(help="folder that holds artifacts; else `out` of the FILE, for a run's FILE "
+                                         "./artifacts")] = "",
+        no_ray: NoRay = False, log_json: LogJson = False, as_json: Json = False) -> None:
+    """Make what guided methods need: a guide trained on the data, prototypes of its classes. Or what a run needs."""
+    from rayexpand import config as configs
+    from rayexpand import fit as fits
+    from rayexpand.artifacts import read_facts
+
+    raw = configs.read(file, set_ or [])
+    if "method" in raw:
+        config = fits.fit_config(configs.parse(raw, file), out=out or fits.ARTIFACTS)
+    else:
+        config = fits.parse_fit({**raw, "out": out} if out else raw, file)
+    if config is None:
+        raise UsageError(f"{file}: method {raw['method']['name']} needs neither guide nor prototypes fitted; expand it")
+    with Progress(log_json) as progress:
+        if no_ray:
+            made = fits.fit(config, progress)
+        else:
+            from rayexpand.on_ray.fit import fit as fit_on_ray
+
+            with contextlib.redirect_stdout(sys.stderr):
+                made = fit_on_ray(config, progress)
+    facts = {role: read_facts(folder) for role, folder in made.items()}
+    if as_json:
+        _print_json({role: {"folder": str(folder), **facts[role]} for role, folder in made.items()})
+        return
+    _print_table(("made of " + config.name, "folder", "seconds"),
+                 [(role, str(folder), f"{facts[role]['seconds']:,.1f}") for role, folder in made.items()])
+    fields = {"guide": "guide.weights", "prototypes": "artifacts.prototypes", "prompts": "method.prompts"}
+    print("in a run: " + " ".join(f"--set {fields[role]}={config.out}/{config.name}-{role}" for role in made))
+
+
+@app.command()
+def train(file: File, set_: Set = None, no_ray: NoRay = False, log_json: LogJson = False,
+          as_json: Json = False) -> None:
+    """Train the same classifier on every arm of a study and compare them; expands first what the arms need."""
+    from rayexpand import study as studies
+    from rayexpand.study_report import summary, write_study_report
+
+    config = studies.load_study(file, set_ or [])
+    with Progress(log_json) as progress, _cluster(config.cluster, no_ray=no_ray):
+        study = studies.prepare_study(config)
+        for run in studies.pending_runs(study, progress):
+            _make(run, progress, no_ray=no_ray)
+        trials = studies.make_trials(study)
+        failed = _train(study, trials, progress, no_ray=no_ray)
+    page = write_study_report(config.folder)
+    found = summary(config.folder)
+    if as_json:
+        _print_json({**found, "study": config.folder, "failed": failed, "report": str(page)})
+    else:
+        print("test accuracy after the last epoch, mean ± standard deviation; differences to "
+              f"{found['baseline']} and to the originals repeated, with 95 % intervals\n")
+        _print_table(*_arms_table(found))
+        print(f"\nreport: {page}")
+    for line in failed:
+        print(f"rayexpand: a trial failed, the same command tries it again: {line}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(EXIT_FAILURE)
+
+
+@app.command()
+def sweep(file: File, set_: Set = None, no_ray: NoRay = False, log_json: LogJson = False,
+          as_json: Json = False) -> None:
+    """Find the values of a study's fields that give the best classifier; killed anywhere, the same command goes on."""
+    from rayexpand import sweep as sweeps
+    from rayexpand.sweep_report import write_sweep_report
+    from rayexpand.sweep_search import Search, describe, run_here
+
+    config = sweeps.load_sweep(file, set_ or [])
+    if no_ray and config.scheduler is not None:
+        raise UsageError("--no-ray tries one configuration after the other, so there is none to compare with while it "
+                         "trains; drop --no-ray, or add --set scheduler=none")
+    with Progress(log_json) as progress, contextlib.redirect_stdout(sys.stderr):
+        search = Search(sweeps.open_sweep(config, progress))
+
+        def show() -> None:
+            states = [one["state"] for one in search.results.values()]
+            progress(f"sweeping {config.name}", search.decided, search.total,
+                     {state: states.count(state) for state in ("finished", "stopped")})
+
+        show()
+        run = run_here
+        if not no_ray:
+            from rayexpand.on_ray.sweep import run_sweep as run
+        run(search, show)
+    found = write_sweep_report(search.sweep, search.failed)
+    if as_json:
+        _print_json(found)
+    else:
+        _print_table(("configuration", config.metric, "epochs", ""),
+                     [(describe(one["values"]), f"{100 * one['score']:.1f}", f"{one['epochs']}/{one['of_epochs']}",
+                       "best" if one["key"] == found["best"] else one["state"]) for one in found["trials"]])
+        for line in found["words"]:
+            print(line)
+    for line in search.failed:
+        print(f"rayexpand: a trial failed, the same command tries it again: {line}", file=sys.stderr)
+    if search.failed:
+        raise typer.Exit(EXIT_FAILURE)
+
+
+@app.command()
+def evaluate(file: File, set_: Set = None, no_ray: NoRay = False, log_json: LogJson = False,
+             as_json: Json = False) -> None:
+    """Say how far the samples of a run are from real images: FID, KID, MMD, precision, recall, density, coverage."""
+    from rayexpand import evaluate as evaluation
+
+    config = evaluation.load(file, set_ or [])
+    extract = evaluation.in_process
+    if not no_ray:
+        from rayexpand.on_ray.evaluate import extract
+    with Progress(log_json) as progress, contextlib.redirect_stdout(sys.stderr):
+        found = evaluation.evaluate(config, extract, progress)
+    if as_json:
+        _print_json(found)
+    else:
+        _print_table((f"{found['n_samples']:,} samples, {found['n_reference']:,} real", found["extractor"]["name"]),
+                     [(name, f"{one['value']:.6g}") for name, one in found["scores"].items()])
+        print(f"written: {found['file']}")
+    for line in found["warnings"]:
+        print(f"rayexpand: {line}", file=sys.stderr)
+
+
+@app.command()
+def select(file: File, set_: Set = None, no_ray: NoRay = False, log_json: LogJson = False,
+           as_json: Json = False) -> None:
+    """Decide which samples of a run stay: by a guide's confidence, a score, chance, for each seed or class."""
+    from functools import partial
+
+    from rayexpand import select as selection
+    from rayexpand import select_scores
+
+    config = selection.load(file, set_ or [])
+    score = select_scores.in_process
+    if not no_ray:
+        from rayexpand.on_ray.select import score as score_on_ray
+
+        score = partial(score_on_ray, cluster=config.cluster)
+    with Progress(log_json) as progress, contextlib.redirect_stdout(sys.stderr):
+        found = selection.select(config, score, progress)
+    if as_json:
+        _print_json(found)
+    else:
+        counts = [(name, f"{found[name]:,}") for name in ("planned", "kept", "rejected", "failed")]
+        counts += [(f"dropped: {reason}", f"{count:,}") for reason, count in found["reasons"].items()]
+        _print_table((f"selection {config.name}", found["run"]), [
+            *counts, ("expansion ratio", f"{found['ratio_before']:.3g} -> {found['ratio']:.3g}"),
+            *([("threshold", f"{found['threshold']:.6g}")] if found.get("threshold") is not None else [])])
+        print(f"{'written' if found['made'] else 'there already'}: {found['file']}")
+    for line in found["warnings"]:
+        print(f"rayexpand: {line}", file=sys.stderr)
 
 
 @app.command()
@@ -146,7 +316,7 @@ def retry(folder: Folder, set_: Set = None, no_ray: NoRay = False, log_json: Log
     from rayexpand import run as runs
 
     run = runs.open_run(folder, set_ or [], check_models=True)
-    with _Progress(log_json) as progress:
+    with Progress(log_json) as progress:
         _drive(run, runs.retry_jobs(run), progress, as_json, no_ray=no_ray, to_the_end=True)
 
 
@@ -236,11 +406,33 @@ def bench(file: File, set_: Set = None,
 
 
 @app.command()
-def report(folder: Folder, as_json: Json = False) -> None:
-    """Write the report of a run: one HTML file with counts, reasons, throughput and samples beside their seeds."""
-    from rayexpand.report import write_report
+def report(folder: Folder,
+           strips: Annotated[int, typer.Option(min=0, help="of a guided run: load its models and also show so many "
+                                               "samples beside plain ones of the same noise, those the guide is least "
+                                               "sure of, and where samples lie among the prototypes")] = 0,
+           as_json: Json = False) -> None:
+    """Write the page of a run (counts, reasons, samples beside their seeds) of a study, or of a sweep."""
+    from rayexpand.store import open_files
 
-    page = write_report(folder)
+    files = open_files(folder)
+    if files.read("study.json") is not None:
+        from rayexpand.study_report import write_study_report
+
+        page = write_study_report(folder)
+    elif files.read("sweep.json") is not None:
+        from rayexpand.sweep import sweep_in
+        from rayexpand.sweep_report import write_sweep_report
+
+        page = write_sweep_report(sweep_in(folder))["report"]
+    else:
+        from rayexpand.report import write_report
+
+        look = None
+        if strips:
+            from rayexpand.guided_report import look as look_at
+
+            look = look_at(folder, strips)
+        page = write_report(folder, look=look)
     _print_json({"report": str(page)}) if as_json else print(page)
 
 
@@ -265,7 +457,7 @@ def export(folder: Folder,
     """Copy the kept samples of a run into the layout of another tool."""
     from rayexpand.export import export as write_export
 
-    with _Progress() as progress:
+    with Progress() as progress:
         made = write_export(folder, out, layout, shard_images=shard_images,  # type: ignore[arg-type]
                             selection=selection or None, on_rows=progress)
     if made.pending:
@@ -333,7 +525,7 @@ def _load(file: str, overrides: list[str] | None) -> RunConfig:
     return load(file, overrides or [])
 
 
-def _drive(run: Run, jobs: Any, progress: _Progress, as_json: bool, *, no_ray: bool, to_the_end: bool) -> None:
+def _drive(run: Run, jobs: Any, progress: Progress, as_json: bool, *, no_ray: bool, to_the_end: bool) -> None:
     from rayexpand.card import write_card
     from rayexpand.report import write_report
 
@@ -364,32 +556,76 @@ def _drive(run: Run, jobs: Any, progress: _Progress, as_json: bool, *, no_ray: b
                                                       for k, v in summary.items()] + [("report", str(page))])
 
 
-class _RunProgress:
-    """Puts together what is known of a run: rows decided between commits, counts at commits, actors alive."""
+def _cluster(cluster: ClusterConfig, *, no_ray: bool) -> Any:
+    """One cluster for all that a verb does on Ray, or nothing."""
+    if no_ray:
+        return contextlib.nullcontext()
+    from rayexpand.on_ray.expand import connected
 
-    def __init__(self, run: Run, progress: _Progress, decided: int) -> None:
-        self._task, self._planned = f"expanding {run.config.name}", run.plan.planned
-        self._progress, self._decided, self._facts = progress, decided, dict[str, int]()
-
-    def rows(self, made: int) -> None:
-        self._decided += made
-        self._show(self._decided)
-
-    def counts(self, totals: Totals) -> None:
-        self._facts |= {"kept": totals.kept, "rejected": totals.rejected, "failed": totals.failed}
-
-    def snapshot(self, now: Snapshot) -> None:
-        self._facts |= {"actors": now.alive, "nodes": now.hosts}
-        self._show(self._decided + now.rows)
-
-    def _show(self, done: int) -> None:
-        self._progress(self._task, min(done, self._planned), self._planned, self._facts)
+    return connected(cluster)
 
 
-def _in_process(run: Run, jobs: Any, decided: int, progress: _Progress, *, to_the_end: bool) -> Totals:
+def _make(run: Run, progress: Progress, *, no_ray: bool) -> None:
+    """Expands what is pending of a run."""
     from rayexpand import run as runs
 
-    shown = _RunProgress(run, progress, decided)
+    before = run.totals()
+    (_in_process if no_ray else _on_ray)(run, lambda: runs.pending_jobs(run), before.planned - before.pending, progress,
+                                         to_the_end=False)
+
+
+def _train(study: Study, trials: Sequence[Trial], progress: Progress, *, no_ray: bool) -> list[str]:
+    """Trains the trials without a result; one line for each that failed."""
+    from rayexpand.study import pending_trials
+
+    todo = pending_trials(study, trials)
+    done = len(trials) - len(todo)
+
+    def show(trial: Trial) -> None:
+        progress(f"training {study.config.name}", done, len(trials))
+
+    if not todo:
+        return []
+    from rayexpand.training import check_recipes, run_trials
+
+    check_recipes(todo, len(study.subsets[study.config.seeds[0]][1].classes))
+    if no_ray:
+
+        failed = []
+        for trial, problem in run_trials(study.files, todo, study.config.training, show):
+            done += 1
+            failed += [f"{trial.name}: {problem}"] if problem else []
+            show(trial)
+        return failed
+    from rayexpand.on_ray.train import train_study
+
+    def heard(trial: Trial) -> None:
+        nonlocal done
+        done += 1
+        show(trial)
+
+    with contextlib.redirect_stdout(sys.stderr):
+        return train_study(study, todo, on_done=heard)
+
+
+def _arms_table(found: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Arms with their accuracy, and what each is compared with the baseline and with its control."""
+    against = {(one["arm"], one["kind"]): "{:+.1f} [{:+.1f}, {:+.1f}]".format(
+                   *(100 * one[name] for name in ("mean", "low", "high")))
+               for one in found["comparisons"] if one.get("mean") is not None}
+    rows: list[tuple[str, ...]] = []
+    for arm in found["arms"]:
+        top1 = arm["last"]["top1"]
+        spread = "" if top1["std"] is None else f" ± {100 * top1['std']:.1f}"
+        rows.append((arm["arm"], f"{100 * top1['mean']:.1f}{spread}", str(top1["n"]),
+                     against.get((arm["arm"], "baseline"), ""), against.get((arm["arm"], "control"), "")))
+    return ("arm", "top-1 %", "seeds", "against baseline", "against its control"), rows
+
+
+def _in_process(run: Run, jobs: Any, decided: int, progress: Progress, *, to_the_end: bool) -> Totals:
+    from rayexpand import run as runs
+
+    shown = RunProgress(run, progress, decided)
     expander = runs.start(run, on_rows=shown.rows)
     try:
         return runs.drive(run, runs.in_process(expander), jobs, to_the_end=to_the_end, on_counts=shown.counts)
@@ -397,10 +633,10 @@ def _in_process(run: Run, jobs: Any, decided: int, progress: _Progress, *, to_th
         expander.close()
 
 
-def _on_ray(run: Run, jobs: Any, decided: int, progress: _Progress, *, to_the_end: bool) -> Totals:
+def _on_ray(run: Run, jobs: Any, decided: int, progress: Progress, *, to_the_end: bool) -> Totals:
     from rayexpand.on_ray.expand import expand
 
-    shown = _RunProgress(run, progress, decided)
+    shown = RunProgress(run, progress, decided)
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints to stdout what its actors do
         return expand(run, jobs, to_the_end=to_the_end, on_counts=shown.counts, on_snapshot=shown.snapshot,
                       say=lambda line: print(line, file=sys.stderr, flush=True))
@@ -440,59 +676,3 @@ def _print_table(head: tuple[str, ...], rows: Any) -> None:
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     Console(soft_wrap=False, markup=False, highlight=False).print(table)
-
-
-class _Progress:
-    """A bar on a terminal; elsewhere a line every 30 seconds and one for each new task, as JSON if asked. On stderr."""
-
-    QUIET_S = 30
-
-    def __init__(self, as_json: bool = False) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                             console=console) if console.is_terminal and not as_json else None
-        self._as_json = as_json
-        self._tasks: dict[str, Any] = {}
-        self._begun: dict[str, tuple[float, int]] = {}
-        self._spoken = ("", 0.0)
-
-    def __enter__(self) -> _Progress:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def __call__(self, task: str, done: int, total: int, facts: dict[str, int] | None = None) -> None:
-        """`facts` are counts to show beside the bar: rows kept, rejected and failed, actors, nodes."""
-        now = time.monotonic()
-        at, first = self._begun.setdefault(task, (now, done))
-        rate = (done - first) / (now - at) if now - at > 1 and done > first else 0.0
-        if self._bar:
-            known = [f"{n:,} {what}" for what, n in (facts or {}).items()]
-            words = [task, *([f"{rate:,.1f}/s"] if rate else []), *known]
-            if task not in self._tasks:
-                self._tasks[task] = self._bar.add_task(task, total=total)
-            self._bar.update(self._tasks[task], completed=done, total=total, description=", ".join(words))
-            return
-        last_task, last_time = self._spoken
-        if task != last_task or now - last_time >= self.QUIET_S:
-            self._spoken = (task, now)
-            print(self._line(task, done, total, rate, facts or {}), file=sys.stderr, flush=True)
-
-    def _line(self, task: str, done: int, total: int, rate: float, facts: dict[str, int]) -> str:
-        left = round((total - done) / rate) if rate else None
-        if self._as_json:
-            return json.dumps({"time": round(time.time(), 1), "task": task, "done": done, "total": total,
-                               "per_second": round(rate, 2), "eta_seconds": left, **facts})
-        words = [f"{task}: {done:,}/{total:,}", *([f"{rate:,.1f}/s", f"{left:,} s left"] if rate else []),
-                 *(f"{n:,} {what}" for what, n in facts.items())]
-        return ", ".join(words)
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.stop()

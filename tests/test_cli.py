@@ -17,8 +17,8 @@ import yaml
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-VERBS = ["demo", "validate", "plan", "expand", "status", "verify", "retry", "regen", "bench", "report", "card",
-         "export", "submit"]
+VERBS = ["demo", "validate", "plan", "expand", "evaluate", "select", "sweep", "fit", "status", "verify", "retry",
+         "regen", "bench", "report", "card", "export", "submit"]
 
 
 def rayexpand(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

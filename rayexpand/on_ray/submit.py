@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from rayexpand.config import load
+from rayexpand.config import load, read
 from rayexpand.errors import (
     EXIT_DIGEST,
     EXIT_DONE,
@@ -37,7 +37,8 @@ from rayexpand.errors import (
 from rayexpand.on_ray.package import LARGE_BYTES, write_package
 
 LOCAL = "http://127.0.0.1:8265"
-FILE_VERBS = ("expand", "plan", "validate", "bench")
+FILE_VERBS = ("expand", "train", "fit", "evaluate", "select", "sweep", "plan", "validate", "bench")
+WRITING = ("expand", "train", "fit", "sweep")  # below `out`
 RUN_VERBS = ("retry", "verify", "report", "card")
 OURS = (EXIT_DONE, EXIT_FAILURE, EXIT_USAGE, EXIT_OVER_BUDGET, EXIT_DIGEST, EXIT_RESUMABLE)
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED", "LOST")
@@ -277,16 +278,30 @@ def _loopback(url: str) -> bool:
 
 def _run_name(verb: str, target: str, overrides: Sequence[str]) -> str:
     if verb in FILE_VERBS:
-        config = load(target, overrides)
-        if verb == "expand" and "://" not in config.out and not Path(config.out).is_absolute():
-            raise UsageError(f"out: {config.out!r} is relative, and a job's working directory is removed after it. "
+        name, out = _name_and_out(verb, target, overrides)
+        if verb in WRITING and "://" not in out and not Path(out).is_absolute():
+            raise UsageError(f"out: {out!r} is relative, and a job's working directory is removed after it. "
                              "Give a path or URL that every node of the cluster sees: --set out=/shared/runs")
-        return config.name
+        return name
     if verb in RUN_VERBS:
         if "://" not in target and not Path(target).is_absolute():
             raise UsageError(f"{target}: a job does not start in this folder; give the absolute path of the run")
         return target.rstrip("/").rpartition("/")[2]
     raise UsageError(f"{verb!r} does not run as a job; these do: {', '.join((*FILE_VERBS, *RUN_VERBS))}")
+
+
+def _name_and_out(verb: str, target: str, overrides: Sequence[str]) -> tuple[str, str]:
+    """Of a checked configuration; a run's for all verbs but those with a file of their own."""
+    if verb == "train":
+        from rayexpand.study import load_study
+
+        study = load_study(target, overrides)
+        return study.name, study.out
+    if verb in ("fit", "evaluate", "select", "sweep"):
+        raw = read(target, overrides)
+        return str(raw.get("name", Path(target).stem)), str(raw.get("out", "runs"))
+    config = load(target, overrides)
+    return config.name, config.out
 
 
 def _environment(asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
