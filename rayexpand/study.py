@@ -235,6 +235,7 @@ def prepare_study(config: StudyConfig) -> Study:
                          f"{_few(whole.classes.key)}; give the test part of the same dataset")
     for folder in STUDY_FOLDERS:
         files.make_folder(folder)
+    files.sweep()
     subsets = {seed: _subset(config, files, whole, seed) for seed in config.seeds}
     _refuse_overlap(config, subsets, test)
     if config.resample is False and _differ(subsets):
@@ -296,7 +297,7 @@ def make_trials(study: Study) -> list[Trial]:
     trials = [line[number][0] for number in range(len(study.config.seeds)) for line in made]
     names = [trial.name for trial in trials]
     for trial in trials:
-        study.files.replace(f"trials/{trial.name}.json", _json(vars(trial)))
+        study.files.replace(f"trials/{trial.name}.json", _json({**vars(trial), "digest": trial.digest}))
     study.files.replace("study.json", _json({"config": study.config.model_dump(mode="json"), "trials": names}))
     return trials
 
@@ -311,7 +312,7 @@ def read_trial(files: Files, name: str) -> Trial:
     text = files.read(f"trials/{name}.json")
     if text is None:
         raise UsageError(f"{files.at(f'trials/{name}.json')} is gone; run `rayexpand train` again")
-    return Trial(**json.loads(text))
+    return Trial(**{key: value for key, value in json.loads(text).items() if key != "digest"})
 
 
 def read_result(files: Files, name: str) -> dict[str, Any] | None:

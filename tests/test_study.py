@@ -29,6 +29,7 @@ from rayexpand.study import (
     read_result,
     read_trial,
 )
+from rayexpand.study_summary import summary
 from rayexpand.studylist import Rows, StudyList
 from rayexpand.subsets import ids_hash, shared_images
 from rayexpand.training import run_trials
@@ -100,6 +101,17 @@ def test_a_second_pass_trains_nothing_and_a_change_trains_what_it_touches(study:
 
     assert todo == {"flips 1x", "flips 3x", "original repeated 2x (lr=0.02)", "original repeated 4x (lr=0.02)"}
     assert list(pending_runs(changed)) == []
+
+
+def test_a_result_for_other_test_images_is_not_on_the_page(tmp_path: Path) -> None:
+    raw = raw_study(tmp_path, arms=[{"name": "original"}], seeds=[0])
+    study = prepare_study(parse_study(raw))
+    for _, problem in run_trials(study.files, make_trials(study), study.config.training):
+        assert not problem
+    assert len(summary(study.config.folder)["arms"]) == 1
+    make_trials(prepare_study(parse_study({**raw, "test": {"source": "digits", "split": "test", "per_class": 5}})))
+
+    assert summary(study.config.folder)["arms"] == []
 
 
 def test_results_hold_what_the_page_needs(study: Study) -> None:
