@@ -44,7 +44,7 @@ from rayexpand.seeds import DataConfig
 from rayexpand.status import shard_seconds
 from rayexpand.store import is_url, open_files
 from rayexpand.studylist import Rows, StudyList
-from rayexpand.subsets import SubsetConfig, choose, fingerprint, ids_hash, shared_images, sound_rows
+from rayexpand.subsets import SubsetConfig, choose, fingerprint, ids_file, ids_hash, shared_images, sound_rows
 
 REPEATED = "original repeated"  # how controls are called
 STUDY_FOLDERS = ("subsets", "lists", "trials", "results", "predictions", "checkpoints", ".tmp")
@@ -308,13 +308,6 @@ def pending_trials(study: Study, trials: Sequence[Trial]) -> list[Trial]:
             or found["digest"] != trial.digest]
 
 
-def read_trial(files: Files, name: str) -> Trial:
-    text = files.read(f"trials/{name}.json")
-    if text is None:
-        raise UsageError(f"{files.at(f'trials/{name}.json')} is gone; run `rayexpand train` again")
-    return Trial(**{key: value for key, value in json.loads(text).items() if key != "digest"})
-
-
 def read_result(files: Files, name: str) -> dict[str, Any] | None:
     text = files.read(f"results/{name}.json")
     return None if text is None else json.loads(text)
@@ -428,7 +421,7 @@ def _subset(config: StudyConfig, files: Files, whole: SeedIndex, seed: int) -> t
         return config.data, whole
     ids = whole.table["seed_id"].take(choose(whole, config.subset, seed)).to_pylist()
     name = f"subsets/{seed}.txt"
-    files.replace(name, "".join(f"{one}\n" for one in ids).encode())
+    files.replace(name, ids_file(ids))
     data = config.data.model_copy(update={"ids": str(files.at(name)), "per_class": None})
     return data, seeds.build_index(data)
 

@@ -137,17 +137,12 @@ def fingerprint(index: SeedIndex, data: DataConfig) -> str:
     return hasher.hexdigest()
 
 
-def write_ids(path: str | Path, ids: Sequence[str]) -> str:
-    """Writes a list for `data.ids`, one id per line (a JSON list if the name ends in .json), and returns its
-    `ids_hash`. Raises UsageError for an id with a line break in it."""
-    path = Path(path)
-    if path.suffix == ".json":
-        path.write_text(json.dumps(list(ids)), encoding="utf-8")
-    elif broken := [one for one in ids if "\n" in one]:
-        raise UsageError(f"{path}: id {broken[0]!r} holds a line break; end the name of the file in .json")
-    else:
-        path.write_text("".join(f"{one}\n" for one in ids), encoding="utf-8")
-    return ids_hash(ids)
+def ids_file(ids: Sequence[str]) -> bytes:
+    """Content of a file for `data.ids`, one id per line. Raises UsageError for an id with a line break in it."""
+    if broken := [one for one in ids if "\n" in one]:
+        raise UsageError(f"seed id {broken[0]!r} holds a line break, and lists of seeds have one id per line; rename "
+                         "that image, or name another data.id_column")
+    return "".join(f"{one}\n" for one in ids).encode()
 
 
 def overlap(train: tuple[SeedIndex, DataConfig], test: tuple[SeedIndex, DataConfig], *,

@@ -44,7 +44,7 @@ from rayexpand.seeds.source import wanted_ids
 from rayexpand.space import Dimension, parse_dimension
 from rayexpand.store import create_once, open_files
 from rayexpand.study import ArmConfig, ExpansionConfig, StudyConfig, parse_study, study_preflight
-from rayexpand.subsets import ids_hash, per_class
+from rayexpand.subsets import ids_file, ids_hash, per_class
 
 TUNED = ("recipe", "expansions", "arms", "subset")  # sections of a study whose fields can be swept
 FOLDERS = ("ids", "suggestions", "pilots", "studies", "trials", ".tmp")
@@ -165,7 +165,7 @@ def open_sweep(config: SweepConfig, on_model: Callable[[str, int, int], None] | 
         ids = index.table["seed_id"].to_pylist()
         kept = sorted(set(range(len(ids))) - set(held.tolist()))
         for section, rows in (("validation", held.tolist()), ("data", kept)):
-            files.replace(f"ids/{section}.txt", "".join(f"{ids[row]}\n" for row in rows).encode())
+            files.replace(f"ids/{section}.txt", ids_file([ids[row] for row in rows]))
     facts = {"config": config.model_dump(mode="json"), "data_sha256": ids_hash(index.seed_ids),
              "models": _models(_study(base, config, {}), on_model)}
     before = create_once(files, "sweep.json", facts, "sweep")

@@ -37,7 +37,7 @@ from rayexpand.study import (
     read_result,
     shared_tools,
 )
-from rayexpand.subsets import ids_hash
+from rayexpand.subsets import ids_file, ids_hash
 from rayexpand.sweep import Candidate, Sweep, read_test
 from rayexpand.training import Curve, answers_of, checkpoint, fit, make_classifier, open_work, restore, write_result
 
@@ -166,7 +166,7 @@ def _with_pilots(sweep: Sweep, study: Study) -> Study:
             path = f"ids/{ids[:8]}.txt"
             listed = index.table["seed_id"].to_pylist()
             if sweep.files.read(path) is None:
-                sweep.files.replace(path, "".join(f"{seed_id}\n" for seed_id in listed).encode())
+                sweep.files.replace(path, ids_file(listed))
             data = data.model_copy(update={"ids": str(sweep.files.at(path))})
         same = one.model_copy(update={"data": data.model_copy(update={"ids": ids})})
         wanted = study.config.expansions[name].fit

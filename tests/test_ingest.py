@@ -26,7 +26,7 @@ from rayexpand.schema import ClassTable, Draw, SeedIndex
 from rayexpand.seeds import DataConfig, SeedReader, build_index
 from rayexpand.store import parquet_bytes
 from rayexpand.studylist import Part
-from rayexpand.subsets import few_shot, ids_hash, write_ids
+from rayexpand.subsets import few_shot, ids_file, ids_hash
 from tests.conftest import complete
 from tests.methods.fakes import Fake
 from tests.runfolder import picture, png
@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "seeds").mkdir()
     pq.write_table(table, root / "seeds" / "train-0.parquet", row_group_size=5)
     index = build_index(DataConfig(source="parquet", path=str(root / "seeds")))
-    write_ids(root / "ids.txt", [index.seed_ids[row] for row in few_shot(index, 4, 0)])
+    (root / "ids.txt").write_bytes(ids_file([index.seed_ids[row] for row in few_shot(index, 4, 0)]))
     return root
 
 
