@@ -3,6 +3,8 @@
     <out>/prototypes-1f0c9a3e/artifact.json             what it was made from, and what that cost
                               prototypes.safetensors
     <out>/classifier-07d2b4aa/guide.json, ...           a guide (guide_files.py), with its artifact.json
+    <out>/adapter-5be1c07d/   adapter.json, ...         an adapter (priors/adapters.py); and captions, class features
+                                                        and image features (seed_columns.py)
 
 A folder is made under another name and renamed when it is whole: a killed fit leaves nothing that looks finished. What
 a run depends on is the content of an artifact, not where it lies.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -19,7 +22,10 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Any
+
+import pyarrow.compute as pc
 
 from rayexpand import __version__
 from rayexpand.config import RunConfig, digest
@@ -27,10 +33,27 @@ from rayexpand.core.prototypes import Prototypes, load_prototypes
 from rayexpand.errors import ModelError, StorageError
 from rayexpand.guide_files import check_guide, class_difference, class_problem, guide_classes, present_guide
 from rayexpand.guides import guide_hash
-from rayexpand.priors import MAKING_OF, folder_hash
+from rayexpand.priors import MAKING_OF, folder_hash, loaded_files, present
+from rayexpand.priors.adapters import AdapterFacts, read_adapter
+from rayexpand.schema import SeedIndex
+from rayexpand.seed_columns import (
+    CAPTIONS,
+    CLASS_FEATURES,
+    FILES,
+    IMAGE_FEATURES,
+    columns_hash,
+    columns_problem,
+    feature_facts,
+    open_image_features,
+    read_class_features,
+)
 from rayexpand.store import is_url
 
 PROTOTYPES = "prototypes.safetensors"
+LOADED = ("prototypes", "adapter", CLASS_FEATURES, IMAGE_FEATURES)  # by samplers, on every node
+KINDS = (*LOADED, CAPTIONS)
+
+log = logging.getLogger(__name__)
 
 
 def publish(out: str, kind: str, made_from: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Path:
@@ -41,7 +64,7 @@ def publish(out: str, kind: str, made_from: dict[str, Any], make: Callable[[Path
     if is_url(out):
         raise StorageError(f"out: {out} is an object store; artifacts are read as files, so give a folder. A cluster's "
                            "nodes get copies of them.")
-    root, identity = Path(out), digest({"kind": kind, **made_from})
+    root, identity = Path(out), artifact_digest(kind, made_from)
     folder = root / f"{kind}-{identity[:8]}"
     if folder.is_dir():
         return _known(folder, identity)
@@ -63,6 +86,11 @@ def publish(out: str, kind: str, made_from: dict[str, Any], make: Callable[[Path
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def artifact_digest(kind: str, made_from: dict[str, Any]) -> str:
+    """What tells an artifact from every other one; its first eight digits are in the name of its folder."""
+    return digest({"kind": kind, **made_from})
 
 
 @contextlib.contextmanager
@@ -113,11 +141,44 @@ def point(out: str, name: str, folder: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------- of a run's config
 
 
+def artifact_folder(config: RunConfig, kind: str) -> Path:
+    """Where the configuration says an artifact is. Raises ModelError."""
+    if (named := getattr(config.artifacts, kind)) is None:
+        raise ModelError(f"artifacts.{kind}: {_unnamed(config, kind)}")
+    return Path(named).expanduser()
+
+
+def artifact_hash(folder: Path, kind: str) -> str:
+    """Content hash of an artifact. Raises ModelError."""
+    if kind == "prototypes":
+        return prototypes_hash(folder)
+    if kind == "adapter":
+        read_adapter(folder)
+        return folder_hash(folder)
+    return columns_hash(folder, kind)
+
+
+def artifact_files(folder: Path, kind: str) -> list[str]:
+    """Names of the files of an artifact that its content hash covers."""
+    if kind == "prototypes":
+        return [PROTOTYPES]
+    return loaded_files(folder) if kind == "adapter" else list(FILES[kind])
+
+
 def artifact_hashes(config: RunConfig) -> dict[str, str]:
-    """Content hashes of the artifacts the method uses. Raises ModelError."""
-    if "prototypes" not in config.method.needs():
-        return {}
-    return {"prototypes": prototypes_hash(_prototypes_folder(config))}
+    """Content hashes of the artifacts that samplers load. Captions are none of them: the plan holds them, so a run
+    goes on without. Raises ModelError."""
+    needs = config.method.needs()
+    return {kind: artifact_hash(artifact_folder(config, kind), kind) for kind in LOADED if kind in needs}
+
+
+def captions_sha256(config: RunConfig) -> str | None:
+    """Content hash of the captions of a run, None where it has none or they are not there (any more)."""
+    if CAPTIONS not in config.method.needs() or config.artifacts.captions is None:
+        return None
+    with contextlib.suppress(ModelError):
+        return artifact_hash(artifact_folder(config, CAPTIONS), CAPTIONS)
+    return None
 
 
 def prototypes_hash(folder: Path) -> str:
@@ -131,27 +192,79 @@ def prototypes_of(config: RunConfig, class_keys: Sequence[str], guide: str | Non
     """The prototypes of a run, for its guide (content hash, if known) and classes. Raises ModelError."""
     if guide is None:
         guide = guide_hash(config.guide.weights, config.guide.checkpoint)
-    return load_prototypes(_prototypes_folder(config) / PROTOTYPES, guide_hash=guide, class_keys=class_keys)
+    return load_prototypes(artifact_folder(config, "prototypes") / PROTOTYPES, guide_hash=guide, class_keys=class_keys)
+
+
+def features_of(config: RunConfig, class_keys: Sequence[str]) -> dict[str, Any]:
+    """Class and image features of a run by their field of Tools, those it needs. Raises ModelError."""
+    import torch
+
+    needs, found = config.method.needs(), dict[str, Any]()
+    if CLASS_FEATURES in needs:
+        features_KD = read_class_features(artifact_folder(config, CLASS_FEATURES), class_keys)
+        found[CLASS_FEATURES] = torch.from_numpy(features_KD)
+    if IMAGE_FEATURES in needs:
+        found[IMAGE_FEATURES] = open_image_features(artifact_folder(config, IMAGE_FEATURES))
+    return found
 
 
 def check_artifacts(config: RunConfig) -> list[str]:
-    """What is wrong with guide and prototypes of a run as far as files on this machine say, one line each; nothing is
+    """What is wrong with guide and artifacts of a run as far as files on this machine say, one line each; nothing is
     loaded, trained or downloaded, and no dataset is listed."""
     needs = config.method.needs()
     problems = []
     if "guide" in needs:
         problems += [f"guide.weights: {one}" for one in check_guide(config.guide.weights, config.guide.checkpoint)]
-    if "prototypes" in needs:
-        problems += _prototypes_problems(config, guide_is_sound=not problems)
+    guide_is_sound = not problems
+    for kind in KINDS:
+        if kind not in needs:
+            continue
+        if getattr(config.artifacts, kind) is None:
+            problems.append(f"artifacts.{kind}: {_unnamed(config, kind)}")
+        elif kind == "prototypes":
+            problems += _prototypes_problems(config, guide_is_sound=guide_is_sound)
+        elif kind == "adapter":
+            problems += [f"artifacts.adapter: {one}" for one in _adapter_problems(config)]
+        elif problem := columns_problem(artifact_folder(config, kind), kind):
+            problems.append(f"artifacts.{kind}: {problem}")
     return problems
 
 
+def check_base(config: RunConfig, prior_sha256: str) -> None:
+    """Raises ModelError where the adapter of a run was trained on another model than the one with this hash."""
+    folder = artifact_folder(config, "adapter")
+    if problem := _base_problem(config, folder, read_adapter(folder), prior_sha256):
+        raise ModelError(f"artifacts.adapter: {problem}")
+
+
+def check_seeds(config: RunConfig, index: SeedIndex) -> list[str]:
+    """Where artifacts lack so many seeds of the dataset that the run would fail more rows than its limit, one line
+    each. Below that, the rows of such seeds are refused one by one. Raises ModelError."""
+    if IMAGE_FEATURES not in config.method.needs():
+        return []
+    ids = open_image_features(folder := artifact_folder(config, IMAGE_FEATURES)).ids
+    sound = index.table["seed_id"].filter(pc.equal(index.table["fault"], ""))
+    absent = sound.filter(pc.invert(pc.is_in(sound, value_set=ids)))
+    if len(absent) <= config.limits.max_failed * len(index):
+        return []
+    return [f"artifacts.image_features: {folder} has none of {len(absent):,} of {len(index):,} seeds "
+            f"({', '.join(absent[:3].to_pylist())}, ...); make them of this very dataset with `rayexpand fit`"]
+
+
+def _unnamed(config: RunConfig, kind: str) -> str:
+    """What to do where an artifact is needed and none is named."""
+    if kind == "prototypes":
+        return (f"{config.method.name} needs prototypes of the training images and none are named; make them with "
+                "`rayexpand fit` and this same file, and set artifacts.prototypes to the folder it prints")
+    what = {"adapter": "a fine-tuned adapter of its prior and none is", CAPTIONS: "captions of the seeds and none are",
+            CLASS_FEATURES: "image features of each class and none are",
+            IMAGE_FEATURES: "features of each seed image and none are"}[kind]
+    return (f"{config.method.name} needs {what} named; make them with `rayexpand fit` and a file with fit: {{{kind}: "
+            f"...}}, and set artifacts.{kind} to the folder it prints")
+
+
 def _prototypes_problems(config: RunConfig, *, guide_is_sound: bool) -> list[str]:
-    if config.artifacts.prototypes is None:
-        return [f"artifacts.prototypes: {config.method.name} needs prototypes of the training images and none are "
-                "named; make them with `rayexpand fit` and this same file, and set artifacts.prototypes to the folder "
-                "it prints"]
-    folder = _prototypes_folder(config)
+    folder = artifact_folder(config, "prototypes")
     if not (folder / PROTOTYPES).is_file():
         return [f"artifacts.prototypes: {folder} has no {PROTOTYPES}; make it with `rayexpand fit` and this same file, "
                 "or give a folder that it made"]
@@ -164,13 +277,46 @@ def _prototypes_problems(config: RunConfig, *, guide_is_sound: bool) -> list[str
             "they were made with, or make them again with `rayexpand fit` and this same file"]
 
 
+def _adapter_problems(config: RunConfig) -> list[str]:
+    folder = artifact_folder(config, "adapter")
+    try:
+        facts = read_adapter(folder)
+    except ModelError as error:
+        return [str(error)]
+    problems = []
+    here = present(config.prior.weights)
+    if here is not None and (problem := _base_problem(config, folder, facts, folder_hash(here))):
+        problems.append(problem)
+    if (own := getattr(config.method, "visual_token", "none")) != facts.visual_token:
+        problems.append(f"{folder} was trained with visual_token {facts.visual_token}, but method.visual_token is "
+                        f"{own}; what was not trained cannot be read at sampling: set method.visual_token to "
+                        f"{facts.visual_token}, or fine-tune with {own}")
+    texts = [one for one in config.method.model_dump().values() if isinstance(one, str)]
+    asks = any("token" in (key for _, key, _, _ in Formatter().parse(one)) for one in texts if "{token}" in one)
+    if asks and not facts.has_tokens:
+        problems.append(f"the prompt has {{token}}, but {folder} (strategy {facts.strategy}) has no class tokens; use "
+                        "{name} as in training, or an adapter with tokens (ti, ti_db)")
+    if facts.has_tokens and not asks:
+        log.warning("artifacts.adapter: %s has class tokens, but no prompt of %s has {token}, so they are not used; it "
+                    "was trained with the prompt %r", folder, config.method.name, facts.prompt)
+    return problems
+
+
+def _base_problem(config: RunConfig, folder: Path, facts: AdapterFacts, prior_sha256: str) -> str:
+    if facts.base_sha256 == prior_sha256:
+        return ""
+    return (f"{folder} was trained on base model {facts.base_sha256[:12]}, but prior.weights {config.prior.weights} is "
+            f"model {prior_sha256[:12]}, whose weights it does not fit; name the base model in prior.weights, or "
+            "fine-tune this one with `rayexpand fit`")
+
+
 def names_classes(config: RunConfig) -> bool:
-    """Whether guide or prototypes say for which classes they were made, so that a list of those is worth making."""
+    """Whether guide or artifacts say for which classes they were made, so that a list of those is worth making."""
     return bool(_declared(config))
 
 
 def check_classes(config: RunConfig, class_keys: Sequence[str]) -> list[str]:
-    """Where guide or prototypes were made for other classes than the dataset's, one line each."""
+    """Where guide or artifacts were made for other classes than the dataset's, one line each."""
     problems = []
     for field, (folder, own) in _declared(config).items():
         if field == "guide.weights":
@@ -187,15 +333,15 @@ def _declared(config: RunConfig) -> dict[str, tuple[Path, Sequence[str]]]:
     with contextlib.suppress(ModelError):
         if "guide" in needs and (folder := present_guide(config.guide.weights)) and (own := guide_classes(folder)):
             found["guide.weights"] = (folder, own)
-    if "prototypes" in needs and config.artifacts.prototypes is not None:
-        folder = _prototypes_folder(config)
-        if own := read_facts(folder).get("made_from", {}).get("data", {}).get("classes"):
-            found["artifacts.prototypes"] = (folder, own)
+    for kind, read in _CLASSES.items():
+        if kind in needs and getattr(config.artifacts, kind) is not None:
+            with contextlib.suppress(ModelError):
+                if listed := read(named := artifact_folder(config, kind)):
+                    found[f"artifacts.{kind}"] = (named, listed)
     return found
 
 
-def _prototypes_folder(config: RunConfig) -> Path:
-    if config.artifacts.prototypes is None:
-        raise ModelError(f"artifacts.prototypes: is not set, and {config.method.name} needs prototypes; make them with "
-                         "`rayexpand fit`")
-    return Path(config.artifacts.prototypes).expanduser()
+_CLASSES: dict[str, Callable[[Path], Sequence[str]]] = {
+    "prototypes": lambda folder: read_facts(folder).get("made_from", {}).get("data", {}).get("classes", ()),
+    "adapter": lambda folder: read_adapter(folder).classes,
+    CLASS_FEATURES: lambda folder: feature_facts(folder, CLASS_FEATURES).get("classes", ())}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from rayexpand import seeds
 from rayexpand.errors import ConfigError, EnvironmentFault, SeedDataError
@@ -34,6 +34,15 @@ class ImageConfig(Section):
     fit: Literal["crop", "center", "squash", "none"] = Field(
         "crop", description="crop: shorter side to size, then a random square (as DistDiff's released code); "
         "center: the middle square; squash: both sides, aspect lost; none: as it is")
+    restore: bool = Field(False, description="bring samples that start from an image back to the size their seed has, "
+                          "bilinear, as Diff-Mix's released code; with squash, which it undoes")
+
+    @model_validator(mode="after")
+    def _restores_whole_images(self) -> ImageConfig:
+        if self.restore and self.fit in ("crop", "center"):
+            raise ValueError(f"restore: fit {self.fit} cuts a part out, which would be stretched to the size of the "
+                             "whole; set fit: squash, or take restore out")
+        return self
 
 
 class PriorConfig(Section):
@@ -44,6 +53,8 @@ class PriorConfig(Section):
     attention: str = Field("auto", description="attention implementation of the UNet: auto, sdpa or eager")
     channels_last: bool = Field(False, description="channels-last memory format")
     compile: bool = Field(False, description="torch.compile the UNet; minutes of warm-up, worth it on a GPU only")
+    adapter: Literal["fused", "unfused"] = Field("fused", description="LoRA of an adapter: added to the weights once, "
+                                                 "in float32, or kept beside them")
 
 
 class GuideConfig(Section):
@@ -54,6 +65,11 @@ class GuideConfig(Section):
 
 class ArtifactsConfig(Section):
     prototypes: str | None = Field(None, description="folder of class and group prototypes, made by `rayexpand fit`")
+    adapter: str | None = Field(None, description="folder of what fine-tuning adds to the prior; made by it too, as "
+                                "are those below")
+    captions: str | None = Field(None, description="folder of captions, which become part of the plan")
+    class_features: str | None = Field(None, description="folder of mean image features of each class")
+    image_features: str | None = Field(None, description="folder of features of each seed image")
 
 
 class SamplerConfig(Section):
@@ -231,6 +247,8 @@ def semantic(config: RunConfig) -> dict[str, Any]:
             fields[section] = {k: v for k, v in fields[section].items() if k != leaf}
         else:
             del fields[section]
+    if not config.method.needs() & {"adapter"}:
+        fields["prior"].pop("adapter")
     if not config.method.needs() & {"prior"}:
         fields.pop("prior")
     if not config.method.needs() & {"guide"}:
@@ -276,6 +294,8 @@ def mistakes(error: ValidationError, model: Any, prefix: str) -> list[str]:
     """One line for each mistake pydantic found in a `model`: the dotted field, what is wrong, what was meant."""
     lines = []
     for problem in error.errors():
+        if problem["type"] == "default_factory_not_called":
+            continue  # the default follows from a field that is itself wrong, and named
         loc = [str(part) for part in problem["loc"]]
         dotted = prefix + ".".join(loc)
         if problem["type"] == "extra_forbidden":

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayexpand import seeds as seed_io
-from rayexpand.errors import RowFault, SeedDataError
+from rayexpand.errors import RowFault, SeedDataError, UsageError
 from rayexpand.pixels import decode
 from rayexpand.rng import PlanRng, RowRng
 from rayexpand.schema import SEED_INDEX, ClassTable, Receipt, Seed, SeedIndex
@@ -103,16 +103,21 @@ def estimate_config(config: RunConfig, measured: Measured | None = None) -> Esti
     try:
         index = seed_io.build_index(config.data)
         side = _side(config, index) if image_side(config)[0] is None else None
-    except SeedDataError:
-        few = [int(config.method.copies(_stand_in(100, classes), rng).sum()) for classes in (1, 2)]
+    except SeedDataError as unlisted:
+        try:
+            few = [int(config.method.copies(_stand_in(100, classes), rng).sum()) for classes in (1, 2)]
+        except UsageError:  # a plan that only the real classes make possible
+            raise unlisted from None
         if config.estimate.seeds is None or abs(few[0] - few[1]) > 2:
             raise
         index = _stand_in(config.estimate.seeds, 1)
+    planned = int(config.method.copies(index, rng).sum(dtype=np.int64))
     first = index.table.slice(0, 1).to_pylist()[0]
     draws = [config.method.draw(first["seed_id"], first["label"], copy, copy, index.classes,
-                                RowRng(config.seed, config.method.name, first["seed_id"], copy)) for copy in range(8)]
-    return estimate(config, seeds=len(index), planned=int(config.method.copies(index, rng).sum(dtype=np.int64)),
-                    measured=measured, side=side, steps_run=sum(draw.steps_run for draw in draws) / len(draws))
+                                RowRng(config.seed, config.method.name, first["seed_id"], copy))
+             for copy in range(min(8, max(planned, 1)))]
+    return estimate(config, seeds=len(index), planned=planned, measured=measured, side=side,
+                    steps_run=sum(draw.steps_run for draw in draws) / len(draws))
 
 
 def estimate(config: RunConfig, *, seeds: int, planned: int, measured: Measured | None = None,
@@ -164,7 +169,8 @@ def _stand_in(n_seeds: int, n_classes: int) -> SeedIndex:
     labels = np.arange(n_seeds, dtype=np.int32) % n_classes
     columns = {name: [""] * n_seeds if name in ("member", "fault") else labels for name in SEED_INDEX.names}
     columns["seed_id"] = [str(i) for i in range(n_seeds)]
-    return SeedIndex(pa.table(columns, schema=SEED_INDEX), ClassTable.of([str(i) for i in range(n_classes)]))
+    words, counts = [str(i) for i in range(n_classes)], np.bincount(labels, minlength=n_classes).tolist()
+    return SeedIndex(pa.table(columns, schema=SEED_INDEX), ClassTable.of(words, words, counts, words, words))
 
 
 def _side(config: RunConfig, index: SeedIndex) -> int | None:

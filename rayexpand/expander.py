@@ -23,17 +23,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rayexpand import __version__
+from rayexpand.artifacts import artifact_folder, features_of, prototypes_of
 from rayexpand.blame import DEAD_UNEXPLAINED, DECODE, ENCODE, SHARD, Blame, ProcessFault, Verdicts
 from rayexpand.config import RunConfig
 from rayexpand.errors import EnvironmentFault, Interrupted, RayexpandError, RowFault
-from rayexpand.pixels import decode, encode, prepare
+from rayexpand.pixels import decode, encode, prepare, resized
 from rayexpand.plan import Call, Plan, Unit, pack
-from rayexpand.priors import inspect_prior
+from rayexpand.priors import inspect_prior, load_prior, prior_hash
 from rayexpand.rng import RowRng
 from rayexpand.schema import (
     Batch,
@@ -216,7 +217,9 @@ class Expander:
 
     def _submit(self, work: _Work, draw: Draw, image: np.ndarray | None, reason: Reason | None, detail: str,
                 scores: dict[str, float]) -> None:
-        future = self._pool.submit(self._finish, draw, image, reason, detail, scores, work.images.note(draw.seed_id))
+        size = work.images.size(draw.seed_id) if self.config.image.restore and draw.start == Start.IMAGE else None
+        future = self._pool.submit(self._finish, draw, image, reason, detail, scores, work.images.note(draw.seed_id),
+                                   size)
         work.results[draw.sample_id] = future
         if work.verdicts.careful:
             with self.blame.mark(work.key, ENCODE, (draw.row, draw.attempt)):
@@ -241,6 +244,8 @@ class Expander:
                 return RowFault(reason, "two processes that worked on this row alone ended")
             if fault := work.images.fault(draw, work.clock):
                 return fault
+            if self.plan.lacks_caption(draw):
+                return RowFault(Reason.MISSING, "no caption could be made of its seed")
         return None
 
     def _attempt(self, work: _Work, call: Call, alone: bool = False) -> None:
@@ -380,8 +385,8 @@ class Expander:
                 work.redraws[again[0].sample_id] = tuple(again)
 
     def _finish(self, draw: Draw, image: np.ndarray | None, reason: Reason | None, detail: str,
-                scores: dict[str, float], note: str) -> Sample:
-        """Checks, encodes and hashes one image; runs in the pool."""
+                scores: dict[str, float], note: str, size: tuple[int, int] | None) -> Sample:
+        """Checks, encodes and hashes one image, brought to `size` (height, width); runs in the pool."""
         method = self.config.method.name
         if image is not None and image.dtype != np.uint8:
             if np.isfinite(image).all():
@@ -393,6 +398,8 @@ class Expander:
             return Sample(draw, method, reason.status, None, "", reason, detail, note, scores)
         if reason is None and (image == image[0, 0]).all():
             reason, detail = Reason.CONSTANT_IMAGE, f"every pixel is {image[0, 0].tolist()}"
+        if size is not None:
+            image = resized(image, *size)
         content, extension, decoded = encode(image, self.config.codec.format, self.config.codec.quality)
         status = reason.status if reason else Status.KEPT
         return Sample(draw, method, status, content, f"{draw.sample_id}.{extension}", reason, detail, note, scores,
@@ -424,11 +431,11 @@ class Expander:
             return self.config.image.size
         return self.config.image.size or inspect_prior(self.config.prior.weights).image_size
 
-    def _decode(self, seed: Seed) -> tuple[np.ndarray, str]:
+    def _decode(self, seed: Seed) -> _Decoded:
         data = self.config.data
         pixels, note = decode(seed.image, min_side=data.min_side, max_pixels=data.max_pixels)
         rng = RowRng(self.config.seed, self.config.method.name, seed.seed_id, 0)
-        return prepare(pixels, self.image_size, self.config.image.fit, rng), note
+        return _Decoded(prepare(pixels, self.image_size, self.config.image.fit, rng), note, pixels.shape[:2])
 
     @cached_property
     def stack(self) -> dict[str, str]:
@@ -453,14 +460,21 @@ class _Work:
     told: int = 0  # decided rows that on_rows has heard of
 
 
+class _Decoded(NamedTuple):
+    pixels: np.ndarray  # uint8 (H, W, 3), prepared
+    note: str
+    size: tuple[int, int]  # height and width before
+
+
 class _Images:
     """Decoded seeds of a shard: decoded ahead in the pool, kept for the call that runs and the next one."""
 
     def __init__(self, found: dict[str, Seed | RowFault | None], listed: dict[str, RowFault],
-                 decode: Callable[[Seed], tuple[np.ndarray, str]], pool: ThreadPoolExecutor) -> None:
+                 decode: Callable[[Seed], _Decoded], pool: ThreadPoolExecutor) -> None:
         self._found, self._listed, self._decode, self._pool = found, listed, decode, pool
-        self._decoded: dict[str, Future[tuple[np.ndarray, str]]] = {}
+        self._decoded: dict[str, Future[_Decoded]] = {}
         self._notes: dict[str, str] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
 
     def ahead(self, *calls: Call | None) -> None:
         """Starts decoding what `calls` use, and forgets the rest."""
@@ -486,14 +500,18 @@ class _Images:
         if seed_id in self._decoded:
             try:
                 with clock.phase("decode"):
-                    _, self._notes[seed_id] = self._decoded[seed_id].result()
+                    _, self._notes[seed_id], self._sizes[seed_id] = self._decoded[seed_id].result()
             except RowFault as error:
                 return error
         return None
 
     def pixels(self, seed_id: str) -> np.ndarray | None:
         """Prepared uint8 (H, W, 3) pixels; None when no draw uses them."""
-        return self._decoded[seed_id].result()[0] if seed_id in self._decoded else None
+        return self._decoded[seed_id].result().pixels if seed_id in self._decoded else None
+
+    def size(self, seed_id: str) -> tuple[int, int] | None:
+        """Height and width of a seed image before it was prepared; None where it was not decoded."""
+        return self._sizes.get(seed_id)
 
     def note(self, seed_id: str) -> str:
         return self._notes.get(seed_id, "")
@@ -588,19 +606,20 @@ def load_tools(config: RunConfig, classes: ClassTable) -> Tools:
 
         torch.set_num_threads(config.runtime.torch_threads)
     if "prior" in needs:
-        from rayexpand.priors import load_prior
-
-        prior = load_prior(**config.prior.model_dump())
+        prior = load_prior(**config.prior.model_dump(exclude={"adapter"}))
+        if "adapter" in needs:
+            prior = prior.with_adapter(
+                artifact_folder(config, "adapter"), scale=getattr(config.method, "lora_scale", 1.0),
+                fuse=config.prior.adapter == "fused", base_sha256=prior_hash(config.prior.weights))
     if "guide" in needs:
         from rayexpand.guides import load_guide
 
         guide = load_guide(config.guide.weights, config.guide.checkpoint, classes.name, device=config.prior.device,
                            class_keys=classes.key)
     if "prototypes" in needs:
-        from rayexpand.artifacts import prototypes_of
-
         prototypes = prototypes_of(config, classes.key)
-    return Tools(classes, prior, guide, prototypes)
+    features = features_of(config, classes.key) if needs & {"class_features", "image_features"} else {}
+    return Tools(classes, prior, guide, prototypes, **features)
 
 
 def stack_fingerprint(config: RunConfig) -> dict[str, str]:
@@ -610,6 +629,8 @@ def stack_fingerprint(config: RunConfig) -> dict[str, str]:
     packages = ["torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "numpy", "pillow"]
     if "guide" in config.method.needs():
         packages.append("timm")
+    if "adapter" in config.method.needs():
+        packages.append("peft")
     facts = {name: importlib.metadata.version(name) for name in packages}
     facts |= {"python": platform.python_version(), "machine": platform.machine(),
               "rayexpand": __version__, "cpu": torch.backends.cpu.get_cpu_capability(),

@@ -127,6 +127,13 @@ def prepare(image: np.ndarray, size: int | None, fit: Literal["crop", "center", 
     return np.array(picture.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 (H, W, 3) to uint8 (height, width, 3), bilinear and antialiased, whatever that does to the aspect."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
 def encode(image: np.ndarray, codec: Literal["auto", "png", "jpeg"], quality: int) -> tuple[bytes, str, np.ndarray]:
     """(encoded bytes, extension, pixels a reader will decode) of a uint8 (H, W, 3) image.
 

@@ -3,7 +3,8 @@
 The plan on disk holds the seeds, their copies and their shards. The draws of a shard are a pure function of those and
 of keyed streams, so they are derived when a shard runs: 13 million draws are planned in seconds and never stored.
 
-    plan/<digest8>/seeds.parquet     the seed index with two more columns, copies and shard
+    plan/<digest8>/seeds.parquet     the seed index with two more columns, copies and shard, and a third, caption,
+                                     where prompts have captions
     plan/<digest8>/classes.parquet   the class table
     plan/<digest8>/plan.json         counts; written last, so its presence means the plan is whole
 """
@@ -14,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +25,8 @@ from rayexpand.config import RunConfig, digest
 from rayexpand.errors import UsageError
 from rayexpand.files import Files
 from rayexpand.rng import PlanRng, RowRng
-from rayexpand.schema import SEED_INDEX, ClassTable, Draw, Method, SeedIndex
+from rayexpand.schema import CAPTION_SLOT, SEED_INDEX, ClassTable, Draw, Method, SeedIndex
+from rayexpand.seed_columns import read_captions
 from rayexpand.store import create_once, parquet_bytes, read_table
 
 MAX_SHARDS = 50_000  # more small files than this make listing and the Ray driver slow
@@ -57,6 +60,7 @@ class Plan:
     batch: int
     copies: np.ndarray  # uint16[n]
     shard: np.ndarray  # int32[n]: shard of each seed, non-decreasing
+    captions: pa.ChunkedArray | None = None  # string[n], "" where none could be made; None for prompts without
 
     first_row: np.ndarray = field(init=False)  # int64[n + 1]
 
@@ -84,10 +88,12 @@ class Plan:
         seeds = self.seeds_of(shard_id)
         ids = self.index.table["seed_id"].slice(seeds.start, len(seeds)).to_pylist()
         labels = self.index.labels[seeds.start:seeds.stop]
+        captions = [""] * len(seeds) if self.captions is None else self.captions.slice(seeds.start,
+                                                                                       len(seeds)).to_pylist()
         units: list[Unit] = []
-        for position, seed_id, label in zip(seeds, ids, labels, strict=True):
+        for position, seed_id, label, caption in zip(seeds, ids, labels, captions, strict=True):
             row, copies = int(self.first_row[position]), int(self.copies[position])
-            draws = [self._draw(seed_id, int(label), copy, row + copy) for copy in range(copies)]
+            draws = [self._draw(seed_id, int(label), copy, row + copy, caption) for copy in range(copies)]
             units += _grouped(draws, self.method.group(copies) if copies else 1)
         return units
 
@@ -106,9 +112,14 @@ class Plan:
     def rng(self, draw: Draw) -> RowRng:
         return RowRng(self.run_seed, self.method.name, draw.seed_id, draw.copy, draw.attempt)
 
-    def _draw(self, seed_id: str, label: int, copy: int, row: int) -> Draw:
+    def lacks_caption(self, draw: Draw) -> bool:
+        """Whether the prompt of a draw asks for a caption that could not be made."""
+        return self.captions is not None and CAPTION_SLOT in draw.prompt
+
+    def _draw(self, seed_id: str, label: int, copy: int, row: int, caption: str) -> Draw:
         rng = RowRng(self.run_seed, self.method.name, seed_id, copy)
-        return self.method.draw(seed_id, label, copy, row, self.index.classes, rng)
+        draw = self.method.draw(seed_id, label, copy, row, self.index.classes, rng)
+        return replace(draw, prompt=draw.prompt.replace(CAPTION_SLOT, caption)) if caption else draw
 
 
 def pack(units: Iterable[Unit], method: Method, batch: int, first_number: int = 0) -> list[Call]:
@@ -137,7 +148,7 @@ def _grouped(draws: Sequence[Draw], size: int) -> list[Unit]:
 
 
 def make_plan(index: SeedIndex, config: RunConfig) -> Plan:
-    """Plan of a run. Raises UsageError for an empty plan or too many shards."""
+    """Plan of a run. Raises UsageError for an empty plan, too many shards or seeds that are in no list of captions."""
     copies = config.method.copies(index, PlanRng(config.seed, config.method.name))
     assert copies.dtype == np.uint16
     assert len(copies) == len(index)
@@ -155,13 +166,33 @@ def make_plan(index: SeedIndex, config: RunConfig) -> Plan:
         enough = -(-total // MAX_SHARDS)
         raise UsageError(f"{total:,} rows make {n_shards:,} shards, more than {MAX_SHARDS:,}. "
                          f"Set sampler.shard_images to at least {enough}.")
-    return Plan(index, config.method, config.seed, config.sampler.batch, copies, shard)
+    captions = _captions(index, config) if "captions" in config.method.needs() else None
+    return Plan(index, config.method, config.seed, config.sampler.batch, copies, shard, captions)
+
+
+def _captions(index: SeedIndex, config: RunConfig) -> pa.ChunkedArray:
+    """The caption of every seed, "" where the list has an empty one: rows that ask for it are refused one by one."""
+    if config.artifacts.captions is None:
+        raise UsageError(f"artifacts.captions: is not set, and {config.method.name} needs captions; make them with "
+                         "`rayexpand fit`")
+    folder, seed_ids = Path(config.artifacts.captions).expanduser(), index.table["seed_id"]
+    table = read_captions(folder)
+    found = table["caption"].combine_chunks().take(
+        pc.index_in(seed_ids.combine_chunks(), value_set=table["seed_id"].combine_chunks()))
+    sound = pc.equal(index.table["fault"].combine_chunks(), "")
+    if absent := seed_ids.combine_chunks().filter(pc.and_(sound, found.is_null())).to_pylist():
+        raise UsageError(f"artifacts.captions: {folder} has no captions of {len(absent):,} of {len(index):,} seeds "
+                         f"({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}); make captions of this very "
+                         "dataset with `rayexpand fit`, or leave these seeds out with data.ids")
+    return pa.chunked_array([pc.fill_null(pc.utf8_trim_whitespace(found), "")])
 
 
 def plan_digest(plan: Plan) -> str:
-    """sha256 over everything that decides the draws: seeds, labels, copies, shards, classes and method fields."""
+    """sha256 over everything that decides the draws: seeds, labels, copies, shards, captions, classes and method
+    fields."""
     hasher = hashlib.sha256()
-    for column in [*(plan.index.table[name] for name in SEED_INDEX.names), pa.chunked_array([plan.shard])]:
+    captions = [] if plan.captions is None else [plan.captions]
+    for column in [*(plan.index.table[name] for name in SEED_INDEX.names), pa.chunked_array([plan.shard]), *captions]:
         values = column.combine_chunks()
         if pa.types.is_string(values.type):
             lengths = pc.binary_length(values).to_numpy(zero_copy_only=False)
@@ -182,6 +213,8 @@ def write_plan(plan: Plan, files: Files, folder: str) -> None:
     """Publishes a plan below `folder`; two writers of one plan write the same things."""
     files.make_folder(folder)
     table = plan.index.table.append_column("copies", pa.array(plan.copies)).append_column("shard", pa.array(plan.shard))
+    if plan.captions is not None:
+        table = table.append_column("caption", plan.captions)
     content = parquet_bytes(table, plan.index.table.schema.metadata or {}, row_group=1 << 18)
     files.publish(f"{folder}/seeds.parquet", content, "index")
     files.publish(f"{folder}/classes.parquet", parquet_bytes(plan.index.classes.to_arrow(), {}), "classes")
@@ -198,6 +231,6 @@ def read_plan(config: RunConfig, files: Files, folder: str) -> Plan | None:
     index = SeedIndex(table.select(SEED_INDEX.names), classes)
     counts = json.loads(files.read(f"{folder}/plan.json") or b"{}")
     plan = Plan(index, config.method, config.seed, config.sampler.batch, table["copies"].to_numpy(),
-                table["shard"].to_numpy())
+                table["shard"].to_numpy(), table["caption"] if "caption" in table.column_names else None)
     assert counts["planned"] == plan.planned, f"{folder} does not hold the plan its plan.json counts"
     return plan

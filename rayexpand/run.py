@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from rayexpand import __version__, seeds
-from rayexpand.artifacts import artifact_hashes, check_artifacts, check_classes, names_classes, prototypes_of
+from rayexpand.artifacts import (
+    artifact_hashes,
+    captions_sha256,
+    check_artifacts,
+    check_base,
+    check_classes,
+    check_seeds,
+    names_classes,
+    prototypes_of,
+)
 from rayexpand.blame import Blame, forget_unexplained
 from rayexpand.config import RunConfig, differences, digest, ids_sha256, override, parse, resolved, semantic
 from rayexpand.errors import (
@@ -79,7 +88,7 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
     """Everything wrong that can be known without loading a model, one line each.
 
     `device_here`: the sampler will run in this process, so its device must be here too. `with_classes`: list the
-    dataset where guide or prototypes say for which classes they were made, and compare.
+    dataset where guide or artifacts say for which classes they were made, and compare.
     """
     problems = seeds.check(config.data)
     data_is_sound, needs = not problems, config.method.needs()
@@ -166,7 +175,8 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
         raise ConfigError(where or config.name, problems)
     files = open_files(config.folder, single_writer=config.store.single_writer)
     plan = None if first_look(files) else make_plan(seeds.build_index(config.data), config)
-    if plan is not None and (problems := check_classes(config, plan.index.classes.key)):
+    if plan is not None and (problems := [*check_classes(config, plan.index.classes.key),
+                                          *check_seeds(config, plan.index)]):
         raise ConfigError(where or config.name, problems)
     files.probe()
     files.sweep()
@@ -174,6 +184,8 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
     if plan is not None:
         if "prototypes" in models:
             prototypes_of(config, plan.index.classes.key, models.get("guide"))  # refuses those of another guide
+        if "adapter" in models:
+            check_base(config, models["prior"])
         facts = _facts(config, plan, models)
         write_plan(plan, files, facts["plan"])
         create_once(files, "run.json", facts, "run")
@@ -335,13 +347,16 @@ def _facts(config: RunConfig, plan: Plan, models: dict[str, str]) -> dict[str, A
             "run_digest": digest({"plan": identity, "config": semantic(config), "models": models}),
             "plan_digest": identity, "plan": f"plan/{identity[:8]}", "planned": plan.planned, "shards": plan.n_shards,
             "seeds": len(plan.index), "classes": len(plan.index.classes), "models": models,
-            **({"ids_sha256": ids_sha256(config.data)} if config.data.ids else {})}
+            **({"ids_sha256": ids_sha256(config.data)} if config.data.ids else {}),
+            **({"captions_sha256": captions_sha256(config)} if plan.captions is not None else {})}
 
 
 def _open(config: RunConfig, files: Files, models: dict[str, str]) -> Run:
     facts = read_facts(files)
     before, now = _comparable(config, files, facts)
     changed = differences({**before, "models": facts["models"]}, {**now, "models": models})
+    if (said := facts.get("captions_sha256")) and (said_now := captions_sha256(config) or said) != said:
+        changed.append(f"artifacts.captions: {said!r} -> {said_now!r}")
     if changed:
         raise DigestMismatch("\n  ".join([f"{files.root} holds another run; continuing would mix two datasets. What "
                                           "differs (there -> here):", *changed,

@@ -63,6 +63,9 @@ _REJECTIONS = frozenset(
 )
 
 
+CAPTION_SLOT = "{caption}"  # in the prompt of a draw: where the plan puts the caption of its seed
+
+
 class Start:
     """Where a draw starts: from its seed image, or from pure noise (text to image)."""
 
@@ -350,9 +353,11 @@ class Tools:
     """The loaded models and artifacts a method asked for in `needs()`; None where it did not."""
 
     classes: ClassTable
-    prior: Any = None
+    prior: Any = None  # with the adapter, where the method needs one
     guide: Any = None
     prototypes: Any = None
+    class_features: Any = None  # float32 tensor (K, D)
+    image_features: Any = None  # its rows(seed_ids) are float32 (B, D), zeros for the seed id "filler"
 
 
 class Method(Protocol):

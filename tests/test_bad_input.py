@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -247,6 +248,24 @@ def test_dataset_that_cannot_work_ends_with_code_2_and_nothing_created(
         runs.prepare(make_config("classical", data=data))
     assert caught.value.exit_code == 2
     assert isinstance(caught.value, ConfigError)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    (None, "has no adapter.json; give the folder of an adapter"),
+    ({"adapter.json": b"{"}, "adapter.json cannot be read as JSON"),
+    ({"adapter.json": b"[]"}, "adapter.json does not describe an adapter of this version: "),
+    ({"learned_embeds.bin": b"\x80\x04."}, "learned_embeds.bin is a pickle, which can run code when opened")])
+def test_adapter_that_cannot_work_ends_with_code_2_and_nothing_created(
+        tmp_path: Path, make_config: MakeConfig, files: dict[str, bytes] | None, message: str) -> None:
+    folder = tmp_path / "adapter"
+    for name, content in (files or {}).items():
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        runs.prepare(make_config("diffmix", prompt="a {token}", sections={"artifacts": {"adapter": str(folder)}}))
+    assert caught.value.exit_code == 2
+    assert len(caught.value.problems) == 1
     assert not (tmp_path / "out").exists()
 
 

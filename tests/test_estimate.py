@@ -138,6 +138,21 @@ def test_seeds_that_are_not_here(tmp_path: Path) -> None:
         estimate_config(job(data=data, estimate={"seeds": 1000}, method={"name": "img2img", "quota": 10}))
 
 
+@pytest.mark.parametrize("fields", [{}, {"targets": "balanced"}, {"variant": "real_gen"}, {"prompt": "{noun}"}])
+def test_a_plan_that_asks_for_words_and_counts_of_classes_that_are_not_here(tmp_path: Path,
+                                                                            fields: dict[str, Any]) -> None:
+    data = {"source": "imagefolder", "path": str(tmp_path / "imagenet")}
+    guess = estimate_config(job(data=data, estimate={"seeds": 1000}, method={"name": "diffmix", **fields}))
+    assert guess.images == 5000
+    with pytest.raises(SeedDataError):  # what is missing of which class, nobody knows
+        estimate_config(job(data=data, estimate={"seeds": 1000}, method={"name": "diffmix", "targets": "fill"}))
+
+
+def test_a_plan_of_a_few_rows() -> None:
+    method = {"name": "diffmix", "ratio": 0.3, "targets": "balanced", "prompt": "{token}"}
+    assert estimate_config(job(data={"source": "digits", "per_class": 1}, method=method)).images == 3
+
+
 def test_executed_steps_scale_the_arithmetic(tmp_path: Path) -> None:
     big = job(data={"source": "imagefolder", "path": str(tmp_path / "gone")}, prior={"weights": "some/model@main"},
               image={"size": 512}, estimate={"seeds": 100}, method={"name": "img2img", "steps": 20, "strength": 0.5})

@@ -4,6 +4,7 @@ import errno
 import shutil
 import weakref
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,14 +15,16 @@ from PIL import Image
 from rayexpand import __version__
 from rayexpand import expander as expanders
 from rayexpand import run as runs
-from rayexpand.errors import EnvironmentFault, OverBudget
+from rayexpand.errors import ConfigError, DigestMismatch, EnvironmentFault, OverBudget
 from rayexpand.fit import fit_for
 from rayexpand.methods import method_class, names
 from rayexpand.schema import Batch, Draw, Expansion, Start, Tools
+from rayexpand.seed_columns import write_captions
+from rayexpand.seeds import build_index
 from rayexpand.verify import verify
 from tests.conftest import MakeConfig, complete, hashes, refused
 from tests.methods import fakes
-from tests.tiny import tiny_clip, tiny_pipeline
+from tests.tiny import tiny_adapter, tiny_clip, tiny_pipeline
 
 ROW = "bee/2.png/1"  # a sample of the image_folder fixture
 BADS = ("ant/0.png/0", "ant/0.png/1", "bee/2.png/1", "cat/0.png/0", "dog/0.png/4", "dog/4.png/1")
@@ -481,15 +484,27 @@ def test_the_stack_names_what_is_left_out_of_the_digest(make_config: MakeConfig,
     assert plain["rayexpand"] == __version__
 
 
+# Beside few steps: what leaves at least one of them, and prompts for classes without a metaclass.
+OWN_FIELDS: dict[str, dict[str, Any]] = {
+    "dafusion": {"prompt": "a {token}"}, "diffmix": {"prompt": "a {token}"},
+    "realfake": {"prompt": "a {token}", "visual_token": "none"},
+    "realguidance": {"prompt": "a {name}", "strength": 0.5}}
+
+
 @pytest.mark.parametrize("method", names())
 def test_real_methods_keep_every_hash_alone_resumed_and_beside_a_failure(
         make_config: MakeConfig, tiny: Path, image_folder: Path, tmp_path: Path, method: str) -> None:
     """The promise, for every method there is: regenerated alone, in another order, and with a failed batch-mate."""
-    sections = {"prior": {"weights": str(tiny)}, "image": {"size": 16}, "guide": {"weights": str(tiny.parent / "clip")}}
+    sections: dict[str, Any] = {"prior": {"weights": str(tiny)}, "image": {"size": 16},
+                                "guide": {"weights": str(tiny.parent / "clip")}}
     fields = {name: value for name, value in {"steps": 4, "guide_step": 2}.items()
-              if name in method_class(method).model_fields}
+              if name in method_class(method).model_fields} | OWN_FIELDS.get(method, {})
+    config = make_config(method, sections=sections, **fields)
     sections["artifacts"] = {role: str(folder) for role, folder in fit_for(
-        make_config(method, sections=sections, **fields), lambda *now: None, out=str(tmp_path / "artifacts")).items()}
+        config, lambda *now: None, out=str(tmp_path / "artifacts")).items()}
+    if "adapter" in config.method.needs():
+        classes = sorted(folder.name for folder in image_folder.iterdir())
+        sections["artifacts"]["adapter"] = str(tiny_adapter(tmp_path / "adapter", tiny, classes))
     run, totals = complete(make_config(method, ratio=2, sections=sections, **fields))
     committed = hashes(run)
     assert totals.kept == 40
@@ -509,3 +524,68 @@ def test_real_methods_keep_every_hash_alone_resumed_and_beside_a_failure(
     lost = {f"bee/2.png/{copy}" for copy in range(2)} if from_seeds else set()
     assert hashes(other) == {k: v for k, v in committed.items() if k not in lost}
     assert set(refused(other)) == lost
+
+
+# ------------------------------------------------------------------------------------------- the size of a seed image
+
+
+def test_samples_from_an_image_get_back_the_size_of_their_seed(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Diff-Mix, oracle 23: 400 x 300 goes through a square that is not letter-boxed, and out as 400 x 300."""
+    picture = np.zeros((300, 400, 3), np.uint8)
+    picture[:, :, 0] = np.linspace(0, 255, 400).astype(np.uint8)
+    picture[:, :, 1] = np.linspace(0, 255, 300).astype(np.uint8)[:, None]
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.fromarray(picture).save(tmp_path / "set" / name / "0.png")
+    data = {"source": "imagefolder", "path": str(tmp_path / "set")}
+    image = {"size": 512, "fit": "squash", "restore": True}
+
+    def made(name: str, method: str, **image: Any) -> tuple[runs.Run, dict[str, np.ndarray]]:
+        run, _ = complete(make_config(method, name=name, ratio=2, data=data,
+                                      sections={"image": image, "codec": {"format": "png"}}))
+        rows = [row for receipt in run.store.receipts()
+                for row in run.store.data(receipt, ["sample_id", "image"]).to_pylist()]
+        return run, {row["sample_id"]: np.asarray(Image.open(BytesIO(row["image"]["bytes"]))) for row in rows}
+
+    run, restored = made("restored", "Echo", **image)
+    _, square = made("square", "Echo", **(image | {"restore": False}))
+    _, mixed = made("mixed", "EchoThenNoise", **image)
+
+    assert {one.shape for one in restored.values()} == {(300, 400, 3)}
+    assert {one.shape for one in square.values()} == {(512, 512, 3)}
+    assert {key: one.shape for key, one in mixed.items()} == {
+        f"{seed}/0.png/{copy}": (512, 512, 3) if copy else (300, 400, 3) for seed in "ab" for copy in range(2)}
+    there = restored["a/0.png/0"].astype(int)
+    assert np.abs(there - picture).max() <= 3, "the whole image, in its place"
+    by_pillow = Image.fromarray(square["a/0.png/0"]).resize((400, 300), Image.Resampling.BILINEAR)
+    assert np.array_equal(there, np.asarray(by_pillow))
+    expander = runs.start(run)
+    assert expander.regenerate("a/0.png/1").sample_sha256 == hashes(run)["a/0.png/1"]
+    expander.close()
+
+
+@pytest.mark.parametrize("fit", ["crop", "center"])
+def test_a_part_of_an_image_is_not_stretched_to_the_whole(make_config: MakeConfig, fit: str) -> None:
+    with pytest.raises(ConfigError, match=rf"image: restore: fit {fit} cuts a part out.*fit: squash"):
+        make_config("Fake", sections={"image": {"fit": fit, "restore": True}})
+
+
+def test_the_restored_size_is_part_of_what_a_run_is(make_config: MakeConfig) -> None:
+    image = {"size": 32, "fit": "squash"}
+    runs.prepare(make_config("Fake", sections={"image": image}))
+    with pytest.raises(DigestMismatch, match=r"image\.restore: False -> True"):
+        runs.prepare(make_config("Fake", sections={"image": image | {"restore": True}}))
+
+
+def test_a_row_without_its_caption_costs_itself_alone(make_config: MakeConfig, tmp_path: Path) -> None:
+    index = build_index(make_config("Captioned").data)
+
+    def made(name: str, blank: str) -> runs.Run:
+        folder = tmp_path / name
+        folder.mkdir()
+        write_captions(folder, index.seed_ids, ["" if one == blank else f"text {one}" for one in index.seed_ids])
+        return complete(make_config("Captioned", name=name, sections={"artifacts": {"captions": str(folder)}}))[0]
+
+    whole, run = made("whole", ""), made("blank", "bee/2.png")
+    assert refused(run) == {f"bee/2.png/{copy}": "missing" for copy in range(2)}
+    assert hashes(run) == {key: value for key, value in hashes(whole).items() if not key.startswith("bee/2.png")}

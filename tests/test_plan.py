@@ -4,15 +4,18 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from rayexpand.config import RunConfig
 from rayexpand.errors import UsageError
 from rayexpand.plan import make_plan, pack, plan_digest, read_plan, write_plan
 from rayexpand.rng import RowRng
 from rayexpand.schema import SEED_INDEX, ClassTable, SeedIndex
+from rayexpand.seed_columns import write_captions
 from rayexpand.store import LocalFiles
 from tests.conftest import MakeConfig
 
@@ -141,6 +144,54 @@ def test_a_row_draws_from_streams_of_its_own(make_config: MakeConfig) -> None:
     plan = make_plan(index_of([0, 1, 2]), make_config(ratio=2))
     for (draw,) in plan.units(0):
         assert plan.rng(replace(draw, attempt=3)) == RowRng(3, plan.method.name, draw.seed_id, draw.copy, 3)
+
+
+def captioned(make_config: MakeConfig, folder: Path, index: SeedIndex, captions: list[str], **fields: object,
+              ) -> RunConfig:
+    folder.mkdir(exist_ok=True)
+    write_captions(folder, index.seed_ids[:len(captions)][::-1], captions[::-1])  # another order than the index
+    return make_config("text2img", prompt="photo of {name}, {caption}", steps=2, ratio=2,
+                       sections={"artifacts": {"captions": str(folder)}}, **fields)
+
+
+def test_captions_of_seeds_are_in_the_prompts_and_in_the_plan(make_config: MakeConfig, tmp_path: Path) -> None:
+    index, words = index_of([0, 1, 2]), ["a cat on a mat", "{name} in {braces}", " on a boat "]
+    plan = make_plan(index, captioned(make_config, tmp_path / "captions", index, words))
+    expected = {"s0": "photo of class 0, a cat on a mat", "s1": "photo of class 1, {name} in {braces}",
+                "s2": "photo of class 2, on a boat"}
+    assert {(draw.seed_id, draw.prompt) for (draw,) in plan.units(0)} == set(expected.items())
+    assert not any(plan.lacks_caption(draw) for (draw,) in plan.units(0))
+
+    files = LocalFiles(str(tmp_path / "run"))
+    files.probe()
+    config = captioned(make_config, tmp_path / "captions", index, words)
+    write_plan(plan, files, "plan/x")
+    (tmp_path / "captions/captions.parquet").unlink()
+    again = read_plan(config, files, "plan/x")
+    assert again is not None
+    assert again.units(0) == plan.units(0), "what samples needs no captions beside the plan"
+    assert plan_digest(again) == plan_digest(plan)
+
+
+def test_the_digest_sees_every_caption(make_config: MakeConfig, tmp_path: Path) -> None:
+    index = index_of([0, 1, 2])
+    lists = [["a", "b", "c"], ["a", "b", "d"], ["b", "a", "c"], ["a", "bc", ""], ["ab", "", "c"]]
+    plans = [make_plan(index, captioned(make_config, tmp_path / str(i), index, words)) for i, words in enumerate(lists)]
+    assert len({plan_digest(plan) for plan in plans}) == len(lists)
+    assert make_plan(index, make_config(ratio=2)).captions is None
+
+
+def test_seeds_without_a_caption(make_config: MakeConfig, tmp_path: Path) -> None:
+    """One that is in no list stops the plan; an empty one costs its own rows; a seed known to be bad needs none."""
+    index = index_of([0, 1, 2] * 2)
+    with pytest.raises(UsageError, match=r"has no captions of 4 of 6 seeds \(s2, s3, s4, \.\.\.\).*data\.ids"):
+        make_plan(index, captioned(make_config, tmp_path / "few", index, ["a", "b"]))
+    faults = pa.array(["", "", "missing", "missing", "missing", "missing"])
+    known = SeedIndex(index.table.set_column(SEED_INDEX.get_field_index("fault"), "fault", faults), index.classes)
+    plan = make_plan(known, captioned(make_config, tmp_path / "few", index, ["a", " "]))
+    assert [plan.lacks_caption(draw) for (draw,) in plan.units(0)][:4] == [False, False, True, True]
+    with pytest.raises(UsageError, match=r"artifacts\.captions: is not set, and text2img needs captions"):
+        make_plan(index, make_config("text2img", prompt="{caption}", steps=2))
 
 
 def test_empty_and_oversharded_plans_are_refused(make_config: MakeConfig) -> None:

@@ -1,20 +1,31 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from rayexpand import artifacts
 from rayexpand import run as runs
-from rayexpand.config import RunConfig, parse
-from rayexpand.errors import ConfigError, DigestMismatch, EnvironmentFault, OverBudget, UsageError
-from rayexpand.schema import Receipt
+from rayexpand.config import RunConfig, parse, semantic
+from rayexpand.errors import ConfigError, DigestMismatch, EnvironmentFault, ModelError, OverBudget, UsageError
+from rayexpand.expander import load_tools
+from rayexpand.priors import folder_hash
+from rayexpand.priors.adapters import read_adapter
+from rayexpand.priors.latent import StableDiffusionPrior
+from rayexpand.schema import ClassTable, Receipt
+from rayexpand.seed_columns import write_captions, write_class_features, write_image_features
+from rayexpand.seeds import build_index
 from rayexpand.store import Tally, Totals, data_name
+from rayexpand.study import models_key, shared_tools
 from rayexpand.verify import verify
 from tests.conftest import MakeConfig, complete, hashes
-from tests.tiny import tiny_pipeline
+from tests.methods.fakes import Fake
+from tests.tiny import tiny_adapter, tiny_pipeline
 
 
 @pytest.fixture
@@ -212,3 +223,211 @@ def test_totals_hold_what_another_driver_committed(make_config: MakeConfig) -> N
 
     assert totals == run.totals()
     assert totals.pending == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+CLASSES = ("ant", "bee", "cat", "dog")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, another one, and adapters of the first: two with tokens, and a LoRA that was never trained."""
+    root = tmp_path_factory.mktemp("models")
+    tiny_pipeline(root / "base")
+    tiny_pipeline(root / "other", seed=1)
+    tiny_adapter(root / "adapter", root / "base", CLASSES)
+    tiny_adapter(root / "second", root / "base", CLASSES, seed=1)
+    tiny_adapter(root / "new", root / "base", CLASSES, strategy="db", size=0.0)
+    return root
+
+
+@pytest.fixture
+def fitted(make_config: MakeConfig, models: Path) -> Callable[..., RunConfig]:
+    """A Diff-Aug run with an adapter of `models`."""
+
+    def make(adapter: str | Path | None = "adapter", *, base: str = "base", sections: dict[str, Any] | None = None,
+             **fields: Any) -> RunConfig:
+        of = {"prior": {"weights": str(models / base), "device": "cpu"}, "image": {"size": 16}}
+        if adapter is not None:
+            of["artifacts"] = {"adapter": str(models / adapter)}
+        return make_config("diffmix", ratio=1, steps=2, strengths=[0.5], sections=of | (sections or {}), **{
+            "variant": "diff_aug", "prompt": "a {token}", **fields})
+
+    return make
+
+
+def test_an_adapter_is_part_of_what_a_run_is_by_its_content(fitted: Callable[..., RunConfig], models: Path,
+                                                            tmp_path: Path) -> None:
+    run, totals = complete(fitted())
+    reference = hashes(run)
+    assert totals.kept == 20
+    assert run.facts["models"]["adapter"] == folder_hash(models / "adapter")
+    assert run.facts["models"]["prior"] == read_adapter(models / "adapter").base_sha256
+
+    moved = shutil.copytree(models / "adapter", tmp_path / "moved")
+    assert runs.prepare(fitted(moved)).facts == run.facts, "the path does not count"
+    for other in ("second", "new"):
+        with pytest.raises(DigestMismatch, match=r"models\.adapter"):
+            runs.prepare(fitted(other, prompt="a {name}" if other == "new" else "a {token}"))
+    with pytest.raises(DigestMismatch, match=r"prior\.adapter: 'fused' -> 'unfused'"):
+        runs.prepare(fitted(sections={"prior": {**fitted().prior.model_dump(), "adapter": "unfused"}}))
+
+    assert "adapter" not in semantic(fitted(None, variant="real_aug", prompt="a {name}"))["prior"], "no mode of nothing"
+    expander = runs.start(runs.open_run(str(run.folder), check_models=True))
+    assert expander.regenerate("bee/2.png/0").sample_sha256 == reference["bee/2.png/0"]
+    expander.close()
+    for file in sorted(Path(run.folder, "data").iterdir())[1:]:
+        file.unlink()
+    assert hashes(complete(fitted(moved))[0]) == reference, "resumed with a copy of the adapter"
+    shutil.rmtree(moved)
+    assert runs.open_run(str(run.folder)).totals().pending == 0
+
+
+def test_tokens_and_lora_change_samples_and_an_untrained_lora_none(fitted: Callable[..., RunConfig],
+                                                                    image_folder: Path) -> None:
+    """Diff-Mix, oracle 17: with an empty LoRA and the same prompt, Diff-Aug is Real-Aug byte for byte."""
+    data = {**of(image_folder), "per_class": 1}
+    made = {name: hashes(complete(fitted(adapter, name=name, data=data, **fields))[0]) for name, adapter, fields in (
+        ("tokens", "adapter", {}), ("others", "second", {}), ("plain", "adapter", {"prompt": "a {name}"}),
+        ("empty", "new", {"prompt": "a {name}"}), ("real", None, {"prompt": "a {name}", "variant": "real_aug"}))}
+    assert made["empty"] == made["real"]
+    assert {len(one) for one in made.values()} == {4}
+    for name, other in (("tokens", "others"), ("plain", "real"), ("tokens", "plain")):
+        assert not set(made[name].values()) & set(made[other].values())
+
+
+def test_the_scale_of_a_lora_is_that_of_the_method(fitted: Callable[..., RunConfig],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    with_adapter = StableDiffusionPrior.with_adapter
+    monkeypatch.setattr(StableDiffusionPrior, "with_adapter", lambda self, folder, **options: (
+        asked.append(options), with_adapter(self, folder, **options))[1])
+    config = fitted(sections={"prior": {**fitted().prior.model_dump(), "adapter": "unfused"}})
+    load_tools(config, ClassTable.of(CLASSES))
+    monkeypatch.setattr(type(config.method), "lora_scale", 0.5, raising=False)
+    load_tools(fitted(), ClassTable.of(CLASSES))
+    base = folder_hash(config.prior.weights)
+    assert asked == [{"scale": 1.0, "fuse": False, "base_sha256": base},
+                     {"scale": 0.5, "fuse": True, "base_sha256": base}]
+
+
+def test_runs_share_a_prior_only_with_the_same_adapter(fitted: Callable[..., RunConfig], make_config: MakeConfig,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(name: str, *adapter: Any, **fields: Any) -> str:
+        return models_key(runs.prepare(fitted(*adapter, name=name, **fields)))
+
+    own = key("own")
+    assert key("same", "adapter", variant="diff_mix") == own, "another plan, the same models"
+    others = {key("second", "second"), key("none", None, variant="real_aug", prompt="a {name}"),
+              key("unfused", sections={"prior": {**fitted().prior.model_dump(), "adapter": "unfused"}})}
+    assert len(others | {own}) == 4
+    run = runs.prepare(fitted(name="own"))
+    monkeypatch.setattr(type(run.config.method), "lora_scale", 0.5, raising=False)
+    assert models_key(run) not in others | {own}
+
+
+def test_everything_wrong_with_an_adapter_is_said_at_once(fitted: Callable[..., RunConfig], models: Path,
+                                                          tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert runs.preflight(fitted()) == []
+    own, there = (folder_hash(models / name)[:12] for name in ("other", "base"))
+    seen = tiny_adapter(tmp_path / "seen", models / "base", ("ant", "cat", "bee", "dog"), strategy="db",
+                        visual_token="class_mean")
+    found = "\n".join(runs.preflight(fitted(seen, base="other")))
+    for words in (f"trained on base model {there}, but prior.weights {models / 'other'} is model {own}",
+                  "was trained with visual_token class_mean, but method.visual_token is none",
+                  "the prompt has {token}, but", "(strategy db) has no class tokens; use {name}",
+                  "was made for other classes than the dataset has: class 1 is 'cat' there and 'bee' here"):
+        assert words in found, words
+    assert found.count("artifacts.adapter: ") == 4
+    with pytest.raises(ConfigError, match="class 1 is 'cat' there"):
+        runs.prepare(fitted(tiny_adapter(tmp_path / "permuted", models / "base", ("ant", "cat", "bee", "dog"))))
+    for adapter, words in ((None, "diffmix needs a fine-tuned adapter of its prior and none is named; make them with "
+                                  "`rayexpand fit`"), (tmp_path / "gone", "gone has no adapter.json"),
+                           (models / "base", "is a complete pipeline, not an adapter; name it in prior.weights")):
+        assert words in runs.preflight(fitted(adapter))[0]
+    assert not (tmp_path / "out").exists()
+    assert not caplog.records
+    assert runs.preflight(fitted(prompt="a {name}")) == []
+    assert "has class tokens, but no prompt of diffmix has {token}" in caplog.text
+
+
+def test_a_base_that_is_not_here_yet_is_compared_when_it_is(fitted: Callable[..., RunConfig], models: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on the hub: its hash is known once it has been fetched."""
+    monkeypatch.setattr(artifacts, "present", lambda weights: None)
+    assert runs.preflight(fitted(base="other")) == []
+    with pytest.raises(ModelError, match=r"artifacts\.adapter: .* was trained on base model"):
+        runs.prepare(fitted(base="other"))
+    assert not Path(fitted().folder, "run.json").exists()
+
+
+# -------------------------------------------------------------------------------------------- features and captions
+
+
+class Featured(Fake):
+    """Needs what `wants` says."""
+
+    name: str = "tests.test_run.Featured"
+    wants: tuple[str, ...] = ()
+
+    def needs(self) -> frozenset[str]:
+        return frozenset(self.wants)
+
+
+def featured(make_config: MakeConfig, folder: Path, seed_ids: Sequence[str], classes: Sequence[str],
+             **sections: Any) -> RunConfig:
+    """A run with class features, image features and captions made of these."""
+    for kind in ("class_features", "image_features", "captions"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    features_nD = np.arange(len(seed_ids) * 4, dtype=np.float32).reshape(-1, 4)
+    write_class_features(folder / "class_features", features_nD[:len(classes)], class_keys=classes,
+                         encoder_sha256="e", images_per_class=None)
+    write_image_features(folder / "image_features", seed_ids, features_nD, encoder_sha256="e")
+    write_captions(folder / "captions", seed_ids, ["text"] * len(seed_ids))
+    kinds = ("class_features", "image_features", "captions")
+    config = make_config("Fake", ratio=1, sections={
+        "artifacts": {kind: str(folder / kind) for kind in kinds}, **sections})
+    return config.model_copy(update={"method": Featured(ratio=1, wants=kinds)})
+
+
+def test_features_reach_the_tools_and_their_content_the_run(make_config: MakeConfig, tmp_path: Path) -> None:
+    ids = build_index(make_config().data).seed_ids
+    config = featured(make_config, tmp_path / "made", ids, CLASSES)
+    run = runs.prepare(config)
+    assert set(run.facts["models"]) == {"class_features", "image_features"}
+    tools = load_tools(config, run.plan.index.classes)
+    assert tools.class_features.tolist() == np.arange(16).reshape(4, 4).tolist()
+    assert tools.image_features.rows([ids[2], "filler"]).tolist() == [[8, 9, 10, 11], [0, 0, 0, 0]]
+    shared = shared_tools(run, {models_key(run): replace(tools, class_features=None, prototypes="of another run")})
+    assert shared is not None
+    assert shared.class_features.tolist() == tools.class_features.tolist()
+    assert shared.prototypes is None
+
+    with open(tmp_path / "made/captions/captions.parquet", "ab") as stream:
+        stream.write(b" ")
+    with pytest.raises(DigestMismatch, match=r"artifacts\.captions: .* -> "):
+        runs.prepare(config)
+    shutil.rmtree(tmp_path / "made/captions")
+    assert runs.open_run(str(run.folder)).totals().pending == 20, "the plan holds the captions"
+
+
+def test_features_of_other_classes_or_seeds_are_refused_before_anything_is_made(make_config: MakeConfig,
+                                                                               tmp_path: Path) -> None:
+    ids = build_index(make_config().data).seed_ids
+    for classes, seed_ids, limit, message in (
+            (CLASSES[::-1], ids, 1.0, r"artifacts\.class_features: .*class 0 is 'dog' there and 'ant' here"),
+            (CLASSES, ids[:4], 0.5, r"artifacts\.image_features: .* has none of 16 of 20 seeds \(ant/4\.png, "),
+    ):
+        config = featured(make_config, tmp_path / "made", seed_ids, classes, limits={"max_failed": limit})
+        captions = tmp_path / "made/captions"
+        write_captions(captions, ids, ["text"] * 20)
+        with pytest.raises(ConfigError, match=message):
+            runs.prepare(config)
+        assert not Path(config.folder, "run.json").exists()
+    (tmp_path / "made/image_features/ids.parquet").unlink()
+    gone = config.model_copy(update={"artifacts": config.artifacts.model_copy(update={"captions": None})})
+    found = "\n".join(runs.preflight(gone))
+    for words in ("artifacts.captions: tests.test_run.Featured needs captions of the seeds and none are named",
+                  "has no ids.parquet, so it holds no image features"):
+        assert words in found, words

@@ -5,12 +5,15 @@ The weights say nothing about images, but every output depends on every input: t
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rayexpand.priors import digits, quiet_libraries
+from rayexpand.priors import digits, folder_hash, quiet_libraries
+from rayexpand.priors.adapters import AdapterFacts, write_adapter
 from rayexpand.rng import generator, row_key
 
 
@@ -46,4 +49,34 @@ def tiny_clip(folder: Path, seed: int = 0) -> Path:
     tokenizer = digits.build_tokenizer()
     config = _guide_config(len(tokenizer))
     digits.save_guide(digits.build_guide(len(tokenizer), _stream("clip", seed), config), tokenizer, folder, config)
+    return folder
+
+
+def tiny_adapter(folder: Path, base: Path, class_keys: Sequence[str], *, strategy: str = "ti_db", size: float = 0.3,
+                 seed: int = 0, **facts: Any) -> Path:
+    """Write an adapter of the pipeline folder `base` with random tokens, and LoRA of rank 2 and alpha 4 with numbers of
+    this size on its attention; size 0 is a LoRA that has not been trained yet."""
+    import torch
+    from safetensors import safe_open
+
+    def normals(part: str, *shape: int) -> torch.Tensor:
+        return torch.from_numpy(_stream(f"adapter {part}", seed).standard_normal(shape, np.float32))
+
+    lora = {}
+    with safe_open(base / "unet/diffusion_pytorch_model.safetensors", "pt") as weights:
+        for name in weights.keys():  # noqa: SIM118
+            module = name.removesuffix(".weight")
+            if module.endswith((".to_q", ".to_k", ".to_v", ".to_out.0")) and name != module:
+                rows, columns = weights.get_slice(name).get_shape()
+                lora[f"{module}.lora_A.weight"] = 0.3 * normals(f"{module} A", 2, columns)
+                lora[f"{module}.lora_B.weight"] = size * normals(f"{module} B", rows, 2)
+    text, noise = (json.loads((base / name).read_text())
+                   for name in ("text_encoder/config.json", "scheduler/scheduler_config.json"))
+    made = {"base_sha256": folder_hash(base), "strategy": strategy, "classes": tuple(class_keys),
+            "names": tuple(class_keys), "metaclasses": ("",) * len(class_keys), "prompt": "a photo of a {token}",
+            "tokenizer_length": text["vocab_size"], "prediction_type": noise["prediction_type"], "targets": ("to_q",)}
+    has_lora, has_tokens = strategy != "ti", strategy != "db"
+    write_adapter(folder, AdapterFacts(**{**made, **({"rank": 2, "alpha": 4.0} if has_lora else {}), **facts}),
+                  lora if has_lora else None,
+                  0.3 * normals("tokens", len(class_keys), text["hidden_size"]) if has_tokens else None)
     return folder

@@ -19,8 +19,8 @@ import filelock
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayexpand.artifacts import PROTOTYPES, prototypes_hash
-from rayexpand.config import GuideConfig, PriorConfig, RunConfig
+from rayexpand.artifacts import artifact_files, artifact_folder, artifact_hash
+from rayexpand.config import GuideConfig, RunConfig
 from rayexpand.errors import EnvironmentFault, ModelError
 from rayexpand.guide_files import checkpoint_file, guide_folder, present_guide
 from rayexpand.guides import guide_hash
@@ -96,24 +96,25 @@ def guide_at(guide: GuideConfig, folder: str) -> GuideConfig:
 
 def _part(config: RunConfig, part: str) -> Model:
     if part == "prior":
-        return _prior(config.prior)
+        return prior_model(config.prior.weights)
     if part == "guide":
         return guide_model(config.guide)
-    assert part == "prototypes"
-    return prototypes_model(Path(str(config.artifacts.prototypes)).expanduser())
+    return artifact_model(artifact_folder(config, part), part)
 
 
-def _prior(prior: PriorConfig) -> Model:
+def prior_model(weights: str) -> Model:
+    """A generator's pipeline folder."""
     def source() -> tuple[Path, list[str]]:
-        folder = resolve(prior.weights)
+        folder = resolve(weights)
         return folder, loaded_files(folder)
 
-    return Model(source, lambda: present(prior.weights), folder_hash)
+    return Model(source, lambda: present(weights), folder_hash)
 
 
-def prototypes_model(folder: Path) -> Model:
-    """A folder of prototypes."""
-    return Model(lambda: (folder, [PROTOTYPES]), lambda: folder if folder.is_dir() else None, prototypes_hash)
+def artifact_model(folder: Path, kind: str) -> Model:
+    """An artifact that samplers load: prototypes, an adapter, class or image features."""
+    return Model(lambda: (folder, artifact_files(folder, kind)), lambda: folder if folder.is_dir() else None,
+                 lambda copied: artifact_hash(copied, kind))
 
 
 def guide_model(guide: GuideConfig) -> Model:

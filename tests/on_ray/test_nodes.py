@@ -26,9 +26,10 @@ from ray.data.exceptions import ExecutionTimeoutError
 from rayexpand import run as runs
 from rayexpand.config import parse
 from rayexpand.on_ray import expand as on_ray
-from rayexpand.priors import digits, prior_hash
+from rayexpand.priors import digits, folder_hash, prior_hash, resolve
 from tests.conftest import FAKES, MakeConfig, complete, hashes
 from tests.on_ray.conftest import ROOT, ensure_token, free_ports, processes_of
+from tests.tiny import tiny_adapter
 
 pytestmark = pytest.mark.cluster
 
@@ -87,28 +88,37 @@ def test_a_node_killed_loses_nothing(cluster: Cluster, make_config: MakeConfig, 
     assert hashes(run) == reference
 
 
-def test_nodes_with_empty_caches_get_the_model_once(cluster: Cluster, tmp_path: Path) -> None:
-    """The driver has the embedded default; three nodes have nothing and train nothing."""
-    expected = prior_hash("digits")
+def test_nodes_with_empty_caches_get_model_and_adapter_once(cluster: Cluster, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver has the embedded default and, in its home, an adapter of it; three nodes have nothing and train
+    nothing."""
+    monkeypatch.setenv("RAYEXPAND_CACHE", str(digits.cache_root()))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(Path.home() / ".ray/auth_token"))
+    monkeypatch.setenv("HOME", str(tmp_path / "driver"))
+    adapter = tiny_adapter(tmp_path / "driver/adapter", resolve("digits"), [str(digit) for digit in range(10)])
+    expected = {"prior": prior_hash("digits"), "adapter": folder_hash(adapter)}
     caches = [tmp_path / f"node{i}" for i in range(3)]
     for cache in caches:
-        add(cluster, resources={"sampler": 1}, env_vars={"RAYEXPAND_CACHE": str(cache)})
+        add(cluster, resources={"sampler": 1}, env_vars={"RAYEXPAND_CACHE": str(cache), "HOME": str(cache)})
     cluster.wait_for_nodes()
     raw = yaml.safe_load((ROOT / "jobs/digits/expand-img2img.yaml").read_text())
     raw |= {"out": str(tmp_path / "out"), "sampler": {"batch": 10, "shard_images": 10},
+            "method": {"name": "diffmix", "ratio": 5, "steps": 10, "strengths": [0.5], "guidance_scale": 2.0,
+                       "prompt": "a photo of a {token}"}, "artifacts": {"adapter": "~/adapter"},
             **on(cluster, actors=3, cpus_per_actor=0.5, resources={"sampler": 1})}
     run = runs.prepare(parse(raw), device_here=False)
     totals = expand_with(run)
     local, _ = complete(parse({**raw, "name": "local"}))
 
     assert totals.kept == 100
-    assert run.facts["models"]["prior"] == expected
+    assert run.facts["models"] == expected
     assert hashes(run) == hashes(local)
     filled = [cache for cache in caches if cache.exists()]
     assert len(filled) >= 2
     for cache in filled:
         assert [path.name for path in cache.iterdir() if path.is_dir()] == ["staged"]
-        assert [path.name for path in (cache / "staged").iterdir() if path.is_dir()] == [expected[:16]]
+        staged = {path.name for path in (cache / "staged").iterdir() if path.is_dir()}
+        assert staged == {sha256[:16] for sha256 in expected.values()}
     assert digits.cache_root() not in caches
 
 
@@ -124,7 +134,7 @@ def test_without_a_gpu_the_run_waits_and_goes_on_when_one_comes(
     said: list[str] = []
 
     def one_comes() -> None:
-        time.sleep(20)
+        time.sleep(12)  # past the limit, which a run that keeps it does not survive
         add(cluster, num_gpus=1)
 
     if not told_to_wait:

@@ -11,9 +11,10 @@ import torch
 
 from rayexpand.errors import ModelError
 from rayexpand.priors import check_size, folder_hash, inspect_prior, latent, load_prior, prior_hash
-from rayexpand.priors.latent import StableDiffusionPrior
+from rayexpand.priors.adapters import load_lora, read_adapter, write_adapter
+from rayexpand.priors.latent import StableDiffusionPrior, TextCond
 from rayexpand.rng import RowRng
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_adapter, tiny_pipeline
 
 torch.set_num_threads(1)
 PROMPTS = ["a photo of a zero", "a seven", "the digit two", "a kudu"]
@@ -384,3 +385,175 @@ def test_weights_are_the_same_in_every_build(folders, tmp_path):
     assert folder_hash(tiny_pipeline(tmp_path / "again")) == folder_hash(folders["epsilon"])
     assert folder_hash(tiny_pipeline(tmp_path / "other", seed=1)) != folder_hash(folders["epsilon"])
     assert np.isfinite([p.abs().max() for p in load_prior(str(folders["epsilon"])).unet.parameters()]).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+TOKENS = ["a photo of a <class_0>", "a <class_2> seven", "a zero", "<class_1>"]
+
+
+@pytest.fixture(scope="module")
+def adapters(folders, tmp_path_factory):
+    """By strategy; `new` is a LoRA that has not been trained yet."""
+    root = tmp_path_factory.mktemp("adapters")
+    made = {one: tiny_adapter(root / one, folders["epsilon"], "xyz", strategy=one) for one in ("ti", "db", "ti_db")}
+    return made | {"new": tiny_adapter(root / "new", folders["epsilon"], "xyz", strategy="db", size=0.0)}
+
+
+def adapted(prior, folder, **options):
+    return prior.with_adapter(folder, base_sha256=None, **options)
+
+
+@torch.no_grad()
+def predicted(prior, prompts=PROMPTS):
+    return prior.predict(normals(4, 4, 8, 8), 500, prior.embed(prompts, NEGATIVES), 2.0)
+
+
+def test_fused_and_unfused_are_one_model_at_every_scale(prior, adapters):
+    at = {(scale, fuse): predicted(adapted(prior, adapters["db"], scale=scale, fuse=fuse))
+          for scale in (0.0, 0.5, 1.0) for fuse in (True, False)}
+    for scale in (0.0, 0.5, 1.0):
+        assert torch.allclose(at[scale, True], at[scale, False], atol=1e-5)
+    moved = (at[1.0, True] - at[0.5, True]).abs().max()
+    assert moved > 0.02, "fused at 1 is another sampler than fused at 0.5"
+    assert torch.equal(at[0.0, True], predicted(prior))
+    assert torch.equal(at[0.0, False], predicted(prior))
+
+
+def test_a_lora_that_was_not_trained_changes_no_bit(prior, adapters):
+    for fuse in (True, False):
+        assert torch.equal(predicted(adapted(prior, adapters["new"], fuse=fuse)), predicted(prior))
+
+
+def test_weights_are_fused_in_float32_and_then_rounded(folders, adapters):
+    """Adding in bfloat16 rounds base and sum: other weights."""
+    half = load_prior(str(folders["epsilon"]), dtype="bfloat16", device="cpu")
+    made = adapted(half, adapters["db"], scale=0.5)
+    state, exact = load_lora(adapters["db"]), load_prior(str(folders["epsilon"]), device="cpu").unet
+    twice_rounded = 0
+    for module in {name.rpartition(".lora_")[0].removeprefix("unet.") for name in state}:
+        down, up = (state[f"unet.{module}.lora_{side}.weight"] for side in "AB")
+        change = 0.5 * (4.0 / 2) * (up @ down)
+        weight = made.unet.get_submodule(module).weight
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, (exact.get_submodule(module).weight + change).bfloat16())
+        twice_rounded += int((weight != half.unet.get_submodule(module).weight + change.bfloat16()).sum())
+    assert twice_rounded > 20
+    unfused = adapted(half, adapters["db"], fuse=False)
+    assert {one.dtype for one in unfused.unet.parameters()} == {torch.bfloat16}
+    assert torch.equal(half.unet.conv_in.weight, exact.conv_in.weight.bfloat16())
+
+
+def test_the_base_and_its_words_are_left_as_they_were(prior, adapters):
+    before = {name: one.clone() for model in (prior.unet, prior.text_encoder)
+              for name, one in model.state_dict().items()}
+    words, state = len(prior.tokenizer), torch.random.get_rng_state()
+    base = prior.embed(TOKENS, NEGATIVES).tokens_BTE
+    made = adapted(prior, adapters["ti_db"])
+    assert torch.equal(state, torch.random.get_rng_state()), "nothing is drawn from the global generator"
+    for model in (prior.unet, prior.text_encoder):
+        for name, one in model.state_dict().items():
+            assert torch.equal(one, before[name]), name
+    assert len(prior.tokenizer) == words
+    assert torch.equal(prior.embed(TOKENS, NEGATIVES).tokens_BTE, base)
+    table = made.text_encoder.get_input_embeddings().weight
+    assert torch.equal(table[:words], prior.text_encoder.get_input_embeddings().weight)
+    assert len(table) == words + 3
+    own = made.embed(TOKENS, NEGATIVES).tokens_BTE  # `base` is in the other's cache
+    assert torch.equal(own[2], base[2])
+    for row in (0, 1, 3):
+        assert not torch.equal(own[row], base[row])
+    assert torch.equal(made.embed(TOKENS, NEGATIVES).negative_tokens_BTE, prior.embed(TOKENS, NEGATIVES)
+                       .negative_tokens_BTE)
+    assert made.vae is prior.vae
+    assert not any(one.requires_grad for model in (made.unet, made.text_encoder) for one in model.parameters())
+
+
+def test_what_an_adapter_does_not_train_is_shared(prior, adapters):
+    tokens, lora = adapted(prior, adapters["ti"]), adapted(prior, adapters["db"])
+    assert tokens.unet is prior.unet
+    assert lora.text_encoder is prior.text_encoder
+    assert lora.unet is not prior.unet
+    assert lora._texts is not prior._texts
+    assert not torch.equal(predicted(tokens, TOKENS), predicted(prior, TOKENS))
+    assert not torch.equal(predicted(lora), predicted(prior))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fuse", [True, False])
+def test_loading_options_hold_for_the_adapted_unet(folders, prior, adapters, fuse):
+    from diffusers.models.attention_processor import AttnProcessor
+
+    expected = predicted(adapted(prior, adapters["ti_db"], fuse=fuse), TOKENS)
+    other = load_prior(str(folders["epsilon"]), device="cpu", attention="eager", channels_last=True)
+    made = adapted(other, adapters["ti_db"], fuse=fuse)
+    assert {type(p) for p in made.unet.attn_processors.values()} == {AttnProcessor}
+    assert made.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(predicted(made, TOKENS), expected, atol=1e-5)
+    compiled = adapted(load_prior(str(folders["epsilon"]), device="cpu", compile=True), adapters["db"], fuse=fuse)
+    assert compiled.unet._compiled_call_impl is not None
+
+
+def test_an_adapter_of_another_model_is_refused(folders, priors, prior, adapters, tmp_path):
+    own = prior_hash(str(folders["epsilon"]))
+    assert prior.with_adapter(adapters["db"], base_sha256=own).adapter == read_adapter(adapters["db"])
+    with pytest.raises(ModelError, match=rf"trained on base model {own[:12]}, but prior\.weights is model {'f' * 12}"):
+        prior.with_adapter(adapters["db"], base_sha256="f" * 64)
+    with pytest.raises(ModelError, match="has an adapter already"):
+        adapted(adapted(prior, adapters["ti"]), adapters["db"])
+    with pytest.raises(ModelError, match=r"predicts epsilon and has .* this one predicts v_prediction"):
+        adapted(priors["v_prediction"], adapters["db"])
+    words = tiny_adapter(tmp_path / "words", folders["epsilon"], "xyz", tokenizer_length=49_408)
+    with pytest.raises(ModelError, match="has 49408 words, this one predicts epsilon and has"):
+        adapted(prior, words)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ("width", r"tokens of width 8, but this text encoder embeds words in 16"),
+    ("shape", r"adapts .*attn1.* of shape \(2, 5\), but this UNet has weights of shape \(16, 16\)"),
+    ("layer", "but this UNet has no such layer"),
+])
+def test_shapes_that_do_not_fit_are_named(prior, adapters, tmp_path, wrong, message):
+    facts, lora, tokens = read_adapter(adapters["ti_db"]), load_lora(adapters["ti_db"]), torch.ones(3, 16)
+    down = next(key for key in lora if "attn1.to_q.lora_A" in key)
+    if wrong == "width":
+        tokens = tokens[:, :8]
+    elif wrong == "shape":
+        lora[down] = lora[down][:, :5]
+    else:
+        lora = {key.replace("attn1", "attn9"): one for key, one in lora.items()}
+    write_adapter(tmp_path / "x", facts, lora, tokens)
+    with pytest.raises(ModelError, match=message):
+        adapted(prior, tmp_path / "x")
+
+
+def test_the_last_slot_holds_the_visual_token_of_its_row():
+    """Real-Fake, oracle 5.3: its code mixed the features of different images of a batch."""
+    hidden = torch.arange(2 * 4 * 3, dtype=torch.float32).view(2, 4, 3)
+    cond, v = TextCond(hidden, -hidden), torch.tensor([[0.0, 1, 2], [10, 11, 12]])
+    made = cond.with_last_slot(v)
+    assert made.tokens_BTE[:, -1].tolist() == [[0, 1, 2], [10, 11, 12]]
+    assert torch.equal(made.tokens_BTE[:, :-1], hidden[:, :-1])
+    assert torch.equal(made.negative_tokens_BTE, -hidden)
+    assert torch.equal(cond.tokens_BTE, torch.arange(24.0).view(2, 4, 3)), "the cached texts are left alone"
+    both = cond.with_last_slot(v, both=True)
+    assert torch.equal(both.negative_tokens_BTE[:, -1], v)
+    assert torch.equal(both.negative_tokens_BTE[:, :-1], -hidden[:, :-1])
+    assert torch.equal(cond[[1, 0]].with_last_slot(v[[1, 0]]).tokens_BTE, made[[1, 0]].tokens_BTE)
+    assert TextCond(hidden.bfloat16(), hidden.bfloat16()).with_last_slot(v).tokens_BTE.dtype == torch.bfloat16
+    for wrong in (v[:, :2], v[:1], v[0]):
+        with pytest.raises(ModelError, match=r"do not fit 2 texts of width 3.*another encoder"):
+            cond.with_last_slot(wrong)
+
+
+@torch.no_grad()
+def test_the_visual_token_reaches_the_unet_and_not_the_text_cache(prior):
+    cond, v = prior.embed(PROMPTS, NEGATIVES), normals(4, 16)
+    z, kept = normals(4, 4, 8, 8), cond.tokens_BTE.clone()
+    made = prior.predict(z, 500, cond.with_last_slot(v), 2.0)
+    assert not torch.allclose(made, prior.predict(z, 500, cond, 2.0), atol=1e-3)
+    assert torch.equal(prior.embed(PROMPTS, NEGATIVES).tokens_BTE, kept)
+    order = [2, 0, 3, 1]
+    assert torch.allclose(prior.predict(z[order], 500, cond[order].with_last_slot(v[order]), 2.0), made[order],
+                          atol=1e-5)
