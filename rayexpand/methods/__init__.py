@@ -54,8 +54,9 @@ def load_method(name: str, fields: Mapping[str, Any]) -> Method:
     return method_class(name)(**{**fields, "name": name})
 
 
-def ratio_copies(index: SeedIndex, ratio: float, rng: PlanRng) -> np.ndarray:
-    """uint16[n]: `ratio` copies of every seed. A fraction f adds one copy to round(f * n_c) seeds of each class c.
+def ratio_copies(index: SeedIndex, ratio: float, rng: PlanRng, *, down: bool = False) -> np.ndarray:
+    """uint16[n]: `ratio` copies of every seed. A fraction f adds one copy to round(f * n_c) seeds of each class c, to
+    floor(f * n_c) with `down`.
 
     The chosen seeds of a smaller fraction are chosen for every larger one too, so 2.3x lies inside 2.5x inside 3x.
     """
@@ -66,7 +67,8 @@ def ratio_copies(index: SeedIndex, ratio: float, rng: PlanRng) -> np.ndarray:
     if fraction := ratio - whole:
         rank = _rank_in_class(index.labels, rng.per_seed("copies", index.seed_ids))
         counts = np.bincount(index.labels, minlength=len(index.classes))
-        copies += (rank < np.rint(fraction * counts)[index.labels]).astype(np.uint16)
+        more = np.floor(fraction * counts + 1e-6) if down else np.rint(fraction * counts)
+        copies += (rank < more[index.labels]).astype(np.uint16)
     return copies
 
 

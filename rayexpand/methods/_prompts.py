@@ -1,4 +1,8 @@
-"""Prompt templates: text with {name}, {metaclass} and {noun} of the class of a draw."""
+"""Prompt templates: text with {name}, {metaclass}, {noun} and {token} of the class of a draw, {caption} of its seed.
+
+{token} is the word that fine-tuning gave the class, such as `<class_7>`, so it needs an adapter. {caption} is a text
+about the seed image; it stays a slot here, for a method that plans knows no captions, and the plan fills it.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,12 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from rayexpand.core.class_tokens import class_token
 from rayexpand.errors import UsageError
-from rayexpand.schema import ClassTable
+from rayexpand.schema import CAPTION_SLOT, ClassTable
 
-PLACEHOLDERS = ("name", "metaclass", "noun")
+CLASS_WORDS = ("name", "metaclass", "noun")
+PLACEHOLDERS = (*CLASS_WORDS, "token", "caption")
 
 
 def check_template(template: str) -> str:
@@ -31,14 +37,25 @@ def check_template(template: str) -> str:
 Template = Annotated[str, AfterValidator(check_template)]
 
 
+def placeholders(template: str) -> frozenset[str]:
+    """The placeholders a template uses."""
+    return frozenset(key for _, key, _, _ in Formatter().parse(template) if key)
+
+
+def prompt_needs(*templates: str) -> frozenset[str]:
+    """What a method needs because of its prompts: an adapter for {token}, captions for {caption}."""
+    used = frozenset[str]().union(*map(placeholders, templates))
+    return frozenset(need for key, need in (("token", "adapter"), ("caption", "captions")) if key in used)
+
+
 def format_prompt(template: str, label: int, classes: ClassTable) -> str:
-    """The prompt of class `label`; underscores of a class name become spaces.
+    """The prompt of class `label`, with a slot in place of the caption; underscores of a class name become spaces.
 
     Raises UsageError when the template asks for a word the class does not have.
     """
-    words = {key: getattr(classes, key)[label].replace("_", " ") for key in PLACEHOLDERS}
-    wanted = {key for _, key, _, _ in Formatter().parse(template) if key}
-    blank = sorted(key for key in wanted if not words[key].strip())
+    words = {key: getattr(classes, key)[label].replace("_", " ") for key in CLASS_WORDS}
+    words |= {"token": class_token(label), "caption": CAPTION_SLOT}
+    blank = sorted(key for key in placeholders(template) if not words[key].strip())
     if blank:
         raise UsageError(f"prompt {template!r} asks for {{{blank[0]}}}, which class '{classes.key[label]}' does not "
                          f"have; add a {blank[0]} to the class mapping file or take it out of the prompt")

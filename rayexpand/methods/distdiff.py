@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from rayexpand.core import energy, perturb, sampling
 from rayexpand.methods import quota_copies, ratio_copies
 from rayexpand.methods._guided import Guided
-from rayexpand.methods._prompts import Template, format_prompt
+from rayexpand.methods._prompts import Template, format_prompt, prompt_needs
 from rayexpand.rng import PlanRng, RowRng
 from rayexpand.schema import Batch, ClassTable, Cond, Draw, Expansion, SeedIndex, Start, Tools
 
@@ -195,7 +195,8 @@ class DistDiff(BaseModel):
         return min(self.guide_batch or batch, batch)
 
     def needs(self) -> frozenset[str]:
-        return frozenset({"prior", "guide", "prototypes"} if self.guidance != "random" or self.measure else {"prior"})
+        scored = self.guidance != "random" or self.measure
+        return frozenset({"prior", "guide", "prototypes"} if scored else {"prior"}) | prompt_needs(self.prompt)
 
     def copies(self, index: SeedIndex, rng: PlanRng) -> np.ndarray:
         if self.quota is None:

@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from rayexpand.core import energy, perturb, sampling
 from rayexpand.methods import quota_copies, ratio_copies
 from rayexpand.methods._guided import Guided
-from rayexpand.methods._prompts import Template, format_prompt
+from rayexpand.methods._prompts import Template, format_prompt, prompt_needs
 from rayexpand.rng import PlanRng, RowRng
 from rayexpand.schema import Batch, ClassTable, Draw, Expansion, SeedIndex, Start, Tools
 
@@ -206,7 +206,7 @@ class Gif(BaseModel):
 
     def needs(self) -> frozenset[str]:
         scored = self.guidance == "guided" or (self.guidance == "random" and self.measure)
-        return frozenset({"prior", "guide"} if scored else {"prior"})
+        return frozenset({"prior", "guide"} if scored else {"prior"}) | prompt_needs(self.subject)
 
     def copies(self, index: SeedIndex, rng: PlanRng) -> np.ndarray:
         if self.quota is None:

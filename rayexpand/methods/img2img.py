@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rayexpand.core import sampling
 from rayexpand.methods import quota_copies, ratio_copies
-from rayexpand.methods._prompts import Template, format_prompt
+from rayexpand.methods._prompts import Template, format_prompt, prompt_needs
 from rayexpand.rng import PlanRng, RowRng
 from rayexpand.schema import Batch, ClassTable, Draw, Expansion, SeedIndex, Start, Tools
 
@@ -33,8 +33,8 @@ class Img2Img(BaseModel):
     ratio: float = Field(5.0, gt=0, le=65535, description="copies of each seed; 2.5 gives half of each class a third "
                          "copy (DistDiff: 5)")
     quota: int | None = Field(None, ge=1, description="samples per class, instead of `ratio`")
-    prompt: Template = Field("a photo of a {name}.", description="template with {name}, {metaclass}, {noun}; may be "
-                             "empty (DistDiff, sec. 4.1)")
+    prompt: Template = Field("a photo of a {name}.", description="template with {name}, {metaclass}, {noun}, {token}, "
+                             "{caption}; may be empty (DistDiff, sec. 4.1)")
     negative: str = Field("", description="negative prompt (DistDiff: empty)")
     strength: float = Field(0.5, gt=0, le=1, description="share of the schedule that is run (DistDiff: 0.5)")
     steps: int = Field(50, ge=1, le=999, description="solver steps of the whole schedule (DistDiff: 50)")
@@ -63,7 +63,7 @@ class Img2Img(BaseModel):
         return Expansion(images, reasons)
 
     def needs(self) -> frozenset[str]:
-        return frozenset({"prior"})
+        return frozenset({"prior"}) | prompt_needs(self.prompt)
 
     def copies(self, index: SeedIndex, rng: PlanRng) -> np.ndarray:
         if self.quota is None:

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 
 from rayexpand.core import sampling
 from rayexpand.errors import UsageError
-from rayexpand.methods._prompts import check_template, format_prompt
+from rayexpand.methods._prompts import check_template, format_prompt, prompt_needs
 from rayexpand.methods.img2img import Img2Img
 from rayexpand.methods.text2img import Text2Img
 from rayexpand.rng import PlanRng, RowRng
@@ -93,7 +93,7 @@ class Lecf(BaseModel):
         return self._plain.expand(batch, tools)
 
     def needs(self) -> frozenset[str]:
-        return self._plain.needs()
+        return self._plain.needs() | prompt_needs(*self.prompts.get(ANY, ()))
 
     def copies(self, index: SeedIndex, rng: PlanRng) -> np.ndarray:
         """Raises UsageError for a class without a prompt."""

@@ -7,6 +7,14 @@ without any real image.
     N        steps             solver steps, all of them run
     w        guidance_scale    classifier-free guidance, 1 = none
     z_T      z_BCHW            pure noise
+
+Two published baselines are presets, tables of field values that a field given beside them overrides:
+
+    fakeit   Sariyildiz et al., "Fake it till you make it", 2023: class and its superclass in the prompt, guidance 2.0
+             instead of 7.5 for diversity, as many samples as real images. Their other prompts are `prompt` here, with
+             the class's definition as its noun, say; a background of its own for each sample is a list of lecf
+    cip      Lei et al., "Image Captions are Natural Prompts for Text-to-Image Models", 2023: class and the caption of
+             a real image, one sample for each image; its sampler here is that of fakeit (ours)
 """
 
 from __future__ import annotations
@@ -14,13 +22,19 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rayexpand.core import sampling
 from rayexpand.methods import quota_copies, ratio_copies
-from rayexpand.methods._prompts import Template, format_prompt
+from rayexpand.methods._prompts import Template, format_prompt, prompt_needs
 from rayexpand.rng import PlanRng, RowRng
 from rayexpand.schema import Batch, ClassTable, Draw, Expansion, SeedIndex, Start, Tools
+
+_SYNTHETIC: dict[str, Any] = {"ratio": 1.0, "guidance_scale": 2.0, "steps": 50}
+PRESETS: dict[str, dict[str, Any]] = {
+    "fakeit": {**_SYNTHETIC, "prompt": "{name}, {metaclass}"},
+    "cip": {**_SYNTHETIC, "prompt": "a photo of a {name}, {caption}"},
+}
 
 
 class Text2Img(BaseModel):
@@ -29,17 +43,25 @@ class Text2Img(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["text2img"] = "text2img"
+    preset: Literal["fakeit", "cip"] | None = Field(None, description="a published baseline; sets ratio, prompt, "
+                                                    "guidance_scale and steps where they are not given")
     ratio: float = Field(5.0, gt=0, le=65535, description="samples for each seed; 2.5 gives half of each class a third "
                          "one (ours, as img2img)")
     quota: int | None = Field(None, ge=1, description="samples per class, instead of `ratio`")
-    prompt: Template = Field("a photo of a {name}.", description="template with {name}, {metaclass}, {noun}; may be "
-                             "empty (DistDiff, sec. 4.1)")
+    prompt: Template = Field("a photo of a {name}.", description="template with {name}, {metaclass}, {noun}, {token}, "
+                             "{caption}; may be empty (DistDiff, sec. 4.1)")
     negative: str = Field("", description="negative prompt (Stable Diffusion: empty)")
     steps: int = Field(50, ge=1, le=999, description="solver steps (Stable Diffusion: 50)")
     guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance scale (Stable Diffusion: 7.5)")
     solver: sampling.Solver = Field("ddim", description="ddim (ours, as img2img), dpmpp_2m (Diff-Gen) or unipc")
     spacing: sampling.Spacing | None = Field(None, description="timestep spacing; none: leading for ddim, linspace for "
                                              "the others")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, fields: Any) -> Any:
+        known = isinstance(fields, dict) and fields.get("preset") in list(PRESETS)
+        return {**PRESETS[fields["preset"]], **fields} if known else fields
 
     def expand(self, batch: Batch, tools: Tools) -> Expansion:
         import torch
@@ -54,7 +76,7 @@ class Text2Img(BaseModel):
         return Expansion(images, reasons)
 
     def needs(self) -> frozenset[str]:
-        return frozenset({"prior"})
+        return frozenset({"prior"}) | prompt_needs(self.prompt)
 
     def copies(self, index: SeedIndex, rng: PlanRng) -> np.ndarray:
         if self.quota is None:

@@ -27,4 +27,12 @@ def tools(tmp_path_factory):
     with torch.no_grad():
         features = guide.features(pixels).numpy()
     prototypes = fit_prototypes(features, np.arange(12) % 3, 3, 2, guide_hash="g", class_keys=CLASSES.key)
-    return Tools(CLASSES, load_prior(str(folder / "prior"), device="cpu"), guide, prototypes)
+    return Tools(CLASSES, load_prior(str(folder / "prior"), device="cpu"), guide, prototypes,
+                 torch.from_numpy(prototypes.class_KD), SeedFeatures())
+
+
+class SeedFeatures:
+    """16 features of any seed."""
+
+    def rows(self, seed_ids):
+        return np.stack([RowRng(0, "test", seed_id, 0).normals("features", (16,)) for seed_id in seed_ids])

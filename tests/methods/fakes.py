@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from rayexpand.methods import quota_copies, ratio_copies
 from rayexpand.rng import PlanRng, RowRng
-from rayexpand.schema import Batch, ClassTable, Draw, Expansion, Method, Reason, SeedIndex, Start, Tools
+from rayexpand.schema import CAPTION_SLOT, Batch, ClassTable, Draw, Expansion, Method, Reason, SeedIndex, Start, Tools
 
 SIZE = 16
 
@@ -95,6 +95,23 @@ class NoiseStart(Fake):
 
     def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
         return replace(super().draw(seed_id, label, copy, row, classes, rng), start=Start.NOISE, strength=1.0)
+
+
+class Echo(Fake):
+    """Gives back the prepared seed image."""
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        return Expansion([image.copy() for image in batch.images])
+
+
+class Captioned(Fake):
+    """Its prompt is the caption of the seed."""
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"captions"})
+
+    def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
+        return replace(super().draw(seed_id, label, copy, row, classes, rng), prompt=CAPTION_SLOT)
 
 
 class Groups(Fake):
@@ -330,6 +347,14 @@ class SecondCopyFromNoise(Fake):
         for draw, image in zip(batch.draws, batch.images, strict=True):
             assert draw.start == Start.IMAGE or (image == 128).all()
         return super().expand(batch, tools)
+
+
+class EchoThenNoise(SecondCopyFromNoise):
+    """A picture of the size the sampler sees: the prepared seed image, and noise at a later copy."""
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        return Expansion([rng.uniforms("noise", image.shape) if draw.copy else image.copy()
+                          for draw, rng, image in zip(batch.draws, batch.rngs, batch.images, strict=True)])
 
 
 class RejectsAndFails(Redraws):

@@ -22,12 +22,13 @@ from tests.methods.fakes import batch_of
 ROWS = [("a/1.png", 0, 0), ("b", 1, 0), ("a/1.png", 0, 1), ("ü n", 2, 3)]
 OTHERS = [("other0", 2, 5), ("other1", 0, 1), ("other2", 1, 0), ("other3", 2, 2)]
 # Few steps: the contract is about rows and bytes, not about image quality.
-SMALL = {"steps": 4, "guide_step": 2}
+SMALL = {"steps": 4, "guide_step": 2, "strengths": [0.5]}
+OWN = {"realguidance": {"strength": 0.5}}
 
 
 def small(name, **changes):
     known = method_class(name).model_fields
-    return load_method(name, {**{k: v for k, v in SMALL.items() if k in known}, **changes})
+    return load_method(name, {**{k: v for k, v in SMALL.items() if k in known}, **OWN.get(name, {}), **changes})
 
 
 def index_of(labels):
@@ -44,7 +45,7 @@ def method(request):
 
 
 def test_the_methods_of_this_package():
-    assert {"classical", "distdiff", "gif", "img2img", "text2img"} <= set(names())
+    assert {"classical", "dafusion", "diffmix", "distdiff", "gif", "img2img", "realguidance", "text2img"} <= {*names()}
     assert not [name for name in names() if name.startswith("_")]
 
 
@@ -60,7 +61,8 @@ def test_settings_are_frozen_known_and_described(method):
 
 
 def test_needs_are_fields_of_tools(method):
-    assert method.needs() <= {f.name for f in fields(Tools)} - {"classes"}
+    of_prior_and_plan = {"adapter", "captions"}
+    assert method.needs() <= {f.name for f in fields(Tools)} - {"classes"} | of_prior_and_plan
 
 
 def test_copies(method):
@@ -132,7 +134,9 @@ def group_of(method, batch, slot):
 
 
 SETTINGS = ({}, {"solver": "dpmpp_2m"}, {"solver": "unipc"}, {"guide_batch": 3}, {"recompute": True},
-            {"guidance": "direct"}, {"guidance": "random"}, {"chunk": 3, "forward_chunk": 3}, {"level": "pixel"})
+            {"guidance": "direct"}, {"guidance": "random"}, {"chunk": 3, "forward_chunk": 3}, {"level": "pixel"},
+            {"visual_token": "instance", "negative_branch": "both"}, {"latent_prior": False},
+            {"variant": "real_gen"})
 
 
 def variants():

@@ -30,6 +30,9 @@ def test_prompts():
     assert prompt("a photo of a {name}.") == "a photo of a great auk."
     assert prompt("{name}, a {metaclass}, {noun}; {{raw}}") == "great auk, a bird, auk; {raw}"
     assert prompt("") == ""
+    assert prompt("{token} {metaclass}: {caption}, {{caption}}") == "<class_0> bird: {caption}, {caption}"
+    assert Img2Img(prompt="a {name}").needs() == {"prior"}
+    assert Img2Img(prompt="a {token}, {caption}").needs() == {"prior", "adapter", "captions"}
     with pytest.raises(UsageError, match=r"asks for \{metaclass\}, which class 'n02' does not have"):
         prompt("a {metaclass}", label=1)
 

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from rayexpand.methods.text2img import Text2Img
+from rayexpand.rng import RowRng
 from rayexpand.schema import ClassTable, Start, Tools
 from tests.core.gaussian import GaussianPrior, sd_scheduler
 from tests.methods.fakes import batch_of
@@ -43,6 +44,25 @@ def test_samples_follow_the_distribution_of_the_prior():
     pixels = np.stack(method.expand(batch, Tools(CLASSES, prior=GaussianPrior(sd_scheduler(), 0.5, 0.1))).images) / 255
     assert pixels.mean() == pytest.approx(0.5, abs=0.02)
     assert pixels.std() == pytest.approx(0.1, abs=0.03)
+
+
+@pytest.mark.parametrize(("preset", "prompt", "needs"), [
+    ("fakeit", "rain boot, shoe", {"prior"}), ("cip", "a photo of a rain boot, {caption}", {"prior", "captions"})])
+def test_presets_fill_what_is_not_given(preset, prompt, needs):
+    table = ClassTable.of(["n1"], ["rain_boot"], [2], ["shoe"])
+    method = Text2Img(preset=preset)
+    assert method.draw("s", 0, 0, 0, table, RowRng(0, "text2img", "s", 0)).prompt == prompt
+    assert (method.ratio, method.guidance_scale, method.steps, method.needs()) == (1, 2.0, 50, needs)
+    given = Text2Img(preset=preset, guidance_scale=7.5, prompt="{name}")
+    assert (given.guidance_scale, given.prompt, given.steps, given.ratio) == (7.5, "{name}", 50, 1)
+    assert Text2Img(**given.model_dump()) == given == Text2Img.model_validate_json(given.model_dump_json())
+    assert (Text2Img().ratio, Text2Img().guidance_scale, Text2Img().preset) == (5, 7.5, None)
+
+
+@pytest.mark.parametrize("preset", ["fake-it", ["cip"], 3])
+def test_presets_that_are_none(preset):
+    with pytest.raises(ValidationError, match="fakeit"):
+        Text2Img(preset=preset)
 
 
 def test_strength_is_no_setting():
