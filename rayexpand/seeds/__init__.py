@@ -11,6 +11,7 @@ the place it lies in an EnvironmentFault (try again later).
     digits.py folder.py parquet.py tars.py manifest.py npz.py
     index.py      mistakes, selection, the index
     reader.py     index rows -> encoded images
+    texts.py      a column of texts beside the images
 """
 
 from rayexpand.seeds.digits import digits_split
@@ -18,5 +19,6 @@ from rayexpand.seeds.index import build_index, check
 from rayexpand.seeds.listing import EXTENSIONS
 from rayexpand.seeds.reader import SeedReader
 from rayexpand.seeds.source import DataConfig
+from rayexpand.seeds.texts import text_problem, texts
 
-__all__ = ["EXTENSIONS", "DataConfig", "SeedReader", "build_index", "check", "digits_split"]
+__all__ = ["EXTENSIONS", "DataConfig", "SeedReader", "build_index", "check", "digits_split", "text_problem", "texts"]

@@ -42,18 +42,21 @@ def root(data: DataConfig) -> Place:
 
 def check(data: DataConfig) -> None:
     """Looks at the columns. Raises SeedDataError."""
+    _columns(data, schema(data))
+
+
+def schema(data: DataConfig) -> pa.Schema:
+    """All columns of the file; those of a CSV are text. Raises SeedDataError."""
     assert data.path is not None
     where = place("data.path", data.path)
     with blaming("data.path", data.path, where):
         if (kind := where.kind()) != "file":
             what = ("is a folder; name the CSV or parquet file in it" if kind else "does not exist; correct the path")
             raise SeedDataError(f"data.path: '{data.path}' {what}")
-        if _is_parquet(data):
-            with where.open() as raw:
-                schema = pq.read_schema(raw)
-        else:
-            schema = pa.schema([(name, pa.string()) for name in _header(data)])
-    _columns(data, schema)
+        if not _is_parquet(data):
+            return pa.schema([(name, pa.string()) for name in _header(data)])
+        with where.open() as raw:
+            return pq.read_schema(raw)
 
 
 def _is_parquet(data: DataConfig) -> bool:
@@ -68,8 +71,8 @@ def _header(data: DataConfig) -> list[str]:
     return next(csv.reader(io.StringIO(start)), [])
 
 
-def _columns(data: DataConfig, schema: pa.Schema) -> dict[str, str]:
-    """Column of each role: image, label, and id, split where they are used. Raises SeedDataError."""
+def _columns(data: DataConfig, schema: pa.Schema, text: str | None = None) -> dict[str, str]:
+    """Column of each role: image, label, and id, split, text where they are used. Raises SeedDataError."""
     name, image = posixpath.basename(str(data.path)), data.image_column
     if image not in schema.names and image == DataConfig.model_fields["image_column"].default:
         image = next((column for column in _PATH_COLUMNS if column in schema.names), image)
@@ -80,24 +83,17 @@ def _columns(data: DataConfig, schema: pa.Schema) -> dict[str, str]:
     if not is_text(schema.field(image).type):
         raise SeedDataError(f"data.image_column: '{image}' is {schema.field(image).type}; a manifest holds image paths "
                             "as strings (use source: parquet for embedded images)")
-    roles = {"image": image, "label": data.label_column, "id": data.id_column, "split": split}
+    roles = {"image": image, "label": data.label_column, "id": data.id_column, "split": split, "text": text}
     return {role: column for role, column in roles.items() if column is not None}
 
 
 def list_seeds(data: DataConfig) -> Listing:
     """Reads the manifest only; whether an image is there shows when it is read."""
     check(data)
-    table = _read_parquet(data) if _is_parquet(data) else _read_csv(data)
-    if "split" in table.column_names:
-        table = table.filter(_rows_of_split(data, table["split"]))
+    table = _rows(data)
     starts = _full_starts(data)
     resolved = [_resolve(path, starts) for path in table["image"].to_pylist()]
-    ids = table["image"].combine_chunks()
-    if data.id_column:
-        ids = pc.coalesce(table["id"].combine_chunks(), ids)
-    stem = posixpath.splitext(posixpath.basename(str(data.path)))[0]
-    numbers = pa.array(np.arange(len(table))).cast(pa.string())
-    ids, repeated = unique_ids(pc.coalesce(ids, pc.binary_join_element_wise(stem, numbers, "/")))
+    ids, repeated = _ids(data, table)
     label = table["label"]
     if not _is_parquet(data):
         label = parsed_labels(label.to_pylist(), data)
@@ -110,12 +106,34 @@ def list_seeds(data: DataConfig) -> Listing:
                    pa.array([member for member, _ in resolved], pa.string()), nowhere, nowhere)
 
 
-def _read_csv(data: DataConfig) -> pa.Table:
+def texts(data: DataConfig, column: str) -> tuple[pa.Array, pa.Array]:
+    """(seed ids, cells of another column), row by row. Raises SeedDataError."""
+    table = _rows(data, column)
+    return _ids(data, table)[0], table["text"].combine_chunks()
+
+
+def _rows(data: DataConfig, text: str | None = None) -> pa.Table:
+    """One column per role of the rows of data.split, and `text`, another column, where one is named."""
+    table = _read_parquet(data, text) if _is_parquet(data) else _read_csv(data, text)
+    return table.filter(_rows_of_split(data, table["split"])) if "split" in table.column_names else table
+
+
+def _ids(data: DataConfig, table: pa.Table) -> tuple[pa.Array, np.ndarray]:
+    """Ids, and a mask of the rows whose id was taken."""
+    ids = table["image"].combine_chunks()
+    if data.id_column:
+        ids = pc.coalesce(table["id"].combine_chunks(), ids)
+    stem = posixpath.splitext(posixpath.basename(str(data.path)))[0]
+    numbers = pa.array(np.arange(len(table))).cast(pa.string())
+    return unique_ids(pc.coalesce(ids, pc.binary_join_element_wise(stem, numbers, "/")))
+
+
+def _read_csv(data: DataConfig, text: str | None) -> pa.Table:
     """One string column per role; empty and absent cells are null."""
     assert data.path is not None
     rows = csv.DictReader(io.StringIO(read_text("data.path", data.path)))
     try:
-        columns = _columns(data, pa.schema([(name, pa.string()) for name in rows.fieldnames or []]))
+        columns = _columns(data, pa.schema([(name, pa.string()) for name in rows.fieldnames or []]), text)
         cells = [[row[column] or None for column in columns.values()] for row in rows]
     except csv.Error as error:
         raise SeedDataError(f"data.path: '{data.path}' is not CSV (after line {rows.line_num}: {error}); save it as "
@@ -124,14 +142,14 @@ def _read_csv(data: DataConfig) -> pa.Table:
     return pa.table({role: pa.array(column, pa.string()) for role, column in zip(columns, found, strict=True)})
 
 
-def _read_parquet(data: DataConfig) -> pa.Table:
+def _read_parquet(data: DataConfig, text: str | None) -> pa.Table:
     assert data.path is not None
     content = pa.BufferReader(read_bytes("data.path", data.path))
     with blaming("data.path", data.path, Place("")):
-        columns = _columns(data, pq.read_schema(content))
-        table = pq.read_table(content, columns=[*columns.values()])
-    text = is_text(table.schema.field(columns["label"]).type)
-    cast = {role: pa.chunked_array([label_array(table[column], text if role == "label" else True)])
+        columns = _columns(data, pq.read_schema(content), text)
+        table = pq.read_table(content, columns=sorted(set(columns.values())))
+    words = is_text(table.schema.field(columns["label"]).type)
+    cast = {role: pa.chunked_array([label_array(table[column], words if role == "label" else True)])
             for role, column in columns.items()}
     return pa.table(cast).replace_schema_metadata(table.schema.metadata)
 

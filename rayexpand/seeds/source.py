@@ -53,6 +53,9 @@ class DataConfig(BaseModel):
     max_pixels: int = Field(default=PILLOW_PIXELS, ge=1, le=2 * PILLOW_PIXELS,
                             description="images with more pixels are refused unread (too_large)")
     digits_split: int = Field(default=0, ge=0, description="digits: number of the random pool/test/seeds split")
+    digits_background: Literal["dark", "correlated", "all"] = Field(default="dark", description=(
+        "digits: dark as they are; correlated: 0-4 mostly on dark and 5-9 mostly on grey, 19 of 20; all: every digit "
+        "on both; seed ids then end in /low-dark, /low-grey, /high-dark or /high-grey"))
 
 
 def class_mapping(data: DataConfig) -> dict[str, dict[str, str]] | None:

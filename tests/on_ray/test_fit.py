@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import yaml
 
 from rayexpand import fit as fits
 from rayexpand import run as runs
-from rayexpand.artifacts import prototypes_hash, read_facts
+from rayexpand.artifacts import artifact_hash, prototypes_hash, read_facts
 from rayexpand.config import GuideConfig, parse
 from rayexpand.errors import ModelError
 from rayexpand.guides import guide_hash
@@ -22,10 +23,11 @@ from rayexpand.on_ray import fit as on_ray
 from rayexpand.on_ray import stage
 from rayexpand.on_ray.expand import connected
 from rayexpand.priors import prior_hash
+from rayexpand.seed_columns import write_class_features, write_image_features
 from tests.conftest import complete, hashes
 from tests.on_ray.conftest import ROOT, Head
 from tests.on_ray.test_nodes import add, cluster, expand_with, on  # noqa: F401  (cluster is a fixture)
-from tests.tiny import tiny_clip
+from tests.tiny import tiny_adapter, tiny_clip, tiny_pipeline
 
 pytestmark = pytest.mark.cluster
 
@@ -111,7 +113,7 @@ def test_guide_and_prototypes_reach_nodes_with_empty_caches(cluster: Any, tmp_pa
 
 def test_every_kind_of_model_is_copied_and_checked(head: Head, raw: dict[str, Any], tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder, the checkpoint of an architecture, and prototypes, to a cache that has none of them."""
+    """A folder, the checkpoint of an architecture, and artifacts, to a cache that has none of them."""
     import open_clip
     from safetensors.torch import load_file
 
@@ -123,7 +125,16 @@ def test_every_kind_of_model_is_copied_and_checked(head: Head, raw: dict[str, An
     named = GuideConfig(weights="tiny-staged-clip", checkpoint=str(clip / "open_clip_model.safetensors"))
     models = {"folder": (stage.guide_model(GuideConfig(weights=str(clip))), guide_hash(str(clip), None)),
               "checkpoint": (stage.guide_model(named), guide_hash(named.weights, named.checkpoint)),
-              "prototypes": (stage.prototypes_model(folder), prototypes_hash(folder))}
+              "prototypes": (stage.artifact_model(folder, "prototypes"), prototypes_hash(folder))}
+    for kind in ("class_features", "image_features"):
+        (tmp_path / kind).mkdir()
+    features = np.ones((2, 3), np.float32)
+    write_class_features(tmp_path / "class_features", features, class_keys=["a", "b"], encoder_sha256="e",
+                         images_per_class=None)
+    write_image_features(tmp_path / "image_features", ["a/0", "b/0"], features, encoder_sha256="e")
+    tiny_adapter(tmp_path / "adapter", tiny_pipeline(tmp_path / "base"), ["a", "b"])
+    for kind in ("class_features", "image_features", "adapter"):
+        models[kind] = (stage.artifact_model(tmp_path / kind, kind), artifact_hash(tmp_path / kind, kind))
     for name, value in head.env.items():
         monkeypatch.setenv(name, value)
     ray.init(address=head.address, log_to_driver=False)
