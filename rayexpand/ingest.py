@@ -14,6 +14,10 @@ shuffle_rows x mean bytes of an image / W, and of each lane the rest of a chunk 
 65,536 images of 110 kB are 7.2 GB over all workers. What does not fit in `cache_bytes` is refused, with the value of
 shuffle_rows that fits; it is never chosen by the machine, since the order depends on it.
 
+Where the recipe asks for CMO, a step may have a second batch: real rows drawn with weight 1 / n_c ** power, keyed by
+(seed, step), of whose images one box is pasted onto the first batch, the same box on all. In an epoch that replaces
+real rows, a drawn row shows what replaced it. Image i of a global batch always meets image i of the second one.
+
     B, W, V     images of a global batch, workers, lanes
     slice       positions rB/2W.. and their mirror images B-1-i, which MixUp and CutMix pair with them
 """
@@ -21,6 +25,7 @@ shuffle_rows that fits; it is never chosen by the machine, since the order depen
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -81,6 +86,10 @@ class Feed:
         self._window: tuple[tuple[int, int, int], Windowed] | None = None  # of (epoch, rank, world)
         self._fits = False
         self._kept: dict[tuple[int, int, int], Slots] = {}
+        self._shown: dict[int, np.ndarray] = {}  # of one epoch that replaces rows: what is shown for each real row
+        if recipe.cmo and not rows.n_real:
+            raise UsageError("recipe.cmo: boxes are cut from real images, and this list has none; give it real rows, "
+                             "or set cmo: 0")
 
     def order(self, epoch: int) -> np.ndarray:
         """int64 (steps, B): the items of an epoch's global batches."""
@@ -108,19 +117,62 @@ class Feed:
             epoch, within = divmod(step, self.epoch_steps)
             slots = self.slots(epoch, rank, world)
             encoded = self._windowed_images(epoch, within, rank, world) if self.is_windowed else None
-            yield self.make(step, Slots(slots.items[within], slots.occurrence[within]), encoded)
+            yield self._pasted(self.make(step, Slots(slots.items[within], slots.occurrence[within]), encoded), rank,
+                               world)
 
     def make(self, step: int, slots: Slots, encoded: Sequence[bytes] | None = None) -> TrainBatch:
         """The images and labels of some slots of a step; `encoded`, where the images were read already."""
         from rayexpand.core.classifier import TrainBatch
 
-        streams = _Streams(self.seed, step // self.epoch_steps)
-        x_BHWC = np.empty((len(slots.items), self.recipe.size, self.recipe.size, 3), np.uint8)
         encoded = self._images.encoded(slots.items) if encoded is None else encoded
+        x_BHWC = self._augmented(slots, encoded, _Streams(self.seed, step // self.epoch_steps, "augment"))
+        return TrainBatch(x_BHWC, self.targets(slots.items), step)
+
+    def _augmented(self, slots: Slots, encoded: Sequence[bytes], streams: _Streams) -> np.ndarray:
+        x_BHWC = np.empty((len(slots.items), self.recipe.size, self.recipe.size, 3), np.uint8)
         decoded = self._images.decode(slots.items, encoded)
         for i, (item, repeat, image) in enumerate(zip(slots.items, slots.occurrence, decoded, strict=True)):
             x_BHWC[i] = train_transform(image, streams.at(item, repeat), self.recipe)
-        return TrainBatch(x_BHWC, self.targets(slots.items), step)
+        return x_BHWC
+
+    def _pasted(self, batch: TrainBatch, rank: int, world: int) -> TrainBatch:
+        """A worker's slice with the boxes of CMO, where its step has some."""
+        from rayexpand.core.mixing import draw_paste, worker_rows
+
+        mix = draw_paste(self.recipe, self.seed, batch.step, self.total_steps, self.recipe.size)
+        if mix is None or mix.box is None:
+            return batch
+        at = worker_rows(self.batch, rank, world)
+        items = self.tail_items(batch.step)[at]
+        if self.is_windowed:  # nothing of it is kept: the window fills the memory
+            unique, where = np.unique(items, return_inverse=True)
+            found = self._images.fetch(unique)
+            encoded = [found[i] for i in where]
+        else:
+            encoded = self._images.encoded(items)
+        tail_BHWC = self._augmented(Slots(items, at.astype(np.uint32)), encoded,
+                                    _Streams(self.seed, batch.step, "augment tail"))
+        top, bottom, left, right = mix.box
+        batch.x_BHWC[:, top:bottom, left:right] = tail_BHWC[:, top:bottom, left:right]
+        lam = np.float32(mix.lam)
+        return batch._replace(y_BK=lam * batch.y_BK + (1 - lam) * self.targets(items))
+
+    def tail_items(self, step: int) -> np.ndarray:
+        """int64 (B,): the items of the second, tail-weighted batch of a step."""
+        drawn = np.searchsorted(self._tail_edges, _stream(self.seed, step, "tail").random(self.batch), side="right")
+        if self.rows.mode == "union":
+            return drawn
+        epoch = step // self.epoch_steps
+        if epoch not in self._shown:
+            self._shown = {epoch: self.rows.epoch(self.seed, epoch)}
+        return self._shown[epoch][drawn]
+
+    @cached_property
+    def _tail_edges(self) -> np.ndarray:
+        """float64 (real rows,): cumulated probabilities of the second batch."""
+        labels = self.rows.column("label")[:self.rows.n_real]
+        edges = np.cumsum(np.bincount(labels).astype(np.float64)[labels] ** -self.recipe.cmo_power)
+        return edges / edges[-1]
 
     def targets(self, items: np.ndarray) -> np.ndarray:
         """float32 (B, K): one-hot for seeds, the method's soft label for samples."""
@@ -231,12 +283,12 @@ def _stream(seed: int, epoch: int, name: str) -> np.random.Generator:
 class _Streams:
     """One generator, moved to the stream of any image of an epoch: 1 us where a new generator costs 11 (measured).
 
-    The key is that of (seed, epoch); item and occurrence are the two middle words of Philox's 256-bit counter, so
-    each image has 2 ** 64 blocks of its own.
+    The key is that of (seed, number of the epoch, name); item and occurrence are the two middle words of Philox's
+    256-bit counter, so each image has 2 ** 64 blocks of its own.
     """
 
-    def __init__(self, seed: int, epoch: int) -> None:
-        self._bits = np.random.Philox(key=np.frombuffer(row_key(seed, "feed", "", epoch, 0, "augment"), "<u8"))
+    def __init__(self, seed: int, number: int, name: str) -> None:
+        self._bits = np.random.Philox(key=np.frombuffer(row_key(seed, "feed", "", number, 0, name), "<u8"))
         self._generator, self._state = np.random.Generator(self._bits), self._bits.state
         self._counter = self._state["state"]["counter"]
 
@@ -256,10 +308,10 @@ class TestSet:
     __test__ = False  # for pytest: no test case
 
     def __init__(self, index: SeedIndex, data: DataConfig, recipe: Recipe, rank: int, world: int, size: int, *,
-                 cache_bytes: int = TEST_CACHE_BYTES) -> None:
+                 cache_bytes: int = TEST_CACHE_BYTES, section: str = "test") -> None:
         rows = sound_rows(index)
         self._rows = rows[rank * len(rows) // world:(rank + 1) * len(rows) // world]
-        self._index, self._data, self._recipe, self._size = index, data, recipe, size
+        self._index, self._data, self._recipe, self._size, self._section = index, data, recipe, size, section
         self._reader: SeedReader | None = None
         self._room, self._kept = cache_bytes, dict[int, TestBatch]()
 
@@ -291,6 +343,7 @@ class TestSet:
             except RowFault as fault:
                 seed_id = self._index.table["seed_id"][row].as_py()
                 raise UsageError(f"test image '{seed_id}' of {data.path or data.source} cannot be used ({fault}); "
-                                 "repair it, or name the others in a file and give it as test.ids") from fault
+                                 f"repair it, or name the others in a file and give it as {self._section}.ids"
+                                 ) from fault
             images.append(test_transform(image, self._recipe))
         return TestBatch(np.stack(images), self._index.labels[rows], rows)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -29,13 +30,15 @@ import numpy as np
 from pydantic import Field, ValidationError, field_validator
 
 from rayexpand import config as configs
+from rayexpand import extra_tests, seeds
 from rayexpand import run as runs
-from rayexpand import seeds
-from rayexpand.artifacts import prototypes_of
+from rayexpand.artifacts import features_of, prototypes_of
 from rayexpand.config import ClusterConfig, RunConfig, Section, digest
 from rayexpand.core.recipe import Recipe, make_recipe
 from rayexpand.errors import ConfigError, SeedDataError, UsageError
+from rayexpand.extra_tests import ExtraTest
 from rayexpand.files import Files
+from rayexpand.finetune_plan import AdapterFit
 from rayexpand.fit import fit_for, with_artifacts
 from rayexpand.fit_plan import ARTIFACTS, GuideFit, fit_config
 from rayexpand.rng import PlanRng
@@ -44,7 +47,17 @@ from rayexpand.seeds import DataConfig
 from rayexpand.status import shard_seconds
 from rayexpand.store import is_url, open_files
 from rayexpand.studylist import Rows, StudyList
-from rayexpand.subsets import SubsetConfig, choose, fingerprint, ids_file, ids_hash, shared_images, sound_rows
+from rayexpand.subsets import (
+    SubsetConfig,
+    choose,
+    fill_counts,
+    fingerprint,
+    ids_file,
+    ids_hash,
+    real_counts,
+    shared_images,
+    sound_rows,
+)
 
 REPEATED = "original repeated"  # how controls are called
 STUDY_FOLDERS = ("subsets", "lists", "trials", "results", "predictions", "checkpoints", ".tmp")
@@ -61,6 +74,8 @@ class ArmConfig(Section):
                                   "replaced by a synthetic one (Diff-Mix)")
     draw: Literal["uniform", "inverse_freq"] = Field("uniform", description="with replace: any synthetic row, or first "
                                                      "a class, rare ones more often (Diff-Mix, long tail)")
+    fill: bool = Field(False, description="of each class only as many synthetic rows as bring it to the size of the "
+                       "largest real class (SYNAuG)")
     selection: str | None = Field(None, description="a decision in selections/ of the expansion; only rows it keeps")
     soft_label: dict[str, float] = Field({}, description="arguments of the method's soft label, such as gamma")
     recipe: dict[str, Any] = Field({}, description="recipe fields of this arm alone")
@@ -72,6 +87,8 @@ class ExpansionFit(Section):
 
     guide: GuideFit | None = Field(None, description="train a guide; null: the one the run configuration names")
     groups: int = Field(3, ge=1, description="prototypes of each class (DistDiff: 3)")
+    adapter: AdapterFit | None = Field(None, description="fine-tune the generator, in the process that drives the "
+                                       "study; null: the one the run configuration names")
 
 
 class ExpansionConfig(Section):
@@ -101,6 +118,10 @@ class StudyConfig(Section):
     data: DataConfig = Field(description="the real images the subsets are taken from")
     subset: SubsetConfig = SubsetConfig()
     test: DataConfig = Field(description="images every arm is tested on; never trained on")
+    also: dict[str, ExtraTest] = Field({}, description="further test sets by name, which every finished classifier is "
+                                       "tested on once")
+    frequency: tuple[int, int] = Field((5, 20), description="classes with fewer real images than the first are `few`, "
+                                       "with more than the second `many`: CUB-LT; Flower-LT: [10, 30]")
     validation: DataConfig | None = Field(None, description="images a sweep chooses by, so that it does not choose by "
                                           "the test")
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="repetitions; three or more for error bars")
@@ -156,6 +177,8 @@ class Trial:
     data_sha256: str  # fingerprint of the real rows
     test: dict[str, Any]
     test_sha256: str  # fingerprint of the test images
+    also: dict[str, dict[str, Any]]  # further test sets: an ExtraTest and the sha256 of its images and groups, each
+    frequency: list[int]  # few below the first, many above the second
     checkpoint_sha256: str  # of the weights it starts from, "" from scratch
     workers: int  # BatchNorm statistics, sums and pairs of mixed images depend on it
     order: list[int]  # [shuffle_rows, lanes] where the list is read in windows, else []
@@ -165,8 +188,10 @@ class Trial:
     @property
     def digest(self) -> str:
         """What the result depends on. A result or checkpoint with another digest is not used."""
-        names = ("recipe", "list_sha256", "seed", "data_sha256", "test_sha256", "checkpoint_sha256", "workers", "order")
-        return digest({name: getattr(self, name) for name in names})
+        names = ("recipe", "list_sha256", "seed", "data_sha256", "test_sha256", "checkpoint_sha256", "workers", "order",
+                 "frequency")
+        also = {name: [one["restrict"], one["sha256"]] for name, one in self.also.items()}
+        return digest({**{name: getattr(self, name) for name in names}, **({"also": also} if also else {})})
 
 
 @dataclass(frozen=True)
@@ -198,6 +223,7 @@ def study_preflight(config: StudyConfig) -> list[str]:
     """Everything wrong that can be known without loading a model or listing a dataset, one line each."""
     problems = [problem for section in ("data", "test", "validation") if (data := getattr(config, section))
                 for problem in _renamed(seeds.check(data), section)]
+    problems += [f"also.{name}.{line}" for name, one in config.also.items() for line in extra_tests.problems(one)]
     files = {file for arm in config.arms if (file := {**config.recipe, **arm.recipe}.get("checkpoint")) is not None}
     problems += [f"recipe.checkpoint: there is no file {file}" for file in sorted(files)
                  if not Path(file).expanduser().is_file()]
@@ -210,6 +236,8 @@ def study_preflight(config: StudyConfig) -> list[str]:
             continue  # parse_study lists its mistakes
         trained = one.fit is not None and one.fit.guide is not None and one.fit.guide.kind != "clip_head"
         given_later = ("data.", "out:", *(("artifacts.prototypes: ",) if one.fit else ()),
+                       *(("artifacts.adapter: ", "artifacts.class_features: ", "artifacts.image_features: ")
+                         if one.fit and one.fit.adapter else ()),
                        *(("guide.weights: ",) if trained else ()))
         problems += [f"expansions.{name}.{line}" for line in runs.preflight(made, device_here=False)
                      if not line.startswith(given_later)]
@@ -238,6 +266,7 @@ def prepare_study(config: StudyConfig) -> Study:
     files.sweep()
     subsets = {seed: _subset(config, files, whole, seed) for seed in config.seeds}
     _refuse_overlap(config, subsets, test)
+    _open_also(config, subsets)
     if config.resample is False and _differ(subsets):
         raise ConfigError(config.name, [
             "resample: false expands the real rows of the first seed for all, but the seeds draw other subsets, so "
@@ -258,7 +287,7 @@ def pending_runs(study: Study, on_model: Callable[[str, int, int], None] | None 
     for name, made in each.values():
         wanted = study.config.expansions[name].fit if name in study.config.expansions else None
         if wanted is not None:
-            found = fit_for(made, on_model or (lambda *_: None), wanted.guide, groups=wanted.groups,
+            found = fit_for(made, on_model or (lambda *_: None), wanted.guide, wanted.adapter, groups=wanted.groups,
                             out=ARTIFACTS if is_url(made.out) else f"{made.out.rpartition('/')[0]}/{ARTIFACTS}")
             made = with_artifacts(made, found)
         run = runs.prepare(made, on_model, where=f"expansions.{made.name}")
@@ -267,32 +296,39 @@ def pending_runs(study: Study, on_model: Callable[[str, int, int], None] | None 
 
 
 def models_key(run: runs.Run) -> str:
-    """Runs with one key load the same models; their prototypes may differ."""
-    models = {name: value for name, value in run.facts["models"].items() if name != "prototypes"}
-    return digest({"needs": sorted(run.config.method.needs()), "models": models, "classes": run.plan.index.classes.name,
-                   "prior": run.config.prior.model_dump(mode="json")})
+    """Runs with one key load the same models; their prototypes and features may differ. An adapter is in the prior."""
+    method, models = run.config.method, run.facts["models"]
+    return digest({"models": {name: models[name] for name in ("prior", "adapter", "guide") if name in models},
+                   "lora_scale": getattr(method, "lora_scale", 1.0) if "adapter" in models else None,
+                   "classes": run.plan.index.classes.name, "prior": run.config.prior.model_dump(mode="json")})
 
 
 def shared_tools(run: runs.Run, loaded: Mapping[str, Tools]) -> Tools | None:
-    """What an earlier run loaded (`loaded` by `models_key`), with the prototypes of this one; None: load anew."""
+    """What an earlier run loaded (`loaded` by `models_key`), with prototypes and features of this one; None: load
+    anew."""
     tools = loaded.get(models_key(run))
-    if tools is None or "prototypes" not in run.config.method.needs():
-        return tools
-    return replace(tools, prototypes=prototypes_of(run.config, run.plan.index.classes.key,
-                                                   run.facts["models"].get("guide")))
+    if tools is None:
+        return None
+    keys = run.plan.index.classes.key
+    own = prototypes_of(run.config, keys, run.facts["models"].get("guide")) if "prototypes" in (
+        run.config.method.needs()) else None
+    return replace(tools, **{"prototypes": own, "class_features": None, "image_features": None,
+                             **features_of(run.config, keys)})
 
 
 def make_trials(study: Study) -> list[Trial]:
     """Every classifier of the study, its study list written. Raises UsageError where an expansion is not complete."""
     test_sha256 = fingerprint(seeds.build_index(study.config.test), study.config.test)
+    also = _also(study)
     data_sha256 = {seed: fingerprint(index, data) for seed, (data, index) in study.subsets.items()}
     arms = _arms(study)
     _refuse_equal_names(study, arms)
-    made = [[_trial(study, arm, seed, data_sha256[seed], test_sha256) for seed in study.config.seeds] for arm in arms]
+    made = [[_trial(study, arm, seed, data_sha256[seed], test_sha256, also) for seed in study.config.seeds]
+            for arm in arms]
     controls = _controls(study, arms, [tuple(rows for _, rows in line) for line in made])
     _refuse_equal_names(study, [*arms, *(control for control, _ in controls)])
     for control, epoch_rows in controls:
-        made.append([_trial(study, _repeated(study, control, seed, rows), seed, data_sha256[seed], test_sha256)
+        made.append([_trial(study, _repeated(study, control, seed, rows), seed, data_sha256[seed], test_sha256, also)
                      for seed, rows in zip(study.config.seeds, epoch_rows, strict=True)])
     trials = [line[number][0] for number in range(len(study.config.seeds)) for line in made]
     names = [trial.name for trial in trials]
@@ -325,8 +361,8 @@ def _controls(study: Study, arms: Sequence[Arm], epoch_rows: Sequence[tuple[int,
     """The controls with their rows of an epoch, which are given and returned by study seed. An arm has none of its own
     where real rows alone are trained in the same way already, with as many rows of an epoch in every seed.
 
-    A control is named after what was planned, which is the same for all seeds, or after its arm where a selection
-    decides or that name is taken.
+    A control is named after what was planned, which is the same for all seeds, or after its arm where a selection or
+    `fill` decides or that name is taken.
     """
     taken = {arm.name for arm in arms}
     served = {(rows, _recipe_digest(arm)) for arm, rows in zip(arms, epoch_rows, strict=True) if arm.config.use is None}
@@ -339,7 +375,7 @@ def _controls(study: Study, arms: Sequence[Arm], epoch_rows: Sequence[tuple[int,
         own = _differing(arm, study)
         suffix = f" ({own})" if own else ""
         name = f"{REPEATED} {_planned(study, arm):.3g}x{suffix}"
-        if arm.config.selection is not None or name in taken:
+        if arm.config.selection is not None or arm.config.fill or name in taken:
             name = f"{REPEATED} for {arm.name}{suffix}"
         taken.add(name)
         found.append((Arm(name, ArmConfig(name=name, recipe=arm.config.recipe), arm.recipe, control_of=arm.name), rows))
@@ -369,14 +405,16 @@ def _refuse_equal_names(study: Study, arms: Sequence[Arm]) -> None:
                                               "letters, digits and . is dropped; rename one"])
 
 
-def _trial(study: Study, arm: Arm, seed: int, data_sha256: str, test_sha256: str) -> tuple[Trial, int]:
+def _trial(study: Study, arm: Arm, seed: int, data_sha256: str, test_sha256: str, also: dict[str, dict[str, Any]],
+           ) -> tuple[Trial, int]:
     """A trial, its study list written, with its rows of an epoch. Raises UsageError for a run of other real images."""
     data, index = study.subsets[seed]
     parts = [Rows(seeds=(index, data), weight=arm.config.real)] if arm.config.real else []
     seconds, folder = 0.0, ""
     if arm.config.use is not None:
         folder = _folder(study.expansions[arm.config.use, seed])
-        parts.append(Rows(run=folder, copies=arm.copies, selection=arm.config.selection,
+        limit = fill_counts(real_counts(index)) if arm.config.fill else None
+        parts.append(Rows(run=folder, copies=arm.copies, selection=arm.config.selection, limit=limit,
                           weight=arm.config.weight))
         seconds = _expansion_seconds(folder, arm.copies)
     rows = StudyList.build(parts, mode="union" if arm.config.replace is None else "replace",
@@ -392,9 +430,43 @@ def _trial(study: Study, arm: Arm, seed: int, data_sha256: str, test_sha256: str
     study.files.replace(name, rows.to_bytes())  # also where it is there: it holds paths, and folders may have moved
     trial = Trial(f"{_slug(arm.name)}-s{seed}", arm.name, seed, arm.config.use or "", ratio, arm.control_of,
                   arm.recipe.augment, arm.recipe.model_dump(mode="json"), name, rows.digest, ids,
-                  data_sha256, study.config.test.model_dump(mode="json"), test_sha256,
-                  _file_sha256(arm.recipe.checkpoint), max(1, training.workers), order, seconds, folder)
+                  data_sha256, study.config.test.model_dump(mode="json"), test_sha256, also,
+                  list(study.config.frequency), _file_sha256(arm.recipe.checkpoint), max(1, training.workers), order,
+                  seconds, folder)
     return trial, rows.epoch_rows
+
+
+def _also(study: Study) -> dict[str, dict[str, Any]]:
+    """The further test sets as trials keep them."""
+    classes = next(iter(study.subsets.values()))[1].classes
+    found = {}
+    for name, one in study.config.also.items():
+        index = extra_tests.open_test(one, classes)
+        groups = extra_tests.groups_sha256(extra_tests.groups_of(one, index))
+        found[name] = {**one.model_dump(mode="json"), "sha256": digest([fingerprint(index, one.data), groups])}
+    return found
+
+
+def _open_also(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> None:
+    """Raises UsageError or SeedDataError for a further test set that cannot be used, or has training images in it."""
+    for name, one in config.also.items():
+        try:
+            index = extra_tests.open_test(one, next(iter(subsets.values()))[1].classes)
+            extra_tests.groups_of(one, index)
+        except (SeedDataError, UsageError) as error:
+            raise type(error)(f"also.{name}: {error}") from error
+        for seed, held in _distinct(subsets).items():
+            if shared := shared_images(held, (index, one.data)):
+                raise UsageError(f"also.{name}: {len(shared):,} of its images are training images of seed {seed} "
+                                 f"({_few(shared)}); leave them out with data.ids, or choose another part")
+
+
+def _distinct(subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> dict[int, tuple[SeedIndex, DataConfig]]:
+    """Subsets that differ, each by the first of its seeds."""
+    found: dict[str, tuple[int, tuple[SeedIndex, DataConfig]]] = {}
+    for seed, (data, index) in subsets.items():
+        found.setdefault(ids_hash(index.seed_ids), (seed, (index, data)))
+    return dict(found.values())
 
 
 def _file_sha256(path: str | None) -> str:
@@ -458,7 +530,7 @@ def _arm_problems(config: StudyConfig) -> list[str]:
                             f"{', '.join(config.expansions) or 'none, add a section expansions'}")
         if arm.use is None:
             plain = ArmConfig(name=arm.name)
-            unused = [field for field in ("draw", "ratio", "replace", "selection", "soft_label", "weight")
+            unused = [field for field in ("draw", "fill", "ratio", "replace", "selection", "soft_label", "weight")
                       if getattr(arm, field) != getattr(plain, field)]
             if unused:
                 problems.append(f"{where}: {', '.join(unused)} need `use`, the name of an expansion")
@@ -466,10 +538,20 @@ def _arm_problems(config: StudyConfig) -> list[str]:
                 problems.append(f"{where}.real: 0 without `use` leaves nothing to train on")
         problems += [f"{where}.{field}: with replace an epoch is one pass over the real rows; leave {field} at 1"
                      for field in ("real", "weight") if arm.replace is not None and getattr(arm, field) != 1]
+        if arm.fill:
+            problems += [f"{where}.fill: counts rows of a union in which every row is used once; leave {field} out"
+                         for field in ("real", "weight", "replace") if getattr(arm, field) not in (1, None)]
+        if arm.draw != "uniform" and arm.use is not None and arm.replace is None:
+            problems.append(f"{where}.draw: says what replaces a real row, and nothing does; give replace, or leave it")
         if arm.name.lower().startswith(REPEATED):
             problems.append(f"{where}: names that start with '{REPEATED}' are those of the automatic controls; rename "
                             "the arm")
         problems += [f"{where}.{line}" for line in [*_ratio_problems(arm), *_soft_label_problems(config, arm)]]
+    if config.frequency[0] > config.frequency[1] + 1:
+        problems.append(f"frequency: classes would be both few (under {config.frequency[0]}) and many (over "
+                        f"{config.frequency[1]}); give the smaller number first")
+    problems += [f"also.{name}: a name is letters, digits, - and _; rename it" for name in config.also
+                 if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]
     if config.baseline is not None and config.baseline not in names:
         problems.append(f"baseline: '{config.baseline}' is no arm; known: {', '.join(names)}")
     if len(set(config.seeds)) < len(config.seeds):
@@ -521,6 +603,10 @@ def _recipe_problems(config: StudyConfig) -> list[str]:
             problems += configs.mistakes(error, Recipe, f"{where}.")
         except ValueError as error:
             problems.append(f"{where}.{error}")
+    for arm in config.arms if not problems else []:
+        made = make_recipe({**config.recipe, **arm.recipe})
+        problems += [f"arms.{arm.name}.recipe.{field}: goes by the real images of each class, and this arm has none; "
+                     f"set {field}: 0" for field in ("cmo", "drw") if getattr(made, field) and not arm.real]
     return problems
 
 
@@ -541,7 +627,7 @@ def _expansion_problems(config: StudyConfig) -> list[str]:
             except ConfigError as error:
                 problems += [f"{where}.{line}" for line in error.problems]
             else:
-                if one.fit and fit_config(made, one.fit.guide) is None:
+                if one.fit and fit_config(made, one.fit.guide, one.fit.adapter) is None:
                     problems.append(f"{where}.fit: {made.method.name} as it is set here needs nothing fitted; take it "
                                     "out")
     return problems
@@ -560,10 +646,7 @@ def _refuse_overlap(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig,
     held = [("test", (test, config.test))]
     if config.validation is not None:
         held.append(("validation", (_listed(config.validation, "validation"), config.validation)))
-    distinct: dict[str, tuple[str, tuple[SeedIndex, DataConfig]]] = {}
-    for seed, (data, index) in subsets.items():
-        distinct.setdefault(ids_hash(index.seed_ids), (f"training images of seed {seed}", (index, data)))
-    others = list(distinct.values())
+    others = [(f"training images of seed {seed}", one) for seed, one in _distinct(subsets).items()]
     for section, one in held:
         for name, other in others:
             if shared := shared_images(other, one):

@@ -25,7 +25,7 @@ from rayexpand.errors import RayexpandError
 from rayexpand.status import duration, read_classes, view_run
 from rayexpand.store import open_files
 from rayexpand.study_results import Predicted, Study, number, read_study
-from rayexpand.study_summary import MIN_SEEDS, as_json, points, summarised, summary, write
+from rayexpand.study_summary import MIN_SEEDS, frequencies, points, summarised, summary, write, write_numbers
 
 __all__ = ["summary", "write_study_report"]
 
@@ -36,7 +36,7 @@ MAX_PANELS = 12  # of training curves
 
 
 def write_study_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None) -> Path | str:
-    """Writes report.html and summary.json into a study folder; returns the page's path or URL.
+    """Writes report.html, summary.json and summary.csv into a study folder; returns the page's path or URL.
 
     `demo` adds a section: `note` (a sentence), `guide_zero_shot` and `controls` {name: share} as accuracies, and other
     numbers and words as they are; its gain and its arms are what the page is about anyway. Raises UsageError if there
@@ -44,13 +44,14 @@ def write_study_report(folder: str | Path, *, demo: Mapping[str, Any] | None = N
     """
     study = read_study(folder)
     found = summarised(study)
-    write(study.files, "summary.json", as_json(found))
+    write_numbers(study.files, found)
     arms = {arm["arm"]: arm for arm in found["arms"]}
     best = _best(found)
     page = _environment().get_template("study.html.j2").render(
         found=found, sentences=[c for c in found["comparisons"] if c["kind"] != "control to baseline"],
         tally=_tally(found), best=best, arms=arms, against=_against(found), demo=_demo(demo), scores=_scores(study),
         figures=_figures(study, found, best), classes=_classes(study, found["baseline"], best),
+        frequencies=_frequencies(study, found), also=_also(found),
         recipe=_recipe(study), stacks=_values(study, "stack"), facts=_facts(study), trials=_trial_lines(study),
         mixed_units=len({arm["cost"]["unit"] for arm in found["arms"]}) > 1,
         config=yaml.safe_dump(dict(study.config), sort_keys=False, allow_unicode=True),
@@ -130,6 +131,22 @@ def _run_folder(study: Study, run: str) -> str:
     """The folder of a run as its results name it, or below the study where that was moved."""
     here = f"{study.files.root}/runs/{run.rstrip('/').rpartition('/')[2]}"
     return run if open_files(run).read("run.json") is not None else here
+
+
+def _frequencies(study: Study, found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Groups of classes by their real images with the limits between them; None where all classes are in one."""
+    low, high = study.config.get("frequency") or (5, 20)
+    return {"names": names, "low": low, "high": high} if (names := frequencies(found)) else None
+
+
+def _also(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A table for each further test set: the arms that were tested on it, and its groups."""
+    names = dict.fromkeys(name for arm in found["arms"] for name in arm["also"])
+    tables = []
+    for name in names:
+        lines = [(arm, arm["also"][name]) for arm in found["arms"] if name in arm["also"]]
+        tables.append({"name": name, "lines": lines, "first": lines[0][1]})
+    return tables
 
 
 # Figures -------------------------------------------------------------------------------------------------------------

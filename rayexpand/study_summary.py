@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from rayexpand.study_results import Predicted, Result, Study, controlled, number
 MIN_SEEDS = 3  # below this no spread over seeds is worth printing as an error bar
 COUNTS = ("rows", "real_rows", "synthetic_rows", "updates", "samples_seen", "workers")
 SCORES = ("top1", "top5", "ece", "per_class")
+FREQUENCIES = ("many", "medium", "few", "all")
 VERDICTS = {"gain": "a gain", "loss": "a loss", "open": "no difference is shown, the interval holds 0",
             "few": f"with fewer than {MIN_SEEDS} seeds neither gain nor loss is claimed"}
 
@@ -89,7 +92,7 @@ def points(share: float) -> str:
 
 
 def summary(folder: str | Path) -> dict[str, Any]:
-    """Every number of the page as one mapping, also written as summary.json into the study folder.
+    """Every number of the page as one mapping, also written as summary.json and summary.csv into the study folder.
 
     `trials` (done, expected, missing, failed), `baseline`, `arms` (one each, with spreads {mean, std (ddof 1), n,
     values}, shares in [0, 1], seconds), `comparisons`, `warnings`. Raises UsageError if there is no study,
@@ -97,8 +100,60 @@ def summary(folder: str | Path) -> dict[str, Any]:
     """
     study = read_study(folder)
     found = summarised(study)
-    write(study.files, "summary.json", as_json(found))
+    write_numbers(study.files, found)
     return found
+
+
+def write_numbers(files: Files, found: Mapping[str, Any]) -> None:
+    """Writes a summary as summary.json, and its arms as summary.csv: mean and standard deviation of every number."""
+    write(files, "summary.json", as_json(found))
+    lines = [{"arm": arm["arm"], "group": arm["group"], "control_of": arm["control_of"] or "",
+              "seeds": len(arm["seeds"]), **_flat("", arm)} for arm in found["arms"]]
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
+    table.writeheader()
+    table.writerows(lines)
+    write(files, "summary.csv", text.getvalue())
+
+
+def frequencies(found: Mapping[str, Any]) -> list[str]:
+    """The groups of classes by their real images that have classes, and `all`; none where all are in one group."""
+    names = [name for name in FREQUENCIES if any(arm["by_frequency"][name] for arm in found["arms"])]
+    return names if len(names) > 2 else []
+
+
+def further_scores(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
+    """Heads and lines of a table: accuracy by frequency, on further test sets and in their worst group, in percent;
+    None where there is none of that."""
+    tests = dict.fromkeys(name for arm in found["arms"] for name in arm["also"])
+    places: list[tuple[str, tuple[str, ...]]] = [(name, ("by_frequency", name)) for name in frequencies(found)[:-1]]
+    places += [(f"{name}{words}", ("also", name, score)) for name in tests for words, score in (
+        ("", "top1"), (", worst group", "worst"))]
+    columns = [(head, [_percent(arm, place) for arm in found["arms"]]) for head, place in places]
+    columns = [(head, cells) for head, cells in columns if any(cells)]
+    if not columns:
+        return None
+    rows = zip([arm["arm"] for arm in found["arms"]], *(cells for _, cells in columns), strict=True)
+    return ("arm", *(f"{head} %" for head, _ in columns)), list(rows)
+
+
+def _percent(arm: Mapping[str, Any], place: Sequence[str]) -> str:
+    """Mean ± standard deviation of a spread in a summary's arm; empty where it has none."""
+    value: Any = arm
+    for name in place:
+        value = (value or {}).get(name)
+    return "" if value is None else f"{100 * value['mean']:.1f}" + ("" if value["std"] is None
+                                                                   else f" ± {100 * value['std']:.1f}")
+
+
+def _flat(place: str, value: Any) -> dict[str, float]:
+    """Spreads anywhere below a mapping, as <dotted place> and <dotted place>.std."""
+    if not isinstance(value, Mapping):
+        return {}
+    if {"mean", "std", "values"} <= value.keys():
+        return {place: value["mean"], **({} if value["std"] is None else {f"{place}.std": value["std"]})}
+    return {name: one for key, inner in value.items() for name, one in _flat(f"{place}.{key}".lstrip("."),
+                                                                             inner).items()}
 
 
 def summarised(study: Study) -> dict[str, Any]:
@@ -127,7 +182,21 @@ def _arm(study: Study, arm: str, trials: Sequence[Result]) -> dict[str, Any]:
             **{name: spread(number(r, name) for r in trials) for name in COUNTS},
             "last": {name: spread(number(r, f"last.{name}") for r in trials) for name in SCORES},
             "best": {"top1": spread(number(r, "best.top1") for r in trials)},
+            "by_frequency": {name: spread(number(r, f"by_frequency.{name}") for r in trials) for name in FREQUENCIES},
+            "also": {name: _also([r["also"][name] for r in trials if name in (r.get("also") or {})])
+                     for name in dict.fromkeys(name for r in trials for name in r.get("also") or {})},
             "cost": _cost(trials)}
+
+
+def _also(results: Sequence[Result]) -> dict[str, Any]:
+    """A further test set over the trials of an arm: spreads of its scores and of the accuracy in each of its groups."""
+    first = results[0]
+    counts = (first.get("by_group") or {}).get("counts", {})
+    groups = {group: spread((r.get("by_group") or {}).get("groups", {}).get(group) for r in results)
+              for group in counts}
+    return {**{name: first.get(name) for name in ("images", "classes", "restricted")}, "counts": counts,
+            **{name: spread(number(r, name) for r in results) for name in SCORES}, "groups": groups,
+            **{name: spread(number(r, f"by_group.{name}") for r in results) for name in ("average", "mean", "worst")}}
 
 
 def _cost(trials: Sequence[Result]) -> dict[str, Any]:

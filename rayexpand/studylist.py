@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from rayexpand.errors import ConfigError, UsageError
 from rayexpand.export import Selection, read_selection
 from rayexpand.files import each
-from rayexpand.rng import generator, row_key
+from rayexpand.rng import PlanRng, generator, row_key
 from rayexpand.run import Run, open_run
 from rayexpand.schema import ClassTable, Receipt, SeedIndex
 from rayexpand.seeds import DataConfig
@@ -50,14 +50,15 @@ Draw = Literal["uniform", "inverse_freq"]
 class Rows:
     """Where rows come from: seeds as (index, configuration), or a run folder with what is taken of it.
 
-    `copies`: the first so many of each seed; `selection`: name of a decision in selections/; `weight`: how often each
-    row is used per epoch.
+    `copies`: the first so many of each seed; `selection`: name of a decision in selections/; `limit`: so many rows of
+    each class, int (K,), of those that are left; `weight`: how often each row is used per epoch.
     """
 
     seeds: tuple[SeedIndex, DataConfig] | None = None
     run: str | None = None
     copies: int | None = None
     selection: str | None = None
+    limit: np.ndarray | None = None
     weight: float = 1.0
 
 
@@ -260,8 +261,8 @@ def _problems(parts: Sequence[Rows], mode: str, p: float) -> list[str]:
     found = [f"{_name(one)}: give either seeds or a run" for one in parts if (one.seeds is None) == (one.run is None)]
     found += [f"{_name(one)}: weight is {one.weight:g}; a row is used more than 0 times per epoch, or left out"
               for one in parts if not one.weight > 0]
-    found += [f"{_name(one)}: copies and selection are about runs; take them out" for one in parts
-              if one.seeds is not None and (one.copies is not None or one.selection is not None)]
+    found += [f"{_name(one)}: copies, selection and limit are about runs; take them out" for one in parts
+              if one.seeds is not None and any(value is not None for value in (one.copies, one.selection, one.limit))]
     if not parts:
         found.append("no rows at all; give seeds, a run, or both")
     if not 0 <= p <= 1:
@@ -317,6 +318,7 @@ class _Block:
 
     columns: dict[str, np.ndarray]  # row, label, source, strength
     group: np.ndarray  # row group of each
+    ids: list[str]  # sample ids, where they decide
     identity: bytes
 
 
@@ -325,11 +327,12 @@ def _sample_rows(rows: Rows, run: Run) -> tuple[dict[str, np.ndarray], Part]:
     receipts = [receipt for receipt in run.store.receipts() if receipt.kept]
     block = {name: np.empty(sum(receipt.kept for receipt in receipts), _COLUMNS.field(name).type.to_pandas_dtype())
              for name in _COLUMNS.names}
-    identity, filled = hashlib.sha256(), 0
+    identity, filled, ids = hashlib.sha256(), 0, list[str]()
     chunks: list[tuple[str, int]] = []
-    for receipt, found in zip(receipts, _blocks(run, receipts, rows.copies, chosen), strict=True):
+    for receipt, found in zip(receipts, _blocks(run, receipts, rows, chosen), strict=True):
         size = len(found.group)
         identity.update(found.identity)
+        ids += found.ids
         if not size:
             continue
         used, number = np.unique(found.group, return_inverse=True)
@@ -338,25 +341,50 @@ def _sample_rows(rows: Rows, run: Run) -> tuple[dict[str, np.ndarray], Part]:
             block[name][filled:filled + size] = values
         chunks += [(receipt.data_file, int(group)) for group in used]
         filled += size
+    block = {name: values[:filled] for name, values in block.items()}
+    if rows.limit is not None:
+        kept = _first_of_each_class(block["label"], ids, rows.limit, run)
+        identity.update(np.packbits(kept).tobytes())
+        block = {name: values[kept] for name, values in block.items()}
     method = run.config.method
     part = Part(0, 0, 0, rows.weight, ids_hash(run.plan.index.seed_ids), identity.hexdigest(), run=str(run.folder),
                 chunks=tuple(chunks), method={**method.model_dump(mode="json"), "name": method.name})
-    return {name: values[:filled] for name, values in block.items()}, part
+    return block, part
 
 
-def _blocks(run: Run, receipts: Sequence[Receipt], copies: int | None, chosen: Selection | None) -> Iterator[_Block]:
+def _first_of_each_class(labels: np.ndarray, ids: Sequence[str], limit: np.ndarray, run: Run) -> np.ndarray:
+    """bool (n,): the first limit[c] rows of each class in an order that the sample ids alone decide, so that a smaller
+    limit keeps a part of what a larger one keeps. Raises UsageError where a class has fewer."""
+    have = np.bincount(labels, minlength=len(limit))
+    if len(short := np.flatnonzero(have < limit)):
+        names = run.plan.index.classes.name
+        few = ", ".join(f"{names[c]} has {have[c]:,} of {limit[c]:,}" for c in short[:3])
+        raise UsageError(f"fill: {len(short)} classes have fewer samples in {run.folder} than bring them to the size "
+                         f"of the largest ({few}{', ...' if len(short) > 3 else ''}); make more copies of each seed, "
+                         "or draw target classes uniformly")
+    order = np.lexsort((PlanRng(0, "study").per_seed("fill", ids), labels))
+    ordered = labels[order]
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order)) - np.searchsorted(ordered, ordered, side="left")
+    return rank < limit[labels]
+
+
+def _blocks(run: Run, receipts: Sequence[Receipt], rows: Rows, chosen: Selection | None) -> Iterator[_Block]:
+    named = ["sample_id"] if chosen is not None or rows.limit is not None else []
+
     def block(receipt: Receipt) -> _Block:
         with run.store.files.open(f"data/{receipt.data_file}") as reader:
             file = pq.ParquetFile(reader, pre_buffer=False)
-            table = file.read(_READ + (["sample_id"] if chosen is not None else []), use_threads=False)
+            table = file.read(_READ + named, use_threads=False)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        keep = np.ones(len(table), bool) if copies is None else table["copy"].to_numpy() < copies
+        keep = np.ones(len(table), bool) if rows.copies is None else table["copy"].to_numpy() < rows.copies
         if chosen is not None:
             keep &= chosen.keeps(table["sample_id"].to_pylist()).to_numpy(zero_copy_only=False)
         identity = receipt.content_sha256.encode() + (b"" if keep.all() else np.packbits(keep).tobytes())
         columns = {"row": np.concatenate([np.arange(size) for size in sizes] or [np.arange(0)])[keep],
                    "label": table["label"].to_numpy()[keep], "source": table["source_label"].to_numpy()[keep],
                    "strength": table["strength"].to_numpy()[keep]}
-        return _Block(columns, np.repeat(np.arange(len(sizes)), sizes)[keep], identity if keep.any() else b"")
+        ids = table["sample_id"].filter(pa.array(keep)).to_pylist() if rows.limit is not None else []
+        return _Block(columns, np.repeat(np.arange(len(sizes)), sizes)[keep], ids, identity if keep.any() else b"")
 
     return each(run.store.files, block, receipts)

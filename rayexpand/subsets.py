@@ -34,22 +34,27 @@ class SubsetConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["full", "per_class", "few_shot", "long_tail"] = Field(
+    kind: Literal["full", "per_class", "few_shot", "long_tail", "counts"] = Field(
         "full", description="per_class: exactly n images of each class; few_shot: n, or all of a smaller class; "
-        "long_tail: class sizes that fall exponentially")
+        "long_tail: class sizes that fall exponentially; counts: the sizes that are given")
     n: int | None = Field(None, ge=1, description="images of each class, of per_class and few_shot")
     imbalance_factor: float | None = Field(None, gt=1, description="nominal size of the largest over the smallest "
                                            "class, of long_tail")
+    counts: tuple[int, ...] | None = Field(None, description="images of each class in the order of the classes, of "
+                                           "counts")
     seed: int | None = Field(None, ge=0, description="which random subset; null: another one for each study seed")
 
     @model_validator(mode="after")
     def _agree(self) -> SubsetConfig:
         problems = []
-        for name, kinds in (("n", ("per_class", "few_shot")), ("imbalance_factor", ("long_tail",))):
+        for name, kinds in (("n", ("per_class", "few_shot")), ("imbalance_factor", ("long_tail",)),
+                            ("counts", ("counts",))):
             given = getattr(self, name) is not None
             if given != (self.kind in kinds):
                 problems.append(f"{name} has no effect on kind {self.kind}" if given else
                                 f"kind {self.kind} needs {name}")
+        if self.counts is not None and min(self.counts, default=0) < 1:
+            problems.append(f"counts {list(self.counts)} must be 1 or more for each class")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -62,6 +67,8 @@ def choose(index: SeedIndex, config: SubsetConfig, seed: int = 0) -> np.ndarray:
         return long_tail(index, config.imbalance_factor or 0.0, seed)
     if config.kind == "full":
         return sound_rows(index)
+    if config.kind == "counts":
+        return of_counts(index, config.counts or (), seed)
     return (few_shot if config.kind == "few_shot" else per_class)(index, config.n or 0, seed)
 
 
@@ -82,10 +89,17 @@ def per_class(index: SeedIndex, n: int, seed: int) -> np.ndarray:
     return _first_of_each(index, _enough(index, np.full(len(index.classes), n), f"{n} images of each class"), seed)
 
 
+def of_counts(index: SeedIndex, counts: Sequence[int], seed: int) -> np.ndarray:
+    """Exactly `counts[c]` rows of class c. Raises UsageError where a class has fewer, or there are other classes."""
+    if len(counts) != len(index.classes):
+        raise UsageError(f"subset.counts: {len(counts)} sizes for {len(index.classes)} classes; give one for each")
+    return _first_of_each(index, _enough(index, np.array(counts, np.int64), "the given class sizes"), seed)
+
+
 def long_tail(index: SeedIndex, imbalance: float, seed: int) -> np.ndarray:
     """Rows whose class sizes follow `long_tail_counts`, the largest class first (the lower label first among equals).
     Raises UsageError where a class has fewer."""
-    have = _counts(index)
+    have = real_counts(index)
     order = np.argsort(-have, kind="stable")
     wanted = np.empty_like(have)
     wanted[order] = long_tail_counts(int(have.sum()), len(have), imbalance)
@@ -113,13 +127,6 @@ def inverse_frequency(counts: np.ndarray) -> np.ndarray:
     """float64[K]: probabilities proportional to 1 / (n_c + 1), by which Diff-Mix draws classes on long tails."""
     weights = 1 / (np.asarray(counts) + 1)
     return weights / weights.sum()
-
-
-def drw_weights(counts: np.ndarray, beta: float) -> np.ndarray:
-    """float64[K]: class weights (1 - beta) / (1 - beta ** n_c), scaled to sum K (deferred re-weighting; Cui et al.
-    2019). beta 0 gives ones."""
-    weights = (1 - beta) / (1 - np.power(beta, np.asarray(counts, np.float64)))
-    return weights * len(weights) / weights.sum()
 
 
 def ids_hash(ids: Iterable[str]) -> str:
@@ -201,14 +208,14 @@ def _image_digests(index: SeedIndex, data: DataConfig) -> dict[str, bytes]:
     return dict(zip(index.seed_ids, found, strict=True))
 
 
-def _counts(index: SeedIndex) -> np.ndarray:
+def real_counts(index: SeedIndex) -> np.ndarray:
     """int64[K]: sound images of each class."""
     return np.bincount(index.labels[sound_rows(index)], minlength=len(index.classes))
 
 
 def _enough(index: SeedIndex, wanted: np.ndarray, what: str) -> np.ndarray:
     """`wanted`, if every class has as many. Raises UsageError."""
-    have = _counts(index)
+    have = real_counts(index)
     if len(short := np.flatnonzero(have < wanted)):
         named = ", ".join(f"{index.classes.name[c]} has {have[c]} of {wanted[c]}" for c in short[:3])
         raise UsageError(f"subset: {what} asked for, but {len(short)} of {len(have)} classes have fewer sound ones "

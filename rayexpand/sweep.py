@@ -279,6 +279,7 @@ def _study(base: Mapping[str, Any], config: SweepConfig, values: Mapping[str, An
             "training": {**(raw.get("training") or {}), "workers": 0}}
     raw.pop("baseline", None)
     raw.pop("validation", None)  # they are the test images of a trial
+    raw.pop("also", None)  # nothing is chosen by them
     study = parse_study(raw)
     arm = next(one for one in study.arms if one.name == config.arm).model_copy(update={"control": False})
     return study.model_copy(update={"arms": [arm], "expansions": {

@@ -146,7 +146,7 @@ class _Member:
                       every=self._training.checkpoint_steps, save=lambda: self._files.replace(
                           self._checkpoint, checkpoint(self._trial, classifier, self._curve)))
         if epoch == self.epochs - 1:
-            write_result(self._files, work, self._curve, answers, device=str(self._device), workers=0,
+            write_result(self._files, work, self._curve, answers, {}, device=str(self._device), workers=0,
                          gpus=self._gpus if self._device.type == "cuda" else 0.0)
             self._files.delete(self._checkpoint)
             self._is_done = True

@@ -13,20 +13,23 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from rayexpand import seeds
+from rayexpand import extra_tests, seeds
 from rayexpand.core.recipe import Recipe
 from rayexpand.errors import ConfigError, EnvironmentFault, Interrupted, RayexpandError, UsageError
 from rayexpand.evaluation.accuracy import Answers, answer, frequency_groups, scores_of, softmax
+from rayexpand.extra_tests import ExtraTest
 from rayexpand.files import Files
 from rayexpand.ingest import Feed, TestSet
+from rayexpand.schema import SeedIndex
 from rayexpand.seeds import DataConfig
 from rayexpand.store import is_url, parquet_bytes
 from rayexpand.study import TrainingConfig, Trial
@@ -68,6 +71,13 @@ class Work:
             self.tested[rank, world] = TestSet(seeds.build_index(data), data, self.recipe, rank, world, TEST_BATCH)
         return self.tested[rank, world]
 
+    @cached_property
+    def also(self) -> dict[str, tuple[ExtraTest, SeedIndex]]:
+        """The further test sets, their labels in the numbering of the training classes."""
+        tests = {name: ExtraTest(**{key: value for key, value in one.items() if key != "sha256"})
+                 for name, one in self.trial.also.items()}
+        return {name: (one, extra_tests.open_test(one, self.feed.rows.classes)) for name, one in tests.items()}
+
     @property
     def ends(self) -> list[int]:
         """Steps after which an epoch of the schedule ends; with fewer steps than epochs some end together."""
@@ -106,7 +116,7 @@ def make_classifier(work: Work, device: str, wrap: Callable[[Any], Any] = lambda
     from rayexpand.core.classifier import Classifier
 
     return Classifier(work.recipe, work.n_classes, work.trial.seed, work.feed.total_steps, device=device, wrap=wrap,
-                      world=world)
+                      world=world, class_counts=_real_counts(work.feed.rows))
 
 
 def fit(work: Work, classifier: Classifier, curve: Curve, batches: Iterable[TrainBatch], *,
@@ -157,7 +167,8 @@ def run_trial(files: Files, trial: Trial, training: TrainingConfig, *, gpus: flo
         answers = fit(work, classifier, curve, work.feed.batches(classifier.step, work.feed.total_steps),
                       evaluate=lambda: answers_of(work, classifier), every=training.checkpoint_steps,
                       save=lambda: files.replace(name, checkpoint(trial, classifier, curve)), on_epoch=on_epoch)
-        result = write_result(files, work, curve, answers, device=str(device), workers=0,
+        result = write_result(files, work, curve, answers, {name: also_answers(work, classifier, name)
+                                                            for name in work.also}, device=str(device), workers=0,
                               gpus=gpus if device.type == "cuda" else 0.0)
         files.delete(name)
         return result
@@ -169,6 +180,15 @@ def answers_of(work: Work, classifier: Classifier, rank: int = 0, world: int = 1
     """Answers for this worker's share of the test images."""
     return Answers.concatenate([answer(items, softmax(classifier.logits(x_BHWC)), labels)
                                 for x_BHWC, labels, items in work.test_set(rank, world).batches()])
+
+
+def also_answers(work: Work, classifier: Classifier, name: str, rank: int = 0, world: int = 1) -> Answers:
+    """Answers for this worker's share of a further test set."""
+    test, index = work.also[name]
+    among = extra_tests.classes_among(test, index)
+    share = TestSet(index, test.data, work.recipe, rank, world, TEST_BATCH, cache_bytes=0, section=f"also.{name}.data")
+    return Answers.concatenate([extra_tests.answer_among(items, classifier.logits(x_BHWC), labels, among)
+                                for x_BHWC, labels, items in share.batches()])
 
 
 def checkpoint(trial: Trial, classifier: Classifier, curve: Curve) -> bytes:
@@ -191,14 +211,13 @@ def restore(saved: bytes, trial: Trial, classifier: Classifier) -> Curve | None:
     return Curve(**found["curve"])
 
 
-def write_result(files: Files, work: Work, curve: Curve, answers: Answers, *, device: str, workers: int,
-                 gpus: float, cpu_seconds: float | None = None) -> dict[str, Any]:
-    """Writes predictions, then the result, which makes the trial done. `cpu_seconds`: of all workers and loaders; None
-    where this process did everything."""
-    trial, order = work.trial, np.argsort(answers.item)
-    table = pa.table({"item": answers.item[order], "label": answers.label[order],
-                      "predicted": answers.predicted[order], "confidence": answers.confidence[order]})
-    files.replace(f"predictions/{trial.name}.parquet", parquet_bytes(table, {}))
+def write_result(files: Files, work: Work, curve: Curve, answers: Answers, also: Mapping[str, Answers], *, device: str,
+                 workers: int, gpus: float, cpu_seconds: float | None = None) -> dict[str, Any]:
+    """Writes predictions, then the result, which makes the trial done. `also`: answers for the further test sets;
+    `cpu_seconds`: of all workers and loaders, None where this process did everything."""
+    trial, low_high = work.trial, (work.trial.frequency[0], work.trial.frequency[1])
+    for suffix, found in {"": answers, **{f".{name}": one for name, one in also.items()}}.items():
+        _write_predictions(files, f"{trial.name}{suffix}", found)
     best = max(curve.history, key=lambda point: point["top1"])
     rows = work.feed.rows
     result = {
@@ -207,7 +226,8 @@ def write_result(files: Files, work: Work, curve: Curve, answers: Answers, *, de
         "rows": len(rows), "real_rows": rows.n_real, "synthetic_rows": len(rows) - rows.n_real,
         "updates": work.feed.total_steps, "samples_seen": work.feed.total_steps * work.feed.batch,
         "history": curve.history, "last": scores_of(answers, work.n_classes),
-        "by_frequency": frequency_groups(answers, _real_counts(rows)),
+        "by_frequency": frequency_groups(answers, _real_counts(rows), low_high),
+        "also": {name: _also_scores(work, name, one) for name, one in also.items()},
         "best": {"top1": best["top1"], "epoch": best["epoch"]}, "starts": curve.starts, "seconds": curve.seconds,
         "cpu_seconds": curve.cpu_seconds if cpu_seconds is None else cpu_seconds,
         "gpu_seconds": curve.seconds * gpus * max(workers, 1),
@@ -215,6 +235,18 @@ def write_result(files: Files, work: Work, curve: Curve, answers: Answers, *, de
         "ids_sha256": trial.ids_sha256, "list_sha256": trial.list_sha256, "recipe": trial.recipe, "stack": _stack()}
     files.replace(f"results/{trial.name}.json", json.dumps(result, indent=1).encode())
     return result
+
+
+def _write_predictions(files: Files, name: str, answers: Answers) -> None:
+    order = np.argsort(answers.item)
+    table = pa.table({"item": answers.item[order], "label": answers.label[order],
+                      "predicted": answers.predicted[order], "confidence": answers.confidence[order]})
+    files.replace(f"predictions/{name}.parquet", parquet_bytes(table, {}))
+
+
+def _also_scores(work: Work, name: str, answers: Answers) -> dict[str, Any]:
+    test, index = work.also[name]
+    return extra_tests.scores(answers, test, extra_tests.groups_of(test, index), work.n_classes)
 
 
 def _real_counts(rows: StudyList) -> np.ndarray:

@@ -15,6 +15,7 @@ import pytest
 from rayexpand import images as reading
 from rayexpand import ingest
 from rayexpand import run as runs
+from rayexpand.core.mixing import draw_paste
 from rayexpand.core.recipe import Recipe
 from rayexpand.core.transforms import train_transform
 from rayexpand.errors import ConfigError, UsageError
@@ -26,7 +27,7 @@ from rayexpand.schema import ClassTable, Draw, SeedIndex
 from rayexpand.seeds import DataConfig, SeedReader, build_index
 from rayexpand.store import parquet_bytes
 from rayexpand.studylist import Part
-from rayexpand.subsets import few_shot, ids_file, ids_hash
+from rayexpand.subsets import few_shot, fill_counts, ids_file, ids_hash
 from tests.conftest import complete
 from tests.methods.fakes import Fake
 from tests.runfolder import picture, png
@@ -356,7 +357,7 @@ def test_lists_that_do_not_fit_together_are_refused_with_all_that_is_wrong(real:
         ([], {}, ["no rows at all"]),
         ([Rows()], {}, ["give either seeds or a run"]),
         ([replace(real, weight=0), samples(run, weight=-1)], {}, ["seeds: weight is 0", "soft: weight is -1"]),
-        ([replace(real, copies=2)], {}, ["copies and selection are about runs"]),
+        ([replace(real, copies=2)], {}, ["copies, selection and limit are about runs"]),
         ([samples(run)], {"mode": "replace", "p": 0.1}, ["mode replace needs seeds"]),
         ([real], {"mode": "replace", "p": 0.1}, ["p > 0 needs a run"]),
         ([real, samples(run)], {"mode": "replace", "p": 1.5}, ["p is 1.5; a probability"]),
@@ -395,15 +396,18 @@ def test_replacement_with_probability_0_trains_on_the_very_bytes_of_the_real_row
             other.x_BHWC.tobytes(), other.y_BK.tobytes(), other.step)
 
 
+@pytest.mark.parametrize("fields", [{}, {"cmo": 1.0, "cmo_span": (0.0, 1.0), "epochs": 2, "crop_pad": 4}],
+                         ids=["plain", "cmo"])
 @pytest.mark.parametrize("shuffle_rows", [1000, 16])
-def test_batches_are_the_same_for_any_workers_and_any_start(shuffle_rows: int, real: Rows, run: runs.Run) -> None:
+def test_batches_are_the_same_for_any_workers_and_any_start(shuffle_rows: int, fields: dict[str, Any], real: Rows,
+                                                            run: runs.Run) -> None:
     rows = StudyList.build([replace(real, weight=2.0), samples(run)])
-    whole = list(Feed(rows, recipe(), 1, shuffle_rows=shuffle_rows, lanes=4).batches(0, 12))
+    whole = list(Feed(rows, recipe(**fields), 1, shuffle_rows=shuffle_rows, lanes=4).batches(0, 12))
 
     for world in (2, 4):
         half = 8 // (2 * world)
         for rank in range(world):
-            feed = Feed(rows, recipe(), 1, shuffle_rows=shuffle_rows, lanes=4,
+            feed = Feed(rows, recipe(**fields), 1, shuffle_rows=shuffle_rows, lanes=4,
                         cache_bytes=1 if shuffle_rows == 1000 else 1 << 20)
             for step, part in enumerate(feed.batches(5, 12, rank, world), 5):
                 for name in ("x_BHWC", "y_BK"):
@@ -449,6 +453,89 @@ def test_samples_get_the_soft_label_of_their_method_and_seeds_a_hard_one(real: R
     assert target == (source + 1) % 3
     assert (y_BK[at, source], y_BK[at, target]) == pytest.approx((0.16334, 0.83666), abs=1e-5)
     np.testing.assert_allclose(y_BK.sum(1), 1, atol=1e-6)
+
+
+CMO = {"cmo": 0.5, "cmo_span": (2, 12), "hflip": 0.5, "crop": "none", "epochs": 14}
+LONG_TAIL = np.repeat([0, 1, 2], [29, 10, 1])
+
+
+def test_a_box_of_a_tail_weighted_batch_lies_on_the_ordinary_one(real: Rows, run: runs.Run) -> None:
+    """Outside the box every pixel is that of training without CMO; inside, that of a real image of the second batch;
+    the label has the share of pixels. Steps outside the span, and half of those inside, stay as they are."""
+    rows = StudyList.build([replace(real, weight=2.0), samples(run)])
+    plain, feed = Feed(rows, recipe(**{**CMO, "cmo": 0}), 1), Feed(rows, recipe(**CMO), 1)
+    images, pasted = Images(rows), []
+    for one, other in zip(plain.batches(0, feed.total_steps), feed.batches(0, feed.total_steps), strict=True):
+        mix = draw_paste(feed.recipe, 1, one.step, feed.total_steps, SIDE)
+        if mix is None or mix.box is None:
+            assert (one.x_BHWC.tobytes(), one.y_BK.tobytes()) == (other.x_BHWC.tobytes(), other.y_BK.tobytes())
+            continue
+        pasted.append(one.step)
+        inside = np.zeros((SIDE, SIDE), bool)
+        inside[mix.box[0]:mix.box[1], mix.box[2]:mix.box[3]] = True
+        items = feed.tail_items(one.step)
+        assert items.max() < rows.n_real
+        np.testing.assert_array_equal(one.x_BHWC[:, ~inside], other.x_BHWC[:, ~inside])
+        for made, image in zip(other.x_BHWC, images.decoded(items), strict=True):
+            either = (made[inside] == image[inside]).all(), (made[inside] == image[:, ::-1][inside]).all()
+            assert any(either), one.step
+        assert mix.lam == 1 - inside.mean()
+        np.testing.assert_allclose(other.y_BK, mix.lam * one.y_BK + (1 - mix.lam) * np.eye(3)[rows.column("label")[
+            items]], atol=1e-6)
+    inside_span = (12 - 2) * feed.epoch_steps
+    assert min(pasted) >= 2 * feed.epoch_steps
+    assert max(pasted) < 12 * feed.epoch_steps
+    assert len(pasted) / inside_span == pytest.approx(0.5, abs=3 * 0.5 / inside_span ** 0.5)
+
+
+@pytest.mark.parametrize(("power", "shares"), [(1.0, [1 / 3, 1 / 3, 1 / 3]), (0.0, [0.725, 0.25, 0.025]),
+                                               (2.0, [1 / 29, 1 / 10, 1.0] / np.sum([1 / 29, 1 / 10, 1.0]))])
+def test_the_second_batch_weighs_classes_by_their_real_images(power: float, shares: list[float]) -> None:
+    """Rows with weight 1 / n ** power: classes alike at 1, as they come at 0. Synthetic rows have no say."""
+    rows = listed([40, 60], real=40, labels=np.r_[LONG_TAIL, np.full(60, 2)])
+    feed = Feed(rows, recipe(cmo=0.5, cmo_power=power, batch=50), 0)
+    drawn = np.concatenate([feed.tail_items(step) for step in range(400)])
+
+    np.testing.assert_allclose(np.bincount(LONG_TAIL[drawn]) / len(drawn), shares, atol=0.012)
+    of_head = np.bincount(drawn, minlength=40)[:29]
+    assert of_head.std() < 1.6 * of_head.mean() ** 0.5  # its images alike, but for chance
+
+
+def test_a_drawn_row_shows_what_replaced_it_in_that_epoch() -> None:
+    rows = listed([40, 60], real=40, labels=np.r_[LONG_TAIL, np.full(60, 2)], mode="replace", p=0.5)
+    feed, plain = (Feed(replace(rows, p=p), recipe(cmo=0.5, batch=20), 0) for p in (0.5, 0.0))
+    for step in range(6):
+        shown = rows.epoch(0, step // feed.epoch_steps)
+        np.testing.assert_array_equal(feed.tail_items(step), shown[plain.tail_items(step)])
+    assert (np.concatenate([feed.tail_items(step) for step in range(6)]) >= 40).mean() == pytest.approx(0.5, abs=0.15)
+
+
+def test_a_list_without_real_rows_has_nothing_to_cut_boxes_from(run: runs.Run) -> None:
+    with pytest.raises(UsageError, match="boxes are cut from real images, and this list has none"):
+        Feed(StudyList.build([samples(run)]), recipe(cmo=0.5), 0)
+
+
+def test_only_so_many_samples_of_each_class_are_taken(real: Rows, run: runs.Run) -> None:
+    """Every class has 16 samples; of 29, 10 and 1 real images, 0, 19 and 28 fill the smaller ones up."""
+    assert fill_counts(np.array([29, 10, 1])).tolist() == [0, 19, 28]
+
+    def taken(*limit: int) -> tuple[set[tuple[int, int]], StudyList]:
+        rows = StudyList.build([real, samples(run, limit=np.array(limit))])
+        chunk, row = (rows.column(name)[12:].tolist() for name in ("chunk", "row"))
+        files = [run_part.chunks[one - run_part.chunk] for run_part in rows.parts[1:] for one in chunk]
+        return {(str(file), one) for file, one in zip(files, row, strict=True)}, rows  # type: ignore[misc]
+
+    fewer, some = taken(0, 5, 9)
+    more, _ = taken(3, 8, 9)
+    assert np.bincount(some.column("label")[12:], minlength=3).tolist() == [0, 5, 9]
+    assert fewer < more
+    assert taken(0, 5, 9)[1].digest == some.digest
+    assert len({some.digest, taken(0, 5, 8)[1].digest, StudyList.build([real, samples(run)]).digest}) == 3
+    assert some.epoch_rows == 12 + 14
+    images = Images(some)
+    assert len({images.encoded(np.array([item]))[0] for item in range(12, 26)}) == 14
+    with pytest.raises(UsageError, match=r"fill: 1 classes have fewer samples .*\(cat has 16 of 17\); make more"):
+        taken(16, 16, 17)
 
 
 def test_each_chunk_is_read_once_while_it_fits(real: Rows, run: runs.Run, monkeypatch: pytest.MonkeyPatch) -> None:

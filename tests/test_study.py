@@ -21,6 +21,7 @@ from rayexpand.seeds import DataConfig, build_index
 from rayexpand.store import parquet_bytes
 from rayexpand.study import (
     Study,
+    Trial,
     make_trials,
     parse_study,
     pending_runs,
@@ -329,6 +330,11 @@ ARM_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"use": "flips", "ratio": [1, 1]}, r"ratio: \[1, 1\] gives a value twice"),
     ({"use": "flips", "ratio": []}, "ratio: an empty list"),
     ({"use": "flips", "replace": 0.5, "weight": 2}, "weight: with replace"),
+    ({"use": "flips", "fill": True, "replace": 0.5}, "fill: counts rows of a union .* leave replace out"),
+    ({"use": "flips", "fill": True, "weight": 2}, "fill: counts rows of a union .* leave weight out"),
+    ({"fill": True}, "fill need `use`"),
+    ({"use": "flips", "draw": "inverse_freq"}, "draw: says what replaces a real row"),
+    ({"use": "flips", "real": 0, "recipe": {"cmo": 0.5}}, "recipe.cmo: goes by the real images of each class"),
     ({"weight": 2, "draw": "inverse_freq", "soft_label": {"gamma": 1}}, "draw, soft_label, weight need `use`"),
     ({"name": "Original repeated 3x"}, "automatic controls"),
 ]
@@ -370,6 +376,62 @@ def test_more_copies_than_there_are(study: Study, tmp_path: Path, is_made: bool)
     raw = raw_study(tmp_path, arms=[{"name": "many", "use": "flips", "ratio": [3, 4]}], **made)
     with pytest.raises(ConfigError, match=r"arms.many.ratio: 4 copies of each seed asked for, but .*flips-0 has 3 at"):
         prepare_study(parse_study(raw))
+
+
+def test_an_arm_fills_every_class_up_to_the_largest(tmp_path: Path) -> None:
+    counts = [4, 3, 1, 1, 1, 1, 1, 1, 1, 1]
+    arms = [{"name": "original"}, {"name": "filled", "use": "flips", "fill": True}, {"name": "all", "use": "flips"}]
+    study = expanded(raw_study(tmp_path, arms=arms, seeds=[0], subset={"kind": "counts", "counts": counts}))
+    trials = {one.arm: one for one in make_trials(study)}
+    lists = {arm: StudyList.load(Path(study.files.root) / one.rows) for arm, one in trials.items()}
+
+    assert set(trials) == {"original", "filled", "all", "original repeated for filled", "original repeated 4x"}
+    assert lists["filled"].counts().tolist() == [4] * 10
+    assert np.bincount(lists["filled"].column("label")[:15]).tolist() == counts
+    assert lists["original repeated for filled"].epoch_rows == lists["filled"].epoch_rows == 40
+    assert trials["filled"].ratio == pytest.approx(25 / 15)
+    more = raw_study(tmp_path / "more", arms=arms, seeds=[0], subset={"kind": "counts", "counts": [9, *[1] * 9]})
+    with pytest.raises(UsageError, match=r"fill: 9 classes have fewer samples .*one has 3 of 8"):
+        make_trials(expanded(more))
+
+
+ALSO = {"data": {"source": "digits", "split": "test", "per_class": 2}}
+
+
+@pytest.mark.parametrize(("also", "error", "words"), [
+    ({"a b": ALSO}, ConfigError, "also.a b: a name is letters"),
+    ({"other": {**ALSO, "group": "x.csv"}}, ConfigError, "did you mean 'groups'"),
+    ({"other": {**ALSO, "groups": "x.csv"}}, ConfigError, r"also.other.groups: 'x.csv' does not exist"),
+    ({"other": {"data": {"source": "imagefolder", "path": "nowhere"}}}, ConfigError, "also.other.data.path"),
+    ({"other": {**ALSO, "group_of": "(low|high)"}}, UsageError, "also.other: 20 of its 20 images are in no group"),
+    ({"other": {"data": {"source": "digits"}}}, UsageError, "also.other: 20 of its images are training images of seed"),
+    ({"other": {"data": {"source": "imagefolder", "path": "{greys}/test"}}}, UsageError,
+     "also.other: its classes 'a', 'b' are none of those that are trained"),
+])
+def test_further_test_sets_are_checked_before_anything_is_made(
+        tmp_path: Path, greys: Path, also: dict[str, Any], error: type[Exception], words: str) -> None:
+    text = json.dumps(also).replace("{greys}", str(greys))
+    with pytest.raises(error, match=words):
+        prepare_study(parse_study(raw_study(tmp_path, also=json.loads(text), arms=[{"name": "original"}])))
+
+
+def test_what_is_tested_also_decides_the_digest_of_a_trial(tmp_path: Path) -> None:
+    (tmp_path / "groups.csv").write_text("seed_id,group\n" + "".join(
+        f"{one},{number % 2}\n" for number, one in enumerate(build_index(DataConfig(**ALSO["data"])).seed_ids)))
+    grouped = {**ALSO, "groups": str(tmp_path / "groups.csv")}
+
+    def trial() -> Trial:
+        raw = raw_study(tmp_path, arms=[{"name": "original"}], seeds=[0], also={"one": grouped})
+        return make_trials(prepare_study(parse_study(raw)))[0]
+
+    first = trial()
+    (tmp_path / "groups.csv").write_text((tmp_path / "groups.csv").read_text().replace(",0", ",zero"))
+    one = first.also["one"]
+    found = [first, trial(), replace(first, also={}), replace(first, also={"two": one}),
+             replace(first, also={"one": {**one, "restrict": True}}), replace(first, also={"one": one, "two": one}),
+             replace(first, frequency=[9, 9])]
+    assert len({one.digest for one in found}) == len(found)
+    assert replace(first, also={"one": {**one, "groups": "moved.csv"}}).digest == first.digest
 
 
 def test_the_control_of_a_preset_is_named_after_it(study: Study) -> None:
@@ -435,3 +497,22 @@ def test_a_weight_that_leaves_no_row(study: Study) -> None:
     raw = raw_study(Path(study.config.out), arms=[{"name": "few", "use": "flips", "real": 0, "weight": 0.004}])
     with pytest.raises(UsageError, match=r"an epoch has no row, because 0\.004 x 60 rows round to 0"):
         make_trials(prepare_study(parse_study(raw)))
+
+
+def test_a_generator_is_fine_tuned_on_the_rows_of_each_seed(tmp_path: Path) -> None:
+    """Once for all expansions that ask for the same; a method without adapter has no use for it."""
+    text = "a photo of a {token} shape"
+    fit = {"adapter": {"recipe": {"preset": "tiny", "strategy": "ti", "steps": 1, "batch": 4, "prompt": text},
+                       "flips": False, "sheet": None, "tensorboard": False}}
+    method = {"name": "diffmix", "ratio": 1, "strengths": [0.5], "steps": 2, "prompt": text}
+    variants = {name: {"method": {**method, "variant": name}, "fit": fit} for name in ("diff_mix", "diff_gen")}
+    raw = raw_study(tmp_path, expansions=variants, arms=[{"name": name, "use": name} for name in variants])
+    made = list(pending_runs(prepare_study(parse_study(raw))))
+    adapters = {(run.config.method.variant, run.config.seed): Path(str(run.config.artifacts.adapter)).resolve()
+                for run in made}
+
+    assert adapters["diff_mix", 0] == adapters["diff_gen", 0] != adapters["diff_mix", 1] == adapters["diff_gen", 1]
+    assert all(run.facts["models"]["adapter"] for run in made)
+    vanilla = {"real": {"method": {"name": "img2img", "ratio": 1}, "fit": fit}}
+    with pytest.raises(ConfigError, match=r"expansions\.real\.fit: img2img .* needs nothing fitted"):
+        parse_study(raw_study(tmp_path, expansions=vanilla, arms=[{"name": "real", "use": "real"}]))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import html
 import json
 import re
@@ -17,7 +18,7 @@ from rayexpand.core.recipe import Recipe
 from rayexpand.errors import UsageError
 from rayexpand.evaluation.accuracy import paired_bootstrap
 from rayexpand.study_report import summary, write_study_report
-from rayexpand.study_summary import points
+from rayexpand.study_summary import further_scores, points
 from tests.studyfolder import StudyFolder, answers, grid
 
 DEMO = {"note": "What it shows & what not.", "guide_zero_shot": 0.934, "controls": {"empty <b>": 0.61}, "rate": 12.3456,
@@ -119,6 +120,60 @@ def test_means_deviations_and_differences_by_hand(tmp_path: Path) -> None:
     assert row[1].startswith("80.0 ± 10.0 90.0 ± 0.0 100.0 ± 0.0 20.0 ± 10.0 50.0 ± 0.0 +30.0 +")
     assert row[1].endswith("30 + 2.5")
     assert "80.0 ± 10.0" in section(page, "figures")
+
+
+WATERBIRD = {"water on water": (642, 0.6383), "water on land": (642, 0.6324), "land on land": (2255, 0.7564),
+             "land on water": (2255, 0.7436)}  # images, accuracy of Diff-Mix
+
+
+def also(shift: float) -> dict[str, Any]:
+    groups = {name: share + shift for name, (_, share) in WATERBIRD.items()}
+    counts = {name: images for name, (images, _) in WATERBIRD.items()}
+    average = sum(groups[name] * images for name, images in counts.items()) / 5794
+    return {"top1": average, "top5": 0.9 + shift, "ece": 0.1, "per_class": 0.7, "images": 5794, "classes": 200,
+            "restricted": False, "by_group": {"groups": groups, "counts": counts, "average": average,
+                                              "mean": float(np.mean(list(groups.values()))),
+                                              "worst": min(groups.values())}}
+
+
+def test_groups_and_further_test_sets_are_on_the_page_and_in_the_tables(tmp_path: Path) -> None:
+    study = StudyFolder(tmp_path / "s", {"frequency": [10, 30]})
+    for seed, shift in enumerate((-0.01, 0.0, 0.01)):
+        few = {"many": None, "medium": 0.5, "few": 0.2 + shift, "all": 0.4}
+        study.add("original", seed, first(5), by_frequency=few)
+        study.add("Diff-Mix", seed, first(7), synthetic_rows=100, by_frequency=few, also={
+            "waterbird": also(shift), "imagenet-r": {**also(shift), "restricted": True, "by_group": None}})
+    page = Path(write_study_report(study.finish())).read_text()
+    arm = arm_of(json.loads((study.folder / "summary.json").read_text()), "Diff-Mix")
+    lines = {line["arm"]: line for line in csv.DictReader((study.folder / "summary.csv").open())}
+
+    assert Page(page).open == []
+    assert arm["also"]["waterbird"]["average"]["mean"] == pytest.approx(0.7246, abs=5e-5)
+    assert arm["also"]["waterbird"]["mean"]["mean"] == pytest.approx(0.6927, abs=5e-5)
+    assert float(lines["Diff-Mix"]["also.waterbird.groups.water on land"]) == pytest.approx(0.6324)
+    assert float(lines["Diff-Mix"]["also.waterbird.worst.std"]) == pytest.approx(0.01)
+    assert lines["original"]["also.waterbird.worst"] == ""
+    assert float(lines["original"]["by_frequency.few"]) == pytest.approx(0.2)
+    assert further_scores(summary(study.folder)) == (
+        ("arm", "medium %", "few %", "waterbird %", "waterbird, worst group %", "imagenet-r %"),
+        [("original", "50.0 ± 0.0", "20.0 ± 1.0", "", "", ""),
+         ("Diff-Mix", "50.0 ± 0.0", "20.0 ± 1.0", "72.5 ± 1.0", "63.2 ± 1.0", "72.5 ± 1.0")])
+    waterbird, restricted = page.split('class="also"')[1:]
+    assert ("Diff-Mix 72.5 ± 1.0 90.0 ± 1.0 70.0 ± 0.0 63.8 ± 1.0 63.2 ± 1.0 75.6 ± 1.0 74.4 ± 1.0 69.3 ± 1.0 "
+            "63.2 ± 1.0") in visible(waterbird)
+    assert "5,794 images of 200 classes; the classifier chooses among all" in visible(waterbird)
+    assert "among these classes only" in visible(restricted)
+    assert "worst group" not in visible(restricted.split("</section>")[0])
+    shown = section(page, "frequencies")
+    assert "medium, % few, % all, % original 50.0 ± 0.0 20.0 ± 1.0 40.0 ± 0.0" in shown
+    assert "more than 30 (many), fewer than 10 (few)" in shown
+
+
+def test_a_study_of_balanced_classes_has_no_table_of_frequencies(whole: tuple[Path, str]) -> None:
+    page = Path(whole[1]).read_text()
+    assert 'id="frequencies"' not in page
+    assert 'class="also"' not in page
+    assert further_scores(summary(whole[0])) is None
 
 
 RIGHT, WRONG = first(10), first(0)

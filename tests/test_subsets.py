@@ -9,13 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from rayexpand.core.recipe import drw_weights
 from rayexpand.errors import UsageError
+from rayexpand.pixels import decode
 from rayexpand.schema import SEED_INDEX, ClassTable, SeedIndex
-from rayexpand.seeds import DataConfig, build_index, check
+from rayexpand.seeds import DataConfig, SeedReader, build_index, check
 from rayexpand.subsets import (
     SubsetConfig,
     choose,
-    drw_weights,
     few_shot,
     fill_counts,
     ids_file,
@@ -121,6 +122,19 @@ def test_long_tail_gives_the_head_to_the_largest_class() -> None:
         long_tail(index_of([9, 9]), 10, 0)
 
 
+def test_sizes_given_for_each_class() -> None:
+    index = index_of([90, 20, 5], faults=2)
+    rows = choose(index, SubsetConfig(kind="counts", counts=(50, 9, 1)), 3)
+
+    assert np.bincount(index.labels[rows]).tolist() == [50, 9, 1]
+    assert set(choose(index, SubsetConfig(kind="counts", counts=(10, 9, 1)), 3)) < set(rows)
+    assert set(choose(index, SubsetConfig(kind="counts", counts=(50, 9, 1)), 4)) != set(rows)
+    with pytest.raises(UsageError, match="counts: 2 sizes for 3 classes"):
+        choose(index, SubsetConfig(kind="counts", counts=(1, 2)))
+    with pytest.raises(UsageError, match="c0 has 88 of 90"):
+        choose(index, SubsetConfig(kind="counts", counts=(90, 1, 1)))
+
+
 def test_the_seed_of_a_subset_is_its_own_or_that_of_the_study() -> None:
     index = index_of([50] * 3)
     free, fixed = SubsetConfig(kind="few_shot", n=5), SubsetConfig(kind="few_shot", n=5, seed=7)
@@ -132,7 +146,10 @@ def test_the_seed_of_a_subset_is_its_own_or_that_of_the_study() -> None:
 @pytest.mark.parametrize(("fields", "message"), [
     ({"kind": "few_shot"}, "kind few_shot needs n"), ({"kind": "long_tail", "n": 3}, "n has no effect on kind"),
     ({"kind": "long_tail"}, "kind long_tail needs imbalance_factor"), ({"n": 3}, "n has no effect on kind full"),
-    ({"kind": "per_class", "n": 1, "imbalance_factor": 10}, "imbalance_factor has no effect")])
+    ({"kind": "per_class", "n": 1, "imbalance_factor": 10}, "imbalance_factor has no effect"),
+    ({"kind": "counts"}, "kind counts needs counts"),
+    ({"kind": "counts", "counts": [3, 0]}, "1 or more for each class"),
+    ({"kind": "full", "counts": [3]}, "counts has no effect")])
 def test_a_subset_that_makes_no_sense_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         SubsetConfig(**fields)
@@ -171,6 +188,30 @@ def test_the_parts_of_the_digits_share_no_image() -> None:
         assert overlap(made["test"], made["test"], content=content) == made["test"][0].seed_ids
     assert check(DataConfig(source="digits", split="train")) == [
         "data.split: the digits have no part 'train'; choose one of seeds, test, pool"]
+
+
+def test_backgrounds_go_with_the_class_in_training_and_are_all_tested() -> None:
+    def read(**fields: str) -> tuple[SeedIndex, np.ndarray]:
+        data = DataConfig(source="digits", **fields)
+        index = build_index(data)
+        return index, np.stack([decode(seed.image)[0] for seed in SeedReader(index, data).read(range(len(index)))])
+
+    (plain, images), (index, made), (tested, both) = (read(), read(digits_background="correlated"), read(
+        split="test", digits_background="all"))
+    kinds = [one.rpartition("/")[2] for one in index.seed_ids]
+    assert [one.rpartition("/")[0] for one in index.seed_ids] == plain.seed_ids
+    assert [kind.split("-")[0] for kind in kinds] == ["low" if label < 5 else "high" for label in plain.labels]
+    expected = np.array([kind in ("low-dark", "high-grey") for kind in kinds])
+    assert 0.91 < expected.mean() < 0.99
+    for image, other, kind in zip(images, made, kinds, strict=True):
+        behind = 0.5 if kind.endswith("grey") else 0.0
+        np.testing.assert_allclose(other, 255 * behind + (1 - behind) * image, atol=0.51)
+    assert len(tested) == 1000 == len(set(tested.seed_ids))
+    assert [one.rpartition("-")[2] for one in tested.seed_ids] == ["dark", "grey"] * 500
+    assert np.array_equal(both[::2], read(split="test")[1])
+    assert both[1::2].min() == 128
+    again = build_index(DataConfig(source="digits", digits_background="correlated", per_class=3))
+    assert set(again.seed_ids) < set(index.seed_ids)
 
 
 def test_an_image_under_another_name_is_found_by_its_bytes(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from rayexpand.core.classifier import Classifier
 from rayexpand.errors import Interrupted
+from rayexpand.seeds import DataConfig, build_index
 from rayexpand.store import read_table
 from rayexpand.study import Study, TrainingConfig, Trial, make_trials, parse_study, prepare_study, read_result
 from rayexpand.training import make_classifier, open_work, run_trial, run_trials
@@ -171,9 +172,12 @@ def image_folder_of(tmp_path: Path, key: int = 0) -> Path:
 
 def test_a_process_killed_in_the_middle_costs_one_interval(tmp_path: Path) -> None:
     """SIGKILL, then the same command; the curve equals the undisturbed one bit for bit."""
-    code = ("import sys\nfrom pathlib import Path\nfrom tests.test_training import interval_of_10, one_trial\n"
+    code = ("import sys, time\nfrom pathlib import Path\nfrom tests.test_training import interval_of_10, one_trial\n"
+            "from rayexpand.core.classifier import Classifier\n"
             "from rayexpand.training import run_trial\n"
-            "study, trial = one_trial(Path(sys.argv[1]), updates=200, epochs=4)\n"
+            "study, trial = one_trial(Path(sys.argv[1]), updates=80, epochs=4)\n"
+            "update = Classifier.update\n"
+            "Classifier.update = lambda *given: time.sleep(0.02) or update(*given)\n"  # the end is never near
             "run_trial(study.files, trial, interval_of_10(study))\n")
     killed = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "killed")], cwd=Path(__file__).parents[1],
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -187,11 +191,11 @@ def test_a_process_killed_in_the_middle_costs_one_interval(tmp_path: Path) -> No
     reached = torch.load(kept, weights_only=True)["classifier"]["step"]
     results = []
     for name in ("killed", "whole"):
-        study, trial = one_trial(tmp_path / name, updates=200, epochs=4)
+        study, trial = one_trial(tmp_path / name, updates=80, epochs=4)
         results.append(run_trial(study.files, trial, interval_of_10(study)))
 
     assert results[0]["starts"] == [0, reached]
-    assert 0 < reached < 200
+    assert 0 < reached < 80
     assert curve(results[0]) == curve(results[1])
 
 
@@ -208,6 +212,38 @@ def test_predictions_are_one_row_for_each_test_image(tmp_path: Path) -> None:
     correct = table["label"].to_numpy() == table["predicted"].to_numpy()
     assert correct.mean() == pytest.approx(result["last"]["top1"])
     assert np.bincount(table["label"].to_numpy()).tolist() == [3] * 10
+
+
+def test_a_finished_classifier_is_also_tested_elsewhere(tmp_path: Path) -> None:
+    """On digits with both backgrounds among all ten classes, and on four classes among these four and among all."""
+    index = build_index(DataConfig(source="digits", split="test"))
+    rows = np.flatnonzero(np.isin(index.labels, [1, 4, 6, 9]))[:40]
+    (tmp_path / "four.txt").write_text("\n".join(np.array(index.seed_ids)[rows]) + "\n")
+    four = {"data": {"source": "digits", "split": "test", "ids": str(tmp_path / "four.txt")}}
+    also = {"backgrounds": {"data": {"source": "digits", "split": "test", "digits_background": "all", "per_class": 4},
+                            "group_of": "/([a-z-]+)$"}, "four": {**four, "restrict": True}, "among-ten": four}
+    recipe = {**SMALL, "updates": 20, "cmo": 0.5, "cmo_span": [0, 1], "drw": 0.99}
+    study = prepare_study(parse_study(raw_study(tmp_path, arms=[{"name": "original"}], seeds=[0], also=also,
+                                                recipe=recipe, frequency=[3, 5], subset={
+                                                    "kind": "counts", "counts": [8, 8, 8, 4, 4, 4, 2, 2, 2, 2]})))
+    trial = make_trials(study)[0]
+    result = run_trial(study.files, trial, study.config.training)
+    found = result["also"]
+
+    assert list(found) == ["backgrounds", "four", "among-ten"]
+    assert all(result["by_frequency"][name] is not None for name in ("many", "medium", "few"))
+    groups = found["backgrounds"]["by_group"]
+    assert sum(groups["counts"].values()) == found["backgrounds"]["images"] == 40
+    assert set(groups["counts"]) == {"low-dark", "low-grey", "high-dark", "high-grey"}
+    assert groups["average"] == pytest.approx(found["backgrounds"]["top1"])
+    assert groups["worst"] == min(groups["groups"].values())
+    said = {name: read_table(study.files, f"predictions/{trial.name}.{name}.parquet") for name in found}
+    assert said["four"]["label"].to_pylist() == said["among-ten"]["label"].to_pylist() == index.labels[rows].tolist()
+    assert set(said["four"]["predicted"].to_pylist()) <= {1, 4, 6, 9}
+    assert not set(said["among-ten"]["predicted"].to_pylist()) <= {1, 4, 6, 9}
+    assert found["four"]["top1"] > found["among-ten"]["top1"]
+    assert (found["four"]["restricted"], found["four"]["classes"]) == (True, 4)
+    assert read_result(study.files, trial.name) == result
 
 
 def test_an_epoch_of_the_schedule_is_a_share_of_the_updates(tmp_path: Path) -> None:

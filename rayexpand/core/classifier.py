@@ -23,7 +23,7 @@ from torch.nn import functional as F  # noqa: N812  (the customary name)
 
 from rayexpand.core.backbones import build_backbone
 from rayexpand.core.mixing import apply_mix, draw_mix, smooth
-from rayexpand.core.recipe import Recipe, lr_at
+from rayexpand.core.recipe import Recipe, drw_is_on, drw_weights, lr_at
 from rayexpand.errors import ConfigError, RayexpandError
 from rayexpand.rng import generator, row_key
 
@@ -42,14 +42,16 @@ class Classifier:
     """A network, its optimiser and the number of the next step.
 
     `wrap` takes the network on its device and returns what is called in training (DDP goes here); `world` is the
-    number of workers. `total_steps` fixes the learning-rate schedule. Initial weights depend on `seed` only. BatchNorm
-    normalises over the slice a worker holds, and dropout and stochastic depth draw masks over it, keyed by (seed,
-    step): with these, and only with these, results depend on the number of workers.
+    number of workers. `total_steps` fixes the learning-rate schedule. `class_counts` (K,), real images of each class,
+    is what deferred re-weighting weighs by; its loss is the mean over images, as torch's with soft labels (with class
+    numbers torch divides by the weights of the batch instead, which differ between workers). Initial weights depend on
+    `seed` only. BatchNorm normalises over the slice a worker holds, and dropout and stochastic depth draw masks over
+    it, keyed by (seed, step): with these, and only with these, results depend on the number of workers.
     """
 
     def __init__(self, recipe: Recipe, n_classes: int, seed: int, total_steps: int, *,
                  device: str | torch.device = "cpu", wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
-                 world: int = 1) -> None:
+                 world: int = 1, class_counts: np.ndarray | None = None) -> None:
         assert n_classes >= 2
         assert total_steps >= 1
         self.recipe, self.n_classes, self.seed, self.total_steps = recipe, n_classes, seed, total_steps
@@ -60,6 +62,8 @@ class Classifier:
         self.module.to(memory_format=self._layout)
         self._wrapped = wrap(self.module)
         self.optimiser = make_optimiser(self.module, recipe)
+        counts_K = np.ones(n_classes) if class_counts is None else class_counts
+        self._weights_K = torch.tensor(drw_weights(counts_K, recipe.drw), dtype=torch.float32, device=self.device)
         self._mean, self._std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1)
                                  for v in (recipe.mean, recipe.std))
 
@@ -91,6 +95,8 @@ class Classifier:
         self.optimiser.zero_grad(set_to_none=True)
         with self._masks(), self._autocast():
             logits_BK = self._wrapped(x_BCHW)
+        if drw_is_on(self.recipe, self.step, self.total_steps):
+            y_BK = y_BK * self._weights_K
         loss = loss_of(logits_BK.float(), y_BK, self.recipe.loss)
         loss.backward()
         return loss.detach()

@@ -1,8 +1,9 @@
-"""MixUp, CutMix and label smoothing inside the training step, the same for any number of workers.
+"""MixUp, CutMix, CMO and label smoothing of a training step, the same for any number of workers.
 
-One draw per optimiser step, keyed by (seed, step), mixes image i of the global batch of B with image B-1-i (timm's
-pairing). A worker's slice holds every image together with its partner, in an order in which flipping the slice gives
-the partners, so W workers mix exactly what one process mixes and exchange nothing.
+One draw of MixUp or CutMix per optimiser step, keyed by (seed, step), mixes image i of the global batch of B with image
+B-1-i (timm's pairing). A worker's slice holds every image together with its partner, in an order in which flipping the
+slice gives the partners, so W workers mix exactly what one process mixes and exchange nothing. The partners of CMO come
+from a second batch, which the feed draws and pastes.
 
     here              meaning, unit
     lam               share of the image itself, and of its label; 1 - lam is the partner's
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rayexpand.core.recipe import Recipe
+from rayexpand.core.recipe import Recipe, cmo_is_on
 from rayexpand.rng import generator, row_key
 
 
@@ -58,6 +59,17 @@ def draw_mix(recipe: Recipe, seed: int, step: int, size: int) -> Mix | None:
     alpha = recipe.cutmix if use_box else recipe.mixup
     lam = float(rng.beta(alpha, alpha))
     return cut(lam, (top, left), size) if use_box else Mix(lam, None)
+
+
+def draw_paste(recipe: Recipe, seed: int, step: int, total_steps: int, size: int) -> Mix | None:
+    """CMO (Park et al. 2022) at an optimiser step: the box, of Beta(1, 1), that is filled from a tail-weighted batch;
+    None where the batch stays as it is."""
+    if not cmo_is_on(recipe, step, total_steps):
+        return None
+    rng = generator(row_key(seed, "classifier", "", step, 0, "cmo"))
+    pastes, lam = rng.random() < recipe.cmo, float(rng.beta(1, 1))
+    top, left = (int(v) for v in rng.integers(size, size=2))
+    return cut(lam, (top, left), size) if pastes else None
 
 
 def cut(lam: float, center: tuple[int, int], size: int) -> Mix:

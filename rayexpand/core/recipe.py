@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
@@ -85,6 +86,17 @@ class Recipe(BaseModel):
     mixup: float = Field(0.0, ge=0, description="alpha of MixUp; 0: off")
     cutmix: float = Field(0.0, ge=0, description="alpha of CutMix; 0: off. With both, one of them at even odds")
     mix_probability: float = Field(1.0, ge=0, le=1, description="share of the batches that are mixed")
+    cmo: float = Field(0.0, ge=0, le=1, description="share of the batches on which boxes of images from a "
+                       "tail-weighted batch are pasted (CMO: 0.5); 0: off")
+    cmo_power: float = Field(1.0, ge=0, description="the tail-weighted batch draws a real image of a class of n with "
+                             "weight 1 / n ** this")
+    cmo_span: tuple[float, float] = Field((0.02, 0.985), description="from and before which epoch (0-based) CMO "
+                                          "happens; up to 1 they are shares of the training. CMO: epochs 4 to 196 of "
+                                          "200")
+    drw: float = Field(0.0, ge=0, lt=1, description="deferred re-weighting: beta of the class weights "
+                       "(1 - beta) / (1 - beta ** n), n real images, scaled to mean 1 (0.9999); 0: off")
+    drw_from: float = Field(0.8, ge=0, description="first epoch (0-based) with these weights, below 1 as a share of "
+                            "the training; ones before. Diff-Mix: 160 of 200")
     amp: bool = Field(False, description="autocast to bfloat16 on a GPU")
 
     @model_validator(mode="after")
@@ -107,12 +119,44 @@ class Recipe(BaseModel):
             problems.append(f"warmup_epochs {self.warmup_epochs:g} leaves nothing of {self.epochs} epochs")
         if self.optimiser == "nesterov" and not self.momentum:
             problems.append("optimiser nesterov needs momentum above 0; plain descent is sgd with momentum 0")
+        start, stop = (_epoch(value, self.cmo_span[1] <= 1, self.epochs) for value in self.cmo_span)
+        if not 0 <= start < stop <= self.epochs:
+            problems.append(f"cmo_span {list(self.cmo_span)} is no part of {self.epochs} epochs")
+        if self.cmo and (self.mixup or self.cutmix):
+            problems.append("cmo pastes boxes itself; leave mixup and cutmix at 0, or cmo")
+        if self.drw and self.loss != "ce":
+            problems.append(f"drw weighs the terms of the cross-entropy, which loss {self.loss} has not; take loss ce")
+        if self.drw and _epoch(self.drw_from, self.drw_from < 1, self.epochs) >= self.epochs:
+            problems.append(f"drw_from {self.drw_from:g} is behind the last of {self.epochs} epochs")
         if self.pretrained is not None and self.checkpoint is None:
             problems.append(f"checkpoint is missing: this recipe starts from {self.pretrained}; save those weights as "
                             "safetensors and name the file, or set pretrained: null to train from scratch")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def cmo_is_on(recipe: Recipe, step: int, total_steps: int) -> bool:
+    """Whether optimiser step `step` (0-based) of `total_steps` lies where boxes are pasted with probability `cmo`."""
+    start, stop = (_epoch(value, recipe.cmo_span[1] <= 1, recipe.epochs) for value in recipe.cmo_span)
+    return recipe.cmo > 0 and start - 1e-9 <= step * recipe.epochs / total_steps < stop - 1e-9
+
+
+def drw_is_on(recipe: Recipe, step: int, total_steps: int) -> bool:
+    """Whether the class weights of deferred re-weighting count at a step."""
+    start = _epoch(recipe.drw_from, recipe.drw_from < 1, recipe.epochs)
+    return recipe.drw > 0 and step * recipe.epochs / total_steps >= start - 1e-9
+
+
+def drw_weights(counts: np.ndarray, beta: float) -> np.ndarray:
+    """float64 (K,): class weights (1 - beta) / (1 - beta ** n), scaled to sum K (effective numbers, Cui et al. 2019).
+    beta 0 gives ones. A class without images counts as one of a single image."""
+    weights = (1 - beta) / (1 - np.power(beta, np.maximum(np.asarray(counts, np.float64), 1)))
+    return weights * len(weights) / weights.sum()
+
+
+def _epoch(value: float, is_share: bool, epochs: int) -> float:
+    return value * epochs if is_share else value
 
 
 def lr_at(recipe: Recipe, step: int, total_steps: int) -> float:
@@ -276,6 +320,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "diffmix/few-shot": _diffmix(224, 0.05),  # CUB, 1, 5, 10 or all shots; the batch shrinks to the set by itself
     "diffmix/waterbird": {**_diffmix(224, 0.05), "epochs": 128, "warmup_epochs": 12.8},  # table 4; older driver
     "diffmix/long-tail": _DIFFMIX_LONG_TAIL,  # CUB-LT and Flower-LT, tables 2 and 3
+    "diffmix/long-tail-cmo": {**_DIFFMIX_LONG_TAIL, "cmo": 0.5},  # the baselines of these tables
+    "diffmix/long-tail-drw": {**_DIFFMIX_LONG_TAIL, "drw": 0.9999},
+    "diffmix/long-tail-cmo-drw": {**_DIFFMIX_LONG_TAIL, "cmo": 0.5, "drw": 0.9999},
 
     "realfake/in10": _realfake(224),
     "realfake/in100": _realfake(224),
@@ -284,6 +331,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "realfake/cars": _realfake(448, pretrained=True),
     "realfake/pets": _realfake(224, pretrained=True),
     "realfake/eurosat": _realfake(448),
+    "realfake/celeba": {**_realfake(224), **_multistep((7.5, 15, 22.5), 0.2), "epochs": 30},  # published: from scratch,
+    # 30 epochs; ours: size and batch of IN-10, drops at the same shares of the training
     "realfake/official_train_sh": _REALFAKE_TRAIN_SH,
 
     "diffcoremix": _DIFFCOREMIX,  # ResNet-50: ImageNet-1K as published, and the ablation on Cars

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from rayexpand.study import Study, TrainingConfig, Trial
 from rayexpand.training import (
     Curve,
     Work,
+    also_answers,
     answers_of,
     checkpoint,
     fit,
@@ -152,12 +154,13 @@ def _train(trial: Trial, files: Files, config: dict[str, Any]) -> None:
     curve.starts.append(classifier.step)
     loaders = LoaderTime()
     answers = fit(work, classifier, curve, loaded_batches(work, config, classifier.step, rank, world, loaders),
-                  evaluate=lambda: _evaluated(work, classifier, rank, world),
+                  evaluate=lambda: _evaluated(answers_of, work, classifier, rank, world),
                   save=lambda: _save(files, name, trial, classifier, curve, rank), every=training.checkpoint_steps,
                   mean=lambda value: _mean(value, device))
+    also = {name: _evaluated(partial(also_answers, name=name), work, classifier, rank, world) for name in work.also}
     cpu_seconds = world * _mean(curve.cpu_seconds + loaders.seconds, device)
     if rank == 0:
-        write_result(files, work, curve, answers, device=str(device.type), workers=world,
+        write_result(files, work, curve, answers, also, device=str(device.type), workers=world,
                      gpus=training.gpus_per_worker or 0.0, cpu_seconds=cpu_seconds)
         files.delete(name)
 
@@ -237,17 +240,17 @@ def _save(files: Files, name: str, trial: Trial, classifier: Any, curve: Curve, 
         files.replace(name, checkpoint(trial, classifier, curve))
 
 
-def _evaluated(work: Work, classifier: Classifier, rank: int, world: int) -> Answers:
+def _evaluated(answers: Callable[..., Answers], work: Work, classifier: Classifier, rank: int, world: int) -> Answers:
     """Answers of all workers, of one model: DDP leaves each worker running statistics of its own after a step, and the
     first worker's are those that are kept."""
     import torch.distributed as dist
 
     if world == 1:
-        return answers_of(work, classifier)
+        return answers(work, classifier)
     for buffer in classifier.module.buffers():
         dist.broadcast(buffer, src=0)
     found: list[Any] = [None] * world
-    dist.all_gather_object(found, answers_of(work, classifier, rank, world))
+    dist.all_gather_object(found, answers(work, classifier, rank=rank, world=world))
     return Answers.concatenate(found)
 
 

@@ -19,7 +19,7 @@ from rayexpand.core import classifier as module
 from rayexpand.core.backbones import build_backbone
 from rayexpand.core.classifier import Classifier, TrainBatch, loss_of, make_optimiser, try_recipe
 from rayexpand.core.mixing import Mix, apply_mix, draw_mix, smooth, worker_rows
-from rayexpand.core.recipe import Recipe, lr_at
+from rayexpand.core.recipe import Recipe, drw_weights, lr_at
 from rayexpand.errors import ConfigError, RayexpandError
 
 CLASSES = 4
@@ -154,6 +154,38 @@ def test_two_workers_take_the_step_of_one(mixed: dict[str, float]) -> None:
     torch.testing.assert_close((halves[0][0] + halves[1][0]) / 2, whole, rtol=0, atol=1e-6)
     assert (halves[0][1] + halves[1][1]) / 2 == pytest.approx(loss, abs=1e-6)
     assert not torch.allclose(halves[0][0], halves[1][0], atol=1e-6)
+
+
+def test_deferred_weights_are_those_of_torch_from_their_epoch_on() -> None:
+    """Two epochs of plain cross-entropy, then the loss that torch gives soft labels with class weights."""
+    counts = np.array([29, 10, 1, 1])
+    fields = {"optimiser": "sgd", "momentum": 0, "weight_decay": 0, "smoothing": 0.1, "epochs": 5, "drw_from": 2}
+    ours = Classifier(recipe(**fields, drw=0.9999), CLASSES, 0, 10, class_counts=counts)
+    plain = Classifier(recipe(**fields), CLASSES, 0, 10, class_counts=counts)
+    weights_K = torch.tensor(drw_weights(counts, 0.9999), dtype=torch.float32)
+    for batch in batches(6):
+        soft = TrainBatch(batch.x_BHWC, 0.7 * batch.y_BK + 0.3 * np.roll(batch.y_BK, 1, axis=0), batch.step)
+        net = copy.deepcopy(ours.module).train()
+        x = torch.from_numpy(batch.x_BHWC).permute(0, 3, 1, 2) / 255 - 0.5
+        expected = nn.functional.cross_entropy(net(x), smooth(torch.from_numpy(soft.y_BK), 0.1, "all"),
+                                               weight=weights_K if batch.step >= 4 else None)
+        loss, unweighted = ours.update(soft), plain.update(soft)
+        assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert (loss == unweighted) == (batch.step < 4)
+
+
+def test_two_workers_weigh_classes_as_one() -> None:
+    fields = {"backbone_args": {"width": 8, "norm": "group"}, "optimiser": "sgd", "momentum": 0, "lr": 1.0, "drw": 0.99,
+              "drw_from": 0}
+    batch = batches(1)[0]
+
+    def stepped(rows: np.ndarray, world: int) -> torch.Tensor:
+        one = Classifier(recipe(**fields), CLASSES, 0, 4, world=world, class_counts=np.array([50, 20, 5, 1]))
+        one.update(TrainBatch(batch.x_BHWC[rows], batch.y_BK[rows], 0))
+        return weights(one)
+
+    halves = [stepped(worker_rows(8, rank, 2), 2) for rank in range(2)]
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, stepped(np.arange(8), 1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("fields", [

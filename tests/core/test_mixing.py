@@ -9,7 +9,7 @@ import pytest
 import torch
 from timm.data import mixup as timm_mixup
 
-from rayexpand.core.mixing import Mix, apply_mix, cut, draw_mix, smooth, worker_rows
+from rayexpand.core.mixing import Mix, apply_mix, cut, draw_mix, draw_paste, smooth, worker_rows
 from rayexpand.core.recipe import Recipe
 
 
@@ -84,6 +84,26 @@ def test_mixed_pixels_and_labels() -> None:
     torch.testing.assert_close(y, torch.tensor([[0.75, 0.25], [0.25, 0.75]]))
     assert x_BCHW[0, 0, 0, 0] == 100  # the input stays
     assert apply_mix(x_BCHW, y_BK, None) == (x_BCHW, y_BK)
+
+
+def test_boxes_of_cmo_are_a_function_of_seed_and_step() -> None:
+    """One box per step of Beta(1, 1), of half of the steps, moved by nothing but seed and step."""
+    recipe = Recipe(cmo=0.5, cmo_span=(0, 1))
+    drawn = [draw_paste(recipe, 0, step, 1500, 32) for step in range(1500)]
+    made = [one for one in drawn if one is not None]
+
+    assert len(made) / 1500 == pytest.approx(0.5, abs=0.039)  # 3 sigma
+    always = [draw_paste(Recipe(cmo=1.0, cmo_power=0.5, cmo_span=(0, 1)), 0, step, 1500, 32) for step in range(1500)]
+    assert all(one in (None, other) for one, other in zip(drawn, always, strict=True))
+    areas = [1 - one.lam for one in always if one is not None]
+    rng = np.random.default_rng(0)
+    expected = [1 - cut(float(rng.random()), (int(rng.integers(32)), int(rng.integers(32))), 32).lam
+                for _ in range(1500)]
+    assert np.mean(areas) == pytest.approx(np.mean(expected), abs=0.025)
+    assert np.quantile(areas, [0.25, 0.75]) == pytest.approx(np.quantile(expected, [0.25, 0.75]), abs=0.05)
+    assert draw_paste(recipe, 1, 0, 1500, 32) != draw_paste(recipe, 2, 0, 1500, 32)
+    assert draw_paste(Recipe(), 0, 0, 10, 32) is None
+    assert all(draw_paste(Recipe(cmo=1.0), 0, step, 1000, 32) is None for step in (0, 19, 985, 999))
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

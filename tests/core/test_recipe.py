@@ -9,7 +9,7 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 
-from rayexpand.core.recipe import PRESETS, Recipe, lr_at, make_recipe
+from rayexpand.core.recipe import PRESETS, Recipe, cmo_is_on, drw_is_on, lr_at, make_recipe
 
 PER_EPOCH = 10
 
@@ -131,6 +131,11 @@ PUBLISHED: list[tuple[str, dict[str, Any]]] = [
     ("diffmix/waterbird", {"epochs": 128, "lr": 0.05, "size": 224}),
     ("diffmix/long-tail", {"batch": 128, "epochs": 200, "weight_decay": 2e-4, "colour_jitter": 0.4, "smoothing": 0,
                            "crop": "resized", "resize": 256, "size": 224, "loss": "ce"}),
+    *[(f"diffmix/long-tail{name}", {"optimiser": "sgd", "lr": 5e-3, "momentum": 0.9, "weight_decay": 2e-4,
+                                    "milestones": (160, 180), "hflip": 0.5, "smoothing": 0, **fields})
+      for name, fields in {"": {"cmo": 0, "drw": 0}, "-cmo": {"cmo": 0.5, "cmo_power": 1, "drw": 0},
+                           "-drw": {"cmo": 0, "drw": 0.9999}, "-cmo-drw": {"cmo": 0.5, "drw": 0.9999}}.items()],
+    ("realfake/celeba", {"epochs": 30, "pretrained": None, "lr": 0.1, "optimiser": "sgd", "weight_decay": 5e-4}),
     *[(f"realfake/{data}", {"size": size, "epochs": 200, "batch": 1024, "lr": 0.1, "weight_decay": 5e-4,
                             "smoothing": 0, "augment": "none", "mixup": 0, "cutmix": 0, "drop_path": 0, "amp": True,
                             "loss": "ce", "optimiser": "sgd", "milestones": (50, 100, 150), "decay_rate": 0.2})
@@ -174,6 +179,22 @@ def test_every_preset_loads_and_asks_for_its_weights(name: str) -> None:
         assert make_recipe({"preset": name}) == recipe
 
 
+@pytest.mark.parametrize("span", [(0.02, 0.985), (4, 197)])
+def test_cmo_and_drw_begin_and_end_with_their_epochs(span: tuple[float, float]) -> None:
+    """Of 200 epochs, boxes in 4 to 196 and class weights from 160 on, whatever the number of steps."""
+    recipe = preset("diffmix/long-tail-cmo-drw", cmo_span=span, drw_from=0.8 if span[0] < 1 else 160)
+    for per_epoch in (1, 7):
+        total = 200 * per_epoch
+        pasting = [step for step in range(total) if cmo_is_on(recipe, step, total)]
+        assert (pasting[0], pasting[-1], len(pasting)) == (4 * per_epoch, 197 * per_epoch - 1, 193 * per_epoch)
+        weighing = [step for step in range(total) if drw_is_on(recipe, step, total)]
+        assert weighing == list(range(160 * per_epoch, total))
+    assert not any(found(preset("diffmix/long-tail"), step, 200) for step in range(200)
+                   for found in (cmo_is_on, drw_is_on))
+    assert drw_is_on(Recipe(drw=0.9, drw_from=0), 0, 10)
+    assert cmo_is_on(Recipe(cmo=1, cmo_span=(0, 1)), 9, 10)
+
+
 def test_own_fields_override_a_preset() -> None:
     assert make_recipe({"preset": "diffcoremix", "lr": 0.5, "batch": 8}).model_dump() == {
         **preset("diffcoremix").model_dump(), "lr": 0.5, "batch": 8}
@@ -189,6 +210,12 @@ def test_own_fields_override_a_preset() -> None:
     ({"optimiser": "nesterov", "momentum": 0}, "nesterov needs momentum"),
     ({"lr": 0}, "greater than 0"),
     ({"learning_rate": 1}, "Extra inputs"),
+    ({"cmo": 0.5, "cutmix": 1.0}, "cmo pastes boxes itself"),
+    ({"cmo_span": (0.9, 0.1)}, "is no part of"),
+    ({"cmo_span": (1, 5), "epochs": 4}, "is no part of 4 epochs"),
+    ({"drw": 0.9, "loss": "bce"}, "take loss ce"),
+    ({"drw": 0.9, "drw_from": 6, "epochs": 5}, "drw_from 6 is behind the last of 5 epochs"),
+    ({"drw": 1.0}, "less than 1"),
 ])
 def test_mistakes_are_named(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):

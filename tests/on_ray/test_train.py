@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import yaml
 from torch import nn
 
 from rayexpand import training
+from rayexpand.config import ClusterConfig
 from rayexpand.errors import UsageError
 from rayexpand.on_ray.expand import connected
 from rayexpand.on_ray.train import train_study
@@ -34,9 +35,9 @@ GROUP = {"width": 8, "norm": "group"}
 
 
 def study_of(out: Path, workers: int, arms: list[dict[str, Any]], cpus: float = 1.0,
-             **recipe: Any) -> tuple[Study, list[Trial]]:
+             changes: dict[str, Any] | None = None, **recipe: Any) -> tuple[Study, list[Trial]]:
     raw = raw_study(out, arms=arms, seeds=[0], training={"workers": workers, "cpus_per_worker": cpus},
-                    recipe={**SMALL, **recipe})
+                    recipe={**SMALL, **recipe}, **(changes or {}))
     study = prepare_study(parse_study(raw))
     return study, make_trials(study)
 
@@ -78,13 +79,25 @@ def two_slices(study: Study, trial: Trial) -> list[dict[str, float]]:
     return found.history
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One cluster of our own for the studies that this process drives."""
+    with connected(ClusterConfig()):
+        yield
+
+
+@pytest.mark.usefixtures("cluster")
 def test_two_workers_train_what_one_process_trains(tmp_path: Path) -> None:
-    """Loss curve to 1e-5: GroupNorm against one process, BatchNorm against one process with per-worker statistics."""
-    arms = [{"name": "group", "recipe": {"backbone_args": GROUP}}, {"name": "batch"}]
-    recipe = {"updates": 12, "epochs": 3}
+    """Loss curve to 1e-5: GroupNorm against one process, BatchNorm against one process with per-worker statistics. The
+    first arm pastes boxes of a tail-weighted batch and weighs classes, and is tested on a second set in groups."""
+    tail = {"cmo": 0.7, "cmo_span": [0, 1], "drw": 0.99, "drw_from": 1}
+    arms = [{"name": "group", "recipe": {"backbone_args": GROUP, **tail}}, {"name": "batch"}]
+    recipe: dict[str, Any] = {"updates": 12, "epochs": 3, "changes": {
+        "subset": {"kind": "counts", "counts": [6, 4, 2, 2, 1, 1, 1, 1, 1, 1]}, "also": {"backgrounds": {
+            "data": {"source": "digits", "split": "test", "digits_background": "all", "per_class": 3},
+            "group_of": "/([a-z-]+)$"}}}}
     spread, trials = study_of(tmp_path / "spread", 2, arms, **recipe)
-    with connected(spread.config.cluster):
-        assert train_study(spread, trials) == []
+    assert train_study(spread, trials) == []
     alone, same = study_of(tmp_path / "alone", 0, arms[:1], **recipe)
     training.run_trial(alone.files, same[0], alone.config.training)
     found, expected = results(spread, trials), results(alone, same)
@@ -97,6 +110,9 @@ def test_two_workers_train_what_one_process_trains(tmp_path: Path) -> None:
                                [point["loss"] for point in expected["group"]["history"]], rtol=1e-5)
     assert [point["top1"] for point in found["group"]["history"]] == [
         point["top1"] for point in expected["group"]["history"]]
+    elsewhere, same_elsewhere = (one["group"]["also"]["backgrounds"] for one in (found, expected))
+    assert elsewhere["images"] == 30
+    assert {**elsewhere, "ece": pytest.approx(elsewhere["ece"], abs=1e-4)} == same_elsewhere
     batch = next(one for one in trials if one.arm == "batch")
     reference = two_slices(spread, batch)
     np.testing.assert_allclose([point["loss"] for point in found["batch"]["history"]],
@@ -106,11 +122,11 @@ def test_two_workers_train_what_one_process_trains(tmp_path: Path) -> None:
     assert abs(whole["history"][-1]["loss"] - reference[-1]["loss"]) > 1e-3, "statistics per worker make a difference"
 
 
+@pytest.mark.usefixtures("cluster")
 def test_small_trials_are_tasks_with_the_same_numbers(tmp_path: Path) -> None:
     arms = [{"name": "original"}, {"name": "faster", "recipe": {"lr": 0.02}}]
     tasks, trials = study_of(tmp_path / "tasks", 0, arms)
-    with connected(tasks.config.cluster):
-        assert train_study(tasks, trials) == []
+    assert train_study(tasks, trials) == []
     assert pending_trials(tasks, trials) == []
     here, same = study_of(tmp_path / "here", 0, arms)
     for trial in same:
@@ -120,21 +136,21 @@ def test_small_trials_are_tasks_with_the_same_numbers(tmp_path: Path) -> None:
         arm: curve(found) for arm, found in results(here, same).items()}
 
 
+@pytest.mark.usefixtures("cluster")
 def test_what_cannot_work_is_said_before_training(tmp_path: Path) -> None:
     odd, trials = study_of(tmp_path, 3, [{"name": "original"}])
     large, others = study_of(tmp_path / "large", 1, [{"name": "original"}], cpus=4096)
-    with connected(odd.config.cluster):
-        with pytest.raises(UsageError, match=r"recipe\.batch|training\.workers"):
-            train_study(odd, trials)
-        with pytest.raises(UsageError, match=r"training\.workers: one trial wants"):
-            train_study(large, others)
+    with pytest.raises(UsageError, match=r"recipe\.batch|training\.workers"):
+        train_study(odd, trials)
+    with pytest.raises(UsageError, match=r"training\.workers: one trial wants"):
+        train_study(large, others)
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_trial_that_diverges_fails_alone(tmp_path: Path) -> None:
     arms = [{"name": "original"}, {"name": "wild", "recipe": {"lr": 1e30, "optimiser": "sgd", "schedule": "constant"}}]
     study, trials = study_of(tmp_path, 0, arms)
-    with connected(study.config.cluster):
-        failed = train_study(study, trials)
+    failed = train_study(study, trials)
 
     assert len(failed) == 1
     assert failed[0].startswith("wild-s0: training diverged")
