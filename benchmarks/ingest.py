@@ -37,7 +37,8 @@ from rayexpand.images import Images
 from rayexpand.ingest import Feed
 from rayexpand.rng import generator, row_key
 from rayexpand.seeds import DataConfig, build_index
-from rayexpand.study import Study, Trial, make_trials, parse_study, prepare_study
+from rayexpand.study import Study, Trial, make_trials, prepare_study
+from rayexpand.study_config import parse_study
 from rayexpand.studylist import Rows, StudyList
 from rayexpand.training import Work, make_classifier, open_work
 

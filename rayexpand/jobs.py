@@ -33,12 +33,12 @@ def checked(path: str, overrides: Sequence[str] = (), *, device_here: bool = Tru
 
 def _load(verb: str, path: str, overrides: Sequence[str]) -> tuple[Any, list[str]]:
     if verb == "train":
-        from rayexpand.study import load_study, study_preflight
+        from rayexpand.study_config import load_study, study_preflight
 
         study = load_study(path, overrides)
         return study, study_preflight(study)
     if verb == "sweep":
-        from rayexpand.study import parse_study, study_preflight
+        from rayexpand.study_config import parse_study, study_preflight
         from rayexpand.sweep import load_sweep
 
         sweep = load_sweep(path, overrides)

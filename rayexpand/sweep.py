@@ -43,7 +43,7 @@ from rayexpand.seeds import DataConfig
 from rayexpand.seeds.source import wanted_ids
 from rayexpand.space import Dimension, parse_dimension
 from rayexpand.store import create_once, open_files
-from rayexpand.study import ArmConfig, ExpansionConfig, StudyConfig, parse_study, study_preflight
+from rayexpand.study_config import ArmConfig, ExpansionConfig, StudyConfig, parse_study, study_preflight
 from rayexpand.subsets import ids_file, ids_hash, per_class
 
 TUNED = ("recipe", "expansions", "arms", "subset")  # sections of a study whose fields can be swept

@@ -32,7 +32,8 @@ from rayexpand.ingest import Feed, TestSet
 from rayexpand.schema import SeedIndex
 from rayexpand.seeds import DataConfig
 from rayexpand.store import is_url, parquet_bytes
-from rayexpand.study import TrainingConfig, Trial
+from rayexpand.study import Trial
+from rayexpand.study_config import TrainingConfig
 from rayexpand.studylist import StudyList
 
 if TYPE_CHECKING:

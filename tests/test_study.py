@@ -19,16 +19,8 @@ from rayexpand import run as runs
 from rayexpand.errors import ConfigError, DigestMismatch, SeedDataError, UsageError
 from rayexpand.seeds import DataConfig, build_index
 from rayexpand.store import parquet_bytes
-from rayexpand.study import (
-    Study,
-    Trial,
-    make_trials,
-    parse_study,
-    pending_runs,
-    pending_trials,
-    prepare_study,
-    read_result,
-)
+from rayexpand.study import Study, Trial, make_trials, pending_runs, pending_trials, prepare_study, read_result
+from rayexpand.study_config import parse_study
 from rayexpand.study_summary import summary
 from rayexpand.studylist import Rows, StudyList
 from rayexpand.subsets import ids_hash, shared_images

@@ -16,7 +16,8 @@ import yaml
 from rayexpand import sweep_trial
 from rayexpand.errors import ConfigError, DigestMismatch, Interrupted, UsageError
 from rayexpand.space import Dimension, n_suggestions, parse_dimension, suggest
-from rayexpand.study import load_study, make_trials, pending_runs, prepare_study
+from rayexpand.study import make_trials, pending_runs, prepare_study
+from rayexpand.study_config import load_study
 from rayexpand.sweep import SweepConfig, best_of, candidate, load_sweep, open_sweep, parse_sweep, read_results
 from rayexpand.sweep_report import write_sweep_report
 from rayexpand.sweep_search import Search, describe, run_here

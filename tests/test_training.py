@@ -21,7 +21,8 @@ from rayexpand.core.classifier import Classifier
 from rayexpand.errors import Interrupted
 from rayexpand.seeds import DataConfig, build_index
 from rayexpand.store import read_table
-from rayexpand.study import Study, TrainingConfig, Trial, make_trials, parse_study, prepare_study, read_result
+from rayexpand.study import Study, Trial, make_trials, prepare_study, read_result
+from rayexpand.study_config import TrainingConfig, parse_study
 from rayexpand.training import make_classifier, open_work, run_trial, run_trials
 from tests.test_study import SMALL, raw_study
 

@@ -293,7 +293,7 @@ def _run_name(verb: str, target: str, overrides: Sequence[str]) -> str:
 def _name_and_out(verb: str, target: str, overrides: Sequence[str]) -> tuple[str, str]:
     """Of a checked configuration; a run's for all verbs but those with a file of their own."""
     if verb == "train":
-        from rayexpand.study import load_study
+        from rayexpand.study_config import load_study
 
         study = load_study(target, overrides)
         return study.name, study.out

@@ -25,7 +25,7 @@ from ray.tune.search import Searcher
 from rayexpand.errors import Interrupted, RayexpandError, UsageError
 from rayexpand.on_ray.expand import connected
 from rayexpand.store import open_files
-from rayexpand.study import parse_study
+from rayexpand.study_config import parse_study
 from rayexpand.sweep import Candidate, Sweep, SweepConfig, best_of, candidate, read_test
 from rayexpand.sweep_search import Search
 from rayexpand.sweep_trial import run_candidate, score_on_test

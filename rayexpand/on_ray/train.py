@@ -27,7 +27,8 @@ from rayexpand.evaluation.accuracy import Answers
 from rayexpand.files import Files
 from rayexpand.on_ray.expand import connected
 from rayexpand.store import open_files
-from rayexpand.study import Study, TrainingConfig, Trial
+from rayexpand.study import Study, Trial
+from rayexpand.study_config import TrainingConfig
 from rayexpand.training import (
     Curve,
     Work,

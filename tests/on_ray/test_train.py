@@ -25,7 +25,8 @@ from rayexpand.config import ClusterConfig
 from rayexpand.errors import UsageError
 from rayexpand.on_ray.expand import connected
 from rayexpand.on_ray.train import train_study
-from rayexpand.study import Study, Trial, make_trials, parse_study, pending_trials, prepare_study, read_result
+from rayexpand.study import Study, Trial, make_trials, pending_trials, prepare_study, read_result
+from rayexpand.study_config import parse_study
 from tests.test_study import SMALL, raw_study
 from tests.test_training import curve
 
