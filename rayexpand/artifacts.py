@@ -291,6 +291,7 @@ def _adapter_problems(config: RunConfig) -> list[str]:
         problems.append(f"{folder} was trained with visual_token {facts.visual_token}, but method.visual_token is "
                         f"{own}; what was not trained cannot be read at sampling: set method.visual_token to "
                         f"{facts.visual_token}, or fine-tune with {own}")
+    problems += [one for kind in (CLASS_FEATURES, IMAGE_FEATURES) if (one := _encoder_problem(config, kind, facts))]
     texts = [one for one in config.method.model_dump().values() if isinstance(one, str)]
     asks = any("token" in (key for _, key, _, _ in Formatter().parse(one)) for one in texts if "{token}" in one)
     if asks and not facts.has_tokens:
@@ -300,6 +301,20 @@ def _adapter_problems(config: RunConfig) -> list[str]:
         log.warning("artifacts.adapter: %s has class tokens, but no prompt of %s has {token}, so they are not used; it "
                     "was trained with the prompt %r", folder, config.method.name, facts.prompt)
     return problems
+
+
+def _encoder_problem(config: RunConfig, kind: str, facts: AdapterFacts) -> str:
+    """Where the visual token would be of another image encoder than the adapter was trained with."""
+    if kind not in config.method.needs() or getattr(config.artifacts, kind) is None or not facts.encoder_sha256:
+        return ""
+    try:
+        own = str(feature_facts(folder := artifact_folder(config, kind), kind)["encoder_sha256"])
+    except ModelError:
+        return ""  # listed with that artifact
+    if own == facts.encoder_sha256:
+        return ""
+    return (f"was trained with visual tokens of image encoder {facts.encoder_sha256[:12]}, but artifacts.{kind} "
+            f"{folder} holds features of encoder {own[:12]}; make these with the same guide.weights, or fine-tune with them")
 
 
 def _base_problem(config: RunConfig, folder: Path, facts: AdapterFacts, prior_sha256: str) -> str:

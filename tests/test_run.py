@@ -327,6 +327,23 @@ def test_runs_share_a_prior_only_with_the_same_adapter(fitted: Callable[..., Run
     assert models_key(run) not in others | {own}
 
 
+@pytest.mark.parametrize(("encoder", "problems"), [("e" * 64, 0), ("f" * 64, 1)])
+def test_visual_tokens_come_from_the_encoder_of_the_training(encoder: str, problems: int, make_config: MakeConfig,
+                                                             models: Path, tmp_path: Path) -> None:
+    keys = ("ant", "bee", "cat", "dog")
+    adapter = tiny_adapter(tmp_path / "seen", models / "base", keys, strategy="db", visual_token="class_mean",
+                           encoder_sha256="e" * 64)
+    (tmp_path / "features").mkdir()
+    write_class_features(tmp_path / "features", np.ones((4, 32), np.float32), class_keys=keys, encoder_sha256=encoder,
+                         images_per_class=None)
+    config = make_config("realfake", ratio=1, prompt="a {name}", sections={
+        "prior": {"weights": str(models / "base"), "device": "cpu"}, "image": {"size": 16, "fit": "squash"},
+        "artifacts": {"adapter": str(adapter), "class_features": str(tmp_path / "features")}})
+    found = runs.preflight(config)
+    assert len(found) == problems, found
+    assert all("visual tokens of image encoder eeeeeeeeeeee, but artifacts.class_features" in one for one in found)
+
+
 def test_everything_wrong_with_an_adapter_is_said_at_once(fitted: Callable[..., RunConfig], models: Path,
                                                           tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert runs.preflight(fitted()) == []

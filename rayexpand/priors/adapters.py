@@ -52,6 +52,7 @@ class AdapterFacts:
     targets: tuple[str, ...] = ()  # projections that have LoRA
     init_token_id: int | None = None  # whose row the token rows started as
     visual_token: str = "none"  # noqa: S105  what the last text slot held in training: none, class_mean or instance
+    encoder_sha256: str = ""  # of the image encoder whose features it held
 
     @property
     def has_lora(self) -> bool:
@@ -87,6 +88,7 @@ class _File(BaseModel):
     init_token_id: int | None
     classes: list[_Class] = Field(min_length=1)
     visual_token: Literal["none", "class_mean", "instance"]
+    encoder_sha256: str
     files: dict[str, str]  # sha256 of each weight file
 
 
