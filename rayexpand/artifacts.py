@@ -314,7 +314,8 @@ def _encoder_problem(config: RunConfig, kind: str, facts: AdapterFacts) -> str:
     if own == facts.encoder_sha256:
         return ""
     return (f"was trained with visual tokens of image encoder {facts.encoder_sha256[:12]}, but artifacts.{kind} "
-            f"{folder} holds features of encoder {own[:12]}; make these with the same guide.weights, or fine-tune with them")
+            f"{folder} holds features of encoder {own[:12]}; make these with the same guide.weights, or fine-tune "
+            "with them")
 
 
 def _base_problem(config: RunConfig, folder: Path, facts: AdapterFacts, prior_sha256: str) -> str:
