@@ -21,23 +21,22 @@ import torch
 from rayexpand import methods
 from rayexpand import run as runs
 from rayexpand.artifacts import read_facts
-from rayexpand.errors import RayexpandError
+from rayexpand.errors import RayexpandError, UsageError
 from rayexpand.guides import load_guide
 from rayexpand.priors import digits
 from rayexpand.schema import Tools
 from rayexpand.seeds import digits_split
 from rayexpand.study import (
     Study,
-    StudyConfig,
     make_trials,
     models_key,
-    parse_study,
     pending_runs,
     pending_trials,
     prepare_study,
     read_result,
     shared_tools,
 )
+from rayexpand.study_config import StudyConfig, parse_study
 from rayexpand.training import run_trials
 
 PER_CLASS, RATIO, SUBSETS = 2, 5, 3
@@ -59,12 +58,16 @@ COMMON: dict[str, Any] = {"ratio": RATIO, "prompt": "a photo of a {name}", "stre
                           "guidance_scale": 2.0, "measure": True}
 OWN: dict[str, dict[str, Any]] = {
     "classical": {"policy": "randaugment"},
+    "diffmix": {"variant": "real_mix", "strengths": [0.9]},  # the digits have their names already: nothing to fit
     "distdiff": {"guide_step": 7, "rho": 0.5, "eps": 3},
     "gif": {"domains": ["a photo of a"], "adjectives": [""], "rotation": 0, "flip": False},
     "lecf": {"strength": None, "prompts": {"*": [
         "a photo of a {name}", "the digit {name}", "a photo of the digit {name}", "a drawing of a {name}",
         "a handwritten {name} shape"]}},
+    "realfake": {"finetuned": False},
+    "realguidance": {"strength": 0.1, "steps": 25},
 }
+FITTED = {"prior", "guide", "prototypes"}  # what the demo has, or makes for a method
 SAMPLER = {"batch": 50, "shard_images": 50}
 EMPTY_STRENGTH = 0.5  # an empty prompt keeps the label only at moderate strength: at 0.9 nothing of the digit is left
 
@@ -112,7 +115,7 @@ def standard_error(values: list[float]) -> float:
 def demo(out: Path | str, progress: Progress, method: str = "img2img") -> DemoResult:
     """Runs the demo of a method in the study folder `out`; what is there already is used again, not made again.
 
-    Raises ConfigError for a method there is not.
+    Raises ConfigError for a method there is not, UsageError for one that needs a fine-tuned generator.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # accuracies depend on it, and on small models a second thread only spins
@@ -133,6 +136,10 @@ def study_of(out: Path, method: str = "img2img") -> StudyConfig:
     """The study the demo is."""
     fields = settings(method)
     loaded = _loaded(fields)
+    if lacking := sorted(loaded.needs() - FITTED):
+        raise UsageError(f"the demo has no {' and no '.join(lacking)} for {method}, for it fine-tunes no generator. "
+                         f"Make it with `rayexpand fit` (fit: {{{lacking[0]}: ...}}), name the folder it prints under "
+                         "artifacts, and use `rayexpand expand`; or choose another method")
     # With `random`, nothing is measured either: the twin needs no guide.
     unmeasured = {"measure": False} if "measure" in fields else {}
     wanted: dict[str, dict[str, Any]] = {"expanded": fields}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,20 +61,22 @@ def object_stores(object_store_server: Server, monkeypatch: pytest.MonkeyPatch) 
 MakeConfig = Callable[..., RunConfig]
 
 
+def small_run(seeds: Path, out: Path, /, method: str = "Fake", *, name: str = "run", batch: int = 8,
+              shard_images: int = 8, data: Any = None, sections: dict[str, Any] | None = None,
+              **fields: Any) -> RunConfig:
+    """Configuration of a small run by a fake, or by a built-in method by its lower-case name."""
+    dotted = method if method.islower() else FAKES + method
+    return parse({
+        "name": name, "out": str(out), "seed": 3, "method": {"name": dotted, **fields},
+        "data": data or {"source": "imagefolder", "path": str(seeds)},
+        "sampler": {"batch": batch, "shard_images": shard_images}, "limits": {"max_failed": 1.0},
+        **(sections or {})})
+
+
 @pytest.fixture
 def make_config(image_folder: Path, tmp_path: Path) -> MakeConfig:
-    """Configuration of a small run: `make_config("Fake", ratio=3)`, or a built-in method by its lower-case name."""
-
-    def make(method: str = "Fake", *, name: str = "run", batch: int = 8, shard_images: int = 8, data: Any = None,
-             sections: dict[str, Any] | None = None, **fields: Any) -> RunConfig:
-        dotted = method if method.islower() else FAKES + method
-        return parse({
-            "name": name, "out": str(tmp_path / "out"), "seed": 3, "method": {"name": dotted, **fields},
-            "data": data or {"source": "imagefolder", "path": str(image_folder)},
-            "sampler": {"batch": batch, "shard_images": shard_images}, "limits": {"max_failed": 1.0},
-            **(sections or {})})
-
-    return make
+    """`small_run` of the image folder: `make_config("Fake", ratio=3)`."""
+    return partial(small_run, image_folder, tmp_path / "out")
 
 
 def complete(config: RunConfig, **start: Any) -> tuple[runs.Run, Totals]:

@@ -1,9 +1,10 @@
-"""The command line as a user meets it: real processes, their exit codes, stdout and stderr."""
+"""The command line as a user meets it: exit codes, stdout and stderr. One command of each kind of end is a process of
+its own (`process`); the others run `main` in this one (`rayexpand`), which saves their imports."""
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,17 +17,10 @@ import pytest
 import yaml
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+from tests.commands import ROOT, process, rayexpand
+
 VERBS = ["demo", "validate", "plan", "expand", "evaluate", "select", "sweep", "fit", "status", "verify", "retry",
          "regen", "bench", "report", "card", "export", "submit"]
-
-
-def rayexpand(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command of its own process; `expand` and `retry` without Ray, which tests/on_ray has."""
-    if arguments[0] in ("expand", "retry") and "--help" not in arguments:
-        arguments = (*arguments, "--no-ray")
-    return subprocess.run([sys.executable, "-m", "rayexpand", *map(str, arguments)], capture_output=True, text=True,
-                          cwd=ROOT, env={**os.environ, **environment}, timeout=120)
 
 
 @pytest.fixture
@@ -55,7 +49,7 @@ def test_every_verb_takes_json(verb: str) -> None:
 
 
 def test_the_life_of_a_run(job: Path, tmp_path: Path) -> None:
-    made = rayexpand("expand", job, "--json")
+    made = process("expand", job, "--json")
     summary = json.loads(made.stdout)
     folder = summary["run"]
 
@@ -86,7 +80,7 @@ def test_the_life_of_a_run(job: Path, tmp_path: Path) -> None:
 
 def test_the_same_folder_refuses_another_run_with_the_difference(job: Path) -> None:
     assert rayexpand("expand", job).returncode == 0
-    other = rayexpand("expand", job, "--set", "method.ratio=3", "--set", "seed=1")
+    other = process("expand", job, "--set", "method.ratio=3", "--set", "seed=1")
 
     assert other.returncode == 4
     assert "method.ratio: 2.0 -> 3.0" in other.stderr
@@ -94,8 +88,6 @@ def test_the_same_folder_refuses_another_run_with_the_difference(job: Path) -> N
 
 
 def test_retry_from_the_command_line(job: Path, tmp_path: Path, image_folder: Path) -> None:
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(image_folder, broken)
     (broken / "bee/2.png").write_bytes(b"")
@@ -121,7 +113,7 @@ def test_retry_from_the_command_line(job: Path, tmp_path: Path, image_folder: Pa
 def test_bad_input_is_refused_before_anything_is_made(job: Path, tmp_path: Path, change: dict[str, Any],
                                                       words: str) -> None:
     sets = [part for field, value in change.items() for part in ("--set", f"{field}={value}")]
-    done = rayexpand("expand", job, *sets, "--json")
+    done = (process if "method.ratoi" in change else rayexpand)("expand", job, *sets, "--json")
 
     assert done.returncode == 2
     assert words in done.stderr

@@ -31,7 +31,7 @@ from rayexpand.errors import EXIT_DONE, EXIT_RESUMABLE, RayexpandError
 from rayexpand.schema import Draw, Sample
 from rayexpand.store import data_name
 from rayexpand.verify import verify
-from tests.conftest import MakeConfig, complete, hashes, refused
+from tests.conftest import MakeConfig, complete, hashes, refused, small_run
 
 BAD = "bee/2.png/1"
 PREPARING = [f"{when}_{step}{part}" for step in ("index", "classes", "plan", "run")
@@ -93,6 +93,7 @@ def every_visible_file_opens(folder: Path) -> Iterator[None]:
                     seen += 1
                 except (pa.ArrowException, OSError) as error:
                     torn.append(f"{path.name}: {error}")
+            time.sleep(0.001)  # else the reader takes the CPU that the run needs
 
     thread = threading.Thread(target=poll)
     thread.start()
@@ -105,9 +106,9 @@ def every_visible_file_opens(folder: Path) -> Iterator[None]:
     assert seen
 
 
-@pytest.fixture
-def reference(make_config: MakeConfig) -> tuple[dict[str, str], dict[str, str]]:
-    run, _ = complete(make_config("Failing", ratio=2, name="undisturbed", nan=BAD))
+@pytest.fixture(scope="module")
+def reference(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], dict[str, str]]:
+    run, _ = complete(small_run(image_folder, tmp_path_factory.mktemp("undisturbed"), "Failing", ratio=2, nan=BAD))
     return hashes(run), refused(run)
 
 

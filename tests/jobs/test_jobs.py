@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rayexpand import config as configs
 from rayexpand import evaluate, select
 from rayexpand.config import load, parse, resolved
 from rayexpand.core.recipe import make_recipe
@@ -16,7 +18,7 @@ from rayexpand.errors import ConfigError
 from rayexpand.fit_plan import load_fit
 from rayexpand.space import Dimension, n_suggestions, parse_dimension, suggest
 from rayexpand.store import open_files
-from rayexpand.study import StudyConfig, load_study
+from rayexpand.study_config import StudyConfig, load_study
 from rayexpand.sweep import Sweep, candidate, load_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -65,8 +67,8 @@ def _sweep(path: Path) -> None:
 
 
 VERBS: dict[str, Callable[[Path], object]] = {
-    "expand": _expand, "fit": load_fit, "study": load_study, "sweep": _sweep, "evaluate": _finished(evaluate.load),
-    "select": _finished(select.load)}
+    "expand": _expand, "fit": load_fit, "pretrain": load_fit, "study": load_study, "sweep": _sweep,
+    "evaluate": _finished(evaluate.load), "select": _finished(select.load)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
@@ -79,7 +81,7 @@ def test_the_job_of_a_paper_says_what_it_reproduces(path: Path) -> None:
     head = " ".join(line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#"))
     assert any(word in head for word in ("Published", "published", "not stated"))
     text = (path.parent / "README.md").read_text()
-    numbers = re.findall(r"\b([DG])(\d+)(?:-[DG](\d+))?\b", head)
+    numbers = re.findall(r"\b([DFG])(\d+)(?:-[DFG](\d+))?\b", head)
     for letter, first, last in numbers:
         for number in range(int(first), int(last or first) + 1):
             assert f"| {letter}{number} |" in text, f"{letter}{number} is explained nowhere"
@@ -92,9 +94,11 @@ def test_the_table_of_jobs_names_it(path: Path) -> None:
     assert any(path.relative_to(ROOT / "jobs").match(row) for row in rows)
 
 
+@cache
 def _study(name: str) -> tuple[StudyConfig, Callable[[str], Any]]:
     config = load_study(ROOT / "jobs/papers" / name)
 
+    @cache
     def method(expansion: str) -> Any:
         raw = config.expansions[expansion].config
         assert raw is not None
@@ -149,3 +153,170 @@ def test_the_published_grids(name: str, leaf: str, values: list[float]) -> None:
     ((field, spec),) = load_sweep(f"jobs/papers/distdiff/sweep-{name}.yaml").space.items()
     assert field.endswith(f".{leaf}")
     assert spec == {"choice": values}
+
+
+def _words(*folders: str, **fields: str) -> set[str]:
+    """Values of top-level fields of the jobs of some folders, and what their heads put there by --set."""
+    found: set[str] = set()
+    for path in (path for path in FILES if path.parent.name in folders):
+        text, verb = path.read_text(), path.stem.partition("-")[0]
+        if verb in fields:
+            found |= set(re.findall(rf"(?:^|--set[ \n#]+){fields[verb]}[:=] ?([\w.-]+)", text, re.MULTILINE))
+        found |= set(re.findall(r"--set[ \n#]+name=([\w.-]+)", text))
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem.startswith(("expand", "select", "study"))
+                                  and path.parent.name not in ("distdiff", "gif")], ids=_name)
+def test_what_a_job_needs_is_made_by_another(path: Path) -> None:
+    fits, runs = _words(path.parent.name, fit="name"), _words(path.parent.name, expand="name")
+    text = path.read_text()
+    kinds = "adapter|captions|class_features|image_features|prototypes|guide"
+
+    assert {name for name, _ in re.findall(rf"artifacts/([\w.-]+?)-({kinds})\b", text)} <= fits
+    assert set(re.findall(r"run: runs/([\w.-]+)(?=[,}\s])", text)) <= runs
+
+
+@cache
+def _selections() -> set[tuple[str, str]]:
+    """(run, name) of every decision that a job makes."""
+    found = [configs.read(path) for path in FILES if path.stem.startswith("select")]
+    return {(one["run"], one["name"]) for one in found}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem.startswith("study")], ids=_name)
+def test_every_selection_of_an_arm_is_made_by_a_job(path: Path) -> None:
+    """Of a run that is made before. One the study makes would have to be decided in between, so no job does that."""
+    config = load_study(path)
+    for arm in config.arms:
+        if arm.selection is not None:
+            run = config.expansions[str(arm.use)].run
+            assert run is not None, f"{arm.name}: a selection of a run that the study makes"
+            assert (run, arm.selection) in _selections(), f"{arm.name}: no select-*.yaml decides it"
+
+
+@pytest.mark.parametrize(("data", "r50", "vit"), [
+    ("cub", 0.025, 1e-3), ("aircraft", 0.05, 1e-3), ("flowers", 0.05, 5e-4), ("cars", 0.05, 1e-3),
+    ("dogs", 0.005, 1e-5)])
+def test_diffmix_as_published(data: str, r50: float, vit: float) -> None:
+    mix = load(ROOT / f"jobs/papers/diffmix/expand-{data}.yaml").method
+    assert (mix.variant, mix.ratio, mix.strengths, mix.prompt) == (
+        "diff_mix", 5, (0.5, 0.7, 0.9), "a photo of a {token} {metaclass}")
+    assert (mix.steps, mix.guidance_scale, mix.solver, mix.negative) == (25, 7.5, "dpmpp_2m", "")
+    recipe = load_fit(ROOT / f"jobs/papers/diffmix/fit-{data}.yaml").fit.adapter.finetune  # type: ignore[union-attr]
+    assert (recipe.strategy, recipe.rank, recipe.steps, recipe.batch, recipe.lr, recipe.token_lr) == (
+        "ti_db", 10, 35_000, 8, 5e-5, 5e-5)
+    for net, lr, size in (("", r50, 448), ("-vit", vit, 384)):
+        config, method = _study(f"diffmix/study-{data}{net}.yaml")
+        trained = make_recipe(config.recipe)
+        assert (trained.lr, trained.size, trained.epochs, trained.smoothing_mode) == (lr, size, 120, "others")
+        assert {arm.replace for arm in config.arms if arm.use} == {0.1}
+        assert {arm.soft_label.get("gamma") for arm in config.arms if arm.use == "diff-mix"} == {0.5}
+        assert (method("real-guidance").strength, method("real-guidance").steps) == (0.1, 25)
+        assert (method("da-fusion").mode, method("da-fusion").strengths) == ("joint_ti", (1.0, 0.75, 0.5, 0.25))
+
+
+@pytest.mark.parametrize(("shots", "p", "gamma"), [("1", 0.5, 0.1), ("5", 0.3, 0.1), ("10", 0.2, 0.1),
+                                                   ("all", 0.1, 0.5)])
+def test_diffmix_with_few_shots(shots: str, p: float, gamma: float) -> None:
+    config, method = _study(f"diffmix/study-cub-shots-{shots}.yaml")
+
+    assert config.subset.n == (None if shots == "all" else int(shots))
+    assert {arm.replace for arm in config.arms if arm.use} == {p}
+    assert {arm.soft_label["gamma"] for arm in config.arms if (arm.use or "").endswith("mix")} == {gamma}
+    assert [method(name).variant for name in config.expansions] == [
+        f"{weights}_{kind}" for weights in ("real", "diff") for kind in ("gen", "aug", "mix")]
+    for kind in ("real", "diff"):
+        space = load_sweep(f"jobs/papers/diffmix/sweep-strength-{kind}-{shots}.yaml").space
+        assert space[f"expansions.{kind}-mix.method.strengths"] == {
+            "choice": [[0.1], [0.3], [0.5], [0.7], [0.9], [1.0]]}
+    if shots in ("5", "all"):
+        assert list(load_sweep(f"jobs/papers/diffmix/sweep-gamma-{shots}.yaml").space.values()) == [
+            {"choice": [1.5, 1.0, 0.5, 0.3, 0.1, 0.0]}, {"choice": [[0.5], [0.7], [0.9]]}]
+
+
+@pytest.mark.parametrize("data", ["cub", "flower"])
+@pytest.mark.parametrize("factor", [100, 50, 10])
+def test_diffmix_on_a_long_tail(data: str, factor: int) -> None:
+    config, method = _study(f"diffmix/study-{data}-lt-{factor}.yaml")
+    mix, arms = method("diff-mix"), {arm.name: arm for arm in config.arms}
+    fitted = config.expansions["diff-mix"].fit
+
+    assert config.subset.imbalance_factor == factor
+    assert config.frequency == ((5, 20) if data == "cub" else (10, 30))
+    assert (mix.ratio, mix.strengths, mix.targets, mix.references) == (10, (0.7,), "balanced", "image_uniform")
+    assert (arms["Diff-Mix"].replace, arms["Diff-Mix"].draw, arms["Diff-Mix"].soft_label) == (
+        0.3, "inverse_freq", {"gamma": 0.5})
+    assert arms["Diff-Mix, fill"].fill
+    assert fitted is not None
+    assert fitted.adapter is not None
+    assert fitted.adapter.finetune.balance == "inverse"
+
+
+def test_diffmix_on_other_backgrounds() -> None:
+    config, _ = _study("diffmix/study-waterbird.yaml")
+    mix = next(arm for arm in config.arms if arm.name == "Diff-Mix")
+
+    assert (mix.replace, mix.soft_label, make_recipe(config.recipe).epochs) == (0.1, {"gamma": 0.8}, 128)
+    assert (config.also["waterbird"].restrict, config.also["waterbird"].groups) == (False, "data/waterbird/groups.csv")
+
+
+@pytest.mark.parametrize(("data", "captions", "size", "epochs"), [
+    ("in10", True, 224, 200), ("in100", True, 224, 200), ("in1k", True, 224, 300), ("cub", False, 448, 200),
+    ("cars", False, 448, 200), ("pets", False, 224, 200), ("eurosat", False, 448, 200), ("celeba", False, 224, 30)])
+def test_realfake_as_published(data: str, captions: bool, size: int, epochs: int) -> None:
+    fitted = load_fit(ROOT / f"jobs/papers/realfake/fit-{data}.yaml").fit
+    run = load(ROOT / f"jobs/papers/realfake/expand-{data}.yaml")
+    config, _ = _study(f"realfake/study-{data}.yaml")
+    recipe, method, trained = fitted.adapter.finetune, run.method, make_recipe(config.recipe)  # type: ignore[union-attr]
+
+    assert (recipe.rank, recipe.lr, recipe.batch, recipe.snr_gamma, recipe.mmd_gamma, recipe.mmd_reduction) == (
+        4, 1e-4, 64, 5, 0.05, "mean")
+    assert (method.strength, method.steps, method.guidance_scale, method.solver, method.lora_scale) == (
+        0.75, 30, 2, "unipc", 0.5)
+    assert method.negative == "distorted, unrealistic, blurry, out of frame"
+    assert method.visual_token == recipe.visual_token == "class_mean"
+    assert method.prompt == recipe.prompt
+    assert ("{caption}" in method.prompt) == captions == (fitted.captions is not None)
+    assert (run.image.size, run.image.fit) == (512, "squash")
+    assert (trained.size, trained.epochs) == (size, epochs)
+    assert {(arm.real, arm.replace) for arm in config.arms if arm.use} == {(0, None), (1, None)}
+    if data.startswith("in"):
+        assert next(arm for arm in config.arms if arm.name == "synthetic").ratio == [1, 2, 5, 10]
+
+
+def test_realfake_as_its_code_has_it() -> None:
+    made = load_fit(ROOT / "jobs/papers/realfake/fit-in10-official.yaml").fit.adapter
+    method = load(ROOT / "jobs/papers/realfake/expand-in10-official.yaml").method
+    assert made is not None
+    recipe = made.finetune
+
+    assert (recipe.visual_token, recipe.mmd_gamma, recipe.mmd_reduction, recipe.mmd_weighting, recipe.mmd_scope) == (
+        "instance", 0.003, "sum", "min_snr", "per_rank")
+    assert (method.visual_token, method.negative) == (
+        "instance", "distorted, unrealistic, blurry, out of frame, cropped, deformed")
+    assert method.prompt == "photo of {name}, {caption}, best quality"
+
+
+@pytest.mark.parametrize("data", ["in10", "in100"])
+def test_the_ten_rows_of_the_modules(data: str) -> None:
+    """(latent prior, fine-tuned, visual guidance, which adapter) of each arm, in the order of the table."""
+    config, method = _study(f"realfake/study-{data}-modules.yaml")
+    rows = []
+    for arm in config.arms[1:]:
+        made, raw = method(str(arm.use)), config.expansions[str(arm.use)].config
+        assert raw is not None
+        adapter = raw["artifacts"].get("adapter", "").removeprefix(f"artifacts/realfake-{data}").removesuffix("adapter")
+        rows.append((made.latent_prior, made.finetuned, made.visual_token != "none", adapter.strip("-")))
+        assert arm.real == 0
+
+    parts = [(False, False, ""), (True, False, "ft"), (True, True, "vg"), (True, False, "dm"), (True, True, "")]
+    assert rows == [(latent, *part) for latent in (False, True) for part in parts]
+
+
+@pytest.mark.parametrize(("name", "classes"), [("imagenet10", 10), ("imagenet100", 100)])
+def test_the_classes_of_the_smaller_imagenets(name: str, classes: int) -> None:
+    found = (ROOT / f"jobs/papers/realfake/{name}.txt").read_text().split()
+
+    assert len(set(found)) == len(found) == classes
+    assert all(re.fullmatch(r"n\d{8}", one) for one in found)

@@ -19,6 +19,7 @@ import yaml
 from rayexpand import run as runs
 from rayexpand.verify import verify
 from tests.chaos.test_kill import BAD, SHARD
+from tests.commands import rayexpand
 from tests.conftest import MakeConfig, complete, hashes, refused
 from tests.on_ray.conftest import ROOT, Head, processes_of
 from tests.s3server import Server
@@ -73,10 +74,27 @@ def check(folder: Path, oracle: Oracle) -> None:
     assert verify(run, pixels=True).problems == []
 
 
+Expand = Callable[..., tuple[int, dict[str, Any], str]]
+
+
+@pytest.fixture
+def expand(head: Head, monkeypatch: pytest.MonkeyPatch) -> Expand:
+    """The command with its driver in this process: exit code, summary, stderr. Only actors are processes."""
+    def run(file: Path, *sets: str, **environment: str) -> tuple[int, dict[str, Any], str]:
+        with monkeypatch.context() as patch:
+            for name, value in {**head.env, **environment}.items():
+                patch.setenv(name, value)
+            arguments = [part for one in (f"cluster.address={head.address}", *sets) for part in ("--set", one)]
+            done = rayexpand("expand", file, "--json", *arguments, on_ray=True)
+        return done.returncode, json.loads(done.stdout) if done.stdout.strip() else {}, done.stderr
+
+    return run
+
+
 @pytest.mark.parametrize("actors", [1, 2, 4])
-def test_the_same_hashes_with_any_number_of_actors(head: Head, job: Callable[..., Path], tmp_path: Path, oracle: Oracle,
-                                                   actors: int) -> None:
-    code, summary, stderr = finish(start(head, job(), f"cluster.actors={actors}"))
+def test_the_same_hashes_with_any_number_of_actors(expand: Expand, job: Callable[..., Path], tmp_path: Path,
+                                                   oracle: Oracle, actors: int) -> None:
+    code, summary, stderr = expand(job(), f"cluster.actors={actors}")
 
     assert code == 0, stderr
     assert (summary["kept"], summary["failed"]) == (39, 1)
@@ -84,11 +102,10 @@ def test_the_same_hashes_with_any_number_of_actors(head: Head, job: Callable[...
 
 
 @pytest.mark.parametrize("point", ["before_call", "after_call", "before_data", "after_data", "after_receipt"])
-def test_an_actor_killed(head: Head, job: Callable[..., Path], tmp_path: Path, oracle: Oracle, point: str) -> None:
+def test_an_actor_killed(expand: Expand, job: Callable[..., Path], tmp_path: Path, oracle: Oracle, point: str) -> None:
     once = tmp_path / "once"
-    code, _, stderr = finish(start(head, job(), "cluster.actors=2",
-                                   RAYEXPAND_FAILPOINT=f"{point}@shard={SHARD}:kill",
-                                   RAYEXPAND_FAILPOINT_ONCE=str(once)))
+    code, _, stderr = expand(job(), "cluster.actors=2", RAYEXPAND_FAILPOINT=f"{point}@shard={SHARD}:kill",
+                             RAYEXPAND_FAILPOINT_ONCE=str(once))
 
     assert once.exists(), "the failpoint was never reached"
     assert code == 0, stderr
@@ -110,7 +127,7 @@ def test_the_driver_killed(head: Head, job: Callable[..., Path], tmp_path: Path,
 
 
 @pytest.mark.parametrize(("method", "reason"), [("Hang", "timeout"), ("Segfault", "actor_died")])
-def test_a_row_that_ends_its_actor_is_refused_alone(head: Head, job: Callable[..., Path], tmp_path: Path,
+def test_a_row_that_ends_its_actor_is_refused_alone(expand: Expand, job: Callable[..., Path], tmp_path: Path,
                                                     make_config: MakeConfig, method: str, reason: str) -> None:
     limits = {"max_failed": 1.0, "deadline_s": 2.0, "first_deadline_s": 2.0}
     reference = hashes(complete(make_config(method, ratio=2, sections={"limits": limits}, name="healthy"))[0])
@@ -118,7 +135,7 @@ def test_a_row_that_ends_its_actor_is_refused_alone(head: Head, job: Callable[..
     raw = yaml.safe_load(file.read_text())
     del raw["method"]["nan"]
     file.write_text(yaml.safe_dump(raw))
-    code, summary, stderr = finish(start(head, file, "cluster.actors=2"))
+    code, summary, stderr = expand(file, "cluster.actors=2")
 
     assert code == 0, stderr
     assert (summary["kept"], summary["failed"]) == (39, 1)
@@ -127,12 +144,12 @@ def test_a_row_that_ends_its_actor_is_refused_alone(head: Head, job: Callable[..
     assert hashes(run) == {k: v for k, v in reference.items() if k != BAD}
 
 
-def test_a_broken_sampler_ends_resumably(head: Head, job: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_broken_sampler_ends_resumably(expand: Expand, job: Callable[..., Path], tmp_path: Path) -> None:
     file = job(method={"name": "tests.methods.fakes.BrokenAfterFirst"}, sampler={"batch": 4, "shard_images": 20})
     raw = yaml.safe_load(file.read_text())
     del raw["method"]["nan"]
     file.write_text(yaml.safe_dump(raw))
-    code, summary, _ = finish(start(head, file, "cluster.actors=2"))
+    code, summary, _ = expand(file, "cluster.actors=2")
 
     assert code == 75
     assert "fails even on a call of fillers" in summary["error"]["message"]
@@ -165,8 +182,6 @@ def _until(done: Callable[[], bool], timeout_s: float = 60) -> None:
     while not done():
         assert time.monotonic() < deadline, "never happened"
         time.sleep(0.02)
-
-
 
 
 def test_a_run_in_an_object_store(job: Callable[..., Path], object_stores: Server, oracle: Oracle) -> None:

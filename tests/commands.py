@@ -1,0 +1,44 @@
+"""The command line in a process of its own (`process`), or in this one without its imports (`rayexpand`)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+from rayexpand import cli
+
+ROOT = Path(__file__).parents[1]
+Done = subprocess.CompletedProcess[str]
+
+
+def _command(arguments: tuple[object, ...], on_ray: bool = False) -> list[str]:
+    if arguments[0] in ("expand", "retry") and not on_ray and "--help" not in arguments:
+        arguments = (*arguments, "--no-ray")
+    return [str(one) for one in arguments]
+
+
+def process(*arguments: object, timeout_s: float = 120) -> Done:
+    return subprocess.run([sys.executable, "-m", "rayexpand", *_command(arguments)], capture_output=True, text=True,
+                          cwd=ROOT, timeout=timeout_s, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def rayexpand(*arguments: object, on_ray: bool = False) -> Done:
+    """`main` with its exit code and what it writes; what C code writes to a descriptor only `process` sees."""
+    command, stdout, stderr, code = ["rayexpand", *_command(arguments, on_ray)], io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with (mock.patch.object(sys, "argv", command), contextlib.redirect_stdout(stdout),
+          contextlib.redirect_stderr(stderr), contextlib.chdir(ROOT)):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return subprocess.CompletedProcess(command, code, stdout.getvalue(), stderr.getvalue())
