@@ -1,7 +1,6 @@
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -122,28 +121,27 @@ def test_a_failed_training_leaves_nothing_that_looks_finished(tmp_path, monkeypa
     assert not list(tmp_path.glob("*.partial-*"))
 
 
-# Training itself is replaced: what is tested is who trains, and importing the libraries thrice would take a minute.
-ASKER = """
-import os, sys, time
-from pathlib import Path
-from rayexpand.priors import digits
-root = Path(sys.argv[1])
-def train(folder, recipe, report):
-    (folder / "begun").write_text("")
-    with open(root / "trainers", "a") as log:
-        log.write(f"{os.getpid()}\\n")
-    time.sleep(float(sys.argv[2]))
-    (folder / "measured.json").write_text("{}")
-digits.train = train
-(root / f"ready-{os.getpid()}").write_text("")
-folder = digits.ensure(lambda *call: print(call[0], file=sys.stderr), root)
-assert (folder / "measured.json").exists()
-"""
+def ask(root: Path, seconds: float) -> None:
+    """Training itself is replaced: what is tested is who trains."""
+    def train(folder: Path, recipe: digits.Recipe, report: object) -> None:
+        (folder / "begun").write_text("")
+        with open(root / "trainers", "a") as log:
+            log.write(f"{os.getpid()}\n")
+        time.sleep(seconds)
+        (folder / "measured.json").write_text("{}")
+
+    digits.train = train
+    (root / f"ready-{os.getpid()}").write_text("")
+    with open(root / f"said-{os.getpid()}", "w") as said:
+        folder = digits.ensure(lambda *call: print(call[0], file=said), root)
+    assert (folder / "measured.json").exists()
 
 
-def ask(root: Path, seconds: float) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", ASKER, str(root), str(seconds)], stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+def asking(root: Path, seconds: float) -> multiprocessing.Process:
+    """Forked, so that nobody imports torch again."""
+    child = multiprocessing.get_context("fork").Process(target=ask, args=(root, seconds), daemon=True)
+    child.start()
+    return child
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -154,17 +152,19 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 
 def test_of_three_processes_one_trains_and_after_a_kill_another_does(tmp_path):
-    killed = ask(tmp_path, 600)
+    killed = asking(tmp_path, 600)
     wait_for((tmp_path / "trainers").exists)
-    others = [ask(tmp_path, 0.3) for _ in range(2)]
+    others = [asking(tmp_path, 0.3) for _ in range(2)]
     wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
     time.sleep(0.2)
     assert len((tmp_path / "trainers").read_text().split()) == 1  # the others wait
     killed.kill()
-    errors = [other.communicate(timeout=60)[1] for other in others]
-    assert [other.returncode for other in others] == [0, 0], errors
-    assert any("waiting for another process" in error for error in errors)
-    killed.communicate()
+    for other in others:
+        other.join(60)
+    said = [(tmp_path / f"said-{other.pid}").read_text() for other in others]
+    assert [other.exitcode for other in others] == [0, 0], said
+    assert any("waiting for another process" in text for text in said)
+    killed.join()
     trainers = (tmp_path / "trainers").read_text().split()
     assert len(trainers) == 2
     assert trainers[0] == str(killed.pid)
