@@ -34,11 +34,15 @@ class ImageConfig(Section):
     fit: Literal["crop", "center", "squash", "none"] = Field(
         "crop", description="crop: shorter side to size, then a random square (as DistDiff's released code); "
         "center: the middle square; squash: both sides, aspect lost; none: as it is")
+    filter: Literal["bicubic", "bilinear"] = Field("bicubic", description="how squash resizes: bicubic, or bilinear as "
+                                                   "Diff-Mix's released code; crop and center are bilinear")
     restore: bool = Field(False, description="bring samples that start from an image back to the size their seed has, "
                           "bilinear, as Diff-Mix's released code; with squash, which it undoes")
 
     @model_validator(mode="after")
     def _restores_whole_images(self) -> ImageConfig:
+        if self.filter != "bicubic" and self.fit != "squash":
+            raise ValueError(f"filter: has no effect on fit {self.fit}; take it out, or set fit: squash")
         if self.restore and self.fit in ("crop", "center"):
             raise ValueError(f"restore: fit {self.fit} cuts a part out, which would be stretched to the size of the "
                              "whole; set fit: squash, or take restore out")

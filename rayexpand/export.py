@@ -176,7 +176,8 @@ def read_selection(run: Run, name: str) -> Selection:
     content = run.files.read(f"selections/{name}.parquet") if re.fullmatch(r"[\w.-]+", name) else None
     if content is None:
         known = sorted(file.removesuffix(".parquet") for file in run.files.list("selections"))
-        raise UsageError(f"{run.folder} has no selection {name!r}; it has " + (", ".join(known) or "none"))
+        raise UsageError(f"{run.folder} has no selection {name!r}; it has {', '.join(known) or 'none'}. Make it with "
+                         f"`rayexpand select` and a file with name: {name} and run: {run.folder}")
     table = pq.read_table(pa.BufferReader(content), columns=["sample_id", "keep"])
     if not table.num_rows:
         raise UsageError(f"selection {name!r} of {run.folder} decides nothing; select again")

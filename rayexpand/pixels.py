@@ -103,20 +103,20 @@ def _to_8_bits(values_HW: np.ndarray) -> tuple[np.ndarray, str]:
     return np.rint(values_HW.astype(np.float32) * np.float32(scale)).astype(np.uint8), note
 
 
-def prepare(image: np.ndarray, size: int | None, fit: Literal["crop", "center", "squash", "none"],
-            rng: RowRng) -> np.ndarray:
+def prepare(image: np.ndarray, size: int | None, fit: Literal["crop", "center", "squash", "none"], rng: RowRng,
+            squashed_by: Literal["bicubic", "bilinear"] = "bicubic") -> np.ndarray:
     """uint8 (H, W, 3) to uint8 (size, size, 3); as is for size None or fit "none".
 
     "crop" brings the shorter side to `size` (bilinear, antialiased) and takes a square at random along the longer one,
     the same for all copies of a seed (as in DistDiff's released code); "center" takes the middle one;
-    "squash" ignores the aspect ratio (bicubic).
+    "squash" ignores the aspect ratio (`squashed_by`, antialiased).
     """
     height, width = image.shape[:2]
     if size is None or fit == "none" or (height == width == size):
         return image
     picture = Image.fromarray(image)
     if fit == "squash":
-        return np.array(picture.resize((size, size), Image.Resampling.BICUBIC))
+        return np.array(picture.resize((size, size), Image.Resampling[squashed_by.upper()]))
     short = min(height, width)
     tall, wide = size * height // short, size * width // short
     where = (0.5, 0.5) if fit == "center" else tuple(float(u) for u in rng.uniforms("crop", (2,)))

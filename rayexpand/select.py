@@ -318,7 +318,15 @@ def _facts(run: Run, totals: Totals, config: SelectConfig, rows: _Samples, decis
             "rejected": totals.rejected + dropped, "failed": totals.failed, "dropped": dropped, "reasons": reasons,
             "ratio_before": samples / seeds, "ratio": float(kept_N.sum() / seeds), **decision.facts,
             "kept_of_class": {"least": int(kept_K.min()), "most": int(kept_K.max())},
-            "dropped_by_strength": _by_strength(rows.strength, kept_N), "warnings": warnings}
+            "dropped_by_strength": _by_strength(rows.strength, kept_N),
+            "dropped_by_class": _worst_classes(run.plan.index.classes.key, had_K, kept_K), "warnings": warnings}
+
+
+def _worst_classes(keys: Sequence[str], had_K: np.ndarray, kept_K: np.ndarray) -> dict[str, float]:
+    """Share dropped of the five classes that lost the largest part."""
+    share_K = 1 - kept_K / np.maximum(had_K, 1)
+    worst = np.argsort(-share_K * (had_K > 0), kind="stable")[:5].tolist()
+    return {keys[label]: float(share_K[label]) for label in worst if kept_K[label] < had_K[label]}
 
 
 def _by_strength(strength_N: np.ndarray, kept_N: np.ndarray) -> dict[str, float]:

@@ -409,7 +409,8 @@ def _refuse_overlap(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig,
 
 def _run_problems(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]],
                   expansions: Mapping[tuple[str, int], RunConfig | str]) -> list[str]:
-    """What arms ask of their runs and these do not have: so many copies, arguments of the soft label."""
+    """What arms ask of their runs and these do not have: so many copies, arguments of the soft label, of a run that
+    exists a selection (of a run to be made, `make_trials` asks for it, when it can be decided)."""
     problems: list[str] = []
     most: dict[str, int] = {}  # copies of one seed, by folder
     for arm in config.arms:
@@ -419,6 +420,10 @@ def _run_problems(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, S
                 most[folder] = int(_planned_copies(made, subsets[seed][1]).max(initial=0))
             problems += [f"arms.{arm.name}.ratio: {one} copies of each seed asked for, but {folder} has {most[folder]} "
                          f"at most; lower it, or make more copies" for one in ratios_of(arm) if one > most[folder]]
+            if isinstance(made, str) and arm.selection is not None and (
+                    f"{arm.selection}.parquet" not in runs.open_run(made).files.list("selections")):
+                problems.append(f"arms.{arm.name}.selection: {made} has no selection {arm.selection!r}; make it with "
+                                f"`rayexpand select` and a file with name: {arm.selection} and run: {made}")
             if isinstance(made, str) and arm.soft_label:
                 problems += [f"arms.{arm.name}.{line}"
                              for line in unknown_soft_labels(arm, runs.open_run(made).config.method)]

@@ -17,12 +17,14 @@ from pydantic import Field, ValidationError, field_validator
 from rayexpand import config as configs
 from rayexpand import extra_tests, seeds
 from rayexpand import run as runs
+from rayexpand.artifacts import adapter_fits
 from rayexpand.config import ClusterConfig, RunConfig, Section
 from rayexpand.core.recipe import Recipe, make_recipe
 from rayexpand.errors import ConfigError
 from rayexpand.extra_tests import ExtraTest
 from rayexpand.finetune_plan import AdapterFit
 from rayexpand.fit_plan import GuideFit, fit_config
+from rayexpand.fit_plan import preflight as fit_preflight
 from rayexpand.schema import Method
 from rayexpand.seeds import DataConfig
 from rayexpand.subsets import SubsetConfig
@@ -43,7 +45,8 @@ class ArmConfig(Section):
                                                      "a class, rare ones more often (Diff-Mix, long tail)")
     fill: bool = Field(False, description="of each class only as many synthetic rows as bring it to the size of the "
                        "largest real class (SYNAuG)")
-    selection: str | None = Field(None, description="a decision in selections/ of the expansion; only rows it keeps")
+    selection: str | None = Field(None, description="a decision in selections/ of the expansion; only rows it keeps. "
+                                  "For a run the study makes, `select` it when `train` asks for it, and train again")
     soft_label: dict[str, float] = Field({}, description="arguments of the method's soft label, such as gamma")
     recipe: dict[str, Any] = Field({}, description="recipe fields of this arm alone")
     control: bool = Field(True, description="also train on the real rows repeated to as many rows")
@@ -153,7 +156,11 @@ def study_preflight(config: StudyConfig) -> list[str]:
                          if one.fit and one.fit.adapter else ()),
                        *(("guide.weights: ",) if trained else ()))
         problems += [f"expansions.{name}.{line}" for line in runs.preflight(made, device_here=False)
-                     if not line.startswith(given_later)]
+                     if not line.startswith(given_later) or ": has no effect" in line]
+        if one.fit is not None and (wanted := fit_config(made, one.fit.guide, one.fit.adapter)) is not None:
+            problems += [f"expansions.{name}.{line.partition(', or add `')[0]}"  # which a study cannot have there
+                         for line in fit_preflight(wanted, device_here=False, on_ray=False)
+                         if line.startswith("fit.") and not line.startswith("fit.adapter.features: is missing")]
     return problems
 
 
@@ -274,10 +281,35 @@ def _expansion_problems(config: StudyConfig) -> list[str]:
             except ConfigError as error:
                 problems += [f"{where}.{line}" for line in error.problems]
             else:
-                if one.fit and fit_config(made, one.fit.guide, one.fit.adapter) is None:
-                    problems.append(f"{where}.fit: {made.method.name} as it is set here needs nothing fitted; take it "
-                                    "out")
+                problems += [f"{where}.{line}" for line in (_fit_problems(made, one.fit) if one.fit else ())]
     return problems
+
+
+def _fit_problems(made: RunConfig, fit: ExpansionFit) -> list[str]:
+    """What the fit of an expansion cannot mean for its run, one line each."""
+    wanted = fit_config(made, fit.guide, fit.adapter)
+    if wanted is None:
+        return [f"fit: {made.method.name} as it is set here needs nothing fitted; take it out"]
+    problems = [f"artifacts.{kind}: {folder} would not be read, for fit makes them of each seed's own rows; take one "
+                "of the two out" for kind, folder in made.artifacts if folder and getattr(wanted.fit, kind)]
+    problems += [f"fit.{role}: has no effect on {made.method.name} as it is set here; take it out"
+                for role in ("guide", "adapter") if getattr(fit, role) and role not in made.method.needs()]
+    if fit.adapter is None or "adapter" not in made.method.needs():
+        return problems
+    recipe, plain = fit.adapter.finetune, AdapterFit()
+    first = "run `rayexpand fit` first, in a file of its own, and name the folder it prints in "
+    if spread := [field for field in ("workers", "cpus_per_worker", "gpus_per_worker", "loaders")
+                  if getattr(fit.adapter, field) != getattr(plain, field)]:
+        problems.append(f"fit.adapter.{spread[0]}: a study fine-tunes in its own process, so {', '.join(spread)} would "
+                        f"have no effect; take it out, or {first}artifacts.adapter")
+    if recipe.mmd_gamma and recipe.mmd_scope == "per_rank":
+        problems.append("fit.adapter.recipe.mmd_scope: per_rank is another objective for each number of workers, and a "
+                        f"study fine-tunes in its own process; set mmd_scope: global, or {first}artifacts.adapter")
+    if recipe.strategy == "full":
+        return [*problems, "fit.adapter.recipe.strategy: full makes a whole generator, and this method samples with an "
+                f"adapter; {first}prior.weights"]
+    return problems + [f"fit.adapter.recipe: {line}" for line in adapter_fits(
+        made.method, recipe.strategy, recipe.visual_token, "it")]
 
 
 def renamed(problems: Sequence[str], section: Literal["data", "test", "validation"] | str) -> list[str]:

@@ -144,7 +144,8 @@ def _read_results(files: Files, names: Sequence[str], planned: Mapping[str, Resu
 def _stale(result: Result, planned: Result) -> str | None:
     """What a result was made with that its trial no longer has."""
     for name, words in (("list_sha256", "study list"), ("recipe", "recipe"), ("ids_sha256", "subset"),
-                        ("seed", "seed"), ("digest", "dataset, starting weights, order or number of workers")):
+                        ("seed", "seed"), ("digest", "dataset, test set, further test set, pair of frequency limits, "
+                                           "starting weights, order or number of workers")):
         if name in planned and name in result and planned[name] != result[name]:
             return words
     return None

@@ -22,6 +22,7 @@ from rayexpand.errors import RowFault, UsageError
 from rayexpand.rng import PlanRng
 from rayexpand.schema import SeedIndex
 from rayexpand.seeds import DataConfig, SeedReader
+from rayexpand.seeds.digits import digit_of
 from rayexpand.seeds.index import subset_rank
 
 _READ = 1024  # images read at once
@@ -156,12 +157,13 @@ def overlap(train: tuple[SeedIndex, DataConfig], test: tuple[SeedIndex, DataConf
             content: bool = False) -> list[str]:
     """Ids of the test images that are training images too, in the order of the test set.
 
-    By seed id, which says something only within one dataset; with `content`, by the bytes of the encoded images, which
-    also finds an image under two names. Images that cannot be read overlap with nothing.
+    By seed id, which says something only within one dataset, where a digit on any background is one image; with
+    `content`, by the bytes of the encoded images, which also finds an image under two names. Images that cannot be read
+    overlap with nothing.
     """
     if not content:
-        held = set(train[0].seed_ids)
-        return [one for one in test[0].seed_ids if one in held]
+        held = set(_images(*train))
+        return [one for one, image in zip(test[0].seed_ids, _images(*test), strict=True) if image in held]
     digests = set(_image_digests(*train).values()) - {b""}
     return [one for one, found in _image_digests(*test).items() if found in digests]
 
@@ -180,6 +182,11 @@ def shared_images(train: tuple[SeedIndex, DataConfig], test: tuple[SeedIndex, Da
     if len(train[0]) + len(test[0]) > _COMPARED:
         train, test = ((_sample(index, _COMPARED // 2), data) for index, data in (train, test))
     return overlap(train, test, content=True)
+
+
+def _images(index: SeedIndex, data: DataConfig) -> list[str]:
+    """The image of each seed id: the same digit lies behind several ids."""
+    return [digit_of(one) for one in index.seed_ids] if data.source == "digits" else index.seed_ids
 
 
 def _part(data: DataConfig) -> tuple[object, ...]:

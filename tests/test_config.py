@@ -47,6 +47,7 @@ def test_all_mistakes_at_once_with_suggestions(tmp_path: Path) -> None:
      "'/nowhere' does not"),
     ({k: v for k, v in GOOD.items() if k != "data"}, "data: is required and missing"),
     ({**GOOD, "method": {"name": "img2img", "strength": 0.01}}, "strength"),
+    ({**GOOD, "image": {"filter": "bilinear"}}, "image: filter: has no effect on fit crop; take it out, or set fit"),
     ({**GOOD, "method": {"name": "img2img", "prompt": "a {nmae}"}}, "nmae"),
 ])
 def test_wrong_configurations_say_what(raw: dict, words: str) -> None:
@@ -104,6 +105,12 @@ def test_every_other_field_changes_the_digest_and_shows_in_the_difference(field:
 
     assert digest(before) != digest(after)
     assert [line.split(":")[0] for line in differences(before, after)] == [field]
+
+
+def test_how_images_are_squashed_is_part_of_what_a_run_is() -> None:
+    before, after = (semantic(parse({**GOOD, "image": {"fit": "squash", **more}})) for more in (
+        {}, {"filter": "bilinear"}))
+    assert differences(before, after) == ["image.filter: 'bicubic' -> 'bilinear'"]
 
 
 def _with(raw: dict, field: str, value: object) -> dict:

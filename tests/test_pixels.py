@@ -168,6 +168,9 @@ def test_prepare_squash_none_and_size_none() -> None:
     assert prepare(image, 8, "none", rng) is image
     want = np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(prepare(image, 16, "squash", rng), want)
+    flat = np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(prepare(image, 16, "squash", rng, "bilinear"), flat)
+    assert not np.array_equal(flat, want)
     assert prepare(image[:10], 32, "crop", rng).shape == (32, 32, 3)
 
 

@@ -519,3 +519,12 @@ def test_config_is_closed_and_described() -> None:
         with pytest.raises(ValidationError):
             DataConfig(**wrong)
     assert all(field.description for field in DataConfig.model_fields.values())
+
+
+def test_what_only_the_digits_have_is_refused_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    data = DataConfig(source="imagefolder", path=str(tmp_path), digits_split=3, digits_background="all")
+    assert [one.partition(";")[0] for one in check(data)] == [
+        f"data.{name}: has no effect on source 'imagefolder', only the digits have it"
+        for name in ("digits_split", "digits_background")]
+    assert check(DataConfig(source="digits", digits_split=3, digits_background="all")) == []

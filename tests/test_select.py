@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,9 @@ def test_a_decision_covers_every_sample_once_in_the_order_of_the_plan(run: Run, 
     assert (found["planned"], found["kept"], found["rejected"], found["failed"]) == (40, 30, 10, 0)
     assert (found["reasons"], found["ratio_before"], found["ratio"]) == ({"below_threshold": 10}, 2.0, 1.5)
     assert found["dropped_by_strength"] == {"0": 0.25}
+    lost = Counter(line["sample_id"].partition("/")[0] for line in decided if not line["keep"])
+    assert found["dropped_by_class"] == pytest.approx({name: count / 10 for name, count in lost.items()})
+    assert [*found["dropped_by_class"].values()] == sorted(found["dropped_by_class"].values(), reverse=True)
     assert found["threshold"] == np.quantile(p, 0.25)
     chosen = read_selection(run, "one")
     assert np.asarray(chosen.keeps([line["sample_id"] for line in decided])).tolist() == [

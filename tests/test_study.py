@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -158,6 +159,85 @@ def test_training_images_among_the_test_images_are_refused(tmp_path: Path) -> No
         prepare_study(parse_study(raw_study(tmp_path, test={"source": "digits"})))
 
 
+@pytest.mark.parametrize(("sections", "words"), [
+    ({"test": {"split": "seeds", "digits_background": "all"}}, "test: 594 of its images are training images"),
+    ({"data": {"digits_background": "correlated"}, "test": {"split": "seeds"}}, "test: 297 of its"),
+    ({"validation": {"split": "seeds", "digits_background": "correlated"}}, "validation: 297 of its"),
+    ({"also": {"split": "seeds", "digits_background": "all"}}, r"also\.other: 594 of its"),
+    ({"also": {"split": "test", "digits_background": "all"}}, None)])
+def test_a_digit_is_one_image_on_every_background(tmp_path: Path, sections: dict[str, Any], words: str | None) -> None:
+    given = {name: {"source": "digits", **one} for name, one in {
+        "data": {}, "test": {"split": "test"}, **sections}.items()}
+    if "also" in given:
+        given["also"] = {"other": {"data": given["also"]}}
+    config = parse_study(raw_study(tmp_path, subset={"kind": "full"}, arms=[{"name": "original"}], **given))
+    with pytest.raises(UsageError, match=words) if words else contextlib.nullcontext():
+        prepare_study(config)
+
+
+FITS = [  # method, what is fine-tuned, mistakes
+    ({"name": "diffmix", "prompt": "a {token}"}, {"strategy": "db"}, [
+        "recipe: the prompt has {token}, but it (strategy db) has no class tokens"]),
+    ({"name": "diffmix", "prompt": "a {name}"}, {"strategy": "ti", "prompt": "a {token}"}, [
+        "recipe: it (strategy ti) has class tokens and nothing else"]),
+    ({"name": "diffmix", "prompt": "a {name}"}, {"prompt": "a {token}"}, []),
+    ({"name": "realfake", "prompt": "photo of {name}"}, {"strategy": "db"}, [
+        "recipe: it is trained with visual_token none, but method.visual_token is class_mean"]),
+    ({"name": "realfake", "prompt": "photo of {name}", "visual_token": "none"}, {
+        "strategy": "db", "visual_token": "class_mean"}, ["recipe: it is trained with visual_token class_mean"]),
+    ({"name": "realfake", "prompt": "photo of {name}"}, {"strategy": "db", "visual_token": "class_mean"}, []),
+    ({"name": "diffmix", "prompt": "a {name}"}, {"strategy": "full"}, [
+        "recipe.strategy: full makes a whole generator"]),
+    ({"name": "diffmix", "prompt": "a {name}"}, {"strategy": "db", "mmd_gamma": 0.05, "mmd_scope": "per_rank"}, [
+        "recipe.mmd_scope: per_rank is another objective for each number of workers"])]
+
+
+def fitted(tmp_path: Path, method: dict[str, Any], recipe: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    fit = {"adapter": {"recipe": {"preset": "tiny", **recipe}, **fields}}
+    return raw_study(tmp_path, expansions={"e": {"method": method, "fit": fit}}, arms=[{"name": "e", "use": "e"}])
+
+
+@pytest.mark.parametrize(("method", "recipe", "problems"), FITS)
+def test_an_adapter_that_does_not_fit_its_method_is_not_trained(
+        tmp_path: Path, method: dict[str, Any], recipe: dict[str, Any], problems: list[str]) -> None:
+    found: list[str] = []
+    try:
+        parse_study(fitted(tmp_path, method, recipe))
+    except ConfigError as error:
+        found = error.problems
+    assert len(found) == len(problems), found
+    for line, words in zip(found, problems, strict=True):
+        assert line.startswith(f"expansions.e.fit.adapter.{words}")
+
+
+@pytest.mark.parametrize("field", ["workers", "cpus_per_worker", "gpus_per_worker", "loaders"])
+def test_a_study_fine_tunes_in_its_own_process(tmp_path: Path, field: str) -> None:
+    words = rf"fit\.adapter\.{field}: a study fine-tunes in its own process.*`rayexpand fit` first.*artifacts\.adapter"
+    with pytest.raises(ConfigError, match=words):
+        parse_study(fitted(tmp_path, {"name": "diffmix", "prompt": "a {token}"}, {"prompt": "a {token}"}, **{field: 2}))
+
+
+def test_what_is_wrong_with_a_fine_tuning_is_said_before_anything_is_made(tmp_path: Path) -> None:
+    raw = fitted(tmp_path, {"name": "diffmix", "prompt": "a {token}"}, {"prompt": "a {token}", "init_token": 42170})
+    with pytest.raises(ConfigError, match=r"expansions\.e\.fit\.adapter\.recipe\.init_token: 42170 is no id"):
+        prepare_study(parse_study(raw))
+    raw = fitted(tmp_path, {"name": "diffmix", "prompt": "a {token}"}, {"batch": 7, "accumulate": 2})
+    with pytest.raises(ConfigError, match=r"fit\.adapter\.recipe: batch 7 cannot be"):
+        parse_study(raw)
+
+
+def test_a_part_of_fit_that_a_method_does_not_need_is_refused(tmp_path: Path) -> None:
+    raw = fitted(tmp_path, {"name": "distdiff"}, {"prompt": "a {token}"})
+    with pytest.raises(ConfigError, match=r"fit\.adapter: has no effect on distdiff"):
+        parse_study(raw)
+    raw["expansions"]["e"] |= {"fit": {}, "artifacts": {"prototypes": "artifacts/there", "adapter": "artifacts/there"}}
+    with pytest.raises(ConfigError) as refused:
+        parse_study(raw)
+    for words in (r"artifacts\.prototypes: artifacts/there would not be read, for fit makes them",
+                  r"artifacts\.adapter: has no effect on distdiff, which samples from the weights"):
+        assert any(re.match(rf"expansions\.e\.{words}", line) for line in refused.value.problems), words
+
+
 def test_all_mistakes_at_once(tmp_path: Path) -> None:
     raw = raw_study(
         tmp_path, recipe={"preset": "digts"}, baseline="none", seeds=[0, 0],
@@ -299,6 +379,18 @@ def test_a_control_repeats_what_a_selection_left(study: Study) -> None:
     assert [rows["original repeated for some", seed] for seed in (0, 1)] == [31, 37]
     assert trials["some", 0].ratio == pytest.approx(11 / 20)
     assert trials["original repeated for some", 1].control_of == "some"
+
+
+def test_a_selection_that_is_not_there_is_asked_for(study: Study, tmp_path: Path) -> None:
+    """Of a run that exists before anything is made; of a run of the study when it is complete, so can be decided."""
+    arms = [{"name": "chosen", "use": "flips", "selection": "absent"}]
+    made = prepare_study(parse_study(raw_study(Path(study.config.out), arms=arms)))
+    with pytest.raises(UsageError, match=r"runs/flips-0 has no selection 'absent'.*`rayexpand select`.*name: absent"):
+        make_trials(made)
+    folder = f"{study.config.folder}/runs/flips-{{seed}}"
+    raw = raw_study(tmp_path, arms=arms, expansions={"flips": {"run": folder}})
+    with pytest.raises(ConfigError, match=r"arms\.chosen\.selection: .*runs/flips-1 has no selection 'absent'; make"):
+        prepare_study(parse_study(raw))
 
 
 def test_subsets_that_differ_cannot_share_samples(tmp_path: Path) -> None:

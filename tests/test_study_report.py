@@ -262,18 +262,22 @@ def test_missing_failed_and_foreign_results_are_named(tmp_path: Path) -> None:
     study.write("results/diverged-s0.json", {"arm": "diverged", "seed": 0, "last": {"top1": float("nan")}})
     study.write("results/crashed-s0.json", {"arm": "crashed", "seed": 0, "error": "out of <memory>"})
     study.write("trials/made-s2.json", {"arm": "made", "seed": 2, "list_sha256": "another"})
+    study.add("made", 3, first(9), synthetic_rows=20, digest="of other frequency limits")
+    study.write("trials/made-s3.json", {"arm": "made", "seed": 3, "digest": "now"})
     page = Path(write_study_report(study.finish("absent-s0", "broken-s0", "diverged-s0", "crashed-s0"))).read_text()
     words, found = section(page, "answer"), summary(study.folder)
-    assert found["trials"] == {"done": 5, "expected": 10, "missing": ["made-s2", "absent-s0"],
+    assert found["trials"] == {"done": 5, "expected": 11, "missing": ["made-s2", "made-s3", "absent-s0"],
                                "failed": {name: found["trials"]["failed"][name]
                                           for name in ("broken-s0", "crashed-s0", "diverged-s0")}}
-    for piece in ("Not finished: made-s2, absent-s0.", "broken-s0: results/broken-s0.json: is not JSON",
+    for piece in ("Not finished: made-s2, made-s3, absent-s0.", "broken-s0: results/broken-s0.json: is not JSON",
                   "last.top1 is not a share in [0, 1]", "the trial failed: out of <memory>",
                   "results/made-s2.json was made with another study list",
+                  "results/made-s3.json was made with another dataset, test set, further test set, pair of frequency "
+                  "limits, starting weights,",
                   "results/old-arm-s0.json is not a trial of this study", "seed 2 left out, not finished in both",
                   "Fewer than 3 seeds, so no error bar is trustworthy: made."):
         assert piece in words, piece
-    assert "5 of 10 trials" in visible(page)
+    assert "5 of 11 trials" in visible(page)
     assert "old arm" not in [arm["arm"] for arm in found["arms"]]
     assert compared(found, "made")["seeds"] == [0, 1]
 

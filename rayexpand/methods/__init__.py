@@ -65,7 +65,7 @@ def ratio_copies(index: SeedIndex, ratio: float, rng: PlanRng, *, down: bool = F
     whole = int(ratio)
     copies = np.full(len(index), whole, np.uint16)
     if fraction := ratio - whole:
-        rank = _rank_in_class(index.labels, rng.per_seed("copies", index.seed_ids))
+        rank = rank_in_class(index.labels, rng.per_seed("copies", index.seed_ids))
         counts = np.bincount(index.labels, minlength=len(index.classes))
         more = np.floor(fraction * counts + 1e-6) if down else np.rint(fraction * counts)
         copies += (rank < more[index.labels]).astype(np.uint16)
@@ -80,14 +80,14 @@ def quota_copies(index: SeedIndex, quota: np.ndarray, rng: PlanRng) -> np.ndarra
     if empty:
         raise UsageError(f"classes without seeds cannot be given copies: {', '.join(empty)}")
     each, rest = np.divmod(quota, np.maximum(counts, 1))
-    rank = _rank_in_class(index.labels, rng.per_seed("copies", index.seed_ids))
+    rank = rank_in_class(index.labels, rng.per_seed("copies", index.seed_ids))
     copies = each[index.labels] + (rank < rest[index.labels])
     if copies.max(initial=0) > MAX_COPIES:
         raise UsageError(f"at most {MAX_COPIES} copies of one seed can be planned, got {copies.max()}")
     return copies.astype(np.uint16)
 
 
-def _rank_in_class(labels: np.ndarray, key: np.ndarray) -> np.ndarray:
+def rank_in_class(labels: np.ndarray, key: np.ndarray) -> np.ndarray:
     """int64[n]: position of each seed among the seeds of its class, ordered by `key`."""
     order = np.lexsort((key, labels))
     first = np.searchsorted(labels[order], labels[order], side="left")

@@ -44,7 +44,7 @@ from pydantic import (
 
 from rayexpand.core import sampling
 from rayexpand.errors import UsageError
-from rayexpand.methods import MAX_COPIES, quota_copies, ratio_copies
+from rayexpand.methods import MAX_COPIES, quota_copies, rank_in_class
 from rayexpand.methods._prompts import Template, format_prompt, placeholders, prompt_needs
 from rayexpand.methods.img2img import Img2Img
 from rayexpand.methods.text2img import Text2Img
@@ -76,7 +76,8 @@ class DiffMix(BaseModel):
     quota: int | None = Field(None, ge=1, description="samples per class, instead of `ratio`; of each exactly as many "
                               "with targets balanced or reference")
     references: Literal["stratified", "image_uniform", "class_uniform"] = Field(
-        "stratified", description="how often an image is a reference. stratified: all alike (ours); image_uniform: "
+        "stratified", description="how often an image is a reference. stratified: all alike, to within one, of "
+        "each class the same share (ours); image_uniform: "
         "drawn from all images (paper; released code on long tails); class_uniform: a class is drawn, then one of its "
         "images (released code on balanced sets)")
     targets: Literal["reference", "uniform", "balanced", "fill"] = Field(
@@ -178,8 +179,6 @@ class DiffMix(BaseModel):
             if self.references == "stratified" or (amount_K[counts_K == 0] > 0).any():  # which quota_copies refuses
                 return quota_copies(index, amount_K, rng)
             return _counted(_in_classes(index, np.repeat(np.arange(len(classes)), amount_K), rng), index)
-        if amount_K is None and self.references == "stratified":
-            return ratio_copies(index, self.ratio, rng)
         rows = round(self.ratio * len(index)) if amount_K is None else int(amount_K.sum())
         return _references(self.references, index, rows, rng)
 
@@ -301,15 +300,24 @@ def _dealt(method: DiffMix, count: tuple[int, ...], run_seed: int, name: str) ->
 
 
 def _references(how: str, index: SeedIndex, rows: int, rng: PlanRng) -> np.ndarray:
-    """uint16[n]: `rows` copies, of seeds whatever their class."""
+    """uint16[n]: exactly `rows` copies, of seeds whatever their class."""
     n, chosen = len(index), rng.dataset("references")
     if how == "stratified":
-        last = np.argsort(rng.per_seed("copies", index.seed_ids), kind="stable")[:rows % n]
-        return _counted(np.concatenate([np.tile(np.arange(n), rows // n), last]), index)
+        return _counted(np.concatenate([np.tile(np.arange(n), rows // n), _spread(index, rng)[:rows % n]]), index)
     if how == "image_uniform":
         return _counted(chosen.integers(n, size=rows), index)
     present = np.unique(index.labels)
     return _counted(_in_classes(index, present[chosen.integers(len(present), size=rows)], rng), index)
+
+
+def _spread(index: SeedIndex, rng: PlanRng) -> np.ndarray:
+    """int64[n]: all seeds in an order whose first m have about m n_c / n of each class c, so that more rows contain
+    fewer: systematic sampling in each class, with starts spread over the classes, which keeps the share of many classes
+    of one seed too."""
+    counts_K = np.bincount(index.labels, minlength=len(index.classes))
+    start_K = (rng.dataset("starts").permutation(len(counts_K)) + 0.5) / len(counts_K)
+    rank = rank_in_class(index.labels, rng.per_seed("copies", index.seed_ids))
+    return np.argsort((rank + start_K[index.labels]) / counts_K[index.labels], kind="stable")
 
 
 def _in_classes(index: SeedIndex, classes_N: np.ndarray, rng: PlanRng) -> np.ndarray:

@@ -90,6 +90,21 @@ class RealFake(BaseModel):
             raise ValueError("{token} is a word of the adapter; write {name}, or set finetuned: true")
         return prompt
 
+    @field_validator("lora_scale")
+    @classmethod
+    def _scales_something(cls, scale: float, info: ValidationInfo) -> float:
+        if info.data.get("finetuned") is False and scale != cls.model_fields["lora_scale"].default:
+            raise ValueError("has no effect without adapter; take it out, or set finetuned: true")
+        return scale
+
+    @field_validator("negative_branch")
+    @classmethod
+    def _holds_something(cls, branch: str, info: ValidationInfo) -> str:
+        if info.data.get("visual_token") == "none" and branch != cls.model_fields["negative_branch"].default:
+            raise ValueError("has no effect without visual token; take it out, or set visual_token: class_mean or "
+                             "instance")
+        return branch
+
     @field_validator("steps")
     @classmethod
     def _runs_a_step(cls, steps: int, info: ValidationInfo) -> int:

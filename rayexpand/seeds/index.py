@@ -31,6 +31,9 @@ def check(data: DataConfig) -> list[str]:
         problems.append(f"data.path: missing, source '{data.source}' needs a folder or URL; set data.path")
     if data.source not in ("parquet", "manifest") and data.id_column is not None:
         problems.append(f"data.id_column: has no effect on source '{data.source}'; remove it")
+    problems += [f"data.{name}: has no effect on source '{data.source}', only the digits have it; remove it"
+                 for name in ("digits_split", "digits_background")
+                 if data.source != "digits" and getattr(data, name) != DataConfig.model_fields[name].default]
     layout = LAYOUTS[data.source].check if data.path is not None or data.source == "digits" else None
     tests: tuple[Callable[[DataConfig], Any] | None, ...] = (class_mapping, wanted_ids, layout)
     for test in tests:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 
+from rayexpand.core.classifier import make_optimiser
 from rayexpand.core.recipe import PRESETS, Recipe, cmo_is_on, drw_is_on, lr_at, make_recipe
 
 PER_EPOCH = 10
@@ -28,6 +30,7 @@ def lr_of_epoch(recipe: Recipe, epoch: float) -> float:
                        199: 0.0008}),
     ("realfake/official_train_sh", {0: 1e-5, 1: 0.020008, 4: 0.080002, 5: 0.1, 48.9: 0.1, 49: 0.02, 50: 0.02,
                                     99: 0.004, 149: 0.0008}),
+    ("realfake/celeba", {0: 0.1, 7.4: 0.1, 7.5: 0.02, 14.9: 0.02, 15: 0.004, 22.4: 0.004, 22.5: 0.0008, 29.9: 0.0008}),
     ("diffcoremix", {0: 0.01, 149.9: 0.01, 150: 0.001, 224.9: 0.001, 225: 0.0001, 299.9: 0.0001}),
     ("diffcoremix/in1k", {0: 0.0, 2.5: 0.32, 5: 0.64, 149: 0.64, 150: 0.064, 225: 0.0064}),
     ("diffmix/long-tail", {0: 0.001, 0.9: 0.001, 1: 0.002, 3: 0.004, 4: 0.005, 5: 0.005, 159.9: 0.005, 160: 5e-5,
@@ -110,6 +113,15 @@ def test_updates_stretch_the_schedule() -> None:
     assert [lr_at(recipe, step, 1000) for step in (249, 250)] == pytest.approx([0.1, 0.02])
 
 
+def test_the_optimiser_of_table_8_is_that_of_timm() -> None:
+    """Real-Fake names `sgd` of timm's training script, which has Nesterov momentum there."""
+    theirs = create_optimizer_v2(torch.nn.Linear(2, 2), opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
+    ours = make_optimiser(torch.nn.Linear(2, 2), preset("realfake/in10"))
+
+    for name in ("nesterov", "momentum", "dampening", "lr"):
+        assert {group[name] for group in ours.param_groups} == {group[name] for group in theirs.param_groups}, name
+
+
 PUBLISHED: list[tuple[str, dict[str, Any]]] = [
     ("distdiff", {"backbone": "resnet50", "size": 224, "resize": 256, "rotation": 15, "crop": "square_pad",
                   "crop_pad": 0, "epochs": 100, "batch": 64, "optimiser": "nesterov", "lr": 0.1, "weight_decay": 1e-4,
@@ -135,10 +147,10 @@ PUBLISHED: list[tuple[str, dict[str, Any]]] = [
                                     "milestones": (160, 180), "hflip": 0.5, "smoothing": 0, **fields})
       for name, fields in {"": {"cmo": 0, "drw": 0}, "-cmo": {"cmo": 0.5, "cmo_power": 1, "drw": 0},
                            "-drw": {"cmo": 0, "drw": 0.9999}, "-cmo-drw": {"cmo": 0.5, "drw": 0.9999}}.items()],
-    ("realfake/celeba", {"epochs": 30, "pretrained": None, "lr": 0.1, "optimiser": "sgd", "weight_decay": 5e-4}),
+    ("realfake/celeba", {"epochs": 30, "pretrained": None, "lr": 0.1, "optimiser": "nesterov", "weight_decay": 5e-4}),
     *[(f"realfake/{data}", {"size": size, "epochs": 200, "batch": 1024, "lr": 0.1, "weight_decay": 5e-4,
                             "smoothing": 0, "augment": "none", "mixup": 0, "cutmix": 0, "drop_path": 0, "amp": True,
-                            "loss": "ce", "optimiser": "sgd", "milestones": (50, 100, 150), "decay_rate": 0.2})
+                            "loss": "ce", "optimiser": "nesterov", "milestones": (50, 100, 150), "decay_rate": 0.2})
       for data, size in {"in10": 224, "in100": 224, "cub": 448, "cars": 448, "pets": 224, "eurosat": 448}.items()],
     ("realfake/in1k", {"size": 224, "resize": 235, "epochs": 300, "batch": 4096, "optimiser": "lamb", "lr": 5e-3,
                        "weight_decay": 0.02, "warmup_epochs": 5, "smoothing": 0.1, "drop_path": 0.05, "hflip": 0.5,

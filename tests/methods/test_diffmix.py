@@ -23,6 +23,7 @@ from rayexpand.plan import Plan
 from rayexpand.priors import quiet_libraries
 from rayexpand.rng import PlanRng, RowRng
 from rayexpand.schema import SEED_INDEX, ClassTable, SeedIndex, Start, Tools
+from rayexpand.subsets import long_tail_counts
 from tests.conftest import hashes
 from tests.core.gaussian import GaussianPrior, sd_scheduler
 from tests.methods.conftest import CLASSES
@@ -157,9 +158,25 @@ def test_long_tail_targets_are_uniform_whatever_the_references():
                                     {"targets": "balanced"}, {"variant": "real_aug"}, {"variant": "real_gen"},
                                     {"variant": "diff_aug", "targets": "balanced"}])
 def test_the_plan_has_m_rows_for_each_image(fields):
-    index = index_of([12, 6, 2])
-    assert DiffMix(ratio=3, **fields).copies(index, PlanRng(1, "diffmix")).sum() == 60
-    assert DiffMix(ratio=2.5, **fields).copies(index, PlanRng(1, "diffmix")).sum() == 50
+    for counts in ([12, 6, 2], [13, 5, 1, 1, 1], [7, 7, 7], [1] * 9, long_tail_counts(5994, 200, 100).tolist()):
+        index = index_of(counts)
+        for ratio in (0.5, 1.5, 2.5, 2.3, 3):
+            copies = DiffMix(ratio=ratio, **fields).copies(index, PlanRng(1, "diffmix"))
+            assert copies.sum() == round(ratio * len(index)), (counts, ratio)
+
+
+@pytest.mark.parametrize("variant", ["diff_mix", "diff_aug", "real_gen"])
+def test_a_fraction_of_a_long_tail_is_shared_out_exactly(variant):
+    """CUB-LT: 1,242 images, 83 of 200 classes with one."""
+    counts = long_tail_counts(5994, 200, 100)
+    index, made = index_of(counts.tolist()), {}
+    for ratio, rows in ((0.5, 621), (1.5, 1863), (2.3, 2857), (2.5, 3105)):
+        made[ratio] = copies = DiffMix(variant=variant, ratio=ratio).copies(index, PlanRng(0, "diffmix")).astype(int)
+        assert copies.sum() == rows
+        assert set(copies) == {int(ratio), int(ratio) + 1}
+        assert np.abs(np.bincount(index.labels, copies) - ratio * counts).max() < 1.2, "of each class its share"
+    assert abs(made[0.5][-83:].mean() - 0.5) < 0.03, "classes of one image are neither all in nor all out"
+    assert (made[2.3] <= made[2.5]).all(), "more contains fewer"
 
 
 @pytest.mark.parametrize("variant", ["diff_mix", "diff_gen", "diff_aug"])
@@ -370,11 +387,13 @@ def test_calls_hold_one_number_of_steps_and_a_prompt_for_each_row():
 def test_through_the_expander_mix_of_the_own_class_is_aug(make_config, tools, tmp_path, image_folder):
     base = tools.prior.source.folder
     adapter = tiny_adapter(tmp_path / "adapter", base, sorted(folder.name for folder in image_folder.iterdir()))
-    sections = {"prior": {"weights": str(base)}, "image": {"size": 16}, "artifacts": {"adapter": str(adapter)}}
+    plain = {"prior": {"weights": str(base)}, "image": {"size": 16}}
+    sections = {**plain, "artifacts": {"adapter": str(adapter)}}
     common = {"steps": 4, "prompt": "a {token}", "ratio": 1, "strengths": [0.5, 0.75], "sections": sections}
     found, drawn, loaded = {}, {}, None
     for name, fields in (("aug", {"variant": "diff_aug"}), ("tied", {"variant": "diff_mix", "targets": "reference"}),
-                         ("mix", {"variant": "diff_mix"}), ("real", {"variant": "real_aug", "prompt": "a {name}"})):
+                         ("mix", {"variant": "diff_mix"}),
+                         ("real", {"variant": "real_aug", "prompt": "a {name}", "sections": plain})):
         run = runs.prepare(make_config("diffmix", name=name, **{**common, **fields}))
         expander = runs.start(run, loaded if name != "real" else None)
         for shard in range(run.plan.n_shards):

@@ -327,7 +327,10 @@ def test_needs_follow_the_settings(fields, needs):
     ({"strength": 0.03}, r"strength 0\.03 \* steps 30 = 0\.9 runs no step"), ({"steps": 1}, "runs no step"),
     ({"finetuned": False, "prompt": "a {token}"}, "is a word of the adapter"), ({"preset": "code"}, "official_code"),
     ({"prompt": "photo of {nmae}"}, "unknown placeholder"), ({"visual_token": "mean"}, "class_mean"),
-    ({"ratio": 0}, "greater than 0"), ({"balance": "fill"}, "uniform"), ({"lora_scale": -1}, "greater than")])
+    ({"ratio": 0}, "greater than 0"), ({"balance": "fill"}, "uniform"), ({"lora_scale": -1}, "greater than"),
+    ({"finetuned": False, "lora_scale": 1.0, **PLAIN}, "lora_scale\n.*no effect without adapter"),
+    ({"visual_token": "none", "negative_branch": "both", **PLAIN}, "negative_branch\n.*no effect without visual token"),
+    ({"finetuned": False, "negative_branch": "both", **PLAIN}, "no effect without visual token")])
 def test_settings_that_cannot_work_are_refused(fields, message):
     with pytest.raises(ValidationError, match=message):
         RealFake(**fields)
