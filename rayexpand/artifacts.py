@@ -20,7 +20,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -34,7 +34,7 @@ from rayexpand.errors import ModelError, StorageError
 from rayexpand.guide_files import check_guide, class_difference, class_problem, guide_classes, present_guide
 from rayexpand.guides import guide_hash
 from rayexpand.priors import MAKING_OF, folder_hash, loaded_files, present
-from rayexpand.priors.adapters import AdapterFacts, read_adapter
+from rayexpand.priors.adapters import PARTS, TOKENS, AdapterFacts, read_adapter
 from rayexpand.schema import SeedIndex
 from rayexpand.seed_columns import (
     CAPTIONS,
@@ -208,9 +208,9 @@ def features_of(config: RunConfig, class_keys: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def check_artifacts(config: RunConfig) -> list[str]:
+def check_artifacts(config: RunConfig, *, planned: bool = False) -> list[str]:
     """What is wrong with guide and artifacts of a run as far as files on this machine say, one line each; nothing is
-    loaded, trained or downloaded, and no dataset is listed."""
+    loaded, trained or downloaded, and no dataset is listed. `planned`: the plan is there, and holds the captions."""
     needs = config.method.needs()
     problems = []
     if "guide" in needs:
@@ -218,13 +218,16 @@ def check_artifacts(config: RunConfig) -> list[str]:
     guide_is_sound = not problems
     for kind in KINDS:
         if kind not in needs:
-            continue
-        if getattr(config.artifacts, kind) is None:
+            problems += [f"artifacts.{kind}: {_unused(config.method, kind)}"] if getattr(
+                config.artifacts, kind) is not None else []
+        elif getattr(config.artifacts, kind) is None:
             problems.append(f"artifacts.{kind}: {_unnamed(config, kind)}")
         elif kind == "prototypes":
             problems += _prototypes_problems(config, guide_is_sound=guide_is_sound)
         elif kind == "adapter":
             problems += [f"artifacts.adapter: {one}" for one in _adapter_problems(config)]
+        elif kind == CAPTIONS and planned:
+            continue
         elif problem := columns_problem(artifact_folder(config, kind), kind):
             problems.append(f"artifacts.{kind}: {problem}")
     return problems
@@ -263,6 +266,21 @@ def _unnamed(config: RunConfig, kind: str) -> str:
             f"...}}, and set artifacts.{kind} to the folder it prints")
 
 
+def _unused(method: Any, kind: str) -> str:
+    """What to do where an artifact is named that the method as it is set does not read."""
+    variant = str(getattr(method, "variant", ""))
+    reason, remedy = {
+        "prototypes": ("compares samples with no prototypes", "take a method that does, such as distdiff"),
+        "adapter": ("samples from the weights as they are", "set method.finetuned: true" if hasattr(
+            method, "finetuned") else f"choose {variant.replace('real_', 'diff_')}" if variant.startswith("real_") else
+            "write {token} into the prompt, or choose a method with one"),
+        CAPTIONS: ("has no {caption} in its prompt", "write {caption} into the prompt"),
+        CLASS_FEATURES: ("has no visual token of each class", "set method.visual_token: class_mean"),
+        IMAGE_FEATURES: ("has no visual token of each image", "set method.visual_token: instance")}[kind]
+    name = f"{method.name} {variant}".rstrip()
+    return f"has no effect on {name}, which {reason}; take it out, or {remedy}"
+
+
 def _prototypes_problems(config: RunConfig, *, guide_is_sound: bool) -> list[str]:
     folder = artifact_folder(config, "prototypes")
     if not (folder / PROTOTYPES).is_file():
@@ -287,20 +305,48 @@ def _adapter_problems(config: RunConfig) -> list[str]:
     here = present(config.prior.weights)
     if here is not None and (problem := _base_problem(config, folder, facts, folder_hash(here))):
         problems.append(problem)
-    if (own := getattr(config.method, "visual_token", "none")) != facts.visual_token:
-        problems.append(f"{folder} was trained with visual_token {facts.visual_token}, but method.visual_token is "
-                        f"{own}; what was not trained cannot be read at sampling: set method.visual_token to "
-                        f"{facts.visual_token}, or fine-tune with {own}")
+    problems += adapter_fits(config.method, facts.strategy, facts.visual_token, str(folder))
     problems += [one for kind in (CLASS_FEATURES, IMAGE_FEATURES) if (one := _encoder_problem(config, kind, facts))]
-    texts = [one for one in config.method.model_dump().values() if isinstance(one, str)]
-    asks = any("token" in (key for _, key, _, _ in Formatter().parse(one)) for one in texts if "{token}" in one)
-    if asks and not facts.has_tokens:
-        problems.append(f"the prompt has {{token}}, but {folder} (strategy {facts.strategy}) has no class tokens; use "
-                        "{name} as in training, or an adapter with tokens (ti, ti_db)")
-    if facts.has_tokens and not asks:
+    if facts.has_tokens and facts.has_lora and not _asks_for_tokens(config.method):
         log.warning("artifacts.adapter: %s has class tokens, but no prompt of %s has {token}, so they are not used; it "
                     "was trained with the prompt %r", folder, config.method.name, facts.prompt)
     return problems
+
+
+def adapter_fits(method: Any, strategy: str, visual_token: str, adapter: str) -> list[str]:
+    """Where a method does not sample as an adapter of this strategy and visual token was trained, one line each.
+    `adapter`: what to call it."""
+    problems = []
+    if (own := getattr(method, "visual_token", "none")) != visual_token:
+        problems.append(f"{adapter} is trained with visual_token {visual_token}, but method.visual_token is {own}; "
+                        f"what was not trained cannot be read at sampling: set method.visual_token to {visual_token}, "
+                        f"or fine-tune with {own}")
+    asks, parts = _asks_for_tokens(method), PARTS[strategy]
+    if asks and TOKENS not in parts:
+        problems.append(f"the prompt has {{token}}, but {adapter} (strategy {strategy}) has no class tokens; use "
+                        "{name} as in training, or an adapter with tokens (ti, ti_db)")
+    if parts == (TOKENS,) and not asks:
+        problems.append(f"{adapter} (strategy {strategy}) has class tokens and nothing else, and no prompt of "
+                        f"{method.name} has {{token}}, so samples would be those of the model as it is; write "
+                        "{token} into method.prompt, or take an adapter with LoRA (db, ti_db)")
+    return problems
+
+
+def _asks_for_tokens(method: Any) -> bool:
+    return any("token" in (key for _, key, _, _ in Formatter().parse(one)) for one in _texts(method.model_dump())
+               if "{token}" in one)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in nested lists and mappings, such as lists of prompts by class."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _texts(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _texts(one)
 
 
 def _encoder_problem(config: RunConfig, kind: str, facts: AdapterFacts) -> str:

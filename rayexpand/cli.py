@@ -158,14 +158,17 @@ def fit(file: File, set_: Set = None,
         out: Annotated[str, typer.Option(help="folder that holds artifacts; else `out` of the FILE, for a run's FILE "
                                          "./artifacts")] = "",
         no_ray: NoRay = False, log_json: LogJson = False, as_json: Json = False) -> None:
-    """Make what guided methods need: a guide trained on the data, prototypes of its classes. Or what a run needs."""
+    """Make what methods need of the data: a guide, prototypes, captions, features, adapters. Or what a run needs."""
     from rayexpand import config as configs
     from rayexpand import fit as fits
     from rayexpand.artifacts import read_facts
+    from rayexpand.fit_plan import refuse_untold_adapter
 
     raw = configs.read(file, set_ or [])
     if "method" in raw:
-        config = fits.fit_config(configs.parse(raw, file), out=out or fits.ARTIFACTS)
+        run = configs.parse(raw, file)
+        refuse_untold_adapter(run, file)
+        config = fits.fit_config(run, out=out or fits.ARTIFACTS)
     else:
         config = fits.parse_fit({**raw, "out": out} if out else raw, file)
     if config is None:
@@ -184,8 +187,12 @@ def fit(file: File, set_: Set = None,
         return
     _print_table(("made of " + config.name, "folder", "seconds"),
                  [(role, str(folder), f"{facts[role]['seconds']:,.1f}") for role, folder in made.items()])
-    fields = {"guide": "guide.weights", "prototypes": "artifacts.prototypes", "prompts": "method.prompts"}
-    print("in a run: " + " ".join(f"--set {fields[role]}={config.out}/{config.name}-{role}" for role in made))
+    for line in (line for one in facts.values() for line in one.get("summary", [])):
+        print(line)
+    fields = {"guide": {"guide.weights": ""}, "prompts": {"method.prompts": ""}, "generator": {"prior.weights": ""},
+              "prior": {"prior.weights": "/pipeline", **({} if "guide" in made else {"guide.weights": "/guide"})}}
+    print("in a run: " + " ".join(f"--set {field}={config.out}/{config.name}-{role}{part}" for role in made
+                                  for field, part in fields.get(role, {f"artifacts.{role}": ""}).items()))
 
 
 @app.command()
@@ -193,9 +200,11 @@ def train(file: File, set_: Set = None, no_ray: NoRay = False, log_json: LogJson
           as_json: Json = False) -> None:
     """Train the same classifier on every arm of a study and compare them; expands first what the arms need."""
     from rayexpand import study as studies
+    from rayexpand import study_config as study_configs
     from rayexpand.study_report import summary, write_study_report
+    from rayexpand.study_summary import further_scores
 
-    config = studies.load_study(file, set_ or [])
+    config = study_configs.load_study(file, set_ or [])
     with Progress(log_json) as progress, _cluster(config.cluster, no_ray=no_ray):
         study = studies.prepare_study(config)
         for run in studies.pending_runs(study, progress):
@@ -210,6 +219,9 @@ def train(file: File, set_: Set = None, no_ray: NoRay = False, log_json: LogJson
         print("test accuracy after the last epoch, mean ± standard deviation; differences to "
               f"{found['baseline']} and to the originals repeated, with 95 % intervals\n")
         _print_table(*_arms_table(found))
+        if further := further_scores(found):
+            print()
+            _print_table(*further)
         print(f"\nreport: {page}")
     for line in failed:
         print(f"rayexpand: a trial failed, the same command tries it again: {line}", file=sys.stderr)

@@ -435,7 +435,8 @@ class Expander:
         data = self.config.data
         pixels, note = decode(seed.image, min_side=data.min_side, max_pixels=data.max_pixels)
         rng = RowRng(self.config.seed, self.config.method.name, seed.seed_id, 0)
-        return _Decoded(prepare(pixels, self.image_size, self.config.image.fit, rng), note, pixels.shape[:2])
+        cut = prepare(pixels, self.image_size, self.config.image.fit, rng, self.config.image.filter)
+        return _Decoded(cut, note, pixels.shape[:2])
 
     @cached_property
     def stack(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,12 +20,24 @@ from typing import Any
 
 import numpy as np
 
-from rayexpand import prompt_lists, seeds
+from rayexpand import captions as captioning
+from rayexpand import pretrain, prompt_lists, seeds
 from rayexpand.artifacts import PROTOTYPES, point, publish
+from rayexpand.captions import CaptionBlock, Captioner, CaptionsFit
+from rayexpand.class_features import (
+    VERSION,
+    ClassFeaturesFit,
+    ImageFeaturesFit,
+    drawn,
+    make_class_features,
+    make_image_features,
+)
 from rayexpand.config import GuideConfig, RunConfig
 from rayexpand.core.prototypes import ClassPrototypes, fit_class, join, save_prototypes
 from rayexpand.core.recipe import Recipe, make_recipe
 from rayexpand.errors import ConfigError, UsageError
+from rayexpand.finetune_plan import AdapterFit, word_problems
+from rayexpand.finetuning import TUNE_HERE, Data, TuneEngine, fit_adapter
 from rayexpand.fit_plan import (
     ARTIFACTS,
     FitConfig,
@@ -38,10 +51,11 @@ from rayexpand.fit_plan import (
 from rayexpand.guide_files import CLASSIFIER, CLIP_HEAD, guide_folder, save_classifier, save_clip_head
 from rayexpand.guides import ClipGuide, guide_hash, load_guide
 from rayexpand.ingest import Feed, Rows, StudyList
+from rayexpand.pretrain import PretrainFit
 from rayexpand.priors import Progress, folder_hash
 from rayexpand.prompt_lists import PromptsFit
 from rayexpand.schema import SeedIndex
-from rayexpand.seed_features import Block, SeedFeatures
+from rayexpand.seed_features import Block, Intake, SeedBatches, SeedFeatures, by_class, gathered
 
 __all__ = ["ARTIFACTS", "HERE", "Engine", "FitConfig", "GuideFit", "PrototypesFit", "fit", "fit_config", "fit_for",
            "load_fit", "parse_fit", "with_artifacts"]
@@ -54,31 +68,37 @@ CLIP_RECIPE: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.1, "smoothing": 0.0
 
 @dataclass(frozen=True)
 class Engine:
-    """Where prototypes are computed; the numbers do not depend on it.
+    """Where prototypes, features and captions are computed; the numbers do not depend on it.
 
-    `blocks(config, guide hash, index, costs)` gives the features of all images, in any order, and leaves device, CPU
-    and GPU seconds of other processes in `costs`; `classes(features of each class, groups)` their prototypes in order.
+    `blocks(config, guide hash, index, intake, costs)` gives the features of all images, in any order, and leaves
+    device, CPU and GPU seconds of other processes in `costs`; `classes(features of each class, groups)` their
+    prototypes in order; `captions(config, model hash, index, costs)` the captions that a model writes; `tuning` says
+    where a generator is fine-tuned.
     """
 
-    blocks: Callable[[FitConfig, str, SeedIndex, dict[str, Any]], Iterator[Block]]
+    blocks: Callable[[FitConfig, str, SeedIndex, Intake, dict[str, Any]], Iterator[Block]]
     classes: Callable[[Iterable[np.ndarray], int], Iterator[ClassPrototypes]]
+    captions: Callable[[FitConfig, str, SeedIndex, dict[str, Any]], Iterator[CaptionBlock]]
+    tuning: TuneEngine
 
 
-def fit_for(config: RunConfig, progress: Progress, guide: GuideFit | None = None, *, groups: int = 3,
-            out: str = ARTIFACTS) -> dict[str, Path]:
+def fit_for(config: RunConfig, progress: Progress, guide: GuideFit | None = None, adapter: AdapterFit | None = None, *,
+            groups: int = 3, out: str = ARTIFACTS) -> dict[str, Path]:
     """Makes what the method of a run needs, in this process, unless it is there: folders by role, `guide` (only where
     one was asked for) and `prototypes`. See `with_artifacts`."""
-    wanted = fit_config(config, guide, groups=groups, out=out)
+    wanted = fit_config(config, guide, adapter, groups=groups, out=out)
     return {} if wanted is None else fit(wanted, progress)
 
 
 def with_artifacts(config: RunConfig, made: Mapping[str, Path]) -> RunConfig:
-    """The run with the guide and prototypes that `fit_for` made."""
+    """The run with the guide and the other artifacts that `fit_for` made."""
     update: dict[str, Any] = {}
     if "guide" in made:
         update["guide"] = GuideConfig(weights=str(made["guide"]))
-    if "prototypes" in made:
-        update["artifacts"] = config.artifacts.model_copy(update={"prototypes": str(made["prototypes"])})
+    if "generator" in made:
+        update["prior"] = config.prior.model_copy(update={"weights": str(made["generator"])})
+    if others := {role: str(folder) for role, folder in made.items() if role not in ("guide", "generator")}:
+        update["artifacts"] = config.artifacts.model_copy(update=others)
     return config.model_copy(update=update)
 
 
@@ -88,11 +108,12 @@ def fit(config: FitConfig, progress: Progress, engine: Engine | None = None) -> 
     `engine` says where prototypes are computed; None: in this process. Raises ConfigError (all problems),
     SeedDataError, ModelError, StorageError, and UsageError for images or features that cannot be used.
     """
-    if problems := preflight(config, device_here=engine is None or bool(config.fit.guide or config.fit.prompts)):
-        raise ConfigError(config.name, problems)
+    index = _checked(config, engine)
     with _threads(config.runtime.torch_threads):
-        index = seeds.build_index(config.data)
         made: dict[str, Path] = {}
+        if config.fit.pretrain is not None:
+            made["prior"] = _fit_prior(config, config.fit.pretrain, index, progress)
+            config = _with_prior(config, made["prior"])
         if config.fit.guide is not None:
             made["guide"] = _fit_guide(config, config.fit.guide, index, progress)
             config = config.model_copy(update={"guide": GuideConfig(weights=str(made["guide"]))})
@@ -100,9 +121,34 @@ def fit(config: FitConfig, progress: Progress, engine: Engine | None = None) -> 
             made["prototypes"] = _fit_prototypes(config, config.fit.prototypes, index, progress, engine or HERE)
         if config.fit.prompts is not None:
             made["prompts"] = _fit_prompts(config, config.fit.prompts, index, progress)
+        if config.fit.captions is not None:
+            made["captions"] = _fit_captions(config, config.fit.captions, index, progress, engine or HERE)
+        for role, features in (("class_features", config.fit.class_features),
+                               ("image_features", config.fit.image_features)):
+            if features is not None:
+                made[role] = _fit_features(config, role, features, index, progress, engine or HERE)
+        if config.fit.adapter is not None:
+            role = "adapter" if config.fit.adapter.finetune.strategy != "full" else "generator"
+            made[role] = _fit_adapter(config, config.fit.adapter, index, progress, engine or HERE, made)
     for role, folder in made.items():
         point(config.out, f"{config.name}-{role}", folder)
     return made
+
+
+def _checked(config: FitConfig, engine: Engine | None) -> SeedIndex:
+    """The images, listed. Raises ConfigError with everything that is wrong, also with classes that lack a word."""
+    wanted = config.fit
+    here = engine is None or bool(wanted.guide or wanted.prompts or wanted.pretrain
+                                  or (wanted.adapter and not wanted.adapter.workers))
+    problems = preflight(config, device_here=here, on_ray=engine is not None and engine.tuning.spreads)
+    if wanted.adapter is None or seeds.check(config.data):
+        if problems:
+            raise ConfigError(config.name, problems)
+        return seeds.build_index(config.data)
+    index = seeds.build_index(config.data)
+    if problems := problems + word_problems(wanted.adapter, index.classes):
+        raise ConfigError(config.name, problems)
+    return index
 
 
 @contextlib.contextmanager
@@ -163,7 +209,8 @@ def _train_classifier(config: FitConfig, kind: str, recipe: Recipe, index: SeedI
         saw_others = "its weights come from recipe.checkpoint and may have seen other images than these"
         return {"note": saw_others} if kind == "pretrained" else {}
     feed, device = _feed(config, recipe, index), choose_device(config.device)
-    classifier = Classifier(recipe, len(index.classes), config.seed, feed.total_steps, device=device)
+    classifier = Classifier(recipe, len(index.classes), config.seed, feed.total_steps, device=device,
+                            class_counts=np.asarray(index.classes.count))
     loss = 0.0
     for batch in feed.batches(0, feed.total_steps):
         loss = classifier.update(batch)
@@ -233,10 +280,10 @@ def _fit_prototypes(config: FitConfig, made: PrototypesFit, index: SeedIndex, pr
     def make(folder: Path) -> dict[str, Any]:
         costs: dict[str, Any] = {}
         scratch = folder / "features.tmp"
-        features_ND, sound_N, refused = _gathered(engine.blocks(config, guide, index, costs), len(index), scratch,
-                                                  progress)
+        features_ND, sound_N, refused = gathered(engine.blocks(config, guide, index, made.intake, costs), len(index),
+                                                 scratch, progress)
         classes = []
-        for done, one in enumerate(engine.classes(_by_class(features_ND, sound_N, index), made.groups), 1):
+        for done, one in enumerate(engine.classes(by_class(features_ND, sound_N, index), made.groups), 1):
             classes.append(one)
             progress("grouping classes", done, len(index.classes))
         del features_ND
@@ -248,36 +295,21 @@ def _fit_prototypes(config: FitConfig, made: PrototypesFit, index: SeedIndex, pr
     return publish(config.out, "prototypes", made_from, make)
 
 
-def _gathered(blocks: Iterable[Block], count: int, scratch: Path,
-              progress: Progress) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
-    """((count, D) float32 on disk: 10.7 GB for 1.3 million images of 2,048 features; which rows hold any; reasons)."""
-    features_ND = None
-    sound_N, refused = np.zeros(count, bool), dict[str, str]()
-    for block in blocks:
-        if features_ND is None:
-            features_ND = np.memmap(scratch, np.float32, "w+", shape=(count, block.features_ND.shape[1]))
-        features_ND[block.rows] = block.features_ND
-        sound_N[block.rows] = True
-        refused |= block.refused
-        progress("features", int(sound_N.sum()) + len(refused), count)
-    assert features_ND is not None, "a seed index has rows"
-    return features_ND, sound_N, refused
+def _fit_prior(config: FitConfig, made: PretrainFit, index: SeedIndex, progress: Progress) -> Path:
+    job = pretrain.Job(made, config.seed, config.data, index, data_facts(config, index), config.out, config.device,
+                       config.runtime.torch_threads, config.runtime.io_threads)
+    test = pretrain.open_test(job)
+    folder = publish(config.out, pretrain.KIND, job.made_from(test),
+                     lambda folder: pretrain.make_prior(job, test, folder, progress))
+    shutil.rmtree(job.steps, ignore_errors=True)
+    return folder
 
 
-def _by_class(features_ND: np.ndarray, sound_N: np.ndarray, index: SeedIndex) -> Iterator[np.ndarray]:
-    """Features of each class in label order. Raises UsageError for a class without, or with features not finite."""
-    labels = np.where(sound_N, index.labels, -1)
-    order = np.argsort(labels, kind="stable")
-    bounds = np.searchsorted(labels[order], np.arange(len(index.classes) + 1))
-    for key, start, stop in zip(index.classes.key, bounds[:-1], bounds[1:], strict=True):
-        if start == stop:
-            raise UsageError(f"class {key!r} has no image that can be read, so it has no prototype; give it at least "
-                             "one, or leave the class out of the dataset")
-        found_ND = np.asarray(features_ND[order[start:stop]])
-        if bad := int((~np.isfinite(found_ND).all(axis=1)).sum()):
-            raise UsageError(f"the guide gives features that are no numbers for {bad} of {len(found_ND)} images of "
-                             f"class {key!r}; try device: cpu, or another guide")
-        yield found_ND
+def _with_prior(config: FitConfig, folder: Path) -> FitConfig:
+    """The other sections of a file that pretrains a generator use it and its guide."""
+    return config.model_copy(update={
+        "guide": GuideConfig(weights=str(folder / "guide")),
+        "prior": config.prior.model_copy(update={"weights": str(folder / "pipeline")})})
 
 
 def _fit_prompts(config: FitConfig, made: PromptsFit, index: SeedIndex, progress: Progress) -> Path:
@@ -290,12 +322,57 @@ def _fit_prompts(config: FitConfig, made: PromptsFit, index: SeedIndex, progress
         made, classes, config.seed, config.device, folder, progress))
 
 
-def blocks_here(config: FitConfig, guide_sha256: str, index: SeedIndex, costs: dict[str, Any]) -> Iterator[Block]:
+# --------------------------------------------------------------------------------------------- captions and features
+
+
+def _fit_captions(config: FitConfig, made: CaptionsFit, index: SeedIndex, progress: Progress, engine: Engine) -> Path:
+    listed = captioning.listed_captions(made, config.data, index)
+    of = captioning.made_from(made, listed)
+
+    def make(folder: Path) -> dict[str, Any]:
+        costs: dict[str, Any] = {}
+        found = (engine.captions(config, of["model_sha256"], index, costs) if listed is None
+                 else iter([CaptionBlock(np.arange(len(index)), listed, {})]))
+        facts = captioning.make_captions(folder, found, index, progress)
+        return {**costs, **facts, **made.model_dump(include={"column", "file", "model"}, exclude_none=True)}
+
+    return publish(config.out, "captions", {"data": data_facts(config, index), **of}, make)
+
+
+def _fit_features(config: FitConfig, role: str, made: ImageFeaturesFit, index: SeedIndex, progress: Progress,
+                  engine: Engine) -> Path:
+    guide = guide_hash(config.guide.weights, config.guide.checkpoint, progress)
+    made_from = {"version": VERSION, "data": data_facts(config, index), "guide_sha256": guide, **made.model_dump()}
+    if isinstance(made, ClassFeaturesFit):
+        made_from["seed"] = None if made.images is None else config.seed
+        index = drawn(index, made.images, config.seed)
+
+    def make(folder: Path) -> dict[str, Any]:
+        costs: dict[str, Any] = {}
+        blocks = engine.blocks(config, guide, index, made.intake, costs)
+        facts = (make_class_features(folder, blocks, index, made, guide, progress)
+                 if isinstance(made, ClassFeaturesFit) else make_image_features(folder, blocks, index, guide, progress))
+        return {**costs, **facts, "guide": config.guide.model_dump(mode="json")}
+
+    return publish(config.out, role, made_from, make)
+
+
+def _fit_adapter(config: FitConfig, made: AdapterFit, index: SeedIndex, progress: Progress, engine: Engine,
+                 here: Mapping[str, Path]) -> Path:
+    return fit_adapter(made, Data(config.data, index, data_facts(config, index)), out=config.out,
+                       weights=config.prior.weights, seed=config.seed, device=config.device, runtime=config.runtime,
+                       here=here, progress=progress, engine=engine.tuning)
+
+
+# ------------------------------------------------------------------------------------------------------ in this process
+
+
+def blocks_here(config: FitConfig, guide_sha256: str, index: SeedIndex, intake: Intake,
+                costs: dict[str, Any]) -> Iterator[Block]:
     """Features of all images, computed in this process."""
     started = time.perf_counter()
     guide = _load(config, index)
-    assert config.fit.prototypes is not None
-    features = SeedFeatures(index, config.data, guide, config.fit.prototypes.batch, config.runtime.io_threads)
+    features = SeedFeatures(index, config.data, guide, intake, config.runtime.io_threads)
     try:
         yield from features(range(len(index)))
     finally:
@@ -309,4 +386,20 @@ def classes_here(parts: Iterable[np.ndarray], groups: int) -> Iterator[ClassProt
     return (fit_class(features_ND, groups) for features_ND in parts)
 
 
-HERE = Engine(blocks_here, classes_here)
+def captions_here(config: FitConfig, model_sha256: str, index: SeedIndex,
+                  costs: dict[str, Any]) -> Iterator[CaptionBlock]:
+    """Captions of all images, written in this process."""
+    assert config.fit.captions is not None
+    started = time.perf_counter()
+    captioner = Captioner(config.fit.captions, config.device)
+    images = SeedBatches(index, config.data, config.fit.captions.batch, config.runtime.io_threads)
+    try:
+        for sound, found, refused in images(range(len(index))):
+            yield CaptionBlock(sound, captioner(found), refused)
+    finally:
+        images.close()
+        costs |= {"device": captioner.device.type,
+                  "gpu_seconds": (time.perf_counter() - started) * (captioner.device.type == "cuda")}
+
+
+HERE = Engine(blocks_here, classes_here, captions_here, TUNE_HERE)

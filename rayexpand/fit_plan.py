@@ -8,6 +8,11 @@ One YAML names the data and what to make of it:
       guide: {kind: classifier}        # else `guide` names the one whose features are taken
       prototypes: {groups: 3}
       prompts: {generator: models/keytotext}     # LECF's sentences (prompt_lists.py)
+      captions: {column: text}                   # a text about each image (captions.py)
+      class_features: {images: 64}               # mean CLIP feature of each class (class_features.py)
+      image_features: {}                         # CLIP feature of each image (class_features.py)
+      pretrain: {size: 16}                       # a small generator with its guide, from nothing (pretrain.py)
+      adapter: {recipe: {preset: diffmix}}       # fine-tune the generator `prior` names (finetune_plan.py)
 
 A single thing may be written flat, `fit: {kind: prototypes, groups: 3}`. Everything is an artifact (artifacts.py): the
 same command a second time makes nothing. A run's own file works too: then what its method needs is made.
@@ -29,11 +34,16 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from rayexpand import seeds
+from rayexpand.captions import CaptionsFit, check_captions
+from rayexpand.class_features import ClassFeaturesFit, ImageFeaturesFit
 from rayexpand.config import ClusterConfig, GuideConfig, RunConfig, RuntimeConfig, Section, mistakes, read
 from rayexpand.core.recipe import make_recipe
-from rayexpand.errors import ConfigError
-from rayexpand.guide_files import CLIP_HEAD, check_guide
+from rayexpand.errors import ConfigError, UsageError
+from rayexpand.finetune_plan import AdapterFit, BaseConfig, adapter_problems
+from rayexpand.guide_files import CLASSIFIER, CLIP_HEAD, check_guide, kind_of, present_guide
+from rayexpand.pretrain import PretrainFit, check_pretrain
 from rayexpand.prompt_lists import PromptsFit, check_generator
+from rayexpand.seed_features import Intake
 from rayexpand.seeds import DataConfig
 from rayexpand.store import is_url
 
@@ -55,11 +65,26 @@ class PrototypesFit(Section):
     groups: int = Field(3, ge=1, description="groups of each class (DistDiff: 3)")
     batch: int = Field(64, ge=1, description="images of one guide call; features may depend on it in the last digit")
 
+    @property
+    def intake(self) -> Intake:
+        return Intake(self.batch)
+
 
 class FitSection(Section):
     guide: GuideFit | None = Field(None, description="train a guide; null: the one `guide` names")
     prototypes: PrototypesFit | None = Field(None, description="prototypes of each class by the guide's features")
     prompts: PromptsFit | None = Field(None, description="sentences about each class, written by a text model")
+    captions: CaptionsFit | None = Field(None, description="a text about each image")
+    class_features: ClassFeaturesFit | None = Field(None, description="mean CLIP feature of each class")
+    image_features: ImageFeaturesFit | None = Field(None, description="CLIP feature of each image")
+    pretrain: PretrainFit | None = Field(None, description="a small generator with its guide, trained from nothing; "
+                                         "its guide serves the other sections")
+    adapter: AdapterFit | None = Field(None, description="fine-tune the generator")
+
+    @property
+    def features(self) -> bool:
+        """Whether a CLIP guide is asked for features that condition a generator."""
+        return self.class_features is not None or self.image_features is not None
 
 
 class FitConfig(Section):
@@ -69,6 +94,7 @@ class FitConfig(Section):
     seed: int = Field(0, ge=0, description="keys initial weights and the order of training")
     data: DataConfig = Field(description="the training images; never test images")
     guide: GuideConfig = GuideConfig()
+    prior: BaseConfig = BaseConfig()
     fit: FitSection
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     runtime: RuntimeConfig = RuntimeConfig()
@@ -80,7 +106,7 @@ class FitConfig(Section):
         """`{kind: prototypes, ...}`, `{kind: prompts, ...}` and `{kind: classifier, ...}` for a single thing."""
         if not isinstance(value, Mapping) or "kind" not in value:
             return value
-        if value["kind"] in ("prototypes", "prompts"):
+        if value["kind"] in FitSection.model_fields:
             return {value["kind"]: {name: field for name, field in value.items() if name != "kind"}}
         return {"guide": dict(value)}
 
@@ -98,32 +124,57 @@ def parse_fit(raw: Mapping[str, Any], where: str = "fit") -> FitConfig:
         raise ConfigError(where, mistakes(error, FitConfig, "")) from error
 
 
-def fit_config(config: RunConfig, guide: GuideFit | None = None, *, groups: int = 3,
+def fit_config(config: RunConfig, guide: GuideFit | None = None, adapter: AdapterFit | None = None, *, groups: int = 3,
                out: str = ARTIFACTS) -> FitConfig | None:
     """What the method of a run needs to have fitted, on the run's own seeds; None where it needs nothing. `guide`:
-    train one rather than use the run's."""
+    train one rather than use the run's; `adapter`: how to fine-tune the generator, which a run does not say."""
     needs = config.method.needs()
     made = FitSection(guide=guide if "guide" in needs else None,
-                      prototypes=PrototypesFit(groups=groups) if "prototypes" in needs else None)
+                      prototypes=PrototypesFit(groups=groups) if "prototypes" in needs else None,
+                      class_features=ClassFeaturesFit() if "class_features" in needs else None,
+                      image_features=ImageFeaturesFit() if "image_features" in needs else None,
+                      adapter=adapter if "adapter" in needs else None)
     if made == FitSection():
         return None
-    return FitConfig(name=config.name, out=out, seed=config.seed, data=config.data, guide=config.guide, fit=made,
-                     device=config.prior.device, runtime=config.runtime, cluster=config.cluster)
+    return FitConfig(name=config.name, out=out, seed=config.seed, data=config.data, guide=config.guide,
+                     prior=BaseConfig(weights=config.prior.weights), fit=made, device=config.prior.device,
+                     runtime=config.runtime, cluster=config.cluster)
 
 
-def preflight(config: FitConfig, *, device_here: bool = True) -> list[str]:
+def refuse_untold_adapter(config: RunConfig, where: str) -> None:
+    """Raises UsageError for a run whose method needs an adapter that the run does not name."""
+    if "adapter" in config.method.needs() and config.artifacts.adapter is None:
+        raise UsageError(f"{where}: {config.method.name} needs a fine-tuned generator, and a run does not say how to "
+                         "train one. Write a file with the same data and prior and with `fit: {adapter: {recipe: "
+                         "{preset: diffmix}}}` (or realfake, tiny), run `rayexpand fit` on it, and set "
+                         "artifacts.adapter to the folder it prints")
+
+
+def preflight(config: FitConfig, *, device_here: bool = True, on_ray: bool = True) -> list[str]:
     """Everything wrong that can be known without loading a model or listing the dataset, one line each.
 
-    `device_here`: something is computed in this process, so its device must be here too.
+    `device_here`: something is computed in this process, so its device must be here too; `on_ray`: it may also be
+    spread over workers.
     """
     problems = seeds.check(config.data)
     made = config.fit.guide
     if (prompts := config.fit.prompts) is not None:
         problems += [f"fit.prompts.generator: {one}" for one in check_generator(prompts.generator)]
+    if config.fit.captions is not None:
+        problems += [f"fit.captions.{one}" for one in check_captions(config.fit.captions, config.data)]
+    if config.fit.pretrain is not None:
+        problems += [f"fit.pretrain.{one}" for one in check_pretrain(config.fit.pretrain)]
     if config.fit == FitSection():
         problems.append("fit: names nothing to make; write guide: {kind: classifier}, prototypes: {groups: 3}, or both")
-    if (made is None and config.fit.prototypes is not None) or (made is not None and made.kind == CLIP_HEAD):
+    scores = config.fit.prototypes is not None or config.fit.features
+    if (made is None and scores) or (made is not None and made.kind == CLIP_HEAD):
         problems += [f"guide.weights: {one}" for one in check_guide(config.guide.weights, config.guide.checkpoint)]
+    problems += _encoder_problems(config)
+    if config.fit.adapter is not None:
+        weights = None if config.fit.pretrain is not None else config.prior.weights
+        problems += adapter_problems(config.fit.adapter, weights, config.device,
+                                     [name for name in FitSection.model_fields if getattr(config.fit, name)],
+                                     on_ray=on_ray)
     if made is not None and (problem := _checkpoint_problem(made)):
         problems.append(f"fit.guide.recipe.checkpoint: {problem}")
     if is_url(config.out):
@@ -134,6 +185,20 @@ def preflight(config: FitConfig, *, device_here: bool = True) -> list[str]:
         if not torch.cuda.is_available():
             problems.append(f"device: {config.device} asked for, but torch sees no CUDA device here; use auto or cpu")
     return problems
+
+
+def _encoder_problems(config: FitConfig) -> list[str]:
+    """Class and image features stand beside hidden states of a text encoder, so CLIP must make them."""
+    if not config.fit.features:
+        return []
+    if config.fit.guide is not None:
+        return ["fit.guide: class_features and image_features are those of the CLIP model that guide.weights names, so "
+                "make them in a file of their own"]
+    folder = present_guide(config.guide.weights)
+    if folder is not None and not check_guide(config.guide.weights, None) and kind_of(folder) == CLASSIFIER:
+        return [f"guide.weights: {config.guide.weights} is a classifier; class_features and image_features need the "
+                "image tower of a CLIP model"]
+    return []
 
 
 def _checkpoint_problem(made: GuideFit) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -114,7 +114,29 @@ class Plan:
 
     def lacks_caption(self, draw: Draw) -> bool:
         """Whether the prompt of a draw asks for a caption that could not be made."""
-        return self.captions is not None and CAPTION_SLOT in draw.prompt
+        if self.captions is None or CAPTION_SLOT not in draw.prompt:
+            return False
+        position = int(np.searchsorted(self.first_row, draw.row, side="right")) - 1
+        return not self.captions[position].as_py()  # a caption may hold the words of the slot
+
+    def blank_seeds(self) -> list[str]:
+        """Seeds that can be read and have an empty caption."""
+        return self.index.table["seed_id"].take(pa.array(self._blank())).to_pylist()
+
+    def uncaptioned(self) -> Iterator[Draw]:
+        """The draws of these seeds whose prompt asks for a caption."""
+        for position, seed_id in zip(self._blank().tolist(), self.blank_seeds(), strict=True):
+            for copy in range(int(self.copies[position])):
+                draw = self._draw(seed_id, int(self.index.labels[position]), copy, int(self.first_row[position]) + copy,
+                                  "")
+                if CAPTION_SLOT in draw.prompt:
+                    yield draw
+
+    def _blank(self) -> np.ndarray:
+        if self.captions is None:
+            return np.zeros(0, np.int64)
+        sound = pc.equal(self.index.table["fault"], "")
+        return np.flatnonzero(pc.and_(sound, pc.equal(self.captions, "")).to_numpy())
 
     def _draw(self, seed_id: str, label: int, copy: int, row: int, caption: str) -> Draw:
         rng = RowRng(self.run_seed, self.method.name, seed_id, copy)

@@ -6,6 +6,8 @@ process (`in_process`) or on a cluster.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import socket
@@ -84,11 +86,13 @@ class Run:
         return totals(self.plan.planned, self.store.receipts())
 
 
-def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool = True) -> list[str]:
+def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool = True,
+              planned: bool = False) -> list[str]:
     """Everything wrong that can be known without loading a model, one line each.
 
     `device_here`: the sampler will run in this process, so its device must be here too. `with_classes`: list the
-    dataset where guide or artifacts say for which classes they were made, and compare.
+    dataset where guide or artifacts say for which classes they were made, and compare. `planned`: the run has started,
+    so what its plan holds need not be there any more.
     """
     problems = seeds.check(config.data)
     data_is_sound, needs = not problems, config.method.needs()
@@ -102,7 +106,7 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
         if config.image.fit == "none":
             problems.append(f"image.fit: 'none' keeps each image's own size, but {config.method.name} samples squares; "
                             "use crop, center or squash")
-    problems += check_artifacts(config)
+    problems += check_artifacts(config, planned=planned)
     if with_classes and data_is_sound and names_classes(config):
         problems += _class_problems(config)
     if device_here and config.prior.device.startswith("cuda") and needs & {"prior", "guide"}:
@@ -171,12 +175,12 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
     Raises ConfigError (all problems at once), SeedDataError, StorageError, or DigestMismatch with the fields that
     differ; nothing is created before the dataset is known to be sound.
     """
-    if problems := preflight(config, device_here=device_here, with_classes=False):
+    if problems := preflight(config, device_here=device_here, with_classes=False, planned=_has_started(config)):
         raise ConfigError(where or config.name, problems)
     files = open_files(config.folder, single_writer=config.store.single_writer)
     plan = None if first_look(files) else make_plan(seeds.build_index(config.data), config)
     if plan is not None and (problems := [*check_classes(config, plan.index.classes.key),
-                                          *check_seeds(config, plan.index)]):
+                                          *check_seeds(config, plan.index), *_caption_problems(plan, config)]):
         raise ConfigError(where or config.name, problems)
     files.probe()
     files.sweep()
@@ -190,6 +194,26 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
         write_plan(plan, files, facts["plan"])
         create_once(files, "run.json", facts, "run")
     return _open(config, files, models)
+
+
+def _has_started(config: RunConfig) -> bool:
+    with contextlib.suppress(StorageError):  # `preflight` says it
+        return first_look(open_files(config.folder)) is not None
+    return False
+
+
+def _caption_problems(plan: Plan, config: RunConfig) -> list[str]:
+    """Where so many rows ask for a caption that is empty that the run would fail more than its limit. Below that, they
+    are refused one by one."""
+    allowed = int(config.limits.max_failed * plan.planned)
+    lacking = len(list(itertools.islice(plan.uncaptioned(), allowed + 1)))
+    if lacking <= allowed:
+        return []
+    blank = plan.blank_seeds()
+    return [f"artifacts.captions: {config.artifacts.captions} has an empty caption of {len(blank):,} of "
+            f"{len(plan.index):,} seeds ({', '.join(blank[:3])}{', ...' if len(blank) > 3 else ''}), so more than "
+            f"limits.max_failed = {config.limits.max_failed:g} of the rows would fail; caption them, or leave these "
+            "seeds out with data.ids"]
 
 
 def open_run(folder: str, overrides: Sequence[str] = (), *, check_models: bool = False) -> Run:

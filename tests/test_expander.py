@@ -564,6 +564,19 @@ def test_samples_from_an_image_get_back_the_size_of_their_seed(make_config: Make
     expander.close()
 
 
+def test_squash_resizes_as_it_is_told(make_config: MakeConfig, tmp_path: Path) -> None:
+    noise = np.random.Generator(np.random.Philox(key=1)).integers(256, size=(30, 40, 3)).astype(np.uint8)
+    (tmp_path / "set/a").mkdir(parents=True)
+    Image.fromarray(noise).save(tmp_path / "set/a/0.png")
+    for name, given in {"bicubic": {}, "bilinear": {"filter": "bilinear"}}.items():
+        run, _ = complete(make_config("Echo", name=name, ratio=1, sections={"codec": {"format": "png"}, "image": {
+            "size": 16, "fit": "squash", **given}}, data={"source": "imagefolder", "path": str(tmp_path / "set")}))
+        (row,) = run.store.data(next(iter(run.store.receipts())), ["image"]).to_pylist()
+        want = Image.fromarray(noise).resize((16, 16), Image.Resampling[name.upper()])
+        found = np.asarray(Image.open(BytesIO(row["image"]["bytes"]))).astype(int)
+        assert np.abs(found - np.asarray(want)).max() <= 1, name
+
+
 @pytest.mark.parametrize("fit", ["crop", "center"])
 def test_a_part_of_an_image_is_not_stretched_to_the_whole(make_config: MakeConfig, fit: str) -> None:
     with pytest.raises(ConfigError, match=rf"image: restore: fit {fit} cuts a part out.*fit: squash"):

@@ -155,9 +155,9 @@ def captioned(make_config: MakeConfig, folder: Path, index: SeedIndex, captions:
 
 
 def test_captions_of_seeds_are_in_the_prompts_and_in_the_plan(make_config: MakeConfig, tmp_path: Path) -> None:
-    index, words = index_of([0, 1, 2]), ["a cat on a mat", "{name} in {braces}", " on a boat "]
+    index, words = index_of([0, 1, 2]), ["a cat on a {caption}", "{name} in {braces}", " on a boat "]
     plan = make_plan(index, captioned(make_config, tmp_path / "captions", index, words))
-    expected = {"s0": "photo of class 0, a cat on a mat", "s1": "photo of class 1, {name} in {braces}",
+    expected = {"s0": "photo of class 0, a cat on a {caption}", "s1": "photo of class 1, {name} in {braces}",
                 "s2": "photo of class 2, on a boat"}
     assert {(draw.seed_id, draw.prompt) for (draw,) in plan.units(0)} == set(expected.items())
     assert not any(plan.lacks_caption(draw) for (draw,) in plan.units(0))
@@ -190,6 +190,8 @@ def test_seeds_without_a_caption(make_config: MakeConfig, tmp_path: Path) -> Non
     known = SeedIndex(index.table.set_column(SEED_INDEX.get_field_index("fault"), "fault", faults), index.classes)
     plan = make_plan(known, captioned(make_config, tmp_path / "few", index, ["a", " "]))
     assert [plan.lacks_caption(draw) for (draw,) in plan.units(0)][:4] == [False, False, True, True]
+    assert plan.blank_seeds() == ["s1"], "known faults are counted as such"
+    assert [draw.sample_id for draw in plan.uncaptioned()] == ["s1/0", "s1/1"]
     with pytest.raises(UsageError, match=r"artifacts\.captions: is not set, and text2img needs captions"):
         make_plan(index, make_config("text2img", prompt="{caption}", steps=2))
 

@@ -352,7 +352,7 @@ def test_everything_wrong_with_an_adapter_is_said_at_once(fitted: Callable[..., 
                         visual_token="class_mean")
     found = "\n".join(runs.preflight(fitted(seen, base="other")))
     for words in (f"trained on base model {there}, but prior.weights {models / 'other'} is model {own}",
-                  "was trained with visual_token class_mean, but method.visual_token is none",
+                  "is trained with visual_token class_mean, but method.visual_token is none",
                   "the prompt has {token}, but", "(strategy db) has no class tokens; use {name}",
                   "was made for other classes than the dataset has: class 1 is 'cat' there and 'bee' here"):
         assert words in found, words
@@ -367,6 +367,34 @@ def test_everything_wrong_with_an_adapter_is_said_at_once(fitted: Callable[..., 
     assert not caplog.records
     assert runs.preflight(fitted(prompt="a {name}")) == []
     assert "has class tokens, but no prompt of diffmix has {token}" in caplog.text
+
+
+@pytest.mark.parametrize(("strategy", "prompt", "problems"), [
+    ("ti", "a {name}", 1), ("ti", "a {token}", 0), ("db", "a {name}", 0), ("ti_db", "a {name}", 0)])
+def test_tokens_that_no_prompt_has_are_the_model_as_it_is(
+        fitted: Callable[..., RunConfig], models: Path, tmp_path: Path, strategy: str, prompt: str,
+        problems: int) -> None:
+    made = tiny_adapter(tmp_path / "made", models / "base", CLASSES, strategy=strategy)
+    found = runs.preflight(fitted(made, prompt=prompt))
+    assert len(found) == problems, found
+    assert all("samples would be those of the model as it is; write {token} into method.prompt" in one for one in found)
+
+
+@pytest.mark.parametrize(("kind", "method", "words"), [
+    ("adapter", {"name": "diffmix", "variant": "real_mix"}, "diffmix real_mix, which samples from the weights as they "
+     "are; take it out, or choose diff_mix"),
+    ("adapter", {"name": "realfake", "finetuned": False, "prompt": "a {name}"}, "or set method.finetuned: true"),
+    ("adapter", {"name": "img2img"}, "img2img, which samples from the weights as they are; take it out"),
+    ("captions", {"name": "img2img"}, "which has no {caption} in its prompt"),
+    ("class_features", {"name": "realfake", "finetuned": False, "prompt": "a {name}"}, "visual_token: class_mean"),
+    ("image_features", {"name": "img2img"}, "visual_token: instance"),
+    ("prototypes", {"name": "classical", "policy": "cutout"}, "compares samples with no prototypes")])
+def test_an_artifact_that_is_not_read_is_refused(kind: str, method: dict[str, Any], words: str, tmp_path: Path) -> None:
+    config = parse({"name": "a", "out": str(tmp_path), "data": {"source": "digits"}, "method": method,
+                    "artifacts": {kind: "artifacts/there"}})
+    (found,) = runs.preflight(config)
+    assert found.startswith(f"artifacts.{kind}: has no effect on {method['name']}")
+    assert words in found
 
 
 def test_a_base_that_is_not_here_yet_is_compared_when_it_is(fitted: Callable[..., RunConfig], models: Path,
@@ -427,6 +455,9 @@ def test_features_reach_the_tools_and_their_content_the_run(make_config: MakeCon
         runs.prepare(config)
     shutil.rmtree(tmp_path / "made/captions")
     assert runs.open_run(str(run.folder)).totals().pending == 20, "the plan holds the captions"
+    assert runs.prepare(config).plan.captions == run.plan.captions
+    with pytest.raises(ConfigError, match=r"artifacts\.captions: there is no folder"):
+        runs.prepare(config.model_copy(update={"name": "another"}))
 
 
 def test_features_of_other_classes_or_seeds_are_refused_before_anything_is_made(make_config: MakeConfig,

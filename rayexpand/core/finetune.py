@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +27,8 @@ from rayexpand.core.class_tokens import add_class_tokens
 from rayexpand.core.denoiser import Denoiser, add_lora, init_token_id, insert_rows
 from rayexpand.core.finetune_config import PRESETS, FinetuneConfig, make_finetune
 from rayexpand.core.objective import Reduce, all_reduce, l_simple, min_snr, mmd, noised
+from rayexpand.core.visit import Visit, draw_visit
 from rayexpand.errors import ConfigError, ModelError, RayexpandError
-from rayexpand.rng import generator, row_key
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -55,15 +54,6 @@ class LatentBatch(NamedTuple):
     share: float = 1.0  # R B / N of N rows over R workers: 1 where all slices have the same size
 
 
-class Visit(NamedTuple):
-    """Everything random of one visit of one image."""
-
-    posterior_CHW: np.ndarray  # float32: latent = mean + std * posterior
-    noise_CHW: np.ndarray  # float32, with the noise offset
-    t: int
-    dropped: bool
-
-
 class Losses(NamedTuple):
     """Of the last step, over this worker's rows (mmd: over its scope; 0 where it is off)."""
 
@@ -71,20 +61,6 @@ class Losses(NamedTuple):
     simple: float
     mmd: float
     grad_norm: float  # of all that trains, over all workers' rows, before clipping
-
-
-def draw_visit(config: FinetuneConfig, seed: int, seed_id: str, visit: int, shape: tuple[int, ...],
-               timesteps: int) -> Visit:
-    """Draws of the `visit`-th visit of an image, latents of `shape` (C, H, W): a function of its arguments alone."""
-    def stream(name: str) -> np.random.Generator:
-        return generator(row_key(seed, "finetune", seed_id, visit, 0, name))
-
-    noise = stream("noise").standard_normal(shape, np.float32)
-    if config.noise_offset:
-        noise += config.noise_offset * stream("offset").standard_normal((shape[0], 1, 1), np.float32)
-    # not the stream "posterior", which all visits of a seed share
-    return Visit(stream("latent").standard_normal(shape, np.float32), noise,
-                 int(stream("timestep").integers(timesteps)), bool(stream("drop").random() < config.caption_drop))
 
 
 class Finetuner:
@@ -146,7 +122,8 @@ class Finetuner:
                                  weight_decay=config.weight_decay, fused=True)
 
     def update(self, batch: LatentBatch) -> float:
-        """One optimiser step; the loss of these rows. Raises RayexpandError where it is not finite."""
+        """One optimiser step; the loss of these rows. Raises RayexpandError where it or the gradient is not finite; in
+        fp16 a gradient that is not costs the step, and GradScaler lowers its scale."""
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)  # a sampler built on the same parts has frozen them
         self.optimiser.zero_grad(set_to_none=True)
@@ -163,11 +140,19 @@ class Finetuner:
         self._scaler.step(self.optimiser)
         self._scaler.update()
         self.losses = Losses(*torch.cat([sums_3, grad_norm[None].float()]).tolist())  # last: a GPU waits here
-        if not math.isfinite(self.losses.total):
-            raise RayexpandError(f"fine-tuning diverged: the loss is {self.losses.total} at step {self.step} of "
-                                 f"{self.config.steps}. Lower lr and token_lr, or take another precision")
+        self._refuse_divergence()
         self.step += 1
         return self.losses.total
+
+    def _refuse_divergence(self) -> None:
+        losses, where = self.losses, f"at step {self.step} of {self.config.steps}"
+        numbers = {"the loss": losses.total}
+        if not self._scaler.is_enabled():
+            numbers["the gradient's norm"] = losses.grad_norm
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise RayexpandError(f"fine-tuning diverged: {name} is {value} {where}. Lower lr and token_lr, or take "
+                                     "another precision")
 
     def _pieces(self, batch: LatentBatch) -> Iterator[LatentBatch]:
         """The batch on the device with ids for text, in `accumulate` equal parts."""

@@ -24,7 +24,7 @@ PLACEHOLDERS = ("token", "name", "metaclass", "noun", "caption")
 class FinetuneConfig(BaseModel):
     """One way to fine-tune a generator. The defaults are Diff-Mix's, as its released scripts run it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     strategy: Literal["ti", "db", "ti_db", "full"] = Field(
         "ti_db", description="ti: one new token per class, nothing else; db: LoRA on the UNet, plain class names; "
@@ -112,10 +112,12 @@ class FinetuneConfig(BaseModel):
 
 def _prompt_problems(config: FinetuneConfig) -> list[str]:
     try:
-        slots = {slot for _, slot, _, _ in Formatter().parse(config.template) if slot is not None}
+        parts = [part for part in Formatter().parse(config.template) if part[1] is not None]
     except ValueError as error:
         return [f"prompt {config.prompt!r} cannot be read ({error}); write a literal brace twice"]
-    problems = []
+    slots = {str(slot) for _, slot, _, _ in parts}
+    problems = [f"prompt {config.prompt!r} formats {{{slot}}}; placeholders take no ':' or '!' part"
+                for _, slot, form, conversion in parts if form or conversion]
     if unknown := sorted(slots - set(PLACEHOLDERS)):
         problems.append(f"prompt has the unknown placeholder {{{unknown[0]}}}; known are "
                         + ", ".join(f"{{{slot}}}" for slot in PLACEHOLDERS))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import time
@@ -30,7 +31,7 @@ from rayexpand.errors import EnvironmentFault, ModelError, RayexpandError
 from rayexpand.fit import Engine, FitConfig
 from rayexpand.fit import fit as fit_with
 from rayexpand.guides import load_guide
-from rayexpand.on_ray.expand import choose_pool, connected
+from rayexpand.on_ray.expand import Pool, choose_pool, connected
 from rayexpand.on_ray.stage import Model, guide_at, guide_model, local, open_shelf
 from rayexpand.priors import Progress
 from rayexpand.schema import SeedIndex
@@ -38,6 +39,8 @@ from rayexpand.seed_features import Block, Intake, SeedFeatures
 
 SPAN_IMAGES = 2048  # images of one task; long beside the 10-30 ms a task costs
 AHEAD = 2  # classes in flight for each CPU of the cluster
+
+log = logging.getLogger(__name__)
 
 
 def fit(config: FitConfig, progress: Progress) -> dict[str, Path]:
@@ -75,25 +78,43 @@ def over_spans(actor: type[SpanActor], arguments: dict[str, Any], config: FitCon
                index: SeedIndex, batch: int, costs: dict[str, Any],
                spans: list[range] | None = None) -> Iterator[dict[str, Any]]:
     """Rows that a pool of `actor` makes of all spans of `index`, whole calls of `batch` images each (or of `spans`), in
-    any order. Raises ModelError or EnvironmentFault for a fault of the nodes."""
+    any order.
+
+    A span that its node spoils is made once more, by new actors. Raises EnvironmentFault for one that is spoilt twice,
+    and for more of them than there are actors; ModelError for a model that cannot be used.
+    """
     pool = choose_pool(config.cluster, models=config.device != "cpu")
     spans = spans or _spans(len(index), batch, pool.actors)
-    shelf = open_shelf(models, shared=index)
+    made_with = {**arguments, "shelf": open_shelf(models, shared=index), "cwd": os.getcwd()}
+    costs |= {"cpu_seconds": 0.0, "gpu_seconds": 0.0, "actors": min(pool.actors, len(spans))}
+    spoilt: list[range] = []
+    for again in (False, True):
+        for row in _pool_rows(actor, made_with, pool, spoilt if again else spans):
+            costs["device"] = row["device"] or costs.get("device", "")
+            costs["cpu_seconds"] += row["cpu_seconds"]
+            costs["gpu_seconds"] += row["seconds"] * pool.gpus * (row["device"] == "cuda")
+            if not row["fault"]:
+                yield row
+                continue
+            if row["is_model"] or again or len(spoilt) >= pool.actors:
+                raise (ModelError if row["is_model"] else EnvironmentFault)(row["fault"])
+            log.warning("images %d to %d could not be worked on (%s); they are tried once more", row["span_start"],
+                        row["span_stop"] - 1, row["fault"])
+            spoilt.append(range(row["span_start"], row["span_stop"]))
+        if not spoilt:
+            return
+
+
+def _pool_rows(actor: type[SpanActor], arguments: dict[str, Any], pool: Pool,
+               spans: list[range]) -> Iterator[dict[str, Any]]:
     rows = ray.data.from_items([{"first": one.start, "stop": one.stop} for one in spans],
                                override_num_blocks=len(spans))
     made = rows.map_batches(
         actor, batch_size=1, num_cpus=pool.cpus, num_gpus=pool.gpus or None, resources=pool.resources or None,
         label_selector=pool.labels or None,
         compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(spans)), max_tasks_in_flight_per_actor=2),
-        fn_constructor_kwargs={**arguments, "shelf": shelf, "cwd": os.getcwd()})
-    costs |= {"cpu_seconds": 0.0, "gpu_seconds": 0.0, "actors": min(pool.actors, len(spans))}
-    for row in made.iter_rows():
-        if row["fault"]:
-            raise (ModelError if row["is_model"] else EnvironmentFault)(row["fault"])
-        costs["device"] = row["device"]
-        costs["cpu_seconds"] += row["cpu_seconds"]
-        costs["gpu_seconds"] += row["seconds"] * pool.gpus * (row["device"] == "cuda")
-        yield row
+        fn_constructor_kwargs=arguments)
+    yield from made.iter_rows()
 
 
 def classes(parts: Iterable[np.ndarray], groups: int) -> Iterator[ClassPrototypes]:
@@ -129,7 +150,7 @@ class SpanActor(ABC):
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         (first,), (stop,) = batch["first"], batch["stop"]
         wall, cpu = time.perf_counter(), time.process_time()
-        row = {**self.nothing, "fault": "", "is_model": False}
+        row = {**self.nothing, "fault": "", "is_model": False, "span_start": int(first), "span_stop": int(stop)}
         try:
             row |= self._made(range(int(first), int(stop)))
         except Exception as error:

@@ -25,7 +25,7 @@ import ray.data
 from rayexpand.errors import Interrupted, RayexpandError, UsageError
 from rayexpand.evaluation.accuracy import Answers
 from rayexpand.files import Files
-from rayexpand.on_ray.expand import connected
+from rayexpand.on_ray.expand import NO_PROGRESS_S, connected
 from rayexpand.store import open_files
 from rayexpand.study import Study, Trial
 from rayexpand.study_config import TrainingConfig
@@ -198,6 +198,7 @@ def loaded_batches(work: Work, config: dict[str, Any], start: int, rank: int, wo
 def _dataset(spans: Sequence[tuple[int, int]], config: dict[str, Any], rank: int, world: int) -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = NO_PROGRESS_S  # workers have a context of their own
     context.execution_options.preserve_order = True
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     items = ray.data.from_items([{"first": first, "stop": stop} for first, stop in spans],

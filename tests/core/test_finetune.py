@@ -305,7 +305,7 @@ def run(model: Finetuner, steps: int = 2) -> tuple[list[float], dict[str, Tensor
 def test_no_weight_for_the_mmd_term_is_the_plain_loss() -> None:
     plain = run(tuner(snr_gamma=5.0))
     off = run(tuner(snr_gamma=5.0, mmd_gamma=0.0, mmd_reduction="sum", mmd_weighting="min_snr", mmd_scope="per_rank"))
-    unlimited, unweighted = (run(tuner("epsilon", snr_gamma=gamma)) for gamma in (float("inf"), None))
+    unlimited, unweighted = (run(tuner("epsilon", snr_gamma=gamma)) for gamma in (1e12, None))
 
     assert plain[0] == off[0]
     assert_same(plain[1], off[1])
@@ -628,7 +628,7 @@ def test_a_step_after_sampling_with_the_same_parts() -> None:
 
 
 def test_nothing_is_drawn_from_the_global_generator() -> None:
-    parts()
+    parts("v_prediction")  # built, and so drawn, before
     before = torch.get_rng_state()
     model, again, other = tuner(), tuner(), tuner(seed=1)
     assert_same(weights(model), weights(again))
@@ -710,6 +710,14 @@ def test_divergence_is_said() -> None:
         tuner().update(data._replace(noise_BCHW=data.noise_BCHW * float("nan")))
 
 
+def test_a_gradient_that_is_not_finite_is_divergence_too() -> None:
+    model = tuner(strategy="ti", targets="attention")
+    rows(model).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(RayexpandError, match=r"the gradient's norm is (inf|nan) at step 0 of 400"):
+        model.update(batch(0))
+    assert np.isfinite(model.losses.total)
+
+
 @pytest.mark.parametrize("scheduler", [
     DDIMScheduler(prediction_type="sample"),
     type("Flow", (), {"config": {"prediction_type": "epsilon"}})()])
@@ -740,6 +748,11 @@ def test_presets() -> None:
     ({"strategy": "full", "prompt": "a {token}"}, "strategy full has no class tokens"),
     ({"prompt": "{token} {species}"}, "unknown placeholder {species}"),
     ({"prompt": "{token"}, "cannot be read"), ({"betas": (0.9, 1.0)}, r"betas \[0.9, 1.0\] must lie"),
+    ({"prompt": "{token!r} bird"}, "formats {token}; placeholders take no"),
+    ({"prompt": "a {token:>5}"}, "formats {token}; placeholders take no"),
+    *(({name: value}, f"(?s){name}.*finite") for name, value in (
+        ("lr", float("inf")), ("token_lr", float("nan")), ("clip", float("inf")), ("weight_decay", float("nan")),
+        ("snr_gamma", float("inf")), ("mmd_gamma", float("nan")))),
     ({"lr": 0}, "lr"), ({"learning_rate": 1e-4}, "learning_rate")])
 def test_mistakes(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words.replace("{", r"\{").replace("}", r"\}")):

@@ -1,0 +1,385 @@
+"""Fine-tuning on Ray: latents by an actor pool, training by Ray Train workers with Ray Data loaders beside each.
+
+Worker r of W trains on rows r B / W .. (r + 1) B / W - 1 of every batch, made by loader processes on its own node from
+the cached latents. Base model, latents, captions and features are used where they lie, or staged to a node under their
+content hash. The folder of the unfinished work (checkpoints, sheets, curves, result) must be one that all nodes see.
+
+A checkpoint is one file that rank 0 replaces whole; Ray restarts dead workers, which read it again, and a new driver
+goes on from it. Ray's own reported checkpoints are not used, because a worker that dies can take the last one with it.
+The number of workers is fixed: a batch is cut into as many equal slices, the sums of an update depend on the cut, and
+so a fine-tuning resized while it runs (Ray's elastic workers) would have no content that could be named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import ray
+import ray.data
+
+from rayexpand import errors
+from rayexpand.artifacts import read_facts
+from rayexpand.errors import ConfigError, EnvironmentFault, Interrupted, RayexpandError, UsageError
+from rayexpand.finetune_feed import LatentFeed, Sources, Visits
+from rayexpand.finetune_run import Job, Notebook, open_tuning, train_here, tune
+from rayexpand.finetuning import LatentTask, TuneEngine, open_maker
+from rayexpand.fit import FitConfig
+from rayexpand.latents import LatentMaker, Part
+from rayexpand.on_ray.expand import NO_PROGRESS_S
+from rayexpand.on_ray.fit import SpanActor, over_spans
+from rayexpand.on_ray.stage import Model, artifact_model, local, open_shelf, prior_model
+from rayexpand.priors import Progress, inspect_prior
+from rayexpand.schema import SeedIndex
+
+SPAN_IMAGES = 2048  # images one loader task makes; long beside the 10-30 ms a task costs
+SPAN_BYTES = 64 << 20  # of them, at most
+SEGMENT = 1000  # loader tasks of one Ray dataset
+WORKER_FAILURES = 4  # deaths of workers before the fine-tuning counts as failed; nodes taken away do not count
+DRIVER_RETRIES = 16  # deaths of the process that watches the workers
+REFUSED, POSITION = "refused", "position"  # files in the folder of a job
+
+
+def tuning_on(config: FitConfig, connect: Callable[[], Any]) -> TuneEngine:
+    """Where a fine-tuning of this configuration runs; `connect` joins the cluster when there is something to do."""
+    def parts(task: LatentTask, index: SeedIndex, wanted: list[range], costs: dict[str, Any]) -> Iterator[Part]:
+        connect()
+        return latent_parts(config, task, index, wanted, costs)
+
+    def train(job: Job, progress: Progress) -> float:
+        if not job.made.workers:
+            return train_here(job, progress)
+        connect()
+        train_spread(job, progress)
+        return 0.0
+
+    return TuneEngine(parts, train, spreads=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- latents
+
+
+def latent_parts(config: FitConfig, task: LatentTask, index: SeedIndex, wanted: list[range],
+                 costs: dict[str, Any]) -> Iterator[Part]:
+    """Latents of the wanted spans, in any order. Raises ModelError or EnvironmentFault for a fault of the nodes."""
+    models = {task.base.sha256: prior_model(task.base.weights)}
+    for row in over_spans(LatentActor, {"task": task}, config, models, index, task.views.batch, costs, spans=wanted):
+        shape = (-1, *json.loads(row["shape"]))
+        mean, std = (np.frombuffer(row[name], task.views.dtype).reshape(shape) for name in ("mean", "std"))
+        yield Part(row["first"], np.frombuffer(row["rows"], np.int64), mean, std, json.loads(row["refused"]))
+
+
+class LatentActor(SpanActor):
+    nothing: ClassVar[dict[str, Any]] = {"rows": b"", "mean": b"", "std": b"", "shape": "[]", "first": 0,
+                                         "refused": "{}"}
+
+    def __init__(self, task: LatentTask, shelf: Any, cwd: str) -> None:
+        super().__init__(shelf, cwd)
+        self._task = task
+        self._maker: LatentMaker | None = None
+
+    def _made(self, rows: range) -> dict[str, Any]:
+        part = self._get()(rows)
+        return {"rows": part.rows.tobytes(), "mean": part.mean.tobytes(), "std": part.std.tobytes(),
+                "shape": json.dumps(part.mean.shape[1:]), "first": part.first, "refused": json.dumps(part.refused)}
+
+    def _get(self) -> LatentMaker:
+        if self._maker is None:
+            import torch
+
+            base = self._task.base
+            torch.set_num_threads(base.threads)
+            index = ray.get(self._shelf.shared.remote())
+            folder = local(prior_model(base.weights), base.sha256, self._shelf)
+            self._maker = open_maker(replace(self._task, base=replace(base, weights=str(folder))), index)
+            self._device = self._maker.device
+        return self._maker
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def train_spread(job: Job, progress: Progress) -> None:
+    """Trains on Ray Train workers to the end and leaves `result/` in the folder of the job.
+
+    Raises UsageError where the cluster has no room or not the device; what a worker refused for good, as it did;
+    EnvironmentFault for everything else, for then the same command goes on from the last checkpoint.
+    """
+    gpus = _gpus(job)
+    _check_device(job, gpus)
+    _check_room(job, gpus)
+    folder = Path(job.folder)
+    (folder / REFUSED).unlink(missing_ok=True)  # of an attempt whose driver died
+    shelf = open_shelf(dict(_parts(job).values()))
+    under_way = _drive.remote(job, shelf, gpus, os.getcwd())
+    while not ray.wait([under_way], timeout=1.0)[0]:
+        progress("fine-tuning", _position(folder), job.made.finetune.steps)
+    failure: ray.exceptions.RayError | None = None
+    try:
+        ray.get(under_way)
+    except ray.exceptions.RayError as error:
+        failure = error
+    if (file := folder / REFUSED).is_file():
+        problem = refusal(file.read_text())
+        file.unlink()
+        raise problem from failure
+    if failure is not None:
+        if (said := _said_by_worker(failure)) is not None:
+            raise said from failure
+        raise EnvironmentFault(f"fine-tuning stopped: {_cause(failure)}. The same command goes on from the last "
+                               f"checkpoint in {folder}") from failure
+
+
+@ray.remote(max_retries=DRIVER_RETRIES, num_cpus=0)
+def _drive(job: Job, shelf: Any, gpus: float, cwd: str) -> None:
+    """Drives the Ray Train run, in a task, so that the caller can look at how far it is."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources = {"CPU": job.made.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
+    TorchTrainer(
+        _work_on, train_loop_config={"job": job, "shelf": shelf, "gpus": gpus, "cwd": cwd},
+        scaling_config=ScalingConfig(num_workers=job.made.workers, use_gpu=bool(gpus), resources_per_worker=resources),
+        run_config=RunConfig(name=f"finetune-{job.digest[:8]}", storage_path=str(Path(job.folder, "ray").absolute()),
+                             failure_config=FailureConfig(max_failures=WORKER_FAILURES))).fit()
+
+
+def _work_on(config: dict[str, Any]) -> None:
+    """What each worker does. What no new attempt can mend is written down: Ray starts the workers again after any
+    error, and then they end at once."""
+    job, folder = config["job"], Path(config["job"].folder)
+    if os.path.isdir(config["cwd"]):
+        os.chdir(config["cwd"])
+    if not folder.is_dir():
+        raise UsageError(f"out: {folder.parent} is not seen by {socket.gethostname()}; give a folder that all nodes "
+                         "share")
+    if (folder / REFUSED).is_file() or (folder / "result").is_dir():
+        return
+    try:
+        _train(job, config["shelf"], config["gpus"])
+    except Interrupted:
+        raise
+    except RayexpandError as error:
+        _replace(folder / REFUSED, refused(error))
+        raise
+
+
+def refused(error: RayexpandError) -> str:
+    """What a worker writes down of an error that no new attempt can mend."""
+    kind = UsageError if isinstance(error, ConfigError) else type(error)  # its problems are in the text
+    return json.dumps({"error": kind.__name__, "text": str(error)})
+
+
+def refusal(text: str) -> RayexpandError:
+    """That error, for the process that waits."""
+    said = json.loads(text)
+    return getattr(errors, said["error"])(said["text"])
+
+
+def _train(job: Job, shelf: Any, gpus: float) -> None:
+    import torch
+    from ray.train import get_context
+    from ray.train.torch import get_device, prepare_model
+
+    torch.set_num_threads(job.base.threads)
+    rank, device = get_context().get_world_rank(), get_device()
+    job = _local_job(job, shelf)
+    timesteps = inspect_prior(job.base.weights).train_timesteps
+    tuning = open_tuning(job, device=str(device), wrap=lambda module: prepare_model(module, move_to_device=device))
+    check_step(tuning.tuner.step, device)
+    loaders = LoaderTime()
+    batches = loaded_batches(job, timesteps, tuning.tuner.step, rank, loaders)
+
+    def mean(values: list[float]) -> list[float]:
+        return mean_over_workers(values, device)
+
+    if rank:
+        tune(tuning, batches, save=lambda: None, mean=mean, elsewhere=lambda: loaders.seconds)
+        mean_over_workers([tuning.curve.cpu_seconds], device)
+        return
+    with Notebook(tuning) as notebook:
+        def on_point(point: dict[str, float]) -> None:
+            notebook.log(point)
+            _replace(Path(job.folder, POSITION), str(tuning.tuner.step))
+
+        tune(tuning, batches, save=notebook.save, mean=mean, on_point=on_point, elsewhere=lambda: loaders.seconds)
+        (spent,) = mean_over_workers([tuning.curve.cpu_seconds], device)
+        notebook.finish(gpus=gpus, workers=job.world, cpu_seconds=spent * job.world)
+
+
+class LoaderTime:
+    """CPU seconds that the loaders of a worker spent, since it started."""
+
+    seconds: float = 0.0
+
+
+def loaded_batches(job: Job, timesteps: int, start: int, rank: int, spent: LoaderTime) -> Iterator[Visits]:
+    """This worker's rows of steps `start` to the last, made by loader processes, in order."""
+    recipe = job.made.finetune
+    rows = recipe.batch // job.world
+    row_bytes = 8 * int(np.prod(LatentFeed.latent_shape(job.sources)))
+    steps = max(1, min(SPAN_IMAGES, SPAN_BYTES // row_bytes) // rows)
+    spans = [(first, min(first + steps, recipe.steps)) for first in range(start, recipe.steps, steps)]
+    for at in range(0, len(spans), SEGMENT):
+        for batch in _dataset(spans[at:at + SEGMENT], job, timesteps, rank).iter_batches(
+                batch_size=rows, batch_format="numpy", prefetch_batches=2):
+            spent.seconds += float(batch["cpu_seconds"].sum())
+            yield Visits(batch["z0"], batch["noise"], batch["t"], batch["dropped"], [str(one) for one in batch["text"]],
+                         batch.get("visual"), int(batch["step"][0]))
+
+
+def _dataset(spans: Sequence[tuple[int, int]], job: Job, timesteps: int, rank: int) -> Any:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = NO_PROGRESS_S  # workers have a context of their own
+    context.execution_options.preserve_order = True
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    items = ray.data.from_items([{"first": first, "stop": stop} for first, stop in spans],
+                                override_num_blocks=len(spans))
+    # CPUs are reserved by the worker the loaders serve: a share for each would deadlock a cluster that is full
+    return items.map_batches(
+        Loader, batch_size=1, num_cpus=0, label_selector=here,
+        compute=ray.data.ActorPoolStrategy(size=min(job.made.loaders, len(spans)), max_tasks_in_flight_per_actor=2),
+        fn_constructor_kwargs={"job": job, "timesteps": timesteps, "rank": rank})
+
+
+class Loader:
+    """Makes one worker's rows of a span of steps. Its folders are those of the worker, on the same node."""
+
+    def __init__(self, job: Job, timesteps: int, rank: int) -> None:
+        self._rank, self._world = rank, job.world
+        self._feed = LatentFeed(job.sources, job.made.finetune, job.classes, job.seed, timesteps)
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, np.ndarray]]:
+        for first, stop in zip(batch["first"], batch["stop"], strict=True):
+            before = time.process_time()
+            for made in self._feed.batches(int(first), int(stop), self._rank, self._world):
+                rows = len(made.t_B)
+                now = time.process_time()
+                each, before = (now - before) / rows, now
+                found = {"z0": made.z0_BCHW, "noise": made.noise_BCHW, "t": made.t_B, "dropped": made.dropped_B,
+                         "text": np.array(made.texts, object), "step": np.full(rows, made.step),
+                         "cpu_seconds": np.full(rows, each)}
+                yield found if made.visual_BD is None else {**found, "visual": made.visual_BD}
+
+
+# ---------------------------------------------------------------------------------------------------------------- nodes
+
+
+def _parts(job: Job) -> dict[str, tuple[str, Model]]:
+    """What a node needs: (content hash, files) of base model, latents, captions and features."""
+    sources, found = job.sources, {"base": (job.base.sha256, prior_model(job.base.weights))}
+    found["latents"] = (job.sources_sha256["latents"], latents_model(Path(sources.latents)))
+    for field, kind in (("captions", job.made.captions_kind), ("features", job.made.features_kind)):
+        if kind is not None:
+            found[field] = (job.sources_sha256[field], artifact_model(Path(getattr(sources, field)), kind))
+    return found
+
+
+def latents_model(folder: Path) -> Model:
+    """A folder of latents; it goes by the digest of what it was made from, for hashing it would take longer than
+    reading it."""
+    def source() -> tuple[Path, list[str]]:
+        return folder, [one.name for one in folder.iterdir()]
+
+    return Model(source, lambda: folder if folder.is_dir() else None,
+                 lambda copied: str(read_facts(copied).get("digest")))
+
+
+def _local_job(job: Job, shelf: Any) -> Job:
+    """The job with every folder at a place on this node where its content is right. Raises EnvironmentFault."""
+    at = {name: str(local(model, sha256, shelf)) for name, (sha256, model) in _parts(job).items()}
+    return replace(job, base=replace(job.base, weights=at["base"]),
+                   sources=Sources(at["latents"], at.get("captions"), at.get("features")))
+
+
+def _gpus(job: Job) -> float:
+    if job.made.gpus_per_worker is not None:
+        return job.made.gpus_per_worker
+    return float(ray.cluster_resources().get("GPU", 0) > 0 and job.base.device != "cpu")
+
+
+def _check_device(job: Job, gpus: float) -> None:
+    """Raises UsageError where workers would train on something else than `device` says."""
+    device, field = job.base.device, "fit.adapter.gpus_per_worker"
+    if device.startswith("cuda") and not gpus:
+        there = ray.cluster_resources().get("GPU", 0)
+        remedy = f"set {field} to 1 or leave it out" if there else "join a cluster with GPUs, or set device: auto"
+        raise UsageError(f"device: {device} asked for, but each worker would get no GPU ({field} "
+                         f"{job.made.gpus_per_worker}, {there:g} GPUs in the cluster); {remedy}")
+    if device == "cpu" and gpus:
+        raise UsageError(f"device: cpu asked for, but {field} {gpus:g} reserves GPUs, and workers would train on them; "
+                         f"set {field}: 0, or device: auto")
+
+
+def _check_room(job: Job, gpus: float) -> None:
+    """Raises UsageError when the cluster cannot hold all workers at once."""
+    total, workers = ray.cluster_resources(), job.made.workers
+    wants = {"CPU": workers * job.made.cpus_per_worker, "GPU": workers * gpus}
+    if short := [name for name, amount in wants.items() if amount > total.get(name, 0)]:
+        raise UsageError(f"fit.adapter.workers: {workers} workers want {wants}, and the cluster has "
+                         f"{ {name: total.get(name, 0) for name in wants} } ({', '.join(short)} too few). Lower "
+                         "fit.adapter.workers, cpus_per_worker or gpus_per_worker, or join a larger cluster.")
+
+
+def check_step(step: int, device: Any) -> None:
+    """Raises Interrupted on every worker unless all go on from the same step. DDP would not notice; a shared folder
+    that shows one node an older checkpoint, or none yet, shows the same one a moment later."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    least_most = torch.tensor([step, -step], device=device)
+    dist.all_reduce(least_most, dist.ReduceOp.MIN)
+    least, most = int(least_most[0]), -int(least_most[1])
+    if least != most:
+        raise Interrupted(f"workers see checkpoints of steps {least} and {most}; the folder of the work must show all "
+                          "nodes the same files")
+
+
+def mean_over_workers(values: list[float], device: Any) -> list[float]:
+    """The mean over workers of each number; every worker must call it."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return [float(one) / dist.get_world_size() for one in total]
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")  # all workers may refuse at once
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _position(folder: Path) -> int:
+    """The last step of which a curve has a point."""
+    try:
+        return int((folder / POSITION).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _said_by_worker(error: Exception) -> RayexpandError | None:
+    """What a worker refused for good and could not write down, where it did."""
+    failures = getattr(getattr(error, "cause", None), "worker_failures", {}).values()
+    return next((one for one in failures if isinstance(one, RayexpandError) and not isinstance(one, Interrupted)), None)
+
+
+def _cause(error: Exception) -> str:
+    """One line for people: the message of an error of ours, else the last lines of what went wrong."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return str(cause) if isinstance(cause, RayexpandError) else f"{type(cause).__name__}: {' / '.join(lines[-3:])}"

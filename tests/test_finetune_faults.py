@@ -1,0 +1,322 @@
+"""Faults of a fine-tuning: what is refused before it costs anything, what is said, and what is never lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from rayexpand import finetune_run, finetuning, latents
+from rayexpand import run as runs
+from rayexpand.artifacts import adapter_fits, read_facts
+from rayexpand.errors import (
+    ConfigError,
+    EnvironmentFault,
+    Interrupted,
+    ModelError,
+    OverBudget,
+    RayexpandError,
+    StorageError,
+    UsageError,
+)
+from rayexpand.fit import parse_fit
+from rayexpand.fit_plan import preflight
+from rayexpand.methods.lecf import Lecf
+from rayexpand.on_ray import finetune as spread
+from rayexpand.on_ray import fit as on_ray_fit
+from rayexpand.on_ray import train as training
+from rayexpand.on_ray.expand import NO_PROGRESS_S, Pool
+from rayexpand.priors import load_prior
+from rayexpand.priors.checkpoints import Checkpoints
+from rayexpand.seed_columns import write_captions, write_image_features
+from tests.conftest import MakeConfig
+from tests.test_finetuning import KEYS, PLAIN, SHEET, SHORT, feed_of, fit, prior, raw  # noqa: F401  (fixtures)
+
+torch.set_num_threads(1)
+IDS = [f"{key}/{i}.png" for key in KEYS for i in range(5)]
+
+
+# -------------------------------------------------------------------------------------------------- checkpoints, sheets
+
+
+def test_a_sheet_that_fails_costs_no_checkpoint(raw: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+                                                caplog: pytest.LogCaptureFixture) -> None:
+    seen = list[int]()
+
+    def fail(*_: Any) -> Any:
+        (work,) = Path(config["out"]).glob(".adapter-*.work")
+        found = Checkpoints(work, 2).load(finetune_run.STAGE)
+        assert found is not None, "the checkpoint comes first"
+        seen.append(int(found[0]["step"]))
+        raise (torch.OutOfMemoryError("no memory left") if len(seen) == 1 else Interrupted("stopped"))
+
+    config = raw({**SHORT, "strategy": "ti"}, sheet=SHEET)
+    monkeypatch.setattr(finetune_run, "draw_sheet", fail)
+    with pytest.raises(Interrupted):
+        fit(config)
+    assert seen == [2, 4]
+    assert "no picture of step 2 could be drawn (OutOfMemoryError: no memory left)" in caplog.text
+
+
+def test_the_models_of_a_fine_tuning_and_of_its_sheet(raw: Callable[..., Any],  # noqa: F811
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights come in float32, and the Finetuner casts; the autoencoder of a sheet computes in float32."""
+    loaded, decoded = [], []
+
+    def watched(weights: str, **options: Any) -> Any:
+        model = load_prior(weights, **options)
+        loaded.append({one.dtype for one in model.unet.parameters()})
+        model.vae.decoder.conv_in.register_forward_hook(lambda _, __, out: decoded.append(out.dtype))
+        return model
+
+    monkeypatch.setattr(finetune_run, "load_prior", watched)
+    fit(raw({**PLAIN, "steps": 1, "precision": "bf16"}, sheet=SHEET))
+    assert loaded == [{torch.float32}]
+    assert decoded == [torch.float32]
+
+
+def test_a_scheduler_that_ends_in_noise_draws_no_sheet(raw: Callable[..., Any], prior: Path,  # noqa: F811
+                                                       tmp_path: Path) -> None:
+    base = Path(shutil.copytree(prior, tmp_path / "base"))
+    file = base / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rescale_betas_zero_snr": True}))
+    for sheet, problems in ((SHEET, 1), (None, 0)):
+        found = preflight(parse_fit({**raw(PLAIN, sheet=sheet), "prior": {"weights": str(base)}}))
+        assert len(found) == problems
+        assert all("fit.adapter.sheet: " in one and "set sheet: null" in one for one in found)
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".finetune.partial-0a0a0a0a").write_bytes(b"half")
+    (tmp_path / ".other.partial-0a0a0a0a").write_bytes(b"half")
+    Checkpoints(tmp_path, 1).save("finetune", {"step": torch.tensor(1)}, {})
+    assert sorted(one.name for one in tmp_path.iterdir()) == [".other.partial-0a0a0a0a", "finetune.safetensors"]
+
+
+def test_latents_survive_a_kill_before_they_are_published(raw: Callable[..., Any], tmp_path: Path,  # noqa: F811
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    config, made = raw({**SHORT, "strategy": "ti", "steps": 1}), list[int]()
+
+    def write(folder: Path, part: latents.Part) -> None:
+        made.append(part.first)
+        latents.write_part(folder, part)
+
+    monkeypatch.setattr(latents, "PART_SEEDS", 8)
+    monkeypatch.setattr(finetuning, "write_part", write)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "finish", lambda *_: (_ for _ in ()).throw(Interrupted("killed")))
+        with pytest.raises(Interrupted):
+            fit(config)
+    monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    fit(config)
+    assert made == [0, 8, 16]
+
+
+def test_weights_that_are_not_finite_are_no_generator(prior: Path, tmp_path: Path) -> None:  # noqa: F811
+    model = load_prior(str(prior), device="cpu")
+    model.text_encoder.get_input_embeddings().weight.data[3, 1] = float("nan")
+    with pytest.raises(ModelError, match="not finite: training diverged"):
+        finetune_run.write_pipeline(model, tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()
+
+
+@pytest.mark.parametrize(("precision", "norm", "shown"), [("fp16", float("inf"), 0.0), ("fp16", 2.0, 2.0),
+                                                          ("bf16", float("inf"), float("inf"))])
+def test_only_fp16_leaves_steps_out(precision: str, norm: float, shown: float) -> None:
+    tuner: Any = SimpleNamespace(losses=SimpleNamespace(total=1.0, simple=1.0, mmd=0.0, grad_norm=norm),
+                                 config=SimpleNamespace(precision=precision, mmd_gamma=0.0))
+    assert finetune_run.measured(tuner)["grad_norm"] == shown
+
+
+# ---------------------------------------------------------------------------------------------------------------- feed
+
+
+def test_a_class_without_an_image_to_learn_from_is_named(tmp_path: Path, raw: Callable[..., Any],  # noqa: F811
+                                                         image_folder: Path) -> None:
+    said = {"db": "{name}, {caption}", "ti": "a {token} {caption}"}
+    for strategy, prompt in said.items():
+        with pytest.raises(UsageError, match=r"empty caption of every image of 1 of 3 classes \('k1'\)"):
+            feed_of(tmp_path / strategy, (2, 2, 1), ["red", "", "", " ", "blue"], strategy=strategy, prompt=prompt)
+    broken = Path(shutil.copytree(image_folder, tmp_path / "broken"))
+    for file in (broken / "dog").iterdir():
+        file.write_bytes(b"nothing")
+    config = {**raw({**SHORT, "strategy": "ti"}), "data": {"source": "imagefolder", "path": str(broken)}}
+    with pytest.raises(UsageError, match=r"fit\.adapter: 1 of 4 classes have no image that can be read \('dog'\)"):
+        fit(config)
+
+
+def test_blank_captions_are_counted(tmp_path: Path, raw: Callable[..., Any]) -> None:  # noqa: F811
+    write_captions(tmp_path, IDS, ["", *["text"] * 18, " "])
+    folder = fit(raw({**PLAIN, "steps": 1, "prompt": "{name}, {caption}"}, captions=str(tmp_path)))
+    assert [read_facts(folder)[name] for name in ("images", "refused", "blank_captions")] == [18, 0, 2]
+
+
+def test_images_without_features_are_known_before_the_first_step(tmp_path: Path) -> None:
+    ids, wide = [f"s{i}" for i in range(4)], np.ones((4, 2), np.float32)
+    recipe: dict[str, Any] = {"strategy": "db", "prompt": "{name}, {caption}", "visual_token": "instance"}
+    captions = ["red", "", "blue", "green"]
+    write_image_features(tmp_path, [ids[0], *ids[2:]], wide[:3], encoder_sha256="e")
+    assert len(feed_of(tmp_path / "l", (2, 2), captions, tmp_path, **recipe).rows) == 3, "a blank one needs none"
+    write_image_features(tmp_path, ids[:3], wide[:3], encoder_sha256="e")
+    with pytest.raises(UsageError, match=r"fit\.adapter\.features: .* no features of 1 of 3 seeds, such as 's3'"):
+        feed_of(tmp_path / "l", (2, 2), captions, tmp_path, **recipe)
+
+
+def test_a_home_folder_is_one_place_for_every_check(raw: Callable[..., Any], tmp_path: Path,  # noqa: F811
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "texts").mkdir()
+    write_captions(tmp_path / "texts", IDS, ["text"] * 20)
+    assert preflight(parse_fit(raw({**PLAIN, "prompt": "{name}, {caption}"}, captions="~/texts"))) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_tokens_are_looked_for_in_lists_of_prompts() -> None:
+    method = Lecf(prompts={"*": ["a {token} here"]}, steps=2)
+    (problem,) = adapter_fits(method, "db", "none", "this adapter")
+    assert "the prompt has {token}" in problem
+    assert adapter_fits(method, "ti", "none", "this adapter") == []
+
+
+@pytest.mark.parametrize(("limit", "refused"), [(0.19, True), (0.2, False)])
+def test_a_run_whose_captions_are_blank_does_not_start(limit: float, refused: bool, make_config: MakeConfig,
+                                                       tmp_path: Path) -> None:
+    write_captions(tmp_path, IDS, ["", " ", "", "", *["text"] * 16])
+    config = make_config("Captioned", sections={"artifacts": {"captions": str(tmp_path)},
+                                                "limits": {"max_failed": limit}})
+    if not refused:
+        assert sum(map(len, runs.prepare(config).plan.units(0))) > 0
+        return
+    with pytest.raises(ConfigError, match=r"empty caption of 4 of 20 seeds \(ant/0\.png, .*max_failed = 0\.19"):
+        runs.prepare(config)
+    assert not Path(config.folder).exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ on Ray
+
+
+@pytest.mark.parametrize("dataset", [
+    lambda: spread._dataset([(0, 1)], None, 1000, 0),  # type: ignore[arg-type]
+    lambda: training._dataset([(0, 1)], {}, 0, 1)])
+def test_loaders_wait_for_a_slow_step_without_end(dataset: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker is a process of its own, where Ray's half hour holds."""
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 1800)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: (_ for _ in ()).throw(LookupError("no cluster")))
+    with pytest.raises(LookupError):
+        dataset()
+    assert ray.data.DataContext.get_current().execution_no_progress_timeout_s == NO_PROGRESS_S
+
+
+class Gone(ray.exceptions.RayError):
+    """A run of workers that ended, with what each of them said."""
+
+    def __init__(self, *said: Exception) -> None:
+        super().__init__("the workers ended")
+        self.cause = SimpleNamespace(worker_failures=dict(enumerate(said)))
+
+
+@pytest.mark.parametrize(("written", "failure", "expected", "exit_code"), [
+    (ConfigError("x", ["batch: too small"]), None, UsageError, 2),
+    (ModelError("batch: too small"), Gone(Interrupted("killed")), ModelError, 2),
+    (StorageError("batch: too small"), None, StorageError, 2), (OverBudget("batch: too small"), None, OverBudget, 3),
+    (RayexpandError("batch: too small"), None, RayexpandError, 1),
+    (None, Gone(RuntimeError("x"), UsageError("batch: too small")), UsageError, 2),
+    (None, Gone(Interrupted("killed")), EnvironmentFault, 75),
+    (None, ray.exceptions.WorkerCrashedError(), EnvironmentFault, 75)])
+def test_what_ends_a_fine_tuning_says_whether_to_go_on(written: RayexpandError | None, failure: Exception | None,
+                                                       expected: type[RayexpandError], exit_code: int, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(_: Any) -> None:
+        if written is not None:
+            spread._replace(tmp_path / spread.REFUSED, spread.refused(written))
+        if failure is not None:
+            raise failure
+
+    for name in ("_gpus", "_check_device", "_check_room", "open_shelf"):
+        monkeypatch.setattr(spread, name, lambda *_: None)
+    monkeypatch.setattr(spread, "_parts", lambda job: {})
+    monkeypatch.setattr(spread, "_drive", SimpleNamespace(remote=lambda *_: "run"))
+    monkeypatch.setattr(ray, "wait", lambda *_, **__: (["run"], []))
+    monkeypatch.setattr(ray, "get", ended)
+    with pytest.raises(RayexpandError) as caught:
+        spread.train_spread(SimpleNamespace(folder=str(tmp_path)), lambda *_: None)  # type: ignore[arg-type]
+    assert type(caught.value) is expected
+    assert caught.value.exit_code == exit_code
+    assert ("batch: too small" in str(caught.value)) == (exit_code != 75)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("device", "asked", "there", "remedy"), [
+    ("cuda", None, 0, "join a cluster with GPUs"), ("cuda:0", 0.0, 8, r"gpus_per_worker to 1 or leave it out"),
+    ("cpu", 1.0, 8, "gpus_per_worker: 0, or device: auto"), ("cuda", None, 8, None), ("cpu", None, 8, None),
+    ("auto", None, 0, None), ("auto", 0.0, 8, None), ("cuda", 0.5, 8, None)])
+def test_workers_train_where_the_file_says(device: str, asked: float | None, there: int, remedy: str | None,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8, "GPU": there})
+    job: Any = SimpleNamespace(base=SimpleNamespace(device=device), made=SimpleNamespace(gpus_per_worker=asked))
+    if remedy is None:
+        spread._check_device(job, spread._gpus(job))
+        return
+    with pytest.raises(UsageError, match=rf"device: {device} asked for.*{remedy}"):
+        spread._check_device(job, spread._gpus(job))
+
+
+def test_workers_go_on_from_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_other(step: int) -> Callable[..., None]:
+        return lambda values, op: values.copy_(torch.minimum(values, torch.tensor([step, -step])))
+
+    spread.check_step(3, "cpu")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for own, other in ((3, 3), (3, 0), (0, 3)):
+        monkeypatch.setattr(torch.distributed, "all_reduce", with_other(other))
+        if own == other:
+            spread.check_step(own, "cpu")
+            continue
+        with pytest.raises(Interrupted, match="checkpoints of steps 0 and 3"):
+            spread.check_step(own, "cpu")
+    tuning: Any = SimpleNamespace(tuner=SimpleNamespace(step=3), curve=finetune_run.Curve(),
+                                  job=SimpleNamespace(made=None))
+    with pytest.raises(AssertionError, match="different steps"):
+        finetune_run.tune(tuning, [SimpleNamespace(step=0)], save=lambda: None)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(("faults", "expected"), [
+    ([{2: "disk"}, {}], [0, 4, 2]), ([{2: "disk"}, {2: "disk"}], EnvironmentFault),
+    ([{0: "disk", 2: "disk", 4: "disk"}], EnvironmentFault), ([{2: "model"}], ModelError), ([{}], [0, 2, 4])])
+def test_a_span_that_a_node_spoils_is_made_once_more(faults: list[dict[int, str]], expected: Any,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = iter(faults)
+
+    def pool_rows(actor: Any, arguments: Any, pool: Pool, spans: list[range]) -> Iterator[dict[str, Any]]:
+        bad = next(passes)
+        for span in spans:
+            fault = bad.get(span.start, "")
+            yield {"span_start": span.start, "span_stop": span.stop, "fault": fault, "is_model": fault == "model",
+                   "device": "" if fault else "cpu", "cpu_seconds": 1.0, "seconds": 1.0}
+
+    monkeypatch.setattr(on_ray_fit, "choose_pool", lambda *_, **__: Pool(2, 1.0, 0.0, {}, {}))
+    monkeypatch.setattr(on_ray_fit, "open_shelf", lambda *_, **__: None)
+    monkeypatch.setattr(on_ray_fit, "_pool_rows", pool_rows)
+    costs: dict[str, Any] = {}
+    config: Any = SimpleNamespace(cluster=None, device="cpu")
+    index: Any = range(6)
+    found = on_ray_fit.over_spans(on_ray_fit.FeatureActor, {}, config, {}, index, 2, costs,
+                                  [range(2), range(2, 4), range(4, 6)])
+    if isinstance(expected, type):
+        with pytest.raises(expected):
+            list(found)
+        return
+    assert [row["span_start"] for row in found] == expected
+    assert costs["cpu_seconds"] == 3.0 + sum(map(len, faults))
+    assert costs["device"] == "cpu"
