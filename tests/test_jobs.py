@@ -11,7 +11,7 @@ from rayexpand.errors import ConfigError
 from rayexpand.jobs import checked, verb_of
 
 ROOT = Path(__file__).parents[1]
-VERBS = {"expand": "expand", "study": "train", "sweep": "sweep", "fit": "fit", "select": "select",
+VERBS = {"expand": "expand", "study": "train", "sweep": "sweep", "fit": "fit", "pretrain": "fit", "select": "select",
          "evaluate": "evaluate"}
 
 
