@@ -29,10 +29,10 @@ import torch
 
 from rayexpand import seeds
 from rayexpand.config import ClusterConfig, RuntimeConfig
-from rayexpand.finetune_feed import Visits
-from rayexpand.finetune_plan import AdapterFit
-from rayexpand.finetune_run import Job, Tuning, open_tuning, tune
-from rayexpand.finetuning import TUNE_HERE, Data, TuneEngine, prepare_job
+from rayexpand.finetuning.artifact import TUNE_HERE, Data, TuneEngine, prepare_job
+from rayexpand.finetuning.feed import Visits
+from rayexpand.finetuning.plan import AdapterFit
+from rayexpand.finetuning.run import Job, Tuning, open_tuning, tune
 from rayexpand.priors import inspect_prior
 from rayexpand.seeds import DataConfig
 

@@ -36,8 +36,8 @@ from rayexpand.config import GuideConfig, RunConfig
 from rayexpand.core.prototypes import ClassPrototypes, fit_class, join, save_prototypes
 from rayexpand.core.recipe import Recipe, make_recipe
 from rayexpand.errors import ConfigError, UsageError
-from rayexpand.finetune_plan import AdapterFit, word_problems
-from rayexpand.finetuning import TUNE_HERE, Data, TuneEngine, fit_adapter
+from rayexpand.finetuning.artifact import TUNE_HERE, Data, TuneEngine, fit_adapter
+from rayexpand.finetuning.plan import AdapterFit, word_problems
 from rayexpand.fit_plan import (
     ARTIFACTS,
     FitConfig,

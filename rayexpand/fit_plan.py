@@ -12,7 +12,7 @@ One YAML names the data and what to make of it:
       class_features: {images: 64}               # mean CLIP feature of each class (class_features.py)
       image_features: {}                         # CLIP feature of each image (class_features.py)
       pretrain: {size: 16}                       # a small generator with its guide, from nothing (pretrain.py)
-      adapter: {recipe: {preset: diffmix}}       # fine-tune the generator `prior` names (finetune_plan.py)
+      adapter: {recipe: {preset: diffmix}}       # fine-tune the generator `prior` names (finetuning/plan.py)
 
 A single thing may be written flat, `fit: {kind: prototypes, groups: 3}`. Everything is an artifact (artifacts.py): the
 same command a second time makes nothing. A run's own file works too: then what its method needs is made.
@@ -39,7 +39,7 @@ from rayexpand.class_features import ClassFeaturesFit, ImageFeaturesFit
 from rayexpand.config import ClusterConfig, GuideConfig, RunConfig, RuntimeConfig, Section, mistakes, read
 from rayexpand.core.recipe import make_recipe
 from rayexpand.errors import ConfigError, UsageError
-from rayexpand.finetune_plan import AdapterFit, BaseConfig, adapter_problems
+from rayexpand.finetuning.plan import AdapterFit, BaseConfig, adapter_problems
 from rayexpand.guide_files import CLASSIFIER, CLIP_HEAD, check_guide, kind_of, present_guide
 from rayexpand.pretrain import PretrainFit, check_pretrain
 from rayexpand.prompt_lists import PromptsFit, check_generator

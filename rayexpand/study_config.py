@@ -22,7 +22,7 @@ from rayexpand.config import ClusterConfig, RunConfig, Section
 from rayexpand.core.recipe import Recipe, make_recipe
 from rayexpand.errors import ConfigError
 from rayexpand.extra_tests import ExtraTest
-from rayexpand.finetune_plan import AdapterFit
+from rayexpand.finetuning.plan import AdapterFit
 from rayexpand.fit_plan import GuideFit, fit_config
 from rayexpand.fit_plan import preflight as fit_preflight
 from rayexpand.schema import Method

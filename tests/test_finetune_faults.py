@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from rayexpand import finetune_run, finetuning, latents
 from rayexpand import run as runs
 from rayexpand.artifacts import adapter_fits, read_facts
 from rayexpand.errors import ConfigError, Interrupted, ModelError, UsageError
+from rayexpand.finetuning import artifact, latents
+from rayexpand.finetuning import run as finetune_run
 from rayexpand.fit import parse_fit
 from rayexpand.fit_plan import preflight
 from rayexpand.methods.lecf import Lecf
@@ -96,9 +97,9 @@ def test_latents_survive_a_kill_before_they_are_published(raw: Callable[..., Any
         latents.write_part(folder, part)
 
     monkeypatch.setattr(latents, "PART_SEEDS", 8)
-    monkeypatch.setattr(finetuning, "write_part", write)
+    monkeypatch.setattr(artifact, "write_part", write)
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "finish", lambda *_: (_ for _ in ()).throw(Interrupted("killed")))
+        patch.setattr(artifact, "finish", lambda *_: (_ for _ in ()).throw(Interrupted("killed")))
         with pytest.raises(Interrupted):
             fit(config)
     monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))

@@ -20,12 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
-from rayexpand import finetune_run
 from rayexpand import fit as fits
 from rayexpand.artifacts import read_facts
 from rayexpand.config import parse
 from rayexpand.core.classifier import Classifier
 from rayexpand.core.recipe import Recipe
+from rayexpand.finetuning import run as finetune_run
 from rayexpand.fit import parse_fit
 from rayexpand.ingest import Feed
 from rayexpand.seeds import DataConfig, build_index, digits_split

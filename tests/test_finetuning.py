@@ -18,19 +18,21 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
-from rayexpand import finetune_run, finetuning, latents, pixels, seeds
 from rayexpand import fit as fits
+from rayexpand import pixels, seeds
 from rayexpand.artifacts import read_facts
-from rayexpand.contact_sheet import draw_sheet
 from rayexpand.core.finetune import Finetuner
 from rayexpand.core.finetune_config import FinetuneConfig, make_finetune
 from rayexpand.core.sampling import to_tensor
 from rayexpand.errors import ConfigError, Interrupted, ModelError, RayexpandError, UsageError
-from rayexpand.finetune_feed import LatentFeed, Sources
-from rayexpand.finetune_plan import SheetConfig
-from rayexpand.finetuning import TUNE_HERE, Data
+from rayexpand.finetuning import artifact, latents
+from rayexpand.finetuning import run as finetune_run
+from rayexpand.finetuning.artifact import TUNE_HERE, Data
+from rayexpand.finetuning.feed import LatentFeed, Sources
+from rayexpand.finetuning.latents import Latents, Views
+from rayexpand.finetuning.plan import SheetConfig
+from rayexpand.finetuning.sheet import draw_sheet
 from rayexpand.fit import parse_fit
-from rayexpand.latents import Latents, Views
 from rayexpand.priors import load_prior, prior_hash
 from rayexpand.rng import RowRng, generator, row_key
 from rayexpand.schema import ClassTable, SeedIndex
@@ -362,7 +364,7 @@ def test_what_decides_the_numbers_decides_the_digest(raw: Callable[..., Any]) ->
         config = parse_fit(raw({**SHORT, **(recipe or {})}, **fields))
         index = seeds.build_index(config.data)
         assert config.fit.adapter is not None
-        return finetuning.prepare_job(
+        return artifact.prepare_job(
             config.fit.adapter, Data(config.data, index, fits.data_facts(config, index)), out=config.out,
             weights=config.prior.weights, seed=config.seed, device="cpu", runtime=config.runtime, here={},
             progress=quiet, engine=replace(TUNE_HERE, spreads=spreads))[0].digest
@@ -408,7 +410,7 @@ def test_a_checkpoint_of_another_fine_tuning_is_refused(raw: Callable[..., Any],
     (work,) = Path(config["out"]).glob(".adapter-*.work")
     other = raw({**SHORT, "rank": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "artifact_digest", lambda kind, made_from: work.name.partition("-")[2][:8])
+        patch.setattr(artifact, "artifact_digest", lambda kind, made_from: work.name.partition("-")[2][:8])
         with pytest.raises(ModelError, match="belongs to another training"):
             fit(other)
 

@@ -29,11 +29,11 @@ import ray.data
 from rayexpand import errors
 from rayexpand.artifacts import read_facts
 from rayexpand.errors import ConfigError, EnvironmentFault, Interrupted, RayexpandError, UsageError
-from rayexpand.finetune_feed import LatentFeed, Sources, Visits
-from rayexpand.finetune_run import Job, Notebook, open_tuning, train_here, tune
-from rayexpand.finetuning import LatentTask, TuneEngine, open_maker
+from rayexpand.finetuning.artifact import LatentTask, TuneEngine, open_maker
+from rayexpand.finetuning.feed import LatentFeed, Sources, Visits
+from rayexpand.finetuning.latents import LatentMaker, Part
+from rayexpand.finetuning.run import Job, Notebook, open_tuning, train_here, tune
 from rayexpand.fit import FitConfig
-from rayexpand.latents import LatentMaker, Part
 from rayexpand.on_ray.expand import NO_PROGRESS_S
 from rayexpand.on_ray.fit import SpanActor, over_spans
 from rayexpand.on_ray.stage import Model, artifact_model, local, open_shelf, prior_model

@@ -11,7 +11,6 @@ import pytest
 import ray
 import torch
 
-from rayexpand import finetune_run
 from rayexpand.errors import (
     ConfigError,
     EnvironmentFault,
@@ -22,6 +21,7 @@ from rayexpand.errors import (
     StorageError,
     UsageError,
 )
+from rayexpand.finetuning import run as finetune_run
 from rayexpand.on_ray import finetune as spread
 from rayexpand.on_ray import fit as on_ray_fit
 from rayexpand.on_ray import train as training

@@ -23,7 +23,7 @@ from rayexpand.config import Section, mistakes
 from rayexpand.core.finetune_config import FinetuneConfig, make_finetune
 from rayexpand.core.sampling import Solver
 from rayexpand.errors import ModelError
-from rayexpand.latents import LatentsConfig, Views
+from rayexpand.finetuning.latents import LatentsConfig, Views
 from rayexpand.methods._prompts import CLASS_WORDS, placeholders
 from rayexpand.priors import DIGITS, PriorFacts, check_size, inspect_prior, present
 from rayexpand.schema import ClassTable

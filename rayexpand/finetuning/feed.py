@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from rayexpand.core.finetune_config import FinetuneConfig
 from rayexpand.core.visit import draw_visit
 from rayexpand.errors import UsageError
-from rayexpand.latents import Latents
+from rayexpand.finetuning.latents import Latents
 from rayexpand.methods._prompts import format_prompt
 from rayexpand.rng import generator, row_key
 from rayexpand.schema import CAPTION_SLOT, ClassTable

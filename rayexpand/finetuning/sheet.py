@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image
 
 from rayexpand.core import sampling
-from rayexpand.finetune_plan import SheetConfig
+from rayexpand.finetuning.plan import SheetConfig
 from rayexpand.rng import generator, row_key
 from rayexpand.schema import LatentPrior
 
 if TYPE_CHECKING:
     from rayexpand.core.finetune import Finetuner
-    from rayexpand.finetune_feed import LatentFeed
+    from rayexpand.finetuning.feed import LatentFeed
     from rayexpand.priors.latent import StableDiffusionPrior
 
 GAP = 2  # pixels between samples

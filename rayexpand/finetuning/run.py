@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayexpand.contact_sheet import draw_sheet
 from rayexpand.core.finetune_config import TARGETS
 from rayexpand.errors import Interrupted, ModelError
-from rayexpand.finetune_feed import LatentFeed, Sources, Visits
-from rayexpand.finetune_plan import AdapterFit
+from rayexpand.finetuning.feed import LatentFeed, Sources, Visits
+from rayexpand.finetuning.plan import AdapterFit
+from rayexpand.finetuning.sheet import draw_sheet
 from rayexpand.priors import Progress, load_prior, quiet_libraries
 from rayexpand.schema import ClassTable
 from rayexpand.seed_columns import feature_facts

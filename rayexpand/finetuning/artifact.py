@@ -2,7 +2,7 @@
 on_ray/finetune.py makes the latents with a pool of actors and spreads the same loop over Ray Train workers.
 
     <out>/latents-1f0c9a3e/            posteriors (latents.py), shared by every recipe on these images
-          .adapter-5b2e07c1.work/      an unfinished fine-tuning (finetune_run.py); the same command goes on from it
+          .adapter-5b2e07c1.work/      an unfinished fine-tuning (run.py); the same command goes on from it
           adapter-5b2e07c1/            adapter.json, pytorch_lora_weights.safetensors, tokens.safetensors (an adapter),
                                        or a whole pipeline (strategy full, then called generator-...), with
                                        artifact.json, sheets/, tensorboard/
@@ -21,18 +21,27 @@ from typing import TYPE_CHECKING, Any
 
 from rayexpand.artifacts import artifact_digest, publish, read_facts
 from rayexpand.config import RuntimeConfig
-from rayexpand.finetune_feed import Sources
-from rayexpand.finetune_plan import AdapterFit
-from rayexpand.finetune_run import TRAINING, Base, Job, train_here
-from rayexpand.latents import VERSION as LATENTS_VERSION
-from rayexpand.latents import LatentMaker, Part, finish, make_here, missing_spans, part_file, spans, write_part
+from rayexpand.finetuning.feed import Sources
+from rayexpand.finetuning.latents import VERSION as LATENTS_VERSION
+from rayexpand.finetuning.latents import (
+    LatentMaker,
+    Part,
+    finish,
+    make_here,
+    missing_spans,
+    part_file,
+    spans,
+    write_part,
+)
+from rayexpand.finetuning.plan import AdapterFit
+from rayexpand.finetuning.run import TRAINING, Base, Job, train_here
 from rayexpand.priors import Progress, check_size, inspect_prior, load_prior, prior_hash
 from rayexpand.schema import SeedIndex
 from rayexpand.seed_columns import columns_hash
 from rayexpand.seeds import DataConfig
 
 if TYPE_CHECKING:
-    from rayexpand.latents import Views
+    from rayexpand.finetuning.latents import Views
 
 VERSION = 1  # raised when the code below trains something else from the same configuration
 KINDS = {"full": "generator"}  # artifact by strategy; the others make an adapter
