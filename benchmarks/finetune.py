@@ -85,7 +85,8 @@ def under_ray(config: dict[str, Any]) -> None:
     from ray.train import get_context
     from ray.train.torch import prepare_model
 
-    from rayexpand.on_ray.finetune import LoaderTime, loaded_batches, mean_over_workers
+    from rayexpand.on_ray.finetune import loaded_batches, mean_over_workers
+    from rayexpand.on_ray.loaders import LoaderTime
 
     torch.set_num_threads(1)
     rank, job = get_context().get_world_rank(), config["job"]

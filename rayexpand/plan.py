@@ -26,7 +26,7 @@ from rayexpand.errors import UsageError
 from rayexpand.files import Files
 from rayexpand.rng import PlanRng, RowRng
 from rayexpand.schema import CAPTION_SLOT, SEED_INDEX, ClassTable, Draw, Method, SeedIndex
-from rayexpand.seed_columns import read_captions
+from rayexpand.seed_columns import captions_for
 from rayexpand.store import create_once, parquet_bytes, read_table
 
 MAX_SHARDS = 50_000  # more small files than this make listing and the Ray driver slow
@@ -197,16 +197,14 @@ def _captions(index: SeedIndex, config: RunConfig) -> pa.ChunkedArray:
     if config.artifacts.captions is None:
         raise UsageError(f"artifacts.captions: is not set, and {config.method.name} needs captions; make them with "
                          "`rayexpand fit`")
-    folder, seed_ids = Path(config.artifacts.captions).expanduser(), index.table["seed_id"]
-    table = read_captions(folder)
-    found = table["caption"].combine_chunks().take(
-        pc.index_in(seed_ids.combine_chunks(), value_set=table["seed_id"].combine_chunks()))
+    folder, seed_ids = Path(config.artifacts.captions).expanduser(), index.table["seed_id"].combine_chunks()
+    found = captions_for(folder, seed_ids)
     sound = pc.equal(index.table["fault"].combine_chunks(), "")
-    if absent := seed_ids.combine_chunks().filter(pc.and_(sound, found.is_null())).to_pylist():
+    if absent := seed_ids.filter(pc.and_(sound, found.is_null())).to_pylist():
         raise UsageError(f"artifacts.captions: {folder} has no captions of {len(absent):,} of {len(index):,} seeds "
                          f"({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}); make captions of this very "
                          "dataset with `rayexpand fit`, or leave these seeds out with data.ids")
-    return pa.chunked_array([pc.fill_null(pc.utf8_trim_whitespace(found), "")])
+    return pa.chunked_array([pc.fill_null(found, "")])
 
 
 def plan_digest(plan: Plan) -> str:

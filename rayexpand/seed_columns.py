@@ -82,13 +82,12 @@ def read_captions(folder: Path | str) -> pa.Table:
     return table
 
 
-def captions_for(folder: Path | str, seed_ids: Sequence[str] | pa.ChunkedArray) -> tuple[pa.Array, list[str]]:
-    """(caption of each seed in this order, null where it has none; ids of the seeds without one). Raises ModelError."""
+def captions_for(folder: Path | str, seed_ids: pa.Array) -> pa.Array:
+    """The caption of each seed in this order: "" where none could be made, null where the seed is not listed. Raises
+    ModelError."""
     table = read_captions(folder)
-    wanted = seed_ids.combine_chunks() if isinstance(seed_ids, pa.ChunkedArray) else pa.array(seed_ids, pa.string())
-    found = table["caption"].combine_chunks().take(pc.index_in(wanted, value_set=table["seed_id"].combine_chunks()))
-    blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(found), ""), True)
-    return pc.if_else(blank, pa.scalar(None, pa.string()), found), wanted.filter(blank).to_pylist()
+    place = pc.index_in(seed_ids, value_set=table["seed_id"].combine_chunks())
+    return pc.utf8_trim_whitespace(table["caption"].combine_chunks().take(place))
 
 
 # ------------------------------------------------------------------------------------------------------- class features

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rayexpand.core.finetune_config import FinetuneConfig
 from rayexpand.core.visit import draw_visit
@@ -27,7 +26,7 @@ from rayexpand.finetuning.latents import Latents
 from rayexpand.methods._prompts import format_prompt
 from rayexpand.rng import generator, row_key
 from rayexpand.schema import CAPTION_SLOT, ClassTable
-from rayexpand.seed_columns import open_image_features, read_captions, read_class_features
+from rayexpand.seed_columns import captions_for, open_image_features, read_class_features
 
 
 class Visits(NamedTuple):
@@ -148,15 +147,13 @@ def _inverse(labels: np.ndarray) -> np.ndarray:
 
 def _captions(latents: Latents, folder: str) -> np.ndarray:
     """Captions of all items; "" where none could be made."""
-    table = read_captions(folder)
-    found = table["caption"].combine_chunks().take(
-        pc.index_in(latents.seed_ids, value_set=table["seed_id"].combine_chunks()))
+    found = captions_for(folder, latents.seed_ids)
     if found.null_count:
         absent = latents.seed_ids.filter(found.is_null())
         raise UsageError(f"fit.adapter.captions: {folder} has no captions of {len(absent)} of {len(latents)} seeds, "
                          f"such as {absent[0].as_py()!r}; make captions of this very dataset, or leave these seeds out "
                          "with data.ids")
-    return np.array(pc.utf8_trim_whitespace(found).to_pylist(), object)
+    return np.array(found.to_pylist(), object)
 
 
 def _few(keys: list[str]) -> str:

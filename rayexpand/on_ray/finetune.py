@@ -16,8 +16,7 @@ import json
 import os
 import secrets
 import socket
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,15 +33,13 @@ from rayexpand.finetuning.feed import LatentFeed, Sources, Visits
 from rayexpand.finetuning.latents import LatentMaker, Part
 from rayexpand.finetuning.run import Job, Notebook, open_tuning, train_here, tune
 from rayexpand.fit import FitConfig
-from rayexpand.on_ray.expand import NO_PROGRESS_S
 from rayexpand.on_ray.fit import SpanActor, over_spans
+from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
 from rayexpand.on_ray.stage import Model, artifact_model, local, open_shelf, prior_model
 from rayexpand.priors import Progress, inspect_prior
 from rayexpand.schema import SeedIndex
 
-SPAN_IMAGES = 2048  # images one loader task makes; long beside the 10-30 ms a task costs
-SPAN_BYTES = 64 << 20  # of them, at most
-SEGMENT = 1000  # loader tasks of one Ray dataset
+SPAN_BYTES = 64 << 20  # of the images one loader task makes, at most
 WORKER_FAILURES = 4  # deaths of workers before the fine-tuning counts as failed; nodes taken away do not count
 DRIVER_RETRIES = 16  # deaths of the process that watches the workers
 REFUSED, POSITION = "refused", "position"  # files in the folder of a job
@@ -215,40 +212,16 @@ def _train(job: Job, shelf: Any, gpus: float) -> None:
         notebook.finish(gpus=gpus, workers=job.world, cpu_seconds=spent * job.world)
 
 
-class LoaderTime:
-    """CPU seconds that the loaders of a worker spent, since it started."""
-
-    seconds: float = 0.0
-
-
 def loaded_batches(job: Job, timesteps: int, start: int, rank: int, spent: LoaderTime) -> Iterator[Visits]:
     """This worker's rows of steps `start` to the last, made by loader processes, in order."""
     recipe = job.made.finetune
     rows = recipe.batch // job.world
     row_bytes = 8 * int(np.prod(LatentFeed.latent_shape(job.sources)))
-    steps = max(1, min(SPAN_IMAGES, SPAN_BYTES // row_bytes) // rows)
-    spans = [(first, min(first + steps, recipe.steps)) for first in range(start, recipe.steps, steps)]
-    for at in range(0, len(spans), SEGMENT):
-        for batch in _dataset(spans[at:at + SEGMENT], job, timesteps, rank).iter_batches(
-                batch_size=rows, batch_format="numpy", prefetch_batches=2):
-            spent.seconds += float(batch["cpu_seconds"].sum())
-            yield Visits(batch["z0"], batch["noise"], batch["t"], batch["dropped"], [str(one) for one in batch["text"]],
-                         batch.get("visual"), int(batch["step"][0]))
-
-
-def _dataset(spans: Sequence[tuple[int, int]], job: Job, timesteps: int, rank: int) -> Any:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = NO_PROGRESS_S  # workers have a context of their own
-    context.execution_options.preserve_order = True
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    items = ray.data.from_items([{"first": first, "stop": stop} for first, stop in spans],
-                                override_num_blocks=len(spans))
-    # CPUs are reserved by the worker the loaders serve: a share for each would deadlock a cluster that is full
-    return items.map_batches(
-        Loader, batch_size=1, num_cpus=0, label_selector=here,
-        compute=ray.data.ActorPoolStrategy(size=min(job.made.loaders, len(spans)), max_tasks_in_flight_per_actor=2),
-        fn_constructor_kwargs={"job": job, "timesteps": timesteps, "rank": rank})
+    spans = spans_of(start, recipe.steps, max(1, min(SPAN_IMAGES, SPAN_BYTES // row_bytes) // rows))
+    for batch in loaded_steps(Loader, {"job": job, "timesteps": timesteps, "rank": rank}, spans,
+                              processes=job.made.loaders, rows=rows, spent=spent):
+        yield Visits(batch["z0"], batch["noise"], batch["t"], batch["dropped"], [str(one) for one in batch["text"]],
+                     batch.get("visual"), int(batch["step"][0]))
 
 
 class Loader:
@@ -258,17 +231,14 @@ class Loader:
         self._rank, self._world = rank, job.world
         self._feed = LatentFeed(job.sources, job.made.finetune, job.classes, job.seed, timesteps)
 
-    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, np.ndarray]]:
-        for first, stop in zip(batch["first"], batch["stop"], strict=True):
-            before = time.process_time()
-            for made in self._feed.batches(int(first), int(stop), self._rank, self._world):
-                rows = len(made.t_B)
-                now = time.process_time()
-                each, before = (now - before) / rows, now
-                found = {"z0": made.z0_BCHW, "noise": made.noise_BCHW, "t": made.t_B, "dropped": made.dropped_B,
-                         "text": np.array(made.texts, object), "step": np.full(rows, made.step),
-                         "cpu_seconds": np.full(rows, each)}
-                yield found if made.visual_BD is None else {**found, "visual": made.visual_BD}
+    def __call__(self, batch: dict[str, Any]) -> Iterator[Columns]:
+        return timed_steps(batch, self._made)
+
+    def _made(self, first: int, stop: int) -> Iterator[tuple[int, Columns]]:
+        for made in self._feed.batches(first, stop, self._rank, self._world):
+            found = {"z0": made.z0_BCHW, "noise": made.noise_BCHW, "t": made.t_B, "dropped": made.dropped_B,
+                     "text": np.array(made.texts, object)}
+            yield made.step, found if made.visual_BD is None else {**found, "visual": made.visual_BD}
 
 
 # ---------------------------------------------------------------------------------------------------------------- nodes

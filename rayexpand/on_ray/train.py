@@ -12,20 +12,18 @@ checkpoints are not used, because a worker that dies can take the last one with 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
 import ray.data
 
 from rayexpand.errors import Interrupted, RayexpandError, UsageError
 from rayexpand.evaluation.accuracy import Answers
 from rayexpand.files import Files
-from rayexpand.on_ray.expand import NO_PROGRESS_S, connected
+from rayexpand.on_ray.expand import connected
+from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
 from rayexpand.store import open_files
 from rayexpand.study import Study, Trial
 from rayexpand.study_config import TrainingConfig
@@ -46,8 +44,6 @@ from rayexpand.training import run_trial as run_here
 if TYPE_CHECKING:
     from rayexpand.core.classifier import Classifier, TrainBatch
 
-SPAN_IMAGES = 2048  # images one loader task makes; long beside the 10-30 ms a task costs
-SEGMENT = 1000  # loader tasks of one Ray dataset
 TASK_RETRIES = 16  # deaths of a trial's process before it counts as failed
 WORKER_FAILURES = 4  # the same of Ray Train workers; nodes taken away do not count
 
@@ -170,45 +166,16 @@ def _refusal(trial: str) -> str:
     return f"checkpoints/{trial}.refused"
 
 
-@dataclass
-class LoaderTime:
-    """CPU seconds that the loaders of this worker spent, since it started."""
-
-    seconds: float = 0.0
-
-
 def loaded_batches(work: Work, config: dict[str, Any], start: int, rank: int, world: int,
                    time_spent: LoaderTime | None = None) -> Iterator[TrainBatch]:
     """This worker's slices of steps `start` to the last, made by loader processes, in order."""
     from rayexpand.core.classifier import TrainBatch
 
-    spent = time_spent or LoaderTime()
-
     rows = work.feed.batch // world
-    steps = max(1, SPAN_IMAGES // rows)
-    spans = [(first, min(first + steps, work.feed.total_steps))
-             for first in range(start, work.feed.total_steps, steps)]
-    for at in range(0, len(spans), SEGMENT):
-        for batch in _dataset(spans[at:at + SEGMENT], config, rank, world).iter_batches(
-                batch_size=rows, batch_format="numpy", prefetch_batches=2):
-            spent.seconds += float(batch["cpu_seconds"].sum())
-            yield TrainBatch(batch["x"], batch["y"], int(batch["step"][0]))
-
-
-def _dataset(spans: Sequence[tuple[int, int]], config: dict[str, Any], rank: int, world: int) -> Any:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = NO_PROGRESS_S  # workers have a context of their own
-    context.execution_options.preserve_order = True
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    items = ray.data.from_items([{"first": first, "stop": stop} for first, stop in spans],
-                                override_num_blocks=len(spans))
-    # CPUs are reserved by the worker the loaders serve: a share for each would deadlock trials that fill the cluster
-    return items.map_batches(
-        Loader, batch_size=1, num_cpus=0, label_selector=here,
-        compute=ray.data.ActorPoolStrategy(size=min(config["training"]["loaders"], len(spans)),
-                                           max_tasks_in_flight_per_actor=2),
-        fn_constructor_kwargs={"config": config, "rank": rank, "world": world})
+    spans = spans_of(start, work.feed.total_steps, max(1, SPAN_IMAGES // rows))
+    for batch in loaded_steps(Loader, {"config": config, "rank": rank, "world": world}, spans,
+                              processes=config["training"]["loaders"], rows=rows, spent=time_spent or LoaderTime()):
+        yield TrainBatch(batch["x"], batch["y"], int(batch["step"][0]))
 
 
 class Loader:
@@ -223,14 +190,12 @@ class Loader:
         self._feed = open_work(open_files(config["folder"]), Trial(**config["trial"]),
                                TrainingConfig(**config["training"])).feed
 
-    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, np.ndarray]]:
-        for first, stop in zip(batch["first"], batch["stop"], strict=True):
-            before = time.process_time()
-            for made in self._feed.batches(int(first), int(stop), self._rank, self._world):
-                now = time.process_time()
-                each, before = (now - before) / len(made.y_BK), now
-                yield {"x": made.x_BHWC, "y": made.y_BK, "step": np.full(len(made.y_BK), made.step),
-                       "cpu_seconds": np.full(len(made.y_BK), each)}
+    def __call__(self, batch: dict[str, Any]) -> Iterator[Columns]:
+        return timed_steps(batch, self._made)
+
+    def _made(self, first: int, stop: int) -> Iterator[tuple[int, Columns]]:
+        for made in self._feed.batches(first, stop, self._rank, self._world):
+            yield made.step, {"x": made.x_BHWC, "y": made.y_BK}
 
 
 def _wrapped(prepare_model: Any, device: Any) -> Callable[[Any], Any]:

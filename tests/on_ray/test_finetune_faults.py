@@ -24,19 +24,16 @@ from rayexpand.errors import (
 from rayexpand.finetuning import run as finetune_run
 from rayexpand.on_ray import finetune as spread
 from rayexpand.on_ray import fit as on_ray_fit
-from rayexpand.on_ray import train as training
 from rayexpand.on_ray.expand import NO_PROGRESS_S, Pool
+from rayexpand.on_ray.loaders import LoaderTime, loaded_steps
 
 
-@pytest.mark.parametrize("dataset", [
-    lambda: spread._dataset([(0, 1)], None, 1000, 0),  # type: ignore[arg-type]
-    lambda: training._dataset([(0, 1)], {}, 0, 1)])
-def test_loaders_wait_for_a_slow_step_without_end(dataset: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loaders_wait_for_a_slow_step_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker is a process of its own, where Ray's half hour holds."""
     monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 1800)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: (_ for _ in ()).throw(LookupError("no cluster")))
     with pytest.raises(LookupError):
-        dataset()
+        next(loaded_steps(spread.Loader, {}, [(0, 1)], processes=1, rows=1, spent=LoaderTime()))
     assert ray.data.DataContext.get_current().execution_no_progress_timeout_s == NO_PROGRESS_S
 
 
