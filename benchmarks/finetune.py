@@ -27,19 +27,19 @@ from typing import Any
 
 import torch
 
-from rayexpand import seeds
-from rayexpand.config import ClusterConfig, RuntimeConfig
-from rayexpand.finetuning.artifact import TUNE_HERE, Data, TuneEngine, prepare_job
-from rayexpand.finetuning.feed import Visits
-from rayexpand.finetuning.plan import AdapterFit
-from rayexpand.finetuning.run import Job, Tuning, open_tuning, tune
-from rayexpand.priors import inspect_prior
-from rayexpand.seeds import DataConfig
+from rayexpand.data import seeds
+from rayexpand.data.seeds import DataConfig
+from rayexpand.fitting.adapter.config import AdapterFit
+from rayexpand.fitting.adapter.feed import LatentRows
+from rayexpand.fitting.adapter.fit import TUNE_HERE, Data, TuneEngine, prepare_job
+from rayexpand.fitting.adapter.train import TuneJob, Tuning, open_tuning, tune
+from rayexpand.models.prior import inspect_prior
+from rayexpand.runs.config import ClusterConfig, RuntimeConfig
 
 RECIPE = {"preset": "tiny", "prompt": "a photo of a {token} shape"}
 
 
-def make_job(out: str, workers: int, steps: int) -> Job:
+def make_job(out: str, workers: int, steps: int) -> TuneJob:
     """A fine-tuning of the embedded default on digits; its latents are made here, once."""
     data = DataConfig(source="digits", per_class=16)
     made = AdapterFit(recipe={**RECIPE, "steps": steps}, flips=False, workers=workers, checkpoint_every=steps,
@@ -50,7 +50,7 @@ def make_job(out: str, workers: int, steps: int) -> Job:
     return job
 
 
-def timed(tuning: Tuning, batches: Iterable[Visits], mean: Callable[[list[float]], list[float]], rank: int,
+def timed(tuning: Tuning, batches: Iterable[LatentRows], mean: Callable[[list[float]], list[float]], rank: int,
           result: str) -> None:
     """Trains to the end; rank 0 leaves steps per second, of the median and of the best ten steps, from the tenth on."""
     seen: list[tuple[float, float, float]] = []
@@ -103,7 +103,7 @@ def run_torchrun(out: str, workers: int, steps: int) -> dict[str, float]:
     return dict(json.loads(Path(result).read_text()))
 
 
-def run_ray(job: Job, out: str, name: str) -> dict[str, float]:
+def run_ray(job: TuneJob, out: str, name: str) -> dict[str, float]:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 

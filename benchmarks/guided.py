@@ -29,15 +29,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from rayexpand.core.prototypes import fit_prototypes
-from rayexpand.core.recipe import make_recipe
-from rayexpand.guides import ClassifierGuide, ClipGuide, load_guide
+from rayexpand.classifier.recipe import make_recipe
+from rayexpand.contract.protocols import Batch, Tools
+from rayexpand.contract.rng import RowRng
+from rayexpand.contract.schema import ClassTable
+from rayexpand.data.seeds import digits_split
+from rayexpand.diffusion.prototypes import fit_prototypes
 from rayexpand.methods import load_method
-from rayexpand.priors import digits, load_prior, quiet_libraries
-from rayexpand.priors.latent import DTYPES, StableDiffusionPrior
-from rayexpand.rng import RowRng
-from rayexpand.schema import Batch, ClassTable, Tools
-from rayexpand.seeds import digits_split
+from rayexpand.models.folders import quiet_libraries
+from rayexpand.models.guides import ClassifierGuide, ClipGuide, load_guide
+from rayexpand.models.latent import DTYPES, StableDiffusionPrior
+from rayexpand.models.prior import load_prior
+from rayexpand.models.tiny import digits
 from tests.methods import references
 
 COPIES, GROUPS = 5, 3
@@ -114,7 +117,7 @@ def random_weights(size: str, device: str, dtype: str) -> Case:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from rayexpand.core.backbones import build_backbone
+    from rayexpand.classifier.backbones import build_backbone
 
     shape, where = SHAPES[size], torch.device(device)
     tokenizer = digits.build_tokenizer()

@@ -29,18 +29,20 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from rayexpand import pixels
-from rayexpand.core.classifier import TrainBatch
-from rayexpand.core.recipe import Recipe
-from rayexpand.core.transforms import train_transform
-from rayexpand.images import Images
-from rayexpand.ingest import Feed
-from rayexpand.rng import generator, row_key
-from rayexpand.seeds import DataConfig, build_index
-from rayexpand.study import Study, Trial, make_trials, prepare_study
-from rayexpand.study_config import parse_study
-from rayexpand.studylist import Rows, StudyList
-from rayexpand.training import Work, make_classifier, open_work
+from rayexpand.classifier.classifier import TrainBatch
+from rayexpand.classifier.recipe import Recipe
+from rayexpand.classifier.transforms import train_transform
+from rayexpand.contract.rng import generator, row_key
+from rayexpand.data import pixels
+from rayexpand.data.seeds import DataConfig, build_index
+from rayexpand.loader.feed import Loader
+from rayexpand.loader.images import ImageReader
+from rayexpand.loader.training_set import TrainingSet
+from rayexpand.studies.config import parse_study
+from rayexpand.studies.parts import Study, Trial
+from rayexpand.studies.study import prepare_study
+from rayexpand.studies.trial import TrialWork, make_classifier, open_work
+from rayexpand.studies.trials import make_trials
 
 SIZE, BATCH, REPEATS = 32, 256, 3
 
@@ -51,9 +53,9 @@ def recipe(**fields: Any) -> Recipe:
                      **fields})
 
 
-def study_list(folder: str) -> StudyList:
+def study_list(folder: str) -> TrainingSet:
     data = DataConfig(source="parquet", path=folder, split="train")
-    return StudyList.build([Rows(seeds=(build_index(data), data))])
+    return TrainingSet.of_seeds(build_index(data), data)
 
 
 def stages(folder: str, images: int) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def stages(folder: str, images: int) -> dict[str, Any]:
 
     rows = timed("index and list", lambda: study_list(folder), 50_000)
     items = np.arange(images)
-    encoded = timed("read", lambda: Images(rows).encoded(items))
+    encoded = timed("read", lambda: ImageReader(rows).encoded(items))
     decoded = timed("decode", lambda: [pixels.decode(one)[0] for one in encoded])
     streams = generator(row_key(0, "bench", "", 0, 0, "augment"))
     for name, fields in {"crop and flip": {}, "crop, flip, randaugment": {"augment": "randaugment"},
@@ -79,8 +81,8 @@ def stages(folder: str, images: int) -> dict[str, Any]:
         some = decoded[:images if name == "crop and flip" else max(1, images // 10)]
         timed(name, lambda s=some, r=chosen: [train_transform(one, streams, r) for one in s],  # type: ignore[misc]
               len(some))
-    timed("labels", lambda: [Images(rows).targets(items[i:i + BATCH]) for i in range(0, images, BATCH)])
-    feed = Feed(rows, recipe(), 0)
+    timed("labels", lambda: [ImageReader(rows).targets(items[i:i + BATCH]) for i in range(0, images, BATCH)])
+    feed = Loader(rows, recipe(), 0)
     timed("order of an epoch", lambda: feed.slots(0), 50_000)
     steps = images // BATCH
     for name in ("batches, first pass", "batches, files kept"):
@@ -126,8 +128,8 @@ def loader(folder: str, images: int, workers: int) -> dict[str, Any]:
 
 def compare(folder: str, images: int) -> dict[str, Any]:
     """Images per second of both ways to load `images`, or to train on a tenth of them, pair by pair."""
-    from rayexpand.config import ClusterConfig
     from rayexpand.on_ray.expand import connected
+    from rayexpand.runs.config import ClusterConfig
 
     fields = recipe().model_dump(mode="json", exclude_defaults=True)
     data = {"source": "parquet", "path": folder}
@@ -171,7 +173,7 @@ def _plain_batches(plain: Plain, steps: int) -> Iterator[TrainBatch]:
                 return
 
 
-def _consumed(batches: Iterator[TrainBatch], work: Work, *, train: bool) -> float:
+def _consumed(batches: Iterator[TrainBatch], work: TrialWork, *, train: bool) -> float:
     """Images per second from the first batch on, with or without a training step on each."""
     torch.set_num_threads(1)
     classifier, seen = make_classifier(work, "cpu"), 0

@@ -20,9 +20,9 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from rayexpand import run as runs
-from rayexpand.config import RunConfig, parse
 from rayexpand.on_ray.expand import expand
+from rayexpand.runs import run as runs
+from rayexpand.runs.config import RunConfig, parse
 
 
 def efficiency(ms: float, actors: int, window_s: float) -> dict[str, Any]:

@@ -19,16 +19,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rayexpand import __version__
-from rayexpand.errors import EXIT_DONE, EXIT_FAILURE, EXIT_FAULT, Interrupted, OverBudget, RayexpandError, UsageError
+from rayexpand.contract import settings
+from rayexpand.contract.errors import (
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_FAULT,
+    Interrupted,
+    OverBudget,
+    RayexpandError,
+    UsageError,
+)
 from rayexpand.progress import Progress, RunProgress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rayexpand.config import ClusterConfig, RunConfig
-    from rayexpand.run import Run
-    from rayexpand.store import Totals
-    from rayexpand.study import Study, Trial
+    from rayexpand.runs.config import ClusterConfig, RunConfig
+    from rayexpand.runs.run import Run
+    from rayexpand.runs.store import Totals
+    from rayexpand.studies.parts import Study, Trial
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Turn a labelled image dataset into a bigger one with diffusion models. "
@@ -80,15 +89,15 @@ def demo(out: Annotated[str, typer.Option(help="folder for the runs and the repo
          method: Annotated[str, typer.Option(help="what expands: img2img, or any other method (by its name)")] =
          "img2img", as_json: Json = False) -> None:
     """Expand real digits on this machine, train classifiers, and show the gain with its controls."""
-    from rayexpand.demo import demo as run_demo
-    from rayexpand.report import write_report
-    from rayexpand.study_report import write_study_report
+    from rayexpand.reports.run import write_report
+    from rayexpand.reports.study import write_study_report
+    from rayexpand.studies.demo import demo as run_demo
 
     with Progress() as progress:
         result = run_demo(out or ("runs/demo" if method == "img2img" else f"runs/demo-{method}"), progress, method)
     summary, look = result.summary(), None
     if result.guided:
-        from rayexpand.guided_report import look as look_at
+        from rayexpand.reports.guided import look as look_at
 
         look = look_at(result.runs[0], 10)
     sheet = write_report(result.runs[0], demo=summary, look=look)
@@ -111,7 +120,7 @@ def demo(out: Annotated[str, typer.Option(help="folder for the runs and the repo
 @app.command()
 def validate(file: File, set_: Set = None, as_json: Json = False) -> None:
     """Check a job file of any verb without loading a model, and print it with every default filled in."""
-    from rayexpand.errors import ConfigError
+    from rayexpand.contract.errors import ConfigError
     from rayexpand.jobs import checked
 
     fields, problems = checked(file, set_ or [])
@@ -128,8 +137,8 @@ def validate(file: File, set_: Set = None, as_json: Json = False) -> None:
 @app.command()
 def plan(file: File, set_: Set = None, as_json: Json = False) -> None:
     """Count what a run would make and estimate images, bytes, hours and cost, without loading a model."""
-    from rayexpand.estimate import estimate_config
-    from rayexpand.run import measured, preflight
+    from rayexpand.runs.estimate import estimate_config
+    from rayexpand.runs.run import measured, preflight
 
     config = _load(file, set_)
     estimate, problems = estimate_config(config, measured(config)), preflight(config)
@@ -145,7 +154,7 @@ def plan(file: File, set_: Set = None, as_json: Json = False) -> None:
 def expand(file: File, set_: Set = None, no_ray: NoRay = False, log_json: LogJson = False,
            as_json: Json = False) -> None:
     """Make every planned sample, once. Killed or stopped anywhere, the same command continues."""
-    from rayexpand import run as runs
+    from rayexpand.runs import run as runs
 
     config = _load(file, set_)
     with Progress(log_json) as progress:
@@ -159,12 +168,12 @@ def fit(file: File, set_: Set = None,
                                          "./artifacts")] = "",
         no_ray: NoRay = False, log_json: LogJson = False, as_json: Json = False) -> None:
     """Make what methods need of the data: a guide, prototypes, captions, features, adapters. Or what a run needs."""
-    from rayexpand import config as configs
-    from rayexpand import fit as fits
-    from rayexpand.artifacts import read_facts
-    from rayexpand.fit_plan import refuse_untold_adapter
+    from rayexpand.artifacts.store import read_facts
+    from rayexpand.fitting import fit as fits
+    from rayexpand.fitting.config import refuse_untold_adapter
+    from rayexpand.runs import config as configs
 
-    raw = configs.read(file, set_ or [])
+    raw = settings.read(file, set_ or [])
     if "method" in raw:
         run = configs.parse(raw, file)
         refuse_untold_adapter(run, file)
@@ -199,17 +208,19 @@ def fit(file: File, set_: Set = None,
 def train(file: File, set_: Set = None, no_ray: NoRay = False, log_json: LogJson = False,
           as_json: Json = False) -> None:
     """Train the same classifier on every arm of a study and compare them; expands first what the arms need."""
-    from rayexpand import study as studies
-    from rayexpand import study_config as study_configs
-    from rayexpand.study_report import summary, write_study_report
-    from rayexpand.study_summary import further_scores
+    from rayexpand.reports.study import write_study_report
+    from rayexpand.studies import config as study_configs
+    from rayexpand.studies import study as studies
+    from rayexpand.studies.expansions import pending_runs
+    from rayexpand.studies.summary import further_scores, summary
+    from rayexpand.studies.trials import make_trials
 
     config = study_configs.load_study(file, set_ or [])
     with Progress(log_json) as progress, _cluster(config.cluster, no_ray=no_ray):
         study = studies.prepare_study(config)
-        for run in studies.pending_runs(study, progress):
+        for run in pending_runs(study, progress):
             _make(run, progress, no_ray=no_ray)
-        trials = studies.make_trials(study)
+        trials = make_trials(study)
         failed = _train(study, trials, progress, no_ray=no_ray)
     page = write_study_report(config.folder)
     found = summary(config.folder)
@@ -233,11 +244,12 @@ def train(file: File, set_: Set = None, no_ray: NoRay = False, log_json: LogJson
 def sweep(file: File, set_: Set = None, no_ray: NoRay = False, log_json: LogJson = False,
           as_json: Json = False) -> None:
     """Find the values of a study's fields that give the best classifier; killed anywhere, the same command goes on."""
-    from rayexpand import sweep as sweeps
-    from rayexpand.sweep_report import write_sweep_report
-    from rayexpand.sweep_search import Search, describe, run_here
+    from rayexpand.reports.sweep import write_sweep_report
+    from rayexpand.studies.sweep import sweep as sweeps
+    from rayexpand.studies.sweep.config import load_sweep
+    from rayexpand.studies.sweep.search import Search, describe, run_here
 
-    config = sweeps.load_sweep(file, set_ or [])
+    config = load_sweep(file, set_ or [])
     if no_ray and config.scheduler is not None:
         raise UsageError("--no-ray tries one configuration after the other, so there is none to compare with while it "
                          "trains; drop --no-ray, or add --set scheduler=none")
@@ -273,7 +285,7 @@ def sweep(file: File, set_: Set = None, no_ray: NoRay = False, log_json: LogJson
 def evaluate(file: File, set_: Set = None, no_ray: NoRay = False, log_json: LogJson = False,
              as_json: Json = False) -> None:
     """Say how far the samples of a run are from real images: FID, KID, MMD, precision, recall, density, coverage."""
-    from rayexpand import evaluate as evaluation
+    from rayexpand.evaluation import evaluate as evaluation
 
     config = evaluation.load(file, set_ or [])
     extract = evaluation.in_process
@@ -297,8 +309,8 @@ def select(file: File, set_: Set = None, no_ray: NoRay = False, log_json: LogJso
     """Decide which samples of a run stay: by a guide's confidence, a score, chance, for each seed or class."""
     from functools import partial
 
-    from rayexpand import select as selection
-    from rayexpand import select_scores
+    from rayexpand.evaluation import select as selection
+    from rayexpand.evaluation import select_scores
 
     config = selection.load(file, set_ or [])
     score = select_scores.in_process
@@ -325,7 +337,7 @@ def select(file: File, set_: Set = None, no_ray: NoRay = False, log_json: LogJso
 def retry(folder: Folder, set_: Set = None, no_ray: NoRay = False, log_json: LogJson = False,
           as_json: Json = False) -> None:
     """Make once more only the rows of a run that failed."""
-    from rayexpand import run as runs
+    from rayexpand.runs import run as runs
 
     run = runs.open_run(folder, set_ or [], check_models=True)
     with Progress(log_json) as progress:
@@ -335,7 +347,7 @@ def retry(folder: Folder, set_: Set = None, no_ray: NoRay = False, log_json: Log
 @app.command()
 def status(folder: Folder, as_json: Json = False) -> None:
     """Say how far a run is; works while it runs and after it died."""
-    from rayexpand.status import read_status
+    from rayexpand.runs.status import read_status
 
     found = read_status(folder)
     if as_json:
@@ -349,8 +361,8 @@ def verify(folder: Folder,
            pixels: Annotated[bool, typer.Option(help="also decode every image and check its hash")] = False,
            as_json: Json = False) -> None:
     """Check every file of a run against its plan, and rebuild missing receipts."""
-    from rayexpand.run import open_run
-    from rayexpand.verify import verify as check
+    from rayexpand.runs.run import open_run
+    from rayexpand.runs.verify import verify as check
 
     findings = check(open_run(folder), pixels=pixels)
     counts = _counts(findings.totals)
@@ -372,7 +384,7 @@ def regen(folder: Folder,
           to: Annotated[str, typer.Option(help="file to write the image to; its folder must exist")] = "",
           as_json: Json = False) -> None:
     """Make one sample again, alone, and compare it with the committed one."""
-    from rayexpand import run as runs
+    from rayexpand.runs import run as runs
 
     if to and (Path(to).suffix.lower() not in _PICTURES or not Path(to).parent.is_dir()):
         raise UsageError(f"--to {to}: give a file ending in {', '.join(_PICTURES)} in a folder that exists")
@@ -402,7 +414,7 @@ def bench(file: File, set_: Set = None,
           rows: Annotated[int, typer.Option(help="measure at least so many rows; 0: one shard")] = 0,
           as_json: Json = False) -> None:
     """Measure a configuration on this machine: images/s, share of the bare sampler's speed, seconds by phase."""
-    from rayexpand.bench import bench as measure
+    from rayexpand.runs.bench import bench as measure
 
     found = measure(_load(file, set_), rows)
     if as_json:
@@ -424,24 +436,24 @@ def report(folder: Folder,
                                                "sure of, and where samples lie among the prototypes")] = 0,
            as_json: Json = False) -> None:
     """Write the page of a run (counts, reasons, samples beside their seeds) of a study, or of a sweep."""
-    from rayexpand.store import open_files
+    from rayexpand.storage.places import open_files
 
     files = open_files(folder)
     if files.read("study.json") is not None:
-        from rayexpand.study_report import write_study_report
+        from rayexpand.reports.study import write_study_report
 
         page = write_study_report(folder)
     elif files.read("sweep.json") is not None:
-        from rayexpand.sweep import sweep_in
-        from rayexpand.sweep_report import write_sweep_report
+        from rayexpand.reports.sweep import write_sweep_report
+        from rayexpand.studies.sweep.sweep import sweep_in
 
         page = write_sweep_report(sweep_in(folder))["report"]
     else:
-        from rayexpand.report import write_report
+        from rayexpand.reports.run import write_report
 
         look = None
         if strips:
-            from rayexpand.guided_report import look as look_at
+            from rayexpand.reports.guided import look as look_at
 
             look = look_at(folder, strips)
         page = write_report(folder, look=look)
@@ -452,7 +464,7 @@ def report(folder: Folder,
 def card(folder: Folder, license_id: Annotated[str | None, typer.Option("--license", help="e.g. cc-by-4.0")] = None,
          as_json: Json = False) -> None:
     """Write the dataset card of a run (README.md in its folder)."""
-    from rayexpand.card import write_card
+    from rayexpand.reports.card import write_card
 
     page = write_card(folder, license_id=license_id)
     _print_json({"card": str(page)}) if as_json else print(page)
@@ -467,7 +479,7 @@ def export(folder: Folder,
            selection: Annotated[str, typer.Option(help="a decision in selections/; only the rows it keeps")] = "",
            as_json: Json = False) -> None:
     """Copy the kept samples of a run into the layout of another tool."""
-    from rayexpand.export import export as write_export
+    from rayexpand.runs.export import export as write_export
 
     with Progress() as progress:
         made = write_export(folder, out, layout, shard_images=shard_images,  # type: ignore[arg-type]
@@ -498,7 +510,7 @@ def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, pla
            list_: Annotated[bool, typer.Option("--list", help="list the jobs of this package")] = False,
            as_json: Json = False) -> None:
     """Run a verb as a job on a Ray cluster, with the same FILE; or follow, stop and list jobs."""
-    from rayexpand.errors import UsageError
+    from rayexpand.contract.errors import UsageError
     from rayexpand.on_ray import submit as on_cluster
 
     def on_log(text: str) -> None:
@@ -532,14 +544,14 @@ def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, pla
 
 
 def _load(file: str, overrides: list[str] | None) -> RunConfig:
-    from rayexpand.config import load
+    from rayexpand.runs.config import load
 
     return load(file, overrides or [])
 
 
 def _drive(run: Run, jobs: Any, progress: Progress, as_json: bool, *, no_ray: bool, to_the_end: bool) -> None:
-    from rayexpand.card import write_card
-    from rayexpand.report import write_report
+    from rayexpand.reports.card import write_card
+    from rayexpand.reports.run import write_report
 
     started, before = time.perf_counter(), run.totals()
     totals = before
@@ -579,7 +591,7 @@ def _cluster(cluster: ClusterConfig, *, no_ray: bool) -> Any:
 
 def _make(run: Run, progress: Progress, *, no_ray: bool) -> None:
     """Expands what is pending of a run."""
-    from rayexpand import run as runs
+    from rayexpand.runs import run as runs
 
     before = run.totals()
     (_in_process if no_ray else _on_ray)(run, lambda: runs.pending_jobs(run), before.planned - before.pending, progress,
@@ -588,7 +600,7 @@ def _make(run: Run, progress: Progress, *, no_ray: bool) -> None:
 
 def _train(study: Study, trials: Sequence[Trial], progress: Progress, *, no_ray: bool) -> list[str]:
     """Trains the trials without a result; one line for each that failed."""
-    from rayexpand.study import pending_trials
+    from rayexpand.studies.trials import pending_trials
 
     todo = pending_trials(study, trials)
     done = len(trials) - len(todo)
@@ -598,7 +610,7 @@ def _train(study: Study, trials: Sequence[Trial], progress: Progress, *, no_ray:
 
     if not todo:
         return []
-    from rayexpand.training import check_recipes, run_trials
+    from rayexpand.studies.trial import check_recipes, run_trials
 
     check_recipes(todo, len(study.subsets[study.config.seeds[0]][1].classes))
     if no_ray:
@@ -635,7 +647,7 @@ def _arms_table(found: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str,
 
 
 def _in_process(run: Run, jobs: Any, decided: int, progress: Progress, *, to_the_end: bool) -> Totals:
-    from rayexpand import run as runs
+    from rayexpand.runs import run as runs
 
     shown = RunProgress(run, progress, decided)
     expander = runs.start(run, on_rows=shown.rows)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rayexpand.config import read
+from rayexpand.contract.settings import read
 
 KEYS = {"arms": "train", "space": "sweep", "fit": "fit", "rule": "select", "reference": "evaluate"}
 
@@ -22,8 +22,8 @@ def checked(path: str, overrides: Sequence[str] = (), *, device_here: bool = Tru
     Raises ConfigError for mistakes in the file itself."""
     verb = verb_of(path, overrides)
     if verb == "expand":
-        from rayexpand import config as configs
-        from rayexpand.run import preflight
+        from rayexpand.runs import config as configs
+        from rayexpand.runs.run import preflight
 
         run = configs.load(path, overrides)
         return configs.resolved(run), preflight(run, device_here=device_here)
@@ -33,26 +33,26 @@ def checked(path: str, overrides: Sequence[str] = (), *, device_here: bool = Tru
 
 def _load(verb: str, path: str, overrides: Sequence[str]) -> tuple[Any, list[str]]:
     if verb == "train":
-        from rayexpand.study_config import load_study, study_preflight
+        from rayexpand.studies.config import load_study, study_preflight
 
         study = load_study(path, overrides)
         return study, study_preflight(study)
     if verb == "sweep":
-        from rayexpand.study_config import parse_study, study_preflight
-        from rayexpand.sweep import load_sweep
+        from rayexpand.studies.config import parse_study, study_preflight
+        from rayexpand.studies.sweep.config import load_sweep
 
         sweep = load_sweep(path, overrides)
         return sweep, study_preflight(parse_study({**sweep.study, "name": sweep.name, "out": sweep.out}))
     if verb == "fit":
-        from rayexpand.fit_plan import load_fit
-        from rayexpand.fit_plan import preflight as fit_preflight
+        from rayexpand.fitting.config import load_fit
+        from rayexpand.fitting.config import preflight as fit_preflight
 
         fit = load_fit(path, overrides)
         return fit, fit_preflight(fit)
     if verb == "select":
-        from rayexpand.select import load as load_select
+        from rayexpand.evaluation.select import load as load_select
 
         return load_select(path, overrides), []
-    from rayexpand.evaluate import load as load_evaluate
+    from rayexpand.evaluation.evaluate import load as load_evaluate
 
     return load_evaluate(path, overrides), []

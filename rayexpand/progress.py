@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayexpand.on_ray.expand import Snapshot
-    from rayexpand.run import Run
-    from rayexpand.store import Totals
+    from rayexpand.runs.run import Run
+    from rayexpand.runs.store import Totals
 
 
 class Progress:

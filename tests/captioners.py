@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rayexpand.priors import quiet_libraries
+from rayexpand.models.folders import quiet_libraries
 
 WORDS = ("a", "photo", "of", "dog", "cat", "red", "blue", "on", "the", "grass", "two", "birds", "near", "water")
 SPREAD = 0.6  # of weights: with the usual small ones all images would get one text

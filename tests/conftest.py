@@ -12,9 +12,9 @@ from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side
 
-from rayexpand import run as runs
-from rayexpand.config import RunConfig, parse
-from rayexpand.store import Totals
+from rayexpand.runs import run as runs
+from rayexpand.runs.config import RunConfig, parse
+from rayexpand.runs.store import Totals
 
 if TYPE_CHECKING:
     from tests.s3server import Server

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
-from rayexpand.rng import generator, row_key
-from rayexpand.schema import (
+from rayexpand.contract.rng import generator, row_key
+from rayexpand.contract.schema import (
     SEED_INDEX,
     ClassTable,
     Draw,
@@ -26,8 +26,10 @@ from rayexpand.schema import (
     Status,
     sample_sha256,
 )
-from rayexpand.seeds import DataConfig, build_index
-from rayexpand.store import LocalFiles, Store, create_once, data_name, new_attempt, parquet_bytes, receipt_name
+from rayexpand.data.seeds import DataConfig, build_index
+from rayexpand.runs.store import Store, data_name, new_attempt, receipt_name
+from rayexpand.storage.files import LocalFiles
+from rayexpand.storage.tables import create_once, parquet_bytes
 
 RUN_DIGEST = "ab12" * 16
 PLAN = "plan/0f1e2d3c"

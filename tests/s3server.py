@@ -25,13 +25,14 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import google_crc32c
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
+
+from tests.commands import ROOT
 
 ACCOUNT = "123456789012"
 
@@ -165,7 +166,7 @@ class Server:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen([sys.executable, "-m", "tests.s3server"], stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
+                                         stdout=subprocess.PIPE, text=True, cwd=ROOT,
                                          env={**os.environ, "S3_UPLOAD_PART_MIN_SIZE": "1000"})
         assert self._process.stdout is not None
         self.url = self._process.stdout.readline().strip()

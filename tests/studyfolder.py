@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayexpand.core.recipe import Recipe
-from rayexpand.rng import generator, row_key
+from rayexpand.classifier.recipe import Recipe
+from rayexpand.contract.rng import generator, row_key
 
 STACK = {"torch": "2.15.0", "torchvision": "0.29.2", "timm": "1.0.31", "cpu": "AVX512"}
 RATIOS = (1, 2, 5, 10)

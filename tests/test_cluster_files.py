@@ -14,7 +14,8 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
-ROOT = Path(__file__).parents[1]
+from tests.commands import ROOT
+
 CLUSTER = ROOT / "cluster"
 LAUNCHER = ("local.yaml", "ray-up-aws.yaml", "ray-up-gcp.yaml")
 KUBERAY = ("kuberay-raycluster.yaml", "kuberay-rayjob.yaml")
@@ -233,7 +234,7 @@ def test_a_rayjob_ends_and_its_command_is_ours() -> None:
     assert spec["backoffLimit"] >= 3
     assert (python, flag, package, verb) == ("python", "-m", "rayexpand", "expand")
     assert (ROOT / Path(file).relative_to("/home/ray/rayexpand")).is_file()
-    from rayexpand.config import load
+    from rayexpand.runs.config import load
 
     config = load(ROOT / Path(file).relative_to("/home/ray/rayexpand"), rest[1::2])
     assert set(rest[::2]) == {"--set"}

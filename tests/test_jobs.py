@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rayexpand.errors import ConfigError
+from rayexpand.contract.errors import ConfigError
 from rayexpand.jobs import checked, verb_of
+from tests.commands import ROOT
 
-ROOT = Path(__file__).parents[1]
 VERBS = {"expand": "expand", "study": "train", "sweep": "sweep", "fit": "fit", "pretrain": "fit", "select": "select",
          "evaluate": "evaluate"}
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from rayexpand.priors import digits, folder_hash, quiet_libraries
-from rayexpand.priors.adapters import AdapterFacts, write_adapter
-from rayexpand.rng import generator, row_key
+from rayexpand.contract.rng import generator, row_key
+from rayexpand.models.adapters import AdapterFacts, write_adapter
+from rayexpand.models.folders import folder_hash, quiet_libraries
+from rayexpand.models.tiny import digits
 
 
 def _stream(part: str, seed: int) -> np.random.Generator:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from rayexpand.errors import UsageError
-from rayexpand.rng import generator, row_key
+from rayexpand.contract.errors import UsageError
+from rayexpand.contract.rng import generator, row_key
 
 KID_SUBSETS, KID_SUBSET = 100, 1000  # Binkowski et al. 2018, section 4
 PRECISION_K = 3  # Kynkaanniemi et al. 2019, section 3

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from rayexpand.errors import ModelError, RowFault
-from rayexpand.pixels import PILLOW_PIXELS, decode, prepare
-from rayexpand.priors import DIGITS, HUB_NAME, PICKLES, Progress, folder_hash, loaded_files
-from rayexpand.rng import RowRng
+from rayexpand.contract.errors import ModelError, RowFault
+from rayexpand.contract.protocols import Progress
+from rayexpand.contract.rng import RowRng
+from rayexpand.data.pixels import PILLOW_PIXELS, decode, prepare
+from rayexpand.models.folders import DIGITS, HUB_NAME, PICKLES, folder_hash, loaded_files
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,7 @@ def check(config: ExtractorConfig) -> list[str]:
     if config.guide is not None and config.timm is not None:
         return ["extractor: guide and timm are both given; keep one of them"]
     if config.timm is None:
-        from rayexpand.guide_files import check_guide
+        from rayexpand.models.guide_files import check_guide
 
         if config.checkpoint is not None and is_folder(config.guide or DIGITS):
             return [f"extractor.checkpoint: has no effect on guide '{config.guide or DIGITS}', whose folder holds its "
@@ -89,7 +90,7 @@ def load_extractor(config: ExtractorConfig) -> Extractor:
 
 def model_files(config: ExtractorConfig, progress: Progress | None = None) -> dict[str, Path]:
     """File name -> file of everything `load_extractor` reads; trains the embedded default or downloads first."""
-    from rayexpand.guide_files import guide_folder
+    from rayexpand.models.guide_files import guide_folder
 
     folder = None if config.timm else guide_folder(config.guide or DIGITS, progress)
     if folder is not None:
@@ -120,7 +121,7 @@ def extractor_hash(config: ExtractorConfig, progress: Progress | None = None) ->
 # ---------------------------------------------------------------------------------------------------------------- calls
 
 
-class Call(NamedTuple):
+class ImageBatch(NamedTuple):
     """Images of one call, always `batch` rows; the last `batch - rows` are fillers."""
 
     x_BHWC: np.ndarray
@@ -129,7 +130,7 @@ class Call(NamedTuple):
 
 
 def calls(images: Iterable[bytes | RowFault], size: int, batch: int, *, min_side: int = 1,
-          max_pixels: int = PILLOW_PIXELS) -> Iterator[Call]:
+          max_pixels: int = PILLOW_PIXELS) -> Iterator[ImageBatch]:
     """Encoded images as calls of one shape, in order. An image that cannot be used is left out and counted."""
     x_BHWC, rows, refused = np.zeros((batch, size, size, 3), np.uint8), 0, 0
     for image in images:
@@ -143,13 +144,13 @@ def calls(images: Iterable[bytes | RowFault], size: int, batch: int, *, min_side
         x_BHWC[rows] = prepare(pixels, size, "center", _NO_CHANCE)
         rows += 1
         if rows == batch:
-            yield Call(x_BHWC, rows, refused)
+            yield ImageBatch(x_BHWC, rows, refused)
             x_BHWC, rows, refused = np.zeros_like(x_BHWC), 0, 0
     if rows or refused:
-        yield Call(x_BHWC, rows, refused)
+        yield ImageBatch(x_BHWC, rows, refused)
 
 
-def features(extractor: Extractor, batches: Iterable[Call]) -> tuple[np.ndarray, int]:
+def features(extractor: Extractor, batches: Iterable[ImageBatch]) -> tuple[np.ndarray, int]:
     """((N, D) float32 features, how many images were refused). Every call has one shape, so a row's features do not
     depend on how many images there are or who computes them."""
     parts: list[np.ndarray] = []
@@ -173,7 +174,7 @@ _NO_CHANCE = RowRng(0, "evaluate", "", 0)  # "center" draws nothing
 
 
 def _guide(config: ExtractorConfig) -> Extractor:
-    from rayexpand.guides import load_guide
+    from rayexpand.models.guides import load_guide
 
     weights = config.guide or DIGITS
     guide = load_guide(weights, config.checkpoint, ["image"], device=config.device)
@@ -191,7 +192,7 @@ def _timm(config: ExtractorConfig) -> Extractor:
     from safetensors.torch import load_file
     from timm.data import resolve_model_data_config
 
-    from rayexpand.priors.latent import choose_device
+    from rayexpand.contract.device import choose_device
 
     (path,) = model_files(config).values()
     where = choose_device(config.device)

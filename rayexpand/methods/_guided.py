@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rayexpand.schema import Expansion, Reason
+from rayexpand.contract.protocols import Expansion
+from rayexpand.contract.schema import Reason
 
 if TYPE_CHECKING:
     import torch

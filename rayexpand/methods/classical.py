@@ -25,10 +25,11 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rayexpand.core import augment
-from rayexpand.methods import quota_copies, ratio_copies
-from rayexpand.rng import PlanRng, RowRng
-from rayexpand.schema import Batch, ClassTable, Draw, Expansion, SeedIndex, Start, Tools
+from rayexpand.classifier import augment
+from rayexpand.contract.protocols import Batch, Expansion, Tools
+from rayexpand.contract.rng import PlanRng, RowRng
+from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
+from rayexpand.methods._copies import quota_copies, ratio_copies
 
 Policy = Literal["randaugment", "autoaugment", "cutout", "random_erasing", "gridmask", "standard"]
 Colour = tuple[int, int, int]

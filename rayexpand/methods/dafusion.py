@@ -25,12 +25,13 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
-from rayexpand.core import sampling
-from rayexpand.methods import MAX_COPIES
-from rayexpand.methods._prompts import Template
+from rayexpand.contract.prompts import Template
+from rayexpand.contract.protocols import Batch, Expansion, Tools
+from rayexpand.contract.rng import PlanRng, RowRng
+from rayexpand.contract.schema import ClassTable, Draw, SeedIndex
+from rayexpand.diffusion import sampling
+from rayexpand.methods._copies import MAX_COPIES
 from rayexpand.methods.diffmix import DiffMix, Strengths
-from rayexpand.rng import PlanRng, RowRng
-from rayexpand.schema import Batch, ClassTable, Draw, Expansion, SeedIndex, Tools
 
 MODES: dict[str, dict[str, Any]] = {
     "per_class": {"ratio": 10.0, "prompt": "a photo of a {token}", "steps": 50, "solver": "ddim"},

@@ -42,14 +42,15 @@ from pydantic import (
     model_validator,
 )
 
-from rayexpand.core import sampling
-from rayexpand.errors import UsageError
-from rayexpand.methods import MAX_COPIES, quota_copies, rank_in_class
-from rayexpand.methods._prompts import Template, format_prompt, placeholders, prompt_needs
+from rayexpand.contract.errors import UsageError
+from rayexpand.contract.prompts import Template, format_prompt, placeholders, prompt_needs
+from rayexpand.contract.protocols import Batch, Expansion, Tools
+from rayexpand.contract.rng import PlanRng, RowRng
+from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
+from rayexpand.diffusion import sampling
+from rayexpand.methods._copies import MAX_COPIES, quota_copies, rank_in_class
 from rayexpand.methods.img2img import Img2Img
 from rayexpand.methods.text2img import Text2Img
-from rayexpand.rng import PlanRng, RowRng
-from rayexpand.schema import Batch, ClassTable, Draw, Expansion, SeedIndex, Start, Tools
 
 Variant = Literal["real_gen", "real_aug", "real_mix", "diff_gen", "diff_aug", "diff_mix"]
 

@@ -28,12 +28,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from rayexpand.core import energy, perturb, sampling
-from rayexpand.methods import quota_copies, ratio_copies
+from rayexpand.contract.prompts import Template, format_prompt, prompt_needs
+from rayexpand.contract.protocols import Batch, Cond, Expansion, Tools
+from rayexpand.contract.rng import PlanRng, RowRng
+from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
+from rayexpand.diffusion import energy, perturb, sampling
+from rayexpand.methods._copies import quota_copies, ratio_copies
 from rayexpand.methods._guided import Guided
-from rayexpand.methods._prompts import Template, format_prompt, prompt_needs
-from rayexpand.rng import PlanRng, RowRng
-from rayexpand.schema import Batch, ClassTable, Cond, Draw, Expansion, SeedIndex, Start, Tools
 
 if TYPE_CHECKING:
     import torch

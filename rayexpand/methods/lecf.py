@@ -26,13 +26,14 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from rayexpand.core import sampling
-from rayexpand.errors import UsageError
-from rayexpand.methods._prompts import check_template, format_prompt, prompt_needs
+from rayexpand.contract.errors import UsageError
+from rayexpand.contract.prompts import check_template, format_prompt, prompt_needs
+from rayexpand.contract.protocols import Batch, Expansion, Tools
+from rayexpand.contract.rng import PlanRng, RowRng
+from rayexpand.contract.schema import ClassTable, Draw, SeedIndex
+from rayexpand.diffusion import sampling
 from rayexpand.methods.img2img import Img2Img
 from rayexpand.methods.text2img import Text2Img
-from rayexpand.rng import PlanRng, RowRng
-from rayexpand.schema import Batch, ClassTable, Draw, Expansion, SeedIndex, Tools
 
 ANY = "*"  # the entry of `prompts` that serves every class without one of its own
 FILE = "prompts.json"

@@ -32,12 +32,13 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from rayexpand.core import sampling
-from rayexpand.errors import UsageError
-from rayexpand.methods import MAX_COPIES, quota_copies, ratio_copies
-from rayexpand.methods._prompts import Template, format_prompt, placeholders, prompt_needs
-from rayexpand.rng import PlanRng, RowRng
-from rayexpand.schema import Batch, ClassTable, Draw, Expansion, SeedIndex, Start, Tools
+from rayexpand.contract.errors import UsageError
+from rayexpand.contract.prompts import Template, format_prompt, placeholders, prompt_needs
+from rayexpand.contract.protocols import Batch, Expansion, Tools
+from rayexpand.contract.rng import PlanRng, RowRng
+from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
+from rayexpand.diffusion import sampling
+from rayexpand.methods._copies import MAX_COPIES, quota_copies, ratio_copies
 
 _NEGATIVE = "distorted, unrealistic, blurry, out of frame"
 PRESETS: dict[str, dict[str, Any]] = {

@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from rayexpand.core import sampling
-from rayexpand.methods._prompts import Template
+from rayexpand.contract.prompts import Template
+from rayexpand.diffusion import sampling
 from rayexpand.methods.img2img import Img2Img
 
 

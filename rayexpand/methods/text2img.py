@@ -24,11 +24,12 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rayexpand.core import sampling
-from rayexpand.methods import quota_copies, ratio_copies
-from rayexpand.methods._prompts import Template, format_prompt, prompt_needs
-from rayexpand.rng import PlanRng, RowRng
-from rayexpand.schema import Batch, ClassTable, Draw, Expansion, SeedIndex, Start, Tools
+from rayexpand.contract.prompts import Template, format_prompt, prompt_needs
+from rayexpand.contract.protocols import Batch, Expansion, Tools
+from rayexpand.contract.rng import PlanRng, RowRng
+from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
+from rayexpand.diffusion import sampling
+from rayexpand.methods._copies import quota_copies, ratio_copies
 
 _SYNTHETIC: dict[str, Any] = {"ratio": 1.0, "guidance_scale": 2.0, "steps": 50}
 PRESETS: dict[str, dict[str, Any]] = {

@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 import numpy as np
 import ray
 
-from rayexpand.captions import CaptionBlock, Captioner
-from rayexpand.fit import FitConfig
+from rayexpand.contract.schema import SeedIndex
+from rayexpand.data.batches import SeedBatches
+from rayexpand.fitting.captions import CaptionBlock, Captioner
+from rayexpand.fitting.config import FitConfig
+from rayexpand.models.folders import folder_hash, loaded_files
 from rayexpand.on_ray.fit import SpanActor, over_spans
 from rayexpand.on_ray.stage import Model, local
-from rayexpand.priors import folder_hash, loaded_files
-from rayexpand.schema import SeedIndex
-from rayexpand.seed_features import SeedBatches
 
 
 def caption_blocks(config: FitConfig, model_sha256: str, index: SeedIndex,

@@ -1,4 +1,4 @@
-"""Features of many images over a Ray Data actor pool: an Extract of rayexpand.evaluate.
+"""Features of many images over a Ray Data actor pool: an Extract of rayexpand.evaluation.evaluate.
 
     driver    chunks (rows to read, no images) -> [read and decode] -> extract -> features, D floats per image
     Stock     one small actor beside the driver: the extractor's files, for nodes that lack them
@@ -26,8 +26,8 @@ import ray
 import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayexpand.errors import EnvironmentFault, ModelError, RayexpandError
-from rayexpand.evaluate import EvaluateConfig, Found, OnRows, Side
+from rayexpand.contract.errors import EnvironmentFault, ModelError, RayexpandError
+from rayexpand.evaluation.evaluate import EvaluateConfig, Found, OnRows, Side
 from rayexpand.evaluation.features import (
     Extractor,
     ExtractorConfig,
@@ -37,10 +37,10 @@ from rayexpand.evaluation.features import (
     moved,
     stacked,
 )
-from rayexpand.guide_files import present_guide
+from rayexpand.models.folders import DIGITS, staged_folder
+from rayexpand.models.guide_files import present_guide
 from rayexpand.on_ray.expand import Pool, choose_pool, connected
 from rayexpand.on_ray.stage import CHUNK
-from rayexpand.priors import DIGITS, staged_folder
 
 WAVE = 10_000  # chunks handed to Ray Data at once
 

@@ -30,14 +30,14 @@ import ray.data
 from ray.util.metrics import Counter, Histogram
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayexpand import run as runs
-from rayexpand.blame import ProcessFault
-from rayexpand.config import ClusterConfig
-from rayexpand.errors import EnvironmentFault, Interrupted, RayexpandError, UsageError
-from rayexpand.expander import Expander
-from rayexpand.on_ray.stage import open_shelf, run_models, with_local_models
-from rayexpand.schema import Receipt
-from rayexpand.store import Totals
+from rayexpand.contract.errors import EnvironmentFault, Interrupted, RayexpandError, UsageError
+from rayexpand.contract.schema import Receipt
+from rayexpand.on_ray.stage import open_model_server, run_models, with_local_models
+from rayexpand.runs import run as runs
+from rayexpand.runs.blame import ProcessFault
+from rayexpand.runs.config import ClusterConfig
+from rayexpand.runs.expander import Expander
+from rayexpand.runs.store import Totals
 
 HEARTBEAT_S = 5.0
 SILENT_S = 30.0  # an actor that has not been heard of for so long is not counted as alive
@@ -56,7 +56,7 @@ class Snapshot:
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
-class Office:
+class Heartbeats:
     """Beside the driver: hears from actors."""
 
     def __init__(self) -> None:
@@ -185,7 +185,7 @@ def expand(run: runs.Run, jobs: Callable[[], list[runs.Job]], *, to_the_end: boo
     with connected(run.config.cluster):
         pool = choose_pool(run.config.cluster, models=bool(run.config.method.needs() & {"prior", "guide"}))
         attempt = runs.begin(run)
-        office, shelf = _open_office(), open_shelf(run_models(run.config, run.facts["models"]))
+        office, shelf = _open_office(), open_model_server(run_models(run.config, run.facts["models"]))
         with _watched(office, on_snapshot, say):
             wave = RayWave(run, attempt, office, shelf, pool)
             return runs.drive(run, wave, jobs, to_the_end=to_the_end, on_counts=on_counts)
@@ -263,7 +263,7 @@ def choose_pool(cluster: ClusterConfig, *, models: bool) -> Pool:
 
 def _open_office() -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Office.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    return Heartbeats.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

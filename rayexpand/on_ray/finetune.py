@@ -25,19 +25,20 @@ import numpy as np
 import ray
 import ray.data
 
-from rayexpand import errors
-from rayexpand.artifacts import read_facts
-from rayexpand.errors import ConfigError, EnvironmentFault, Interrupted, RayexpandError, UsageError
-from rayexpand.finetuning.artifact import LatentTask, TuneEngine, open_maker
-from rayexpand.finetuning.feed import LatentFeed, Sources, Visits
-from rayexpand.finetuning.latents import LatentMaker, Part
-from rayexpand.finetuning.run import Job, Notebook, open_tuning, train_here, tune
-from rayexpand.fit import FitConfig
+from rayexpand.artifacts.store import read_facts
+from rayexpand.contract import errors
+from rayexpand.contract.errors import ConfigError, EnvironmentFault, Interrupted, RayexpandError, UsageError
+from rayexpand.contract.protocols import Progress
+from rayexpand.contract.schema import SeedIndex
+from rayexpand.fitting.adapter.feed import LatentLoader, LatentRows, Sources
+from rayexpand.fitting.adapter.fit import LatentTask, TuneEngine, open_maker
+from rayexpand.fitting.adapter.latents import LatentMaker, LatentPart
+from rayexpand.fitting.adapter.train import RunLogger, TuneJob, open_tuning, train_here, tune
+from rayexpand.fitting.config import FitConfig
+from rayexpand.models.prior import inspect_prior
 from rayexpand.on_ray.fit import SpanActor, over_spans
 from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
-from rayexpand.on_ray.stage import Model, artifact_model, local, open_shelf, prior_model
-from rayexpand.priors import Progress, inspect_prior
-from rayexpand.schema import SeedIndex
+from rayexpand.on_ray.stage import Model, artifact_model, local, open_model_server, prior_model
 
 SPAN_BYTES = 64 << 20  # of the images one loader task makes, at most
 WORKER_FAILURES = 4  # deaths of workers before the fine-tuning counts as failed; nodes taken away do not count
@@ -47,11 +48,11 @@ REFUSED, POSITION = "refused", "position"  # files in the folder of a job
 
 def tuning_on(config: FitConfig, connect: Callable[[], Any]) -> TuneEngine:
     """Where a fine-tuning of this configuration runs; `connect` joins the cluster when there is something to do."""
-    def parts(task: LatentTask, index: SeedIndex, wanted: list[range], costs: dict[str, Any]) -> Iterator[Part]:
+    def parts(task: LatentTask, index: SeedIndex, wanted: list[range], costs: dict[str, Any]) -> Iterator[LatentPart]:
         connect()
         return latent_parts(config, task, index, wanted, costs)
 
-    def train(job: Job, progress: Progress) -> float:
+    def train(job: TuneJob, progress: Progress) -> float:
         if not job.made.workers:
             return train_here(job, progress)
         connect()
@@ -65,13 +66,13 @@ def tuning_on(config: FitConfig, connect: Callable[[], Any]) -> TuneEngine:
 
 
 def latent_parts(config: FitConfig, task: LatentTask, index: SeedIndex, wanted: list[range],
-                 costs: dict[str, Any]) -> Iterator[Part]:
+                 costs: dict[str, Any]) -> Iterator[LatentPart]:
     """Latents of the wanted spans, in any order. Raises ModelError or EnvironmentFault for a fault of the nodes."""
     models = {task.base.sha256: prior_model(task.base.weights)}
     for row in over_spans(LatentActor, {"task": task}, config, models, index, task.views.batch, costs, spans=wanted):
         shape = (-1, *json.loads(row["shape"]))
         mean, std = (np.frombuffer(row[name], task.views.dtype).reshape(shape) for name in ("mean", "std"))
-        yield Part(row["first"], np.frombuffer(row["rows"], np.int64), mean, std, json.loads(row["refused"]))
+        yield LatentPart(row["first"], np.frombuffer(row["rows"], np.int64), mean, std, json.loads(row["refused"]))
 
 
 class LatentActor(SpanActor):
@@ -104,7 +105,7 @@ class LatentActor(SpanActor):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def train_spread(job: Job, progress: Progress) -> None:
+def train_spread(job: TuneJob, progress: Progress) -> None:
     """Trains on Ray Train workers to the end and leaves `result/` in the folder of the job.
 
     Raises UsageError where the cluster has no room or not the device; what a worker refused for good, as it did;
@@ -115,7 +116,7 @@ def train_spread(job: Job, progress: Progress) -> None:
     _check_room(job, gpus)
     folder = Path(job.folder)
     (folder / REFUSED).unlink(missing_ok=True)  # of an attempt whose driver died
-    shelf = open_shelf(dict(_parts(job).values()))
+    shelf = open_model_server(dict(_parts(job).values()))
     under_way = _drive.remote(job, shelf, gpus, os.getcwd())
     while not ray.wait([under_way], timeout=1.0)[0]:
         progress("fine-tuning", _position(folder), job.made.finetune.steps)
@@ -136,7 +137,7 @@ def train_spread(job: Job, progress: Progress) -> None:
 
 
 @ray.remote(max_retries=DRIVER_RETRIES, num_cpus=0)
-def _drive(job: Job, shelf: Any, gpus: float, cwd: str) -> None:
+def _drive(job: TuneJob, shelf: Any, gpus: float, cwd: str) -> None:
     """Drives the Ray Train run, in a task, so that the caller can look at how far it is."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -181,7 +182,7 @@ def refusal(text: str) -> RayexpandError:
     return getattr(errors, said["error"])(said["text"])
 
 
-def _train(job: Job, shelf: Any, gpus: float) -> None:
+def _train(job: TuneJob, shelf: Any, gpus: float) -> None:
     import torch
     from ray.train import get_context
     from ray.train.torch import get_device, prepare_model
@@ -202,7 +203,7 @@ def _train(job: Job, shelf: Any, gpus: float) -> None:
         tune(tuning, batches, save=lambda: None, mean=mean, elsewhere=lambda: loaders.seconds)
         mean_over_workers([tuning.curve.cpu_seconds], device)
         return
-    with Notebook(tuning) as notebook:
+    with RunLogger(tuning) as notebook:
         def on_point(point: dict[str, float]) -> None:
             notebook.log(point)
             _replace(Path(job.folder, POSITION), str(tuning.tuner.step))
@@ -212,24 +213,24 @@ def _train(job: Job, shelf: Any, gpus: float) -> None:
         notebook.finish(gpus=gpus, workers=job.world, cpu_seconds=spent * job.world)
 
 
-def loaded_batches(job: Job, timesteps: int, start: int, rank: int, spent: LoaderTime) -> Iterator[Visits]:
+def loaded_batches(job: TuneJob, timesteps: int, start: int, rank: int, spent: LoaderTime) -> Iterator[LatentRows]:
     """This worker's rows of steps `start` to the last, made by loader processes, in order."""
     recipe = job.made.finetune
     rows = recipe.batch // job.world
-    row_bytes = 8 * int(np.prod(LatentFeed.latent_shape(job.sources)))
+    row_bytes = 8 * int(np.prod(LatentLoader.latent_shape(job.sources)))
     spans = spans_of(start, recipe.steps, max(1, min(SPAN_IMAGES, SPAN_BYTES // row_bytes) // rows))
-    for batch in loaded_steps(Loader, {"job": job, "timesteps": timesteps, "rank": rank}, spans,
+    for batch in loaded_steps(LatentLoaderActor, {"job": job, "timesteps": timesteps, "rank": rank}, spans,
                               processes=job.made.loaders, rows=rows, spent=spent):
-        yield Visits(batch["z0"], batch["noise"], batch["t"], batch["dropped"], [str(one) for one in batch["text"]],
-                     batch.get("visual"), int(batch["step"][0]))
+        yield LatentRows(batch["z0"], batch["noise"], batch["t"], batch["dropped"], [str(one) for one in batch["text"]],
+                         batch.get("visual"), int(batch["step"][0]))
 
 
-class Loader:
+class LatentLoaderActor:
     """Makes one worker's rows of a span of steps. Its folders are those of the worker, on the same node."""
 
-    def __init__(self, job: Job, timesteps: int, rank: int) -> None:
+    def __init__(self, job: TuneJob, timesteps: int, rank: int) -> None:
         self._rank, self._world = rank, job.world
-        self._feed = LatentFeed(job.sources, job.made.finetune, job.classes, job.seed, timesteps)
+        self._feed = LatentLoader(job.sources, job.made.finetune, job.classes, job.seed, timesteps)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[Columns]:
         return timed_steps(batch, self._made)
@@ -244,7 +245,7 @@ class Loader:
 # ---------------------------------------------------------------------------------------------------------------- nodes
 
 
-def _parts(job: Job) -> dict[str, tuple[str, Model]]:
+def _parts(job: TuneJob) -> dict[str, tuple[str, Model]]:
     """What a node needs: (content hash, files) of base model, latents, captions and features."""
     sources, found = job.sources, {"base": (job.base.sha256, prior_model(job.base.weights))}
     found["latents"] = (job.sources_sha256["latents"], latents_model(Path(sources.latents)))
@@ -264,20 +265,20 @@ def latents_model(folder: Path) -> Model:
                  lambda copied: str(read_facts(copied).get("digest")))
 
 
-def _local_job(job: Job, shelf: Any) -> Job:
+def _local_job(job: TuneJob, shelf: Any) -> TuneJob:
     """The job with every folder at a place on this node where its content is right. Raises EnvironmentFault."""
     at = {name: str(local(model, sha256, shelf)) for name, (sha256, model) in _parts(job).items()}
     return replace(job, base=replace(job.base, weights=at["base"]),
                    sources=Sources(at["latents"], at.get("captions"), at.get("features")))
 
 
-def _gpus(job: Job) -> float:
+def _gpus(job: TuneJob) -> float:
     if job.made.gpus_per_worker is not None:
         return job.made.gpus_per_worker
     return float(ray.cluster_resources().get("GPU", 0) > 0 and job.base.device != "cpu")
 
 
-def _check_device(job: Job, gpus: float) -> None:
+def _check_device(job: TuneJob, gpus: float) -> None:
     """Raises UsageError where workers would train on something else than `device` says."""
     device, field = job.base.device, "fit.adapter.gpus_per_worker"
     if device.startswith("cuda") and not gpus:
@@ -290,7 +291,7 @@ def _check_device(job: Job, gpus: float) -> None:
                          f"set {field}: 0, or device: auto")
 
 
-def _check_room(job: Job, gpus: float) -> None:
+def _check_room(job: TuneJob, gpus: float) -> None:
     """Raises UsageError when the cluster cannot hold all workers at once."""
     total, workers = ray.cluster_resources(), job.made.workers
     wants = {"CPU": workers * job.made.cpus_per_worker, "GPU": workers * gpus}

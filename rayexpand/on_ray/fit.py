@@ -25,17 +25,18 @@ import numpy as np
 import ray
 import ray.data
 
-from rayexpand.captions import CaptionBlock
-from rayexpand.core.prototypes import ClassPrototypes, fit_class
-from rayexpand.errors import EnvironmentFault, ModelError, RayexpandError
-from rayexpand.fit import Engine, FitConfig
-from rayexpand.fit import fit as fit_with
-from rayexpand.guides import load_guide
+from rayexpand.contract.errors import EnvironmentFault, ModelError, RayexpandError
+from rayexpand.contract.protocols import Progress
+from rayexpand.contract.schema import SeedIndex
+from rayexpand.diffusion.prototypes import ClassPrototypes, fit_class
+from rayexpand.fitting.captions import CaptionBlock
+from rayexpand.fitting.config import FitConfig
+from rayexpand.fitting.features import Block, Intake, SeedFeatures
+from rayexpand.fitting.fit import Engine
+from rayexpand.fitting.fit import fit as fit_with
+from rayexpand.models.guides import load_guide
 from rayexpand.on_ray.expand import Pool, choose_pool, connected
-from rayexpand.on_ray.stage import Model, guide_at, guide_model, local, open_shelf
-from rayexpand.priors import Progress
-from rayexpand.schema import SeedIndex
-from rayexpand.seed_features import Block, Intake, SeedFeatures
+from rayexpand.on_ray.stage import Model, guide_at, guide_model, local, open_model_server
 
 SPAN_IMAGES = 2048  # images of one task; long beside the 10-30 ms a task costs
 AHEAD = 2  # classes in flight for each CPU of the cluster
@@ -85,7 +86,7 @@ def over_spans(actor: type[SpanActor], arguments: dict[str, Any], config: FitCon
     """
     pool = choose_pool(config.cluster, models=config.device != "cpu")
     spans = spans or _spans(len(index), batch, pool.actors)
-    made_with = {**arguments, "shelf": open_shelf(models, shared=index), "cwd": os.getcwd()}
+    made_with = {**arguments, "shelf": open_model_server(models, shared=index), "cwd": os.getcwd()}
     costs |= {"cpu_seconds": 0.0, "gpu_seconds": 0.0, "actors": min(pool.actors, len(spans))}
     spoilt: list[range] = []
     for again in (False, True):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from rayexpand.errors import UsageError
+from rayexpand.contract.errors import UsageError
 
 LARGE_BYTES = 5 * 2**20  # data and weights do not travel with the code
 PACKAGE_BYTES = 100 * 2**20

@@ -1,4 +1,4 @@
-"""Scores by a guide over a Ray Data actor pool: a Score of rayexpand.select_scores.
+"""Scores by a guide over a Ray Data actor pool: a Score of rayexpand.evaluation.select_scores.
 
     driver    chunks (a file name, or a span of seeds) -> ScoreActor -> a few numbers for each image
 
@@ -18,11 +18,11 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from rayexpand.config import ClusterConfig
-from rayexpand.errors import EnvironmentFault, ModelError, RayexpandError, UsageError
+from rayexpand.contract.errors import EnvironmentFault, ModelError, RayexpandError, UsageError
+from rayexpand.evaluation.select_scores import Chunk, ScoreJob, Scorer
 from rayexpand.on_ray.expand import choose_pool, connected
-from rayexpand.on_ray.stage import guide_at, guide_model, local, open_shelf
-from rayexpand.select_scores import Chunk, Job, Scorer
+from rayexpand.on_ray.stage import guide_at, guide_model, local, open_model_server
+from rayexpand.runs.config import ClusterConfig
 
 WAVE = 10_000  # chunks handed to Ray Data at once
 
@@ -30,12 +30,12 @@ Row = dict[str, list[Any]]
 _FAULTS = {one.__name__: one for one in (ModelError, UsageError, EnvironmentFault)}  # the first that fits
 
 
-def score(job: Job, chunks: Sequence[Chunk], cluster: ClusterConfig) -> Iterator[tuple[int, pa.Table]]:
+def score(job: ScoreJob, chunks: Sequence[Chunk], cluster: ClusterConfig) -> Iterator[tuple[int, pa.Table]]:
     """Scores of chunks as they come in. Raises UsageError for a sample that cannot be decoded, ModelError or
     EnvironmentFault for a fault of a node."""
     with connected(cluster):
         pool = choose_pool(cluster, models=job.device != "cpu")
-        shelf = open_shelf({job.sha256: guide_model(job.guide)})
+        shelf = open_model_server({job.sha256: guide_model(job.guide)})
         for start in range(0, len(chunks), WAVE):
             wave = [{"number": number, "chunk": list(map(str, chunk))}
                     for number, chunk in enumerate(chunks[start:start + WAVE], start)]
@@ -53,7 +53,7 @@ def score(job: Job, chunks: Sequence[Chunk], cluster: ClusterConfig) -> Iterator
 class ScoreActor:
     """One process of the pool. Loads its guide at the first chunk, so that a bad start is a fault, not a crash."""
 
-    def __init__(self, job: Job, shelf: Any, cwd: str) -> None:
+    def __init__(self, job: ScoreJob, shelf: Any, cwd: str) -> None:
         if os.path.isdir(cwd):
             os.chdir(cwd)  # relative paths of the configuration are relative to where the driver was started
         self._job, self._shelf = job, shelf

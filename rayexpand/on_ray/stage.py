@@ -19,12 +19,13 @@ import filelock
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayexpand.artifacts import artifact_files, artifact_folder, artifact_hash
-from rayexpand.config import GuideConfig, RunConfig
-from rayexpand.errors import EnvironmentFault, ModelError
-from rayexpand.guide_files import checkpoint_file, guide_folder, present_guide
-from rayexpand.guides import guide_hash
-from rayexpand.priors import folder_hash, loaded_files, present, resolve, staged_folder
+from rayexpand.contract.errors import EnvironmentFault, ModelError
+from rayexpand.models.folders import folder_hash, loaded_files, staged_folder
+from rayexpand.models.guide_files import checkpoint_file, guide_folder, present_guide
+from rayexpand.models.guides import guide_hash
+from rayexpand.models.prior import present, resolve
+from rayexpand.runs.config import GuideConfig, RunConfig
+from rayexpand.runs.inputs import artifact_files, artifact_folder, artifact_hash
 
 CHUNK = 64 << 20  # bytes of a model file in one object
 
@@ -39,7 +40,7 @@ class Model:
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
-class Shelf:
+class ModelServer:
     """Beside the driver: holds model files for nodes that lack them, and one object that all actors ask for."""
 
     def __init__(self, models: dict[str, tuple[str, list[str]]], shared: Any = None) -> None:
@@ -58,14 +59,14 @@ class Shelf:
         return self._shared
 
 
-def open_shelf(models: dict[str, Model], shared: Any = None) -> Any:
+def open_model_server(models: dict[str, Model], shared: Any = None) -> Any:
     """A Shelf on this node for models by content hash."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     found = {}
     for sha256, model in models.items():
         folder, names = model.source()
         found[sha256] = (str(folder.absolute()), names)
-    return Shelf.options(scheduling_strategy=here).remote(found, shared)  # type: ignore[attr-defined]
+    return ModelServer.options(scheduling_strategy=here).remote(found, shared)  # type: ignore[attr-defined]
 
 
 def run_models(config: RunConfig, hashes: dict[str, str]) -> dict[str, Model]:

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from rayexpand.config import load, read
-from rayexpand.errors import (
+from rayexpand.contract.errors import (
     EXIT_DIGEST,
     EXIT_DONE,
     EXIT_FAILURE,
@@ -34,7 +33,9 @@ from rayexpand.errors import (
     Interrupted,
     UsageError,
 )
+from rayexpand.contract.settings import read
 from rayexpand.on_ray.package import LARGE_BYTES, write_package
+from rayexpand.runs.config import load
 
 LOCAL = "http://127.0.0.1:8265"
 FILE_VERBS = ("expand", "train", "fit", "evaluate", "select", "sweep", "plan", "validate", "bench")
@@ -62,7 +63,7 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Job:
+class Submission:
     """Everything one attempt needs."""
 
     run: str
@@ -93,8 +94,8 @@ def submit(verb: str, target: str, overrides: Sequence[str] = (), *, address: st
             say(f"not sent, larger than {LARGE_BYTES >> 20} MB: {', '.join(left_out[:5])}"
                 + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""))
         references, settings = _environment(env)
-        job = Job(run, verb, entrypoint(verb, inside or target, overrides, references, python=python, url=url),
-                  settings, num_cpus, resources)
+        job = Submission(run, verb, entrypoint(verb, inside or target, overrides, references, python=python, url=url),
+                         settings, num_cpus, resources)
         client = connect(url)
         _refuse_twin(client, job)
         if not wait:
@@ -293,7 +294,7 @@ def _run_name(verb: str, target: str, overrides: Sequence[str]) -> str:
 def _name_and_out(verb: str, target: str, overrides: Sequence[str]) -> tuple[str, str]:
     """Of a checked configuration; a run's for all verbs but those with a file of their own."""
     if verb == "train":
-        from rayexpand.study_config import load_study
+        from rayexpand.studies.config import load_study
 
         study = load_study(target, overrides)
         return study.name, study.out
@@ -339,7 +340,7 @@ def entrypoint(verb: str, target: str, overrides: Sequence[str], references: Seq
     return f'{line}exec "$p" -m rayexpand {shlex.join(arguments)}'
 
 
-def _refuse_twin(client: Any, job: Job) -> None:
+def _refuse_twin(client: Any, job: Submission) -> None:
     with _refusals():
         found = client.list_jobs()
     for one in found:
@@ -349,7 +350,7 @@ def _refuse_twin(client: Any, job: Job) -> None:
                              f"`rayexpand submit --logs {one.submission_id}` or end it with --stop")
 
 
-def _send(client: Any, job: Job, package: Path) -> str:
+def _send(client: Any, job: Submission, package: Path) -> str:
     """Submits one attempt as `<run>-<n>`, with the next free n."""
     pattern = re.compile(re.escape(job.run) + r"-(\d+)")
     with _refusals():
@@ -366,7 +367,7 @@ class _Taken(Exception):
     pass
 
 
-def _send_as(client: Any, submission_id: str, number: int, job: Job, package: Path) -> str:
+def _send_as(client: Any, submission_id: str, number: int, job: Submission, package: Path) -> str:
     runtime_env: dict[str, Any] = {"working_dir": str(package)}
     if job.env:
         runtime_env["env_vars"] = dict(job.env)

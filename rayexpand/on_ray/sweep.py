@@ -22,13 +22,14 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
-from rayexpand.errors import Interrupted, RayexpandError, UsageError
+from rayexpand.contract.errors import Interrupted, RayexpandError, UsageError
 from rayexpand.on_ray.expand import connected
-from rayexpand.store import open_files
-from rayexpand.study_config import parse_study
-from rayexpand.sweep import Candidate, Sweep, SweepConfig, best_of, candidate, read_test
-from rayexpand.sweep_search import Search
-from rayexpand.sweep_trial import run_candidate, score_on_test
+from rayexpand.storage.places import open_files
+from rayexpand.studies.config import parse_study
+from rayexpand.studies.sweep.config import SweepConfig
+from rayexpand.studies.sweep.search import Search
+from rayexpand.studies.sweep.sweep import Candidate, Sweep, best_of, candidate, read_test
+from rayexpand.studies.sweep.trial import run_candidate, score_on_test
 
 RESTARTS = 3  # deaths of a trial's process before it counts as failed
 STOP_S = 10  # a stopped trial that has not ended by then is killed; Tune waits ten minutes

@@ -2,7 +2,7 @@
 
 Small trials (training.workers 0) are one task each, so a study of sixty takes what its CPUs or GPUs allow. Larger ones
 are a TorchTrainer each, and Ray Data loads their rows: worker r of W reads, decodes and augments its slice of every
-step in loader processes beside it. The slices follow from the study list alone, so the images of a step, and their
+step in loader processes beside it. The slices follow from the training set alone, so the images of a step, and their
 order, are the same for any W.
 
 A checkpoint is one file that rank 0 replaces whole; Ray restarts dead workers, who read it again. Ray's own reported
@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.data
 
-from rayexpand.errors import Interrupted, RayexpandError, UsageError
-from rayexpand.evaluation.accuracy import Answers
-from rayexpand.files import Files
+from rayexpand.classifier.accuracy import Answers
+from rayexpand.contract.errors import Interrupted, RayexpandError, UsageError
 from rayexpand.on_ray.expand import connected
 from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
-from rayexpand.store import open_files
-from rayexpand.study import Study, Trial
-from rayexpand.study_config import TrainingConfig
-from rayexpand.training import (
-    Curve,
-    Work,
+from rayexpand.storage.files import Files
+from rayexpand.storage.places import open_files
+from rayexpand.studies.config import TrainingConfig
+from rayexpand.studies.parts import Study, Trial
+from rayexpand.studies.trial import (
+    TrainingCurve,
+    TrialWork,
     also_answers,
     answers_of,
     checkpoint,
@@ -39,10 +39,10 @@ from rayexpand.training import (
     restore,
     write_result,
 )
-from rayexpand.training import run_trial as run_here
+from rayexpand.studies.trial import run_trial as run_here
 
 if TYPE_CHECKING:
-    from rayexpand.core.classifier import Classifier, TrainBatch
+    from rayexpand.classifier.classifier import Classifier, TrainBatch
 
 TASK_RETRIES = 16  # deaths of a trial's process before it counts as failed
 WORKER_FAILURES = 4  # the same of Ray Train workers; nodes taken away do not count
@@ -144,7 +144,7 @@ def _train(trial: Trial, files: Files, config: dict[str, Any]) -> None:
     torch.set_num_threads(training.threads)
     rank, world = get_context().get_world_rank(), get_context().get_world_size()
     work, device = open_work(files, trial, training), get_device()
-    classifier, curve = make_classifier(work, str(device), _wrapped(prepare_model, device), world), Curve()
+    classifier, curve = make_classifier(work, str(device), _wrapped(prepare_model, device), world), TrainingCurve()
     name = f"checkpoints/{trial.name}.pt"
     if (saved := files.read(name)) is not None:
         curve = restore(saved, trial, classifier) or curve
@@ -166,19 +166,19 @@ def _refusal(trial: str) -> str:
     return f"checkpoints/{trial}.refused"
 
 
-def loaded_batches(work: Work, config: dict[str, Any], start: int, rank: int, world: int,
+def loaded_batches(work: TrialWork, config: dict[str, Any], start: int, rank: int, world: int,
                    time_spent: LoaderTime | None = None) -> Iterator[TrainBatch]:
     """This worker's slices of steps `start` to the last, made by loader processes, in order."""
-    from rayexpand.core.classifier import TrainBatch
+    from rayexpand.classifier.classifier import TrainBatch
 
     rows = work.feed.batch // world
     spans = spans_of(start, work.feed.total_steps, max(1, SPAN_IMAGES // rows))
-    for batch in loaded_steps(Loader, {"config": config, "rank": rank, "world": world}, spans,
+    for batch in loaded_steps(TrainingLoaderActor, {"config": config, "rank": rank, "world": world}, spans,
                               processes=config["training"]["loaders"], rows=rows, spent=time_spent or LoaderTime()):
         yield TrainBatch(batch["x"], batch["y"], int(batch["step"][0]))
 
 
-class Loader:
+class TrainingLoaderActor:
     """Makes one worker's slices of a span of steps."""
 
     def __init__(self, config: dict[str, Any], rank: int, world: int) -> None:
@@ -202,12 +202,13 @@ def _wrapped(prepare_model: Any, device: Any) -> Callable[[Any], Any]:
     return lambda model: prepare_model(model, move_to_device=device)
 
 
-def _save(files: Files, name: str, trial: Trial, classifier: Any, curve: Curve, rank: int) -> None:
+def _save(files: Files, name: str, trial: Trial, classifier: Any, curve: TrainingCurve, rank: int) -> None:
     if rank == 0:
         files.replace(name, checkpoint(trial, classifier, curve))
 
 
-def _evaluated(answers: Callable[..., Answers], work: Work, classifier: Classifier, rank: int, world: int) -> Answers:
+def _evaluated(answers: Callable[..., Answers], work: TrialWork, classifier: Classifier, rank: int,
+               world: int) -> Answers:
     """Answers of all workers, of one model: DDP leaves each worker running statistics of its own after a step, and the
     first worker's are those that are kept."""
     import torch.distributed as dist

@@ -23,14 +23,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rayexpand import expander as expanders
-from rayexpand import run as runs
-from rayexpand.blame import DEAD_ROWS, DEAD_SHARDS, DEAD_UNEXPLAINED
-from rayexpand.config import RunConfig
-from rayexpand.errors import EXIT_DONE, EXIT_RESUMABLE, RayexpandError
-from rayexpand.schema import Draw, Sample
-from rayexpand.store import data_name
-from rayexpand.verify import verify
+from rayexpand.contract.errors import EXIT_DONE, EXIT_RESUMABLE, RayexpandError
+from rayexpand.contract.schema import Draw, Sample
+from rayexpand.runs import expander as expanders
+from rayexpand.runs import run as runs
+from rayexpand.runs.blame import DEAD_ROWS, DEAD_SHARDS, DEAD_UNEXPLAINED
+from rayexpand.runs.config import RunConfig
+from rayexpand.runs.store import data_name
+from rayexpand.runs.verify import verify
+from tests.commands import ROOT
 from tests.conftest import MakeConfig, complete, hashes, refused, small_run
 
 BAD = "bee/2.png/1"
@@ -129,7 +130,7 @@ def test_killed_anywhere_and_run_again(make_config: MakeConfig, reference: tuple
 
 
 def test_the_readme_lists_every_crash_window() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     listed = set(re.findall(r"`((?:before|after)_[a-z_]+)`", readme))
 
     assert listed == set(PREPARING + STARTING + SAMPLING + COMMITTING + ENDING)

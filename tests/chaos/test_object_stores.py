@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rayexpand import buckets
-from rayexpand import run as runs
-from rayexpand.config import RunConfig
-from rayexpand.errors import EXIT_RESUMABLE
-from rayexpand.status import read_status
-from rayexpand.store import open_files
-from rayexpand.verify import verify
+from rayexpand.contract.errors import EXIT_RESUMABLE
+from rayexpand.runs import run as runs
+from rayexpand.runs.config import RunConfig
+from rayexpand.runs.status import read_status
+from rayexpand.runs.verify import verify
+from rayexpand.storage import buckets
+from rayexpand.storage.places import open_files
 from tests.chaos.test_kill import BAD, SHARD, exit_code, in_child, run_command
 from tests.conftest import MakeConfig, complete, hashes, refused
 from tests.s3server import Server
-from tests.test_objects import put_seeds, thirteen_thousand
+from tests.storage.test_objects import put_seeds, thirteen_thousand
 
 POINTS = [*(f"{when}_{step}" for step in ("plan", "run", "attempt") for when in ("before", "after")),
           *(f"{point}@shard={SHARD}" for point in ("before_call", "after_call", "before_side", "after_side_link",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rayexpand.errors import UsageError
+from rayexpand.contract.errors import UsageError
+from rayexpand.contract.rng import generator, row_key
 from rayexpand.evaluation import distance
 from rayexpand.evaluation.distance import (
     METRICS,
@@ -18,7 +19,6 @@ from rayexpand.evaluation.distance import (
     mmd2_rbf,
     precision_recall,
 )
-from rayexpand.rng import generator, row_key
 
 
 def normals(n: int, d: int, key: int = 0) -> np.ndarray:

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rayexpand.errors import ModelError, RowFault
+from rayexpand.contract.errors import ModelError, RowFault
+from rayexpand.contract.rng import RowRng
+from rayexpand.contract.schema import Reason
 from rayexpand.evaluation.features import (
-    Call,
     ExtractorConfig,
+    ImageBatch,
     calls,
     check,
     extractor_hash,
@@ -23,8 +25,6 @@ from rayexpand.evaluation.features import (
     moved,
     name_of,
 )
-from rayexpand.rng import RowRng
-from rayexpand.schema import Reason
 from tests.tiny import tiny_clip
 
 TIMM = "test_resnet"
@@ -63,7 +63,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> ExtractorConfig:
 def test_features_of_a_guide_are_its_own(guide: ExtractorConfig) -> None:
     import torch
 
-    from rayexpand.guides import load_guide
+    from rayexpand.models.guides import load_guide
 
     pixels = images(3)
     expected = load_guide(str(guide.guide), None, ["a"], device="cpu").features(
@@ -120,7 +120,7 @@ def test_features_do_not_depend_on_what_else_is_there(guide: ExtractorConfig) ->
 
     assert (together.shape, together.dtype, refused) == ((7, 16), np.float32, 1)
     assert np.array_equal(together[:4], again)
-    assert features(extractor, [Call(np.zeros((4, 16, 16, 3), np.uint8), 0, 3)])[0].shape == (0, 0)
+    assert features(extractor, [ImageBatch(np.zeros((4, 16, 16, 3), np.uint8), 0, 3)])[0].shape == (0, 0)
 
 
 @pytest.mark.parametrize("kind", ["guide", "backbone"])

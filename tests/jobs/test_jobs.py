@@ -10,18 +10,19 @@ from typing import Any
 
 import pytest
 
-from rayexpand import config as configs
-from rayexpand import evaluate, select
-from rayexpand.config import load, parse, resolved
-from rayexpand.core.recipe import make_recipe
-from rayexpand.errors import ConfigError
-from rayexpand.fit_plan import load_fit
-from rayexpand.space import Dimension, n_suggestions, parse_dimension, suggest
-from rayexpand.store import open_files
-from rayexpand.study_config import StudyConfig, load_study
-from rayexpand.sweep import Sweep, candidate, load_sweep
+from rayexpand.classifier.recipe import make_recipe
+from rayexpand.contract import settings
+from rayexpand.contract.errors import ConfigError
+from rayexpand.evaluation import evaluate, select
+from rayexpand.fitting.config import load_fit
+from rayexpand.runs.config import load, parse, resolved
+from rayexpand.storage.places import open_files
+from rayexpand.studies.config import StudyConfig, load_study
+from rayexpand.studies.sweep.config import load_sweep
+from rayexpand.studies.sweep.space import Dimension, n_suggestions, parse_dimension, suggest
+from rayexpand.studies.sweep.sweep import Sweep, candidate
+from tests.commands import ROOT
 
-ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "jobs").rglob("*.yaml"))
 PAPERS = [path for path in FILES if path.parent.parent.name == "papers"]
 
@@ -180,7 +181,7 @@ def test_what_a_job_needs_is_made_by_another(path: Path) -> None:
 @cache
 def _selections() -> set[tuple[str, str]]:
     """(run, name) of every decision that a job makes."""
-    found = [configs.read(path) for path in FILES if path.stem.startswith("select")]
+    found = [settings.read(path) for path in FILES if path.stem.startswith("select")]
     return {(one["run"], one["name"]) for one in found}
 
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from rayexpand.core.prototypes import fit_prototypes
-from rayexpand.guides import load_guide
-from rayexpand.priors import load_prior
-from rayexpand.rng import RowRng
-from rayexpand.schema import ClassTable, Tools
+from rayexpand.contract.protocols import Tools
+from rayexpand.contract.rng import RowRng
+from rayexpand.contract.schema import ClassTable
+from rayexpand.diffusion.prototypes import fit_prototypes
+from rayexpand.models.guides import load_guide
+from rayexpand.models.prior import load_prior
 from tests.tiny import tiny_clip, tiny_pipeline
 
 CLASSES = ClassTable.of(["3", "7", "boot"], ["three", "seven", "rain_boot"], [5, 4, 2], ["digit", "digit", "shoe"],

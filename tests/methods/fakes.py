@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
-from rayexpand.methods import quota_copies, ratio_copies
-from rayexpand.rng import PlanRng, RowRng
-from rayexpand.schema import CAPTION_SLOT, Batch, ClassTable, Draw, Expansion, Method, Reason, SeedIndex, Start, Tools
+from rayexpand.contract.protocols import Batch, Expansion, Method, Tools
+from rayexpand.contract.rng import PlanRng, RowRng
+from rayexpand.contract.schema import CAPTION_SLOT, ClassTable, Draw, Reason, SeedIndex, Start
+from rayexpand.methods._copies import quota_copies, ratio_copies
 
 SIZE = 16
 

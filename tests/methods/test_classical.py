@@ -9,11 +9,12 @@ from PIL import Image
 from pydantic import ValidationError
 from torchvision.transforms import v2
 
-from rayexpand.core import augment
+from rayexpand.classifier import augment
+from rayexpand.contract.protocols import Tools
+from rayexpand.contract.rng import RowRng
+from rayexpand.contract.schema import ClassTable
 from rayexpand.methods import classical
 from rayexpand.methods.classical import Classical
-from rayexpand.rng import RowRng
-from rayexpand.schema import ClassTable, Tools
 from tests.methods.fakes import batch_of
 
 CLASSES = ClassTable.of(["a", "b"])

@@ -11,10 +11,12 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from rayexpand.errors import ConfigError
-from rayexpand.methods import MAX_COPIES, load_method, method_class, names
-from rayexpand.rng import PlanRng, RowRng
-from rayexpand.schema import DRAW_FIELDS, SEED_INDEX, Batch, Expansion, Reason, SeedIndex, Start, Tools
+from rayexpand.contract.errors import ConfigError
+from rayexpand.contract.protocols import Batch, Expansion, Tools
+from rayexpand.contract.rng import PlanRng, RowRng
+from rayexpand.contract.schema import DRAW_FIELDS, SEED_INDEX, Reason, SeedIndex, Start
+from rayexpand.methods import load_method, method_class, names
+from rayexpand.methods._copies import MAX_COPIES
 from tests.methods import fakes
 from tests.methods.conftest import CLASSES
 from tests.methods.fakes import batch_of

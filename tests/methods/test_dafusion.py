@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from rayexpand.contract.rng import PlanRng, RowRng
+from rayexpand.contract.schema import Start
 from rayexpand.methods.dafusion import DaFusion
 from rayexpand.methods.diffmix import DiffMix
-from rayexpand.rng import PlanRng, RowRng
-from rayexpand.schema import Start
 from tests.methods.conftest import CLASSES
 from tests.methods.fakes import batch_of
 from tests.methods.test_diffmix import index_of

@@ -14,18 +14,19 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipelin
 from pydantic import ValidationError
 from scipy.stats import chi2_contingency
 
-from rayexpand import run as runs
-from rayexpand.config import parse, semantic
-from rayexpand.core import sampling
-from rayexpand.errors import ConfigError, UsageError
+from rayexpand.contract.errors import ConfigError, UsageError
+from rayexpand.contract.protocols import Tools
+from rayexpand.contract.rng import PlanRng, RowRng
+from rayexpand.contract.schema import SEED_INDEX, ClassTable, SeedIndex, Start
+from rayexpand.data.subsets import long_tail_counts
+from rayexpand.diffusion import sampling
 from rayexpand.methods.diffmix import DiffMix, partners
-from rayexpand.plan import Plan
-from rayexpand.priors import quiet_libraries
-from rayexpand.rng import PlanRng, RowRng
-from rayexpand.schema import SEED_INDEX, ClassTable, SeedIndex, Start, Tools
-from rayexpand.subsets import long_tail_counts
+from rayexpand.models.folders import quiet_libraries
+from rayexpand.runs import run as runs
+from rayexpand.runs.config import parse, semantic
+from rayexpand.runs.plan import Plan
 from tests.conftest import hashes
-from tests.core.gaussian import GaussianPrior, sd_scheduler
+from tests.diffusion.gaussian import GaussianPrior, sd_scheduler
 from tests.methods.conftest import CLASSES
 from tests.methods.fakes import batch_of
 from tests.methods.references import Watched

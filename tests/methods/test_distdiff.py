@@ -10,13 +10,14 @@ import torch
 from diffusers import DDIMScheduler
 from pydantic import ValidationError
 
-from rayexpand.core import perturb
-from rayexpand.core.prototypes import Prototypes, classes_hash, fit_prototypes
+from rayexpand.contract.protocols import Tools
+from rayexpand.contract.rng import RowRng
+from rayexpand.contract.schema import ClassTable, Reason
+from rayexpand.diffusion import perturb
+from rayexpand.diffusion.prototypes import Prototypes, classes_hash, fit_prototypes
 from rayexpand.methods.distdiff import DistDiff
 from rayexpand.methods.img2img import Img2Img
-from rayexpand.rng import RowRng
-from rayexpand.schema import ClassTable, Reason, Tools
-from tests.core.gaussian import sd_scheduler
+from tests.diffusion.gaussian import sd_scheduler
 from tests.methods import references
 from tests.methods.conftest import CLASSES
 from tests.methods.fakes import batch_of

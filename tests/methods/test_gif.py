@@ -10,13 +10,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rayexpand.core import perturb
+from rayexpand.contract.protocols import Tools
+from rayexpand.contract.rng import RowRng
+from rayexpand.contract.schema import Reason
+from rayexpand.diffusion import perturb
 from rayexpand.methods import gif
 from rayexpand.methods.gif import Gif
 from rayexpand.methods.img2img import Img2Img
-from rayexpand.rng import RowRng
-from rayexpand.schema import Reason, Tools
-from tests.core.gaussian import sd_scheduler
+from tests.diffusion.gaussian import sd_scheduler
 from tests.methods import references
 from tests.methods.conftest import CLASSES
 from tests.methods.fakes import batch_of

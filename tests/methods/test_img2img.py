@@ -8,13 +8,15 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline, UniPCMultistepScheduler
 from pydantic import ValidationError
 
-from rayexpand.core import sampling
-from rayexpand.errors import UsageError
+from rayexpand.contract.errors import UsageError
+from rayexpand.contract.protocols import Tools
+from rayexpand.contract.rng import RowRng
+from rayexpand.contract.schema import ClassTable
+from rayexpand.diffusion import sampling
 from rayexpand.methods.img2img import Img2Img
-from rayexpand.priors import load_prior, quiet_libraries
-from rayexpand.rng import RowRng
-from rayexpand.schema import ClassTable, Tools
-from tests.core.gaussian import GaussianPrior, sd_scheduler
+from rayexpand.models.folders import quiet_libraries
+from rayexpand.models.prior import load_prior
+from tests.diffusion.gaussian import GaussianPrior, sd_scheduler
 from tests.methods.fakes import batch_of
 from tests.tiny import tiny_pipeline
 

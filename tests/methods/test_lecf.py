@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from rayexpand.config import load, parse, resolved
-from rayexpand.errors import ConfigError, UsageError
+from rayexpand.contract.errors import ConfigError, UsageError
+from rayexpand.contract.rng import PlanRng, RowRng
+from rayexpand.data.seeds import build_index
 from rayexpand.methods.img2img import Img2Img
 from rayexpand.methods.lecf import Lecf
 from rayexpand.methods.text2img import Text2Img
-from rayexpand.plan import make_plan, plan_digest
-from rayexpand.rng import PlanRng, RowRng
-from rayexpand.seeds import build_index
+from rayexpand.runs.config import load, parse, resolved
+from rayexpand.runs.plan import make_plan, plan_digest
+from tests.commands import ROOT
 from tests.methods.conftest import CLASSES
 from tests.methods.fakes import batch_of
 from tests.methods.test_contract import index_of
@@ -86,7 +86,7 @@ def test_no_step_at_all_is_refused():
 
 
 def test_the_job_of_this_package():
-    config = load(str(Path(__file__).parents[2] / "jobs/digits/expand-lecf.yaml"))
+    config = load(str(ROOT / "jobs/digits/expand-lecf.yaml"))
     assert isinstance(config.method, Lecf)
 
 

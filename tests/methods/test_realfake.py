@@ -12,17 +12,18 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from pydantic import ValidationError
 
-from rayexpand.core import sampling
-from rayexpand.errors import ModelError, UsageError
+from rayexpand.contract.errors import ModelError, UsageError
+from rayexpand.contract.protocols import Batch, Tools
+from rayexpand.contract.rng import PlanRng, RowRng
+from rayexpand.contract.schema import SEED_INDEX, ClassTable, SeedIndex, Start
+from rayexpand.data.captions_features import open_image_features, write_captions, write_image_features
+from rayexpand.diffusion import sampling
 from rayexpand.methods import load_method
 from rayexpand.methods.realfake import RealFake
-from rayexpand.priors import load_prior
-from rayexpand.priors.latent import TextCond
-from rayexpand.rng import PlanRng, RowRng
-from rayexpand.schema import SEED_INDEX, Batch, ClassTable, SeedIndex, Start, Tools
-from rayexpand.seed_columns import open_image_features, write_captions, write_image_features
+from rayexpand.models.latent import TextCond
+from rayexpand.models.prior import load_prior
 from tests.conftest import complete, hashes
-from tests.core.gaussian import GaussianPrior, sd_scheduler
+from tests.diffusion.gaussian import GaussianPrior, sd_scheduler
 from tests.methods.fakes import batch_of
 from tests.tiny import tiny_adapter, tiny_pipeline
 

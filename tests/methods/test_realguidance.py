@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from rayexpand.contract.protocols import Tools
+from rayexpand.contract.rng import RowRng
 from rayexpand.methods.img2img import Img2Img
 from rayexpand.methods.realguidance import RealGuidance
-from rayexpand.rng import RowRng
-from rayexpand.schema import Tools
-from tests.core.gaussian import GaussianPrior, sd_scheduler
+from tests.diffusion.gaussian import GaussianPrior, sd_scheduler
 from tests.methods.conftest import CLASSES
 from tests.methods.fakes import batch_of
 

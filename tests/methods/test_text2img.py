@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from rayexpand.contract.protocols import Tools
+from rayexpand.contract.rng import RowRng
+from rayexpand.contract.schema import ClassTable, Start
 from rayexpand.methods.text2img import Text2Img
-from rayexpand.rng import RowRng
-from rayexpand.schema import ClassTable, Start, Tools
-from tests.core.gaussian import GaussianPrior, sd_scheduler
+from tests.diffusion.gaussian import GaussianPrior, sd_scheduler
 from tests.methods.fakes import batch_of
 
 CLASSES = ClassTable.of(["a", "b"])

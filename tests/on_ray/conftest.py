@@ -17,9 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.commands import ROOT
+
 os.environ["RAY_AUTH_MODE"] = "token"  # before ray is imported
 
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)

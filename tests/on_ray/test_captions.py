@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import ray
 
-from rayexpand import fit as fits
-from rayexpand.artifacts import read_facts
-from rayexpand.errors import ModelError
+from rayexpand.artifacts.store import read_facts
+from rayexpand.contract.errors import ModelError
+from rayexpand.fitting import fit as fits
+from rayexpand.models.folders import folder_hash
 from rayexpand.on_ray import fit as on_ray
 from rayexpand.on_ray import stage
 from rayexpand.on_ray.captions import captioner_model
-from rayexpand.priors import folder_hash
 from tests.captioners import tiny_captioner
 from tests.on_ray.conftest import Head
 from tests.tiny import tiny_clip
@@ -66,7 +66,7 @@ def test_a_captioner_is_copied_to_a_node_without_it_and_a_broken_one_is_said(
     sha256, model = folder_hash(folder), captioner_model(folder)
     ray.init(address=head.address, log_to_driver=False)
     try:
-        shelf = stage.open_shelf({sha256: model})
+        shelf = stage.open_model_server({sha256: model})
         monkeypatch.setenv("RAYEXPAND_CACHE", str(tmp_path / "cache"))
         copy = stage.local(stage.Model(model.source, lambda: None, model.hash), sha256, shelf)
         assert copy.parent == tmp_path / "cache/staged"

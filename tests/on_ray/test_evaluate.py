@@ -17,13 +17,13 @@ import pytest
 import ray
 import yaml
 
-from rayexpand import evaluate as evaluation
-from rayexpand.config import ClusterConfig
-from rayexpand.errors import EnvironmentFault
-from rayexpand.evaluate import EvaluateConfig, Found, in_process, parse, reference_of, samples_of
+from rayexpand.contract.errors import EnvironmentFault
+from rayexpand.evaluation import evaluate as evaluation
+from rayexpand.evaluation.evaluate import EvaluateConfig, Found, in_process, parse, reference_of, samples_of
 from rayexpand.evaluation.features import extractor_hash
 from rayexpand.on_ray import evaluate as on_ray
-from rayexpand.run import Run, open_run
+from rayexpand.runs.config import ClusterConfig
+from rayexpand.runs.run import Run, open_run
 from tests.conftest import complete
 from tests.on_ray.conftest import ROOT, Head
 from tests.tiny import tiny_clip
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.cluster
 @pytest.fixture(scope="module")
 def job(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Sixty samples in eight data files against nineteen images and one that cannot be read; calls of seven."""
-    from rayexpand.config import parse as parse_run
+    from rayexpand.runs.config import parse as parse_run
 
     folder = tmp_path_factory.mktemp("job")
     run, _ = complete(parse_run({

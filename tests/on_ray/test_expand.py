@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from rayexpand import run as runs
-from rayexpand.verify import verify
+from rayexpand.runs import run as runs
+from rayexpand.runs.verify import verify
 from tests.chaos.test_kill import BAD, SHARD
 from tests.commands import rayexpand
 from tests.conftest import MakeConfig, complete, hashes, refused
@@ -32,7 +32,7 @@ Oracle = tuple[dict[str, str], dict[str, str]]
 @pytest.fixture(scope="module")
 def oracle(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     """Hashes and refusals of the undisturbed run, made once in this process."""
-    from rayexpand.config import parse
+    from rayexpand.runs.config import parse
 
     out = tmp_path_factory.mktemp("oracle")
     run, _ = complete(parse({**_raw(image_folder, out), "name": "oracle"}))

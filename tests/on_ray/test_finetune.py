@@ -22,20 +22,20 @@ import yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from rayexpand import fit as fits
-from rayexpand.artifacts import read_facts
-from rayexpand.errors import RayexpandError, UsageError
-from rayexpand.fit import parse_fit
+from rayexpand.artifacts.store import read_facts
+from rayexpand.contract.errors import RayexpandError, UsageError
+from rayexpand.data.captions_features import write_captions, write_class_features
+from rayexpand.fitting import fit as fits
+from rayexpand.fitting.config import parse_fit
 from rayexpand.on_ray import stage
 from rayexpand.on_ray.expand import connected
 from rayexpand.on_ray.finetune import POSITION, latents_model
 from rayexpand.on_ray.fit import fit as fit_on_ray
-from rayexpand.seed_columns import write_captions, write_class_features
-from tests.test_finetuning import KEYS, PLAIN, SHORT, content, quiet
+from tests.commands import ROOT
+from tests.fitting.adapter.test_train import KEYS, PLAIN, SHORT, content, quiet
 from tests.tiny import tiny_pipeline
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420)]
-ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 80, 10
 RECIPES = {
     "diffmix": {**SHORT, "rank": 2, "steps": STEPS, "lr": 1e-3, "token_lr": 1e-3},
@@ -57,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    from rayexpand.config import ClusterConfig
+    from rayexpand.runs.config import ClusterConfig
 
     with connected(ClusterConfig()):
         yield
@@ -198,7 +198,7 @@ def test_latents_go_by_their_digest_to_nodes_without(undisturbed: tuple[dict[str
     model, digest = latents_model(folder), read_facts(folder)["digest"]
     away = stage.Model(model.source, lambda: None, model.hash)
     monkeypatch.setenv("RAYEXPAND_CACHE", str(tmp_path))
-    shelf = stage.open_shelf({digest: model})
+    shelf = stage.open_model_server({digest: model})
 
     assert stage.local(model, digest, shelf) == folder
     copy = stage.local(away, digest, shelf)

@@ -11,7 +11,7 @@ import pytest
 import ray
 import torch
 
-from rayexpand.errors import (
+from rayexpand.contract.errors import (
     ConfigError,
     EnvironmentFault,
     Interrupted,
@@ -21,7 +21,7 @@ from rayexpand.errors import (
     StorageError,
     UsageError,
 )
-from rayexpand.finetuning import run as finetune_run
+from rayexpand.fitting.adapter import train as finetune_run
 from rayexpand.on_ray import finetune as spread
 from rayexpand.on_ray import fit as on_ray_fit
 from rayexpand.on_ray.expand import NO_PROGRESS_S, Pool
@@ -33,7 +33,7 @@ def test_loaders_wait_for_a_slow_step_without_end(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 1800)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: (_ for _ in ()).throw(LookupError("no cluster")))
     with pytest.raises(LookupError):
-        next(loaded_steps(spread.Loader, {}, [(0, 1)], processes=1, rows=1, spent=LoaderTime()))
+        next(loaded_steps(spread.LatentLoaderActor, {}, [(0, 1)], processes=1, rows=1, spent=LoaderTime()))
     assert ray.data.DataContext.get_current().execution_no_progress_timeout_s == NO_PROGRESS_S
 
 
@@ -105,7 +105,7 @@ def test_workers_go_on_from_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
             continue
         with pytest.raises(Interrupted, match="checkpoints of steps 0 and 3"):
             spread.check_step(own, "cpu")
-    tuning: Any = SimpleNamespace(tuner=SimpleNamespace(step=3), curve=finetune_run.Curve(),
+    tuning: Any = SimpleNamespace(tuner=SimpleNamespace(step=3), curve=finetune_run.LossCurve(),
                                   job=SimpleNamespace(made=None))
     with pytest.raises(AssertionError, match="different steps"):
         finetune_run.tune(tuning, [SimpleNamespace(step=0)], save=lambda: None)  # type: ignore[list-item]

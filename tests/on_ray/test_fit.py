@@ -13,17 +13,18 @@ import pytest
 import ray
 import yaml
 
-from rayexpand import fit as fits
-from rayexpand import run as runs
-from rayexpand.artifacts import artifact_hash, prototypes_hash, read_facts
-from rayexpand.config import GuideConfig, parse
-from rayexpand.errors import ModelError
-from rayexpand.guides import guide_hash
+from rayexpand.artifacts.store import read_facts
+from rayexpand.contract.errors import ModelError
+from rayexpand.data.captions_features import write_class_features, write_image_features
+from rayexpand.fitting import fit as fits
+from rayexpand.models.guides import guide_hash
+from rayexpand.models.prior import prior_hash
 from rayexpand.on_ray import fit as on_ray
 from rayexpand.on_ray import stage
 from rayexpand.on_ray.expand import connected
-from rayexpand.priors import prior_hash
-from rayexpand.seed_columns import write_class_features, write_image_features
+from rayexpand.runs import run as runs
+from rayexpand.runs.config import GuideConfig, parse
+from rayexpand.runs.inputs import artifact_hash, prototypes_hash
 from tests.conftest import complete, hashes
 from tests.on_ray.conftest import ROOT, Head
 from tests.on_ray.test_nodes import add, cluster, expand_with, on  # noqa: F401  (cluster is a fixture)
@@ -139,7 +140,7 @@ def test_every_kind_of_model_is_copied_and_checked(head: Head, raw: dict[str, An
         monkeypatch.setenv(name, value)
     ray.init(address=head.address, log_to_driver=False)
     try:
-        shelf = stage.open_shelf({sha256: model for model, sha256 in models.values()})
+        shelf = stage.open_model_server({sha256: model for model, sha256 in models.values()})
         monkeypatch.setenv("RAYEXPAND_CACHE", str(tmp_path / "cache"))
         for model, sha256 in models.values():
             assert stage.local(model, sha256, shelf) == model.source()[0], "what is here is used"
@@ -152,7 +153,7 @@ def test_every_kind_of_model_is_copied_and_checked(head: Head, raw: dict[str, An
         assert load_file(str(moved.checkpoint)).keys() == load_file(str(named.checkpoint)).keys()
         wrong = stage.Model(models["folder"][0].source, lambda: None, lambda folder: "another")
         with pytest.raises(Exception, match="its files changed while the run was on"):
-            stage.local(wrong, "f" * 64, stage.open_shelf({"f" * 64: wrong}))
+            stage.local(wrong, "f" * 64, stage.open_model_server({"f" * 64: wrong}))
         with pytest.raises(ModelError, match=r"has no prototypes\.safetensors"):
             prototypes_hash(tmp_path)
     finally:

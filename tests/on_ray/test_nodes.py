@@ -23,10 +23,12 @@ import yaml
 from ray.cluster_utils import Cluster
 from ray.data.exceptions import ExecutionTimeoutError
 
-from rayexpand import run as runs
-from rayexpand.config import parse
+from rayexpand.models import folders
+from rayexpand.models.folders import folder_hash
+from rayexpand.models.prior import prior_hash, resolve
 from rayexpand.on_ray import expand as on_ray
-from rayexpand.priors import digits, folder_hash, prior_hash, resolve
+from rayexpand.runs import run as runs
+from rayexpand.runs.config import parse
 from tests.conftest import FAKES, MakeConfig, complete, hashes
 from tests.on_ray.conftest import ROOT, ensure_token, free_ports, processes_of
 from tests.tiny import tiny_adapter
@@ -92,7 +94,7 @@ def test_nodes_with_empty_caches_get_model_and_adapter_once(cluster: Cluster, tm
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver has the embedded default and, in its home, an adapter of it; three nodes have nothing and train
     nothing."""
-    monkeypatch.setenv("RAYEXPAND_CACHE", str(digits.cache_root()))
+    monkeypatch.setenv("RAYEXPAND_CACHE", str(folders.cache_root()))
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(Path.home() / ".ray/auth_token"))
     monkeypatch.setenv("HOME", str(tmp_path / "driver"))
     adapter = tiny_adapter(tmp_path / "driver/adapter", resolve("digits"), [str(digit) for digit in range(10)])
@@ -119,7 +121,7 @@ def test_nodes_with_empty_caches_get_model_and_adapter_once(cluster: Cluster, tm
         assert [path.name for path in cache.iterdir() if path.is_dir()] == ["staged"]
         staged = {path.name for path in (cache / "staged").iterdir() if path.is_dir()}
         assert staged == {sha256[:16] for sha256 in expected.values()}
-    assert digits.cache_root() not in caches
+    assert folders.cache_root() not in caches
 
 
 @pytest.mark.parametrize("told_to_wait", [True, False], ids=["ours", "Ray's own limit"])

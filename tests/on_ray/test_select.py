@@ -16,16 +16,16 @@ import pytest
 import ray
 import yaml
 
-from rayexpand.config import ClusterConfig
-from rayexpand.config import parse as parse_run
-from rayexpand.errors import EnvironmentFault, UsageError
-from rayexpand.files import LocalFiles
+from rayexpand.contract.errors import EnvironmentFault, UsageError
+from rayexpand.evaluation.select import parse, select
+from rayexpand.evaluation.select_scores import ScoreJob, sample_chunks
 from rayexpand.on_ray import select as on_ray
 from rayexpand.on_ray.submit import FILE_VERBS, _run_name
-from rayexpand.run import open_run
-from rayexpand.select import parse, select
-from rayexpand.select_scores import Job, sample_chunks
-from rayexpand.store import read_table
+from rayexpand.runs.config import ClusterConfig
+from rayexpand.runs.config import parse as parse_run
+from rayexpand.runs.run import open_run
+from rayexpand.storage.files import LocalFiles
+from rayexpand.storage.tables import read_table
 from tests.conftest import complete
 from tests.on_ray.conftest import ROOT, Head
 from tests.tiny import tiny_clip
@@ -90,9 +90,9 @@ def cluster(head: Head) -> Iterator[ClusterConfig]:
 def test_an_actor_that_cannot_go_on_says_why(cluster: ClusterConfig, original: dict[str, Any], tmp_path: Path) -> None:
     folder = shutil.copytree(original["run"], tmp_path / "run")
     config, run = parse({**original, "run": str(folder)}), open_run(str(folder))
-    jobs: list[Job] = []
+    jobs: list[ScoreJob] = []
 
-    def taken(job: Job, chunks: Any) -> Any:
+    def taken(job: ScoreJob, chunks: Any) -> Any:
         jobs.append(job)
         raise EnvironmentFault("enough")
 

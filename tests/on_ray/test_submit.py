@@ -22,11 +22,11 @@ from typing import Any
 import pytest
 import yaml
 
-from rayexpand import run as runs
-from rayexpand.config import load
-from rayexpand.errors import Interrupted, UsageError
+from rayexpand.contract.errors import Interrupted, UsageError
 from rayexpand.on_ray import package, submit
 from rayexpand.on_ray.submit import Ended, entrypoint, follow, keep_trying, outcome
+from rayexpand.runs import run as runs
+from rayexpand.runs.config import load
 from tests.conftest import complete, hashes
 from tests.on_ray.conftest import ROOT, Head
 
@@ -219,7 +219,7 @@ def test_the_package_holds_code_and_no_secrets(tmp_path: Path) -> None:
     assert (inside, left_out) == ("job/job.yaml", ["weights.bin"])
     assert {name for name in names if not name.startswith("rayexpand/")} == {
         "mine.py", "jobs/a.yaml", "pkg/data/table.py", "job/job.yaml"}
-    assert {"rayexpand/__main__.py", "rayexpand/card.md.j2", "rayexpand/on_ray/submit.py"} <= set(names)
+    assert {"rayexpand/__main__.py", "rayexpand/reports/card.md.j2", "rayexpand/on_ray/submit.py"} <= set(names)
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     assert package.write_package(tmp_path / "c.zip", tree, tree / "jobs" / "a.yaml")[0] == "jobs/a.yaml"
 
@@ -295,7 +295,7 @@ class Jobs:
 
 def test_each_attempt_has_its_own_number() -> None:
     client = Jobs(("digits-7", "FAILED", "digits", "expand"), ("digits-x-99", "FAILED", "digits-x", "expand"))
-    job = submit.Job("digits", "expand", "true", {"OMP_NUM_THREADS": "1"}, 0.0, {"head": 0.01})
+    job = submit.Submission("digits", "expand", "true", {"OMP_NUM_THREADS": "1"}, 0.0, {"head": 0.01})
 
     assert submit._send(client, job, Path("p.zip")) == "digits-9"  # 8 was taken meanwhile
     (sent,) = client.sent
@@ -305,7 +305,7 @@ def test_each_attempt_has_its_own_number() -> None:
 
 
 def test_a_run_is_not_driven_twice() -> None:
-    job = submit.Job("digits", "expand", "true", {})
+    job = submit.Submission("digits", "expand", "true", {})
     with pytest.raises(UsageError, match="digits-2 is running and does the same"):
         submit._refuse_twin(Jobs(("digits-2", "RUNNING", "digits", "expand")), job)
     submit._refuse_twin(Jobs(("digits-2", "STOPPED", "digits", "expand"), ("d-1", "RUNNING", "digits", "plan")), job)
@@ -413,7 +413,7 @@ def test_a_method_of_the_users_own_travels(cluster: str, tmp_path: Path, monkeyp
 def test_a_wrong_token_is_explained(cluster: str, tmp_path: Path, token: str | None) -> None:
     hidden = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     environment = {**hidden, "HOME": str(tmp_path), **({"RAY_AUTH_TOKEN": token} if token else {})}
-    code = (f"from rayexpand.errors import UsageError\nfrom rayexpand.on_ray import submit\n"
+    code = (f"from rayexpand.contract.errors import UsageError\nfrom rayexpand.on_ray import submit\n"
             f"try: submit.jobs(address={cluster!r})\nexcept UsageError as error: print(error)")
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
 

@@ -127,8 +127,9 @@ def test_a_trial_that_dies_with_a_shared_pilot_in_its_hands(head: Head, tmp_path
 
 def test_a_resumed_asha_knows_the_trials_that_are_over(tmp_path: Path) -> None:
     from rayexpand.on_ray.sweep import _scheduler
-    from rayexpand.sweep import open_sweep, parse_sweep
-    from rayexpand.sweep_search import Search
+    from rayexpand.studies.sweep.config import parse_sweep
+    from rayexpand.studies.sweep.search import Search
+    from rayexpand.studies.sweep.sweep import open_sweep
 
     search = Search(open_sweep(parse_sweep(raw(tmp_path, scheduler={"asha": {"grace": 2, "reduction_factor": 2}}))))
     search.results = {"a": {"curve": [{"epoch": n, "score": 0.2 * n} for n in (1, 2, 3, 4)]},

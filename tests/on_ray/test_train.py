@@ -20,18 +20,20 @@ import torch
 import yaml
 from torch import nn
 
-from rayexpand import training
-from rayexpand.config import ClusterConfig
-from rayexpand.errors import UsageError
+from rayexpand.contract.errors import UsageError
 from rayexpand.on_ray.expand import connected
 from rayexpand.on_ray.train import train_study
-from rayexpand.study import Study, Trial, make_trials, pending_trials, prepare_study, read_result
-from rayexpand.study_config import parse_study
-from tests.test_study import SMALL, raw_study
-from tests.test_training import curve
+from rayexpand.runs.config import ClusterConfig
+from rayexpand.studies import trial as training
+from rayexpand.studies.config import parse_study
+from rayexpand.studies.parts import Study, Trial, read_result
+from rayexpand.studies.study import prepare_study
+from rayexpand.studies.trials import make_trials, pending_trials
+from tests.commands import ROOT
+from tests.studies.test_study import SMALL, raw_study
+from tests.studies.test_trial import curve
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420)]
-ROOT = Path(__file__).parents[2]
 GROUP = {"width": 8, "norm": "group"}
 
 
@@ -67,7 +69,7 @@ class TwoWorkers(nn.Module):
 def two_slices(study: Study, trial: Trial) -> list[dict[str, float]]:
     """The history of a trial in one process that gives each half of a batch its own BatchNorm statistics."""
     work = training.open_work(study.files, trial, study.config.training)
-    classifier, found = training.make_classifier(work, "cpu", TwoWorkers), training.Curve()
+    classifier, found = training.make_classifier(work, "cpu", TwoWorkers), training.TrainingCurve()
 
     def batches() -> Any:
         for one, other in zip(work.feed.batches(0, work.feed.total_steps, 0, 2),

@@ -1,0 +1,103 @@
+"""Artifact folders: written once under the hash of what they were made from, found by it again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rayexpand import __version__
+from rayexpand.contract.errors import StorageError
+from rayexpand.contract.settings import digest
+from rayexpand.storage.places import is_url
+
+MAKING_OF = "artifact.json"  # how `rayexpand fit` made a folder, seconds among it: no part of the model
+
+
+def publish(out: str, kind: str, made_from: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Path:
+    """The folder of the artifact that follows from `made_from`; `make(folder)` fills it where there is none yet and
+    returns facts for its artifact.json. Of many processes that ask at once, one makes it. Raises StorageError."""
+    from filelock import FileLock
+
+    if is_url(out):
+        raise StorageError(f"out: {out} is an object store; artifacts are read as files, so give a folder. A cluster's "
+                           "nodes get copies of them.")
+    root, identity = Path(out), artifact_digest(kind, made_from)
+    folder = root / f"{kind}-{identity[:8]}"
+    if folder.is_dir():
+        return _known(folder, identity)
+    with _writing(folder):
+        root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".{folder.name}.lock"):
+        if folder.is_dir():
+            return _known(folder, identity)
+        with _writing(folder):
+            for stale in root.glob(f".{folder.name}.partial-*"):
+                shutil.rmtree(stale)
+            partial = root / f".{folder.name}.partial-{secrets.token_hex(4)}"
+            partial.mkdir()
+        try:
+            facts = {"kind": kind, "digest": identity, "made_from": made_from, **_timed(make, partial)}
+            with _writing(folder):
+                (partial / MAKING_OF).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+                os.rename(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def artifact_digest(kind: str, made_from: dict[str, Any]) -> str:
+    """What tells an artifact from every other one; its first eight digits are in the name of its folder."""
+    return digest({"kind": kind, **made_from})
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"out: {folder} cannot be written ({error}); free space, or choose another `out`") from error
+
+
+def _timed(make: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Facts of the making with what it cost; those of `make` may hold the CPU and GPU seconds of other processes."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    facts = make(folder)
+    seconds = time.perf_counter() - wall
+    facts["cpu_seconds"] = time.process_time() - cpu + facts.get("cpu_seconds", 0.0)
+    facts.setdefault("gpu_seconds", seconds if facts.get("device") == "cuda" else 0.0)
+    return {**facts, "seconds": seconds, "created": time.time(), "version": __version__, "host": socket.gethostname()}
+
+
+def _known(folder: Path, identity: str) -> Path:
+    if read_facts(folder).get("digest") != identity:
+        raise StorageError(f"out: {folder} holds another artifact whose digest begins alike, or was changed by hand; "
+                           "move it away and run the same command again")
+    return folder
+
+
+def read_facts(folder: Path | str) -> dict[str, Any]:
+    """artifact.json of a folder, {} where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads((Path(folder) / MAKING_OF).read_text()))
+    return {}
+
+
+def point(out: str, name: str, folder: Path) -> Path:
+    """Makes <out>/<name> a link to an artifact, in place of an older link. Raises StorageError."""
+    link, partial = Path(out) / name, Path(out) / f".{name}.{secrets.token_hex(4)}"
+    try:
+        partial.symlink_to(folder.name)
+        os.replace(partial, link)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(f"out: {link} cannot become a link to {folder.name} ({error}); move away what is there, or "
+                           "choose another `name`") from error
+    return link

@@ -1,0 +1,1 @@
+"""Tensors of classifiers: recipe, networks, augmentation, mixing, accuracy."""

@@ -1,0 +1,1 @@
+"""What everyone agrees on: errors, random streams, nouns and their Arrow schemas, protocols, settings."""

@@ -1,0 +1,87 @@
+"""Every error this package raises on purpose, and the exit code each one maps to.
+
+    RayexpandError                  exit 1
+    ├── UsageError                  exit 2   what the user gave cannot work; says what, where, why and what to do next
+    │   ├── ConfigError             exit 2   all mistakes of one configuration at once
+    │   ├── SeedDataError           exit 2   the seed dataset as a whole (no label column, empty class, ...)
+    │   ├── ModelError              exit 2   a model folder that cannot be loaded
+    │   └── StorageError            exit 2   an output place that cannot hold a run
+    ├── OverBudget                  exit 3   more rows failed than the budget allows; outputs are kept
+    ├── DigestMismatch              exit 4   the output belongs to another plan, configuration or model
+    ├── Interrupted                 exit 75  stopped or starved; the same command continues
+    │   └── EnvironmentFault        exit 75  disk full, storage refused, model gone, out of memory at batch 1
+    └── RowFault                    (never leaves a shard) one row cannot become a sample; carries a Reason
+
+Only `cli/` turns these into messages and exit codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_DONE = 0
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_OVER_BUDGET = 3
+EXIT_DIGEST = 4
+EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h: a fault of this package
+EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h
+
+
+class RayexpandError(Exception):
+    exit_code = EXIT_FAILURE
+
+
+class UsageError(RayexpandError):
+    exit_code = EXIT_USAGE
+
+
+class ConfigError(UsageError):
+    """All mistakes of one configuration. `problems` holds one line each: `field: what, why, next step`."""
+
+    def __init__(self, where: str, problems: list[str]) -> None:
+        self.where, self.problems = where, problems
+        count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
+        super().__init__("\n  ".join([f"{where}: {count}", *problems]))
+
+
+class SeedDataError(UsageError):
+    pass
+
+
+class ModelError(UsageError):
+    pass
+
+
+class StorageError(UsageError):
+    pass
+
+
+class OverBudget(RayexpandError):
+    exit_code = EXIT_OVER_BUDGET
+
+
+class DigestMismatch(RayexpandError):
+    exit_code = EXIT_DIGEST
+
+
+class Interrupted(RayexpandError):
+    exit_code = EXIT_RESUMABLE
+
+
+class EnvironmentFault(Interrupted):
+    pass
+
+
+class RowFault(RayexpandError):
+    """One row is refused. `reason` is a member of `schema.Reason`; `detail` is for people."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(f"{reason}: {detail}" if detail else str(reason))
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """"'a', 'b' and 3 more": a list of names as a message shows it."""
+    shown = ", ".join(f"'{name}'" for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

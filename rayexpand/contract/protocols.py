@@ -1,0 +1,144 @@
+"""What models and methods must offer, and what a sampler call takes and gives.
+
+No torch here: arrays are torch tensors, named with a shape suffix (B rows, C channels, H, W pixels, D features, K
+classes, T tokens, E embedding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from rayexpand.contract.rng import PlanRng, RowRng
+from rayexpand.contract.schema import ClassTable, Draw, Reason, SeedIndex
+
+if TYPE_CHECKING:
+    import torch
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of one sampler call, always of the planned shape. A filler slot stands in for a row that is absent."""
+
+    draws: tuple[Draw, ...]
+    images: tuple[np.ndarray, ...]  # uint8 (H, W, 3): the seed image as prepared; mid-grey for fillers and Start.NOISE
+    rngs: tuple[RowRng, ...]
+    filler: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def normals(self, stream: str, shape: tuple[int, ...]) -> np.ndarray:
+        """float32 (B, *shape) standard normals, each row from its own stream."""
+        return np.stack([rng.normals(stream, shape) for rng in self.rngs])
+
+    def uniforms(self, stream: str, shape: tuple[int, ...]) -> np.ndarray:
+        """float32 (B, *shape) uniforms on [0, 1), each row from its own stream."""
+        return np.stack([rng.uniforms(stream, shape) for rng in self.rngs])
+
+
+@dataclass(slots=True)
+class Expansion:
+    """What a method made of one batch, slot by slot.
+
+    `images[i]` is uint8 (H, W, 3), or float (H, W, 3) in [0, 1], or None where `reasons[i]` says why. A slot may ask
+    for another attempt: `redraws[i]` is then its next Draw (attempt + 1), and images[i], reasons[i] are ignored.
+    """
+
+    images: list[np.ndarray | None]
+    reasons: list[Reason | None] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+    scores: dict[str, Sequence[float]] = field(default_factory=dict)  # name -> B numbers
+    redraws: dict[int, Draw] = field(default_factory=dict)
+
+
+class Prior(Protocol):
+    """A generator with a latent space. `encode`, `decode` are deterministic given their arguments."""
+
+    space: str  # names the latent space, e.g. "vae4"; artifacts record it
+    decode_needs_grad: bool
+
+    def encode(self, x_BCHW: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Images in [0, 1] to latents; `noise` is the posterior noise, None takes the mean."""
+
+    def decode(self, z: torch.Tensor, cond: Any = None) -> torch.Tensor:
+        """Latents to images (B, 3, H, W), about [0, 1], unclamped."""
+
+
+class Cond(Protocol):
+    """Row-indexable conditioning: tokens_BTE, pooled_BE or None, and their negatives."""
+
+    def __getitem__(self, rows: Any) -> Cond: ...
+
+
+class LatentPrior(Prior, Protocol):
+    """A latent diffusion model. `scheduler` is the diffusers scheduler the weights came with."""
+
+    scheduler: Any
+    device: Any  # torch.device
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(channels, height, width) of the latent of one image."""
+
+    def embed(self, prompts: Sequence[str], negatives: Sequence[str]) -> Cond: ...
+
+    def predict(self, z_t: torch.Tensor, t: int, cond: Cond, guidance_scale: float) -> torch.Tensor:
+        """Noise prediction eps (B, C, h, w) at timestep t; prediction type and classifier-free guidance inside."""
+
+
+class Guide(Protocol):
+    """An image model that scores samples."""
+
+    differentiable: bool
+
+    def features(self, x_BCHW: torch.Tensor) -> torch.Tensor: ...
+
+    def logits(self, x_BCHW: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """The loaded models and artifacts a method asked for in `needs()`; None where it did not."""
+
+    classes: ClassTable
+    prior: Any = None  # with the adapter, where the method needs one
+    guide: Any = None
+    prototypes: Any = None
+    class_features: Any = None  # float32 tensor (K, D)
+    image_features: Any = None  # its rows(seed_ids) are float32 (B, D), zeros for the seed id "filler"
+
+
+class Method(Protocol):
+    """A way to make samples. The method is its own configuration: a frozen pydantic model with defaults that name
+    their source; fields `name` (the module name) and, usually, `ratio`, the copies of each seed.
+
+    A method that works on part of a call at a time may name the fields that say how many rows in a class attribute
+    PIECES, in the order in which they are halved when memory runs out; None in such a field is the whole call."""
+
+    name: str
+
+    def needs(self) -> frozenset[str]:
+        """Names of Tools fields (besides classes) that `expand` uses."""
+
+    def copies(self, index: SeedIndex, rng: PlanRng) -> np.ndarray:
+        """uint16[n_seeds]: how many copies of each seed are planned."""
+
+    def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
+        """The draw of one copy. numpy only, no model: this is the plan."""
+
+    def group(self, copies: int) -> int:
+        """How many copies of one seed must share a call; 1 for methods whose rows are independent."""
+
+    def batch_key(self, draw: Draw) -> tuple[Any, ...]:
+        """Rows of one call agree on it (for example the executed steps)."""
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion: ...
+
+    def soft_label(self, source: np.ndarray, target: np.ndarray, strength: np.ndarray, n_classes: int,
+                   **recipe: float) -> np.ndarray:
+        """float32 (B, K) training labels from provenance columns: one-hot target unless the method says otherwise."""
+
+
+Progress = Callable[[str, int, int], None]  # stage, done, total

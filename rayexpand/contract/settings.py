@@ -1,0 +1,127 @@
+"""Frozen sections of YAML files: every unknown key is an error, and all mistakes are reported at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rayexpand.contract.errors import ConfigError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error instead of a silent choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [str(key) for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.YAMLError(f"{', '.join(twice)} is given twice (line {node.start_mark.line + 1} and below)")
+        return super().construct_mapping(node, deep)
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file with `a.b=value` overrides, not yet checked. Raises ConfigError."""
+    try:
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read ({error.strerror}); give the path of a YAML file such as "
+                                      "jobs/digits/expand-img2img.yaml"]) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tabs = "; indent with spaces, not tabs" if "\\t" in str(error) else ""
+        raise ConfigError(str(path), [f"is not YAML: {error}{tabs}"]) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(str(path), ["holds no mapping at its top; expected sections such as name, data, method"])
+    return override(raw, overrides)
+
+
+def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`raw` with each `a.b=value` applied. Raises ConfigError."""
+    for one in overrides:
+        _apply(raw, one)
+    return raw
+
+
+def digest(value: Any) -> str:
+    """sha256 of JSON data in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One line per field that differs: `a.b: old -> new`."""
+    lines = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return lines
+
+
+def _apply(raw: dict[str, Any], one: str) -> None:
+    dotted, sign, value = one.partition("=")
+    if not sign or not dotted:
+        raise ConfigError("--set", [f"{one!r}: expected a.b=value, for example --set method.strength=0.7"])
+    *sections, leaf = dotted.split(".")
+    target = raw
+    for section in sections:
+        child = target.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError("--set", [f"{dotted}: '{section}' is not a section"])
+        target = child
+    try:
+        target[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError("--set", [f"{dotted}: the value is not YAML ({error})"]) from error
+
+
+def mistakes(error: ValidationError, model: Any, prefix: str) -> list[str]:
+    """One line for each mistake pydantic found in a `model`: the dotted field, what is wrong, what was meant."""
+    lines = []
+    for problem in error.errors():
+        if problem["type"] == "default_factory_not_called":
+            continue  # the default follows from a field that is itself wrong, and named
+        loc = [str(part) for part in problem["loc"]]
+        dotted = prefix + ".".join(loc)
+        if problem["type"] == "extra_forbidden":
+            known = _known_fields(model, loc[:-1])
+            near = get_close_matches(loc[-1], known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+            lines.append(f"{dotted}: unknown field, {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{dotted}: is required and missing")
+        elif problem["type"] in ("model_type", "dict_type", "model_attributes_type"):
+            lines.append(f"{dotted}: must be a section with fields, such as {{{_known_fields(model, loc)[0]}: ...}}, "
+                         f"got {problem['input']!r}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "string_pattern_mismatch":
+                message = "may hold letters, digits, '.', '_' and '-', and must start with a letter or digit"
+            shown = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+            lines.append(f"{dotted.rstrip('.')}: {message}{shown}")
+    return lines
+
+
+def _known_fields(model: Any, loc: Sequence[str]) -> list[str]:
+    """Fields of the section at `loc`, through optional sections and lists or mappings of sections."""
+    for part in loc:
+        if part in model.model_fields:  # else the key of a mapping or the place in a list of sections
+            model = _section(model.model_fields[part].annotation)
+    return list(model.model_fields) if model is not None else ["name"]  # a mapping whose keys are free
+
+
+def _section(annotation: Any) -> Any:
+    """The model in an annotation such as Model, Model | None or dict[str, Model]."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    return next((found for one in get_args(annotation) if (found := _section(one))), None)

@@ -1,1 +1,0 @@
-"""Sampling, training and measuring on tensors: torch and diffusers only; no files, no model names, no Ray."""

@@ -1,0 +1,189 @@
+"""A CSV or parquet file with one line per image: its path, its label, perhaps an id and a split.
+
+Paths are relative to the manifest's folder and may not leave it. Seed ids are the paths as written, or `id_column`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import posixpath
+import re
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rayexpand.contract.errors import SeedDataError, few
+from rayexpand.contract.schema import Reason
+from rayexpand.data.seeds.columns import require, require_label
+from rayexpand.data.seeds.listing import (
+    Listing,
+    Read,
+    encode_labels,
+    fault_code,
+    is_text,
+    label_array,
+    parsed_labels,
+    unique_ids,
+)
+from rayexpand.data.seeds.places import Place, blaming, place, read_below, read_bytes, read_text
+from rayexpand.data.seeds.source import DataConfig
+
+_PATH_COLUMNS = ("path", "file_name")  # where there is no column of the default name
+
+
+def root(data: DataConfig) -> Place:
+    assert data.path is not None
+    return place("data.path", data.path).parent()
+
+
+def check(data: DataConfig) -> None:
+    """Looks at the columns. Raises SeedDataError."""
+    _columns(data, schema(data))
+
+
+def schema(data: DataConfig) -> pa.Schema:
+    """All columns of the file; those of a CSV are text. Raises SeedDataError."""
+    assert data.path is not None
+    where = place("data.path", data.path)
+    with blaming("data.path", data.path, where):
+        if (kind := where.kind()) != "file":
+            what = ("is a folder; name the CSV or parquet file in it" if kind else "does not exist; correct the path")
+            raise SeedDataError(f"data.path: '{data.path}' {what}")
+        if not _is_parquet(data):
+            return pa.schema([(name, pa.string()) for name in _header(data)])
+        with where.open() as raw:
+            return pq.read_schema(raw)
+
+
+def _is_parquet(data: DataConfig) -> bool:
+    return str(data.path).lower().endswith(".parquet")
+
+
+def _header(data: DataConfig) -> list[str]:
+    """Column names of a CSV."""
+    assert data.path is not None
+    with place("data.path", data.path).open() as raw:
+        start = raw.read(1 << 16).decode("utf-8-sig", errors="replace")
+    return next(csv.reader(io.StringIO(start)), [])
+
+
+def _columns(data: DataConfig, schema: pa.Schema, text: str | None = None) -> dict[str, str]:
+    """Column of each role: image, label, and id, split, text where they are used. Raises SeedDataError."""
+    name, image = posixpath.basename(str(data.path)), data.image_column
+    if image not in schema.names and image == DataConfig.model_fields["image_column"].default:
+        image = next((column for column in _PATH_COLUMNS if column in schema.names), image)
+    split = data.split_column if data.split or data.split_column in schema.names else None
+    require({"image_column": image, "label_column": data.label_column, "id_column": data.id_column,
+             "split_column": split}, schema.names, name)
+    require_label(data.label_column, schema.field(data.label_column).type)
+    if not is_text(schema.field(image).type):
+        raise SeedDataError(f"data.image_column: '{image}' is {schema.field(image).type}; a manifest holds image paths "
+                            "as strings (use source: parquet for embedded images)")
+    roles = {"image": image, "label": data.label_column, "id": data.id_column, "split": split, "text": text}
+    return {role: column for role, column in roles.items() if column is not None}
+
+
+def list_seeds(data: DataConfig) -> Listing:
+    """Reads the manifest only; whether an image is there shows when it is read."""
+    check(data)
+    table = _rows(data)
+    starts = _full_starts(data)
+    resolved = [_resolve(path, starts) for path in table["image"].to_pylist()]
+    ids, repeated = _ids(data, table)
+    label = table["label"]
+    if not _is_parquet(data):
+        label = parsed_labels(label.to_pylist(), data)
+    labels, keys = encode_labels(label, data, table.schema)
+    faults = np.fromiter((fault_code(fault) for _, fault in resolved), np.int8)
+    faults[(faults == 0) & (labels < 0)] = fault_code(Reason.BAD_LABEL)
+    faults[repeated & (faults != fault_code(Reason.UNSAFE_PATH))] = fault_code(Reason.DUPLICATE_ID)
+    nowhere = np.full(len(ids), -1, np.int32)
+    return Listing(ids, labels, faults, keys, keys, [""], np.zeros(len(ids), np.int32),
+                   pa.array([member for member, _ in resolved], pa.string()), nowhere, nowhere)
+
+
+def texts(data: DataConfig, column: str) -> tuple[pa.Array, pa.Array]:
+    """(seed ids, cells of another column), row by row. Raises SeedDataError."""
+    table = _rows(data, column)
+    return _ids(data, table)[0], table["text"].combine_chunks()
+
+
+def _rows(data: DataConfig, text: str | None = None) -> pa.Table:
+    """One column per role of the rows of data.split, and `text`, another column, where one is named."""
+    table = _read_parquet(data, text) if _is_parquet(data) else _read_csv(data, text)
+    return table.filter(_rows_of_split(data, table["split"])) if "split" in table.column_names else table
+
+
+def _ids(data: DataConfig, table: pa.Table) -> tuple[pa.Array, np.ndarray]:
+    """Ids, and a mask of the rows whose id was taken."""
+    ids = table["image"].combine_chunks()
+    if data.id_column:
+        ids = pc.coalesce(table["id"].combine_chunks(), ids)
+    stem = posixpath.splitext(posixpath.basename(str(data.path)))[0]
+    numbers = pa.array(np.arange(len(table))).cast(pa.string())
+    return unique_ids(pc.coalesce(ids, pc.binary_join_element_wise(stem, numbers, "/")))
+
+
+def _read_csv(data: DataConfig, text: str | None) -> pa.Table:
+    """One string column per role; empty and absent cells are null."""
+    assert data.path is not None
+    rows = csv.DictReader(io.StringIO(read_text("data.path", data.path)))
+    try:
+        columns = _columns(data, pa.schema([(name, pa.string()) for name in rows.fieldnames or []]), text)
+        cells = [[row[column] or None for column in columns.values()] for row in rows]
+    except csv.Error as error:
+        raise SeedDataError(f"data.path: '{data.path}' is not CSV (after line {rows.line_num}: {error}); save it as "
+                            "CSV with a header line") from error
+    found = zip(*cells, strict=True) if cells else [()] * len(columns)
+    return pa.table({role: pa.array(column, pa.string()) for role, column in zip(columns, found, strict=True)})
+
+
+def _read_parquet(data: DataConfig, text: str | None) -> pa.Table:
+    assert data.path is not None
+    content = pa.BufferReader(read_bytes("data.path", data.path))
+    with blaming("data.path", data.path, Place("")):
+        columns = _columns(data, pq.read_schema(content), text)
+        table = pq.read_table(content, columns=sorted(set(columns.values())))
+    words = is_text(table.schema.field(columns["label"]).type)
+    cast = {role: pa.chunked_array([label_array(table[column], words if role == "label" else True)])
+            for role, column in columns.items()}
+    return pa.table(cast).replace_schema_metadata(table.schema.metadata)
+
+
+def _rows_of_split(data: DataConfig, split: pa.ChunkedArray) -> pa.ChunkedArray:
+    there = sorted(pc.unique(split).drop_null().to_pylist())
+    if data.split is None and len(there) > 1:
+        raise SeedDataError(f"data.split: missing, '{data.path}' holds several splits; set it to one of {few(there)}")
+    if data.split is not None and data.split not in there:
+        raise SeedDataError(f"data.split: no row with {data.split_column} '{data.split}' in '{data.path}'; it has "
+                            f"{few(there)}")
+    return pc.fill_null(pc.equal(split, data.split), False) if data.split else pa.chunked_array([[True] * len(split)])
+
+
+def _full_starts(data: DataConfig) -> tuple[str, ...]:
+    """How a full path or URL of something in the manifest's folder begins."""
+    folder, given = root(data).root, posixpath.dirname(str(data.path))
+    starts = [folder, f"file://{folder}", *([given] if given.startswith("/") or "://" in given else [])]
+    return tuple(f"{start}/" for start in starts)
+
+
+def _resolve(path: str | None, starts: tuple[str, ...]) -> tuple[str, str]:
+    """(path below the manifest's folder, fault). Full paths and URLs are fine as long as they lie below it."""
+    if not path:
+        return "", Reason.MISSING
+    path = next((path.removeprefix(start) for start in starts if path.startswith(start)), path)
+    member = posixpath.normpath(path)
+    if re.match(r"[/\\]|[A-Za-z]:[/\\]|\w[\w+.-]*://", path) or member.split("/")[0] == ".." or "\0" in path:
+        return "", Reason.UNSAFE_PATH
+    return member, ""
+
+
+def reader(folder: Place, files: list[str], data: DataConfig) -> Read:
+    def read(row: dict[str, Any]) -> bytes:
+        return read_below(folder, row["member"], row["seed_id"])
+
+    return read

@@ -1,0 +1,107 @@
+"""What the user says about the seeds: the configuration section, and the two small files it may name."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import posixpath
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field
+
+from rayexpand.contract.errors import SeedDataError
+from rayexpand.data.pixels import PILLOW_PIXELS
+from rayexpand.data.seeds.places import read_bytes, read_text
+
+
+class DataConfig(BaseModel):
+    """Which seeds a run starts from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Literal["digits", "imagefolder", "parquet", "webdataset", "manifest", "npz"] = Field(description=(
+        "digits: built in; imagefolder: one folder per class; parquet: Hugging Face layout; webdataset: tar shards; "
+        "manifest: CSV or parquet file of image paths and labels; npz: MedMNIST arrays"))
+    path: str | None = Field(default=None, description=(
+        "dataset folder or fsspec URL, or one file (parquet, tar, manifest, npz), or a pattern with * (parquet, tar); "
+        "relative paths start at the working directory"))
+    split: str | None = Field(default=None, description=(
+        "imagefolder: sub-folder ('train'); parquet, webdataset: prefix of the file names ('train-*.parquet'), also "
+        "looked for in data/ and <split>/; manifest: value of split_column; npz: prefix of the arrays; digits: seeds "
+        "(the default), test, or pool, which the tiny prior and guide are trained on"))
+    classes: str | None = Field(default=None, description=(
+        "file that maps class ids to names: JSON object, CSV with columns key,name[,metaclass,noun], or lines "
+        "'n01440764 tench, Tinca tinca'"))
+    image_column: str = Field(default="image", description=(
+        "parquet: struct{bytes,path} or binary column; manifest: column of paths ('path' or 'file_name' serve where "
+        "there is no 'image')"))
+    label_column: str = Field(default="label", description=(
+        "parquet, manifest: integer, ClassLabel or string column; webdataset: field of the .json files, where a "
+        "sample has no .cls file"))
+    id_column: str | None = Field(default=None, description=(
+        "parquet, manifest: column of unique seed ids; without it ids are <file stem>/<row>, or the image paths"))
+    split_column: str = Field(default="split", description="manifest: column that data.split selects from")
+    ids: str | None = Field(default=None, description=(
+        "file of the seed ids to use: text lines, CSV or parquet with a column seed_id, or a JSON list"))
+    per_class: int | None = Field(default=None, ge=1, description=(
+        "seeds taken of each class; a smaller set lies inside a larger one"))
+    subset_seed: int = Field(default=0, description="which random subset per_class takes")
+    min_side: int = Field(default=8, ge=1, description="images with a shorter side, in pixels, are refused (too_small)")
+    max_pixels: int = Field(default=PILLOW_PIXELS, ge=1, le=2 * PILLOW_PIXELS,
+                            description="images with more pixels are refused unread (too_large)")
+    digits_split: int = Field(default=0, ge=0, description="digits: number of the random pool/test/seeds split")
+    digits_background: Literal["dark", "correlated", "all"] = Field(default="dark", description=(
+        "digits: dark as they are; correlated: 0-4 mostly on dark and 5-9 mostly on grey, 19 of 20; all: every digit "
+        "on both; seed ids then end in /low-dark, /low-grey, /high-dark or /high-grey"))
+
+
+def class_mapping(data: DataConfig) -> dict[str, dict[str, str]] | None:
+    """Class key -> {name, metaclass, noun} of the file data.classes."""
+    if data.classes is None:
+        return None
+    text = read_text("data.classes", data.classes)
+    suffix = posixpath.splitext(data.classes)[1].lower()
+    try:
+        if suffix == ".json":
+            entries = {key: value if isinstance(value, dict) else {"name": value}
+                       for key, value in json.loads(text).items()}
+        elif suffix == ".csv":
+            entries = {row["key"]: row for row in csv.DictReader(io.StringIO(text))}
+        else:
+            lines = (line.split(maxsplit=1) for line in text.splitlines() if line.strip())
+            entries = {key: {"name": rest.split(",")[0].strip()} for key, rest in lines}
+        table = {key: {part: entry.get(part) or "" for part in ("name", "metaclass", "noun")}
+                 for key, entry in entries.items()}
+        if not table or not all(isinstance(part, str) for entry in table.values() for part in entry.values()) \
+                or not all(entry["name"] for entry in table.values()):
+            raise ValueError("an entry without a name")
+    except (ValueError, KeyError, AttributeError, TypeError, csv.Error) as error:
+        raise SeedDataError(f"data.classes: '{data.classes}' is not a class mapping ({error!r}); give a JSON object "
+                            "{id: name}, a CSV with columns key,name, or lines 'id name'") from error
+    return table
+
+
+def wanted_ids(data: DataConfig) -> list[str] | None:
+    """Seed ids of the file data.ids, in its order, each once."""
+    if data.ids is None:
+        return None
+    suffix = posixpath.splitext(data.ids)[1].lower()
+    try:
+        if suffix == ".parquet":
+            content = pa.BufferReader(read_bytes("data.ids", data.ids))
+            found = pq.read_table(content, columns=["seed_id"])["seed_id"].to_pylist()
+        elif suffix == ".json":
+            found = json.loads(read_text("data.ids", data.ids))
+        elif suffix == ".csv":
+            found = [row["seed_id"] for row in csv.DictReader(io.StringIO(read_text("data.ids", data.ids)))]
+        else:
+            found = [line for line in read_text("data.ids", data.ids).split("\n") if line]
+        if not found or not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise ValueError("no list of names")
+    except (ValueError, KeyError, csv.Error) as error:
+        raise SeedDataError(f"data.ids: '{data.ids}' holds no seed ids ({error!r}); give one id per line, a JSON list, "
+                            "or a CSV or parquet file with a column seed_id") from error
+    return list(dict.fromkeys(found))

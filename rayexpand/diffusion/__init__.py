@@ -1,0 +1,1 @@
+"""Tensors of generators: noise process, solvers, perturbation, energies, prototypes."""

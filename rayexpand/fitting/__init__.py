@@ -1,0 +1,1 @@
+"""Making artifacts: what methods need and a dataset has not."""

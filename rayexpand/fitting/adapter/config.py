@@ -1,0 +1,204 @@
+"""The `adapter` section of a fit file: fine-tune the generator on the dataset, and what can be wrong with that.
+
+    fit:
+      adapter:
+        recipe: {preset: diffmix, steps: 35000}     # core/finetune_config.py
+        resolution: 512
+        workers: 8                                  # Ray Train workers; 0: this process
+
+`recipe` decides the numbers, and so do resolution, crops, flips, latents and the number of workers (sums in another
+order). The rest says how it runs and may change between two attempts at one fine-tuning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from rayexpand.contract.errors import ModelError
+from rayexpand.contract.prompts import CLASS_WORDS, placeholders
+from rayexpand.contract.schema import ClassTable
+from rayexpand.contract.settings import Section, mistakes
+from rayexpand.data.captions_features import CAPTIONS, CLASS_FEATURES, IMAGE_FEATURES, columns_problem
+from rayexpand.diffusion.sampling import Solver
+from rayexpand.fitting.adapter.latents import LatentsConfig, Views
+from rayexpand.fitting.adapter.recipe import FinetuneConfig, make_finetune
+from rayexpand.models.folders import DIGITS
+from rayexpand.models.prior import PriorFacts, check_size, inspect_prior, present
+
+
+class BaseConfig(Section):
+    weights: str = Field(DIGITS, description="generator to fine-tune: 'digits' (embedded default), a diffusers folder, "
+                         "or org/name@revision")
+
+
+class SheetConfig(Section):
+    classes: int = Field(4, ge=1, description="rows: the first classes by label")
+    images: int = Field(4, ge=1, description="columns: fixed noises")
+    steps: int = Field(10, ge=1, description="solver steps")
+    guidance_scale: float = Field(2.0, ge=0, description="classifier-free guidance scale, 1 = none")
+    solver: Solver = "ddim"
+
+
+class AdapterFit(Section):
+    recipe: dict[str, Any] = Field({}, description="preset and fields of the fine-tuning (core/finetune_config.py)")
+    resolution: int | None = Field(None, ge=8, description="side of the training images, pixels; null: the generator's "
+                                   "own")
+    crops: int = Field(1, ge=1, description="crops kept of each image that is not square")
+    flips: bool = Field(True, description="each crop also mirrored (both papers); false where left and right matter")
+    latents: LatentsConfig = LatentsConfig()
+    captions: str | None = Field(None, description="folder of captions, where the prompt holds {caption}; null: those "
+                                 "this file makes")
+    features: str | None = Field(None, description="folder of class or image features, for recipe.visual_token; null: "
+                                 "those this file makes")
+
+    workers: int = Field(0, ge=0, description="Ray Train workers that share each batch; 0: train in this process")
+    cpus_per_worker: float = Field(1.0, ge=0, description="CPUs each reserves, with its loaders")
+    gpus_per_worker: float | None = Field(None, ge=0, description="GPUs each reserves; null: 1 where the cluster has "
+                                          "GPUs, else 0")
+    loaders: int = Field(1, ge=1, description="processes beside each worker that read latents")
+    checkpoint_every: int = Field(5000, ge=1, description="optimiser steps (Diff-Mix: 5000)")
+    log_every: int = Field(10, ge=1, description="optimiser steps of one point of the curves")
+    sheet: SheetConfig | None = Field(SheetConfig(), description="a picture of samples with each checkpoint; null: "
+                                      "none")
+    tensorboard: bool = Field(True, description="curves as TensorBoard events beside the adapter")
+
+    @field_validator("recipe")
+    @classmethod
+    def _is_a_recipe(cls, recipe: dict[str, Any]) -> dict[str, Any]:
+        try:
+            make_finetune(recipe)
+        except ValidationError as error:
+            lines = mistakes(error, FinetuneConfig, "")
+            raise ValueError("; ".join(line.removeprefix(": ") for line in lines)) from error
+        return recipe
+
+    @property
+    def finetune(self) -> FinetuneConfig:
+        return make_finetune(self.recipe)
+
+    @property
+    def captions_kind(self) -> str | None:
+        """CAPTIONS where the prompt asks for them."""
+        return CAPTIONS if "caption" in placeholders(self.finetune.template) else None
+
+    @property
+    def features_kind(self) -> str | None:
+        """Artifact that holds the visual tokens; None without any."""
+        return {"none": None, "class_mean": CLASS_FEATURES, "instance": IMAGE_FEATURES}[self.finetune.visual_token]
+
+    def views(self, facts: PriorFacts, seed: int) -> Views:
+        return Views(self.resolution or facts.image_size, self.crops, self.flips, self.latents.batch,
+                     self.latents.dtype, seed)
+
+
+def adapter_problems(made: AdapterFit, weights: str | None, device: str, here: Sequence[str], *,
+                     on_ray: bool) -> list[str]:
+    """What is wrong with the section as far as files on this machine say, one line each. `weights` None: of a generator
+    that the same file makes; `here`: kinds of artifacts that it makes; `on_ray`: whether `workers` are used."""
+    recipe = made.finetune
+    problems = _share_problems(made, recipe, on_ray=on_ray) + _artifact_problems(made, recipe, here)
+    if recipe.precision == "fp16" and device == "cpu":
+        problems.append("fit.adapter.recipe.precision: fp16 needs CUDA, and device is cpu; use fp32 or bf16")
+    return problems if weights is None else problems + _base_problems(made, recipe, weights)
+
+
+def _base_problems(made: AdapterFit, recipe: FinetuneConfig, weights: str) -> list[str]:
+    problems = []
+    try:
+        facts = inspect_prior(weights)
+    except ModelError as error:
+        return [f"prior.weights: {error}"]
+    try:
+        check_size(facts, made.resolution or facts.image_size)
+    except ModelError as error:
+        text = str(error).replace("image.size", "fit.adapter.resolution")
+        problems.append(f"fit.adapter.resolution: {text}")
+    if recipe.has_tokens and (problem := _token_problem(recipe.init_token, weights)):
+        problems.append(f"fit.adapter.recipe.init_token: {problem}")
+    if made.sheet is not None and made.sheet.steps > facts.train_timesteps:
+        problems.append(f"fit.adapter.sheet.steps: {made.sheet.steps} steps, but the generator knows "
+                        f"{facts.train_timesteps} timesteps")
+    if made.sheet is not None and _ends_in_noise(weights):
+        problems.append("fit.adapter.sheet: this generator's scheduler has rescale_betas_zero_snr, so no sample can be "
+                        "drawn from its last timestep here; set sheet: null, or take weights trained without it")
+    return problems
+
+
+def _ends_in_noise(weights: str) -> bool:
+    """Whether the scheduler of a generator on this machine leaves no signal at the last timestep."""
+    folder = present(weights)
+    file = None if folder is None else folder / "scheduler" / "scheduler_config.json"
+    return file is not None and file.is_file() and bool(json.loads(file.read_text()).get("rescale_betas_zero_snr"))
+
+
+def _share_problems(made: AdapterFit, recipe: FinetuneConfig, *, on_ray: bool) -> list[str]:
+    world = max(1, made.workers) if on_ray else 1
+    parts = world * recipe.accumulate
+    if recipe.batch % parts == 0:
+        return []
+    return [f"fit.adapter.recipe.batch: {recipe.batch} images cannot be cut into {parts} equal slices ({world} "
+            f"workers, accumulate {recipe.accumulate}); use a multiple of {parts}"]
+
+
+def _artifact_problems(made: AdapterFit, recipe: FinetuneConfig, here: Sequence[str]) -> list[str]:
+    problems = []
+    wanted = [("captions", made.captions_kind, made.captions, "{caption} in recipe.prompt"),
+              ("features", made.features_kind, made.features, f"recipe.visual_token {recipe.visual_token}")]
+    for field, kind, folder, reason in wanted:
+        if kind is None and folder is not None:
+            problems.append(f"fit.adapter.{field}: has no effect without " + (
+                reason if field == "captions" else "recipe.visual_token class_mean or instance"))
+        elif kind is not None and folder is not None and (
+                problem := columns_problem(Path(folder).expanduser(), kind)):
+            problems.append(f"fit.adapter.{field}: {problem}")
+        elif kind is not None and folder is None and kind not in here:
+            problems.append(f"fit.adapter.{field}: is missing, and {reason} needs {kind.replace('_', ' ')}; name a "
+                            f"folder, or add `{kind}:` to `fit` of this file")
+    return problems
+
+
+def _token_problem(token: int | str | None, weights: str) -> str:
+    """Why class tokens cannot start as this word of the generator's vocabulary; "" where they can, or where the
+    generator is not on this machine yet."""
+    tokenizer = _tokenizer(weights)
+    if tokenizer is None or token is None:
+        return ""
+    if isinstance(token, int):
+        return "" if 0 <= token < len(tokenizer) else (
+            f"{token} is no id of this generator's vocabulary of {len(tokenizer)} words; give a word of it, or null "
+            "for the mean of all rows")
+    if len(ids := tokenizer(token, add_special_tokens=False).input_ids) == 1:
+        return ""
+    return (f"{token!r} is {len(ids)} tokens in this generator's vocabulary; give a word that is one token, an id, or "
+            "null for the mean of all rows")
+
+
+def _tokenizer(weights: str) -> Any:
+    if weights == DIGITS:
+        from rayexpand.models.tiny.digits import build_tokenizer
+
+        return build_tokenizer()
+    folder = present(weights)
+    if folder is None or not (Path(folder) / "tokenizer").is_dir():
+        return None
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+
+
+def word_problems(made: AdapterFit, classes: ClassTable) -> list[str]:
+    """Words the training prompt asks for and the class table does not have, one line each."""
+    problems = []
+    template = made.finetune.template
+    for word in (one for one in CLASS_WORDS if one in placeholders(template)):
+        blank = [classes.key[k] for k in range(len(classes)) if not getattr(classes, word)[k].strip()]
+        if blank:
+            problems.append(f"fit.adapter.recipe.prompt: {template!r} asks for {{{word}}}, which {len(blank)} of "
+                            f"{len(classes)} classes do not have, such as {blank[0]!r}; add a {word} to the file "
+                            "data.classes, or write the word itself into the prompt")
+    return problems

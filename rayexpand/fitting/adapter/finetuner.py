@@ -1,0 +1,261 @@
+"""Fine-tuning a latent diffusion model step by step: class tokens, LoRA, or every weight of UNet and text encoder.
+
+A worker hands in its slice of the global batch with everything random decided (`draw_visit`); the step draws nothing.
+Like slices on R workers under DDP, or the whole batch on one: the same weights, but for the order of additions.
+
+    paper symbol     name here            meaning, unit
+    z_0              z0_BCHW              latents, already times the autoencoder's scaling factor
+    eps              noise_BCHW           standard normal noise (plus noise_offset's)
+    t                t_B                  timestep, 0 to 999 in Stable Diffusion
+    a_r              share                R n_r / N of n_r rows here and N on R workers
+    V                rows_NE              rows of the class tokens `<class_0>` .. `<class_{N-1}>`, fp32
+    A, B             lora_A, lora_B       of the low-rank updates, fp32
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rayexpand.contract.class_tokens import add_class_tokens
+from rayexpand.contract.errors import ConfigError, ModelError, RayexpandError
+from rayexpand.fitting.adapter.denoiser import Denoiser, add_lora, init_token_id, insert_rows
+from rayexpand.fitting.adapter.objective import Reduce, all_reduce, l_simple, min_snr, mmd, noised
+from rayexpand.fitting.adapter.recipe import PRESETS, FinetuneConfig, make_finetune
+from rayexpand.fitting.adapter.visit import TrainingDraw, draw_visit
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+__all__ = ["PRESETS", "FinetuneConfig", "Finetuner", "LatentBatch", "Losses", "TrainingDraw", "draw_visit",
+           "make_finetune"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+log = logging.getLogger(__name__)
+
+
+class LatentBatch(NamedTuple):
+    """One worker's rows of the global batch of one step, in the order of the batch (worker r of R holds the r-th of R
+    runs of rows). B is a multiple of `accumulate`; everything is decided by the caller, nothing is drawn here."""
+
+    z0_BCHW: Tensor  # float32 clean latents, already times the autoencoder's scaling factor
+    noise_BCHW: Tensor  # float32; holds the noise offset, if any
+    t_B: Tensor  # int64 timesteps, 0 to num_train_timesteps - 1
+    text: Tensor | Sequence[str]  # B prompts, or their int64 ids (B, T) as `Finetuner.ids` makes them
+    visual_BD: Tensor | None = None  # float32 image features as wide as the hidden states; None: no visual token
+    dropped_B: Tensor | None = None  # bool: these rows get the empty text and no visual token; None: none of them
+    share: float = 1.0  # R B / N of N rows over R workers: 1 where all slices have the same size
+
+
+class Losses(NamedTuple):
+    """Of the last step, over this worker's rows (mmd: over its scope; 0 where it is off)."""
+
+    total: float
+    simple: float
+    mmd: float
+    grad_norm: float  # of all that trains, over all workers' rows, before clipping
+
+
+class Finetuner:
+    """A generator in training, its optimiser and the number of the next step.
+
+    Takes over `unet` and `text_encoder`: they are frozen, moved to `device` and `precision`, and LoRA and class tokens
+    are put into them; `tokenizer` gets the class tokens. `wrap` takes the one module on its device and returns what is
+    called in training (DDP goes here); `world` is the number of workers, `reduce` adds a tensor up over them. Initial
+    weights depend on `seed` only. Raises ModelError where the models cannot be trained so, ConfigError for the rest.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
+                 scheduler: Any, config: FinetuneConfig, n_classes: int, seed: int, *,
+                 device: str | torch.device = "cpu", wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+                 world: int = 1, reduce: Reduce = all_reduce) -> None:
+        self.config, self.device, self.world, self.step = config, torch.device(device), world, 0
+        if config.precision == "fp16" and self.device.type != "cuda":
+            raise ConfigError("finetune", [f"precision: fp16 needs CUDA and its loss scaling; on {self.device} take "
+                                           "bf16 or fp32"])
+        self.unet, self.text_encoder, self.tokenizer = unet, text_encoder, tokenizer
+        self.prediction, self._abar = _noise_schedule(scheduler, self.device)
+        self._reduce = reduce if world > 1 else None
+        self.first_token: int | None = None  # id of <class_0>
+        self.init_token: int | None = None  # id whose row every class token started as
+        self._prepare(n_classes, seed)
+        self.module = Denoiser(unet, text_encoder, tokenizer.eos_token_id)
+        self.module.to(self.device).eval()
+        self._wrapped = wrap(self.module)
+        self.trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self._tokens, self._weights = (
+            {name: p for name, p in self.trainable.items() if name.endswith("rows_NE") == of_tokens}
+            for of_tokens in (True, False))
+        self.optimiser = self._make_optimiser()
+        self._scaler = torch.amp.GradScaler("cuda", enabled=config.precision == "fp16")
+        self._empty_T = self.ids([""])[0]
+        self.losses = Losses(math.nan, math.nan, math.nan, math.nan)
+
+    def _prepare(self, n_classes: int, seed: int) -> None:
+        """Freezes, casts, and puts in what trains."""
+        config = self.config
+        full = config.strategy == "full"
+        for model in (self.unet, self.text_encoder):
+            model.requires_grad_(full)
+            for parameter in model.parameters():  # norms stay in fp32: CPUs cannot mix the other way round
+                small = not full and parameter.ndim > 1
+                parameter.data = parameter.data.to(DTYPES[config.precision] if small else torch.float32)
+        if config.has_tokens:
+            self.init_token = init_token_id(config, self.tokenizer)
+            self.first_token = add_class_tokens(self.tokenizer, n_classes)
+            insert_rows(self.text_encoder, self.first_token, n_classes, self.init_token)
+        if config.has_lora:
+            add_lora(self.unet, config, seed)
+
+    def _make_optimiser(self) -> torch.optim.Optimizer:
+        config = self.config
+        groups: list[dict[str, Any]] = [{"params": list(self._weights.values()), "lr": config.lr},
+                                        {"params": list(self._tokens.values()), "lr": config.token_lr}]
+        return torch.optim.AdamW([group for group in groups if group["params"]], betas=config.betas, eps=config.eps,
+                                 weight_decay=config.weight_decay, fused=True)
+
+    def update(self, batch: LatentBatch) -> float:
+        """One optimiser step; the loss of these rows. Raises RayexpandError where it or the gradient is not finite; in
+        fp16 a gradient that is not costs the step, and GradScaler lowers its scale."""
+        for parameter in self.trainable.values():
+            parameter.requires_grad_(True)  # a sampler built on the same parts has frozen them
+        self.optimiser.zero_grad(set_to_none=True)
+        sums_3 = torch.zeros(3, device=self.device)
+        pieces = list(self._pieces(batch))
+        for i, piece in enumerate(pieces):
+            with self._without_sync(i + 1 < len(pieces)):
+                parts = self._loss(piece)
+                self._scaler.scale(parts[0] / len(pieces)).backward()
+            sums_3 += torch.stack(parts).detach() / len(pieces)
+        self._scaler.unscale_(self.optimiser)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None])
+        self._clip()
+        self._scaler.step(self.optimiser)
+        self._scaler.update()
+        self.losses = Losses(*torch.cat([sums_3, grad_norm[None].float()]).tolist())  # last: a GPU waits here
+        self._refuse_divergence()
+        self.step += 1
+        return self.losses.total
+
+    def _refuse_divergence(self) -> None:
+        losses, where = self.losses, f"at step {self.step} of {self.config.steps}"
+        numbers = {"the loss": losses.total}
+        if not self._scaler.is_enabled():
+            numbers["the gradient's norm"] = losses.grad_norm
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise RayexpandError(f"fine-tuning diverged: {name} is {value} {where}. Lower lr and token_lr, or take "
+                                     "another precision")
+
+    def _pieces(self, batch: LatentBatch) -> Iterator[LatentBatch]:
+        """The batch on the device with ids for text, in `accumulate` equal parts."""
+        rows, parts = len(batch.z0_BCHW), self.config.accumulate
+        assert rows, "a worker has no rows"
+        assert rows % parts == 0, f"{rows} rows cannot be computed in {parts} equal parts"
+        assert (batch.visual_BD is not None) == self.config.has_visual, "visual_token and visual_BD differ"
+        ids_BT = batch.text if isinstance(batch.text, Tensor) else self.ids(batch.text)
+        if batch.dropped_B is not None:
+            ids_BT = torch.where(batch.dropped_B[:, None].to(ids_BT.device), self._empty_T.to(ids_BT.device), ids_BT)
+        whole = batch._replace(text=ids_BT)
+        for start in range(0, rows, rows // parts):
+            cut: dict[str, Any] = {name: x[start:start + rows // parts].to(self.device, non_blocking=True)
+                                   for name, x in whole._asdict().items() if isinstance(x, Tensor)}
+            yield whole._replace(**cut)
+
+    def _loss(self, batch: LatentBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Total, L_simple and L_MMD of a part of the batch; the average over workers is that of all their rows."""
+        config, share = self.config, batch.share
+        abar_B = self._abar[batch.t_B]
+        z_t, target = noised(batch.z0_BCHW, batch.noise_BCHW, abar_B, self.prediction)
+        shown_B = None if batch.dropped_B is None else ~batch.dropped_B
+        with torch.autocast(self.device.type, DTYPES[config.precision], enabled=config.precision != "fp32"):
+            out = self._wrapped(z_t, batch.t_B, batch.text, batch.visual_BD, shown_B)
+        e_BCHW = target - out.float()
+        w_B = min_snr(abar_B, config.snr_gamma, self.prediction)
+        simple = share * l_simple(e_BCHW, w_B)
+        if not config.mmd_gamma:
+            return simple, simple, torch.zeros_like(simple)
+        term = mmd(e_BCHW, w_B if config.mmd_weighting == "min_snr" else None, reduction=config.mmd_reduction,
+                   scope=config.mmd_scope, world=self.world, share=share, reduce=self._reduce)
+        return simple + config.mmd_gamma * term, simple, term
+
+    def _clip(self) -> None:
+        """The gradient's norm over LoRA (or, with full, all weights); that of tokens stays as it is."""
+        if self.config.clip is not None and self._weights:
+            nn.utils.clip_grad_norm_(self._weights.values(), self.config.clip)
+
+    def _without_sync(self, more: bool) -> AbstractContextManager[None]:
+        """DDP averages over workers once per step, with the last part."""
+        no_sync: Any = getattr(self._wrapped, "no_sync", nullcontext)
+        return no_sync() if more else nullcontext()
+
+    def ids(self, prompts: Sequence[str]) -> Tensor:
+        """int64 (B, T) ids of prompts, padded and truncated to the model's length; a longer one is logged."""
+        longest = self.tokenizer.model_max_length
+        kept = self.tokenizer(list(prompts), padding="max_length", max_length=longest, truncation=True,
+                              return_tensors="pt").input_ids
+        for prompt in set(prompts):
+            if len(prompt.encode()) + 2 > longest and len(self.tokenizer(prompt).input_ids) > longest:
+                log.warning("only the first %d tokens of this prompt are read: %r", longest, prompt)
+        return kept
+
+    def trained(self) -> tuple[dict[str, Tensor] | None, Tensor | None]:
+        """What an adapter holds, as float32 copies on the CPU: LoRA in the layout of diffusers' `load_lora_weights`
+        (None without), B times alpha / r, since that layout has no scale; and the rows V (N, E) (None without)."""
+        lora = None
+        tokens = next((rows_NE.detach().to("cpu", copy=True) for rows_NE in self._tokens.values()), None)
+        if self.config.has_lora:
+            from peft import get_peft_model_state_dict
+
+            scale = self.config.scale
+            lora = {f"unet.{name}": (weight.detach() * (scale if "lora_B" in name else 1)).cpu().contiguous()
+                    for name, weight in get_peft_model_state_dict(self.unet).items()}
+        return lora, tokens
+
+    def state(self) -> dict[str, Tensor]:
+        """Copy on the CPU of everything that changes, flat and without shared memory, as safetensors wants it."""
+        found = {"step": torch.tensor(self.step)}
+        for name, parameter in self.trainable.items():
+            found[f"weights.{name}"] = parameter
+            for key, value in self.optimiser.state[parameter].items():
+                found[f"adam.{key}.{name}"] = value
+        for key, value in self._scaler.state_dict().items():
+            found[f"scaler.{key}"] = torch.tensor(value)
+        return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continues from `state()`, bit for bit on the CPU. Raises ModelError for the state of another training."""
+        shapes = {f"weights.{name}": tuple(p.shape) for name, p in self.trainable.items()}
+        found = {name: tuple(value.shape) for name, value in state.items() if name.startswith("weights.")}
+        if "step" not in state or shapes != found:
+            odd = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+            raise ModelError(f"this checkpoint belongs to another training: {len(odd)} of its weights differ, such as "
+                             f"{odd[0] if odd else 'step'}. Start anew, or with the model and settings it is of")
+        self.step = int(state["step"])
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(state[f"weights.{name}"])
+        moments = [{key: state[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"adam.{key}.{name}" in state} for name in (*self._weights, *self._tokens)]
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": {
+            i: {key: value.clone() for key, value in found.items()} for i, found in enumerate(moments) if found}})
+        self._scaler.load_state_dict({key.removeprefix("scaler."): value.item() for key, value in state.items()
+                                      if key.startswith("scaler.")})
+
+
+def _noise_schedule(scheduler: Any, device: torch.device) -> tuple[str, Tensor]:
+    """prediction type, and abar of every timestep."""
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    abar_T = getattr(scheduler, "alphas_cumprod", None)
+    if prediction not in ("epsilon", "v_prediction") or abar_T is None:
+        raise ModelError(f"a generator with {type(scheduler).__name__} and prediction_type {prediction!r} cannot be "
+                         "fine-tuned; it takes one with alphas_cumprod that predicts epsilon or v_prediction")
+    return prediction, abar_T.to(device, torch.float32)

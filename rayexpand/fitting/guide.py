@@ -1,0 +1,119 @@
+"""Guides fitted on a dataset: a classifier, or CLIP with a tuned head."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayexpand.artifacts.store import publish
+from rayexpand.classifier.recipe import Recipe, make_recipe
+from rayexpand.contract.errors import ConfigError, UsageError
+from rayexpand.contract.protocols import Progress
+from rayexpand.contract.schema import SeedIndex
+from rayexpand.fitting.artifacts import data_facts
+from rayexpand.fitting.config import FitConfig, GuideFit
+from rayexpand.loader.feed import Loader
+from rayexpand.loader.training_set import TrainingSet
+from rayexpand.models.guide_files import CLASSIFIER, CLIP_HEAD, guide_folder, save_classifier, save_clip_head
+from rayexpand.models.guides import ClipGuide, guide_hash, load_guide
+
+KIND = 1  # raised when the code below makes something else of the same configuration
+
+# CLIP fine-tuned on a dataset: the usual low rate, for the weights are good already (ours).
+CLIP_RECIPE: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.1, "smoothing": 0.0, "schedule": "cosine", "crop": "none"}
+
+
+def fit_guide(config: FitConfig, made: GuideFit, index: SeedIndex, progress: Progress) -> Path:
+    made_from: dict[str, Any] = {"version": KIND, "seed": config.seed, "data": data_facts(config, index)}
+    if made.kind == CLIP_HEAD:
+        guide = load_fit_guide(config, index)
+        if not isinstance(guide, ClipGuide):
+            raise ConfigError(config.name, [f"guide.weights: {config.guide.weights} is a classifier; kind clip_head "
+                                            "fine-tunes a CLIP guide, such as 'digits' or an open_clip folder"])
+        usual = {} if "preset" in made.recipe else CLIP_RECIPE
+        recipe = make_recipe({**usual, **made.recipe, "size": guide.size[0], "test_size": None})
+        made_from |= {"recipe": recipe.model_dump(mode="json"),
+                      "guide_sha256": guide_hash(config.guide.weights, config.guide.checkpoint, progress)}
+        return publish(config.out, made.kind, made_from,
+                       lambda folder: _tune_clip(config, recipe, guide, index, folder, progress))
+    recipe = make_recipe(made.recipe)
+    made_from["recipe"] = recipe.model_dump(mode="json")
+    if recipe.checkpoint is not None:
+        made_from["checkpoint_sha256"] = _file_hash(Path(recipe.checkpoint).expanduser())
+    return publish(config.out, made.kind, made_from,
+                   lambda folder: _train_classifier(config, made.kind, recipe, index, folder, progress))
+
+
+def _train_classifier(config: FitConfig, kind: str, recipe: Recipe, index: SeedIndex, folder: Path,
+                      progress: Progress) -> dict[str, Any]:
+    from rayexpand.classifier.backbones import build_backbone
+    from rayexpand.classifier.classifier import Classifier
+    from rayexpand.contract.device import choose_device
+
+    if kind != CLASSIFIER:
+        model = build_backbone(recipe, len(index.classes), config.seed)
+        save_classifier(folder, model, recipe, index.classes.key)
+        saw_others = "its weights come from recipe.checkpoint and may have seen other images than these"
+        return {"note": saw_others} if kind == "pretrained" else {}
+    feed, device = _feed(config, recipe, index), choose_device(config.device)
+    classifier = Classifier(recipe, len(index.classes), config.seed, feed.total_steps, device=device,
+                            class_counts=np.asarray(index.classes.count))
+    loss = 0.0
+    for batch in feed.batches(0, feed.total_steps):
+        loss = classifier.update(batch)
+        progress("training the guide", classifier.step, feed.total_steps)
+    save_classifier(folder, classifier.module, recipe, index.classes.key)
+    return {"device": device.type, "updates": feed.total_steps, "last_loss": loss}
+
+
+def _tune_clip(config: FitConfig, recipe: Recipe, guide: ClipGuide, index: SeedIndex, folder: Path,
+               progress: Progress) -> dict[str, Any]:
+    """Fine-tunes image tower and head. The head starts as the class texts of unit length, so at the start it gives the
+    zero-shot logits; the logit scale and the text tower stay."""
+    import torch
+
+    from rayexpand.classifier.classifier import loss_of, make_optimiser
+    from rayexpand.classifier.mixing import smooth
+    from rayexpand.classifier.recipe import lr_at
+
+    feed = _feed(config, recipe, index)
+    head = torch.nn.Parameter(guide.texts_KD.clone())
+    tuned = torch.nn.ModuleDict({"visual": guide.model.visual})
+    tuned.register_parameter("head", head)
+    optimiser = make_optimiser(tuned.requires_grad_(True), recipe)
+    loss, guide.texts_KD = torch.zeros(()), head
+    for batch in feed.batches(0, feed.total_steps):
+        x_BCHW = torch.from_numpy(batch.x_BHWC).to(guide.device).permute(0, 3, 1, 2) / 255
+        y_BK = smooth(torch.from_numpy(batch.y_BK).to(guide.device), recipe.smoothing, recipe.smoothing_mode)
+        tuned.train()
+        optimiser.zero_grad(set_to_none=True)
+        loss = loss_of(guide.logits(x_BCHW), y_BK, recipe.loss)
+        loss.backward()
+        loss = loss.detach()
+        for group in optimiser.param_groups:
+            group["lr"] = lr_at(recipe, batch.step, feed.total_steps)
+        optimiser.step()
+        progress("fine-tuning the guide", batch.step + 1, feed.total_steps)
+    tuned.requires_grad_(False).eval()
+    if not torch.isfinite(loss):
+        raise UsageError(f"fine-tuning diverged: the loss is {float(loss)} at the end. Lower fit.guide.recipe.lr")
+    source = str(guide_folder(config.guide.weights) or config.guide.weights)
+    save_clip_head(folder, guide.model, head, source, index.classes.key)
+    return {"device": guide.device.type, "updates": feed.total_steps, "last_loss": float(loss)}
+
+
+def _feed(config: FitConfig, recipe: Recipe, index: SeedIndex) -> Loader:
+    return Loader(TrainingSet.of_seeds(index, config.data), recipe, config.seed)
+
+
+def load_fit_guide(config: FitConfig, index: SeedIndex) -> Any:
+    return load_guide(config.guide.weights, config.guide.checkpoint, index.classes.name, device=config.device,
+                      class_keys=index.classes.key)
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

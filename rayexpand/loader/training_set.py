@@ -1,0 +1,264 @@
+"""Training sets: which images a classifier is trained on, as columns of numbers, without a pixel.
+
+A set has parts: seeds, and the kept samples of runs. Its rows are the *items*, numbered through all parts with the
+seeds first, so that a real image has one number, and hence one stream of augmentations, with and without synthetic rows
+beside it. A *chunk* is what storage reads at once: a row group of a Parquet file, else one image; the rows of a chunk
+are neighbours.
+
+    column      meaning
+    chunk       number of the chunk, rising over the whole set
+    row         seeds: row of the seed index; samples: row in the row group
+    label       class the row is trained as
+    source      class of the image it was made from
+    strength    share of the schedule that was run (what soft labels depend on)
+
+14 million rows are 280 MB, mapped from the file and shared by all processes of a machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from rayexpand.contract.errors import UsageError
+from rayexpand.contract.rng import generator, row_key
+from rayexpand.contract.schema import ClassTable, SeedIndex
+from rayexpand.data.seeds import DataConfig
+from rayexpand.data.subsets import ids_hash, inverse_frequency, sound_rows
+
+COLUMNS = pa.schema([("chunk", pa.int32()), ("row", pa.int32()), ("label", pa.int32()), ("source", pa.int32()),
+                      ("strength", pa.float32())])
+
+Mode = Literal["union", "replace"]
+DrawRule = Literal["uniform", "inverse_freq"]
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Where rows come from: seeds as (index, configuration), or a run folder with what is taken of it.
+
+    `copies`: the first so many of each seed; `selection`: name of a decision in selections/; `limit`: so many rows of
+    each class, int (K,), of those that are left; `weight`: how often each row is used per epoch.
+    """
+
+    seeds: tuple[SeedIndex, DataConfig] | None = None
+    run: str | None = None
+    copies: int | None = None
+    selection: str | None = None
+    limit: np.ndarray | None = None
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"run {self.run}" if self.run is not None else "the seeds"
+
+
+@dataclass(frozen=True)
+class SetPart:
+    """What a set knows about one part; plain values only."""
+
+    first: int  # items first..stop-1
+    stop: int
+    chunk: int  # number of its first chunk
+    weight: float
+    ids_sha256: str  # of the seeds it holds or was made from
+    rows_sha256: str  # identity of its rows
+    data: dict[str, Any] = field(default_factory=dict)  # seeds: their configuration
+    run: str = ""  # folder of the run
+    chunks: tuple[tuple[str, int], ...] = ()  # run: data file and row group of each chunk
+    method: dict[str, Any] = field(default_factory=dict)  # run: name and fields
+
+    def __len__(self) -> int:
+        return self.stop - self.first
+
+    @property
+    def is_real(self) -> bool:
+        return not self.run
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSet:
+    """All rows a classifier is trained on. Two sets with equal digests train the same classifier."""
+
+    table: pa.Table  # COLUMNS
+    indexes: tuple[pa.Table, ...]  # seed indexes of the real parts, in their order
+    parts: tuple[SetPart, ...]
+    classes: ClassTable
+    mode: Mode = "union"
+    p: float = 0.0
+    draw: DrawRule = "uniform"
+    soft_label: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of_seeds(cls, index: SeedIndex, data: DataConfig, weight: float = 1.0) -> TrainingSet:
+        """The sound images of a dataset, each used `weight` times per epoch. Raises UsageError where there is none."""
+        return cls.join([(rows := RowSource(seeds=(index, data), weight=weight), *seed_rows(rows))], index.classes)
+
+    @classmethod
+    def join(cls, blocks: Sequence[tuple[RowSource, dict[str, np.ndarray], SetPart]], classes: ClassTable, *,
+             mode: Mode = "union", p: float = 0.0, soft_label: Mapping[str, float] | None = None,
+             draw: DrawRule = "uniform") -> TrainingSet:
+        """Rows of several parts in one set, those of seeds first: (where they come from, columns, what is known).
+        Raises UsageError for a part or an epoch without a row."""
+        tables, made, first, chunk = [], list[SetPart](), 0, 0
+        for rows, block, part in blocks:
+            if not len(block["row"]):
+                raise UsageError(f"training set: {rows.name} gives no row; check its copies, selection and data.ids")
+            block["chunk"] += np.int32(chunk)
+            made.append(replace(part, first=first, stop=first + len(block["row"]), chunk=chunk))
+            first, chunk = made[-1].stop, int(block["chunk"][-1]) + 1
+            tables.append(pa.table(block, COLUMNS))
+        built = cls(pa.concat_tables(tables).combine_chunks(),
+                    tuple(rows.seeds[0].table for rows, _, _ in blocks if rows.seeds), tuple(made), classes, mode, p,
+                    draw, dict(soft_label or {}))
+        if not built.epoch_rows:
+            shown = " and ".join(f"{part.weight:g} x {len(part):,}" for part in made)
+            raise UsageError(f"training set: an epoch has no row, because {shown} rows round to 0; raise the weights")
+        return built
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def n_real(self) -> int:
+        return sum(len(part) for part in self.parts if part.is_real)
+
+    @property
+    def epoch_rows(self) -> int:
+        """Images of one epoch, the same in every epoch."""
+        if self.mode == "replace":
+            return self.n_real
+        return sum(times * len(part) + extra for part in self.parts for times, extra in [_repeats(part)])
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what decides the training: rows by identity, weights, mode, labels."""
+        parts = [[part.rows_sha256, part.weight, part.method] for part in self.parts]
+        facts = [parts, self.classes.key, self.mode, self.p, self.draw, self.soft_label]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of the set, not copied."""
+        column = self.table[name]
+        return column.chunk(0).to_numpy() if column.num_chunks == 1 else column.to_numpy()
+
+    def counts(self) -> np.ndarray:
+        """int64[K]: rows of each class."""
+        return np.bincount(self.column("label"), minlength=self.n_classes)
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """int64[epoch_rows]: the items of an epoch. Union: ascending; the part of a weight behind the point adds that
+        share of the rows, others in each epoch. Replace: position i is what is shown for real item i.
+
+        Item i draws from position i of streams keyed by (seed, epoch), so nothing depends on workers or order.
+        """
+        if self.mode == "replace":
+            return self._replaced(seed, epoch)
+        pieces = []
+        for number, part in enumerate(self.parts):
+            items, (times, extra) = np.arange(part.first, part.stop), _repeats(part)
+            if extra:
+                each_times = np.full(len(part), times)
+                drawn = _stream(seed, epoch, f"repeat/{number}").random(len(part))
+                each_times[np.argpartition(drawn, extra)[:extra]] += 1
+                items = np.repeat(items, each_times)
+            elif times != 1:
+                items = np.repeat(items, times)
+            pieces.append(items)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _replaced(self, seed: int, epoch: int) -> np.ndarray:
+        n_real = self.n_real
+        taken = _stream(seed, epoch, "replace").random(n_real) < self.p
+        items, where = np.arange(n_real), np.flatnonzero(taken)
+        if not len(where):
+            return items
+        share = _stream(seed, epoch, "synthetic").random(n_real)[where]
+        if self.draw == "uniform":
+            items[where] = n_real + (share * (len(self) - n_real)).astype(np.int64)
+            return items
+        labels = self.column("label")
+        order = np.argsort(labels[n_real:], kind="stable")
+        have = np.bincount(labels[n_real:], minlength=self.n_classes)
+        q = inverse_frequency(np.bincount(labels[:n_real], minlength=self.n_classes)) * (have > 0)
+        edges = np.cumsum(q) / q.sum()
+        chosen = np.searchsorted(edges, _stream(seed, epoch, "class").random(n_real)[where], side="right")
+        first = np.cumsum(have) - have
+        items[where] = n_real + order[first[chosen] + (share * have[chosen]).astype(np.int64)]
+        return items
+
+    def to_bytes(self) -> bytes:
+        sink = io.BytesIO()
+        self._write(sink)
+        return sink.getvalue()
+
+    def save(self, path: str | Path) -> None:
+        with Path(path).open("wb") as sink:
+            self._write(sink)
+
+    def _write(self, sink: IO[bytes]) -> None:
+        """Arrow IPC streams one behind the other: the table, then the seed index of every real part."""
+        facts = {"parts": [asdict(part) for part in self.parts], "mode": self.mode, "p": self.p, "draw": self.draw,
+                 "soft_label": self.soft_label, "classes": asdict(self.classes)}
+        table = self.table.replace_schema_metadata({b"study": json.dumps(facts).encode()})
+        for one in (table, *self.indexes):
+            with pa.ipc.new_stream(sink, one.schema) as writer:
+                writer.write_table(one)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainingSet:
+        """The set in a file, mapped and not read. Raises UsageError where it is not one."""
+        try:
+            with pa.memory_map(str(path)) as source:
+                tables = [pa.ipc.open_stream(source).read_all()]
+                facts = json.loads((tables[0].schema.metadata or {})[b"study"])
+                parts = tuple(SetPart(**{**one, "chunks": tuple((name, group) for name, group in one["chunks"])})
+                              for one in facts.pop("parts"))
+                tables += [pa.ipc.open_stream(source).read_all() for part in parts if part.is_real]
+        except (pa.ArrowInvalid, KeyError, OSError) as error:
+            raise UsageError(f"{path}: is no training set ({error!r}); delete it and run `rayexpand train` again") \
+                from error
+        classes = ClassTable(**{name: tuple(values) for name, values in facts.pop("classes").items()})
+        return cls(tables[0], tuple(tables[1:]), parts, classes, **facts)
+
+
+def _stream(seed: int, epoch: int, name: str) -> np.random.Generator:
+    return generator(row_key(seed, "study", "", epoch, 0, name))
+
+
+def _repeats(part: SetPart) -> tuple[int, int]:
+    """How often each row is used per epoch, and how many rows once more."""
+    whole = int(part.weight + 1e-9)
+    carry, extra = divmod(round(max(0.0, part.weight - whole) * len(part)), len(part))
+    return whole + carry, extra
+
+
+def seed_rows(rows: RowSource) -> tuple[dict[str, np.ndarray], SetPart]:
+    """Columns of the sound rows of a dataset, and what is known of them."""
+    assert rows.seeds is not None
+    index, data = rows.seeds
+    sound = sound_rows(index)
+    labels = index.labels[sound].astype(np.int32)
+    chunk = np.arange(len(sound), dtype=np.int32)
+    if data.source == "parquet":
+        file, group = (index.table[name].to_numpy()[sound] for name in ("file", "group"))
+        chunk = np.cumsum(np.r_[False, (np.diff(file) != 0) | (np.diff(group) != 0)]).astype(np.int32)[:len(sound)]
+    ids = index.table["seed_id"].take(pa.array(sound)).to_pylist()
+    identity = hashlib.sha256(ids_hash(ids).encode())
+    identity.update(labels[np.argsort(np.array(ids, dtype=object), kind="stable")].tobytes())
+    part = SetPart(0, 0, 0, rows.weight, ids_hash(index.seed_ids), identity.hexdigest(),
+                   data=data.model_dump(mode="json"))
+    return {"chunk": chunk, "row": sound.astype(np.int32), "label": labels, "source": labels,
+            "strength": np.zeros(len(sound), np.float32)}, part

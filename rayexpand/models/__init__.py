@@ -1,0 +1,1 @@
+"""Generators, guides and adapters: where their folders are, what their files say, loading them."""

@@ -1,0 +1,137 @@
+"""Model folders: which files count, their content hash, the hub, the cache of this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rayexpand.artifacts.store import MAKING_OF
+from rayexpand.contract.errors import ModelError
+
+DIGITS = "digits"
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+CONFIGS = ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in WEIGHTS))
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+def folder_hash(folder: Path | str) -> str:
+    """sha256 over the sorted (relative name, sha256) of the files of a model folder that are loaded.
+
+    A pipeline folder counts its configurations, tokenizer and weights, not a safety checker or other formats beside
+    them; any other folder (a guide) counts its own .json, .txt and .safetensors files.
+    """
+    folder = Path(folder)
+    hasher = hashlib.sha256()
+    for name in sorted(loaded_files(folder)):
+        with open(folder / name, "rb") as stream:
+            hasher.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return hasher.hexdigest()
+
+
+def staged_folder(sha256: str) -> Path:
+    """Where a copy of the model with this content hash lies in this machine's cache, if there is one."""
+    return cache_root() / "staged" / sha256[:16]
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No progress bars of diffusers and transformers inside; they would tear ours."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [lib for lib in (diffusers_logging, transformers_logging) if lib.is_progress_bar_enabled()]
+    for lib in shown:
+        lib.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for lib in shown:
+            lib.enable_progress_bar()
+
+
+def weight_files(folder: Path, part: str) -> tuple[str | None, list[str]]:
+    """(variant, relative names) of the safetensors of one component; no names where there are none.
+
+    A full-precision file wins; a folder that holds half precision only is loaded as diffusers' variant `fp16`.
+    """
+    for variant in (None, "fp16"):
+        stem = f"{part}/{WEIGHTS[part]}" + (f".{variant}" if variant else "")
+        if (folder / f"{stem}.safetensors").is_file():
+            return variant, [f"{stem}.safetensors"]
+        index = f"{part}/{WEIGHTS[part]}.safetensors.index" + (f".{variant}" if variant else "") + ".json"
+        if (folder / index).is_file():
+            shards = set(read_json(folder / index)["weight_map"].values())
+            return variant, [index, *sorted(f"{part}/{shard}" for shard in shards)]
+    return None, []
+
+
+def loaded_files(folder: Path) -> list[str]:
+    """Relative names of all files of a model folder that loading reads."""
+    if not (folder / "model_index.json").is_file():
+        return [file.name for file in folder.iterdir()
+                if file.suffix in (".json", ".txt", ".safetensors") and file.name != MAKING_OF]
+    tokenizer = [f"tokenizer/{file.name}" for file in (folder / "tokenizer").iterdir()
+                 if file.suffix in (".json", ".txt")]
+    return [*CONFIGS, *tokenizer, *(name for part in WEIGHTS for name in weight_files(folder, part)[1])]
+
+
+def incomplete_message(folder: Path, problems: Sequence[str]) -> str:
+    head = f"{folder} is not a complete folder in diffusers' StableDiffusionPipeline layout:"
+    return "\n  ".join([head, *problems])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}); fetch or save the model again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} does not hold a JSON object; fetch or save the model again")
+    return value
+
+
+def hub_snapshot(weights: str, patterns: Sequence[str], complete: Callable[[Path], list[str]]) -> Path:
+    """Snapshot folder of `org/name@revision`, named by its commit; from the cache where that is complete."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
+
+    match = HUB_NAME.fullmatch(weights)
+    assert match
+    repo, revision = match["repo"], match["revision"] or "main"
+    fetch = {"repo_id": repo, "revision": revision, "allow_patterns": list(patterns)}
+    try:
+        cached = Path(snapshot_download(**fetch, local_files_only=True))
+        if not complete(cached):
+            return cached
+    except OSError:
+        pass  # not in the cache, or only partly: fetch it
+    try:
+        folder = Path(snapshot_download(**fetch))
+    except GatedRepoError as error:
+        raise ModelError(f"{weights} asks for a licence to be accepted: open its page on the hub, accept, then run "
+                         "`hf auth login`") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{weights} is neither a folder here nor in the local Hugging Face cache, and it cannot be "
+                         f"downloaded ({type(error).__name__}). {_fetch_elsewhere(repo, revision)}") from error
+    if problems := complete(folder):  # offline, the hub client hands out what it has
+        raise ModelError(f"{incomplete_message(folder, problems)}\n{_fetch_elsewhere(repo, revision)}")
+    return folder
+
+
+def _fetch_elsewhere(repo: str, revision: str) -> str:
+    return (f"Where the hub can be reached run `hf download {repo} --revision {revision}` and copy the cache or its "
+            "snapshot folder here, or give a local folder")
+
+
+def cache_root(cache: Path | None = None) -> Path:
+    """`cache`, else $RAYEXPAND_CACHE, else the user's cache folder of this package."""
+    from platformdirs import user_cache_path
+
+    return cache or Path(os.environ.get("RAYEXPAND_CACHE") or user_cache_path("rayexpand"))

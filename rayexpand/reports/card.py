@@ -1,0 +1,70 @@
+"""The dataset card: README.md of a run folder, which makes it a dataset that tools can load and people can judge.
+
+The front matter points at data/ only, so `datasets.load_dataset(<run folder>)` never reads refused rows or receipts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayexpand.contract.schema import Reason
+from rayexpand.reports.templates import render
+from rayexpand.runs.export import markdown_cell, size_category
+from rayexpand.runs.status import RunView, class_counts, read_classes, view_run, write_page
+
+PROMISE = (
+    "On one stack (versions in the receipt, same CPU instruction set or GPU model, dtype, attention backend, thread "
+    "count) the decoded pixels, label and draw of a sample are a function of plan, model hashes and sample id only: "
+    "any number of actors, any order, kill, resume, retry, or failure of a neighbour. Committed output holds every "
+    "planned sample exactly once; a sampler may run twice. Not promised: equal pixels across stacks or batch shapes, "
+    "equal encoded bytes across encoder versions, equal Parquet bytes.")
+GPU_CAVEAT = "On a GPU, guided methods are called run-to-run bitwise only after a test there has shown it."
+ALL_CLASSES = 100  # up to here every class has its line
+
+
+
+def write_card(folder: str | Path, *, license_id: str | None = None) -> Path | str:
+    """Writes README.md into a run folder and returns its path or URL.
+
+    `license_id` is a Hugging Face license identifier; without one the card says that the license is unknown. Raises
+    UsageError if there is no run, EnvironmentFault if the card cannot be written.
+    """
+    view = view_run(folder)
+    classes, kept = read_classes(view), class_counts(view)
+    lines = [(label, classes.name[label], classes.key[label], classes.count[label], int(kept[label]))
+             for label in range(len(classes))]
+    reasons = [(reason, Reason(reason).status.value, rows) for reason, rows in view.reasons.items()]
+    text = render("card.md.j2", {"cell": markdown_cell, "number": lambda n: f"{n:,}"},
+        front=_front_matter(view, license_id), run=view.run, totals=view.totals, reasons=reasons, classes=lines,
+        listed=lines if len(lines) <= ALL_CLASSES else [], license_id=license_id, promise=PROMISE,
+        gpu_caveat=GPU_CAVEAT, stacks=view.stacks, source=_fields(view.run["config"]["data"]),
+        settings=_fields(view.run["config"]["method"]), config=yaml.safe_dump(view.run["config"], sort_keys=False))
+    return write_page(view.files, "README.md", text)
+
+
+
+
+def _front_matter(view: RunView, license_id: str | None) -> str:
+    matter: dict[str, Any] = {
+        "pretty_name": view.run["name"], "annotations_creators": ["machine-generated"],
+        "task_categories": ["image-classification"], "size_categories": [size_category(view.totals.kept)],
+        "tags": ["synthetic", "rayexpand", view.run["config"]["method"]["name"]],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}]}
+    if license_id:
+        matter["license"] = license_id
+    return yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
+
+
+def _fields(section: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Fields of a configuration section that are set, nested ones with dots."""
+    lines: list[tuple[str, Any]] = []
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            lines += [(f"{name}.{inner}", v) for inner, v in _fields(value)]
+        elif value is not None:
+            lines.append((name, value))
+    return lines

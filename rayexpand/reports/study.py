@@ -1,0 +1,407 @@
+"""One self-contained page about a study: the answer first, then the table, figures, classes, and how it was made.
+
+Every number on the page comes from `summary`, which is also written as summary.json, or from a result or prediction
+file that the page names. The page has no script and loads nothing; whatever comes from files is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from markupsafe import Markup
+
+from rayexpand.classifier.recipe import Recipe
+from rayexpand.contract.errors import RayexpandError
+from rayexpand.reports import figures
+from rayexpand.reports.templates import render
+from rayexpand.runs.status import duration, read_classes, view_run
+from rayexpand.storage.places import open_files
+from rayexpand.studies.results import Predicted, StudyView, number, read_study
+from rayexpand.studies.summary import MIN_SEEDS, frequencies, points, summarised, summary, write, write_numbers
+
+__all__ = ["summary", "write_study_report"]
+
+CLASSES, CONFUSED = 8, 10  # classes shown at either end; pairs of classes
+MAX_PANELS = 12  # of training curves
+
+# Page ----------------------------------------------------------------------------------------------------------------
+
+
+def write_study_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None) -> Path | str:
+    """Writes report.html, summary.json and summary.csv into a study folder; returns the page's path or URL.
+
+    `demo` adds a section: `note` (a sentence), `guide_zero_shot` and `controls` {name: share} as accuracies, and other
+    numbers and words as they are; its gain and its arms are what the page is about anyway. Raises UsageError if there
+    is no study, EnvironmentFault if the folder cannot be written.
+    """
+    study = read_study(folder)
+    found = summarised(study)
+    write_numbers(study.files, found)
+    arms = {arm["arm"]: arm for arm in found["arms"]}
+    best = _best(found)
+    page = render("study.html.j2", _FILTERS,
+        found=found, sentences=[c for c in found["comparisons"] if c["kind"] != "control to baseline"],
+        tally=_tally(found), best=best, arms=arms, against=_against(found), demo=_demo(demo), scores=_scores(study),
+        figures=_figures(study, found, best), classes=_classes(study, found["baseline"], best),
+        frequencies=_frequencies(study, found), also=_also(found),
+        recipe=_recipe(study), stacks=_values(study, "stack"), facts=_facts(study), trials=_trial_lines(study),
+        mixed_units=len({arm["cost"]["unit"] for arm in found["arms"]}) > 1,
+        config=yaml.safe_dump(dict(study.config), sort_keys=False, allow_unicode=True),
+        commands=_commands(study, str(folder)), min_seeds=MIN_SEEDS, written=datetime.now(UTC))
+    return write(study.files, "report.html", page)
+
+
+def _best(found: Mapping[str, Any]) -> str | None:
+    """The arm in its own right with the highest mean; None where there is nothing to choose from."""
+    own = [arm for arm in found["arms"] if arm["arm"] != found["baseline"] and not arm["control_of"]]
+    return max(own, key=lambda arm: arm["last"]["top1"]["mean"])["arm"] if own else None
+
+
+def _tally(found: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
+    """How often each verdict was reached, against the baseline and against the controls."""
+    lines = []
+    kinds = {"baseline": f"against the baseline {found['baseline']}", "control": "against the real images repeated"}
+    for kind, words in kinds.items():
+        verdicts = [c["verdict"] for c in found["comparisons"] if c["kind"] == kind]
+        if verdicts:
+            lines.append((words, {v: verdicts.count(v) for v in ("gain", "open", "loss", "few", "none")}))
+    return lines
+
+
+def _against(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """arm -> {"baseline": comparison, "control": comparison}."""
+    lines: dict[str, dict[str, Any]] = {arm["arm"]: {} for arm in found["arms"]}
+    for comparison in found["comparisons"]:
+        lines[comparison["arm"]]["control" if comparison["kind"] == "control" else "baseline"] = comparison
+    return lines
+
+
+def _demo(demo: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if demo is None:
+        return None
+    shares = {"guide_zero_shot": demo.get("guide_zero_shot"), **dict(demo.get("controls") or {})}
+    lines = [(name.replace("_", " "), f"{100 * value:.1f} %" if isinstance(value, int | float) else value)
+             for name, value in shares.items() if value is not None]
+    rest = [(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else value)
+            for name, value in demo.items() if isinstance(value, int | float | str) and name not in shares
+            and name not in ("note", "gain", "gain_se")]
+    return {"note": demo.get("note", ""), "lines": lines + rest}
+
+
+def _scores(study: StudyView) -> dict[str, Any] | None:
+    """Scores of scores/*.json of every run that a result names, one line per file, and the warnings of the files."""
+    runs: dict[str, str] = {}
+    for result in study.results:
+        if run := result.get("run"):
+            runs.setdefault(str(run), str(result.get("group") or result["arm"]))
+    lines, warnings = [], []
+    for run, group in runs.items():
+        try:
+            files = open_files(_run_folder(study, run))
+            for name in sorted(name for name in files.list("scores") if name.endswith(".json")):
+                found = json.loads(files.read(f"scores/{name}") or b"{}")
+                lines.append({"run": run, "group": group, "file": name, "values": _score_values(found)})
+                warnings += [f"{run}, {name}: {line}" for line in found.get("warnings") or ()]
+        except (OSError, ValueError, AttributeError, KeyError, RayexpandError) as error:
+            lines.append({"run": run, "group": group, "file": f"cannot be read ({error})", "values": {}})
+    columns = list(dict.fromkeys(name for line in lines for name in line["values"]))
+    return {"columns": columns, "lines": lines, "warnings": warnings} if lines else None
+
+
+def _score_values(found: Mapping[str, Any]) -> dict[str, str]:
+    """What a score file measured, with its extractor and the numbers of images."""
+    extractor = found.get("extractor")
+    values = {"extractor": extractor.get("name") if isinstance(extractor, Mapping) else extractor,
+              "samples": found.get("n_samples"), "real images": found.get("n_reference")}
+    for name, score in found["scores"].items():
+        values[name] = score.get("value") if isinstance(score, Mapping) else score
+    return {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items()
+            if isinstance(value, int | float | str)}
+
+
+def _run_folder(study: StudyView, run: str) -> str:
+    """The folder of a run as its results name it, or below the study where that was moved."""
+    here = f"{study.files.root}/runs/{run.rstrip('/').rpartition('/')[2]}"
+    return run if open_files(run).read("run.json") is not None else here
+
+
+def _frequencies(study: StudyView, found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Groups of classes by their real images with the limits between them; None where all classes are in one."""
+    low, high = study.config.get("frequency") or (5, 20)
+    return {"names": names, "low": low, "high": high} if (names := frequencies(found)) else None
+
+
+def _also(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A table for each further test set: the arms that were tested on it, and its groups."""
+    names = dict.fromkeys(name for arm in found["arms"] for name in arm["also"])
+    tables = []
+    for name in names:
+        lines = [(arm, arm["also"][name]) for arm in found["arms"] if name in arm["also"]]
+        tables.append({"name": name, "lines": lines, "first": lines[0][1]})
+    return tables
+
+
+# Figures -------------------------------------------------------------------------------------------------------------
+
+
+def _figures(study: StudyView, found: Mapping[str, Any], best: str | None) -> dict[str, Any]:
+    arms = found["arms"]
+    if not arms:
+        return {}
+    lines = list(dict.fromkeys(_line_name(arm) for arm in arms if _line_name(arm)))
+    series = {name: i for i, name in enumerate(lines)}
+    points = [_point(arm, series, {best, found["baseline"]}) for arm in arms]
+    drawn: dict[str, Any] = {"legend": lines[:figures.COLOURS] if len(lines) <= figures.COLOURS else [],
+                             "bars": Markup(figures.bars(points, "Top-1 accuracy of every arm")),  # noqa: S704
+                             "ratios": _ratio_figures(study, found, lines, series), "cost": None}
+    costed = [(_point(arm, series, {*_frontier(arms), found["baseline"]}, x=_cost_of(arm)), arm["cost"]["unit"])
+              for arm in arms if _cost_of(arm) is not None]
+    if len(costed) > 1 and len({unit for _, unit in costed}) == 1:
+        svg, unlabelled = figures.costs([point for point, _ in costed], costed[0][1], "Accuracy against cost")
+        drawn["cost"] = {"svg": Markup(svg), "unlabelled": unlabelled, "some": len(costed) > figures.LABELLED}  # noqa: S704
+    drawn["curves"], drawn["curves_left_out"] = _curve_figures(study, found, lines)
+    return drawn
+
+
+def _line_name(arm: Mapping[str, Any]) -> str:
+    """What arms that differ in their ratio only have in common; empty for real images only."""
+    if not (arm["synthetic_rows"] or {"mean": 0})["mean"]:
+        return ""
+    if match := re.fullmatch(r"(.+) [\d.]+x", arm["arm"]):
+        return match[1]
+    augment = arm["augment"] if arm["augment"] not in ("", "none") else ""
+    return " + ".join(word for word in (arm["group"] or arm["arm"], augment) if word)
+
+
+def _point(arm: Mapping[str, Any], series: Mapping[str, int], emphasised: Iterable[str | None],
+           x: float | None = None) -> figures.FigurePoint:
+    top1 = arm["last"]["top1"]
+    return figures.FigurePoint(arm["arm"], 100 * top1["mean"], None if top1["std"] is None else 100 * top1["std"],
+                               x or 0.0,
+                               series.get(_line_name(arm)), tuple(100 * value for value in top1["values"]),
+                               arm["arm"] in set(emphasised))
+
+
+def _ratio_figures(study: StudyView, found: Mapping[str, Any], names: Sequence[str],
+                   series: Mapping[str, int]) -> list[dict[str, Any]]:
+    """One figure for every few expansions; none where no expansion has two ratios."""
+    arms = {arm["arm"]: arm for arm in found["arms"]}
+    lines, controls = [], []
+    for name in names:
+        own = sorted((arm for arm in found["arms"] if _line_name(arm) == name and arm["ratio"]),
+                     key=lambda arm: arm["ratio"])
+        lines.append(figures.Line(name, tuple(_point(arm, series, (), arm["ratio"]) for arm in own), series[name]))
+        repeated = [(arms[arm["control"]], arm["ratio"]) for arm in own if arm["control"]]
+        controls.append(figures.Line(f"{name}: its real images repeated", tuple(
+            figures.FigurePoint(c["arm"], (p := _point(c, series, ())).mean, p.std, ratio) for c, ratio in repeated),
+            series[name], dashed=True))
+    if all(len(line.points) < 2 for line in lines):
+        return []
+    baseline = _point(arms[found["baseline"]], series, ()) if found["baseline"] else None
+    drawn = []
+    for start in range(0, len(lines), figures.COLOURS):
+        some = [line for line in lines[start:start + figures.COLOURS] if line.points]
+        if not some:
+            continue
+        repeated_lines = _shared([line for line in controls[start:start + figures.COLOURS] if line.points])
+        svg = figures.ratios([*repeated_lines, *some], baseline, f"Accuracy against ratio {start}")
+        drawn.append({"svg": Markup(svg), "lines": some, "controls": repeated_lines, "baseline": found["baseline"]})  # noqa: S704
+    return drawn
+
+
+def _shared(controls: Sequence[figures.Line]) -> list[figures.Line]:
+    """Controls that serve several expansions once, in grey."""
+    kinds: dict[tuple[tuple[float, float], ...], list[figures.Line]] = {}
+    for line in controls:
+        kinds.setdefault(tuple((p.x, p.mean) for p in line.points), []).append(line)
+    return [same[0] if len(same) == 1 else figures.Line("real images repeated to the same number of rows",
+                                                        same[0].points, None, dashed=True) for same in kinds.values()]
+
+
+def _cost_of(arm: Mapping[str, Any]) -> float | None:
+    """Seconds of one trial, expansion and training."""
+    training, expansion = arm["cost"]["training"], arm["cost"]["expansion"]
+    return None if training is None else training["mean"] + (expansion["mean"] if expansion else 0.0)
+
+
+def _frontier(arms: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Arms that no other one beats at the same or a lower cost."""
+    found, highest = set(), -1.0
+    for arm in sorted((a for a in arms if _cost_of(a) is not None), key=lambda a: (_cost_of(a) or 0.0)):
+        if arm["last"]["top1"]["mean"] > highest:
+            highest = arm["last"]["top1"]["mean"]
+            found.add(arm["arm"])
+    return found
+
+
+def _curve_figures(study: StudyView, found: Mapping[str, Any], names: Sequence[str]) -> tuple[list[dict[str, Any]],
+                                                                                              int]:
+    """Training curves, a panel for each expansion and one for real images only; and how many arms are not drawn."""
+    panels: dict[str, list[str]] = {"real images only": [], **{name: [] for name in names}}
+    for arm in found["arms"]:
+        panels[_line_name(arm) or "real images only"].append(arm["arm"])
+    drawn, shown = [], 0
+    for title, arms in [panel for panel in panels.items() if panel[1]][:MAX_PANELS]:
+        lines = [line for i, arm in enumerate(arms[:figures.COLOURS]) if (line := _curve(study, arm, i))]
+        if lines:
+            drawn.append({"title": title, "lines": lines, "svg": Markup(figures.curves(lines, title))})  # noqa: S704
+            shown += len(lines)
+    return drawn, len(found["arms"]) - shown
+
+
+def _curve(study: StudyView, arm: str, series: int) -> figures.FigureCurve | None:
+    """Mean curves of an arm at the steps all its seeds have; None without two points in either."""
+    def mean(name: str, scale: float) -> tuple[tuple[float, float], ...]:
+        seeds = [{step: value for point in result.get("history") or ()
+                  if (step := number(point, "step")) is not None and (value := number(point, name)) is not None}
+                 for result in study.arms[arm]]
+        steps = sorted(set.intersection(*map(set, seeds)))
+        return figures.thinned([(step, scale * sum(one[step] for one in seeds) / len(seeds)) for step in steps])
+
+    curve = figures.FigureCurve(arm, series, mean("loss", 1.0), mean("top1", 100.0))
+    return curve if max(len(curve.loss), len(curve.top1)) > 1 else None
+
+
+# Classes -------------------------------------------------------------------------------------------------------------
+
+
+def _classes(study: StudyView, baseline: str | None, best: str | None) -> dict[str, Any] | None:
+    """Accuracy by class of the best arm and the baseline over their common seeds, and what is confused most."""
+    if not baseline or not best:
+        return None
+    sides = [{r["seed"]: study.predicted(r["trial"]) for r in study.arms[arm]} for arm in (baseline, best)]
+    seeds = [seed for seed in sides[0].keys() & sides[1].keys()
+             if all(isinstance(side[seed], Predicted) for side in sides)]
+    if not seeds:
+        return None
+    tables = [_confusion([side[seed] for seed in sorted(seeds)]) for side in sides]  # type: ignore[misc]
+    images = {label: sum(n for (true, _), n in tables[0].items() if true == label) for label, _ in tables[0]}
+    names = _class_names(study)
+    lines: list[dict[str, Any]] = []
+    for label, count in sorted(images.items()):
+        before, after = (table.get((label, label), 0) / count for table in tables)
+        lines.append({"name": _class_name(names, label), "images": round(count / len(seeds)), "baseline": before,
+                      "best": after, "difference": after - before})
+    lines.sort(key=lambda line: line["difference"])
+    pairs = sorted(((n, pair) for pair, n in tables[1].items() if pair[0] != pair[1]), reverse=True)[:CONFUSED]
+    return {"lines": lines if len(lines) <= 2 * CLASSES else lines[:CLASSES] + lines[-CLASSES:],
+            "all": len(lines), "shown": CLASSES, "seeds": len(seeds), "confused": [
+                {"true": _class_name(names, pair[0]), "predicted": _class_name(names, pair[1]),
+                 "baseline": tables[0].get(pair, 0) / images[pair[0]], "best": n / images[pair[0]]}
+                for n, pair in pairs if pair[0] in images]}
+
+
+def _confusion(trials: Sequence[Predicted]) -> dict[tuple[int, int], int]:
+    """(label, predicted) -> images, summed over trials."""
+    counts: dict[tuple[int, int], int] = {}
+    for trial in trials:
+        pairs, found = np.unique(np.stack([trial.labels, trial.predicted]), axis=1, return_counts=True)
+        for (label, predicted), n in zip(pairs.T.tolist(), found.tolist(), strict=True):
+            counts[label, predicted] = counts.get((label, predicted), 0) + n
+    return counts
+
+
+def _class_names(study: StudyView) -> Sequence[str]:
+    """Names from the first run of the study that can be read; without one, classes are numbers."""
+    for run in dict.fromkeys(str(r["run"]) for r in study.results if r.get("run")):
+        try:
+            return list(read_classes(view_run(_run_folder(study, run))).name)
+        except Exception:  # noqa: S112  # whatever is wrong with the run, numbers do
+            continue
+    return ()
+
+
+def _class_name(names: Sequence[str], label: int) -> str:
+    return str(names[label]) if 0 <= label < len(names) else f"class {label}"
+
+
+# How it was made -----------------------------------------------------------------------------------------------------
+
+
+def _recipe(study: StudyView) -> list[dict[str, Any]]:
+    """Fields that are not the default in some arm: their default, and each value with the arms that have it."""
+    defaults = Recipe().model_dump(mode="json")
+    given = [(arm, trials[0].get("recipe")) for arm, trials in study.arms.items()]
+    recipes = [(arm, recipe) for arm, recipe in given if isinstance(recipe, Mapping)]
+    lines = []
+    for name in dict.fromkeys(name for _, recipe in recipes for name in recipe):
+        values: dict[str, list[str]] = {}
+        for arm, recipe in recipes:
+            values.setdefault(json.dumps(recipe.get(name, defaults.get(name))), []).append(arm)
+        if list(values) != [json.dumps(defaults.get(name))] or name not in defaults:
+            default = json.dumps(defaults.get(name))
+            lines.append({"name": name, "default": default, "values": [
+                (value, "" if len(arms) == len(recipes) else "all other arms" if value == default else ", ".join(arms))
+                for value, arms in values.items()]})
+    return lines
+
+
+def _values(study: StudyView, name: str) -> list[tuple[str, int]]:
+    """Different values of a field of the results, each with its number of trials."""
+    texts = [_text(result[name]) for result in study.results if result.get(name) not in (None, "", {})]
+    return [(text, texts.count(text)) for text in dict.fromkeys(texts)]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {inner}" for name, inner in value.items())
+    return str(value)
+
+
+def _facts(study: StudyView) -> list[tuple[str, str]]:
+    """What the trials have in common, or how many have which value."""
+    lines = [("seeds", ", ".join(map(str, sorted({r["seed"] for r in study.results}))) or "none")]
+    for name, words in (("workers", "workers of a trial (0: in process)"), ("device", "device")):
+        if values := _values(study, name):
+            lines.append((words, values[0][0] if len(values) == 1 else
+                          ", ".join(f"{value} ({count} trials)" for value, count in values)))
+    for seed in sorted({r["seed"] for r in study.results}):
+        hashes = dict.fromkeys(str(r["ids_sha256"]) for r in study.results
+                               if r["seed"] == seed and r.get("ids_sha256"))
+        if hashes:
+            lines.append((f"ids of the real images, seed {seed}, sha256", ", ".join(hashes)))
+    return lines
+
+
+def _trial_lines(study: StudyView) -> list[dict[str, Any]]:
+    """Every finished trial with its own numbers and the first letters of its hashes."""
+    return [{"trial": r["trial"], "arm": r["arm"], "seed": r["seed"], "last": number(r, "last.top1"),
+             "best": number(r, "best.top1"), "epoch": number(r, "best.epoch"), "seconds": number(r, "seconds"),
+             **{name: str(r.get(name) or "–")[:12] for name in ("list_sha256", "ids_sha256", "digest")}}
+            for r in study.results]
+
+
+def _commands(study: StudyView, folder: str) -> list[tuple[str, str]]:
+    """(what for, command line) a reader can paste into a shell."""
+    name = shlex.quote(f"{study.name}.yaml")
+    doing = "Train what is missing" if study.missing or study.failed else "Make the study again"
+    return [(f"{doing} (with the file of this study, or the configuration below saved as one)",
+             f"rayexpand train {name}"), ("Write this page again", f"rayexpand report {shlex.quote(folder)}")]
+
+
+def _count(found: Mapping[str, Any] | None) -> str:
+    """A count that is the same in all trials, or its range."""
+    if found is None:
+        return "–"
+    low, high = min(found["values"]), max(found["values"])
+    return f"{low:,.0f}" if low == high else f"{low:,.0f}–{high:,.0f}"
+
+
+def _plus_minus(found: Mapping[str, Any] | None) -> str:
+    """Mean ± standard deviation of shares, in percent."""
+    if found is None:
+        return "–"
+    return f"{100 * found['mean']:.1f}" + (f" ± {100 * found['std']:.1f}" if found["std"] is not None else "")
+
+
+_FILTERS: dict[str, Callable[..., Any]] = {
+    "number": _count, "duration": duration, "points": points, "percent": lambda x: f"{100 * x:.1f}",
+    "plus_minus": _plus_minus}

@@ -1,0 +1,239 @@
+"""The configuration of a run: one YAML file, frozen, every unknown key an error, all mistakes reported at once.
+
+Fields are semantic (they decide what the samples are, and enter the run digest) or operational (where, how fast, at
+what price). OPERATIONAL lists the second kind; everything else is semantic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_serializer, model_validator
+
+from rayexpand.contract.errors import ConfigError, EnvironmentFault, SeedDataError
+from rayexpand.contract.protocols import Method
+from rayexpand.contract.settings import Section, digest, mistakes, read
+from rayexpand.data import seeds
+from rayexpand.data.seeds import DataConfig
+from rayexpand.data.seeds.source import wanted_ids
+from rayexpand.methods import load_method, method_class
+
+
+class ImageConfig(Section):
+    size: int | None = Field(None, ge=8, description="side in pixels of the square the sampler sees; null: the prior's "
+                             "own size, or for methods without a prior the size each image has")
+    fit: Literal["crop", "center", "squash", "none"] = Field(
+        "crop", description="crop: shorter side to size, then a random square (as DistDiff's released code); "
+        "center: the middle square; squash: both sides, aspect lost; none: as it is")
+    filter: Literal["bicubic", "bilinear"] = Field("bicubic", description="how squash resizes: bicubic, or bilinear as "
+                                                   "Diff-Mix's released code; crop and center are bilinear")
+    restore: bool = Field(False, description="bring samples that start from an image back to the size their seed has, "
+                          "bilinear, as Diff-Mix's released code; with squash, which it undoes")
+
+    @model_validator(mode="after")
+    def _restores_whole_images(self) -> ImageConfig:
+        if self.filter != "bicubic" and self.fit != "squash":
+            raise ValueError(f"filter: has no effect on fit {self.fit}; take it out, or set fit: squash")
+        if self.restore and self.fit in ("crop", "center"):
+            raise ValueError(f"restore: fit {self.fit} cuts a part out, which would be stretched to the size of the "
+                             "whole; set fit: squash, or take restore out")
+        return self
+
+
+class PriorConfig(Section):
+    weights: str = Field("digits", description="'digits' (embedded default), a diffusers folder, or org/name@revision")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: float32 on CPU, bfloat16 on GPU")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    attention: str = Field("auto", description="attention implementation of the UNet: auto, sdpa or eager")
+    channels_last: bool = Field(False, description="channels-last memory format")
+    compile: bool = Field(False, description="torch.compile the UNet; minutes of warm-up, worth it on a GPU only")
+    adapter: Literal["fused", "unfused"] = Field("fused", description="LoRA of an adapter: added to the weights once, "
+                                                 "in float32, or kept beside them")
+
+
+class GuideConfig(Section):
+    weights: str = Field("digits", description="'digits' (embedded CLIP), a folder (open_clip's layout, or made by "
+                         "`rayexpand fit`), org/name@revision, or an open_clip model name")
+    checkpoint: str | None = Field(None, description="safetensors file for a model name")
+
+
+class ArtifactsConfig(Section):
+    prototypes: str | None = Field(None, description="folder of class and group prototypes, made by `rayexpand fit`")
+    adapter: str | None = Field(None, description="folder of what fine-tuning adds to the prior; made by it too, as "
+                                "are those below")
+    captions: str | None = Field(None, description="folder of captions, which become part of the plan")
+    class_features: str | None = Field(None, description="folder of mean image features of each class")
+    image_features: str | None = Field(None, description="folder of features of each seed image")
+
+
+class SamplerConfig(Section):
+    batch: int = Field(64, ge=1, description="rows per sampler call; part of the promise, since pixels depend on shape")
+    shard_images: int = Field(1000, ge=1, description="rows per shard, about four minutes of work; whole seeds")
+
+
+class CodecConfig(Section):
+    format: Literal["auto", "png", "jpeg"] = Field("auto", description="auto: png up to 64 px, else jpeg 4:4:4")
+    quality: int = Field(95, ge=1, le=100, description="jpeg quality")
+
+
+class LimitsConfig(Section):
+    max_failed: float = Field(0.01, ge=0, le=1, description="share of planned rows that may fail; above it the run "
+                              "ends with exit code 3")
+    deadline_s: float = Field(600, gt=0, description="seconds one sampler call may take before its process is ended")
+    first_deadline_s: float = Field(1800, gt=0, description="the same for the first call of a process, which warms up")
+
+
+class StoreConfig(Section):
+    single_writer: bool = Field(False, description="publish by rename, for storage without hard links: the promise "
+                                "that an old process cannot replace a file is dropped, run one driver at a time")
+
+
+class RuntimeConfig(Section):
+    torch_threads: int = Field(1, ge=1, description="CPU threads of one sampler process")
+    io_threads: int = Field(2, ge=1, description="threads that decode ahead and encode behind the sampler")
+
+
+class ClusterConfig(Section):
+    address: str | None = Field(None, description="Ray cluster to join (auto, or host:port); null: RAY_ADDRESS, the "
+                                "cluster of the job this runs in, or a cluster of our own on this machine")
+    actors: int | None = Field(None, ge=1, description="sampler processes; a fixed pool is what an autoscaler is asked "
+                               "for. null: as many as the cluster holds now")
+    cpus_per_actor: float = Field(1.0, ge=0, description="CPUs each of them reserves")
+    gpus_per_actor: float | None = Field(None, ge=0, description="GPUs each reserves, fractions share one; null: 1 for "
+                                         "methods with models where the cluster has GPUs, else 0")
+    resources: dict[str, float] = Field({}, description="custom resources each reserves")
+    label_selector: dict[str, str] = Field({}, description="labels a node must have, e.g. {ray.io/market-type: spot}")
+
+
+class EstimateConfig(Section):
+    seeds: int | None = Field(None, ge=1, description="seed count to assume where the data is not on this machine")
+    images_per_second: float | None = Field(None, gt=0, description="measured images/s of one GPU (or one CPU process)")
+    bytes_per_image: int | None = Field(None, gt=0, description="measured encoded bytes of one image")
+    gpus: int = Field(1, ge=1, description="GPUs (or CPU processes) to plan with")
+    gpu_hour_usd: float | None = Field(None, ge=0, description="price of one GPU hour")
+    preemptions_per_gpu_hour: float = Field(0.05, ge=0, description="spot losses to plan with")
+
+
+class RunConfig(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder is <out>/<name>")
+    out: str = Field("runs", min_length=1, description="folder that holds runs")
+    seed: int = Field(0, ge=0, description="run seed; keys every random stream")
+    data: DataConfig
+    image: ImageConfig = ImageConfig()
+    prior: PriorConfig = PriorConfig()
+    guide: GuideConfig = GuideConfig()
+    artifacts: ArtifactsConfig = ArtifactsConfig()
+    method: Any = Field(description="name of a method and its fields")
+    sampler: SamplerConfig = SamplerConfig()
+    codec: CodecConfig = CodecConfig()
+    limits: LimitsConfig = LimitsConfig()
+    store: StoreConfig = StoreConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    estimate: EstimateConfig = EstimateConfig()
+
+    @field_serializer("method")
+    def _method_fields(self, method: Method) -> dict[str, Any]:
+        return {"name": method.name, **method.model_dump(mode="json", exclude={"name"})}  # type: ignore[attr-defined]
+
+    @property
+    def folder(self) -> str:
+        return f"{self.out.rstrip('/')}/{self.name}"
+
+
+# The device and its attention kernels are in the stack fingerprint of every receipt instead; an artifact counts by its
+# content hash, wherever it lies.
+OPERATIONAL = ("name", "out", "artifacts", "limits", "store", "runtime", "cluster", "estimate", "prior.device",
+               "prior.attention", "prior.channels_last", "prior.compile")
+
+
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Configuration of a YAML file with `a.b=value` overrides (values are YAML too). Raises ConfigError."""
+    return parse(read(path, overrides), str(path))
+
+
+
+
+
+
+def parse(raw: Mapping[str, Any], where: str = "configuration") -> RunConfig:
+    """Configuration of a mapping. Raises ConfigError with every mistake of every section."""
+    problems: list[str] = []
+    method = raw.get("method")
+    loaded: Method | None = None
+    if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
+        wanted = method if isinstance(method, str) else "img2img"
+        problems.append(f"method.name: is missing; write `method: {{name: {wanted}}}`")
+    else:
+        try:
+            loaded = load_method(method["name"], {k: v for k, v in method.items() if k != "name"})
+        except ValidationError as error:
+            problems += mistakes(error, method_class(method["name"]), "method.")
+        except ConfigError as error:
+            problems += error.problems
+    try:
+        config = RunConfig(**{**{str(k): v for k, v in raw.items()}, "method": loaded})
+    except ValidationError as error:
+        raise ConfigError(where, mistakes(error, RunConfig, "") + problems + _data_problems(raw)) from error
+    if problems:
+        raise ConfigError(where, problems + seeds.check(config.data))
+    return config
+
+
+def _data_problems(raw: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the place of the data, where that section itself is sound."""
+    try:
+        return seeds.check(DataConfig(**raw["data"]))
+    except (KeyError, TypeError, ValidationError):
+        return []
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """Every field with its value, as plain JSON data."""
+    return config.model_dump(mode="json")
+
+
+def ids_sha256(data: DataConfig) -> str | None:
+    """Hash of what the file data.ids says, whatever its order; None where there is no such file (any more)."""
+    try:
+        wanted = wanted_ids(data)
+    except (SeedDataError, EnvironmentFault):
+        return None
+    return None if wanted is None else digest(sorted(wanted))
+
+
+def semantic(config: RunConfig) -> dict[str, Any]:
+    """The resolved fields that decide what the samples are. A list of ids counts by what it says, wherever it lies; by
+    its path only where it cannot be read."""
+    fields = resolved(config)
+    fields["data"]["ids"] = ids_sha256(config.data) or config.data.ids
+    for dotted in OPERATIONAL:
+        section, _, leaf = dotted.partition(".")
+        if leaf:
+            fields[section] = {k: v for k, v in fields[section].items() if k != leaf}
+        else:
+            del fields[section]
+    if not config.method.needs() & {"adapter"}:
+        fields["prior"].pop("adapter")
+    if not config.method.needs() & {"prior"}:
+        fields.pop("prior")
+    if not config.method.needs() & {"guide"}:
+        fields.pop("guide")
+    return fields
+
+
+
+
+
+
+
+
+
+
+
+

@@ -1,0 +1,253 @@
+"""What a run will cost, before it starts: images, shards, bytes, hours, money. No model is loaded.
+
+Nothing is invented: a throughput is given, or measured by an earlier run, or unknown. Lost work is counted to first
+order. With
+
+    lambda   preemptions per GPU hour                     estimate.preemptions_per_gpu_hour
+    T        hours of one shard on one GPU                shard rows / images per second / 3600
+    R        hours from a loss to the next sampler call   RESTART_HOURS
+    H        GPU hours that end in committed images       images / images per second / 3600
+
+a preemption throws away T/2 on average and costs R more, and the hours that repeat lost work can be lost too:
+
+    lost = lambda * (H + lost) * (T/2 + R)        so        lost = H * q / (1 - q),   q = lambda * (T/2 + R)
+
+which has no finite answer from q = 1 on. Wall hours = (H + lost) / GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from rayexpand.contract.errors import RowFault, SeedDataError, UsageError
+from rayexpand.contract.rng import PlanRng, RowRng
+from rayexpand.contract.schema import SEED_INDEX, ClassTable, Receipt, Seed, SeedIndex
+from rayexpand.data import seeds as seed_io
+from rayexpand.data.pixels import decode
+
+if TYPE_CHECKING:
+    from rayexpand.runs.config import RunConfig
+
+# Bytes of one row in its Parquet file = ROW_BYTES + bytes per pixel * pixels. Measured on whole files of 1,000 rows:
+# png 2.3 (593 bytes for digits of 16 px, 726 with noise of 2 grey levels, 2,324 for CIFAR-10 of 32 px); jpeg q95
+# 4:4:4 0.65 (713 for CIFAR-10, whose equal jpeg headers Parquet folds away; 41,091 for 256 px crops of the two
+# photographs that come with scikit-learn). For 512 px that is an assumption: those two gave 0.42 and 0.60 enlarged.
+BYTES_PER_PIXEL = {"png": 2.3, "jpeg": 0.65}
+ROW_BYTES = 40  # provenance columns after compression, mostly the sample's hash
+JPEG_QUALITY = 95
+RESTART_HOURS = 0.05  # assumed: three minutes to get a machine back and load the models
+DIGITS_SIDE = 16  # pixels, the embedded prior
+ASSUMED_SIDE = 512  # pixels, a prior whose own size is unknown before it is loaded
+SD15_TFLOP, SD15_STEPS = 42.7, 25  # counted for one 512 px image, 25 steps with classifier-free guidance
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What an earlier run shows. `images_per_second` is that of one GPU (or one CPU process)."""
+
+    images_per_second: float | None
+    bytes_per_image: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Expected totals; None where something needed is unknown. `notes` says per field what was assumed."""
+
+    seeds: int
+    images: int
+    shards: int
+    bytes: int | None
+    images_per_second: float | None  # of one GPU
+    gpu_hours: float | None  # that end in committed images
+    expected_lost_hours: float | None  # GPU hours lost to preemption, see the module's formula
+    wall_hours: float | None
+    cost_usd: float | None
+    petaflop: float | None  # counted work of Stable Diffusion 1.5 at 512 px; None for other models and sizes
+    notes: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data; hours that never end are null, as unknown ones are."""
+        return {name: None if value == math.inf else value for name, value in asdict(self).items()}
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """(label, value, note) lines for people."""
+        def hours(value: float | None) -> str:
+            return "unknown" if value is None else "never ends" if math.isinf(value) else f"{value:,.2f} h"
+
+        rate = "unknown" if self.images_per_second is None else f"{self.images_per_second:,.3g} per s and GPU"
+        lines = [("images", f"{self.images:,}", "images"), ("shards", f"{self.shards:,}", "shards"),
+                 ("output", human_bytes(self.bytes), "bytes"), ("throughput", rate, "images_per_second"),
+                 ("GPU time", hours(self.gpu_hours), "gpu_hours"),
+                 ("lost to preemption", hours(self.expected_lost_hours), "expected_lost_hours"),
+                 ("wall time", hours(self.wall_hours), "wall_hours"),
+                 ("cost", "unknown" if self.cost_usd is None else f"{self.cost_usd:,.2f} USD", "cost_usd")]
+        if self.petaflop is not None:
+            lines.append(("arithmetic", f"{self.petaflop:,.0f} PFLOP", "petaflop"))
+        return [(label, value, self.notes.get(field, "")) for label, value, field in lines]
+
+
+def estimate_config(config: RunConfig, measured: Measured | None = None) -> Estimate:
+    """Expected totals of a configuration. Lists the seeds and opens at most 16 of them.
+
+    Where the seeds cannot be listed, estimate.seeds stands in for them; without it, or where the number of samples
+    depends on the classes, the SeedDataError of the listing is raised.
+    """
+    rng, side = PlanRng(config.seed, config.method.name), None
+    try:
+        index = seed_io.build_index(config.data)
+        side = _side(config, index) if image_side(config)[0] is None else None
+    except SeedDataError as unlisted:
+        try:
+            few = [int(config.method.copies(_stand_in(100, classes), rng).sum()) for classes in (1, 2)]
+        except UsageError:  # a plan that only the real classes make possible
+            raise unlisted from None
+        if config.estimate.seeds is None or abs(few[0] - few[1]) > 2:
+            raise
+        index = _stand_in(config.estimate.seeds, 1)
+    planned = int(config.method.copies(index, rng).sum(dtype=np.int64))
+    first = index.table.slice(0, 1).to_pylist()[0]
+    draws = [config.method.draw(first["seed_id"], first["label"], copy, copy, index.classes,
+                                RowRng(config.seed, config.method.name, first["seed_id"], copy))
+             for copy in range(min(8, max(planned, 1)))]
+    return estimate(config, seeds=len(index), planned=planned, measured=measured, side=side,
+                    steps_run=sum(draw.steps_run for draw in draws) / len(draws))
+
+
+def estimate(config: RunConfig, *, seeds: int, planned: int, measured: Measured | None = None,
+             side: int | None = None, steps_run: float | None = None) -> Estimate:
+    """Expected totals of a run of `planned` samples.
+
+    `measured` is an earlier run of the same job (see `measure`); fields of config.estimate win over it. `side` is the
+    image side in pixels where the caller knows it better than the configuration, `steps_run` the mean number of
+    executed sampler steps of a draw; both only sharpen the answer.
+    """
+    settings, notes = config.estimate, {"images": f"{seeds:,} seeds"}
+    shards = min(seeds, -(-planned // config.sampler.shard_images))
+    notes["shards"] = f"of about {-(-planned // max(shards, 1)):,} images each, a seed's copies kept together"
+    size = _bytes(config, planned, measured, side, notes)
+    rate = _rate(config, measured, notes)
+    hours = None if rate is None else planned / rate / 3600
+    lost = _lost(config, hours, max(shards, 1), notes)
+    total = None if hours is None or lost is None else hours + lost
+    wall = None if total is None else total / settings.gpus
+    if hours is not None:
+        notes["wall_hours"] = f"with {settings.gpus:,} GPUs (estimate.gpus), all busy to the end"
+    cost = None if total is None or settings.gpu_hour_usd is None else total * settings.gpu_hour_usd
+    notes["cost_usd"] = ("set estimate.gpu_hour_usd" if settings.gpu_hour_usd is None else
+                         f"{settings.gpu_hour_usd:g} USD per GPU hour with lost hours; no storage, no network")
+    work = _petaflop(config, planned, side, steps_run, notes)
+    return Estimate(seeds, planned, shards, size, rate, hours, lost, wall, cost, work, notes)
+
+
+def measure(receipts: Sequence[Receipt], data_bytes: int) -> Measured:
+    """Throughput of one process (rows over shard seconds, model loading and refused rows included) and bytes per kept
+    image of an earlier run, `data_bytes` being the size of its data files."""
+    seconds = sum(r.seconds.get("total") or sum(r.seconds.values()) for r in receipts)
+    rows, kept = sum(r.kept + r.rejected + r.failed for r in receipts), sum(r.kept for r in receipts)
+    return Measured(rows / seconds if rows and seconds else None, data_bytes / kept if kept else None)
+
+
+def human_bytes(count: int | None) -> str:
+    """12_300_000 -> '12.3 MB' (powers of ten)."""
+    if count is None:
+        return "unknown"
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:,.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _stand_in(n_seeds: int, n_classes: int) -> SeedIndex:
+    """An index of seeds that are not on this machine."""
+    labels = np.arange(n_seeds, dtype=np.int32) % n_classes
+    columns = {name: [""] * n_seeds if name in ("member", "fault") else labels for name in SEED_INDEX.names}
+    columns["seed_id"] = [str(i) for i in range(n_seeds)]
+    words, counts = [str(i) for i in range(n_classes)], np.bincount(labels, minlength=n_classes).tolist()
+    return SeedIndex(pa.table(columns, schema=SEED_INDEX), ClassTable.of(words, words, counts, words, words))
+
+
+def _side(config: RunConfig, index: SeedIndex) -> int | None:
+    """Side in pixels of a square with the mean area of a few seeds, spread over the dataset."""
+    rows = np.unique(np.linspace(0, len(index) - 1, 16).astype(int)).tolist()
+    areas = []
+    for seed in seed_io.SeedReader(index, config.data).read(rows):
+        if isinstance(seed, Seed):
+            with contextlib.suppress(RowFault):
+                areas.append(decode(seed.image, min_side=1, max_pixels=config.data.max_pixels)[0].size / 3)
+    return round(math.sqrt(sum(areas) / len(areas))) if areas else None
+
+
+def _rate(config: RunConfig, measured: Measured | None, notes: dict[str, str]) -> float | None:
+    if config.estimate.images_per_second is not None:
+        notes["images_per_second"] = "given by estimate.images_per_second"
+        return config.estimate.images_per_second
+    if measured is not None and measured.images_per_second is not None:
+        notes["images_per_second"] = "measured by an earlier run"
+        return measured.images_per_second
+    notes["images_per_second"] = "run with --set estimate.images_per_second=..., or measure a pilot of one shard"
+    notes["gpu_hours"] = notes["wall_hours"] = "needs a throughput"
+    return None
+
+
+def _lost(config: RunConfig, hours: float | None, shards: int, notes: dict[str, str]) -> float | None:
+    if hours is None:
+        return None
+    rate = config.estimate.preemptions_per_gpu_hour
+    share = rate * (hours / shards / 2 + RESTART_HOURS)
+    notes["expected_lost_hours"] = (f"{rate:g} losses per GPU hour, each half a shard ({hours / shards * 30:,.1f} min) "
+                                    f"and {RESTART_HOURS * 60:g} min to restart (assumed)")
+    if share >= 1:
+        notes["expected_lost_hours"] += "; lost faster than made, choose a smaller sampler.shard_images"
+        return math.inf
+    return hours * share / (1 - share)
+
+
+def image_side(config: RunConfig, side: int | None = None) -> tuple[int | None, str]:
+    """(side in pixels or None, where it comes from)."""
+    if side is not None:
+        return side, "mean of a few seeds"
+    if config.image.size is not None:
+        return config.image.size, "image.size"
+    if "prior" not in config.method.needs():
+        return (DIGITS_SIDE, "the built-in digits") if config.data.source == "digits" else (None, "")
+    if config.prior.weights == "digits":
+        return DIGITS_SIDE, "the embedded prior"
+    return ASSUMED_SIDE, "assumed, set image.size"
+
+
+def _bytes(config: RunConfig, planned: int, measured: Measured | None, side: int | None,
+           notes: dict[str, str]) -> int | None:
+    if config.estimate.bytes_per_image is not None:
+        notes["bytes"] = "given by estimate.bytes_per_image"
+        return round(planned * (config.estimate.bytes_per_image + ROW_BYTES))
+    if measured is not None and measured.bytes_per_image is not None:
+        notes["bytes"] = "bytes per image measured by an earlier run"
+        return round(planned * measured.bytes_per_image)
+    pixels, source = image_side(config, side)
+    if pixels is None:
+        notes["bytes"] = "the images keep the size they have; set image.size or estimate.bytes_per_image"
+        return None
+    codec = config.codec.format
+    codec = ("png" if pixels <= 64 else "jpeg") if codec == "auto" else codec
+    notes["bytes"] = f"{codec}, {pixels} px ({source}), {BYTES_PER_PIXEL[codec]} bytes per pixel, if all are kept"
+    if codec == "jpeg" and config.codec.quality != JPEG_QUALITY:
+        notes["bytes"] += f"; that constant is of quality {JPEG_QUALITY}"
+    return round(planned * (BYTES_PER_PIXEL[codec] * pixels**2 + ROW_BYTES))
+
+
+def _petaflop(config: RunConfig, planned: int, side: int | None, steps_run: float | None,
+              notes: dict[str, str]) -> float | None:
+    if "prior" not in config.method.needs() or config.prior.weights == "digits" or image_side(config, side)[0] != 512:
+        return None
+    steps = SD15_STEPS if steps_run is None else steps_run
+    work = planned * SD15_TFLOP * steps / SD15_STEPS / 1000
+    notes["petaflop"] = (f"if the prior is Stable Diffusion 1.5: {SD15_TFLOP} TFLOP per 512 px image at {SD15_STEPS} "
+                         f"guided steps, here {steps:g}; {work / 360:,.1f} GPU hours where a GPU sustains 100 TFLOP/s")
+    return work

@@ -1,0 +1,324 @@
+"""Committed samples of a run in the layout another tool expects: WebDataset, ImageFolder or Hugging Face.
+
+    webdataset    train/000000.tar ...               members <key>.png|jpg, <key>.cls, <key>.json; index.json
+    imagefolder   train/<class>/<key>.png|jpg        train/metadata.csv, one line per image; up to about 100,000 images
+    huggingface   data/train-00000-of-00007.parquet  the columns of the run's own files
+
+Keys number the samples from 0, zero-padded to one width, in the order of the run's files: contiguous, unique over the
+whole dataset, without a dot (in WebDataset the first dot of a name starts its extension). Every sample is there once,
+those of a retry included. All is written into a hidden folder beside `out` and renamed at the end, so nobody reads half
+an export; what a killed export left behind is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from rayexpand.contract.errors import StorageError, UsageError
+from rayexpand.contract.schema import DATA_SCHEMA, DRAW_FIELDS, ClassTable, huggingface_metadata
+from rayexpand.runs.run import Run, open_run
+from rayexpand.runs.selections import Selection, read_selection
+from rayexpand.storage.files import process_token, token_alive
+
+Layout = Literal["webdataset", "imagefolder", "huggingface"]
+OnRows = Callable[[str, int, int], None]  # task, done, total
+
+BATCH = 250  # rows held in memory at a time, and images in one row group of the Hugging Face layout
+_EXTENSIONS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg"}
+_PROVENANCE = ("method", *DRAW_FIELDS, "note", "sample_sha256")
+_UNSAFE = re.compile(r"[^\w. -]")
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: Path
+    layout: str
+    count: int  # samples
+    files: int  # tar, image or parquet files
+    pending: int  # planned samples the run had not decided when the export read it
+
+
+def export(folder: str, out: str, layout: Layout, *, shard_images: int = 1000, selection: str | None = None,
+           on_rows: OnRows = lambda task, done, total: None) -> Exported:
+    """Writes the kept samples of the run in `folder` to the new folder `out`.
+
+    `shard_images`: samples of one tar or parquet file. `selection`: name of a decision in selections/, of which only
+    the rows to keep are written. Raises UsageError for an unknown layout or selection, a run without samples, or an
+    `out` that exists, and StorageError where `out` cannot be written.
+    """
+    if layout not in get_args(Layout):
+        near = get_close_matches(str(layout), get_args(Layout), n=1)
+        raise UsageError(f"layout {layout!r} is unknown; " + (f"did you mean {near[0]!r}?" if near else
+                                                              f"choose one of {', '.join(get_args(Layout))}"))
+    if shard_images < 1:
+        raise UsageError(f"shard_images is {shard_images}; give the samples of one file, 1 or more")
+    target = _new_folder(out)
+    run = open_run(folder)
+    totals = run.totals()
+    rows = _rows(run, read_selection(run, selection) if selection else None, totals.kept, on_rows)
+    partial = _partial_folder(target)
+    try:
+        if layout == "webdataset":
+            made, files = _webdataset(rows, partial, run.plan.index.classes, shard_images, totals.kept)
+        elif layout == "imagefolder":
+            made, files = _imagefolder(rows, partial, run.plan.index.classes, totals.kept)
+        else:
+            made, files = _huggingface(rows, partial, run.plan.index.classes, shard_images)
+        if not made:
+            raise UsageError(f"{folder} has no sample to export" + (f" in selection {selection!r}" if selection else
+                             "; run `rayexpand expand` first, `rayexpand status` says how far it is"))
+        (partial / "README.md").write_text(_readme(run, layout, made, files, selection), encoding="utf-8")
+        _publish(partial, target)
+    except OSError as error:
+        raise StorageError(f"{target}: {error.strerror or error}. Nothing was exported; free space or choose another "
+                           "folder, then export again.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Exported(target, layout, made, files, totals.pending)
+
+
+def _new_folder(out: str) -> Path:
+    if "://" in out:
+        raise UsageError(f"{out}: an export goes to a local folder. Export to one, then copy it with the tool of that "
+                         "store, for example `aws s3 cp --recursive` or `gcloud storage cp -r`.")
+    target = Path(out).absolute()
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise UsageError(f"{out} exists already; an export never changes what is there. Give a new folder, or remove "
+                         "that one.")
+    return target
+
+
+def _partial_folder(target: Path) -> Path:
+    """A hidden folder beside `target`; leftovers of exports that died here are removed."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{target.name}.partial-"
+        for leftover in target.parent.glob(f"{prefix}*"):
+            if not token_alive(leftover.name.removeprefix(prefix)):
+                shutil.rmtree(leftover, ignore_errors=True)
+        partial = target.parent / f"{prefix}{process_token()}"
+        partial.mkdir()
+    except OSError as error:
+        raise StorageError(f"{target}: cannot be written ({error.strerror}). Choose another folder.") from error
+    return partial
+
+
+def _publish(partial: Path, target: Path) -> None:
+    try:
+        os.rename(partial, target)  # replaces an empty folder, fails on any other
+    except OSError as error:
+        if target.exists() and any(target.iterdir()):
+            raise UsageError(f"{target} was filled by somebody else while this export ran; nothing was changed "
+                             "there. Give a new folder.") from error
+        raise
+
+
+def _rows(run: Run, chosen: Selection | None, kept: int, on_rows: OnRows) -> Iterator[pa.Table]:
+    """Tables of at most BATCH kept rows, by shard and then generation. Raises UsageError if a row comes twice."""
+    seen, done = np.zeros(run.plan.planned, bool), 0
+    for receipt in run.store.receipts():
+        if not receipt.kept:
+            continue
+        with run.store.files.open(f"data/{receipt.data_file}") as reader:
+            for batch in pq.ParquetFile(reader, pre_buffer=False).iter_batches(BATCH, use_threads=False):
+                table = pa.Table.from_batches([batch])
+                numbers = table["row"].to_numpy()
+                if seen[numbers].any() or len(np.unique(numbers)) < len(numbers):
+                    raise UsageError(f"{run.folder}: data/{receipt.data_file} repeats samples of another file; "
+                                     "`rayexpand verify` names them. Nothing was exported.")
+                seen[numbers] = True
+                done += len(numbers)
+                on_rows(f"exporting {run.config.name}", done, kept)
+                if chosen is not None:
+                    table = table.filter(chosen.keeps(table["sample_id"].to_pylist()))
+                if table.num_rows:
+                    yield table
+
+
+
+
+
+
+
+
+def _webdataset(rows: Iterator[pa.Table], folder: Path, classes: ClassTable, shard_images: int,
+                kept: int) -> tuple[int, int]:
+    (folder / "train").mkdir()
+    width, made, shards = _key_width(kept), 0, []
+    for number, tables in groupby(_shards(rows, shard_images), itemgetter(0)):
+        before, path = made, folder / "train" / f"{number:06d}.tar"
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for row in (row for _, table in tables for row in table.to_pylist()):
+                key = f"{made:0{width}d}"
+                _member(tar, f"{key}.{_extension(row)}", row["image"]["bytes"])
+                _member(tar, f"{key}.cls", str(row["label"]).encode())
+                _member(tar, f"{key}.json", json.dumps(_facts(row, classes), sort_keys=True).encode())
+                made += 1
+                tar.members.clear()  # type: ignore[attr-defined]  # it keeps a header for everything it wrote
+        shards.append({"url": f"train/{path.name}", "nsamples": made - before, "filesize": path.stat().st_size})
+    index = {"wids_version": 1, "shardlist": shards, "nsamples": made,
+             "classes": [{"label": label, "key": key, "name": name}
+                         for label, (key, name) in enumerate(zip(classes.key, classes.name, strict=True))]}
+    (folder / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return made, len(shards)
+
+
+def _member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    header = tarfile.TarInfo(name)  # epoch, root, mode 644: equal samples make equal archives
+    header.size = len(content)
+    tar.addfile(header, io.BytesIO(content))
+
+
+def _imagefolder(rows: Iterator[pa.Table], folder: Path, classes: ClassTable, kept: int) -> tuple[int, int]:
+    train, names = folder / "train", class_folders(classes)
+    for name in names:
+        (train / name).mkdir(parents=True)  # empty classes too: without them torchvision would renumber the others
+    width, made = _key_width(kept), 0
+    with (train / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+        lines = csv.DictWriter(file, ("file_name", "label", "class_key", "class_name", *_PROVENANCE, "scores"))
+        lines.writeheader()
+        for table in rows:
+            for row in table.to_pylist():
+                name = f"{names[row['label']]}/{made:0{width}d}.{_extension(row)}"
+                (train / name).write_bytes(row["image"]["bytes"])
+                facts = _facts(row, classes)
+                lines.writerow({"file_name": name, **facts, "scores": json.dumps(facts["scores"])})
+                made += 1
+    return made, made
+
+
+def class_folders(classes: ClassTable) -> list[str]:
+    """One safe folder name per label, in an order that sorting keeps, so that torchvision gives the same labels."""
+    names = [_UNSAFE.sub("_", key).strip(" .")[:100] or "class" for key in classes.key]
+    if names == sorted(names) and len({name.casefold() for name in names}) == len(names):
+        return names
+    width = len(str(len(names) - 1))
+    return [f"{label:0{width}d}-{name}" for label, name in enumerate(names)]
+
+
+def _huggingface(rows: Iterator[pa.Table], folder: Path, classes: ClassTable, shard_images: int) -> tuple[int, int]:
+    (folder / "data").mkdir()
+    schema = DATA_SCHEMA.with_metadata(huggingface_metadata(classes.name))
+    paths: list[Path] = []
+    made = 0
+    for number, tables in groupby(_shards(rows, shard_images), itemgetter(0)):
+        paths.append(folder / "data" / f"{number}.parquet")
+        with pq.ParquetWriter(paths[-1], schema, compression="zstd") as writer:
+            for _, table in tables:
+                writer.write_table(table.select(schema.names).replace_schema_metadata(schema.metadata))
+                made += table.num_rows
+    for number, path in enumerate(paths):  # the total is known only now
+        path.rename(path.with_name(f"train-{number:05d}-of-{len(paths):05d}.parquet"))
+    return made, len(paths)
+
+
+def _shards(rows: Iterator[pa.Table], shard_images: int) -> Iterator[tuple[int, pa.Table]]:
+    """(file number, table) pieces of `rows`, cut so that each file but the last gets `shard_images` rows."""
+    position = 0
+    for table in rows:
+        while table.num_rows:
+            head = table.slice(0, shard_images - position % shard_images)
+            yield position // shard_images, head
+            position += head.num_rows
+            table = table.slice(head.num_rows)
+
+
+def _key_width(kept: int) -> int:
+    return max(9, len(str(kept)))
+
+
+def _extension(row: dict[str, Any]) -> str:
+    return _EXTENSIONS[Path(row["image"]["path"]).suffix.lower()]
+
+
+def _facts(row: dict[str, Any], classes: ClassTable) -> dict[str, Any]:
+    """Label, class and everything known about how a sample was made."""
+    return {"label": row["label"], "class_key": classes.key[row["label"]], "class_name": classes.name[row["label"]],
+            **{name: row[name] for name in _PROVENANCE},
+            "scores": {score["name"]: score["value"] for score in row["scores"]}}
+
+
+_PATTERNS = {"webdataset": "train/*.tar", "imagefolder": "train/**", "huggingface": "data/train-*.parquet"}
+_LOADING = {
+    "webdataset": """import webdataset
+samples = webdataset.WebDataset("<folder>/train/{{000000..{last:06d}}}.tar", shardshuffle=False).decode("pil")""",
+    "imagefolder": """from torchvision.datasets import ImageFolder
+images = ImageFolder("<folder>/train")        # a class without samples is an empty folder: add allow_empty=True""",
+    "huggingface": """import ray
+rows = ray.data.read_parquet("<folder>/data")  # image.bytes holds the encoded file""",
+}
+
+
+def _readme(run: Run, layout: Layout, made: int, files: int, selection: str | None) -> str:
+    """Dataset card of an export; its front matter tells `datasets` which files are data."""
+    matter = {"pretty_name": run.config.name, "annotations_creators": ["machine-generated"],
+              "task_categories": ["image-classification"], "size_categories": [size_category(made)],
+              "tags": ["synthetic", "rayexpand", run.config.method.name],
+              "configs": [{"config_name": "default",
+                           "data_files": [{"split": "train", "path": _PATTERNS[layout]}]}]}
+    models = "\n".join(f"| {name} | `{digest}` |" for name, digest in run.facts["models"].items()) or "| none | |"
+    chosen = f", chosen by selection `{selection}`" if selection else ""
+    loading = _LOADING[layout].format(last=files - 1)
+    return f"""---
+{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---
+
+# {markdown_cell(run.config.name)}
+
+{made:,} synthetic images of {len(run.plan.index.classes):,} classes{chosen}, made from {len(run.plan.index):,} labelled
+seed images with the method `{run.config.method.name}`. Every image and label was produced by a program; no person has
+checked them. Licenses of the seed images and of the generator apply.
+
+```python
+from datasets import load_dataset
+rows = load_dataset("<folder>", split="train")
+
+{loading}
+```
+
+| model | sha256 |
+|---|---|
+{models}
+
+Run digest `{run.facts["run_digest"]}`, package version {run.facts["version"]}. `sample_sha256` is a hash over decoded
+pixels, label and draw; two samples with the same hash are the same sample.
+
+<details><summary>Configuration, every field with its value</summary>
+
+````yaml
+{yaml.safe_dump(run.facts["config"], sort_keys=False)}````
+
+</details>
+"""
+
+
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"),
+          (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B"))
+_ESCAPES = str.maketrans({**{c: f"\\{c}" for c in "\\`*_[]|#~"}, "<": "&lt;", ">": "&gt;", "&": "&amp;"})
+
+
+def size_category(rows: int) -> str:
+    """Hugging Face's name for a dataset of `rows` rows."""
+    return next((name for limit, name in _SIZES if rows < limit), "n>1B")
+
+
+def markdown_cell(value: Any) -> str:
+    """Text that stays inside one table cell: no line break, column, tag, link or formatting of its own."""
+    return " ".join(str(value).split()).translate(_ESCAPES)

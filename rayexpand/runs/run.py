@@ -1,0 +1,407 @@
+"""A run: its folder, what it must agree with, and the loop that drives shards until none is pending.
+
+The loop knows nothing of where shards run: `expand_wave` maps (shard, generation) jobs to receipts or faults, in this
+process (`in_process`) or on a cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayexpand import __version__
+from rayexpand.contract.errors import (
+    ConfigError,
+    DigestMismatch,
+    EnvironmentFault,
+    ModelError,
+    OverBudget,
+    SeedDataError,
+    StorageError,
+    UsageError,
+)
+from rayexpand.contract.protocols import Tools
+from rayexpand.contract.schema import Receipt
+from rayexpand.contract.settings import differences, digest, override
+from rayexpand.data import seeds
+from rayexpand.models.prior import PriorFacts, check_size, inspect_prior, prior_hash
+from rayexpand.runs.blame import Blame, forget_unexplained
+from rayexpand.runs.config import RunConfig, ids_sha256, parse, resolved, semantic
+from rayexpand.runs.estimate import Measured, measure
+from rayexpand.runs.expander import Expander
+from rayexpand.runs.inputs import (
+    artifact_hashes,
+    captions_sha256,
+    check_artifacts,
+    check_base,
+    check_classes,
+    check_seeds,
+    names_classes,
+    prototypes_of,
+)
+from rayexpand.runs.plan import Plan, make_plan, plan_digest, read_plan, write_plan
+from rayexpand.runs.store import Store, Tally, Totals, first_look, new_attempt, read_facts, totals
+from rayexpand.storage.files import FOLDERS, Files, process_token
+from rayexpand.storage.places import is_url, open_files
+from rayexpand.storage.tables import create_once
+
+WAVE = 20_000  # shards handed out before pending() is asked again
+BARREN_WAVES = 3  # waves without a commit before the run gives up for now
+ROLL_UP_EVERY = 500  # commits after which their receipts become one file
+FAULTS_IN_A_ROW = 3  # environment faults of one process before it stops taking shards
+
+Job = tuple[int, int]  # shard id, generation
+ExpandWave = Callable[[Sequence[Job]], Iterator[Receipt | EnvironmentFault]]
+
+
+@dataclass(frozen=True)
+class Run:
+    config: RunConfig
+    files: Files
+    store: Store
+    plan: Plan
+    facts: dict[str, Any]  # run.json
+
+    @property
+    def folder(self) -> Path | str:
+        """Where the run lies: a path, or the URL of an object store."""
+        return self.files.root
+
+    def totals(self) -> Totals:
+        return totals(self.plan.planned, self.store.receipts())
+
+
+def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool = True,
+              planned: bool = False) -> list[str]:
+    """Everything wrong that can be known without loading a model, one line each.
+
+    `device_here`: the sampler will run in this process, so its device must be here too. `with_classes`: list the
+    dataset where guide or artifacts say for which classes they were made, and compare. `planned`: the run has started,
+    so what its plan holds need not be there any more.
+    """
+    problems = seeds.check(config.data)
+    data_is_sound, needs = not problems, config.method.needs()
+    if "prior" in needs:
+        try:
+            facts = inspect_prior(config.prior.weights)
+        except ModelError as error:
+            problems.append(f"prior.weights: {error}")
+        else:
+            problems += _size_problems(facts, config)
+        if config.image.fit == "none":
+            problems.append(f"image.fit: 'none' keeps each image's own size, but {config.method.name} samples squares; "
+                            "use crop, center or squash")
+    problems += check_artifacts(config, planned=planned)
+    if with_classes and data_is_sound and names_classes(config):
+        problems += _class_problems(config)
+    if device_here and config.prior.device.startswith("cuda") and needs & {"prior", "guide"}:
+        import torch
+
+        if not torch.cuda.is_available():
+            problems.append(f"prior.device: {config.prior.device} asked for, but torch sees no CUDA device here; "
+                            "use auto or cpu")
+    return problems + _out_problems(config)
+
+
+def _class_problems(config: RunConfig) -> list[str]:
+    try:
+        index = seeds.build_index(config.data)
+    except SeedDataError as error:
+        return [str(error)]
+    return check_classes(config, index.classes.key)
+
+
+def _out_problems(config: RunConfig) -> list[str]:
+    if is_url(config.folder):
+        try:
+            open_files(config.folder)
+        except StorageError as error:
+            return [f"out: {error}"]
+        return []
+    out = Path(config.out)
+    while not out.exists() and out != out.parent:
+        out = out.parent
+    if out.is_dir() and os.access(out, os.W_OK | os.X_OK):
+        return []
+    return [f"out: {config.folder} cannot be created, because {out} is not a folder this user may write to; choose "
+            "another `out`"]
+
+
+def bench_file(config: RunConfig) -> Path:
+    """Where `bench` keeps its figures: beside the run folder, or here where that is in an object store."""
+    return Path(f"{config.name}.bench.json" if is_url(config.out) else f"{config.folder}.bench.json")
+
+
+def measured(config: RunConfig) -> Measured | None:
+    """Throughput and size of what this run has committed so far; before its first start, what `bench` measured."""
+    if first_look(open_files(config.folder)) is None:
+        try:
+            found = json.loads(bench_file(config).read_text())
+        except FileNotFoundError:
+            return None
+        return Measured(found["images_per_second"], found["bytes_per_image"])
+    run = open_run(config.folder)
+    data = run.files.entries("data")
+    return measure(list(run.store.receipts(data)), sum(entry.size for entry in data.values()))
+
+
+def _size_problems(facts: PriorFacts, config: RunConfig) -> list[str]:
+    try:
+        check_size(facts, config.image.size or facts.image_size)
+    except ModelError as error:
+        return [f"image.size: {error}"]
+    return []
+
+
+def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None = None, *,
+            device_here: bool = True, where: str = "") -> Run:
+    """Creates the run folder, or opens it if it is the same run. `where` names the configuration in errors.
+
+    Raises ConfigError (all problems at once), SeedDataError, StorageError, or DigestMismatch with the fields that
+    differ; nothing is created before the dataset is known to be sound.
+    """
+    if problems := preflight(config, device_here=device_here, with_classes=False, planned=_has_started(config)):
+        raise ConfigError(where or config.name, problems)
+    files = open_files(config.folder, single_writer=config.store.single_writer)
+    plan = None if first_look(files) else make_plan(seeds.build_index(config.data), config)
+    if plan is not None and (problems := [*check_classes(config, plan.index.classes.key),
+                                          *check_seeds(config, plan.index), *_caption_problems(plan, config)]):
+        raise ConfigError(where or config.name, problems)
+    files.probe()
+    files.sweep()
+    models = model_hashes(config, on_model)
+    if plan is not None:
+        if "prototypes" in models:
+            prototypes_of(config, plan.index.classes.key, models.get("guide"))  # refuses those of another guide
+        if "adapter" in models:
+            check_base(config, models["prior"])
+        facts = _facts(config, plan, models)
+        write_plan(plan, files, facts["plan"])
+        create_once(files, "run.json", facts, "run")
+    return _open(config, files, models)
+
+
+def _has_started(config: RunConfig) -> bool:
+    with contextlib.suppress(StorageError):  # `preflight` says it
+        return first_look(open_files(config.folder)) is not None
+    return False
+
+
+def _caption_problems(plan: Plan, config: RunConfig) -> list[str]:
+    """Where so many rows ask for a caption that is empty that the run would fail more than its limit. Below that, they
+    are refused one by one."""
+    allowed = int(config.limits.max_failed * plan.planned)
+    lacking = len(list(itertools.islice(plan.uncaptioned(), allowed + 1)))
+    if lacking <= allowed:
+        return []
+    blank = plan.blank_seeds()
+    return [f"artifacts.captions: {config.artifacts.captions} has an empty caption of {len(blank):,} of "
+            f"{len(plan.index):,} seeds ({', '.join(blank[:3])}{', ...' if len(blank) > 3 else ''}), so more than "
+            f"limits.max_failed = {config.limits.max_failed:g} of the rows would fail; caption them, or leave these "
+            "seeds out with data.ids"]
+
+
+def open_run(folder: str, overrides: Sequence[str] = (), *, check_models: bool = False) -> Run:
+    """The run in an existing folder, with the configuration it was created with and `a.b=value` overrides of
+    operational fields. `check_models`: samples will be made, so its models must still be the ones it started with.
+    Raises UsageError, or DigestMismatch for an override of any other field or another model.
+    """
+    facts = read_facts(open_files(folder))
+    out, _, name = (folder if is_url(folder) else str(Path(folder).absolute())).rstrip("/").rpartition("/")
+    config = parse(override({**facts["config"], "out": out or "/", "name": name}, overrides), f"{folder}/run.json")
+    return _open(config, open_files(folder, single_writer=config.store.single_writer),
+                 model_hashes(config) if check_models else facts["models"])
+
+
+def begin(run: Run) -> int:
+    """Registers a start of the run and returns its number."""
+    for folder in FOLDERS:  # a copy of a run may lack the empty ones
+        run.files.make_folder(folder)
+    return new_attempt(run.files, {"host": socket.gethostname(), "pid": os.getpid(), "token": process_token(),
+                                   "version": __version__})
+
+
+def start(run: Run, tools: Tools | None = None, on_rows: Callable[[int], None] = lambda n: None) -> Expander:
+    """Registers an attempt and returns the Expander that works for it in this process."""
+    return expander_of(run, begin(run), tools, on_rows)
+
+
+def expander_of(run: Run, attempt: int, tools: Tools | None = None,
+                on_rows: Callable[[int], None] = lambda n: None) -> Expander:
+    """An Expander of this process for an attempt that has begun."""
+    blame = Blame(run.files, process_token(), attempt)
+    blame.sweep()
+    return Expander(run.config, run.plan, run.store, blame, tools=tools, on_rows=on_rows)
+
+
+def in_process(expander: Expander) -> ExpandWave:
+    """Expands jobs one after the other in this process; three environment faults in a row end the wave."""
+
+    def wave(jobs: Sequence[Job]) -> Iterator[Receipt | EnvironmentFault]:
+        faults = 0
+        for shard_id, generation in jobs:
+            try:
+                receipt = expander(shard_id, generation)
+            except EnvironmentFault as fault:
+                faults += 1
+                yield fault
+                if faults == FAULTS_IN_A_ROW:
+                    return
+            else:
+                faults = 0
+                yield receipt
+
+    return wave
+
+
+def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, to_the_end: bool = False,
+          on_counts: Callable[[Totals], None] = lambda counts: None) -> Totals:
+    """Runs `jobs()` wave by wave until it is empty, and returns the totals of the run.
+
+    `on_counts` is called after every commit. Raises OverBudget as soon as more rows failed than limits.max_failed
+    allows (`to_the_end`: only when all jobs are done, for a retry starts over its budget), and EnvironmentFault after
+    three waves without a commit.
+    """
+    run.store.forget_lost()
+    tally = Tally(run.plan.planned, run.store.receipts())
+    run.store.roll_up(ROLL_UP_EVERY)
+    made = 0
+    barren, cause = 0, EnvironmentFault("no shard could be started")
+    while todo := jobs()[:WAVE]:
+        if not to_the_end:
+            check_budget(run, tally)
+        committed = 0
+        for outcome in expand_wave(todo):
+            if isinstance(outcome, EnvironmentFault):
+                cause = outcome
+                continue
+            committed += 1
+            tally.add(outcome)
+            on_counts(tally.totals)
+            if (made := made + 1) % ROLL_UP_EVERY == 0:
+                run.store.roll_up()
+            if not to_the_end:
+                check_budget(run, tally)
+        barren = 0 if committed else barren + 1
+        if barren == BARREN_WAVES:
+            forget_unexplained(run.files)
+            raise EnvironmentFault(f"no shard was committed in {BARREN_WAVES} rounds; last cause: {cause}") from cause
+    run.store.roll_up()
+    return check_budget(run, Tally(run.plan.planned, run.store.receipts()))  # with what other drivers made
+
+
+def pending_jobs(run: Run) -> list[Job]:
+    return [(shard_id, 0) for shard_id in run.store.pending(run.plan.n_shards)]
+
+
+def retry_jobs(run: Run) -> Callable[[], list[Job]]:
+    """Jobs that make once more what failed: one new generation for each shard whose last one has failed rows."""
+    last = {receipt.shard_id: receipt for receipt in run.store.receipts()}
+    wanted = [(r.shard_id, r.generation + 1) for r in last.values() if r.failed]
+
+    def jobs() -> list[Job]:
+        done = run.store.committed()
+        return [(shard_id, generation) for shard_id, generation in wanted if done.get(shard_id, -1) < generation]
+
+    return jobs
+
+
+def committed_hash(run: Run, sample_id: str) -> str | None:
+    """sample_sha256 of a committed sample, None where it was refused or is pending."""
+    shard_id = run.plan.find(sample_id)
+    for generation in range(run.store.committed().get(shard_id, -1) + 1):
+        receipt = run.store.find(shard_id, generation)
+        if receipt is not None:
+            rows = run.store.data(receipt, ["sample_id", "sample_sha256"]).to_pylist()
+            for row in rows:
+                if row["sample_id"] == sample_id:
+                    return row["sample_sha256"]
+    return None
+
+
+def check_budget(run: Run, tally: Tally) -> Totals:
+    """The counts so far. Raises OverBudget when more rows failed than the budget allows."""
+    counts = tally.totals
+    allowed = run.config.limits.max_failed * run.plan.planned
+    if counts.failed > allowed:
+        listed = ", ".join(f"{reason} {count}" for reason, count in tally.failures().most_common(5))
+        raise OverBudget(
+            f"{counts.failed} of {run.plan.planned} rows failed, more than limits.max_failed = "
+            f"{run.config.limits.max_failed:g} allows ({listed}). Everything made so far is kept in {run.folder}, and "
+            f"its report.html shows the refused rows. Repair their seeds and run `rayexpand retry {run.folder}`, or go "
+            f"on with --set limits.max_failed=<share>.")
+    return counts
+
+
+def model_hashes(config: RunConfig, on_model: Callable[[str, int, int], None] | None = None, *,
+                 fitted: bool = False) -> dict[str, str]:
+    """Content hashes of the models and artifacts the method uses; trains the embedded default if it is asked for and
+    not cached. `fitted`: guide and prototypes will be fitted first, so only the prior is there."""
+    needs = config.method.needs()
+    hashes = {}
+    if "prior" in needs:
+        hashes["prior"] = prior_hash(config.prior.weights, on_model)
+    if fitted:
+        return hashes
+    if "guide" in needs:
+        from rayexpand.models.guides import guide_hash
+
+        hashes["guide"] = guide_hash(config.guide.weights, config.guide.checkpoint, on_model)
+    return hashes | artifact_hashes(config)
+
+
+def _facts(config: RunConfig, plan: Plan, models: dict[str, str]) -> dict[str, Any]:
+    identity = plan_digest(plan)
+    return {"version": __version__, "created": time.time(), "name": config.name, "config": resolved(config),
+            "run_digest": digest({"plan": identity, "config": semantic(config), "models": models}),
+            "plan_digest": identity, "plan": f"plan/{identity[:8]}", "planned": plan.planned, "shards": plan.n_shards,
+            "seeds": len(plan.index), "classes": len(plan.index.classes), "models": models,
+            **({"ids_sha256": ids_sha256(config.data)} if config.data.ids else {}),
+            **({"captions_sha256": captions_sha256(config)} if plan.captions is not None else {})}
+
+
+def _open(config: RunConfig, files: Files, models: dict[str, str]) -> Run:
+    facts = read_facts(files)
+    before, now = _comparable(config, files, facts)
+    changed = differences({**before, "models": facts["models"]}, {**now, "models": models})
+    if (said := facts.get("captions_sha256")) and (said_now := captions_sha256(config) or said) != said:
+        changed.append(f"artifacts.captions: {said!r} -> {said_now!r}")
+    if changed:
+        raise DigestMismatch("\n  ".join([f"{files.root} holds another run; continuing would mix two datasets. What "
+                                          "differs (there -> here):", *changed,
+                                          "Set it back, or give this run another `name`."]))
+    return Run(config, files, Store(files, facts["run_digest"]), _read_plan(config, files, facts), facts)
+
+
+def _comparable(config: RunConfig, files: Files, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What decides the samples, as the run was created and as `config` says. A list of ids that is gone or has moved
+    since then counts as what it said then."""
+    created = parse(facts["config"], "run.json")
+    before, now = semantic(created), semantic(config)
+    if created.data.ids is None or config.data.ids is None:
+        return before, now
+    then = facts.get("ids_sha256")
+    if then is None and created.data.per_class is None and before["data"]["ids"] == created.data.ids:
+        plan = read_plan(config, files, facts["plan"])  # it holds just the seeds that were listed
+        then = None if plan is None else digest(sorted(set(plan.index.seed_ids)))
+    before["data"]["ids"] = then or before["data"]["ids"]
+    if now["data"]["ids"] == created.data.ids:
+        now["data"]["ids"] = before["data"]["ids"]
+    return before, now
+
+
+def _read_plan(config: RunConfig, files: Files, facts: dict[str, Any]) -> Plan:
+    plan = read_plan(config, files, facts["plan"])
+    if plan is None:
+        raise UsageError(f"{files.root}/{facts['plan']} is missing or incomplete, so the run cannot go on. Restore "
+                         "that folder, or start under another `name`.")
+    return plan
+

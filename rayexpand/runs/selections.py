@@ -1,0 +1,54 @@
+"""Decisions beside a run, read."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayexpand.contract.errors import UsageError
+from rayexpand.runs.run import Run
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Decisions by sample id: sorted 8-byte digests and, for each, whether to keep."""
+
+    name: str
+    ids: np.ndarray  # uint64
+    keep: np.ndarray  # bool
+
+    def keeps(self, sample_ids: Sequence[str]) -> pa.Array:
+        wanted = _digests(sample_ids)
+        at = np.minimum(np.searchsorted(self.ids, wanted), len(self.ids) - 1)
+        if len(unknown := np.flatnonzero(self.ids[at] != wanted)):
+            raise UsageError(f"selection {self.name!r} says nothing about sample {sample_ids[unknown[0]]}; it was made "
+                             "before that sample. Select again, then export.")
+        return pa.array(self.keep[at])
+
+
+def read_selection(run: Run, name: str) -> Selection:
+    """The decision selections/<name>.parquet. Raises UsageError where there is none, or it is empty or ambiguous."""
+    content = run.files.read(f"selections/{name}.parquet") if re.fullmatch(r"[\w.-]+", name) else None
+    if content is None:
+        known = sorted(file.removesuffix(".parquet") for file in run.files.list("selections"))
+        raise UsageError(f"{run.folder} has no selection {name!r}; it has {', '.join(known) or 'none'}. Make it with "
+                         f"`rayexpand select` and a file with name: {name} and run: {run.folder}")
+    table = pq.read_table(pa.BufferReader(content), columns=["sample_id", "keep"])
+    if not table.num_rows:
+        raise UsageError(f"selection {name!r} of {run.folder} decides nothing; select again")
+    ids = _digests(table["sample_id"].to_pylist())
+    order = np.argsort(ids)
+    if (np.diff(ids[order]) == 0).any():
+        raise UsageError(f"selection {name!r} of {run.folder} decides a sample twice; select again")
+    return Selection(name, ids[order], np.asarray(table["keep"].to_pylist(), bool)[order])
+
+
+def _digests(sample_ids: Sequence[str]) -> np.ndarray:
+    joined = b"".join(hashlib.blake2b(one.encode(), digest_size=8).digest() for one in sample_ids)
+    return np.frombuffer(joined, "<u8")

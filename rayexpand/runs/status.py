@@ -1,0 +1,224 @@
+"""What a run folder says about its run, read without a driver, a model or a plan in memory.
+
+`view_run` reads run.json, attempts/ and receipts/; `read_status` folds them into counts, a rate and a finishing time.
+Both work while a driver is dead, and where receipts are missing (a footer replaces each). At 13 thousand shards on
+a local disk `read_status` takes about half a second (measured, 13,000 receipts of 650 bytes, page cache warm).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from rayexpand.contract.errors import EnvironmentFault, UsageError
+from rayexpand.contract.schema import ClassTable, Reason, Receipt, Status
+from rayexpand.runs.blame import running_here
+from rayexpand.runs.store import Store, Totals, read_facts, totals
+from rayexpand.storage.files import Files, each
+from rayexpand.storage.places import open_files
+from rayexpand.storage.tables import read_table
+
+_WINDOW_SHARDS = 5  # the rate looks back over five typical shard times
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """What is on disk of one run at one moment."""
+
+    run: dict[str, Any]  # run.json
+    receipts: tuple[Receipt, ...]  # by shard, then generation
+    committed: dict[str, float]  # data file -> modification time, unix seconds
+    store: Store
+
+    @property
+    def files(self) -> Files:
+        return self.store.files
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Every start of the run in order; reads one small file for each."""
+        names = sorted(name for name in self.files.list("attempts") if name.endswith(".json"))
+        texts = each(self.files, self.files.read, [f"attempts/{name}" for name in names])
+        return [json.loads(text) for text in texts if text is not None]
+
+    @property
+    def totals(self) -> Totals:
+        return totals(int(self.run["planned"]), self.receipts)
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Refused rows by reason, most frequent first; rows that a retry has decided again count once."""
+        return count_reasons(self.receipts)
+
+    @property
+    def stacks(self) -> list[tuple[dict[str, str], int]]:
+        """The distinct stack fingerprints with the shards each has made, most shards first."""
+        counts = Counter(json.dumps(receipt.stack, sort_keys=True) for receipt in self.receipts)
+        return [(json.loads(stack), shards) for stack, shards in counts.most_common()]
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """One look at a run; planned = kept + rejected + failed + pending."""
+
+    name: str
+    folder: str
+    run_digest: str
+    planned: int
+    kept: int
+    rejected: int
+    failed: int
+    pending: int
+    shards_done: int
+    shards: int
+    reasons: dict[str, int]
+    images_per_second: float | None  # see `recent_rate`; None before the first timed commit
+    concurrency: float | None  # shards in work at once, on average over the same window
+    eta_seconds: float | None  # pending rows at that rate; None where the rate is unknown
+    last_commit_age_seconds: float | None
+    attempts: int
+    processes: int  # sampler processes alive on this host
+    mixed_stacks: bool  # shards were made on different stacks, so the reproducibility promise does not span them
+
+    @property
+    def complete(self) -> bool:
+        return self.pending == 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "complete": self.complete}
+
+    def table(self) -> list[tuple[str, str]]:
+        """(label, value) lines for people."""
+        decided = 1 - self.pending / self.planned
+        lines = [("planned", f"{self.planned:,}"), ("kept", f"{self.kept:,}"), ("rejected", f"{self.rejected:,}"),
+                 ("failed", f"{self.failed:,}"), ("pending", f"{self.pending:,} ({100 * decided:.1f} % decided)"),
+                 ("shards", f"{self.shards_done:,} of {self.shards:,}"),
+                 *((f"  {reason}", f"{rows:,}") for reason, rows in self.reasons.items()),
+                 ("images per second", "unknown" if self.images_per_second is None else
+                  f"{self.images_per_second:.3g} with {self.concurrency:.1f} shards in work"),
+                 ("time left", "none" if self.complete else duration(self.eta_seconds)),
+                 ("last commit", "none yet" if self.last_commit_age_seconds is None else
+                  f"{duration(self.last_commit_age_seconds)} ago"),
+                 ("attempts", f"{self.attempts}"), ("processes here", f"{self.processes}")]
+        if self.mixed_stacks:
+            lines.append(("stacks", "mixed: shards were made on different stacks, see the report"))
+        return lines
+
+
+def view_run(folder: str | Path) -> RunView:
+    """The run in `folder`, a path or a URL. Raises UsageError if there is none, StorageError if its store refuses,
+    DigestMismatch if a data file is of another run.
+    """
+    files = open_files(folder)
+    run = read_facts(files)
+    store = Store(files, run["run_digest"])
+    data = {name: entry.modified for name, entry in files.entries("data").items() if name.endswith(".parquet")}
+    return RunView(run, tuple(store.receipts(data)), data, store)
+
+
+def read_status(folder: str | Path, clock: Callable[[], float] = time.time) -> RunStatus:
+    """Counts, rate and finishing time of a run. Raises UsageError if there is none below `folder`."""
+    view = view_run(folder)
+    counts, committed = view.totals, view.committed
+    rate, concurrency = recent_rate(view.receipts, committed)
+    eta = 0.0 if not counts.pending else counts.pending / rate if rate else None
+    return RunStatus(
+        name=view.run["name"], folder=str(folder), run_digest=view.run["run_digest"],
+        planned=counts.planned, kept=counts.kept, rejected=counts.rejected, failed=counts.failed,
+        pending=counts.pending, shards_done=counts.shards, shards=int(view.run["shards"]), reasons=view.reasons,
+        images_per_second=rate, concurrency=concurrency, eta_seconds=eta,
+        last_commit_age_seconds=max(0.0, clock() - max(committed.values())) if committed else None,
+        attempts=len(view.files.list("attempts")), processes=running_here(view.files),
+        mixed_stacks=len(view.stacks) > 1)
+
+
+def recent_rate(receipts: Sequence[Receipt], committed: dict[str, float]) -> tuple[float | None, float | None]:
+    """(images/s of the whole run, mean number of shards in work) over the last shard times; (None, None) if unknown.
+
+    A receipt of `total` seconds, committed at time c (`committed`: data file -> modification time), worked during
+    [c - total, c]. The window is the five median shard times before the last commit, and
+
+        images/s = rows committed in it / time of it in which at least one shard was in work
+                 = (rows / summed seconds) * (summed seconds / working time), the second factor being the concurrency,
+
+    so any number of processes and hosts counts without being known, and hours in which no driver ran do not. A refused
+    row is work too. Copying a folder without its file times makes all shards look simultaneous: the rate is then high.
+    """
+    spans = sorted((committed[r.data_file], shard_seconds(r), r.kept + r.rejected + r.failed)
+                   for r in receipts if r.data_file in committed and shard_seconds(r) > 0)
+    if not spans:
+        return None, None
+    end = spans[-1][0]
+    begin = end - _WINDOW_SHARDS * median(seconds for _, seconds, _ in spans)
+    recent = [(max(c - seconds, begin), c, rows) for c, seconds, rows in spans if c > begin]
+    working, reached = 0.0, begin
+    for start, stop, _ in sorted(recent):
+        working += max(0.0, stop - max(start, reached))
+        reached = max(reached, stop)
+    busy = sum(stop - start for start, stop, _ in recent)
+    return sum(rows for *_, rows in recent) / working, busy / working
+
+
+def shard_seconds(receipt: Receipt) -> float:
+    """Wall seconds one process spent on a shard: `total`, or the sum of the phases where that is absent."""
+    return receipt.seconds.get("total") or sum(receipt.seconds.values())
+
+
+def count_reasons(receipts: Sequence[Receipt]) -> dict[str, int]:
+    """Refused rows by reason. Of the failures of a shard only its last generation counts: retries replaced the rest."""
+    latest = {receipt.shard_id: receipt.generation for receipt in receipts}  # receipts come by generation
+    counts: Counter[str] = Counter()
+    for receipt in receipts:
+        for reason, rows in receipt.reasons.items():
+            if Reason(reason).status is Status.REJECTED or receipt.generation == latest[receipt.shard_id]:
+                counts[reason] += rows
+    return dict(counts.most_common())
+
+
+def class_counts(view: RunView) -> np.ndarray:
+    """int64[K]: kept samples by target label. Reads the label column of every data file, about 1 ms each."""
+    def one(receipt: Receipt) -> np.ndarray:
+        labels = view.store.data(receipt, ["label"])["label"].to_numpy()
+        return np.bincount(labels, minlength=n_classes)
+
+    n_classes = len(read_classes(view))
+    return sum(each(view.files, one, (r for r in view.receipts if r.kept)), np.zeros(n_classes, np.int64))
+
+
+def read_classes(view: RunView) -> ClassTable:
+    """Class table of the plan. Raises UsageError if the plan folder is gone."""
+    name = f"{view.run['plan']}/classes.parquet"
+    try:
+        return ClassTable.from_arrow(read_table(view.files, name))
+    except OSError as error:
+        raise UsageError(f"{view.files.at(name)}: cannot be read, so the classes have no names. Restore the plan "
+                         "folder of the run; the data files are whole without it.") from error
+
+
+def duration(seconds: float | None) -> str:
+    """3725 -> '62 min'; None -> 'unknown'."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if hours < 100 else f"{hours // 24} d {hours % 24} h"
+
+
+def write_page(files: Files, name: str, text: str) -> Path | str:
+    """Replaces a file of the run folder in one step. Raises EnvironmentFault if the folder takes no more files."""
+    try:
+        files.replace(name, text.encode(), "page")
+    except OSError as error:
+        raise EnvironmentFault(f"{files.at(name)}: {error.strerror}. Free space or allow writing there, then run the "
+                               "same command again; no data file is touched.") from error
+    return files.at(name)

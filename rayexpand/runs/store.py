@@ -1,0 +1,356 @@
+"""The run folder: what is committed, how a shard becomes visible exactly once, and how to check it.
+
+    run.json                      resolved config and digests; created once, never changed
+    attempts/0007.json            one per start
+    plan/<digest8>/               see plan.py
+    data/train-000123.parquet     the only commit point; generation 1 of a retry is train-000123.r1.parquet
+    rejected/000123-<hash8>.parquet   refused rows; counts only if the footer of a data file names it
+    receipts/000123.json          a cache of that footer, plus seconds by phase
+    receipts/rollup-0007-1.json   many of them in one file, so that a status reads tens of files and not thousands
+    selections/                   later decisions; data files are never rewritten
+    blame/                        markers of sampler calls in flight (blame.py)
+
+The order of a commit is side file, data file, receipt; files.py and objects.py publish each without overwriting.
+Whoever publishes the data file first has committed the shard; a later writer adopts that file if it belongs to the
+same run digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from rayexpand.contract.errors import DigestMismatch, StorageError, UsageError
+from rayexpand.contract.schema import (
+    DATA_SCHEMA,
+    REFUSED_SCHEMA,
+    ClassTable,
+    Reason,
+    Receipt,
+    Sample,
+    Status,
+    huggingface_metadata,
+    samples_to_arrow,
+)
+from rayexpand.storage.files import Files, StorageDenied, each, process_token
+from rayexpand.storage.tables import open_parquet, parquet_bytes, read_table
+
+FOOTER = b"rayexpand"
+_DATA_NAME = re.compile(r"^train-(\d{6,})(?:\.r(\d+))?\.parquet$")
+_ROLL_UP_NAME = re.compile(r"^rollup-(\d+)-(\d+)\.json$")
+_NO_ROLL_UP = (-1, -1)
+_FULL_ROLL_UP = 5_000  # receipts; a smaller roll-up is folded into the next one
+
+
+
+
+
+
+def first_look(files: Files) -> bytes | None:
+    """run.json as it is, None without a run. Raises StorageError if this user may not read there."""
+    try:
+        return files.read("run.json")
+    except StorageDenied as error:
+        raise StorageError(str(error)) from error
+    except NotADirectoryError:
+        return None
+    except OSError as error:
+        raise StorageError(f"{files.at('run.json')}: cannot be read ({error.strerror}). Give this user the right to "
+                           "read the run folder.") from error
+
+
+def read_facts(files: Files) -> dict[str, Any]:
+    """run.json. Raises UsageError if there is no run, StorageError if this user may not read it."""
+    where, text = files.at("run.json"), first_look(files)
+    if text is None:
+        raise UsageError(f"{files.root} is not a run folder (no run.json). Give the folder that `expand` printed, "
+                         "<out>/<name>, or start a run with `rayexpand expand`.")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{where}: is not JSON ({error}). Restore it from a copy; the data files beside it are "
+                         "whole.") from error
+
+
+def data_name(shard_id: int, generation: int = 0) -> str:
+    suffix = f".r{generation}" if generation else ""
+    return f"train-{shard_id:06d}{suffix}.parquet"
+
+
+def parse_data_name(name: str) -> tuple[int, int] | None:
+    """(shard id, generation) of a data file name, None for any other file."""
+    match = _DATA_NAME.match(name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Counts of a run or of one shard; planned = kept + rejected + failed + pending."""
+
+    planned: int = 0
+    kept: int = 0
+    rejected: int = 0
+    failed: int = 0
+    shards: int = 0  # committed
+
+    @property
+    def pending(self) -> int:
+        return self.planned - self.kept - self.rejected - self.failed
+
+
+class Store:
+    """Committed shards of one run folder."""
+
+    def __init__(self, files: Files, run_digest: str, token: str | None = None) -> None:
+        self.files, self.run_digest, self.token = files, run_digest, token or process_token()
+
+    def committed(self) -> dict[int, int]:
+        """Committed shards with their latest generation. One listing, no file is read.
+
+        Raises UsageError where a generation is gone and a later one is not: what is gone cannot be told from it.
+        """
+        latest: dict[int, int] = {}
+        count: Counter[int] = Counter()
+        for name in self.files.list("data"):
+            if parsed := parse_data_name(name):
+                latest[parsed[0]] = max(parsed[1], latest.get(parsed[0], 0))
+                count[parsed[0]] += 1
+        if broken := [shard for shard, last in latest.items() if count[shard] != last + 1]:
+            name = data_name(broken[0]).removesuffix(".parquet")
+            raise UsageError(f"{self.files.root}: an earlier file of {len(broken)} retried shard(s) is gone. Delete "
+                             f"what is left of them (data/{name}*, ...) and run `expand`.")
+        return latest
+
+    def pending(self, n_shards: int) -> list[int]:
+        """Planned shards 0..n_shards-1 without a data file, in order."""
+        done = self.committed()
+        return [shard for shard in range(n_shards) if shard not in done]
+
+    def find(self, shard_id: int, generation: int = 0) -> Receipt | None:
+        """Receipt rebuilt from the footer of a committed data file; None if there is none.
+
+        Raises DigestMismatch if the file belongs to another run.
+        """
+        name = data_name(shard_id, generation)
+        try:
+            with self.files.open(f"data/{name}") as reader:
+                footer = _footer(open_parquet(reader).schema_arrow, name)
+        except FileNotFoundError:
+            return None
+        if footer["run_digest"] != self.run_digest:
+            raise DigestMismatch(f"data/{name} was written by run digest {footer['run_digest'][:8]}, this run is "
+                                 f"{self.run_digest[:8]}. Use another `name`, or move that folder away.")
+        return Receipt(**{**footer["receipt"], "data_file": name, "side_file": footer["side_file"],
+                          "content_sha256": footer["content_sha256"], "run_digest": footer["run_digest"]})
+
+    def commit(self, receipt: Receipt, samples: Sequence[Sample], classes: ClassTable) -> Receipt:
+        """Publishes a shard: refused rows, then data, then receipt. Returns the receipt of whoever won the shard."""
+        started = time.perf_counter()
+        kept = [s for s in samples if s.status is Status.KEPT]
+        refused = [s for s in samples if s.status is not Status.KEPT]
+        assert receipt.planned == len(samples) == len({s.draw.sample_id for s in samples})
+        shard = receipt.shard_id
+        side_file, side_sha256 = "", ""
+        if refused:
+            content = parquet_bytes(samples_to_arrow(refused, REFUSED_SCHEMA), {})
+            side_sha256 = hashlib.sha256(content).hexdigest()
+            side_file = f"{shard:06d}-{side_sha256[:16]}.parquet"
+            self.files.publish(f"rejected/{side_file}", content, "side", shard)
+        receipt = replace(receipt, data_file=data_name(shard, receipt.generation), side_file=side_file,
+                          content_sha256=content_sha256((s.draw.sample_id, s.sample_sha256) for s in kept),
+                          run_digest=self.run_digest)
+        footer = {"shard_id": shard, "generation": receipt.generation, "run_digest": self.run_digest,
+                  "writer": self.token, "side_file": side_file, "side_sha256": side_sha256,
+                  "content_sha256": receipt.content_sha256, "receipt": json.loads(receipt.to_json())}
+        content = parquet_bytes(samples_to_arrow(kept, DATA_SCHEMA),
+                                {**huggingface_metadata(classes.name), FOOTER: json.dumps(footer).encode()})
+        if not self.files.publish(f"data/{receipt.data_file}", content, "data", shard):
+            winner = self.find(shard, receipt.generation)
+            assert winner is not None
+            receipt = winner
+        else:
+            receipt = replace(receipt, seconds={"commit": time.perf_counter() - started, **receipt.seconds})
+        self.cache(receipt)
+        return receipt
+
+    def cache(self, receipt: Receipt) -> None:
+        """Writes the receipt of a committed file; a lost or stale one costs a footer read, never a count."""
+        self.files.replace(receipt_name(receipt), receipt.to_json().encode(), "receipt", receipt.shard_id)
+
+    def receipts(self, names: Iterable[str] | None = None) -> Iterator[Receipt]:
+        """One receipt per committed file, in shard order: from the cache, or from the footer where that is gone.
+
+        `names` are the files in data/, if they have been listed already.
+        """
+        listed = self.files.list("data") if names is None else names
+        committed = sorted(parsed for name in listed if (parsed := parse_data_name(name)))
+        cached = self.cached() if committed else {}
+        cached = {key: receipt for key, receipt in cached.items() if receipt.run_digest == self.run_digest}
+        rebuilt = each(self.files, lambda key: self.find(*key), [key for key in committed if key not in cached])
+        for key in committed:
+            receipt = cached[key] if key in cached else next(rebuilt)
+            if receipt is not None:
+                yield receipt
+
+    def cached(self) -> dict[tuple[int, int], Receipt]:
+        """Receipts by (shard, generation) from roll-ups and single files; a single file is the newer one."""
+        for _ in range(3):  # a file that vanishes after the listing was folded into a new roll-up
+            names = _cache_order(self.files.list("receipts"))
+            texts = list(each(self.files, self.files.read, [f"receipts/{name}" for name in names]))
+            if None not in texts:
+                break
+        return {(r.shard_id, r.generation): r for text in texts if text is not None for r in _receipts_in(text)}
+
+    def forget_lost(self) -> None:
+        """Drops the receipts of data files that are gone, or they would count what is made in their place."""
+        committed = {parsed for name in self.files.list("data") if (parsed := parse_data_name(name))}
+        cached = self.cached()
+        if cached.keys() <= committed:
+            return
+        listed = self.files.list("receipts")
+        attempt = max(receipt.attempt for receipt in cached.values())
+        content = json.dumps([asdict(cached[key]) for key in sorted(cached) if key in committed], sort_keys=True)
+        number = 1
+        while not self.files.publish(f"receipts/rollup-{attempt:04d}-{number}.json", content.encode(), "rollup"):
+            number += 1
+        self.files.delete(*(f"receipts/{name}" for name in listed if name.endswith(".json")))
+
+    def roll_up(self, at_least: int = 1) -> int:
+        """Folds single receipts, if there are `at_least` so many, into one file; returns how many.
+
+        Any number of drivers may do so at once: at worst a receipt is in two files, or in none and a footer is read.
+        """
+        listed = self.files.list("receipts")
+        singles = [name for name in listed if name.endswith(".json") and _roll_up_number(name) == _NO_ROLL_UP]
+        if len(singles) < max(at_least, 1):
+            return 0
+        folded: dict[tuple[int, int], Receipt] = {}
+        spent: list[str] = []
+        names = [f"receipts/{name}" for name in _cache_order(listed)]
+        for name, text in zip(names, each(self.files, self.files.read, names), strict=True):
+            found = _receipts_in(text or b"[]")
+            if len(found) < _FULL_ROLL_UP:
+                folded |= {(r.shard_id, r.generation): r for r in found}
+                spent.append(name)
+        attempt = max((receipt.attempt for receipt in folded.values()), default=0)
+        content = json.dumps([asdict(folded[key]) for key in sorted(folded)], sort_keys=True).encode()
+        number = 1 + max((n for a, n in map(_roll_up_number, listed) if a == attempt), default=0)
+        while not self.files.publish(f"receipts/rollup-{attempt:04d}-{number}.json", content, "rollup"):
+            number += 1
+        self.files.delete(*spent)
+        return len(singles)
+
+    def data(self, receipt: Receipt, columns: list[str] | None = None) -> pa.Table:
+        """Kept rows of a committed file (DATA_SCHEMA), or some of their columns."""
+        return read_table(self.files, f"data/{receipt.data_file}", columns)
+
+    def refused(self, receipt: Receipt) -> pa.Table:
+        """Refused rows of a committed file (REFUSED_SCHEMA); no rows where it names no side file."""
+        if not receipt.side_file:
+            return REFUSED_SCHEMA.empty_table()
+        return read_table(self.files, f"rejected/{receipt.side_file}")
+
+
+
+
+
+
+
+
+def receipt_name(receipt: Receipt) -> str:
+    return f"receipts/{receipt.data_file.removeprefix('train-').removesuffix('.parquet')}.json"
+
+
+def _cache_order(names: Iterable[str]) -> list[str]:
+    """Receipt files, roll-ups first and the older before the newer, so that a later one replaces an earlier one."""
+    kept = [name for name in names if name.endswith(".json")]
+    return sorted(kept, key=lambda name: (_roll_up_number(name) == _NO_ROLL_UP, _roll_up_number(name)))
+
+
+def _roll_up_number(name: str) -> tuple[int, int]:
+    """(attempt, number) of a roll-up, _NO_ROLL_UP for any other file."""
+    match = _ROLL_UP_NAME.match(name)
+    return (int(match[1]), int(match[2])) if match else _NO_ROLL_UP
+
+
+def _receipts_in(text: bytes) -> list[Receipt]:
+    """Receipts of a cache file, one or a list; none of a file that is not one, for the footers replace it."""
+    try:
+        found = json.loads(text)
+        return [Receipt(**fields) for fields in (found if isinstance(found, list) else [found])]
+    except (ValueError, TypeError):
+        return []
+
+
+class Tally:
+    """Counts of a run, receipt by receipt, in any order; a retried row leaves `failed` of the generation before it."""
+
+    def __init__(self, planned: int, receipts: Iterable[Receipt] = ()) -> None:
+        self._planned = planned
+        self._kept = self._rejected = self._failed = self._shards = 0
+        self._seen: set[tuple[int, int]] = set()
+        self._last: dict[int, tuple[int, int, dict[str, int]]] = {}  # shard -> its last generation: failed, reasons
+        for receipt in receipts:
+            self.add(receipt)
+
+    def add(self, receipt: Receipt) -> None:
+        """Counts a committed file once, however often it is reported."""
+        key = (receipt.shard_id, receipt.generation)
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self._kept, self._rejected = self._kept + receipt.kept, self._rejected + receipt.rejected
+        self._shards += receipt.generation == 0
+        last, failed, _ = self._last.get(receipt.shard_id, (-1, 0, {}))
+        if receipt.generation > last:
+            self._last[receipt.shard_id] = (receipt.generation, receipt.failed, receipt.reasons)
+            self._failed += receipt.failed - failed
+
+    @property
+    def totals(self) -> Totals:
+        return Totals(self._planned, self._kept, self._rejected, self._failed, self._shards)
+
+    def failures(self) -> Counter[str]:
+        """Rows that failed and were not made since, by reason."""
+        found: Counter[str] = Counter()
+        for _, _, reasons in self._last.values():
+            found.update({reason: n for reason, n in reasons.items() if Reason(reason).status is Status.FAILED})
+        return found
+
+
+def totals(planned: int, receipts: Iterable[Receipt]) -> Totals:
+    """Counts over all generations of committed files."""
+    return Tally(planned, receipts).totals
+
+
+def content_sha256(rows: Any) -> str:
+    """Hash over sorted (sample_id, sample_sha256)."""
+    return hashlib.sha256("\n".join(f"{i} {s}" for i, s in sorted(rows)).encode()).hexdigest()
+
+
+
+
+def _footer(schema: pa.Schema, name: str) -> dict[str, Any]:
+    raw = (schema.metadata or {}).get(FOOTER)
+    if raw is None:
+        raise UsageError(f"data/{name} is not a file of this package (no footer). Move it out of data/ and run again.")
+    return json.loads(raw)
+
+
+
+
+def new_attempt(files: Files, facts: dict[str, Any], clock: Callable[[], float] = time.time) -> int:
+    """Registers a start as attempts/NNNN.json and returns its number, from 1."""
+    number = 1 + max((int(name[:-5]) for name in files.list("attempts") if name.endswith(".json")), default=0)
+    while not files.publish(f"attempts/{number:04d}.json",
+                            json.dumps({"attempt": number, "started": clock(), **facts}, indent=1).encode(), "attempt"):
+        number += 1
+    return number

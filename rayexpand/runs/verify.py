@@ -1,0 +1,110 @@
+"""Checks a run folder against its plan: every planned sample decided exactly once, every file what its footer says."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from rayexpand.contract.errors import RayexpandError
+from rayexpand.contract.schema import DRAW_FIELDS, Draw, Receipt, Status, sample_sha256
+from rayexpand.runs.plan import Plan
+from rayexpand.runs.run import Run
+from rayexpand.runs.store import Store, Totals, content_sha256, data_name, parse_data_name, totals
+
+
+@dataclass
+class Findings:
+    problems: list[str] = field(default_factory=list)  # each names a file and what to do
+    rebuilt_receipts: int = 0
+    garbage: int = 0  # side files that no data file names; harmless
+    totals: Totals = field(default_factory=Totals)
+
+
+def verify(run: Run, *, pixels: bool = False) -> Findings:
+    """Checks every committed file and rebuilds missing receipts. `pixels` also decodes each image and its hash."""
+    findings, receipts, named = Findings(), [], set()
+    failed_before: dict[int, set[str]] = {}
+    faulty: set[int] = set()
+    seen: set[tuple[int, int]] = set()
+    cached = run.store.cached()
+    for shard_id, generation in sorted(p for name in run.files.list("data") if (p := parse_data_name(name))):
+        where, before = f"data/{data_name(shard_id, generation)}", len(findings.problems)
+        if shard_id in faulty or (generation > 0 and (shard_id, generation - 1) not in seen):
+            findings.problems.append(f"{where}: an earlier file of this shard is gone or faulty. Delete it too and run "
+                                     "`expand` again.")
+            faulty.add(shard_id)
+            continue
+        seen.add((shard_id, generation))
+        try:
+            receipt = run.store.find(shard_id, generation)
+            assert receipt is not None
+            expected = (_planned_ids(run.plan, shard_id) if generation == 0 else failed_before.get(shard_id, set()))
+            failed_before[shard_id] = _check_file(run.store, receipt, expected, pixels, findings.problems)
+        except (pa.ArrowException, OSError, RayexpandError, KeyError) as error:
+            findings.problems.append(f"{where}: cannot be read ({error}). Delete it and run `expand` again.")
+            faulty.add(shard_id)
+            continue
+        if len(findings.problems) > before:
+            faulty.add(shard_id)
+        with suppress(OSError, RayexpandError):  # a place that cannot be written says nothing about the data
+            findings.rebuilt_receipts += _rebuild(run.store, receipt, cached.get((shard_id, generation)))
+        receipts.append(receipt)
+        named.add(receipt.side_file)
+    findings.garbage = len(set(run.files.list("rejected")) - named)
+    findings.totals = totals(run.plan.planned, receipts)
+    return findings
+
+
+def _check_file(store: Store, receipt: Receipt, expected: set[str], pixels: bool, problems: list[str]) -> set[str]:
+    """Checks one committed file; returns the ids that failed in it."""
+    where = f"data/{receipt.data_file}"
+    kept = store.data(receipt, None if pixels else ["sample_id", "sample_sha256"])
+    refused = store.refused(receipt)
+    ids, others = kept["sample_id"].to_pylist(), refused["sample_id"].to_pylist()
+    problem = None
+    if len({*ids, *others}) != len(ids) + len(others):
+        problem = "holds a sample twice"
+    elif {*ids, *others} != expected:
+        gone, extra = sorted(expected - {*ids, *others}), sorted({*ids, *others} - expected)
+        problem = f"does not decide what was planned (missing {gone[:3]}, not planned {extra[:3]})"
+    elif content_sha256(zip(ids, kept["sample_sha256"].to_pylist(), strict=True)) != receipt.content_sha256:
+        problem = "does not match the content hash of its footer"
+    elif (receipt.kept, receipt.rejected + receipt.failed) != (len(ids), len(others)):
+        problem = "does not match the counts of its footer"
+    elif receipt.side_file and not _side_matches(store, receipt):
+        problem = f"names rejected/{receipt.side_file}, whose hash differs"
+    elif pixels and (bad := [row["sample_id"] for row in kept.to_pylist() if not _pixels_match(row)]):
+        problem = f"holds images that do not match their hash: {bad[:3]}"
+    if problem:
+        problems.append(f"{where}: {problem}. Delete it and run `expand` again.")
+    statuses = refused["status"].to_pylist()
+    return {sample_id for sample_id, status in zip(others, statuses, strict=True) if status == Status.FAILED}
+
+
+def _planned_ids(plan: Plan, shard_id: int) -> set[str]:
+    return {draw.sample_id for unit in plan.units(shard_id) for draw in unit}
+
+
+def _side_matches(store: Store, receipt: Receipt) -> bool:
+    content = store.files.read(f"rejected/{receipt.side_file}")
+    return content is not None and receipt.side_file.endswith(f"-{hashlib.sha256(content).hexdigest()[:16]}.parquet")
+
+
+def _pixels_match(row: dict) -> bool:
+    with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
+        decoded = np.asarray(image)
+    return sample_sha256(decoded, Draw(**{name: row[name] for name in DRAW_FIELDS})) == row["sample_sha256"]
+
+
+def _rebuild(store: Store, receipt: Receipt, cached: Receipt | None) -> bool:
+    """Writes a receipt that is missing or disagrees with its data file; True if it did."""
+    if cached is not None and replace(cached, seconds={}) == replace(receipt, seconds={}):
+        return False
+    store.cache(receipt)
+    return True

@@ -1,0 +1,1 @@
+"""Results out: folders on disks, in S3 and GCS; Parquet tables; checkpoints."""

@@ -1,0 +1,321 @@
+"""What a study file says: data, subset, arms, expansions, training. Reading it, and every mistake in it at once.
+
+study.py makes a study of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from inspect import signature
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from rayexpand.classifier.recipe import Recipe, make_recipe
+from rayexpand.contract import settings
+from rayexpand.contract.errors import ConfigError
+from rayexpand.contract.protocols import Method
+from rayexpand.contract.settings import Section
+from rayexpand.data import seeds
+from rayexpand.data.seeds import DataConfig
+from rayexpand.data.subsets import SubsetConfig
+from rayexpand.fitting.adapter.config import AdapterFit
+from rayexpand.fitting.config import GuideFit, fit_config
+from rayexpand.fitting.config import preflight as fit_preflight
+from rayexpand.runs import config as configs
+from rayexpand.runs import run as runs
+from rayexpand.runs.config import ClusterConfig, RunConfig
+from rayexpand.runs.inputs import adapter_fits
+from rayexpand.studies import extra_tests
+from rayexpand.studies.extra_tests import ExtraTest
+
+REPEATED = "original repeated"  # how controls are called
+
+
+class ArmConfig(Section):
+    name: str = Field(min_length=1, description="what tables and figures call it")
+    use: str | None = Field(None, description="name of an expansion; null: real rows only")
+    ratio: int | list[int] | None = Field(None, description="only the first so many copies of each seed; a list makes "
+                                          "one arm of each; null: all")
+    real: float = Field(1.0, ge=0, description="how often each real row is used per epoch; 0: synthetic only")
+    weight: float = Field(1.0, gt=0, description="the same for synthetic rows")
+    replace: float | None = Field(None, ge=0, le=1, description="instead of the union: probability that a real row is "
+                                  "replaced by a synthetic one (Diff-Mix)")
+    draw: Literal["uniform", "inverse_freq"] = Field("uniform", description="with replace: any synthetic row, or first "
+                                                     "a class, rare ones more often (Diff-Mix, long tail)")
+    fill: bool = Field(False, description="of each class only as many synthetic rows as bring it to the size of the "
+                       "largest real class (SYNAuG)")
+    selection: str | None = Field(None, description="a decision in selections/ of the expansion; only rows it keeps. "
+                                  "For a run the study makes, `select` it when `train` asks for it, and train again")
+    soft_label: dict[str, float] = Field({}, description="arguments of the method's soft label, such as gamma")
+    recipe: dict[str, Any] = Field({}, description="recipe fields of this arm alone")
+    control: bool = Field(True, description="also train on the real rows repeated to as many rows")
+
+
+class ExpansionFit(Section):
+    """What is made from the real rows of each seed before a method that needs it expands them."""
+
+    guide: GuideFit | None = Field(None, description="train a guide; null: the one the run configuration names")
+    groups: int = Field(3, ge=1, description="prototypes of each class (DistDiff: 3)")
+    adapter: AdapterFit | None = Field(None, description="fine-tune the generator, in the process that drives the "
+                                       "study; null: the one the run configuration names")
+
+
+class ExpansionConfig(Section):
+    run: str | None = Field(None, description="folder of an existing run; {seed} stands for the study's seed")
+    config: dict[str, Any] | None = Field(None, description="a run configuration without name, out and data, which "
+                                          "the study gives")
+    fit: ExpansionFit | None = Field(None, description="with a run configuration: fit what its method needs, for each "
+                                     "seed on its own real rows; {} for prototypes of the guide as it is")
+
+
+class TrainingConfig(Section):
+    workers: int = Field(0, ge=0, description="0: a trial is one process; more: Ray Train workers of each trial")
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float | None = Field(None, ge=0, description="null: 1 where the cluster has GPUs, else 0")
+    loaders: int = Field(1, ge=1, description="processes that read and decode for one Ray Train worker")
+    device: str = Field("auto", description="auto, cpu or cuda")
+    threads: int = Field(1, ge=1, description="CPU threads of one worker")
+    checkpoint_steps: int | None = Field(None, ge=1, description="optimiser steps between two checkpoints; null: one "
+                                         "after each epoch")
+    shuffle_rows: int = Field(65_536, ge=1, description="rows that are permuted together where a training set is "
+                              "larger")
+    lanes: int = Field(8, ge=1, description="streams a larger list is read in; workers must divide it")
+
+
+class StudyConfig(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the study's folder is <out>/<name>")
+    out: str = Field("runs", min_length=1)
+    data: DataConfig = Field(description="the real images the subsets are taken from")
+    subset: SubsetConfig = SubsetConfig()
+    test: DataConfig = Field(description="images every arm is tested on; never trained on")
+    also: dict[str, ExtraTest] = Field({}, description="further test sets by name, which every finished classifier is "
+                                       "tested on once")
+    frequency: tuple[int, int] = Field((5, 20), description="classes with fewer real images than the first are `few`, "
+                                       "with more than the second `many`: CUB-LT; Flower-LT: [10, 30]")
+    validation: DataConfig | None = Field(None, description="images a sweep chooses by, so that it does not choose by "
+                                          "the test")
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="repetitions; three or more for error bars")
+    recipe: dict[str, Any] = Field({}, description="preset and fields of the training recipe")
+    expansions: dict[str, ExpansionConfig] = Field({}, description="runs the arms use, by name")
+    arms: list[ArmConfig] = Field(min_length=1)
+    baseline: str | None = Field(None, description="arm the others are compared with; null: the first")
+    resample: bool | None = Field(None, description="expand anew for each seed; null: where the subsets differ")
+    training: TrainingConfig = TrainingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("expansions", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """An expansion may be written as its run configuration (`fit` beside it), or as {run: folder}."""
+        if not isinstance(value, Mapping):
+            return value
+        return {name: one if not isinstance(one, Mapping) or {"run", "config"} & set(one) else
+                {"config": {key: field for key, field in one.items() if key != "fit"},
+                 **({"fit": one["fit"]} if "fit" in one else {})} for name, one in value.items()}
+
+    @property
+    def folder(self) -> str:
+        return f"{self.out.rstrip('/')}/{self.name}"
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Study of a YAML file with `a.b=value` overrides. Raises ConfigError with all mistakes."""
+    return parse_study(settings.read(path, overrides), str(path))
+
+
+def parse_study(raw: Mapping[str, Any], where: str = "study") -> StudyConfig:
+    """Study of a mapping. Raises ConfigError with every mistake of every section."""
+    try:
+        config = StudyConfig(**{str(key): value for key, value in raw.items()})
+    except ValidationError as error:
+        raise ConfigError(where, settings.mistakes(error, StudyConfig, "")) from error
+    problems = [*_arm_problems(config), *_recipe_problems(config), *_expansion_problems(config)]
+    if problems:
+        raise ConfigError(where, problems + study_preflight(config))
+    return config
+
+
+def study_preflight(config: StudyConfig) -> list[str]:
+    """Everything wrong that can be known without loading a model or listing a dataset, one line each."""
+    problems = [problem for section in ("data", "test", "validation") if (data := getattr(config, section))
+                for problem in renamed(seeds.check(data), section)]
+    problems += [f"also.{name}.{line}" for name, one in config.also.items() for line in extra_tests.problems(one)]
+    files = {file for arm in config.arms if (file := {**config.recipe, **arm.recipe}.get("checkpoint")) is not None}
+    problems += [f"recipe.checkpoint: there is no file {file}" for file in sorted(files)
+                 if not Path(file).expanduser().is_file()]
+    for name, one in config.expansions.items():
+        if one.config is None or one.run is not None or {"name", "out", "data", "seed"} & set(one.config):
+            continue
+        try:
+            made = run_config(config, name, one, 0, config.data)
+        except ConfigError:
+            continue  # parse_training sets its mistakes
+        trained = one.fit is not None and one.fit.guide is not None and one.fit.guide.kind != "clip_head"
+        given_later = ("data.", "out:", *(("artifacts.prototypes: ",) if one.fit else ()),
+                       *(("artifacts.adapter: ", "artifacts.class_features: ", "artifacts.image_features: ")
+                         if one.fit and one.fit.adapter else ()),
+                       *(("guide.weights: ",) if trained else ()))
+        problems += [f"expansions.{name}.{line}" for line in runs.preflight(made, device_here=False)
+                     if not line.startswith(given_later) or ": has no effect" in line]
+        if one.fit is not None and (wanted := fit_config(made, one.fit.guide, one.fit.adapter)) is not None:
+            problems += [f"expansions.{name}.{line.partition(', or add `')[0]}"  # which a study cannot have there
+                         for line in fit_preflight(wanted, device_here=False, on_ray=False)
+                         if line.startswith("fit.") and not line.startswith("fit.adapter.features: is missing")]
+    return problems
+
+
+def run_config(config: StudyConfig, name: str, one: ExpansionConfig, seed: int, data: DataConfig) -> RunConfig:
+    """The run that an expansion of the study is, for one of its seeds. Raises ConfigError."""
+    raw = {**(one.config or {}), "name": f"{name}-{seed}", "out": f"{config.folder}/runs",
+           "data": data.model_dump(mode="json"), "seed": seed}
+    raw.setdefault("cluster", config.cluster.model_dump(mode="json"))
+    return configs.parse(raw, f"expansions.{name}")
+
+
+def _arm_problems(config: StudyConfig) -> list[str]:
+    problems = []
+    names = [arm.name for arm in config.arms]
+    for arm in config.arms:
+        where = f"arms.{arm.name}"
+        if names.count(arm.name) > 1:
+            problems.append(f"{where}: the name is given twice; every arm needs its own")
+        if arm.use is not None and arm.use not in config.expansions:
+            problems.append(f"{where}.use: '{arm.use}' is no expansion; known: "
+                            f"{', '.join(config.expansions) or 'none, add a section expansions'}")
+        if arm.use is None:
+            plain = ArmConfig(name=arm.name)
+            unused = [field for field in ("draw", "fill", "ratio", "replace", "selection", "soft_label", "weight")
+                      if getattr(arm, field) != getattr(plain, field)]
+            if unused:
+                problems.append(f"{where}: {', '.join(unused)} need `use`, the name of an expansion")
+            if not arm.real:
+                problems.append(f"{where}.real: 0 without `use` leaves nothing to train on")
+        problems += [f"{where}.{field}: with replace an epoch is one pass over the real rows; leave {field} at 1"
+                     for field in ("real", "weight") if arm.replace is not None and getattr(arm, field) != 1]
+        if arm.fill:
+            problems += [f"{where}.fill: counts rows of a union in which every row is used once; leave {field} out"
+                         for field in ("real", "weight", "replace") if getattr(arm, field) not in (1, None)]
+        if arm.draw != "uniform" and arm.use is not None and arm.replace is None:
+            problems.append(f"{where}.draw: says what replaces a real row, and nothing does; give replace, or leave it")
+        if arm.name.lower().startswith(REPEATED):
+            problems.append(f"{where}: names that start with '{REPEATED}' are those of the automatic controls; rename "
+                            "the arm")
+        problems += [f"{where}.{line}" for line in [*_ratio_problems(arm), *_soft_label_problems(config, arm)]]
+    if config.frequency[0] > config.frequency[1] + 1:
+        problems.append(f"frequency: classes would be both few (under {config.frequency[0]}) and many (over "
+                        f"{config.frequency[1]}); give the smaller number first")
+    problems += [f"also.{name}: a name is letters, digits, - and _; rename it" for name in config.also
+                 if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]
+    if config.baseline is not None and config.baseline not in names:
+        problems.append(f"baseline: '{config.baseline}' is no arm; known: {', '.join(names)}")
+    if len(set(config.seeds)) < len(config.seeds):
+        problems.append("seeds: a seed is given twice; each is one repetition")
+    return problems
+
+
+def _ratio_problems(arm: ArmConfig) -> list[str]:
+    ratios = ratios_of(arm)
+    problems = [f"ratio: {one} copies of each seed are none to train on; give 1 or more, or leave `use` out"
+                for one in ratios if one < 1]
+    if len(set(ratios)) < len(ratios):
+        problems.append(f"ratio: {ratios} gives a value twice, which would be one arm twice; give each once")
+    return problems if ratios or arm.ratio is None else ["ratio: an empty list makes no arm; give ratios, or null"]
+
+
+def ratios_of(arm: ArmConfig) -> list[int]:
+    return arm.ratio if isinstance(arm.ratio, list) else [] if arm.ratio is None else [arm.ratio]
+
+
+def _soft_label_problems(config: StudyConfig, arm: ArmConfig) -> list[str]:
+    """Arguments that the method's soft label does not have; those of a run that exists are known when it is opened."""
+    one = config.expansions.get(arm.use or "")
+    if not arm.soft_label or one is None or one.config is None or not isinstance(one.config.get("method"), Mapping):
+        return []
+    try:
+        method = run_config(config, str(arm.use), one, 0, config.data).method
+    except ConfigError:
+        return []  # listed with the expansion
+    return unknown_soft_labels(arm, method)
+
+
+def unknown_soft_labels(arm: ArmConfig, method: Method) -> list[str]:
+    columns = ("source", "target", "strength", "n_classes")
+    known = [name for name, one in signature(method.soft_label).parameters.items()
+             if name not in columns and one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    return [f"soft_label.{key}: " + (f"did you mean '{near[0]}'?" if (near := get_close_matches(key, known, n=1)) else
+                                     f"unknown, the soft label of {method.name} takes "
+                                     f"{', '.join(known) or 'no arguments; take it out'}")
+            for key in arm.soft_label if key not in known]
+
+
+def _recipe_problems(config: StudyConfig) -> list[str]:
+    problems = []
+    for where, own in [("recipe", {}), *((f"arms.{arm.name}.recipe", arm.recipe) for arm in config.arms if arm.recipe)]:
+        try:
+            make_recipe({**config.recipe, **own})
+        except ValidationError as error:
+            problems += settings.mistakes(error, Recipe, f"{where}.")
+        except ValueError as error:
+            problems.append(f"{where}.{error}")
+    for arm in config.arms if not problems else []:
+        made = make_recipe({**config.recipe, **arm.recipe})
+        problems += [f"arms.{arm.name}.recipe.{field}: goes by the real images of each class, and this arm has none; "
+                     f"set {field}: 0" for field in ("cmo", "drw") if getattr(made, field) and not arm.real]
+    return problems
+
+
+def _expansion_problems(config: StudyConfig) -> list[str]:
+    problems = []
+    for name, one in config.expansions.items():
+        where = f"expansions.{name}"
+        if (one.run is None) == (one.config is None):
+            problems.append(f"{where}: give a run configuration, or run: <folder of a run>")
+        elif one.run is not None and one.fit is not None:
+            problems.append(f"{where}.fit: has no effect on a run that exists; take it out")
+        elif one.config is not None:
+            if given := sorted({"name", "out", "data", "seed"} & set(one.config)):
+                problems.append(f"{where}: {', '.join(given)} come from the study; take them out")
+                continue
+            try:
+                made = run_config(config, name, one, 0, config.data)
+            except ConfigError as error:
+                problems += [f"{where}.{line}" for line in error.problems]
+            else:
+                problems += [f"{where}.{line}" for line in (_fit_problems(made, one.fit) if one.fit else ())]
+    return problems
+
+
+def _fit_problems(made: RunConfig, fit: ExpansionFit) -> list[str]:
+    """What the fit of an expansion cannot mean for its run, one line each."""
+    wanted = fit_config(made, fit.guide, fit.adapter)
+    if wanted is None:
+        return [f"fit: {made.method.name} as it is set here needs nothing fitted; take it out"]
+    problems = [f"artifacts.{kind}: {folder} would not be read, for fit makes them of each seed's own rows; take one "
+                "of the two out" for kind, folder in made.artifacts if folder and getattr(wanted.fit, kind)]
+    problems += [f"fit.{role}: has no effect on {made.method.name} as it is set here; take it out"
+                for role in ("guide", "adapter") if getattr(fit, role) and role not in made.method.needs()]
+    if fit.adapter is None or "adapter" not in made.method.needs():
+        return problems
+    recipe, plain = fit.adapter.finetune, AdapterFit()
+    first = "run `rayexpand fit` first, in a file of its own, and name the folder it prints in "
+    if spread := [field for field in ("workers", "cpus_per_worker", "gpus_per_worker", "loaders")
+                  if getattr(fit.adapter, field) != getattr(plain, field)]:
+        problems.append(f"fit.adapter.{spread[0]}: a study fine-tunes in its own process, so {', '.join(spread)} would "
+                        f"have no effect; take it out, or {first}artifacts.adapter")
+    if recipe.mmd_gamma and recipe.mmd_scope == "per_rank":
+        problems.append("fit.adapter.recipe.mmd_scope: per_rank is another objective for each number of workers, and a "
+                        f"study fine-tunes in its own process; set mmd_scope: global, or {first}artifacts.adapter")
+    if recipe.strategy == "full":
+        return [*problems, "fit.adapter.recipe.strategy: full makes a whole generator, and this method samples with an "
+                f"adapter; {first}prior.weights"]
+    return problems + [f"fit.adapter.recipe: {line}" for line in adapter_fits(
+        made.method, recipe.strategy, recipe.visual_token, "it")]
+
+
+def renamed(problems: Sequence[str], section: Literal["data", "test", "validation"] | str) -> list[str]:
+    return [f"{section}.{line.removeprefix('data.')}" if line.startswith("data.") else f"{section}: {line}"
+            for line in problems]

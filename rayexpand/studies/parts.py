@@ -1,0 +1,82 @@
+"""The nouns of a study: arm, trial, the study itself, its results on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from rayexpand.classifier.recipe import Recipe
+from rayexpand.contract.schema import SeedIndex
+from rayexpand.contract.settings import digest
+from rayexpand.data.seeds import DataConfig
+from rayexpand.runs.config import RunConfig
+from rayexpand.storage.files import Files
+from rayexpand.studies.config import ArmConfig, StudyConfig
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table: an ArmConfig with one of its ratios, or the control of another arm."""
+
+    name: str
+    config: ArmConfig
+    recipe: Recipe
+    copies: int | None = None  # of each seed that are used
+    control_of: str = ""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One classifier to train: an arm with a seed. Plain data, written to trials/<name>.json."""
+
+    name: str
+    arm: str
+    seed: int
+    group: str  # expansion, "" for real rows only
+    ratio: float
+    control_of: str
+    augment: str
+    recipe: dict[str, Any]
+    rows: str  # file of its training set
+    list_sha256: str
+    ids_sha256: str  # of the real rows
+    data_sha256: str  # fingerprint of the real rows
+    test: dict[str, Any]
+    test_sha256: str  # fingerprint of the test images
+    also: dict[str, dict[str, Any]]  # further test sets: an ExtraTest and the sha256 of its images and groups, each
+    frequency: list[int]  # few below the first, many above the second
+    checkpoint_sha256: str  # of the weights it starts from, "" from scratch
+    workers: int  # BatchNorm statistics, sums and pairs of mixed images depend on it
+    order: list[int]  # [shuffle_rows, lanes] where the list is read in windows, else []
+    expansion_seconds: float
+    run: str
+
+    @property
+    def digest(self) -> str:
+        """What the result depends on. A result or checkpoint with another digest is not used."""
+        names = ("recipe", "list_sha256", "seed", "data_sha256", "test_sha256", "checkpoint_sha256", "workers", "order",
+                 "frequency")
+        also = {name: [one["restrict"], one["sha256"]] for name, one in self.also.items()}
+        return digest({**{name: getattr(self, name) for name in names}, **({"also": also} if also else {})})
+
+
+@dataclass(frozen=True)
+class Study:
+    config: StudyConfig
+    files: Files
+    subsets: dict[int, tuple[DataConfig, SeedIndex]]  # real rows by seed
+    expansions: dict[tuple[str, int], RunConfig | str]  # a run to make, or the folder of one
+
+
+def read_result(files: Files, name: str) -> dict[str, Any] | None:
+    text = files.read(f"results/{name}.json")
+    return None if text is None else json.loads(text)
+
+
+def folder_of(expansion: RunConfig | str) -> str:
+    return expansion if isinstance(expansion, str) else expansion.folder
+
+
+def json_bytes(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode()

@@ -1,0 +1,285 @@
+"""The files of a study as they are now: results grouped by arm, predictions, and what is missing or does not belong.
+
+Nothing is left out in silence: a trial that is expected and not there, a file that cannot be read and a result that is
+not of this study each leave a line.
+
+    trial       one training: an arm with one seed; results/<trial>.json and predictions/<trial>.parquet
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rayexpand.contract.errors import UsageError
+from rayexpand.storage.files import Files, each
+from rayexpand.storage.places import open_files
+from rayexpand.storage.tables import read_table
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """Predictions of one trial, sorted by test item."""
+
+    items: np.ndarray
+    labels: np.ndarray
+    predicted: np.ndarray
+
+    @property
+    def correct(self) -> np.ndarray:
+        return self.labels == self.predicted
+
+
+@dataclass
+class StudyView:
+    """A study folder as it is now. `arms` holds the finished trials of each arm by rising seed: the baseline first,
+    then in the order of the configuration, each control after the arm it was made for."""
+
+    files: Files
+    config: Mapping[str, Any]
+    arms: dict[str, list[Result]]
+    planned: dict[str, Result]  # trial -> trials/<trial>.json, or {} where that is not there
+    missing: list[str]
+    failed: dict[str, str]  # trial or file -> why
+    problems: list[str]
+    _predicted: dict[str, Predicted | str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name") or Path(str(self.files.root)).name)
+
+    @property
+    def results(self) -> list[Result]:
+        return [result for trials in self.arms.values() for result in trials]
+
+    @cached_property
+    def baseline(self) -> str | None:
+        return _baseline(self.config, self.arms)
+
+    @cached_property
+    def controls(self) -> dict[str, str]:
+        """Arm -> its control, where there is one with results."""
+        return {arm: control for arm in self.arms if (control := _control(self, arm))}
+
+    def predicted(self, trial: str) -> Predicted | str:
+        """Predictions of a trial, or why there are none."""
+        if trial not in self._predicted:
+            self._predicted[trial] = _read_predicted(self.files, trial)
+        return self._predicted[trial]
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def read_study(folder: str | Path) -> StudyView:
+    """Reads study.json, trials/ and results/. Raises UsageError if there is no study, or study.json is broken."""
+    files = open_files(folder)
+    content = files.read("study.json")
+    names = sorted(name.removesuffix(".json") for name in files.list("results") if name.endswith(".json"))
+    if content is None and not names:
+        raise UsageError(f"{folder}: no study is here (neither study.json nor results/*.json). Give the folder that "
+                         "`rayexpand train` wrote, <out>/<name>.")
+    facts = _json(content or b"{}")
+    if isinstance(facts, str):
+        raise UsageError(f"{folder}/study.json: {facts}. Start the study again; finished trials are kept.")
+    expected = [str(trial) for trial in facts.get("trials") or ()]
+    planned = dict(zip(expected, each(files, lambda trial: _planned(files, trial), expected), strict=True))
+    problems = [] if content is not None else ["study.json is missing, so trials that were not run cannot be named."]
+    results, failed = _read_results(files, names, planned, problems)
+    done = {*failed, *(result["trial"] for result in results)}
+    config = facts.get("config") if isinstance(facts.get("config"), dict) else facts
+    study = StudyView(files, config or {}, _by_arm(config or {}, results), planned,
+                      [trial for trial in expected if trial not in done], failed, problems)
+    study.problems += _subset_problems(study)
+    return study
+
+
+def _json(content: bytes) -> dict[str, Any] | str:
+    """The object of a JSON file, or what is wrong with it."""
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        return f"is not JSON ({error})"
+    return found if isinstance(found, dict) else f"expected an object, found {type(found).__name__}"
+
+
+def _planned(files: Files, trial: str) -> Result:
+    found = _json(files.read(f"trials/{trial}.json") or b"{}")
+    return {} if isinstance(found, str) else found
+
+
+def _read_results(files: Files, names: Sequence[str], planned: Mapping[str, Result],
+                  problems: list[str]) -> tuple[list[Result], dict[str, str]]:
+    """Usable results, and why the others are not; results that do not belong to the study go to `problems`."""
+    results: dict[tuple[str, int], Result] = {}
+    failed: dict[str, str] = {}
+    contents = each(files, lambda name: _json(files.read(f"results/{name}.json") or b""), names)
+    for trial, found in zip(names, contents, strict=True):
+        wrong = found if isinstance(found, str) else _wrong(found)
+        if planned and trial not in planned:
+            problems.append(f"results/{trial}.json is not a trial of this study (its configuration has changed since, "
+                            "or the file was copied here); it is left out.")
+        elif isinstance(found, str) or wrong:
+            failed[trial] = f"results/{trial}.json: {wrong}"
+        elif other := _stale(found, planned.get(trial, {})):
+            problems.append(f"results/{trial}.json was made with another {other} than the study has now; it is left "
+                            "out until `rayexpand train` makes it again.")
+        elif (place := (found["arm"], found["seed"])) in results:
+            problems.append(f"results/{trial}.json is a second result of arm {place[0]}, seed {place[1]}; only "
+                            f"{results[place]['trial']} is used.")
+        else:
+            results[place] = {**found, "trial": trial}
+    return list(results.values()), failed
+
+
+def _stale(result: Result, planned: Result) -> str | None:
+    """What a result was made with that its trial no longer has."""
+    for name, words in (("list_sha256", "training set"), ("recipe", "recipe"), ("ids_sha256", "subset"),
+                        ("seed", "seed"), ("digest", "dataset, test set, further test set, pair of frequency limits, "
+                                           "starting weights, order or number of workers")):
+        if name in planned and name in result and planned[name] != result[name]:
+            return words
+    return None
+
+
+def _wrong(result: Any) -> str | None:
+    """What keeps a result from being used, None if nothing does."""
+    if not isinstance(result, dict):
+        return "expected an object"
+    if result.get("error"):
+        return f"the trial failed: {result['error']}"
+    if not isinstance(result.get("arm"), str) or not isinstance(result.get("seed"), int):
+        return "has no arm (text) and seed (whole number)"
+    top1 = number(result, "last.top1")
+    return None if top1 is not None and 0 <= top1 <= 1 else "last.top1 is not a share in [0, 1]"
+
+
+def number(result: Result, place: str) -> float | None:
+    """The finite number at a dotted place of a result, else None."""
+    value: Any = result
+    for name in place.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if fine else None
+
+
+def _read_predicted(files: Files, trial: str) -> Predicted | str:
+    name = f"predictions/{trial}.parquet"
+    try:
+        table = read_table(files, name, ["item", "label", "predicted"]).sort_by("item")
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (pa.ArrowException, OSError, KeyError) as error:
+        return f"{name} cannot be read ({error})"
+    if not table.num_rows:
+        return f"{name} is empty"
+    return Predicted(*(table[column].to_numpy() for column in ("item", "label", "predicted")))
+
+
+# Arms ----------------------------------------------------------------------------------------------------------------
+
+
+def _by_arm(config: Mapping[str, Any], results: Iterable[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda r: (str(r.get("group") or ""), number(r, "ratio") or 0, r["arm"],
+                                                  r["seed"])):
+        found.setdefault(result["arm"], []).append(result)
+    base = _baseline(config, found)
+    named = [arm for arm in (*((base,) if base else ()), *_arm_names(config), *found) if arm in found]
+    ordered: list[str] = []
+    for arm in named:
+        if not controlled(found[arm][0]):
+            ordered += [arm, *(other for other in named if controlled(found[other][0]) == arm)]
+    return {arm: found[arm] for arm in dict.fromkeys((*ordered, *named))}
+
+
+def _arm_names(config: Mapping[str, Any]) -> list[str]:
+    names = []
+    for arm in _arm_configs(config):
+        ratio, name = arm.get("ratio"), str(arm.get("name", ""))
+        names += [f"{name} {one}x" for one in ratio] if isinstance(ratio, list) else [name]
+    return names
+
+
+def _arm_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    arms = config.get("arms") or ()
+    return [arm for arm in arms if isinstance(arm, Mapping)] if isinstance(arms, list) else []
+
+
+def _arm_config(config: Mapping[str, Any], arm: str) -> Mapping[str, Any]:
+    """The configuration of an arm by its name, or by its name before the ratio; empty if there is none."""
+    for one in _arm_configs(config):
+        stem = arm.rpartition(" ")[0] if isinstance(one.get("ratio"), list) else arm
+        if one.get("name") == stem:
+            return one
+    return {}
+
+
+def controlled(result: Result) -> str:
+    """The arm a trial's arm was made the control of; empty for an arm in its own right."""
+    return str(result.get("control_of") or "")
+
+
+def _baseline(config: Mapping[str, Any], arms: Mapping[str, Sequence[Result]]) -> str | None:
+    """The arm named by `baseline`, else the first of the configuration, else the first that has real images only."""
+    named = config.get("baseline") or next(iter(_arm_names(config)), None)
+    if named is not None:
+        return str(named) if named in arms else None
+    plain = [arm for arm, (first, *_) in arms.items() if not controlled(first) and not first.get("synthetic_rows")]
+    plain.sort(key=lambda arm: (arm != "original", arms[arm][0].get("augment") not in (None, "", "none")))
+    return plain[0] if plain else None
+
+
+def _control(study: StudyView, arm: str) -> str | None:
+    """The control of an arm with synthetic rows: real rows alone with the same recipe, repeated to as many rows. One
+    control serves every arm it fits, though it names only the arm it was made for. Arms that replace real rows keep
+    their number and need none."""
+    first = study.arms[arm][0]
+    if controlled(first) or not first.get("synthetic_rows") or replaces(study, arm):
+        return None
+    alone = [name for name, (one, *_) in study.arms.items() if not one.get("synthetic_rows")]
+    named = [name for name in alone if controlled(study.arms[name][0]) == arm]
+    rows = _rows_per_real(study, arm)
+    same = [name for name in alone if rows is not None and _rows_per_real(study, name) == rows
+            and study.arms[name][0].get("recipe") == first.get("recipe")]
+    return next(iter(named + same), None)
+
+
+def replaces(study: StudyView, arm: str) -> bool:
+    """Whether an arm replaces real rows by synthetic ones instead of adding them."""
+    return _arm_config(study.config, arm).get("replace") is not None
+
+
+def _rows_per_real(study: StudyView, arm: str) -> float | None:
+    """Rows of an epoch over real rows: 1 + 5 for five samples beside each image; a control has those of its arm."""
+    if arm in study.arms and (of := controlled(study.arms[arm][0])):
+        return _rows_per_real(study, of)
+    known = [*study.arms.get(arm, ()), *(one for one in study.planned.values() if one.get("arm") == arm)]
+    ratio = next((value for one in known if (value := number(one, "ratio")) is not None), None)
+    if not known or (ratio is None and known[0].get("synthetic_rows")):
+        return None
+    return round(float(_arm_config(study.config, arm).get("real", 1.0)) + (ratio or 0.0), 6)
+
+
+def _subset_problems(study: StudyView) -> list[str]:
+    """Arms that were trained on other real images than the first arm with the same seed."""
+    found = []
+    for seed in sorted({r["seed"] for r in study.results}):
+        hashes: dict[Any, list[str]] = {}
+        for result in study.results:
+            if result["seed"] == seed and result.get("ids_sha256"):
+                hashes.setdefault(result["ids_sha256"], []).append(result["arm"])
+        if len(hashes) > 1:
+            sides = "; ".join(f"{ids[:12]}: {', '.join(arms)}" for ids, arms in hashes.items())
+            found.append(f"Seed {seed}: arms were trained on different real images, so they are not paired ({sides}).")
+    return found

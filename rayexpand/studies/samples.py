@@ -1,0 +1,156 @@
+"""The training set of an arm: seeds, and the kept samples of runs with what is taken of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayexpand.contract.errors import ConfigError, UsageError, few
+from rayexpand.contract.rng import PlanRng
+from rayexpand.contract.schema import ClassTable, Receipt
+from rayexpand.data.subsets import ids_hash
+from rayexpand.loader.training_set import COLUMNS, DrawRule, Mode, RowSource, SetPart, TrainingSet, seed_rows
+from rayexpand.runs.run import Run, open_run
+from rayexpand.runs.selections import Selection, read_selection
+from rayexpand.storage.files import each
+
+_READ = ["label", "copy", "source_label", "strength"]  # of a data file
+
+
+def training_set(parts: Sequence[RowSource], mode: Mode = "union", p: float = 0.0,
+                 soft_label: Mapping[str, float] | None = None, draw: DrawRule = "uniform") -> TrainingSet:
+    """Training set of `parts`. Mode union: an epoch uses each row `weight` times. Mode replace (Diff-Mix): an epoch is
+    one pass over the real rows, each replaced with probability `p` by a synthetic row; `draw` uniform takes any of
+    them, inverse_freq first a class with probability proportional to 1 / (real rows of the class + 1).
+
+    Seeds that the index refuses are left out. Raises ConfigError with everything that does not fit together (classes,
+    modes, weights), UsageError for a run that is not complete or an unknown selection.
+    """
+    parts = sorted(parts, key=lambda one: one.seeds is None)
+    if problems := _problems(parts, mode, p):
+        raise ConfigError("training set", problems)
+    opened = [None if one.run is None else open_run(one.run) for one in parts]
+    tables = [one.seeds[0].classes if one.seeds else run.plan.index.classes  # type: ignore[union-attr]
+              for one, run in zip(parts, opened, strict=True)]
+    if problems := _class_problems(parts, tables) + _pending_problems(opened):
+        raise ConfigError("training set", problems)
+    blocks = [(one, *(seed_rows(one) if run is None else _sample_rows(one, run)))
+              for one, run in zip(parts, opened, strict=True)]
+    return TrainingSet.join(blocks, tables[0], mode=mode, p=p, soft_label=soft_label, draw=draw)
+
+
+def _problems(parts: Sequence[RowSource], mode: str, p: float) -> list[str]:
+    found = [f"{one.name}: give either seeds or a run" for one in parts if (one.seeds is None) == (one.run is None)]
+    found += [f"{one.name}: weight is {one.weight:g}; a row is used more than 0 times per epoch, or left out"
+              for one in parts if not one.weight > 0]
+    found += [f"{one.name}: copies, selection and limit are about runs; take them out" for one in parts
+              if one.seeds is not None and any(value is not None for value in (one.copies, one.selection, one.limit))]
+    if not parts:
+        found.append("no rows at all; give seeds, a run, or both")
+    if not 0 <= p <= 1:
+        found.append(f"p is {p:g}; a probability lies between 0 and 1")
+    if mode == "replace":
+        if not any(one.seeds is not None for one in parts):
+            found.append("mode replace needs seeds, whose images are replaced")
+        if p > 0 and not any(one.run is not None for one in parts):
+            found.append("mode replace with p > 0 needs a run to take samples from")
+        if any(one.weight != 1 for one in parts):
+            found.append("mode replace: an epoch is one pass over the real rows, so weights have no effect; leave them "
+                         "at 1")
+    elif p:
+        found.append(f"p = {p:g} has no effect in mode {mode}; set mode replace")
+    return found
+
+
+def _class_problems(parts: Sequence[RowSource], tables: Sequence[ClassTable]) -> list[str]:
+    return [f"{one.name}: its {len(table)} classes ({few(table.key)}) are not the {len(tables[0])} of {parts[0].name} "
+            f"({few(tables[0].key)}), so labels would mean two things; use runs and seeds of one dataset"
+            for one, table in zip(parts, tables, strict=True) if table.key != tables[0].key]
+
+
+def _pending_problems(opened: Sequence[Run | None]) -> list[str]:
+    return [f"run {run.folder}: {pending:,} of {run.plan.planned:,} samples are pending; finish it first with "
+            "`rayexpand expand`" for run in opened if run is not None and (pending := run.totals().pending)]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The rows of one data file that are taken."""
+
+    columns: dict[str, np.ndarray]  # row, label, source, strength
+    group: np.ndarray  # row group of each
+    ids: list[str]  # sample ids, where they decide
+    identity: bytes
+
+
+def _sample_rows(rows: RowSource, run: Run) -> tuple[dict[str, np.ndarray], SetPart]:
+    chosen = read_selection(run, rows.selection) if rows.selection else None
+    receipts = [receipt for receipt in run.store.receipts() if receipt.kept]
+    block = {name: np.empty(sum(receipt.kept for receipt in receipts), COLUMNS.field(name).type.to_pandas_dtype())
+             for name in COLUMNS.names}
+    identity, filled, ids = hashlib.sha256(), 0, list[str]()
+    chunks: list[tuple[str, int]] = []
+    for receipt, found in zip(receipts, _blocks(run, receipts, rows, chosen), strict=True):
+        size = len(found.group)
+        identity.update(found.identity)
+        ids += found.ids
+        if not size:
+            continue
+        used, number = np.unique(found.group, return_inverse=True)
+        block["chunk"][filled:filled + size] = number + len(chunks)
+        for name, values in found.columns.items():
+            block[name][filled:filled + size] = values
+        chunks += [(receipt.data_file, int(group)) for group in used]
+        filled += size
+    block = {name: values[:filled] for name, values in block.items()}
+    if rows.limit is not None:
+        kept = _first_of_each_class(block["label"], ids, rows.limit, run)
+        identity.update(np.packbits(kept).tobytes())
+        block = {name: values[kept] for name, values in block.items()}
+    method = run.config.method
+    part = SetPart(0, 0, 0, rows.weight, ids_hash(run.plan.index.seed_ids), identity.hexdigest(), run=str(run.folder),
+                   chunks=tuple(chunks), method={**method.model_dump(mode="json"), "name": method.name})
+    return block, part
+
+
+def _first_of_each_class(labels: np.ndarray, ids: Sequence[str], limit: np.ndarray, run: Run) -> np.ndarray:
+    """bool (n,): the first limit[c] rows of each class in an order that the sample ids alone decide, so that a smaller
+    limit keeps a part of what a larger one keeps. Raises UsageError where a class has fewer."""
+    have = np.bincount(labels, minlength=len(limit))
+    if len(short := np.flatnonzero(have < limit)):
+        names = run.plan.index.classes.name
+        few = ", ".join(f"{names[c]} has {have[c]:,} of {limit[c]:,}" for c in short[:3])
+        raise UsageError(f"fill: {len(short)} classes have fewer samples in {run.folder} than bring them to the size "
+                         f"of the largest ({few}{', ...' if len(short) > 3 else ''}); make more copies of each seed, "
+                         "or draw target classes uniformly")
+    order = np.lexsort((PlanRng(0, "study").per_seed("fill", ids), labels))
+    ordered = labels[order]
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order)) - np.searchsorted(ordered, ordered, side="left")
+    return rank < limit[labels]
+
+
+def _blocks(run: Run, receipts: Sequence[Receipt], rows: RowSource, chosen: Selection | None) -> Iterator[_Block]:
+    named = ["sample_id"] if chosen is not None or rows.limit is not None else []
+
+    def block(receipt: Receipt) -> _Block:
+        with run.store.files.open(f"data/{receipt.data_file}") as reader:
+            file = pq.ParquetFile(reader, pre_buffer=False)
+            table = file.read(_READ + named, use_threads=False)
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        keep = np.ones(len(table), bool) if rows.copies is None else table["copy"].to_numpy() < rows.copies
+        if chosen is not None:
+            keep &= chosen.keeps(table["sample_id"].to_pylist()).to_numpy(zero_copy_only=False)
+        identity = receipt.content_sha256.encode() + (b"" if keep.all() else np.packbits(keep).tobytes())
+        columns = {"row": np.concatenate([np.arange(size) for size in sizes] or [np.arange(0)])[keep],
+                   "label": table["label"].to_numpy()[keep], "source": table["source_label"].to_numpy()[keep],
+                   "strength": table["strength"].to_numpy()[keep]}
+        ids = table["sample_id"].filter(pa.array(keep)).to_pylist() if rows.limit is not None else []
+        return _Block(columns, np.repeat(np.arange(len(sizes)), sizes)[keep], ids, identity if keep.any() else b"")
+
+    return each(run.store.files, block, receipts)

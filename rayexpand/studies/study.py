@@ -1,0 +1,239 @@
+"""A study: does the expanded data help? One YAML of arms that train the same classifier on different data.
+
+The seeds of the study choose the subset of real images, key the expansions and the classifier, so each seed is a full
+repetition. Expansions are ordinary runs below the study's folder, or runs that exist. Beside every arm with synthetic
+rows the control "original repeated" trains on the real rows alone, repeated to the same number of rows.
+
+    <out>/<name>/study.json          resolved configuration and the names of all trials
+                 subsets/0.txt       seed ids of the real rows of seed 0; expansions read this very file
+                 artifacts/          guides and prototypes of the expansions that ask for them
+                 runs/<expansion>-0/ runs
+                 lists/<digest8>.arrow
+                 trials/<trial>.json what a trial needs, results/<trial>.json what it gave
+                 predictions/<trial>.parquet, checkpoints/<trial>/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from rayexpand.contract.errors import ConfigError, SeedDataError, UsageError, few
+from rayexpand.contract.rng import PlanRng
+from rayexpand.contract.schema import SeedIndex
+from rayexpand.data import seeds
+from rayexpand.data.seeds import DataConfig
+from rayexpand.data.subsets import (
+    choose,
+    ids_file,
+    ids_hash,
+    shared_images,
+    sound_rows,
+)
+from rayexpand.runs import run as runs
+from rayexpand.runs.config import RunConfig
+from rayexpand.storage.files import Files
+from rayexpand.storage.places import open_files
+from rayexpand.studies import extra_tests
+from rayexpand.studies.config import (
+    ExpansionConfig,
+    StudyConfig,
+    ratios_of,
+    renamed,
+    run_config,
+    study_preflight,
+    unknown_soft_labels,
+)
+from rayexpand.studies.parts import Study, folder_of
+
+STUDY_FOLDERS = ("subsets", "lists", "trials", "results", "predictions", "checkpoints", ".tmp")
+
+
+
+
+
+
+
+
+def prepare_study(config: StudyConfig) -> Study:
+    """Lists the datasets, writes the subsets, and names every run the study needs; nothing is sampled yet.
+
+    Raises ConfigError, SeedDataError, or UsageError where training and test images overlap.
+    """
+    if problems := study_preflight(config):
+        raise ConfigError(config.name, problems)
+    files = open_files(config.folder)
+    whole, test = _listed(config.data, "data"), _listed(config.test, "test")
+    if len(whole.classes) < 2:
+        raise UsageError(f"data: has one class ({few(whole.classes.key)}), so there is nothing to tell apart; give a "
+                         "dataset of two or more")
+    if not len(sound_rows(test)):
+        raise UsageError("test: has no image that can be used; correct test.split, test.ids or the files")
+    if whole.classes.key != test.classes.key:
+        raise UsageError(f"test: its classes {few(test.classes.key)} are not those of data "
+                         f"{few(whole.classes.key)}; give the test part of the same dataset")
+    for folder in STUDY_FOLDERS:
+        files.make_folder(folder)
+    files.sweep()
+    subsets = {seed: _subset(config, files, whole, seed) for seed in config.seeds}
+    _refuse_overlap(config, subsets, test)
+    _open_also(config, subsets)
+    if config.resample is False and _differ(subsets):
+        raise ConfigError(config.name, [
+            "resample: false expands the real rows of the first seed for all, but the seeds draw other subsets, so "
+            "their samples would be made from images that are not trained on; take resample out, or give all seeds "
+            "one subset with subset.seed"])
+    shared = not config.resample and not _differ(subsets)
+    expansions = {(name, seed): _expansion(config, name, one, config.seeds[0] if shared else seed, subsets)
+                  for name, one in config.expansions.items() for seed in config.seeds
+                  if name in {arm.use for arm in config.arms}}
+    if problems := _run_problems(config, subsets, expansions):
+        raise ConfigError(config.name, problems)
+    return Study(config, files, subsets, expansions)
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+def _open_also(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> None:
+    """Raises UsageError or SeedDataError for a further test set that cannot be used, or has training images in it."""
+    for name, one in config.also.items():
+        try:
+            index = extra_tests.open_test(one, next(iter(subsets.values()))[1].classes)
+            extra_tests.groups_of(one, index)
+        except (SeedDataError, UsageError) as error:
+            raise type(error)(f"also.{name}: {error}") from error
+        for seed, held in _distinct(subsets).items():
+            if shared := shared_images(held, (index, one.data)):
+                raise UsageError(f"also.{name}: {len(shared):,} of its images are training images of seed {seed} "
+                                 f"({few(shared)}); leave them out with data.ids, or choose another part")
+
+
+def _distinct(subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> dict[int, tuple[SeedIndex, DataConfig]]:
+    """Subsets that differ, each by the first of its seeds."""
+    found: dict[str, tuple[int, tuple[SeedIndex, DataConfig]]] = {}
+    for seed, (data, index) in subsets.items():
+        found.setdefault(ids_hash(index.seed_ids), (seed, (index, data)))
+    return dict(found.values())
+
+
+
+
+
+
+
+
+def _subset(config: StudyConfig, files: Files, whole: SeedIndex, seed: int) -> tuple[DataConfig, SeedIndex]:
+    if config.subset.kind == "full":
+        return config.data, whole
+    ids = whole.table["seed_id"].take(choose(whole, config.subset, seed)).to_pylist()
+    name = f"subsets/{seed}.txt"
+    files.replace(name, ids_file(ids))
+    data = config.data.model_copy(update={"ids": str(files.at(name)), "per_class": None})
+    return data, seeds.build_index(data)
+
+
+def _expansion(config: StudyConfig, name: str, one: ExpansionConfig, seed: int,
+               subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> RunConfig | str:
+    if one.run is None:
+        return run_config(config, name, one, seed, subsets[seed][0])
+    folder = one.run.replace("{seed}", str(seed))
+    made_from = runs.open_run(folder).plan.index.seed_ids
+    if ids_hash(made_from) != ids_hash(subsets[seed][1].seed_ids):
+        raise UsageError(f"expansions.{name}: {folder} was made from {len(made_from):,} seeds that are not the "
+                         f"{len(subsets[seed][1]):,} real rows of study seed {seed}; expand {config.folder}/subsets/"
+                         f"{seed}.txt (data.ids), or let the study make the run")
+    return folder
+
+
+def _listed(data: DataConfig, section: str) -> SeedIndex:
+    """The index of a section, named in what is wrong with it."""
+    try:
+        return seeds.build_index(data)
+    except SeedDataError as error:
+        raise SeedDataError(renamed([str(error)], section)[0]) from error
+
+
+def _refuse_overlap(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]], test: SeedIndex) -> None:
+    """No image in two of training, validation and test images."""
+    held = [("test", (test, config.test))]
+    if config.validation is not None:
+        held.append(("validation", (_listed(config.validation, "validation"), config.validation)))
+    others = [(f"training images of seed {seed}", one) for seed, one in _distinct(subsets).items()]
+    for section, one in held:
+        for name, other in others:
+            if shared := shared_images(other, one):
+                raise UsageError(f"{section}: {len(shared):,} of its images are {name} ({few(shared)}); choose "
+                                 f"another part with {section}.split, or leave them out with {section}.ids")
+        others.append((f"{section} images", one))
+
+
+def _run_problems(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]],
+                  expansions: Mapping[tuple[str, int], RunConfig | str]) -> list[str]:
+    """What arms ask of their runs and these do not have: so many copies, arguments of the soft label, of a run that
+    exists a selection (of a run to be made, `make_trials` asks for it, when it can be decided)."""
+    problems: list[str] = []
+    most: dict[str, int] = {}  # copies of one seed, by folder
+    for arm in config.arms:
+        for seed in config.seeds if arm.use is not None else []:
+            made = expansions[str(arm.use), seed]
+            if (folder := folder_of(made)) not in most:
+                most[folder] = int(_planned_copies(made, subsets[seed][1]).max(initial=0))
+            problems += [f"arms.{arm.name}.ratio: {one} copies of each seed asked for, but {folder} has {most[folder]} "
+                         f"at most; lower it, or make more copies" for one in ratios_of(arm) if one > most[folder]]
+            if isinstance(made, str) and arm.selection is not None and (
+                    f"{arm.selection}.parquet" not in runs.open_run(made).files.list("selections")):
+                problems.append(f"arms.{arm.name}.selection: {made} has no selection {arm.selection!r}; make it with "
+                                f"`rayexpand select` and a file with name: {arm.selection} and run: {made}")
+            if isinstance(made, str) and arm.soft_label:
+                problems += [f"arms.{arm.name}.{line}"
+                             for line in unknown_soft_labels(arm, runs.open_run(made).config.method)]
+    return list(dict.fromkeys(problems))
+
+
+def _planned_copies(made: RunConfig | str, index: SeedIndex) -> np.ndarray:
+    """Copies of each seed of a run, or of one that is to be made of `index`."""
+    if isinstance(made, str):
+        return runs.open_run(made).plan.copies
+    return made.method.copies(index, PlanRng(made.seed, made.method.name))
+
+
+def _differ(subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> bool:
+    return len({ids_hash(index.seed_ids) for _, index in subsets.values()}) > 1
+
+
+
+
+
+
+
+
+
+
+

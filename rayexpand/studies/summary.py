@@ -1,0 +1,252 @@
+"""What a study found: spreads over seeds, differences with their intervals, and what keeps them from being trusted.
+
+    baseline    the arm every other one is measured against
+    control     real images alone, repeated to as many rows: what more rows by themselves would do
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayexpand.classifier.accuracy import paired_bootstrap, summarise
+from rayexpand.contract.errors import EnvironmentFault
+from rayexpand.storage.files import Files
+from rayexpand.studies.results import Predicted, Result, StudyView, controlled, number, read_study, replaces
+
+MIN_SEEDS = 3  # below this no spread over seeds is worth printing as an error bar
+COUNTS = ("rows", "real_rows", "synthetic_rows", "updates", "samples_seen", "workers")
+SCORES = ("top1", "top5", "ece", "per_class")
+FREQUENCIES = ("many", "medium", "few", "all")
+VERDICTS = {"gain": "a gain", "loss": "a loss", "open": "no difference is shown, the interval holds 0",
+            "few": f"with fewer than {MIN_SEEDS} seeds neither gain nor loss is claimed"}
+
+# Comparing -----------------------------------------------------------------------------------------------------------
+
+
+def compare(study: StudyView, arm: str, against: str, kind: str) -> dict[str, Any]:
+    """Top-1 of one arm minus another, last epoch, over the seeds both have: mean with the paired bootstrap interval
+    over test images and seeds (shares in [0, 1]), a verdict and one sentence. Without predictions there is a mean but
+    no interval; without a common seed there is neither."""
+    mine, theirs = ({r["seed"]: r for r in study.arms[name]} for name in (arm, against))
+    seeds = sorted(mine.keys() & theirs.keys())
+    found: dict[str, Any] = {"arm": arm, "against": against, "kind": kind, "seeds": seeds, "images": None,
+                             "mean": None, "low": None, "high": None, "p": None, "verdict": "none", "why": "",
+                             "left_out_seeds": sorted(mine.keys() ^ theirs.keys())}
+    if not seeds:
+        found["why"] = "no seed in common, so nothing is compared"
+    elif isinstance(pair := _paired(study, [mine[s] for s in seeds], [theirs[s] for s in seeds]), str):
+        found["mean"] = float(np.mean([mine[s]["last"]["top1"] - theirs[s]["last"]["top1"] for s in seeds]))
+        found["why"] = f"no interval, {pair}"
+    else:
+        difference = paired_bootstrap(*pair)
+        found |= {**difference._asdict(), "images": pair[0].shape[1]}
+        found["verdict"] = ("few" if len(seeds) < MIN_SEEDS else "gain" if difference.low > 0
+                            else "loss" if difference.high < 0 else "open")
+    return {**found, "sentence": _sentence(found)}
+
+
+def _paired(study: StudyView, a: Sequence[Result], b: Sequence[Result]) -> tuple[np.ndarray, np.ndarray] | str:
+    """Right answers (S, N) of both arms over the same test images, or why they cannot be paired."""
+    sides: list[list[np.ndarray]] = [[], []]
+    first: Predicted | None = None
+    for side, results in zip(sides, (a, b), strict=True):
+        for result in results:
+            answers = study.predicted(result["trial"])
+            if isinstance(answers, str):
+                return answers
+            first = first or answers
+            if not np.array_equal(first.items, answers.items) or not np.array_equal(first.labels, answers.labels):
+                return f"predictions/{result['trial']}.parquet has other test images than {a[0]['trial']}"
+            if abs(answers.correct.mean() - result["last"]["top1"]) > 0.5 / len(answers.items) + 1e-6:
+                return (f"predictions/{result['trial']}.parquet is right on {answers.correct.mean():.4f}, but its "
+                        f"result says {result['last']['top1']:.4f}")
+            side.append(answers.correct)
+    return np.stack(sides[0]), np.stack(sides[1])
+
+
+def _sentence(found: Mapping[str, Any]) -> str:
+    beside = f"{found['arm']} against {'its control ' if found['kind'] == 'control' else ''}{found['against']}"
+    if found["mean"] is None:
+        return f"{beside}: {found['why']}."
+    seeds = f"{len(found['seeds'])} seed{'s' if len(found['seeds']) != 1 else ''}"
+    if found["low"] is None:
+        return f"{beside}: {points(found['mean'])} points, {seeds}; {found['why']}."
+    return (f"{beside}: {points(found['mean'])} points, 95 % interval {points(found['low'])} to "
+            f"{points(found['high'])}, {seeds}, {found['images']:,} test images: {VERDICTS[found['verdict']]}.")
+
+
+def points(share: float) -> str:
+    """A difference of shares in percentage points with its sign: one decimal, more where that would read as zero."""
+    value = 100 * share
+    return f"{value:+.1f}" if abs(value) >= 0.05 or value == 0 else f"{value:+.1g}"
+
+
+# Summary -------------------------------------------------------------------------------------------------------------
+
+
+def summary(folder: str | Path) -> dict[str, Any]:
+    """Every number of the page as one mapping, also written as summary.json and summary.csv into the study folder.
+
+    `trials` (done, expected, missing, failed), `baseline`, `arms` (one each, with spreads {mean, std (ddof 1), n,
+    values}, shares in [0, 1], seconds), `comparisons`, `warnings`. Raises UsageError if there is no study,
+    EnvironmentFault if the folder cannot be written.
+    """
+    study = read_study(folder)
+    found = summarised(study)
+    write_numbers(study.files, found)
+    return found
+
+
+def write_numbers(files: Files, found: Mapping[str, Any]) -> None:
+    """Writes a summary as summary.json, and its arms as summary.csv: mean and standard deviation of every number."""
+    write(files, "summary.json", as_json(found))
+    lines = [{"arm": arm["arm"], "group": arm["group"], "control_of": arm["control_of"] or "",
+              "seeds": len(arm["seeds"]), **_flat("", arm)} for arm in found["arms"]]
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
+    table.writeheader()
+    table.writerows(lines)
+    write(files, "summary.csv", text.getvalue())
+
+
+def frequencies(found: Mapping[str, Any]) -> list[str]:
+    """The groups of classes by their real images that have classes, and `all`; none where all are in one group."""
+    names = [name for name in FREQUENCIES if any(arm["by_frequency"][name] for arm in found["arms"])]
+    return names if len(names) > 2 else []
+
+
+def further_scores(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
+    """Heads and lines of a table: accuracy by frequency, on further test sets and in their worst group, in percent;
+    None where there is none of that."""
+    tests = dict.fromkeys(name for arm in found["arms"] for name in arm["also"])
+    places: list[tuple[str, tuple[str, ...]]] = [(name, ("by_frequency", name)) for name in frequencies(found)[:-1]]
+    places += [(f"{name}{words}", ("also", name, score)) for name in tests for words, score in (
+        ("", "top1"), (", worst group", "worst"))]
+    columns = [(head, [_percent(arm, place) for arm in found["arms"]]) for head, place in places]
+    columns = [(head, cells) for head, cells in columns if any(cells)]
+    if not columns:
+        return None
+    rows = zip([arm["arm"] for arm in found["arms"]], *(cells for _, cells in columns), strict=True)
+    return ("arm", *(f"{head} %" for head, _ in columns)), list(rows)
+
+
+def _percent(arm: Mapping[str, Any], place: Sequence[str]) -> str:
+    """Mean ± standard deviation of a spread in a summary's arm; empty where it has none."""
+    value: Any = arm
+    for name in place:
+        value = (value or {}).get(name)
+    return "" if value is None else f"{100 * value['mean']:.1f}" + ("" if value["std"] is None
+                                                                   else f" ± {100 * value['std']:.1f}")
+
+
+def _flat(place: str, value: Any) -> dict[str, float]:
+    """Spreads anywhere below a mapping, as <dotted place> and <dotted place>.std."""
+    if not isinstance(value, Mapping):
+        return {}
+    if {"mean", "std", "values"} <= value.keys():
+        return {place: value["mean"], **({} if value["std"] is None else {f"{place}.std": value["std"]})}
+    return {name: one for key, inner in value.items() for name, one in _flat(f"{place}.{key}".lstrip("."),
+                                                                             inner).items()}
+
+
+def summarised(study: StudyView) -> dict[str, Any]:
+    comparisons = []
+    for arm, (first, *_) in study.arms.items():
+        if study.baseline and arm != study.baseline:
+            comparisons.append(compare(study, arm, study.baseline, "control to baseline" if controlled(first)
+                                       else "baseline"))
+        if control := study.controls.get(arm):
+            comparisons.append(compare(study, arm, control, "control"))
+    found = {"study": study.name,
+             "trials": {"done": len(study.results), "expected": len(study.planned) or None,
+                        "missing": study.missing, "failed": study.failed},
+             "baseline": study.baseline,
+             "arms": [_arm(study, arm, trials) for arm, trials in study.arms.items()],
+             "comparisons": comparisons}
+    return {**found, "warnings": _warnings(study, found)}
+
+
+def _arm(study: StudyView, arm: str, trials: Sequence[Result]) -> dict[str, Any]:
+    first = trials[0]
+    return {"arm": arm, "group": str(first.get("group") or ""), "ratio": number(first, "ratio"),
+            "augment": str(first.get("augment") or ""), "control_of": controlled(first) or None,
+            "control": study.controls.get(arm), "trials": [r["trial"] for r in trials],
+            "seeds": [r["seed"] for r in trials],
+            **{name: spread(number(r, name) for r in trials) for name in COUNTS},
+            "last": {name: spread(number(r, f"last.{name}") for r in trials) for name in SCORES},
+            "best": {"top1": spread(number(r, "best.top1") for r in trials)},
+            "by_frequency": {name: spread(number(r, f"by_frequency.{name}") for r in trials) for name in FREQUENCIES},
+            "also": {name: _also([r["also"][name] for r in trials if name in (r.get("also") or {})])
+                     for name in dict.fromkeys(name for r in trials for name in r.get("also") or {})},
+            "cost": _cost(trials)}
+
+
+def _also(results: Sequence[Result]) -> dict[str, Any]:
+    """A further test set over the trials of an arm: spreads of its scores and of the accuracy in each of its groups."""
+    first = results[0]
+    counts = (first.get("by_group") or {}).get("counts", {})
+    groups = {group: spread((r.get("by_group") or {}).get("groups", {}).get(group) for r in results)
+              for group in counts}
+    return {**{name: first.get(name) for name in ("images", "classes", "restricted")}, "counts": counts,
+            **{name: spread(number(r, name) for r in results) for name in SCORES}, "groups": groups,
+            **{name: spread(number(r, f"by_group.{name}") for r in results) for name in ("average", "mean", "worst")}}
+
+
+def _cost(trials: Sequence[Result]) -> dict[str, Any]:
+    """Seconds of one trial, mean over trials: of the GPU where there is one, else of the CPU, else of the clock."""
+    names = {"GPU": "gpu_seconds", "CPU": "cpu_seconds", "wall": "seconds"}
+    unit = next((unit for unit, name in names.items() if any(number(r, name) for r in trials)), "wall")
+    return {"unit": unit, "training": spread(number(r, names[unit]) for r in trials),
+            "expansion": spread(number(r, "expansion_seconds") for r in trials),
+            "wall": spread(number(r, "seconds") for r in trials)}
+
+
+def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
+    """Mean, sample standard deviation (None for a single value), n and the values; None if there are none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    found = summarise(known)
+    return {"mean": found.mean, "std": found.std, "n": found.n, "values": known}
+
+
+def _warnings(study: StudyView, found: Mapping[str, Any]) -> list[str]:
+    lines = list(study.problems)
+    if not study.arms:
+        lines.append("No trial has finished, so there is nothing to compare yet.")
+    elif not study.baseline:
+        lines.append("The baseline has no finished trial, so nothing is measured against it.")
+    if few := [arm["arm"] for arm in found["arms"] if len(arm["seeds"]) < MIN_SEEDS]:
+        lines.append(f"Fewer than {MIN_SEEDS} seeds, so no error bar is trustworthy: {', '.join(few)}.")
+    if bare := [arm for arm, (first, *_) in study.arms.items() if first.get("synthetic_rows")
+                and arm not in study.controls and not replaces(study, arm)]:
+        lines.append("No control with the real images repeated, so a difference may come from the number of rows "
+                     f"alone: {', '.join(bare)}.")
+    lines += [f"{c['arm']} against {c['against']}: seed{'s' if len(c['left_out_seeds']) > 1 else ''} "
+              f"{', '.join(map(str, c['left_out_seeds']))} left out, not finished in both."
+              for c in found["comparisons"] if c["left_out_seeds"] and c["kind"] != "control to baseline"]
+    if len(units := {arm["cost"]["unit"] for arm in found["arms"] if arm["cost"]["training"]}) > 1:
+        lines.append(f"Costs are in different units ({', '.join(sorted(units))} seconds) and cannot be compared.")
+    return lines
+
+
+def as_json(found: Mapping[str, Any]) -> str:
+    return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def write(files: Files, name: str, text: str) -> Path | str:
+    """Replaces a file of the study folder in one step. Raises EnvironmentFault if the folder takes no more files."""
+    try:
+        files.make_folder(".tmp")
+        files.replace(name, text.encode(), "page")
+    except OSError as error:
+        raise EnvironmentFault(f"{files.at(name)}: {error.strerror}. Free space or allow writing there, then run the "
+                               "same command again; no result is touched.") from error
+    return files.at(name)

@@ -1,0 +1,138 @@
+"""What a sweep tries next, and what came of it: suggestions and results, in memory and in the sweep's files."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from rayexpand.contract.errors import ConfigError, Interrupted, RayexpandError
+from rayexpand.studies.sweep.space import n_suggestions, suggest
+from rayexpand.studies.sweep.sweep import Candidate, Sweep, best_of, candidate, read_results, read_test
+from rayexpand.studies.sweep.trial import run_candidate, score_on_test, write
+
+
+class Search:
+    """The suggestions of a sweep, in order: first those that an earlier start left unfinished, then new ones."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep, config = sweep, sweep.config
+        self.total = n_suggestions(sweep.space, config.search, config.samples)
+        self.results = read_results(sweep.files)
+        self.failed: list[str] = []
+        self.running: dict[str, Candidate] = {}  # by key
+        self._curves: dict[str, list[dict[str, float]]] = {}
+        self._started: dict[str, float] = {}  # when the process that reported last began
+        self._known: dict[int, dict[str, Any]] = {}
+        for name in sweep.files.list("suggestions"):
+            written = json.loads(sweep.files.read(f"suggestions/{name}") or b"{}")
+            if written.get("number", self.total) < self.total:
+                self._known[written["number"]] = written
+        todo = [n for n, known in sorted(self._known.items()) if known["key"] not in self.results]
+        self._todo = deque([*todo, *(n for n in range(self.total) if n not in self._known)])
+
+    @property
+    def decided(self) -> int:
+        """Suggestions that need no more work."""
+        return self.total - len(self._todo) - len(self.running)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do, the score on the test images included."""
+        best = best_of(self.results)
+        is_scored = self.sweep.config.score_on == "test" or read_test(self.sweep, best) is not None
+        return self.decided == self.total and best is not None and is_scored
+
+    def next(self) -> Candidate | None:
+        """A configuration to try now, or None where no untried one is left. Equal ones are tried once."""
+        while self._todo:
+            number = self._todo.popleft()
+            known = self._known.get(number)
+            values = known["values"] if known else self._suggested(number)
+            try:
+                found = candidate(self.sweep, number, values)
+            except ConfigError as error:
+                self.failed.append(f"{describe(values)}: {'; '.join(error.problems)}")
+                continue
+            if known is None:
+                self._known[number] = {"number": number, "values": values, "key": found.key}
+                self.sweep.files.replace(f"suggestions/{number:04d}.json", json.dumps(self._known[number]).encode())
+            if found.key not in self.results and found.key not in self.running:
+                self.running[found.key] = found
+                return found
+        return None
+
+    def heard(self, key: str, epoch: int, score: float, started: float = 0.0) -> None:
+        """A running trial scored an epoch; a trial that was restarted reports its first ones again."""
+        curve = self._curves.setdefault(key, [])
+        self._started[key] = started
+        curve[:] = [*(point for point in curve if point["epoch"] < epoch), {"epoch": epoch, "score": score}]
+
+    def ended(self, key: str, problem: str = "") -> dict[str, Any] | None:
+        """A trial is over: with a result of its own, with a problem, or else stopped before its last epoch."""
+        found = self.running.pop(key)
+        written = self.sweep.files.read(f"trials/{key}.json")
+        if written is None and problem:
+            self.failed.append(f"{describe(found.values)}: {problem}")
+            return None
+        if written is None:
+            curve = self._curves.get(key, [])
+            if not curve:
+                self.failed.append(f"{describe(found.values)}: ended without a score")
+                return None
+            now = time.time()
+            write(self.sweep.files, {
+                "key": key, "digest": found.digest, "number": found.number, "values": found.values, "state": "stopped",
+                "score": curve[-1]["score"], "curve": curve, "epochs": curve[-1]["epoch"],
+                "of_epochs": self.sweep.config.epochs, "started": self._started[key], "ended": now,
+                "seconds": now - self._started[key]})
+            written = self.sweep.files.read(f"trials/{key}.json") or b"{}"
+            kept = f"studies/{key}/checkpoints"
+            self.sweep.files.delete(*(f"{kept}/{name}" for name in self.sweep.files.list(kept)))
+        self.results[key] = json.loads(written)
+        return self.results[key]
+
+    def best(self) -> Candidate | None:
+        """The configuration of the finished trial with the highest score."""
+        found = best_of(self.results)
+        return None if found is None else candidate(self.sweep, found["number"], found["values"])
+
+    def _suggested(self, number: int) -> dict[str, Any]:
+        config = self.sweep.config
+        seen = [(one["values"], [(int(p["epoch"]), p["score"]) for p in one["curve"]], one["state"])
+                for one in self.results.values()]
+        seen += [(one.values, [(int(p["epoch"]), p["score"]) for p in self._curves.get(one.key, [])], "running")
+                 for one in self.running.values()]
+        return suggest(self.sweep.space, config.search, config.seed, number, seen, self.total)
+
+
+def run_here(search: Search, on_change: Callable[[], None] = lambda: None) -> dict[str, Any] | None:
+    """Runs what is left of a sweep one after the other in this process; returns the test score of the best, None where
+    that was not asked for."""
+    while (found := search.next()) is not None:
+        problem = ""
+        try:
+            run_candidate(search.sweep, found, on_epoch=partial(search.heard, found.key))
+        except Interrupted:
+            raise
+        except RayexpandError as error:
+            problem = str(error)
+        search.ended(found.key, problem)
+        on_change()
+    best = search.best()
+    return None if best is None or search.sweep.config.score_on == "test" else score_on_test(search.sweep, best)
+
+
+def describe(values: dict[str, Any]) -> str:
+    """`strength=0.7, guidance_scale=2`."""
+    return ", ".join(f"{name}={value}" for name, value in zip(short(values), values.values(), strict=True))
+
+
+def short(fields: Iterable[str]) -> list[str]:
+    """Each field by its last name, where that is unique."""
+    fields = list(fields)
+    leaves = [field.rpartition(".")[2] for field in fields]
+    return [leaf if leaves.count(leaf) == 1 else field for leaf, field in zip(leaves, fields, strict=True)]

@@ -1,0 +1,210 @@
+"""One trial of a sweep, all of it in this process: expand the pilot, train the arm for every seed, score it.
+
+The seeds train side by side, epoch by epoch, so that a score is a mean over seeds from the first epoch on and a trial
+that is stopped was judged by all of them; it costs the memory of as many classifiers. Nothing in a trial asks the
+cluster for anything, so trials cannot wait for each other's resources.
+
+A killed trial goes on from its checkpoints, one for each seed, at most one epoch back; its first epochs are then read
+instead of trained, and reported again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from rayexpand.contract.protocols import Tools
+from rayexpand.contract.settings import digest
+from rayexpand.data.seeds import DataConfig
+from rayexpand.data.subsets import ids_file, ids_hash
+from rayexpand.runs import run as runs
+from rayexpand.runs.config import RunConfig, semantic
+from rayexpand.storage.files import Files
+from rayexpand.studies.expansions import models_key, pending_runs, shared_tools
+from rayexpand.studies.parts import Study, Trial, read_result
+from rayexpand.studies.study import prepare_study
+from rayexpand.studies.sweep.sweep import Candidate, Sweep, read_test
+from rayexpand.studies.trial import (
+    TrainingCurve,
+    answers_of,
+    checkpoint,
+    fit,
+    make_classifier,
+    open_work,
+    restore,
+    write_result,
+)
+from rayexpand.studies.trials import make_trials
+
+Progress = Callable[[str, int, int], None]
+
+
+def run_candidate(sweep: Sweep, candidate: Candidate, *, gpus: float = 0.0,
+                  on_epoch: Callable[[int, float], None] = lambda epoch, score: None) -> dict[str, Any]:
+    """Runs a trial to its end and writes its result before `on_epoch` hears of the last epoch.
+
+    Raises Interrupted where another attempt may succeed, any other RayexpandError where the configuration cannot work.
+    """
+    started = time.time()
+    study = _with_pilots(sweep, prepare_study(candidate.study))
+    made, seconds = _expand(study)
+    expanded = time.time()
+    trials = make_trials(study)
+    curve: list[dict[str, float]] = []
+    pilots = sorted({Path(one if isinstance(one, str) else one.folder).name for one in study.expansions.values()})
+    found = {"key": candidate.key, "digest": candidate.digest, "number": candidate.number, "values": candidate.values,
+             "pilots": pilots, "rows_made": made, "started": started, "expanding_seconds": seconds, "pid": os.getpid()}
+    for epoch, epochs, scores in train_together(study, trials, sweep.config.metric, gpus):
+        score = sum(scores) / len(scores)
+        curve.append({"epoch": epoch, "score": score})
+        if epoch == epochs:
+            now = time.time()
+            found |= {"state": "finished", "score": score, "scores": scores, "curve": curve, "epochs": epoch,
+                      "of_epochs": epochs, "seconds": now - started, "training_seconds": now - expanded, "ended": now}
+            write(sweep.files, found)
+        on_epoch(epoch, score)
+    return found
+
+
+def score_on_test(sweep: Sweep, best: Candidate, *, gpus: float = 0.0) -> dict[str, Any]:
+    """Trains the best configuration once more and scores its last epoch on the test images, which nothing was chosen
+    by. Written to test.json; returned from there where it is for this configuration."""
+    if (found := read_test(sweep, {"key": best.key})) is not None:
+        return found
+    test = DataConfig(**sweep.base["test"])
+    study = _with_pilots(sweep, prepare_study(best.study.model_copy(update={"name": f"{best.key}-test", "test": test})))
+    _expand(study)
+    *_, (_, _, scores) = train_together(study, make_trials(study), sweep.config.metric, gpus)
+    found = {"key": best.key, "score": sum(scores) / len(scores), "scores": scores}
+    sweep.files.replace("test.json", json.dumps(found, indent=1).encode())
+    return found
+
+
+def write(files: Files, result: dict[str, Any]) -> None:
+    """Writes the result of a trial, once: what ended first counts."""
+    files.publish(f"trials/{result['key']}.json", json.dumps(result, indent=1).encode(), "trial")
+
+
+def train_together(study: Study, trials: list[Trial], metric: str,
+                   gpus: float) -> Iterator[tuple[int, int, list[float]]]:
+    """Trains the seeds of an arm epoch by epoch; yields epoch, epochs in all, and the score of each seed."""
+    from rayexpand.contract.device import torch_threads
+
+    with torch_threads(study.config.training.threads):
+        members = [_Member(study, trial, gpus) for trial in trials]
+        epochs = max(member.epochs for member in members)
+        for epoch in range(epochs):
+            for member in members:
+                member.advance(epoch)
+            yield epoch + 1, epochs, [member.history[min(epoch, member.epochs - 1)][metric] for member in members]
+
+
+class _Member:
+    """One seed of a configuration in training."""
+
+    def __init__(self, study: Study, trial: Trial, gpus: float) -> None:
+        from rayexpand.contract.device import choose_device
+
+        self._files, self._trial, self._gpus = study.files, trial, gpus
+        self._training = study.config.training
+        self._device = choose_device(self._training.device)
+        self._checkpoint = f"checkpoints/{trial.name}.pt"
+        found = read_result(study.files, trial.name)
+        self._is_done = found is not None and found["digest"] == trial.digest
+        self._curve = TrainingCurve(history=found["history"] if found is not None and self._is_done else [])
+        if self._is_done:
+            self.epochs = len(self.history)
+            return
+        self._work = open_work(study.files, trial, self._training)
+        self._classifier = make_classifier(self._work, str(self._device))
+        self._ends = self._work.ends
+        self.epochs = len(self._ends)
+        if (saved := study.files.read(self._checkpoint)) is not None:
+            self._curve = restore(saved, trial, self._classifier) or self._curve
+        self._curve.starts.append(self._classifier.step)
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        return self._curve.history
+
+    def advance(self, epoch: int) -> None:
+        """Trains to the end of an epoch (0-based); after the last one writes the result of this seed."""
+        if self._is_done or epoch >= self.epochs or (len(self.history) > epoch and epoch < self.epochs - 1):
+            return
+        work, classifier = self._work, self._classifier
+        answers = fit(work, classifier, self._curve, work.feed.batches(classifier.step, self._ends[epoch]),
+                      evaluate=lambda: answers_of(work, classifier),
+                      every=self._training.checkpoint_steps, save=lambda: self._files.replace(
+                          self._checkpoint, checkpoint(self._trial, classifier, self._curve)))
+        if epoch == self.epochs - 1:
+            write_result(self._files, work, self._curve, answers, {}, device=str(self._device), workers=0,
+                         gpus=self._gpus if self._device.type == "cuda" else 0.0)
+            self._files.delete(self._checkpoint)
+            self._is_done = True
+
+
+def _with_pilots(sweep: Sweep, study: Study) -> Study:
+    """The study with its expansions in pilots/, under a digest of what they hold. The id lists they read are named
+    after their content too, since the path is part of what a run is."""
+    expansions: dict[tuple[str, int], RunConfig | str] = {}
+    for (name, seed), one in study.expansions.items():
+        if isinstance(one, str):
+            expansions[name, seed] = one
+            continue
+        data, index = next((data, index) for data, index in study.subsets.values() if data == one.data)
+        ids = ids_hash(index.seed_ids)
+        if data.ids is not None:
+            path = f"ids/{ids[:8]}.txt"
+            listed = index.table["seed_id"].to_pylist()
+            if sweep.files.read(path) is None:
+                sweep.files.replace(path, ids_file(listed))
+            data = data.model_copy(update={"ids": str(sweep.files.at(path))})
+        same = one.model_copy(update={"data": data.model_copy(update={"ids": ids})})
+        wanted = study.config.expansions[name].fit
+        fitted = {"fit": wanted.model_dump(mode="json")} if wanted is not None else {}
+        expansions[name, seed] = one.model_copy(update={
+            "name": digest(semantic(same) | fitted)[:8], "out": f"{sweep.config.folder}/pilots", "data": data})
+    return replace(study, expansions=expansions)
+
+
+def _expand(study: Study) -> tuple[int, float]:
+    """Makes what is pending of the pilots; returns rows made here and seconds."""
+    begun, rows, loaded = time.perf_counter(), 0, dict[str, Tools]()
+    pilots = {one.folder: (key, one) for key, one in study.expansions.items() if isinstance(one, RunConfig)}
+    for key, pilot in pilots.values():
+        with _alone(pilot):  # of the trials of this machine, one makes a pilot while the others wait for it
+            for run in pending_runs(replace(study, expansions={key: pilot})):
+                before = run.totals()
+                expander = runs.start(run, shared_tools(run, loaded))
+                try:
+                    after = runs.drive(run, runs.in_process(expander), lambda run=run: runs.pending_jobs(run))  # type: ignore[misc]
+                finally:
+                    expander.close()
+                rows += before.pending - after.pending
+                if expander.tools is not None:
+                    loaded[models_key(run)] = expander.tools
+    return rows, time.perf_counter() - begun
+
+
+@contextlib.contextmanager
+def _alone(pilot: RunConfig) -> Iterator[None]:
+    """Holds the lock of a pilot on this machine, if it can be had in the time one call may take. The lock saves work
+    and nothing else: it ends with its owner, and without it two trials commit the same pilot side by side."""
+    folder = Path(tempfile.gettempdir()) / f"rayexpand-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    lock = filelock.FileLock(folder / f"pilot-{digest(os.path.abspath(pilot.folder))[:16]}.lock")
+    with contextlib.suppress(filelock.Timeout):
+        lock.acquire(timeout=pilot.limits.first_deadline_s)
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,293 @@
+"""One trial: train its classifier, test it, and leave a result. In this process; on_ray/train.py spreads the same loop.
+
+The loop asks three things of where it runs: batches from a step on, answers for the test images, and a place for a
+checkpoint. Everything a resumed trial needs to give the same curve is in the checkpoint: model, optimiser, step, and
+the part of the history already written.
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from rayexpand.classifier.accuracy import Answers, answer, frequency_groups, scores_of, softmax
+from rayexpand.classifier.recipe import Recipe
+from rayexpand.contract.errors import ConfigError, EnvironmentFault, Interrupted, RayexpandError, UsageError
+from rayexpand.contract.schema import SeedIndex
+from rayexpand.data import seeds
+from rayexpand.data.seeds import DataConfig
+from rayexpand.loader.feed import Loader, TestSet
+from rayexpand.loader.training_set import TrainingSet
+from rayexpand.storage.files import Files
+from rayexpand.storage.places import is_url
+from rayexpand.storage.tables import parquet_bytes
+from rayexpand.studies import extra_tests
+from rayexpand.studies.config import TrainingConfig
+from rayexpand.studies.extra_tests import ExtraTest
+from rayexpand.studies.parts import Trial
+
+if TYPE_CHECKING:
+    from rayexpand.classifier.classifier import Classifier, TrainBatch
+
+TEST_BATCH = 256
+
+
+@dataclass
+class TrainingCurve:
+    """What a trial has seen so far; part of its checkpoint."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    starts: list[int] = field(default_factory=list)  # the step of each start: 0, then where a checkpoint led back to
+
+
+@dataclass
+class TrialWork:
+    """A trial made ready: its rows as they will be fed, and the classifier at its first step."""
+
+    trial: Trial
+    feed: Loader
+    recipe: Recipe
+    n_classes: int
+
+    tested: dict[tuple[int, int], TestSet] = field(default_factory=dict)
+
+    def test_set(self, rank: int = 0, world: int = 1) -> TestSet:
+        """A worker's share of the test images, listed once and kept decoded where they fit."""
+        if (rank, world) not in self.tested:
+            data = DataConfig(**self.trial.test)
+            self.tested[rank, world] = TestSet(seeds.build_index(data), data, self.recipe, rank, world, TEST_BATCH)
+        return self.tested[rank, world]
+
+    @cached_property
+    def also(self) -> dict[str, tuple[ExtraTest, SeedIndex]]:
+        """The further test sets, their labels in the numbering of the training classes."""
+        tests = {name: ExtraTest(**{key: value for key, value in one.items() if key != "sha256"})
+                 for name, one in self.trial.also.items()}
+        return {name: (one, extra_tests.open_test(one, self.feed.rows.classes)) for name, one in tests.items()}
+
+    @property
+    def ends(self) -> list[int]:
+        """Steps after which an epoch of the schedule ends; with fewer steps than epochs some end together."""
+        ends = {round(self.feed.total_steps * (n + 1) / self.recipe.epochs) for n in range(self.recipe.epochs)}
+        return sorted(ends - {0})
+
+    def is_saved_after(self, step: int, every: int | None) -> bool:
+        """Whether a checkpoint follows step number `step` (1-based); the same on every worker."""
+        if step == self.feed.total_steps:
+            return False
+        return step % every == 0 if every else step in self.ends
+
+
+def check_recipes(trials: Iterable[Trial], n_classes: int) -> None:
+    """Trains and tests every recipe on two images. Raises ConfigError or ModelError, naming the arm."""
+    from rayexpand.classifier.classifier import try_recipe
+
+    for trial in {json.dumps(one.recipe, sort_keys=True): one for one in trials}.values():
+        try:
+            try_recipe(Recipe(**trial.recipe), n_classes, trial.seed)
+        except UsageError as error:
+            raise type(error)(f"arms.{trial.arm}", error.problems) if isinstance(error, ConfigError) else \
+                type(error)(f"arms.{trial.arm}: {error}") from error
+
+
+def open_work(files: Files, trial: Trial, training: TrainingConfig) -> TrialWork:
+    """Reads the training set of a trial (copied here once where it lies in an object store)."""
+    rows = TrainingSet.load(_local(files, trial.rows))
+    recipe = Recipe(**trial.recipe)
+    return TrialWork(trial, Loader(rows, recipe, trial.seed, shuffle_rows=training.shuffle_rows, lanes=training.lanes),
+                     recipe,
+                     rows.n_classes)
+
+
+def make_classifier(work: TrialWork, device: str, wrap: Callable[[Any], Any] = lambda model: model,
+                    world: int = 1) -> Classifier:
+    from rayexpand.classifier.classifier import Classifier
+
+    return Classifier(work.recipe, work.n_classes, work.trial.seed, work.feed.total_steps, device=device, wrap=wrap,
+                      world=world, class_counts=_real_counts(work.feed.rows))
+
+
+def fit(work: TrialWork, classifier: Classifier, curve: TrainingCurve, batches: Iterable[TrainBatch], *,
+        evaluate: Callable[[], Answers], save: Callable[[], None], every: int | None = None,
+        mean: Callable[[float], float] = lambda value: value,
+        on_epoch: Callable[[dict[str, float]], None] = lambda point: None) -> Answers:
+    """Trains to the last step and returns the answers of the finished classifier.
+
+    `mean` averages a number over workers; `save` keeps a checkpoint of classifier and curve.
+    """
+    begun, cpu = time.perf_counter() - curve.seconds, time.process_time() - curve.cpu_seconds
+    ends, answers = set(work.ends), None
+    for batch in batches:
+        curve.loss_sum += classifier.update(batch)
+        curve.loss_steps += 1
+        if classifier.step in ends:
+            answers = evaluate()
+            found = scores_of(answers, work.n_classes)
+            curve.history.append({"epoch": len(curve.history) + 1, "step": classifier.step,
+                                  "loss": mean(curve.loss_sum / curve.loss_steps), **found})
+            curve.loss_sum, curve.loss_steps = 0.0, 0
+            on_epoch(curve.history[-1])
+        curve.seconds, curve.cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu
+        if work.is_saved_after(classifier.step, every):
+            curve.loss_sum = mean(curve.loss_sum)  # all workers resume from one file
+            save()
+    return answers if answers is not None else evaluate()
+
+
+def run_trial(files: Files, trial: Trial, training: TrainingConfig, *, gpus: float = 1.0,
+              on_epoch: Callable[[dict[str, float]], None] = lambda point: None) -> dict[str, Any]:
+    """Trains one trial in this process, from its last checkpoint if there is one, and writes its result. `gpus`: the
+    share of a GPU it holds, where it is on one."""
+    from rayexpand.contract.device import choose_device, torch_threads
+
+    with torch_threads(training.threads):
+        work = open_work(files, trial, training)
+        device = choose_device(training.device)
+        classifier, curve = make_classifier(work, str(device)), TrainingCurve()
+        name = f"checkpoints/{trial.name}.pt"
+        if (saved := files.read(name)) is not None:
+            curve = restore(saved, trial, classifier) or curve
+        curve.starts.append(classifier.step)
+        answers = fit(work, classifier, curve, work.feed.batches(classifier.step, work.feed.total_steps),
+                      evaluate=lambda: answers_of(work, classifier), every=training.checkpoint_steps,
+                      save=lambda: files.replace(name, checkpoint(trial, classifier, curve)), on_epoch=on_epoch)
+        result = write_result(files, work, curve, answers, {name: also_answers(work, classifier, name)
+                                                            for name in work.also}, device=str(device), workers=0,
+                              gpus=gpus if device.type == "cuda" else 0.0)
+        files.delete(name)
+        return result
+
+
+def answers_of(work: TrialWork, classifier: Classifier, rank: int = 0, world: int = 1) -> Answers:
+    """Answers for this worker's share of the test images."""
+    return Answers.concatenate([answer(items, softmax(classifier.logits(x_BHWC)), labels)
+                                for x_BHWC, labels, items in work.test_set(rank, world).batches()])
+
+
+def also_answers(work: TrialWork, classifier: Classifier, name: str, rank: int = 0, world: int = 1) -> Answers:
+    """Answers for this worker's share of a further test set."""
+    test, index = work.also[name]
+    among = extra_tests.classes_among(test, index)
+    share = TestSet(index, test.data, work.recipe, rank, world, TEST_BATCH, cache_bytes=0, section=f"also.{name}.data")
+    return Answers.concatenate([extra_tests.answer_among(items, classifier.logits(x_BHWC), labels, among)
+                                for x_BHWC, labels, items in share.batches()])
+
+
+def checkpoint(trial: Trial, classifier: Classifier, curve: TrainingCurve) -> bytes:
+    """A checkpoint as bytes that `torch.load(weights_only=True)` reads."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save({"digest": trial.digest, "classifier": classifier.state(), "curve": asdict(curve)}, buffer)
+    return buffer.getvalue()
+
+
+def restore(saved: bytes, trial: Trial, classifier: Classifier) -> TrainingCurve | None:
+    """Puts the classifier where a checkpoint left it; None where that was of another trial under this name."""
+    import torch
+
+    found = torch.load(io.BytesIO(saved), weights_only=True, map_location="cpu")
+    if found["digest"] != trial.digest:
+        return None
+    classifier.load(found["classifier"])
+    return TrainingCurve(**found["curve"])
+
+
+def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: Answers, also: Mapping[str, Answers], *,
+                 device: str,
+                 workers: int, gpus: float, cpu_seconds: float | None = None) -> dict[str, Any]:
+    """Writes predictions, then the result, which makes the trial done. `also`: answers for the further test sets;
+    `cpu_seconds`: of all workers and loaders, None where this process did everything."""
+    trial, low_high = work.trial, (work.trial.frequency[0], work.trial.frequency[1])
+    for suffix, found in {"": answers, **{f".{name}": one for name, one in also.items()}}.items():
+        _write_predictions(files, f"{trial.name}{suffix}", found)
+    best = max(curve.history, key=lambda point: point["top1"])
+    rows = work.feed.rows
+    result = {
+        "trial": trial.name, "arm": trial.arm, "seed": trial.seed, "digest": trial.digest, "group": trial.group,
+        "control_of": trial.control_of or None, "ratio": trial.ratio, "augment": trial.augment, "run": trial.run,
+        "rows": len(rows), "real_rows": rows.n_real, "synthetic_rows": len(rows) - rows.n_real,
+        "updates": work.feed.total_steps, "samples_seen": work.feed.total_steps * work.feed.batch,
+        "history": curve.history, "last": scores_of(answers, work.n_classes),
+        "by_frequency": frequency_groups(answers, _real_counts(rows), low_high),
+        "also": {name: _also_scores(work, name, one) for name, one in also.items()},
+        "best": {"top1": best["top1"], "epoch": best["epoch"]}, "starts": curve.starts, "seconds": curve.seconds,
+        "cpu_seconds": curve.cpu_seconds if cpu_seconds is None else cpu_seconds,
+        "gpu_seconds": curve.seconds * gpus * max(workers, 1),
+        "expansion_seconds": trial.expansion_seconds, "device": device, "workers": workers,
+        "ids_sha256": trial.ids_sha256, "list_sha256": trial.list_sha256, "recipe": trial.recipe, "stack": _stack()}
+    files.replace(f"results/{trial.name}.json", json.dumps(result, indent=1).encode())
+    return result
+
+
+def _write_predictions(files: Files, name: str, answers: Answers) -> None:
+    order = np.argsort(answers.item)
+    table = pa.table({"item": answers.item[order], "label": answers.label[order],
+                      "predicted": answers.predicted[order], "confidence": answers.confidence[order]})
+    files.replace(f"predictions/{name}.parquet", parquet_bytes(table, {}))
+
+
+def _also_scores(work: TrialWork, name: str, answers: Answers) -> dict[str, Any]:
+    test, index = work.also[name]
+    return extra_tests.scores(answers, test, extra_tests.groups_of(test, index), work.n_classes)
+
+
+def _real_counts(rows: TrainingSet) -> np.ndarray:
+    """int64 (K,): real training images of each class."""
+    return np.bincount(rows.column("label")[:rows.n_real], minlength=rows.n_classes)
+
+
+def _stack() -> dict[str, str]:
+    import timm
+    import torch
+    import torchvision
+
+    return {"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__,
+            "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+def _local(files: Files, name: str) -> Path:
+    """A path of a file of the study on this machine; from an object store, a copy that this process removes."""
+    where = files.at(name)
+    if not is_url(where):
+        return Path(where)
+    content = files.read(name)
+    if content is None:
+        raise EnvironmentFault(f"{where} is gone; run `rayexpand train` again")
+    folder = Path(tempfile.mkdtemp(prefix="rayexpand-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "list.arrow").write_bytes(content)
+    return folder / "list.arrow"
+
+
+def run_trials(files: Files, trials: Iterable[Trial], training: TrainingConfig,
+               on_trial: Callable[[Trial], None] = lambda trial: None) -> Iterator[tuple[Trial, str]]:
+    """Runs trials one after the other in this process; yields each with "" or why it failed."""
+    for trial in trials:
+        on_trial(trial)
+        try:
+            run_trial(files, trial, training)
+        except Interrupted:
+            raise
+        except RayexpandError as error:
+            yield trial, str(error)
+        except (RuntimeError, ValueError, MemoryError) as error:  # torch's and the backbone's; the others go on
+            yield trial, f"{type(error).__name__}: {error}"
+        else:
+            yield trial, ""

@@ -1,0 +1,185 @@
+"""Arms of a study as trials: what each trains on, its controls, its name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+from unicodedata import normalize
+
+import numpy as np
+
+from rayexpand.classifier.recipe import make_recipe
+from rayexpand.contract.errors import ConfigError, UsageError
+from rayexpand.contract.settings import digest
+from rayexpand.data import seeds
+from rayexpand.data.subsets import fill_counts, fingerprint, ids_hash, real_counts, sound_rows
+from rayexpand.loader.training_set import RowSource
+from rayexpand.runs import run as runs
+from rayexpand.runs.status import shard_seconds
+from rayexpand.studies import extra_tests
+from rayexpand.studies.config import REPEATED, ArmConfig
+from rayexpand.studies.parts import Arm, Study, Trial, folder_of, json_bytes, read_result
+from rayexpand.studies.samples import training_set
+
+
+def make_trials(study: Study) -> list[Trial]:
+    """Every classifier of the study, its training set written. Raises UsageError where an expansion is not complete."""
+    test_sha256 = fingerprint(seeds.build_index(study.config.test), study.config.test)
+    also = _also(study)
+    data_sha256 = {seed: fingerprint(index, data) for seed, (data, index) in study.subsets.items()}
+    arms = _arms(study)
+    _refuse_equal_names(study, arms)
+    made = [[_trial(study, arm, seed, data_sha256[seed], test_sha256, also) for seed in study.config.seeds]
+            for arm in arms]
+    controls = _controls(study, arms, [tuple(rows for _, rows in line) for line in made])
+    _refuse_equal_names(study, [*arms, *(control for control, _ in controls)])
+    for control, epoch_rows in controls:
+        made.append([_trial(study, _repeated(study, control, seed, rows), seed, data_sha256[seed], test_sha256, also)
+                     for seed, rows in zip(study.config.seeds, epoch_rows, strict=True)])
+    trials = [line[number][0] for number in range(len(study.config.seeds)) for line in made]
+    names = [trial.name for trial in trials]
+    for trial in trials:
+        study.files.replace(f"trials/{trial.name}.json", json_bytes({**vars(trial), "digest": trial.digest}))
+    study.files.replace("study.json", json_bytes({"config": study.config.model_dump(mode="json"), "trials": names}))
+    return trials
+
+
+def pending_trials(study: Study, trials: Sequence[Trial]) -> list[Trial]:
+    """Trials without a result for exactly what they would train now."""
+    return [trial for trial in trials if (found := read_result(study.files, trial.name)) is None
+            or found["digest"] != trial.digest]
+
+
+def _arms(study: Study) -> list[Arm]:
+    """The arms of the configuration, one for each of their ratios."""
+    return [Arm(f"{one.name} {ratio}x" if isinstance(one.ratio, list) else one.name, one,
+                make_recipe({**study.config.recipe, **one.recipe}), ratio)
+            for one in study.config.arms for ratio in (one.ratio if isinstance(one.ratio, list) else [one.ratio])]
+
+
+def _controls(study: Study, arms: Sequence[Arm], epoch_rows: Sequence[tuple[int, ...]],
+              ) -> list[tuple[Arm, tuple[int, ...]]]:
+    """The controls with their rows of an epoch, which are given and returned by study seed. An arm has none of its own
+    where real rows alone are trained in the same way already, with as many rows of an epoch in every seed.
+
+    A control is named after what was planned, which is the same for all seeds, or after its arm where a selection or
+    `fill` decides or that name is taken.
+    """
+    taken = {arm.name for arm in arms}
+    served = {(rows, _recipe_digest(arm)) for arm, rows in zip(arms, epoch_rows, strict=True) if arm.config.use is None}
+    found = []
+    for arm, rows in zip(arms, epoch_rows, strict=True):
+        is_wanted = arm.config.use is not None and arm.config.control and arm.config.replace is None
+        if not is_wanted or (rows, _recipe_digest(arm)) in served:
+            continue
+        served.add((rows, _recipe_digest(arm)))
+        own = _differing(arm, study)
+        suffix = f" ({own})" if own else ""
+        name = f"{REPEATED} {_planned(study, arm):.3g}x{suffix}"
+        if arm.config.selection is not None or arm.config.fill or name in taken:
+            name = f"{REPEATED} for {arm.name}{suffix}"
+        taken.add(name)
+        found.append((Arm(name, ArmConfig(name=name, recipe=arm.config.recipe), arm.recipe, control_of=arm.name), rows))
+    return found
+
+
+def _repeated(study: Study, control: Arm, seed: int, epoch_rows: int) -> Arm:
+    """A control with the weight that shows `epoch_rows` images per epoch."""
+    weight = epoch_rows / len(sound_rows(study.subsets[seed][1]))
+    return replace(control, config=control.config.model_copy(update={"real": weight}))
+
+
+def _planned(study: Study, arm: Arm) -> float:
+    """Rows of an epoch over the real ones, if everything planned for the first seed is kept."""
+    run = runs.open_run(folder_of(study.expansions[str(arm.config.use), study.config.seeds[0]]))
+    return arm.config.real + float(_used(run, arm.copies).sum()) / len(run.plan.index) * arm.config.weight
+
+
+def _recipe_digest(arm: Arm) -> str:
+    return digest(arm.recipe.model_dump(mode="json"))
+
+
+def _refuse_equal_names(study: Study, arms: Sequence[Arm]) -> None:
+    files = [_slug(arm.name) for arm in arms]
+    if twice := sorted({name for name in files if files.count(name) > 1}):
+        raise ConfigError(study.config.name, [f"arms: two arms share the name {twice[0]!r} once everything but "
+                                              "letters, digits and . is dropped; rename one"])
+
+
+def _trial(study: Study, arm: Arm, seed: int, data_sha256: str, test_sha256: str, also: dict[str, dict[str, Any]],
+           ) -> tuple[Trial, int]:
+    """A trial, its training set written, with its rows of an epoch. Raises UsageError for a run of other
+    real images."""
+    data, index = study.subsets[seed]
+    parts = [RowSource(seeds=(index, data), weight=arm.config.real)] if arm.config.real else []
+    seconds, folder = 0.0, ""
+    if arm.config.use is not None:
+        folder = folder_of(study.expansions[arm.config.use, seed])
+        limit = fill_counts(real_counts(index)) if arm.config.fill else None
+        parts.append(RowSource(run=folder, copies=arm.copies, selection=arm.config.selection, limit=limit,
+                               weight=arm.config.weight))
+        seconds = _expansion_seconds(folder, arm.copies)
+    rows = training_set(parts, mode="union" if arm.config.replace is None else "replace",
+                           p=arm.config.replace or 0.0, soft_label=arm.config.soft_label, draw=arm.config.draw)
+    ids = ids_hash(index.seed_ids)
+    if any(part.ids_sha256 != ids for part in rows.parts):
+        raise UsageError(f"arms.{arm.name}: {folder} was made from other images than the real rows of study seed "
+                         f"{seed}; delete that run, or take `resample` out")
+    ratio = sum(len(part) * part.weight for part in rows.parts if not part.is_real) / len(sound_rows(index))
+    name = f"lists/{rows.digest[:8]}.arrow"
+    training = study.config.training
+    order = [training.shuffle_rows, training.lanes] if rows.epoch_rows > training.shuffle_rows else []
+    study.files.replace(name, rows.to_bytes())  # also where it is there: it holds paths, and folders may have moved
+    trial = Trial(f"{_slug(arm.name)}-s{seed}", arm.name, seed, arm.config.use or "", ratio, arm.control_of,
+                  arm.recipe.augment, arm.recipe.model_dump(mode="json"), name, rows.digest, ids,
+                  data_sha256, study.config.test.model_dump(mode="json"), test_sha256, also,
+                  list(study.config.frequency), _file_sha256(arm.recipe.checkpoint), max(1, training.workers), order,
+                  seconds, folder)
+    return trial, rows.epoch_rows
+
+
+def _also(study: Study) -> dict[str, dict[str, Any]]:
+    """The further test sets as trials keep them."""
+    classes = next(iter(study.subsets.values()))[1].classes
+    found = {}
+    for name, one in study.config.also.items():
+        index = extra_tests.open_test(one, classes)
+        groups = extra_tests.groups_sha256(extra_tests.groups_of(one, index))
+        found[name] = {**one.model_dump(mode="json"), "sha256": digest([fingerprint(index, one.data), groups])}
+    return found
+
+
+def _file_sha256(path: str | None) -> str:
+    if path is None:
+        return ""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _expansion_seconds(folder: str, copies: int | None) -> float:
+    """Process-seconds spent on the copies an arm uses."""
+    run = runs.open_run(folder)
+    spent = sum(shard_seconds(receipt) for receipt in run.store.receipts())
+    return spent * float(_used(run, copies).sum()) / run.plan.planned
+
+
+def _used(run: runs.Run, copies: int | None) -> np.ndarray:
+    """Copies of each seed an arm uses."""
+    return run.plan.copies if copies is None else np.minimum(run.plan.copies, copies)
+
+
+def _differing(arm: Arm, study: Study) -> str:
+    """What the recipe of an arm changes, in short."""
+    base, own = make_recipe(dict(study.config.recipe)).model_dump(), arm.config.recipe
+    preset = [f"preset {own['preset']}"] if own.get("preset") not in (None, study.config.recipe.get("preset")) else []
+    return ", ".join(preset + [f"{key}={value}" for key, value in arm.recipe.model_dump().items()
+                               if key in own and base[key] != value])
+
+
+def _slug(name: str) -> str:
+    """File name of an arm, at most 80 bytes: letters of any script, digits and dots; a long one ends in a hash."""
+    kept = "".join(one if one.isalnum() or one == "." else " " for one in normalize("NFC", name.lower()))
+    slug = "-".join(kept.split())
+    return slug if 0 < len(slug.encode()) <= 80 else f"{slug.encode()[:70].decode(errors='ignore')}-{digest(name)[:8]}"

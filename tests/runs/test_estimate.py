@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayexpand.contract.errors import SeedDataError
+from rayexpand.contract.schema import DATA_SCHEMA, Reason, samples_to_arrow
+from rayexpand.data.seeds import digits_split
+from rayexpand.runs import config
+from rayexpand.runs.estimate import Measured, estimate, estimate_config, human_bytes, measure
+from rayexpand.runs.status import view_run
+from rayexpand.storage.tables import parquet_bytes
+from tests.runfolder import Builder, png
+
+
+def job(**fields: Any) -> config.RunConfig:
+    return config.parse({"name": "job", "data": {"source": "digits"}, "method": {"name": "img2img"}, **fields})
+
+
+def test_no_throughput_is_unknown_and_says_what_to_do() -> None:
+    guess = estimate(job(), seeds=20, planned=100)
+    assert (guess.gpu_hours, guess.wall_hours, guess.cost_usd, guess.expected_lost_hours) == (None,) * 4
+    lines = {label: (value, note) for label, value, note in guess.table()}
+    assert lines["throughput"][0] == "unknown"
+    assert "--set estimate.images_per_second=" in lines["throughput"][1]
+    assert lines["images"][0] == "100"
+
+
+def test_given_throughput_against_the_closed_form() -> None:
+    settings = {"images_per_second": 2.0, "gpus": 8, "gpu_hour_usd": 3.0, "preemptions_per_gpu_hour": 0.1}
+    guess = estimate(job(estimate=settings, sampler={"shard_images": 720}), seeds=72_000, planned=720_000)
+    assert guess.shards == 1000
+    assert guess.gpu_hours == pytest.approx(100)
+    q = 0.1 * (0.1 / 2 + 0.05)  # a shard takes 0.1 h
+    assert guess.expected_lost_hours == pytest.approx(100 * q / (1 - q))
+    # the definition: what is lost is lambda times all hours times the loss per preemption
+    assert guess.expected_lost_hours == pytest.approx(q * (100 + guess.expected_lost_hours))
+    assert guess.wall_hours == pytest.approx((100 + guess.expected_lost_hours) / 8)
+    assert guess.cost_usd == pytest.approx((100 + guess.expected_lost_hours) * 3)
+
+
+def test_shards_too_long_for_the_preemption_rate_never_end() -> None:
+    settings = {"images_per_second": 0.01, "preemptions_per_gpu_hour": 2.0, "gpu_hour_usd": 1.0}
+    guess = estimate(job(estimate=settings), seeds=100, planned=1000)
+    assert math.isinf(guess.expected_lost_hours or 0)
+    assert ("wall time", "never ends") in [(label, value) for label, value, _ in guess.table()]
+
+
+def test_the_configuration_wins_over_an_earlier_run() -> None:
+    earlier = Measured(images_per_second=5.0, bytes_per_image=1000.0)
+    assert estimate(job(), seeds=1, planned=10, measured=earlier).images_per_second == 5.0
+    given = job(estimate={"images_per_second": 7.0, "bytes_per_image": 2000})
+    guess = estimate(given, seeds=1, planned=10, measured=earlier)
+    assert guess.images_per_second == 7.0
+    assert guess.bytes == 10 * 2040
+
+
+@pytest.mark.parametrize(("fields", "codec", "side"), [
+    ({}, "png", 16),
+    ({"image": {"size": 64}}, "png", 64),
+    ({"image": {"size": 65}}, "jpeg", 65),
+    ({"prior": {"weights": "some/model@main"}}, "jpeg", 512),
+    ({"image": {"size": 256}, "codec": {"format": "png"}}, "png", 256),
+])
+def test_bytes_follow_codec_and_size(fields: dict[str, Any], codec: str, side: int) -> None:
+    guess = estimate(job(**fields), seeds=10, planned=1000)
+    assert guess.bytes == pytest.approx(1000 * (40 + {"png": 2.3, "jpeg": 0.65}[codec] * side**2), abs=1)
+    assert codec in guess.notes["bytes"]
+
+
+def test_unknown_size_is_unknown_bytes() -> None:
+    keeps = job(method={"name": "classical"}, data={"source": "imagefolder", "path": "seeds"})
+    assert estimate(keeps, seeds=10, planned=20).bytes is None
+    assert estimate(keeps, seeds=10, planned=20, side=32).bytes is not None
+
+
+def test_counted_work_of_stable_diffusion_scales_with_steps() -> None:
+    big = job(prior={"weights": "some/model@main"}, image={"size": 512})
+    assert estimate(big, seeds=10, planned=1000).petaflop == pytest.approx(42.7)
+    assert estimate(big, seeds=10, planned=1000, steps_run=50).petaflop == pytest.approx(85.4)
+    assert estimate(job(), seeds=10, planned=1000).petaflop is None
+    (note,) = [note for label, _, note in estimate(big, seeds=10, planned=1_000_000).table() if label == "arithmetic"]
+    assert "118.6 GPU hours where a GPU sustains 100 TFLOP/s" in note
+
+
+def test_measured_from_receipts(tmp_path: Path) -> None:
+    run = Builder(tmp_path / "run", shards=2, seeds_per_shard=4, copies=5).start()
+    for shard in range(2):
+        run.commit(shard, run.samples(shard, {0: (Reason.NAN_LATENT, "")}), seconds={"total": 10.0})
+    seen = measure(view_run(run.folder).receipts, 3800)
+    assert seen == Measured(images_per_second=2.0, bytes_per_image=100.0)
+    assert measure([], 0) == Measured(None, None)
+
+
+def test_byte_constants_fit_a_real_file() -> None:
+    samples = Builder(Path("run"), shards=1, seeds_per_shard=100, copies=10).samples(0)
+    samples = [replace(s, image=png(x)) for s, x in zip(samples, digits_split()["pool"][0], strict=True)]
+    size = len(parquet_bytes(samples_to_arrow(samples, DATA_SCHEMA), {}))
+    assert estimate(job(), seeds=100, planned=1000).bytes == pytest.approx(size, rel=0.1)
+
+
+def test_human_bytes() -> None:
+    assert [human_bytes(n) for n in (None, 999, 12_300_000, 1_500_000_000_000)] == [
+        "unknown", "999 bytes", "12.3 MB", "1.5 TB"]
+
+
+def test_a_configuration_with_its_seeds_here() -> None:
+    guess = estimate_config(job(data={"source": "digits", "per_class": 2}, method={"name": "img2img", "ratio": 2.5}))
+    assert (guess.seeds, guess.images) == (20, 50)
+    keeps = job(data={"source": "digits", "per_class": 2}, method={"name": "classical", "ratio": 2})
+    assert "16 px" in estimate_config(keeps).notes["bytes"]
+
+
+def test_the_size_is_measured_where_images_keep_theirs(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(png(np.zeros((20, 45, 3), np.uint8)))
+    (tmp_path / "a" / "2.png").write_bytes(b"broken")
+    keeps = job(data={"source": "imagefolder", "path": str(tmp_path)}, method={"name": "classical"})
+    assert "png, 30 px (mean of a few seeds)" in estimate_config(keeps).notes["bytes"]
+
+
+def test_seeds_that_are_not_here(tmp_path: Path) -> None:
+    data = {"source": "imagefolder", "path": str(tmp_path / "imagenet")}
+    guess = estimate_config(job(data=data, estimate={"seeds": 1000}, method={"name": "img2img", "ratio": 10}))
+    assert (guess.seeds, guess.images) == (1000, 10_000)
+    with pytest.raises(SeedDataError):
+        estimate_config(job(data=data))
+    with pytest.raises(SeedDataError):  # how many classes there are, nobody knows
+        estimate_config(job(data=data, estimate={"seeds": 1000}, method={"name": "img2img", "quota": 10}))
+
+
+@pytest.mark.parametrize("fields", [{}, {"targets": "balanced"}, {"variant": "real_gen"}, {"prompt": "{noun}"}])
+def test_a_plan_that_asks_for_words_and_counts_of_classes_that_are_not_here(tmp_path: Path,
+                                                                            fields: dict[str, Any]) -> None:
+    data = {"source": "imagefolder", "path": str(tmp_path / "imagenet")}
+    guess = estimate_config(job(data=data, estimate={"seeds": 1000}, method={"name": "diffmix", **fields}))
+    assert guess.images == 5000
+    with pytest.raises(SeedDataError):  # what is missing of which class, nobody knows
+        estimate_config(job(data=data, estimate={"seeds": 1000}, method={"name": "diffmix", "targets": "fill"}))
+
+
+def test_a_plan_of_a_few_rows() -> None:
+    method = {"name": "diffmix", "ratio": 0.3, "targets": "balanced", "prompt": "{token}"}
+    assert estimate_config(job(data={"source": "digits", "per_class": 1}, method=method)).images == 3
+
+
+def test_executed_steps_scale_the_arithmetic(tmp_path: Path) -> None:
+    big = job(data={"source": "imagefolder", "path": str(tmp_path / "gone")}, prior={"weights": "some/model@main"},
+              image={"size": 512}, estimate={"seeds": 100}, method={"name": "img2img", "steps": 20, "strength": 0.5})
+    assert estimate_config(big).petaflop == pytest.approx(500 * 42.7 * 10 / 25 / 1000)
+
+
+def test_json_is_plain() -> None:
+    endless = job(estimate={"images_per_second": 0.01, "preemptions_per_gpu_hour": 2.0})
+    text = json.dumps(estimate(endless, seeds=100, planned=1000).to_json(), allow_nan=False)
+    assert json.loads(text)["expected_lost_hours"] is None
+
+
+def test_needs_no_torch() -> None:
+    script = ("import sys\nfrom rayexpand.runs import config\nfrom rayexpand.runs.estimate import estimate_config\n"
+              "c = config.parse({'name': 'a', 'data': {'source': 'imagefolder', 'path': 'gone'}, 'estimate': "
+              "{'seeds': 5000}, 'method': {'name': 'img2img'}, 'prior': {'weights': 'some/model@main'}, "
+              "'image': {'size': 512}})\nassert estimate_config(c).images == 25_000\n"
+              "assert not {'torch', 'diffusers'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", script], check=True)

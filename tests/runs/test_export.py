@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from rayexpand.contract.errors import StorageError, UsageError
+from rayexpand.contract.schema import DRAW_FIELDS, ClassTable, Draw, sample_sha256
+from rayexpand.runs import export as exporting
+from rayexpand.runs import run as runs
+from rayexpand.runs.export import Layout, class_folders, export
+from rayexpand.storage.tables import parquet_bytes
+from tests.conftest import complete, hashes
+
+LAYOUTS = get_args(Layout)
+KEYS = ("n02/../cat", "Bee", "10", "ant")  # not in sorted order, one unsafe as a folder
+PER_CLASS, RATIO = 5, 3
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
+    """A run of four classes in several shards, where one seed failed at first and a retry made its samples."""
+    root = tmp_path_factory.mktemp("export")
+    rng = np.random.Generator(np.random.Philox(key=11))
+    images = [_png(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(len(KEYS) * PER_CLASS)]
+    _seeds(root / "seeds.parquet", [b"broken", *images[1:]])
+    config = runs.parse({
+        "name": "small", "out": str(root), "method": {"name": "tests.methods.fakes.Redraws", "ratio": RATIO,
+                                                      "share": 0.2, "last": 5},
+        "data": {"source": "parquet", "path": str(root / "seeds.parquet")},
+        "sampler": {"batch": 8, "shard_images": 16}, "limits": {"max_failed": 1.0}})
+    run, totals = complete(config)
+    assert totals.failed == RATIO
+    _seeds(root / "seeds.parquet", images)
+    expander = runs.start(run)
+    totals = runs.drive(run, runs.in_process(expander), runs.retry_jobs(run), to_the_end=True)
+    expander.close()
+    assert (totals.kept, totals.failed, totals.pending) == (len(images) * RATIO, 0, 0)
+    return run
+
+
+@pytest.fixture(scope="module")
+def exports(run: runs.Run, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    root = tmp_path_factory.mktemp("exports")
+    for layout in LAYOUTS:
+        made = export(str(run.folder), str(root / layout), layout, shard_images=17)
+        assert (made.count, made.pending) == (60, 0)
+        assert made.files == (60 if layout == "imagefolder" else 4)
+    return {layout: root / layout for layout in LAYOUTS}
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def _seeds(path: Path, images: list[bytes]) -> None:
+    labels = [i // PER_CLASS for i in range(len(images))]
+    features = {"image": {"_type": "Image"}, "label": {"names": list(KEYS), "_type": "ClassLabel"}}
+    table = pa.table({"image": [{"bytes": one, "path": f"{i}.png"} for i, one in enumerate(images)], "label": labels})
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    path.write_bytes(parquet_bytes(table, metadata))
+
+
+def _hash(image: Any, facts: Mapping[str, Any]) -> str:
+    """sample_sha256 from an image as a reader gives it and its provenance as the layout keeps it."""
+    fields = {name: facts[name] if facts[name] is not None else "" for name in DRAW_FIELDS}
+    return sample_sha256(np.asarray(image), Draw(**fields))
+
+
+def _labels(run: runs.Run) -> dict[str, int]:
+    return {row["sample_id"]: row["label"] for receipt in run.store.receipts()
+            for row in run.store.data(receipt, ["sample_id", "label"]).to_pylist()}
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    with (folder / "train" / "metadata.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_webdataset_reads_it_back(run: runs.Run, exports: Mapping[str, Path]) -> None:
+    import webdataset
+
+    folder = exports["webdataset"]
+    urls = sorted(str(path) for path in folder.glob("train/*.tar"))
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
+
+    assert [sample["__key__"] for sample in samples] == [f"{i:09d}" for i in range(60)]
+    assert {s["json"]["sample_id"]: s["cls"] for s in samples} == _labels(run)
+    assert {s["json"]["sample_id"]: _hash(s["png"], s["json"]) for s in samples} == hashes(run)
+    assert all(s["json"]["class_key"] == KEYS[s["cls"]] and 0 <= s["json"]["scores"]["luck"] < 1 for s in samples)
+
+
+def test_tar_members(exports: Mapping[str, Path]) -> None:
+    index = json.loads((exports["webdataset"] / "index.json").read_text())
+    names = []
+    for shard in index["shardlist"]:
+        path = exports["webdataset"] / shard["url"]
+        with tarfile.open(path) as tar:
+            members = tar.getmembers()
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in members} == {(0, 0, 0, "", 0o644)}
+        assert (path.stat().st_size, len(members)) == (shard["filesize"], 3 * shard["nsamples"])
+        names += [m.name for m in members]
+
+    assert names == [f"{i:09d}.{extension}" for i in range(60) for extension in ("png", "cls", "json")]
+    assert [shard["nsamples"] for shard in index["shardlist"]] == [17, 17, 17, 9]
+    assert [one["key"] for one in index["classes"]] == list(KEYS)
+
+
+def test_torchvision_reads_it_back(run: runs.Run, exports: Mapping[str, Path]) -> None:
+    from torchvision.datasets import ImageFolder
+
+    folder = exports["imagefolder"] / "train"
+    facts = {str(folder / line["file_name"]): line for line in _lines(exports["imagefolder"])}
+    found = {}
+    dataset = ImageFolder(str(folder))
+    for (path, label), (image, _) in zip(dataset.samples, dataset, strict=True):
+        line = facts[path]
+        assert label == int(line["label"])
+        found[line["sample_id"]] = _hash(image, {**line, **{name: int(line[name]) for name in DRAW_FIELDS
+                                                            if Draw.__annotations__[name] == "int"},
+                                                 "strength": float(line["strength"])})
+
+    assert found == hashes(run)
+
+
+def test_metadata_has_its_columns_in_order(exports: Mapping[str, Path]) -> None:
+    lines = _lines(exports["imagefolder"])
+
+    assert list(lines[0])[:4] == ["file_name", "label", "class_key", "class_name"]
+    assert {line["file_name"].split("/")[0]: line["class_key"] for line in lines} == dict(
+        zip(["0-n02_.._cat", "1-Bee", "2-10", "3-ant"], KEYS, strict=True))
+    assert {"sample_id", "seed_id", "prompt", "strength", "scores", "sample_sha256"} <= lines[0].keys()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_datasets_reads_it_back(run: runs.Run, exports: Mapping[str, Path], layout: str, tmp_path: Path,
+                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    rows = datasets.load_dataset(str(exports[layout]), split="train", cache_dir=str(tmp_path))
+    if layout == "webdataset":
+        facts = [{**row["json"], "image": row["png"], "label": row["cls"]} for row in rows]
+    else:
+        facts = list(rows)
+    if layout == "huggingface":
+        assert rows.features["label"].names == list(KEYS)
+
+    assert {row["sample_id"]: _hash(row["image"], row) for row in facts} == hashes(run)
+    assert {row["sample_id"]: row["label"] for row in facts} == _labels(run)
+
+
+def test_huggingface_files(exports: Mapping[str, Path]) -> None:
+    files = sorted(path.name for path in (exports["huggingface"] / "data").iterdir())
+    matter = yaml.safe_load((exports["huggingface"] / "README.md").read_text().split("---\n")[1])
+
+    assert files == [f"train-{i:05d}-of-00004.parquet" for i in range(4)]
+    assert matter["configs"][0]["data_files"] == [{"split": "train", "path": "data/train-*.parquet"}]
+    assert matter["size_categories"] == ["n<1K"]
+    assert pq.read_metadata(exports["huggingface"] / "data" / files[0]).num_rows == 17
+
+
+@pytest.mark.cluster
+def test_ray_data_reads_it_back(run: runs.Run, exports: Mapping[str, Path]) -> None:
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error")
+    try:
+        rows = ray.data.read_parquet(str(exports["huggingface"] / "data")).take_all()
+        made = {row["sample_id"]: _hash(Image.open(io.BytesIO(row["image"]["bytes"])), row) for row in rows}
+        samples = ray.data.read_webdataset(str(exports["webdataset"] / "train")).take_all()
+        images = ray.data.read_images(str(exports["imagefolder"] / "train"), include_paths=True,
+                                      file_extensions=["png"]).take_all()
+    finally:
+        ray.shutdown()
+    folder, names = exports["imagefolder"] / "train", {}
+    for line in _lines(exports["imagefolder"]):
+        names[str(folder / line["file_name"])] = line
+
+    assert made == hashes(run)
+    assert {row["sample_id"]: row["label"] for row in rows} == _labels(run)
+    assert {row["json"]["sample_id"]: _hash(row["png"], row["json"]) for row in samples} == hashes(run)
+    assert {row["json"]["sample_id"]: int(row["cls"]) for row in samples} == _labels(run)
+    pixels = {row["sample_id"]: np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).tobytes() for row in rows}
+    assert {names[row["path"]]["sample_id"]: row["image"].tobytes() for row in images} == pixels
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equal_runs_make_equal_exports(run: runs.Run, exports: Mapping[str, Path], layout: Layout,
+                                       tmp_path: Path) -> None:
+    export(str(run.folder), str(tmp_path / "again"), layout, shard_images=17)
+
+    assert _digest(tmp_path / "again") == _digest(exports[layout])
+
+
+def _digest(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_selection_chooses_rows(run: runs.Run, tmp_path: Path) -> None:
+    ids = sorted(hashes(run))
+    kept = set(ids[::3])
+    _select(run, "third", [{"sample_id": i, "keep": i in kept} for i in ids])
+    _select(run, "half-known", [{"sample_id": i, "keep": True} for i in ids[:30]])
+    _select(run, "twice", [{"sample_id": ids[0], "keep": True}] * 2)
+    _select(run, "nothing", [{"sample_id": i, "keep": False} for i in ids])
+    made = export(str(run.folder), str(tmp_path / "third"), "huggingface", selection="third")
+
+    found = pq.read_table(tmp_path / "third" / "data")["sample_id"].to_pylist()
+    assert (made.count, set(found)) == (20, kept)
+    for name, says in {"half-known": "says nothing about sample", "twice": "decides a sample twice",
+                       "nothing": "no sample to export in selection", "absent": "half-known, nothing, third",
+                       "../run": "has no selection"}.items():
+        with pytest.raises(UsageError, match=says):
+            export(str(run.folder), str(tmp_path / "none"), "webdataset", selection=name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["third"]
+
+
+def _select(run: runs.Run, name: str, rows: list[dict[str, Any]]) -> None:
+    (Path(run.folder) / "selections").mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), Path(run.folder) / "selections" / f"{name}.parquet")
+
+
+def test_what_is_there_is_never_touched(run: runs.Run, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for name in ("full", "file"):
+        with pytest.raises(UsageError, match="exists already"):
+            export(str(run.folder), str(tmp_path / name), "imagefolder")
+    export(str(run.folder), str(tmp_path / "empty"), "imagefolder")
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    assert (tmp_path / "empty" / "train" / "metadata.csv").exists()
+
+
+def test_nobody_sees_half_an_export(run: runs.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "BATCH", 4)
+
+    def full(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+        assert not (tmp_path / "out").exists()
+        if name == "000000020.cls":
+            raise OSError(28, "No space left on device")
+
+    stale = tmp_path / ".out.partial-elsewhere"  # no token of a live process
+    stale.mkdir()
+    with monkeypatch.context() as broken:
+        broken.setattr(exporting, "_member", full)
+        with pytest.raises(StorageError, match="No space left"):
+            export(str(run.folder), str(tmp_path / "out"), "webdataset")
+
+    assert list(tmp_path.iterdir()) == []
+    assert export(str(run.folder), str(tmp_path / "out"), "webdataset").count == 60
+
+
+def test_a_folder_filled_meanwhile_is_kept(run: runs.Run, tmp_path: Path) -> None:
+    def intrude(task: str, done: int, total: int) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "theirs.txt").write_text("theirs")
+
+    with pytest.raises(UsageError, match="filled by somebody else"):
+        export(str(run.folder), str(tmp_path / "out"), "huggingface", on_rows=intrude)
+
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["theirs.txt"]
+
+
+def test_a_sample_there_twice_stops_the_export(run: runs.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    receipts = list(run.store.receipts())
+    monkeypatch.setattr(exporting, "open_run", lambda folder: run)
+    monkeypatch.setattr(type(run.store), "receipts", lambda store: iter([*receipts, receipts[0]]))
+    with pytest.raises(UsageError, match="repeats samples"):
+        export(str(run.folder), str(tmp_path / "out"), "huggingface")
+
+
+def test_an_unfinished_run_says_what_is_pending(make_config: Callable[..., Any], tmp_path: Path) -> None:
+    run = runs.prepare(make_config("Fake", ratio=2))
+    with pytest.raises(UsageError, match="no sample to export"):
+        export(str(run.folder), str(tmp_path / "x"), "webdataset")
+    expander = runs.start(run)
+    expander(1)
+    expander.close()
+
+    made = export(str(run.folder), str(tmp_path / "x"), "webdataset")
+    assert (made.count, made.files, made.pending) == (8, 1, 32)
+
+
+def test_wrong_arguments_are_named(run: runs.Run, tmp_path: Path) -> None:
+    for out, layout, fields, says in [("x", "web-dataset", {}, "did you mean 'webdataset'"),
+                                      ("x", "mds", {}, "choose one of webdataset, imagefolder, huggingface"),
+                                      ("x", "webdataset", {"shard_images": 0}, "shard_images is 0"),
+                                      ("s3://bucket/x", "webdataset", {}, "local folder")]:
+        with pytest.raises(UsageError, match=says):
+            export(str(run.folder), out if "://" in out else str(tmp_path / out), layout, **fields)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="not a run folder"):
+        export(str(tmp_path), str(tmp_path / "x"), "webdataset")
+
+
+@pytest.mark.parametrize(("keys", "folders"), [
+    (("ant", "bee"), ["ant", "bee"]),
+    (("bee", "ant"), ["0-bee", "1-ant"]),
+    (("Ant", "ant"), ["0-Ant", "1-ant"]),  # one folder where file names ignore case
+    (("a/b", "a:b"), ["0-a_b", "1-a_b"]),
+    (("..", ".git"), ["class", "git"]),
+    (tuple(f"{i}" for i in range(11)), [f"{i:02d}-{i}" for i in range(11)])])
+def test_class_folders_are_safe_unique_and_sorted(keys: tuple[str, ...], folders: list[str]) -> None:
+    found = class_folders(ClassTable.of(keys))
+
+    assert found == sorted(found) == folders
+
+
+def test_jpeg_keeps_its_extension(image_folder: Path, make_config: Callable[..., Any], tmp_path: Path) -> None:
+    run, _ = complete(make_config("Fake", ratio=1, sections={"codec": {"format": "jpeg"}}))
+    export(str(run.folder), str(tmp_path / "tar"), "webdataset")
+    with tarfile.open(tmp_path / "tar" / "train" / "000000.tar") as tar:
+        assert tar.getnames()[0] == "000000000.jpg"

@@ -1,0 +1,481 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayexpand.contract.errors import ConfigError, DigestMismatch, EnvironmentFault, ModelError, OverBudget, UsageError
+from rayexpand.contract.schema import ClassTable, Receipt
+from rayexpand.data.captions_features import write_captions, write_class_features, write_image_features
+from rayexpand.data.seeds import build_index
+from rayexpand.models.adapters import read_adapter
+from rayexpand.models.folders import folder_hash
+from rayexpand.models.latent import StableDiffusionPrior
+from rayexpand.runs import inputs as artifacts
+from rayexpand.runs import run as runs
+from rayexpand.runs.config import RunConfig, parse, semantic
+from rayexpand.runs.store import Tally, Totals, data_name
+from rayexpand.runs.tools import load_tools
+from rayexpand.runs.verify import verify
+from rayexpand.studies.expansions import models_key, shared_tools
+from tests.conftest import MakeConfig, complete, hashes
+from tests.methods.fakes import Fake
+from tests.tiny import tiny_adapter, tiny_pipeline
+
+
+@pytest.fixture
+def broken(image_folder: Path, tmp_path: Path) -> Path:
+    """The image folder with two images that cannot be read."""
+    folder = tmp_path / "broken"
+    shutil.copytree(image_folder, folder)
+    for name in ("bee/1.png", "bee/2.png"):
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def repair(broken: Path, image_folder: Path, *names: str) -> None:
+    for name in names:
+        shutil.copy(image_folder / name, broken / name)
+
+
+def of(folder: Path) -> dict[str, str]:
+    return {"source": "imagefolder", "path": str(folder)}
+
+
+def retried(run: runs.Run) -> tuple[runs.Run, Totals]:
+    """What `rayexpand retry` does."""
+    again = runs.open_run(str(run.folder), check_models=True)
+    expander = runs.start(again)
+    try:
+        return again, runs.drive(again, runs.in_process(expander), runs.retry_jobs(again), to_the_end=True)
+    finally:
+        expander.close()
+
+
+def test_another_configuration_or_model_in_the_folder_is_refused(make_config: MakeConfig,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    complete(make_config("Fake", ratio=2))
+    with pytest.raises(DigestMismatch, match=r"seed: 3 -> 4"):
+        runs.prepare(make_config("Fake", ratio=2, sections={"seed": 4}))
+    monkeypatch.setattr(runs, "model_hashes", lambda *args: {"prior": "other"})
+    with pytest.raises(DigestMismatch, match=r"models\.prior"):
+        runs.prepare(make_config("Fake", ratio=2))
+
+
+def test_files_of_another_run_are_never_counted(make_config: MakeConfig) -> None:
+    """Its run.json is gone, its data and receipts are still there."""
+    run, _ = complete(make_config("Fake", ratio=2))
+    Path(run.folder, "run.json").unlink()
+
+    with pytest.raises(DigestMismatch):
+        complete(make_config("Fake", ratio=2, sections={"seed": 99}))
+
+
+def test_a_retry_refuses_other_weights(make_config: MakeConfig, tmp_path: Path) -> None:
+    weights = tiny_pipeline(tmp_path / "weights")
+    sections = {"prior": {"weights": str(weights)}, "image": {"size": 16}}
+    run = runs.prepare(make_config("img2img", ratio=1, steps=4, sections=sections))
+    (unet,) = (weights / "unet").glob("*.safetensors")
+    unet.write_bytes(unet.read_bytes()[:-1] + b"\x01")
+
+    with pytest.raises(DigestMismatch, match=r"models\.prior"):
+        runs.open_run(str(run.folder), check_models=True)
+    assert runs.open_run(str(run.folder)).totals().pending == 20, "a status needs no model"
+
+
+def test_an_empty_out_is_refused() -> None:
+    with pytest.raises(ConfigError, match="out"):
+        parse({"name": "run", "out": "", "data": {"source": "digits"}, "method": {"name": "classical"}})
+
+
+def test_a_copy_without_its_empty_folders_can_be_retried(make_config: MakeConfig, broken: Path,
+                                                         image_folder: Path) -> None:
+    run, _ = complete(make_config("Fake", data=of(broken)))
+    repair(broken, image_folder, "bee/1.png", "bee/2.png")
+    for name in (".tmp", "blame"):
+        Path(run.folder, name).rmdir()
+
+    assert retried(run)[1].kept == 40
+
+
+def test_a_lost_first_file_of_a_retried_shard_is_noticed(make_config: MakeConfig, broken: Path,
+                                                         image_folder: Path) -> None:
+    config = make_config("Fake", ratio=3, data=of(broken))
+    run, _ = complete(config)
+    repair(broken, image_folder, "bee/1.png", "bee/2.png")
+    run, totals = retried(run)
+    assert totals.kept == 60
+    reference = hashes(run)
+    shard = next(shard for shard, generation in run.store.committed().items() if generation)
+    Path(run.folder, "data", data_name(shard)).unlink()
+    with pytest.raises(UsageError, match=rf"Delete what is left of them \(data/train-{shard:06d}"):
+        complete(config)
+    Path(run.folder, "data", data_name(shard, 1)).unlink()
+
+    assert hashes(complete(config)[0]) == reference
+
+
+def test_a_lost_middle_generation_is_noticed(make_config: MakeConfig, broken: Path, image_folder: Path) -> None:
+    config = make_config("Fake", ratio=2, shard_images=100, data=of(broken))
+    run, _ = complete(config)
+    for name in ("bee/2.png", "bee/1.png"):
+        repair(broken, image_folder, name)
+        run, totals = retried(run)
+    assert (totals.kept, totals.failed, totals.pending) == (40, 0, 0)
+    assert verify(run).problems == []
+    Path(run.folder, "data", data_name(0, 1)).unlink()
+
+    with pytest.raises(UsageError, match="an earlier file of 1 retried shard"):
+        complete(config)
+
+
+def test_retries_of_retries_make_only_what_failed_last(make_config: MakeConfig,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(name: str) -> RunConfig:
+        return make_config("RejectsAndFails", ratio=2, share=0.3, shard_images=100, name=name)
+
+    reference = hashes(complete(config("clean"))[0])
+    one, two = list(reference)[:2]
+    monkeypatch.setenv("FAILS", f"{one} {two}")
+    run, first = complete(config("run"))
+    assert first.failed == 2
+    assert first.rejected > 0
+    monkeypatch.setenv("FAILS", one)
+    run, second = retried(run)
+    monkeypatch.setenv("FAILS", "")
+    run, third = retried(run)
+
+    assert [receipt.planned for receipt in run.store.receipts()] == [40, 2, 1]
+    assert second.failed == 1
+    assert (third.failed, third.pending, third.rejected) == (0, 0, first.rejected)
+    assert hashes(run) == reference
+    assert verify(run, pixels=True).problems == []
+
+
+def test_rejected_rows_cost_no_budget(make_config: MakeConfig) -> None:
+    sections = {"limits": {"max_failed": 0.0}}
+    _, totals = complete(make_config("RejectsAndFails", ratio=2, share=0.3, sections=sections))
+
+    assert totals.rejected > 0
+
+
+def test_the_budget_stops_at_once_and_lets_a_retry_end(make_config: MakeConfig,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAILS", "ant/0.png/0 dog/4.png/1")
+    config = make_config("RejectsAndFails", ratio=2, share=0.0, sections={"limits": {"max_failed": 0.0}})
+    with pytest.raises(OverBudget):
+        complete(config)
+    assert runs.open_run(config.folder).totals().shards == 1, "stopped right after the shard that broke it"
+    loose = runs.open_run(config.folder, ["limits.max_failed=1"])
+    runs.drive(loose, runs.in_process(runs.start(loose)), lambda: runs.pending_jobs(loose))
+    monkeypatch.setenv("FAILS", "")
+
+    assert retried(loose)[1].failed == 0, "starts over its budget, ends under it"
+
+
+def test_the_budget_names_reasons_of_failures_only(make_config: MakeConfig) -> None:
+    run = runs.prepare(make_config("Redraws", ratio=2, share=0.9, last=0, sections={"limits": {"max_failed": 0.0}}))
+    receipt = runs.start(run)(0)
+    assert "exhausted" in receipt.reasons
+    failed = replace(receipt, failed=1, reasons={**receipt.reasons, "sampler_error": 1})
+
+    with pytest.raises(OverBudget, match="sampler_error 1") as caught:
+        runs.check_budget(run, Tally(run.plan.planned, [failed]))
+    assert "exhausted" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("works", "asked"), [(False, 3), (True, 10)])
+def test_three_faults_in_a_row_end_a_wave(make_config: MakeConfig, works: bool, asked: int) -> None:
+    run = runs.prepare(make_config("Fake"))
+    receipt = runs.start(run)(0)
+    shards: list[int] = []
+
+    def expander(shard_id: int, generation: int) -> Receipt:
+        shards.append(shard_id)
+        if works and shard_id % 3 == 2:
+            return receipt
+        raise EnvironmentFault("the storage hiccups")
+
+    outcomes = list(runs.in_process(expander)([(shard, 0) for shard in range(10)]))  # type: ignore[arg-type]
+
+    assert shards == list(range(asked))
+    assert len(outcomes) == asked
+
+
+def test_totals_hold_what_another_driver_committed(make_config: MakeConfig) -> None:
+    run = runs.prepare(make_config("Fake"))
+    mine, other = runs.start(run), runs.start(run)
+
+    def wave(jobs: Sequence[runs.Job]) -> Iterator[Receipt | EnvironmentFault]:
+        for job in jobs:
+            if job == (1, 0):
+                other(*job)
+                yield EnvironmentFault("the storage hiccups")
+            else:
+                yield from runs.in_process(mine)([job])
+
+    totals = runs.drive(run, wave, lambda: runs.pending_jobs(run))
+
+    assert totals == run.totals()
+    assert totals.pending == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+CLASSES = ("ant", "bee", "cat", "dog")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, another one, and adapters of the first: two with tokens, and a LoRA that was never trained."""
+    root = tmp_path_factory.mktemp("models")
+    tiny_pipeline(root / "base")
+    tiny_pipeline(root / "other", seed=1)
+    tiny_adapter(root / "adapter", root / "base", CLASSES)
+    tiny_adapter(root / "second", root / "base", CLASSES, seed=1)
+    tiny_adapter(root / "new", root / "base", CLASSES, strategy="db", size=0.0)
+    return root
+
+
+@pytest.fixture
+def fitted(make_config: MakeConfig, models: Path) -> Callable[..., RunConfig]:
+    """A Diff-Aug run with an adapter of `models`."""
+
+    def make(adapter: str | Path | None = "adapter", *, base: str = "base", sections: dict[str, Any] | None = None,
+             **fields: Any) -> RunConfig:
+        of = {"prior": {"weights": str(models / base), "device": "cpu"}, "image": {"size": 16}}
+        if adapter is not None:
+            of["artifacts"] = {"adapter": str(models / adapter)}
+        return make_config("diffmix", ratio=1, steps=2, strengths=[0.5], sections=of | (sections or {}), **{
+            "variant": "diff_aug", "prompt": "a {token}", **fields})
+
+    return make
+
+
+def test_an_adapter_is_part_of_what_a_run_is_by_its_content(fitted: Callable[..., RunConfig], models: Path,
+                                                            tmp_path: Path) -> None:
+    run, totals = complete(fitted())
+    reference = hashes(run)
+    assert totals.kept == 20
+    assert run.facts["models"]["adapter"] == folder_hash(models / "adapter")
+    assert run.facts["models"]["prior"] == read_adapter(models / "adapter").base_sha256
+
+    moved = shutil.copytree(models / "adapter", tmp_path / "moved")
+    assert runs.prepare(fitted(moved)).facts == run.facts, "the path does not count"
+    for other in ("second", "new"):
+        with pytest.raises(DigestMismatch, match=r"models\.adapter"):
+            runs.prepare(fitted(other, prompt="a {name}" if other == "new" else "a {token}"))
+    with pytest.raises(DigestMismatch, match=r"prior\.adapter: 'fused' -> 'unfused'"):
+        runs.prepare(fitted(sections={"prior": {**fitted().prior.model_dump(), "adapter": "unfused"}}))
+
+    assert "adapter" not in semantic(fitted(None, variant="real_aug", prompt="a {name}"))["prior"], "no mode of nothing"
+    expander = runs.start(runs.open_run(str(run.folder), check_models=True))
+    assert expander.regenerate("bee/2.png/0").sample_sha256 == reference["bee/2.png/0"]
+    expander.close()
+    for file in sorted(Path(run.folder, "data").iterdir())[1:]:
+        file.unlink()
+    assert hashes(complete(fitted(moved))[0]) == reference, "resumed with a copy of the adapter"
+    shutil.rmtree(moved)
+    assert runs.open_run(str(run.folder)).totals().pending == 0
+
+
+def test_tokens_and_lora_change_samples_and_an_untrained_lora_none(fitted: Callable[..., RunConfig],
+                                                                    image_folder: Path) -> None:
+    """Diff-Mix, oracle 17: with an empty LoRA and the same prompt, Diff-Aug is Real-Aug byte for byte."""
+    data = {**of(image_folder), "per_class": 1}
+    made = {name: hashes(complete(fitted(adapter, name=name, data=data, **fields))[0]) for name, adapter, fields in (
+        ("tokens", "adapter", {}), ("others", "second", {}), ("plain", "adapter", {"prompt": "a {name}"}),
+        ("empty", "new", {"prompt": "a {name}"}), ("real", None, {"prompt": "a {name}", "variant": "real_aug"}))}
+    assert made["empty"] == made["real"]
+    assert {len(one) for one in made.values()} == {4}
+    for name, other in (("tokens", "others"), ("plain", "real"), ("tokens", "plain")):
+        assert not set(made[name].values()) & set(made[other].values())
+
+
+def test_the_scale_of_a_lora_is_that_of_the_method(fitted: Callable[..., RunConfig],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    with_adapter = StableDiffusionPrior.with_adapter
+    monkeypatch.setattr(StableDiffusionPrior, "with_adapter", lambda self, folder, **options: (
+        asked.append(options), with_adapter(self, folder, **options))[1])
+    config = fitted(sections={"prior": {**fitted().prior.model_dump(), "adapter": "unfused"}})
+    load_tools(config, ClassTable.of(CLASSES))
+    monkeypatch.setattr(type(config.method), "lora_scale", 0.5, raising=False)
+    load_tools(fitted(), ClassTable.of(CLASSES))
+    base = folder_hash(config.prior.weights)
+    assert asked == [{"scale": 1.0, "fuse": False, "base_sha256": base},
+                     {"scale": 0.5, "fuse": True, "base_sha256": base}]
+
+
+def test_runs_share_a_prior_only_with_the_same_adapter(fitted: Callable[..., RunConfig], make_config: MakeConfig,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(name: str, *adapter: Any, **fields: Any) -> str:
+        return models_key(runs.prepare(fitted(*adapter, name=name, **fields)))
+
+    own = key("own")
+    assert key("same", "adapter", variant="diff_mix") == own, "another plan, the same models"
+    others = {key("second", "second"), key("none", None, variant="real_aug", prompt="a {name}"),
+              key("unfused", sections={"prior": {**fitted().prior.model_dump(), "adapter": "unfused"}})}
+    assert len(others | {own}) == 4
+    run = runs.prepare(fitted(name="own"))
+    monkeypatch.setattr(type(run.config.method), "lora_scale", 0.5, raising=False)
+    assert models_key(run) not in others | {own}
+
+
+@pytest.mark.parametrize(("encoder", "problems"), [("e" * 64, 0), ("f" * 64, 1)])
+def test_visual_tokens_come_from_the_encoder_of_the_training(encoder: str, problems: int, make_config: MakeConfig,
+                                                             models: Path, tmp_path: Path) -> None:
+    keys = ("ant", "bee", "cat", "dog")
+    adapter = tiny_adapter(tmp_path / "seen", models / "base", keys, strategy="db", visual_token="class_mean",
+                           encoder_sha256="e" * 64)
+    (tmp_path / "features").mkdir()
+    write_class_features(tmp_path / "features", np.ones((4, 32), np.float32), class_keys=keys, encoder_sha256=encoder,
+                         images_per_class=None)
+    config = make_config("realfake", ratio=1, prompt="a {name}", sections={
+        "prior": {"weights": str(models / "base"), "device": "cpu"}, "image": {"size": 16, "fit": "squash"},
+        "artifacts": {"adapter": str(adapter), "class_features": str(tmp_path / "features")}})
+    found = runs.preflight(config)
+    assert len(found) == problems, found
+    assert all("visual tokens of image encoder eeeeeeeeeeee, but artifacts.class_features" in one for one in found)
+
+
+def test_everything_wrong_with_an_adapter_is_said_at_once(fitted: Callable[..., RunConfig], models: Path,
+                                                          tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert runs.preflight(fitted()) == []
+    own, there = (folder_hash(models / name)[:12] for name in ("other", "base"))
+    seen = tiny_adapter(tmp_path / "seen", models / "base", ("ant", "cat", "bee", "dog"), strategy="db",
+                        visual_token="class_mean")
+    found = "\n".join(runs.preflight(fitted(seen, base="other")))
+    for words in (f"trained on base model {there}, but prior.weights {models / 'other'} is model {own}",
+                  "is trained with visual_token class_mean, but method.visual_token is none",
+                  "the prompt has {token}, but", "(strategy db) has no class tokens; use {name}",
+                  "was made for other classes than the dataset has: class 1 is 'cat' there and 'bee' here"):
+        assert words in found, words
+    assert found.count("artifacts.adapter: ") == 4
+    with pytest.raises(ConfigError, match="class 1 is 'cat' there"):
+        runs.prepare(fitted(tiny_adapter(tmp_path / "permuted", models / "base", ("ant", "cat", "bee", "dog"))))
+    for adapter, words in ((None, "diffmix needs a fine-tuned adapter of its prior and none is named; make them with "
+                                  "`rayexpand fit`"), (tmp_path / "gone", "gone has no adapter.json"),
+                           (models / "base", "is a complete pipeline, not an adapter; name it in prior.weights")):
+        assert words in runs.preflight(fitted(adapter))[0]
+    assert not (tmp_path / "out").exists()
+    assert not caplog.records
+    assert runs.preflight(fitted(prompt="a {name}")) == []
+    assert "has class tokens, but no prompt of diffmix has {token}" in caplog.text
+
+
+@pytest.mark.parametrize(("strategy", "prompt", "problems"), [
+    ("ti", "a {name}", 1), ("ti", "a {token}", 0), ("db", "a {name}", 0), ("ti_db", "a {name}", 0)])
+def test_tokens_that_no_prompt_has_are_the_model_as_it_is(
+        fitted: Callable[..., RunConfig], models: Path, tmp_path: Path, strategy: str, prompt: str,
+        problems: int) -> None:
+    made = tiny_adapter(tmp_path / "made", models / "base", CLASSES, strategy=strategy)
+    found = runs.preflight(fitted(made, prompt=prompt))
+    assert len(found) == problems, found
+    assert all("samples would be those of the model as it is; write {token} into method.prompt" in one for one in found)
+
+
+@pytest.mark.parametrize(("kind", "method", "words"), [
+    ("adapter", {"name": "diffmix", "variant": "real_mix"}, "diffmix real_mix, which samples from the weights as they "
+     "are; take it out, or choose diff_mix"),
+    ("adapter", {"name": "realfake", "finetuned": False, "prompt": "a {name}"}, "or set method.finetuned: true"),
+    ("adapter", {"name": "img2img"}, "img2img, which samples from the weights as they are; take it out"),
+    ("captions", {"name": "img2img"}, "which has no {caption} in its prompt"),
+    ("class_features", {"name": "realfake", "finetuned": False, "prompt": "a {name}"}, "visual_token: class_mean"),
+    ("image_features", {"name": "img2img"}, "visual_token: instance"),
+    ("prototypes", {"name": "classical", "policy": "cutout"}, "compares samples with no prototypes")])
+def test_an_artifact_that_is_not_read_is_refused(kind: str, method: dict[str, Any], words: str, tmp_path: Path) -> None:
+    config = parse({"name": "a", "out": str(tmp_path), "data": {"source": "digits"}, "method": method,
+                    "artifacts": {kind: "artifacts/there"}})
+    (found,) = runs.preflight(config)
+    assert found.startswith(f"artifacts.{kind}: has no effect on {method['name']}")
+    assert words in found
+
+
+def test_a_base_that_is_not_here_yet_is_compared_when_it_is(fitted: Callable[..., RunConfig], models: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on the hub: its hash is known once it has been fetched."""
+    monkeypatch.setattr(artifacts, "present", lambda weights: None)
+    assert runs.preflight(fitted(base="other")) == []
+    with pytest.raises(ModelError, match=r"artifacts\.adapter: .* was trained on base model"):
+        runs.prepare(fitted(base="other"))
+    assert not Path(fitted().folder, "run.json").exists()
+
+
+# -------------------------------------------------------------------------------------------- features and captions
+
+
+class Featured(Fake):
+    """Needs what `wants` says."""
+
+    name: str = "tests.test_run.Featured"
+    wants: tuple[str, ...] = ()
+
+    def needs(self) -> frozenset[str]:
+        return frozenset(self.wants)
+
+
+def featured(make_config: MakeConfig, folder: Path, seed_ids: Sequence[str], classes: Sequence[str],
+             **sections: Any) -> RunConfig:
+    """A run with class features, image features and captions made of these."""
+    for kind in ("class_features", "image_features", "captions"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    features_nD = np.arange(len(seed_ids) * 4, dtype=np.float32).reshape(-1, 4)
+    write_class_features(folder / "class_features", features_nD[:len(classes)], class_keys=classes,
+                         encoder_sha256="e", images_per_class=None)
+    write_image_features(folder / "image_features", seed_ids, features_nD, encoder_sha256="e")
+    write_captions(folder / "captions", seed_ids, ["text"] * len(seed_ids))
+    kinds = ("class_features", "image_features", "captions")
+    config = make_config("Fake", ratio=1, sections={
+        "artifacts": {kind: str(folder / kind) for kind in kinds}, **sections})
+    return config.model_copy(update={"method": Featured(ratio=1, wants=kinds)})
+
+
+def test_features_reach_the_tools_and_their_content_the_run(make_config: MakeConfig, tmp_path: Path) -> None:
+    ids = build_index(make_config().data).seed_ids
+    config = featured(make_config, tmp_path / "made", ids, CLASSES)
+    run = runs.prepare(config)
+    assert set(run.facts["models"]) == {"class_features", "image_features"}
+    tools = load_tools(config, run.plan.index.classes)
+    assert tools.class_features.tolist() == np.arange(16).reshape(4, 4).tolist()
+    assert tools.image_features.rows([ids[2], "filler"]).tolist() == [[8, 9, 10, 11], [0, 0, 0, 0]]
+    shared = shared_tools(run, {models_key(run): replace(tools, class_features=None, prototypes="of another run")})
+    assert shared is not None
+    assert shared.class_features.tolist() == tools.class_features.tolist()
+    assert shared.prototypes is None
+
+    with open(tmp_path / "made/captions/captions.parquet", "ab") as stream:
+        stream.write(b" ")
+    with pytest.raises(DigestMismatch, match=r"artifacts\.captions: .* -> "):
+        runs.prepare(config)
+    shutil.rmtree(tmp_path / "made/captions")
+    assert runs.open_run(str(run.folder)).totals().pending == 20, "the plan holds the captions"
+    assert runs.prepare(config).plan.captions == run.plan.captions
+    with pytest.raises(ConfigError, match=r"artifacts\.captions: there is no folder"):
+        runs.prepare(config.model_copy(update={"name": "another"}))
+
+
+def test_features_of_other_classes_or_seeds_are_refused_before_anything_is_made(make_config: MakeConfig,
+                                                                               tmp_path: Path) -> None:
+    ids = build_index(make_config().data).seed_ids
+    for classes, seed_ids, limit, message in (
+            (CLASSES[::-1], ids, 1.0, r"artifacts\.class_features: .*class 0 is 'dog' there and 'ant' here"),
+            (CLASSES, ids[:4], 0.5, r"artifacts\.image_features: .* has none of 16 of 20 seeds \(ant/4\.png, "),
+    ):
+        config = featured(make_config, tmp_path / "made", seed_ids, classes, limits={"max_failed": limit})
+        captions = tmp_path / "made/captions"
+        write_captions(captions, ids, ["text"] * 20)
+        with pytest.raises(ConfigError, match=message):
+            runs.prepare(config)
+        assert not Path(config.folder, "run.json").exists()
+    (tmp_path / "made/image_features/ids.parquet").unlink()
+    gone = config.model_copy(update={"artifacts": config.artifacts.model_copy(update={"captions": None})})
+    found = "\n".join(runs.preflight(gone))
+    for words in ("artifacts.captions: tests.test_run.Featured needs captions of the seeds and none are named",
+                  "has no ids.parquet, so it holds no image features"):
+        assert words in found, words

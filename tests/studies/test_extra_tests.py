@@ -1,0 +1,116 @@
+"""Further test sets: classes by key, choice among some of them, and accuracy in groups, with the papers' numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayexpand.classifier.accuracy import Answers
+from rayexpand.contract.errors import SeedDataError, UsageError
+from rayexpand.contract.schema import ClassTable
+from rayexpand.data.seeds import DataConfig, build_index
+from rayexpand.studies.extra_tests import ExtraTest, answer_among, classes_among, groups_of, open_test, problems, scores
+
+WATERBIRD = {"water on water": (642, 410), "water on land": (642, 406), "land on land": (2255, 1706),
+             "land on water": (2255, 1677)}  # images, right: 63.86 63.24 75.65 74.37 %, as Diff-Mix to a hundredth
+
+
+def digits(**fields: Any) -> ExtraTest:
+    return ExtraTest(data=DataConfig(source="digits", split="test", **fields.pop("data", {})), **fields)
+
+
+def test_the_choice_is_among_the_classes_of_the_set() -> None:
+    """Real-Fake: logits (5, 1, 4, 3), classes (1, 2, 3), label 2: wrong among four, right among three."""
+    z_NK, y_N, item = np.array([[5.0, 1.0, 4.0, 3.0]]), np.array([2]), np.array([7])
+    among_all, among_some = (answer_among(item, z_NK, y_N, classes) for classes in (None, np.array([1, 2, 3])))
+
+    assert (among_all.rank.tolist(), among_all.predicted.tolist()) == ([1], [0])
+    assert (among_some.rank.tolist(), among_some.predicted.tolist(), among_some.label.tolist()) == ([0], [2], [2])
+    assert among_some.confidence[0] == pytest.approx(np.exp(4) / (np.exp(1) + np.exp(4) + np.exp(3)))
+    with pytest.raises(UsageError, match="label 2 is not among"):
+        answer_among(item, z_NK, y_N, np.array([1, 3]))
+
+
+def test_the_average_over_waterbird_groups_is_by_images() -> None:
+    right = np.concatenate([np.arange(images) < hits for images, hits in WATERBIRD.values()])
+    groups = np.repeat(list(WATERBIRD), [images for images, _ in WATERBIRD.values()])
+    order = np.random.Generator(np.random.Philox(key=1)).permutation(len(right))  # items come in any order
+    said = Answers(order, np.zeros(len(right), int), (~right[order]).astype(int), np.zeros(len(right), int),
+                   np.full(len(right), 0.5))
+    found = scores(said, digits(), groups, 3)
+
+    assert found["by_group"]["counts"] == {name: images for name, (images, _) in WATERBIRD.items()}
+    assert {name: 100 * value for name, value in found["by_group"]["groups"].items()} == pytest.approx(
+        {"water on water": 63.83, "water on land": 63.24, "land on land": 75.64, "land on water": 74.36}, abs=0.04)
+    assert 100 * found["by_group"]["average"] == pytest.approx(72.46, abs=0.02)
+    assert found["by_group"]["average"] == found["top1"]
+    assert 100 * found["by_group"]["mean"] == pytest.approx(69.27, abs=0.02), "another number"
+    assert found["by_group"]["worst"] == 406 / 642
+    assert scores(said, digits(), None, 3)["by_group"] is None
+
+
+def test_classes_are_matched_by_key_in_whatever_order() -> None:
+    trained = ClassTable.of([str(digit) for digit in reversed(range(10))] + ["none"])
+    one = digits()
+    index, plain = open_test(one, trained), build_index(one.data)
+
+    np.testing.assert_array_equal(index.labels, 9 - plain.labels)
+    assert index.classes is trained
+    assert index.seed_ids == plain.seed_ids
+    assert classes_among(one, index) is None
+    assert classes_among(digits(restrict=True), index).tolist() == list(range(10))  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match=r"its classes '8', '9' are none of those that are trained"):
+        open_test(one, ClassTable.of([str(digit) for digit in range(8)]))
+
+
+def test_some_classes_of_the_set_have_no_image(tmp_path: Path) -> None:
+    index = build_index(digits().data)
+    (tmp_path / "ids.txt").write_text("\n".join(np.array(index.seed_ids)[np.isin(index.labels, [7, 2])]) + "\n")
+    some = digits(data={"ids": str(tmp_path / "ids.txt")}, restrict=True)
+
+    assert classes_among(some, open_test(some, index.classes)).tolist() == [2, 7]  # type: ignore[union-attr]
+
+
+def test_groups_are_in_a_file_or_in_the_ids(tmp_path: Path) -> None:
+    both = {"digits_background": "all"}
+    index = build_index(digits(data=both).data)
+    lines = [f"{one},{one.rpartition('/')[2]}" for one in reversed(index.seed_ids)]
+    for column in ("seed_id", "path"):
+        (tmp_path / f"{column}.csv").write_text("\n".join([f"{column},group", *lines, "elsewhere,none"]) + "\n")
+    found = [groups_of(one, index) for one in (
+        digits(data=both, groups=str(tmp_path / "seed_id.csv")), digits(data=both, groups=str(tmp_path / "path.csv")),
+        digits(data=both, group_of="[^/]+/[^/]+/(.+)"))]
+
+    assert all(one is not None and one.tolist() == found[0].tolist() for one in found)  # type: ignore[union-attr]
+    low = int((index.labels[::2] < 5).sum())
+    assert Counter(found[0].tolist()) == {"low-dark": low, "low-grey": low, "high-dark": 500 - low,  # type: ignore[union-attr]
+                                          "high-grey": 500 - low}
+    assert groups_of(digits(), index) is None
+    (tmp_path / "some.csv").write_text("\n".join(["seed_id,group", *lines[:-2]]) + "\n")
+    with pytest.raises(UsageError, match="2 of its 1,000 images are in no group"):
+        groups_of(digits(data=both, groups=str(tmp_path / "some.csv")), index)
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ("name,group\na,b\n", r"groups: '.*' has the columns 'name', 'group', and needs seed_id or path, and group"),
+    ("seed_id,group\na,b\na,c\n", "puts 'a' in two groups"),
+    (None, "groups: '.*' does not exist")])
+def test_a_file_of_groups_is_checked_before_training(tmp_path: Path, content: str | None, words: str) -> None:
+    if content is not None:
+        (tmp_path / "groups.csv").write_text(content)
+    one = digits(groups=str(tmp_path / "groups.csv"))
+
+    with pytest.raises(SeedDataError, match=words):
+        raise SeedDataError("\n".join(problems(one)))
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"group_of": "(a"}, "is no regular expression"), ({"group_of": "a"}, "has no bracket"),
+    ({"group_of": "(a)", "groups": "nowhere.csv"}, "given twice")])
+def test_groups_that_cannot_be_meant(fields: dict[str, str], words: str) -> None:
+    assert any(words in line for line in problems(digits(**fields)))
+    assert problems(digits()) == []
