@@ -163,10 +163,6 @@ class Draw:
 DRAW_FIELDS = tuple(f.name for f in fields(Draw))
 
 
-
-
-
-
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One decided row: kept with its encoded image, or refused with a reason."""
@@ -268,15 +264,5 @@ class Receipt:
     @classmethod
     def from_json(cls, text: str) -> Receipt:
         return cls(**json.loads(text))
-
-
-
-
-
-
-
-
-
-
 
 

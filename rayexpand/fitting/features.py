@@ -42,8 +42,6 @@ class Block:
     refused: dict[str, str]  # the others: reason by seed id
 
 
-
-
 class SeedFeatures:
     """Reads, decodes and scores rows of a seed index."""
 
@@ -66,8 +64,6 @@ class SeedFeatures:
 
     def close(self) -> None:
         self._images.close()
-
-
 
 
 def gathered(blocks: Iterable[Block], count: int, scratch: Path,

@@ -62,8 +62,6 @@ __all__ = ["ARTIFACTS", "HERE", "Engine", "FitConfig", "GuideFit", "PrototypesFi
            "load_fit", "parse_fit", "with_artifacts"]
 
 
-
-
 @dataclass(frozen=True)
 class Engine:
     """Where prototypes, features and captions are computed; the numbers do not depend on it.
@@ -149,23 +147,6 @@ def _checked(config: FitConfig, engine: Engine | None) -> SeedIndex:
     if problems := problems + word_problems(wanted.adapter, index.classes):
         raise ConfigError(config.name, problems)
     return index
-
-
-
-
-# --------------------------------------------------------------------------------------------------------------- guides
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 # ----------------------------------------------------------------------------------------------------------- prototypes

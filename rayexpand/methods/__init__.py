@@ -49,7 +49,3 @@ def load_method(name: str, fields: Mapping[str, Any]) -> Method:
     return method_class(name)(**{**fields, "name": name})
 
 
-
-
-
-

@@ -242,8 +242,6 @@ class StableDiffusionPrior:
         return self._texts[text]
 
 
-
-
 def _components(folder: Path, dtype: torch.dtype) -> tuple[Any, ...]:
     """unet, vae, text_encoder, tokenizer, scheduler."""
     import diffusers

@@ -100,8 +100,6 @@ def prior_hash(weights: str, progress: Progress | None = None) -> str:
     return folder_hash(resolve(weights, progress))
 
 
-
-
 def resolve(weights: str, progress: Progress | None = None) -> Path:
     """Folder with everything needed to load `weights`: trained, downloaded, or as it is. Raises ModelError."""
     if weights == DIGITS:
@@ -127,15 +125,7 @@ def present(weights: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-
-
-
-
 # ---------------------------------------------------------------------------------------------------------------- files
-
-
-
-
 
 
 def _local_folder(weights: str) -> Path | None:
@@ -176,10 +166,6 @@ def _missing_files(folder: Path) -> list[str]:
     return problems
 
 
-
-
-
-
 def _inspect(folder: Path, weights: str) -> PriorFacts:
     """Facts of a complete folder. Raises ModelError for another kind of pipeline."""
     index = read_json(folder / "model_index.json")
@@ -211,10 +197,3 @@ def _trained_size(unet: dict[str, Any], vae: dict[str, Any], vae_factor: int) ->
     if side is None:
         return int(vae.get("sample_size", 512))
     return int(max(side) if isinstance(side, list) else side) * vae_factor
-
-
-# ------------------------------------------------------------------------------------------------------------------ hub
-
-
-
-

@@ -26,7 +26,6 @@ GPU_CAVEAT = "On a GPU, guided methods are called run-to-run bitwise only after 
 ALL_CLASSES = 100  # up to here every class has its line
 
 
-
 def write_card(folder: str | Path, *, license_id: str | None = None) -> Path | str:
     """Writes README.md into a run folder and returns its path or URL.
 
@@ -44,8 +43,6 @@ def write_card(folder: str | Path, *, license_id: str | None = None) -> Path | s
         gpu_caveat=GPU_CAVEAT, stacks=view.stacks, source=_fields(view.run["config"]["data"]),
         settings=_fields(view.run["config"]["method"]), config=yaml.safe_dump(view.run["config"], sort_keys=False))
     return write_page(view.files, "README.md", text)
-
-
 
 
 def _front_matter(view: RunView, license_id: str | None) -> str:

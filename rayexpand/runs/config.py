@@ -150,15 +150,9 @@ OPERATIONAL = ("name", "out", "artifacts", "limits", "store", "runtime", "cluste
                "prior.attention", "prior.channels_last", "prior.compile")
 
 
-
-
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Configuration of a YAML file with `a.b=value` overrides (values are YAML too). Raises ConfigError."""
     return parse(read(path, overrides), str(path))
-
-
-
-
 
 
 def parse(raw: Mapping[str, Any], where: str = "configuration") -> RunConfig:
@@ -225,15 +219,5 @@ def semantic(config: RunConfig) -> dict[str, Any]:
     if not config.method.needs() & {"guide"}:
         fields.pop("guide")
     return fields
-
-
-
-
-
-
-
-
-
-
 
 

@@ -446,12 +446,6 @@ class _Work:
     told: int = 0  # decided rows that on_rows has heard of
 
 
-
-
-
-
-
-
 class _OutOfMemory(RayexpandError):
     pass
 
@@ -515,7 +509,5 @@ def _counts(samples: Sequence[Sample]) -> dict[str, Any]:
     by_status = {status: sum(s.status is status for s in samples) for status in Status}
     return {"kept": by_status[Status.KEPT], "rejected": by_status[Status.REJECTED],
             "failed": by_status[Status.FAILED], "reasons": reasons}
-
-
 
 

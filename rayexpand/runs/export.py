@@ -153,12 +153,6 @@ def _rows(run: Run, chosen: Selection | None, kept: int, on_rows: OnRows) -> Ite
                     yield table
 
 
-
-
-
-
-
-
 def _webdataset(rows: Iterator[pa.Table], folder: Path, classes: ClassTable, shard_images: int,
                 kept: int) -> tuple[int, int]:
     (folder / "train").mkdir()

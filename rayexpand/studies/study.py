@@ -50,12 +50,6 @@ from rayexpand.studies.parts import Study, folder_of
 STUDY_FOLDERS = ("subsets", "lists", "trials", "results", "predictions", "checkpoints", ".tmp")
 
 
-
-
-
-
-
-
 def prepare_study(config: StudyConfig) -> Study:
     """Lists the datasets, writes the subsets, and names every run the study needs; nothing is sampled yet.
 
@@ -93,34 +87,6 @@ def prepare_study(config: StudyConfig) -> Study:
     return Study(config, files, subsets, expansions)
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 def _open_also(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> None:
     """Raises UsageError or SeedDataError for a further test set that cannot be used, or has training images in it."""
     for name, one in config.also.items():
@@ -141,12 +107,6 @@ def _distinct(subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> dict[int, 
     for seed, (data, index) in subsets.items():
         found.setdefault(ids_hash(index.seed_ids), (seed, (index, data)))
     return dict(found.values())
-
-
-
-
-
-
 
 
 def _subset(config: StudyConfig, files: Files, whole: SeedIndex, seed: int) -> tuple[DataConfig, SeedIndex]:
@@ -226,14 +186,5 @@ def _planned_copies(made: RunConfig | str, index: SeedIndex) -> np.ndarray:
 
 def _differ(subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> bool:
     return len({ids_hash(index.seed_ids) for _, index in subsets.values()}) > 1
-
-
-
-
-
-
-
-
-
 
 
