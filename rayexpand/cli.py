@@ -584,7 +584,7 @@ def _cluster(cluster: ClusterConfig, *, no_ray: bool) -> Any:
     """One cluster for all that a verb does on Ray, or nothing."""
     if no_ray:
         return contextlib.nullcontext()
-    from rayexpand.on_ray.expand import connected
+    from rayexpand.on_ray.pool import connected
 
     return connected(cluster)
 
