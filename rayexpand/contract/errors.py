@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_FAILURE = 1
@@ -60,6 +61,7 @@ class StorageError(UsageError):
 
 class OverBudget(RayexpandError):
     exit_code = EXIT_OVER_BUDGET
+    result: Any = None  # of the API: what was made
 
 
 class DigestMismatch(RayexpandError):

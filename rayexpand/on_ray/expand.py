@@ -30,6 +30,7 @@ from rayexpand.on_ray.pool import Pool, beside_driver, choose_pool, connected, e
 from rayexpand.on_ray.stage import open_model_server, run_models, with_local_models
 from rayexpand.runs import run as runs
 from rayexpand.runs.blame import ProcessFault
+from rayexpand.runs.driving import Listener, RunProgress, jobs_of
 from rayexpand.runs.expander import Expander
 from rayexpand.runs.store import Totals
 
@@ -164,6 +165,20 @@ def expand(run: runs.Run, jobs: Callable[[], list[runs.Job]], *, to_the_end: boo
         with _watched(heartbeats, on_snapshot, say):
             wave = RayWave(run, attempt, heartbeats, server, pool)
             return runs.drive(run, wave, jobs, to_the_end=to_the_end, on_counts=on_counts)
+
+
+def drive_on_ray(run: runs.Run, progress: Listener, *, retry: bool = False) -> Totals:
+    """A Driver on the cluster of the run."""
+    heard = RunProgress(run, progress, retry=retry)
+
+    def say(line: str) -> None:
+        progress(line, 0, run.plan.planned)
+
+    def snapshot(now: Snapshot) -> None:
+        heard.actors(now.alive, now.hosts, now.rows)
+
+    return expand(run, jobs_of(run, retry=retry), to_the_end=retry, on_counts=heard.counts, on_snapshot=snapshot,
+                  say=say)
 
 
 @contextlib.contextmanager

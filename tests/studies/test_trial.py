@@ -177,7 +177,8 @@ def image_folder_of(tmp_path: Path, key: int = 0) -> Path:
 
 def test_a_process_killed_in_the_middle_costs_one_interval(tmp_path: Path) -> None:
     """SIGKILL, then the same command; the curve equals the undisturbed one bit for bit."""
-    code = ("import sys, time\nfrom pathlib import Path\nfrom tests.test_training import interval_of_10, one_trial\n"
+    code = ("import sys, time\nfrom pathlib import Path\n"
+            "from tests.studies.test_trial import interval_of_10, one_trial\n"
             "from rayexpand.classifier.classifier import Classifier\n"
             "from rayexpand.studies.trial import run_trial\n"
             "study, trial = one_trial(Path(sys.argv[1]), updates=80, epochs=4)\n"
