@@ -173,7 +173,8 @@ def test_fit_select_train_and_open_return_results(tmp_path: Path) -> None:
     assert Path(found.report()).is_file()
     assert isinstance(api.open(found.folder), api.StudyFolder)
     made = next(iter((tmp_path / "small/runs").iterdir()))
-    chosen = rayexpand.select({"name": "half", "run": str(made), "rule": {"kind": "random", "share": 0.5, "per": "class"}})
+    chosen = rayexpand.select({"name": "half", "run": str(made),
+                               "rule": {"kind": "random", "share": 0.5, "per": "class"}})
     assert chosen.to_dict()["kept"] == 10
     assert len(rayexpand.dataset(made, selection="half")) == 10
     with pytest.raises(UsageError):
