@@ -128,7 +128,7 @@ def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
     config, progress = at(config_of("study", job, set, machine), ray), Relay(on)
     with driver(ray, config.cluster, same_process=same_process) as drive:
         study = prepare_study(config)
-        for run in pending_runs(study, progress, fit_with(ray)):
+        for run in pending_runs(study, progress, fit_with(ray, on_workers=True)):
             drive(run, progress)
         failed = train_trials(study, make_trials(study), progress, ray=ray)
     found = StudyFolder(config.folder, tuple(failed))
