@@ -17,7 +17,7 @@ from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import Section
 from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
-from rayexpand.loader.feed import Loader
+from rayexpand.loader.loader import Loader
 from rayexpand.loader.training_set import TrainingSet
 from rayexpand.models.guide_files import CLASSIFIER, CLIP_HEAD, guide_folder, save_classifier, save_clip_head
 from rayexpand.models.guides import ClipGuide, guide_hash, load_guide

@@ -28,9 +28,9 @@ from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import EnvironmentFault, Interrupted, RayexpandError, UsageError, packed, unpacked
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import SeedIndex
-from rayexpand.fitting.adapter.feed import LatentLoader, LatentRows, Sources
 from rayexpand.fitting.adapter.fit import LatentTask, TuneEngine, open_maker
 from rayexpand.fitting.adapter.latents import LatentMaker, LatentPart
+from rayexpand.fitting.adapter.loader import LatentLoader, LatentRows, Sources
 from rayexpand.fitting.adapter.train import RunLogger, TuneJob, open_tuning, train_here, tune
 from rayexpand.fitting.config import FitConfig
 from rayexpand.models.folders import ModelFiles

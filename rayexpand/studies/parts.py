@@ -48,7 +48,7 @@ class Trial:
     frequency: list[int]  # few below the first, many above the second
     checkpoint_sha256: str  # of the weights it starts from, "" from scratch
     workers: int  # BatchNorm statistics, sums and pairs of mixed images depend on it
-    order: list[int]  # [shuffle_rows, lanes] where the list is read in windows, else []
+    order: list[int]  # [shuffle_rows, streams] where the list is read in windows, else []
     expansion_seconds: float
     run: str
 

@@ -89,16 +89,16 @@ def prepare_study(config: StudyConfig) -> Study:
 
 def _open_also(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> None:
     """Raises UsageError or SeedDataError for a further test set that cannot be used, or has training images in it."""
-    for name, one in config.also.items():
+    for name, one in config.extra_tests.items():
         try:
             index = extra_tests.open_test(one, next(iter(subsets.values()))[1].classes)
             extra_tests.groups_of(one, index)
         except (SeedDataError, UsageError) as error:
-            raise type(error)(f"also.{name}: {error}") from error
+            raise type(error)(f"extra_tests.{name}: {error}") from error
         for seed, held in _distinct(subsets).items():
             if shared := shared_images(held, (index, one.data)):
-                raise UsageError(f"also.{name}: {len(shared):,} of its images are training images of seed {seed} "
-                                 f"({few(shared)}); leave them out with data.ids, or choose another part")
+                raise UsageError(f"extra_tests.{name}: {len(shared):,} of its images are training images of seed "
+                                 f"{seed} ({few(shared)}); leave them out with data.ids, or choose another part")
 
 
 def _distinct(subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> dict[int, tuple[SeedIndex, DataConfig]]:

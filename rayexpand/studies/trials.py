@@ -130,7 +130,7 @@ def _trial(study: Study, arm: Arm, seed: int, data_sha256: str, test_sha256: str
     ratio = sum(len(part) * part.weight for part in rows.parts if not part.is_real) / len(sound_rows(index))
     name = f"lists/{rows.digest[:8]}.arrow"
     training = study.config.training
-    order = [training.shuffle_rows, training.lanes] if rows.epoch_rows > training.shuffle_rows else []
+    order = [training.shuffle_rows, training.streams] if rows.epoch_rows > training.shuffle_rows else []
     study.files.replace(name, rows.to_bytes())  # also where it is there: it holds paths, and folders may have moved
     trial = Trial(f"{_slug(arm.name)}-s{seed}", arm.name, seed, arm.config.use or "", ratio, arm.control_of,
                   arm.recipe.augment, arm.recipe.model_dump(mode="json"), name, rows.digest, ids,
@@ -144,7 +144,7 @@ def _also(study: Study) -> dict[str, dict[str, Any]]:
     """The further test sets as trials keep them."""
     classes = next(iter(study.subsets.values()))[1].classes
     found = {}
-    for name, one in study.config.also.items():
+    for name, one in study.config.extra_tests.items():
         index = extra_tests.open_test(one, classes)
         groups = extra_tests.groups_sha256(extra_tests.groups_of(one, index))
         found[name] = {**one.model_dump(mode="json"), "sha256": digest([fingerprint(index, one.data), groups])}
