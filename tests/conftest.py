@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side
 
+from rayexpand.data.seeds import digits
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import RunConfig, parse
 from rayexpand.runs.store import Totals
@@ -20,6 +22,13 @@ if TYPE_CHECKING:
     from tests.s3server import Server
 
 FAKES = "tests.methods.fakes."
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _digits_resized_once() -> Iterator[None]:
+    """Each list and each reader of the digits resizes all 1,797; here, one process does it once for each split."""
+    with mock.patch.object(digits, "digits_split", cache(digits.digits_split)):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,24 +1,13 @@
-"""Which verb a file is for, and that `validate` checks each kind."""
+"""That `validate` checks each kind of file; which verb a file is for is asked of every job in tests/jobs."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import yaml
 
 from rayexpand.contract.errors import ConfigError
-from rayexpand.jobs import checked, verb_of
+from rayexpand.jobs import checked
 from tests.commands import ROOT
-
-VERBS = {"expand": "expand", "study": "train", "sweep": "sweep", "fit": "fit", "pretrain": "fit", "select": "select",
-         "evaluate": "evaluate"}
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "jobs").rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_verb_of_every_job(path: Path) -> None:
-    assert verb_of(path) == VERBS[path.name.split("-")[0].removesuffix(".yaml")]
-
 
 @pytest.mark.parametrize("name", ["expand-img2img", "study", "sweep-img2img", "fit-distdiff"])
 def test_a_sound_file_has_no_problems_and_all_its_fields(name: str) -> None:
