@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
     from tests.s3server import Server
 
 FAKES = "tests.methods.fakes."
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
