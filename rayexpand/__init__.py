@@ -1,3 +1,55 @@
-"""rayexpand: make a labelled image dataset bigger and better with guided diffusion models."""
+"""rayexpand: make a labelled image dataset bigger and better with guided diffusion models.
 
-__version__ = "0.1.0"
+    run = rayexpand.expand("my.yaml")
+    run.export("birds-5x", layout="imagefolder")
+
+The names are those of rayexpand.api, which is imported when the first of them is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayexpand.api import (
+        Artifact,
+        Checked,
+        ClusterJob,
+        Event,
+        RayexpandError,
+        RunFolder,
+        Scores,
+        Selected,
+        StudyFolder,
+        SweepFolder,
+        bench,
+        dataset,
+        demo,
+        evaluate,
+        expand,
+        fit,
+        open,
+        plan,
+        select,
+        submit,
+        sweep,
+        train,
+        trust,
+        validate,
+    )
+
+__version__ = "0.2.0"
+__all__ = ["Artifact", "Checked", "ClusterJob", "Event", "RayexpandError", "RunFolder", "Scores", "Selected",
+           "StudyFolder", "SweepFolder", "bench", "dataset", "demo", "evaluate", "expand", "fit", "open", "plan",
+           "select", "submit", "sweep", "train", "trust", "validate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'rayexpand' has no attribute '{name}'")
+    return getattr(import_module("rayexpand.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from rayexpand import cli
+from rayexpand.cli import app as cli
 
 ROOT = Path(__file__).parents[1]
 Done = subprocess.CompletedProcess[str]

@@ -68,10 +68,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
-def _apply(raw: dict[str, Any], one: str) -> None:
-    dotted, sign, value = one.partition("=")
-    if not sign or not dotted:
-        raise ConfigError("--set", [f"{one!r}: expected a.b=value, for example --set method.strength=0.7"])
+def put(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    """Sets a dotted field of a mapping in place. Raises ConfigError where something else than a section is on the
+    way."""
     *sections, leaf = dotted.split(".")
     target = raw
     for section in sections:
@@ -79,10 +78,18 @@ def _apply(raw: dict[str, Any], one: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError("--set", [f"{dotted}: '{section}' is not a section"])
         target = child
+    target[leaf] = value
+
+
+def _apply(raw: dict[str, Any], one: str) -> None:
+    dotted, sign, value = one.partition("=")
+    if not sign or not dotted:
+        raise ConfigError("--set", [f"{one!r}: expected a.b=value, for example --set method.strength=0.7"])
     try:
-        target[leaf] = yaml.safe_load(value)
+        found = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError("--set", [f"{dotted}: the value is not YAML ({error})"]) from error
+    put(raw, dotted, found)
 
 
 def mistakes(error: ValidationError, model: Any, prefix: str) -> list[str]:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,28 @@ WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", 
 CONFIGS = ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in WEIGHTS))
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """The files of one model or artifact. Nothing is looked up before it is asked for."""
+
+    find: Callable[[], dict[str, Path]]  # relative name -> file on this machine, trained or downloaded where needed
+    present: Callable[[], Path | None]  # the folder under a name of its own, if it is on this machine
+    hash: Callable[[Path], str]  # content hash of such a folder
+
+    def lies_in(self, folder: Path, sha256: str) -> bool:
+        """Whether a folder is there and holds this very content."""
+        try:
+            return folder.is_dir() and self.hash(folder) == sha256
+        except (ModelError, OSError):
+            return False  # incomplete, or another thing under this name
+
+
+def folder_model(folder: Path) -> ModelFiles:
+    """A model that is one folder of this machine."""
+    return ModelFiles(lambda: {name: folder / name for name in loaded_files(folder)},
+                      lambda: folder if folder.is_dir() else None, folder_hash)
 
 
 def folder_hash(folder: Path | str) -> str:

@@ -19,7 +19,7 @@ from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import ConfigError, ModelError
 from rayexpand.contract.protocols import Progress
 from rayexpand.diffusion.energy import resize
-from rayexpand.models.folders import folder_hash, quiet_libraries
+from rayexpand.models.folders import ModelFiles, folder_hash, folder_model, quiet_libraries
 from rayexpand.models.guide_files import (
     CLASSIFIER,
     CLASSIFIER_WEIGHTS,
@@ -30,6 +30,7 @@ from rayexpand.models.guide_files import (
     class_problem,
     guide_folder,
     kind_of,
+    present_guide,
     read_tensors,
 )
 
@@ -55,6 +56,29 @@ def load_guide(weights: str, checkpoint: str | None, class_names: Sequence[str],
     if folder is not None and kind_of(folder) == CLIP_HEAD:
         guide.texts_KD = read_tensors(folder / HEAD_WEIGHTS)["weight"].to(guide.device)
     return guide
+
+
+def guide_model(weights: str, checkpoint: str | None) -> ModelFiles:
+    """The files of a guide: its folder, or the checkpoint of an architecture (only these have one)."""
+    if checkpoint is None:
+        def find() -> dict[str, Path]:
+            folder = guide_folder(weights)
+            if folder is not None:
+                return folder_model(folder).find()
+            file = checkpoint_file(weights, None)
+            return {file.name: file}
+
+        return ModelFiles(find, lambda: present_guide(weights), folder_hash)
+    name = Path(checkpoint).name
+
+    def named() -> dict[str, Path]:
+        return {name: checkpoint_file(weights, checkpoint)}
+
+    def here() -> Path | None:
+        file = Path(checkpoint).expanduser()
+        return file.parent if file.is_file() else None
+
+    return ModelFiles(named, here, lambda folder: guide_hash(weights, str(folder / name)))
 
 
 def guide_hash(weights: str, checkpoint: str | None, progress: Progress | None = None) -> str:

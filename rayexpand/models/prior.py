@@ -8,7 +8,7 @@ that comes with weights is ever run. Nothing here imports torch before a model i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,10 @@ from rayexpand.models.folders import (
     HUB_NAME,
     PICKLES,
     WEIGHTS,
+    ModelFiles,
     cache_root,
     folder_hash,
+    folder_model,
     hub_snapshot,
     incomplete_message,
     read_json,
@@ -93,6 +95,12 @@ def check_size(facts: PriorFacts, size: int) -> None:
         raise ModelError(f"an image of {size} px does not fit {facts.weights}: its autoencoder shrinks by "
                          f"{facts.vae_factor} and its UNet by {facts.unet_factor}, so the side must be a multiple of "
                          f"{unit}; set image.size to {near} (trained at {facts.image_size})")
+
+
+def prior_model(weights: str) -> ModelFiles:
+    """The files of a generator."""
+    return replace(folder_model(Path(weights)), find=lambda: folder_model(resolve(weights)).find(),
+                   present=lambda: present(weights))
 
 
 def prior_hash(weights: str, progress: Progress | None = None) -> str:

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -49,15 +49,19 @@ _GREY = 128
 class Expander:
     """Expands shards of one run. Models are loaded at the first row that needs them and stay.
 
-    `on_rows(n)` is called after every sampler call with the rows it decided.
+    `on_rows(n)` is called after every sampler call with the rows it decided; `load` gives the models,
+    where they are not to be loaded anew.
     """
 
-    def __init__(self, config: RunConfig, plan: Plan, store: Store, blame: Blame, *, tools: Tools | None = None,
+    def __init__(self, config: RunConfig, plan: Plan, store: Store, blame: Blame, *,
+                 load: Callable[[], Tools] | None = None,
                  on_rows: Callable[[int], None] = lambda n: None) -> None:
         self.config, self.plan, self.store, self.blame, self.on_rows = config, plan, store, blame, on_rows
         # Rows of a call, and the method with its own pieces: smaller after an out-of-memory, until this process ends.
         self.batch, self.method = plan.batch, config.method
-        self.tools, self._calls_made = tools, 0
+        self.tools: Tools | None = None
+        self._load = load or partial(load_tools, config, plan.index.classes)
+        self._calls_made = 0
         self._pool = ThreadPoolExecutor(config.runtime.io_threads, thread_name_prefix="io")
         self._reader = SeedReader(plan.index, config.data)
 
@@ -401,7 +405,7 @@ class Expander:
         """The models of the method, loaded at the first call. Raises EnvironmentFault when they cannot be."""
         if self.tools is None:
             try:
-                self.tools = load_tools(self.config, self.plan.index.classes)
+                self.tools = self._load()
             except RayexpandError:
                 raise
             except Exception as error:

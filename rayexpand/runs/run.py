@@ -221,6 +221,12 @@ def open_run(folder: str, overrides: Sequence[str] = (), *, check_models: bool =
                  model_hashes(config) if check_models else facts["models"])
 
 
+def reopen(config: RunConfig) -> Run:
+    """A run that has begun, with its configuration as another process has it. Raises DigestMismatch for another run."""
+    files = open_files(config.folder, single_writer=config.store.single_writer)
+    return _open(config, files, read_facts(files)["models"])
+
+
 def begin(run: Run) -> int:
     """Registers a start of the run and returns its number."""
     for folder in FOLDERS:  # a copy of a run may lack the empty ones
@@ -229,17 +235,18 @@ def begin(run: Run) -> int:
                                    "version": __version__})
 
 
-def start(run: Run, tools: Tools | None = None, on_rows: Callable[[int], None] = lambda n: None) -> Expander:
+def start(run: Run, load: Callable[[], Tools] | None = None,
+          on_rows: Callable[[int], None] = lambda n: None) -> Expander:
     """Registers an attempt and returns the Expander that works for it in this process."""
-    return expander_of(run, begin(run), tools, on_rows)
+    return expander_of(run, begin(run), load, on_rows)
 
 
-def expander_of(run: Run, attempt: int, tools: Tools | None = None,
+def expander_of(run: Run, attempt: int, load: Callable[[], Tools] | None = None,
                 on_rows: Callable[[int], None] = lambda n: None) -> Expander:
     """An Expander of this process for an attempt that has begun."""
     blame = Blame(run.files, process_token(), attempt)
     blame.sweep()
-    return Expander(run.config, run.plan, run.store, blame, tools=tools, on_rows=on_rows)
+    return Expander(run.config, run.plan, run.store, blame, load=load, on_rows=on_rows)
 
 
 def in_process(expander: Expander) -> ExpandWave:
@@ -295,7 +302,7 @@ def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, t
             forget_unexplained(run.files)
             raise EnvironmentFault(f"no shard was committed in {BARREN_WAVES} rounds; last cause: {cause}") from cause
     run.store.roll_up()
-    return check_budget(run, Tally(run.plan.planned, run.store.receipts()))  # with what other drivers made
+    return check_budget(run, tally_of(run))  # with what other drivers made
 
 
 def pending_jobs(run: Run) -> list[Job]:
@@ -325,6 +332,11 @@ def committed_hash(run: Run, sample_id: str) -> str | None:
                 if row["sample_id"] == sample_id:
                     return row["sample_sha256"]
     return None
+
+
+def tally_of(run: Run) -> Tally:
+    """The counts of what is committed."""
+    return Tally(run.plan.planned, run.store.receipts())
 
 
 def check_budget(run: Run, tally: Tally) -> Totals:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from typing import Any
 
 from rayexpand import __version__
 from rayexpand.contract.protocols import Tools
@@ -13,21 +14,21 @@ from rayexpand.runs.config import RunConfig
 from rayexpand.runs.inputs import artifact_folder, features_of, prototypes_of
 
 
-def load_tools(config: RunConfig, classes: ClassTable) -> Tools:
-    """Loads what the method asks for. Raises ModelError."""
+def load_tools(config: RunConfig, classes: ClassTable, *, prior: Any = None, guide: Any = None) -> Tools:
+    """Loads what the method asks for, but for a prior or guide that is loaded already. Raises ModelError."""
     needs = config.method.needs()
-    prior = guide = prototypes = None
+    prototypes = None
     if needs:
         import torch
 
         torch.set_num_threads(config.runtime.torch_threads)
-    if "prior" in needs:
+    if "prior" in needs and prior is None:
         prior = load_prior(**config.prior.model_dump(exclude={"adapter"}))
         if "adapter" in needs:
             prior = prior.with_adapter(
                 artifact_folder(config, "adapter"), scale=getattr(config.method, "lora_scale", 1.0),
                 fuse=config.prior.adapter == "fused", base_sha256=prior_hash(config.prior.weights))
-    if "guide" in needs:
+    if "guide" in needs and guide is None:
         from rayexpand.models.guides import load_guide
 
         guide = load_guide(config.guide.weights, config.guide.checkpoint, classes.name, device=config.prior.device,
@@ -35,7 +36,8 @@ def load_tools(config: RunConfig, classes: ClassTable) -> Tools:
     if "prototypes" in needs:
         prototypes = prototypes_of(config, classes.key)
     features = features_of(config, classes.key) if needs & {"class_features", "image_features"} else {}
-    return Tools(classes, prior, guide, prototypes, **features)
+    return Tools(classes, prior if "prior" in needs else None, guide if "guide" in needs else None, prototypes,
+                 **features)
 
 
 def stack_fingerprint(config: RunConfig) -> dict[str, str]:

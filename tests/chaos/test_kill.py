@@ -1,7 +1,7 @@
 """SIGKILL between two system calls, at every step of a run; the same command again must lose and double nothing.
 
 A child process (forked, so each case takes a fraction of a second) runs the real driver loop and is killed at a
-failpoint; a second child runs to the end. Every row of the crash table in README.md is a case here.
+failpoint; a second child runs to the end. Every row of the crash table in docs/promise.md is a case here.
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ def test_killed_anywhere_and_run_again(make_config: MakeConfig, reference: tuple
     assert run.files.list(".tmp") == [], "leftovers of the dead are swept at the next start"
 
 
-def test_the_readme_lists_every_crash_window() -> None:
-    readme = (ROOT / "README.md").read_text()
-    listed = set(re.findall(r"`((?:before|after)_[a-z_]+)`", readme))
+def test_the_promise_lists_every_crash_window() -> None:
+    page = (ROOT / "docs/promise.md").read_text()
+    listed = set(re.findall(r"`((?:before|after)_[a-z_]+)`", page))
 
     assert listed == set(PREPARING + STARTING + SAMPLING + COMMITTING + ENDING)
 

@@ -26,6 +26,7 @@ from rayexpand.loader import images as reading
 from rayexpand.loader.feed import Loader
 from rayexpand.loader.images import ImageReader
 from rayexpand.loader.training_set import RowSource, SetPart, TrainingSet
+from rayexpand.methods import trust
 from rayexpand.runs import run as runs
 from rayexpand.storage.tables import parquet_bytes
 from rayexpand.studies.samples import training_set
@@ -37,10 +38,13 @@ SIDE, PER_CLASS, COPIES = 16, 6, 4
 NAMES = ("ant", "bee", "cat")
 
 
+trust("tests.loader.test_feed.Soft")
+
+
 class Soft(Fake):
     """Every sample goes to the next class at a strength of its copy; the label says how sure that is."""
 
-    name: str = "tests.test_ingest.Soft"
+    name: str = "tests.loader.test_feed.Soft"
 
     def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
         drawn = super().draw(seed_id, label, copy, row, classes, rng)
@@ -86,7 +90,7 @@ def run(folder: Path, data: DataConfig) -> runs.Run:
     """4 samples of each of the 12 seeds, in 4 data files."""
     made, totals = complete(runs.parse({
         "name": "soft", "out": str(folder), "data": data.model_dump(), "sampler": {"batch": 4, "shard_images": 12},
-        "method": {"name": "tests.test_ingest.Soft", "ratio": COPIES}}))
+        "method": {"name": "tests.loader.test_feed.Soft", "ratio": COPIES}}))
     assert (totals.kept, totals.shards) == (48, 4)
     return made
 
@@ -112,7 +116,7 @@ def listed(chunks: Sequence[int], real: int = 0, n_classes: int = 3, labels: np.
     if real:
         parts.append(SetPart(0, real, 0, fields.pop("weight", 1.0), "", "", data={"source": "digits"}))
     if n > real:
-        parts.append(SetPart(real, n, 0, 1.0, "", "", run="nowhere", method={"name": "tests.test_ingest.Soft"}))
+        parts.append(SetPart(real, n, 0, 1.0, "", "", run="nowhere", method={"name": "tests.loader.test_feed.Soft"}))
     return TrainingSet(table, (pa.table({}),) if real else (), tuple(parts), ClassTable.of(NAMES[:n_classes]), **fields)
 
 
@@ -355,7 +359,7 @@ def test_lists_that_do_not_fit_together_are_refused_with_all_that_is_wrong(real:
     digits = DataConfig(source="digits")
     other = RowSource(seeds=(build_index(digits), digits))
     for parts, fields, messages in (
-        ([other, samples(run)], {}, [r"run .*soft: its classes 3 \(ant, bee, cat\) are not those of the seeds, 10"]),
+        ([other, samples(run)], {}, [r"run .*soft: its 3 classes \('ant', 'bee', 'cat'\) are not the 10 of the seeds"]),
         ([], {}, ["no rows at all"]),
         ([RowSource()], {}, ["give either seeds or a run"]),
         ([replace(real, weight=0), samples(run, weight=-1)], {}, ["seeds: weight is 0", "soft: weight is -1"]),
@@ -377,7 +381,7 @@ def test_lists_that_do_not_fit_together_are_refused_with_all_that_is_wrong(real:
 def test_a_run_that_is_not_complete_is_refused(folder: Path, data: DataConfig, real: RowSource) -> None:
     run = runs.prepare(runs.parse({
         "name": "half", "out": str(folder), "data": data.model_dump(), "sampler": {"batch": 4, "shard_images": 12},
-        "method": {"name": "tests.test_ingest.Soft", "ratio": COPIES}}))
+        "method": {"name": "tests.loader.test_feed.Soft", "ratio": COPIES}}))
     expander = runs.start(run)
     expander(0)
     expander.close()
@@ -726,7 +730,7 @@ def test_seeds_that_the_index_refuses_are_left_out(tmp_path: Path) -> None:
 def test_a_data_file_that_is_gone_is_named(tmp_path: Path, data: DataConfig) -> None:
     run, _ = complete(runs.parse({
         "name": "lost", "out": str(tmp_path), "data": data.model_dump(), "sampler": {"batch": 4, "shard_images": 12},
-        "method": {"name": "tests.test_ingest.Soft", "ratio": 1}}))
+        "method": {"name": "tests.loader.test_feed.Soft", "ratio": 1}}))
     feed = Loader(training_set([samples(run)]), recipe(), 0)
     (tmp_path / "lost" / "data" / "train-000000.parquet").unlink()
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from rayexpand.data.captions_features import write_captions, write_class_feature
 from rayexpand.fitting import fit as fits
 from rayexpand.fitting.config import parse_fit
 from rayexpand.on_ray import stage
-from rayexpand.on_ray.expand import connected
 from rayexpand.on_ray.finetune import POSITION, latents_model
 from rayexpand.on_ray.fit import fit as fit_on_ray
+from rayexpand.on_ray.pool import connected
 from tests.commands import ROOT
 from tests.fitting.adapter.test_train import KEYS, PLAIN, SHORT, content, quiet
 from tests.tiny import tiny_pipeline
@@ -196,12 +197,12 @@ def test_latents_go_by_their_digest_to_nodes_without(undisturbed: tuple[dict[str
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     (folder,) = Path(undisturbed[0]["out"]).glob("latents-*")
     model, digest = latents_model(folder), read_facts(folder)["digest"]
-    away = stage.Model(model.source, lambda: None, model.hash)
+    away = replace(model, present=lambda: None)
     monkeypatch.setenv("RAYEXPAND_CACHE", str(tmp_path))
-    shelf = stage.open_model_server({digest: model})
+    server = stage.open_model_server({digest: model})
 
-    assert stage.local(model, digest, shelf) == folder
-    copy = stage.local(away, digest, shelf)
+    assert stage.local(model, digest, server) == folder
+    copy = stage.local(away, digest, server)
     assert copy == tmp_path / "staged" / digest[:16]
     assert content(copy) == content(folder)
-    ray.kill(shelf)
+    ray.kill(server)

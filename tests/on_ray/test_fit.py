@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import ModelError
 from rayexpand.data.captions_features import write_class_features, write_image_features
 from rayexpand.fitting import fit as fits
-from rayexpand.models.guides import guide_hash
+from rayexpand.models.guides import guide_hash, guide_model
 from rayexpand.models.prior import prior_hash
 from rayexpand.on_ray import fit as on_ray
 from rayexpand.on_ray import stage
-from rayexpand.on_ray.expand import connected
+from rayexpand.on_ray.pool import connected
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import GuideConfig, parse
 from rayexpand.runs.inputs import artifact_hash, prototypes_hash
@@ -124,8 +125,8 @@ def test_every_kind_of_model_is_copied_and_checked(head: Head, raw: dict[str, An
     (tmp_path / "tiny-staged-clip.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / "tiny-staged-clip.json")
     named = GuideConfig(weights="tiny-staged-clip", checkpoint=str(clip / "open_clip_model.safetensors"))
-    models = {"folder": (stage.guide_model(GuideConfig(weights=str(clip))), guide_hash(str(clip), None)),
-              "checkpoint": (stage.guide_model(named), guide_hash(named.weights, named.checkpoint)),
+    models = {"folder": (guide_model(str(clip), None), guide_hash(str(clip), None)),
+              "checkpoint": (guide_model(named.weights, named.checkpoint), guide_hash(named.weights, named.checkpoint)),
               "prototypes": (stage.artifact_model(folder, "prototypes"), prototypes_hash(folder))}
     for kind in ("class_features", "image_features"):
         (tmp_path / kind).mkdir()
@@ -140,18 +141,19 @@ def test_every_kind_of_model_is_copied_and_checked(head: Head, raw: dict[str, An
         monkeypatch.setenv(name, value)
     ray.init(address=head.address, log_to_driver=False)
     try:
-        shelf = stage.open_model_server({sha256: model for model, sha256 in models.values()})
+        server = stage.open_model_server({sha256: model for model, sha256 in models.values()})
         monkeypatch.setenv("RAYEXPAND_CACHE", str(tmp_path / "cache"))
         for model, sha256 in models.values():
-            assert stage.local(model, sha256, shelf) == model.source()[0], "what is here is used"
-            away = stage.Model(model.source, lambda: None, model.hash)
-            copy = stage.local(away, sha256, shelf)
+            assert stage.local(model, sha256,
+                               server) == next(iter(model.find().values())).parent, "what is here is used"
+            away = replace(model, present=lambda: None)
+            copy = stage.local(away, sha256, server)
             assert copy == tmp_path / "cache/staged" / sha256[:16]
             assert model.hash(copy) == sha256
-            assert stage.local(away, sha256, shelf) == copy
+            assert stage.local(away, sha256, server) == copy
         moved = stage.guide_at(named, str(tmp_path / "cache/staged" / models["checkpoint"][1][:16]))
         assert load_file(str(moved.checkpoint)).keys() == load_file(str(named.checkpoint)).keys()
-        wrong = stage.Model(models["folder"][0].source, lambda: None, lambda folder: "another")
+        wrong = replace(models["folder"][0], present=lambda: None, hash=lambda folder: "another")
         with pytest.raises(Exception, match="its files changed while the run was on"):
             stage.local(wrong, "f" * 64, stage.open_model_server({"f" * 64: wrong}))
         with pytest.raises(ModelError, match=r"has no prototypes\.safetensors"):

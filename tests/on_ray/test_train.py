@@ -21,7 +21,7 @@ import yaml
 from torch import nn
 
 from rayexpand.contract.errors import UsageError
-from rayexpand.on_ray.expand import connected
+from rayexpand.on_ray.pool import connected
 from rayexpand.on_ray.train import train_study
 from rayexpand.runs.config import ClusterConfig
 from rayexpand.studies import trial as training

@@ -522,7 +522,7 @@ def test_real_methods_keep_every_hash_alone_resumed_and_beside_a_failure(
     data = {"source": "imagefolder", "path": str(broken)}
     other = runs.prepare(make_config(method, ratio=2, name="other", data=data, sections=sections, **fields))
     for shard in reversed(range(other.plan.n_shards)):
-        runs.start(other, expander.tools)(shard)
+        runs.start(other, expander.loaded)(shard)
     from_seeds = other.plan.units(0)[0][0].start == Start.IMAGE
     lost = {f"bee/2.png/{copy}" for copy in range(2)} if from_seeds else set()
     assert hashes(other) == {k: v for k, v in committed.items() if k not in lost}

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-if TYPE_CHECKING:
-    from rayexpand.on_ray.expand import Snapshot
-    from rayexpand.runs.run import Run
-    from rayexpand.runs.store import Totals
+from rayexpand.api import Event
 
 
 class Progress:
@@ -38,13 +36,13 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def __call__(self, task: str, done: int, total: int, facts: dict[str, int] | None = None) -> None:
-        """`facts` are counts to show beside the bar: rows kept, rejected and failed, actors, nodes."""
+    def __call__(self, event: Event) -> None:
+        task, done, total, facts = event.task, event.done, event.total, event.facts
         now = time.monotonic()
         at, first = self._begun.setdefault(task, (now, done))
         rate = (done - first) / (now - at) if now - at > 1 and done > first else 0.0
         if self._bar:
-            known = [f"{n:,} {what}" for what, n in (facts or {}).items()]
+            known = [f"{n:,} {what}" for what, n in facts.items()]
             words = [task, *([f"{rate:,.1f}/s"] if rate else []), *known]
             if task not in self._tasks:
                 self._tasks[task] = self._bar.add_task(task, total=total)
@@ -53,9 +51,9 @@ class Progress:
         last_task, last_time = self._spoken
         if task != last_task or now - last_time >= self.QUIET_S:
             self._spoken = (task, now)
-            print(self._line(task, done, total, rate, facts or {}), file=sys.stderr, flush=True)
+            print(self._line(task, done, total, rate, facts), file=sys.stderr, flush=True)
 
-    def _line(self, task: str, done: int, total: int, rate: float, facts: dict[str, int]) -> str:
+    def _line(self, task: str, done: int, total: int, rate: float, facts: Mapping[str, int]) -> str:
         left = round((total - done) / rate) if rate else None
         if self._as_json:
             return json.dumps({"time": round(time.time(), 1), "task": task, "done": done, "total": total,
@@ -67,25 +65,3 @@ class Progress:
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
-
-
-class RunProgress:
-    """Puts together what is known of a run: rows decided between commits, counts at commits, actors alive."""
-
-    def __init__(self, run: Run, progress: Progress, decided: int) -> None:
-        self._task, self._planned = f"expanding {run.config.name}", run.plan.planned
-        self._progress, self._decided, self._facts = progress, decided, dict[str, int]()
-
-    def rows(self, made: int) -> None:
-        self._decided += made
-        self._show(self._decided)
-
-    def counts(self, totals: Totals) -> None:
-        self._facts |= {"kept": totals.kept, "rejected": totals.rejected, "failed": totals.failed}
-
-    def snapshot(self, now: Snapshot) -> None:
-        self._facts |= {"actors": now.alive, "nodes": now.hosts}
-        self._show(self._decided + now.rows)
-
-    def _show(self, done: int) -> None:
-        self._progress(self._task, min(done, self._planned), self._planned, self._facts)
