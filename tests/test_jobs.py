@@ -1,4 +1,4 @@
-"""That `validate` checks each kind of file; which verb a file is for is asked of every job in tests/jobs."""
+"""Which verb a file is for, and that `validate` checks each kind."""
 
 from __future__ import annotations
 
@@ -6,8 +6,18 @@ import pytest
 import yaml
 
 from rayexpand.contract.errors import ConfigError
-from rayexpand.jobs import checked
+from rayexpand.jobs import checked, verb_of
 from tests.commands import ROOT
+
+VERBS = {"expand": "expand", "study": "train", "sweep": "sweep", "fit": "fit", "pretrain": "fit", "select": "select",
+         "evaluate": "evaluate"}
+
+
+def test_the_verb_of_every_job() -> None:
+    found = {path: verb_of(path) for path in (ROOT / "jobs").rglob("*.yaml")}
+    assert found
+    assert found == {path: VERBS[path.name.split("-")[0].removesuffix(".yaml")] for path in found}
+
 
 @pytest.mark.parametrize("name", ["expand-img2img", "study", "sweep-img2img", "fit-distdiff"])
 def test_a_sound_file_has_no_problems_and_all_its_fields(name: str) -> None:
