@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from rayexpand.cli import app as cli
+from rayexpand.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 Done = subprocess.CompletedProcess[str]
@@ -50,7 +50,7 @@ def rayexpand(*arguments: object, on_ray: bool = False) -> Done:
     with (mock.patch.object(sys, "argv", command), contextlib.redirect_stdout(stdout),
           contextlib.redirect_stderr(stderr), contextlib.chdir(ROOT)):
         try:
-            cli.main()
+            main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         finally:

@@ -72,8 +72,9 @@ def test_the_table_names_the_packages_that_exist() -> None:
 
 
 def test_no_circle_between_files() -> None:
+    """The names of the root are those of the API, imported when they are first used, so they tie nothing."""
     graph = {name: {other for other in imports(path) if other in MODULES and other != name}
-             for name, path in MODULES.items()}
+             for name, path in MODULES.items() if name != "rayexpand"}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

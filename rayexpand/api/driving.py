@@ -80,7 +80,8 @@ def fit_with(ray: bool | str) -> Fit:
 
 def drive_run(run: Run, progress: Relay, *, ray: bool | str, same_process: bool, retry: bool = False,
               ) -> dict[str, float]:
-    """Drives a run to its end, and writes page and card whatever the end; seconds and images/s of this call."""
+    """Drives a run to its end, and writes page and card whatever the end; rows made, seconds and images/s of
+    this call."""
     from rayexpand.reports.card import write_card
     from rayexpand.reports.run import write_report
     from rayexpand.runs.driving import jobs_of
@@ -102,7 +103,7 @@ def drive_run(run: Run, progress: Relay, *, ray: bool | str, same_process: bool,
     made = after.kept + after.rejected + after.failed - before.kept - before.rejected - before.failed
     write_card(folder)
     write_report(folder)
-    return {"seconds": round(seconds, 3), "images_per_second": round(made / seconds, 3)}
+    return {"made": made, "seconds": round(seconds, 3), "images_per_second": round(made / seconds, 3)}
 
 
 def train_trials(study: Study, trials: Sequence[Trial], progress: Relay, *, ray: bool | str) -> list[str]:

@@ -9,7 +9,7 @@ import typer
 
 from rayexpand.cli.app import app
 from rayexpand.cli.options import File, Folder, Json, LogJson, Machine, NoRay, Set, Trust
-from rayexpand.cli.show import quiet_stdout, show, show_json, show_table
+from rayexpand.cli.show import quiet_stdout, show, show_json, show_table, warn
 from rayexpand.contract.errors import UsageError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -52,6 +52,8 @@ def retry(folder: Folder, set_: Set = None, trust: Trust = None, no_ray: NoRay =
 
 
 def _ended(found: Any, as_json: bool) -> None:
+    if not found.last["made"]:
+        warn(["nothing to do: every planned row is decided"], "")
     show(found, as_json)
     if not as_json:
         print(f"report: {found.report()}")

@@ -43,7 +43,7 @@ class RunProgress:
         before = run.totals()
         self._task, self._planned, self._progress = f"expanding {run.config.name}", run.plan.planned, progress
         self._decided = before.kept + before.rejected + (0 if retry else before.failed)
-        self._facts = dict[str, int]()
+        self._facts, self._shown = dict[str, int](), self._decided
 
     def rows(self, made: int) -> None:
         self._decided += made
@@ -51,6 +51,7 @@ class RunProgress:
 
     def counts(self, totals: Totals) -> None:
         self._facts |= {"kept": totals.kept, "rejected": totals.rejected, "failed": totals.failed}
+        self._show(self._shown)
 
     def actors(self, alive: int, hosts: int, rows: int) -> None:
         """`rows`: decided since the start by all actors."""
@@ -58,6 +59,7 @@ class RunProgress:
         self._show(self._decided + rows)
 
     def _show(self, done: int) -> None:
+        self._shown = done
         self._progress(self._task, min(done, self._planned), self._planned, self._facts)
 
 

@@ -28,7 +28,7 @@ from rayexpand.runs.config import GuideConfig, parse
 from rayexpand.runs.inputs import artifact_hash, prototypes_hash
 from tests.conftest import complete, hashes
 from tests.on_ray.conftest import ROOT, Head
-from tests.on_ray.test_nodes import add, cluster, expand_with, on  # noqa: F401  (cluster is a fixture)
+from tests.on_ray.test_nodes import add, expand_with, on
 from tests.tiny import tiny_adapter, tiny_clip, tiny_pipeline
 
 pytestmark = pytest.mark.cluster
@@ -81,7 +81,7 @@ def test_a_guide_that_cannot_be_loaded_is_said(head: Head, raw: dict[str, Any], 
     assert not list((tmp_path / "here").glob("[!.]*"))
 
 
-def test_guide_and_prototypes_reach_nodes_with_empty_caches(cluster: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_guide_and_prototypes_reach_nodes_with_empty_caches(cluster: Any, tmp_path: Path) -> None:
     """The driver has all; two nodes have nothing, and what the driver names lies where they do not look."""
     caches = [tmp_path / f"node{i}" for i in range(2)]
     for cache in caches:

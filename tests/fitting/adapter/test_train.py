@@ -41,28 +41,11 @@ from rayexpand.fitting.artifacts import data_facts
 from rayexpand.fitting.config import parse_fit
 from rayexpand.models.prior import load_prior, prior_hash
 from tests.commands import rayexpand
-from tests.tiny import tiny_pipeline
 
 torch.set_num_threads(1)
 KEYS = ("ant", "bee", "cat", "dog")
 SHORT = {"steps": 5, "batch": 4, "lr": 1e-2, "token_lr": 1e-2, "init_token": "digit", "prompt": "a {token} shape"}
 PLAIN = {**SHORT, "strategy": "db", "rank": 2, "prompt": "a {name}"}
-
-
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
-
-
-@pytest.fixture
-def raw(image_folder: Path, tmp_path: Path, prior: Path) -> Callable[..., dict[str, Any]]:
-    def make(recipe: dict[str, Any], **fields: Any) -> dict[str, Any]:
-        adapter = {"recipe": recipe, "checkpoint_every": 2, "log_every": 2, "sheet": None, "tensorboard": False,
-                   "latents": {"dtype": "float32"}, **fields}
-        return {"name": "ants", "out": str(tmp_path / "artifacts"), "prior": {"weights": str(prior)}, "device": "cpu",
-                "data": {"source": "imagefolder", "path": str(image_folder)}, "fit": {"adapter": adapter}}
-
-    return make
 
 
 def fit(raw: dict[str, Any]) -> Path:

@@ -1,8 +1,8 @@
 """Images per second of training ingest, stage by stage, on a dataset of small images.
 
-    python -m benchmarks.ingest stages --data <folder with train-*.parquet>   one process, CPU time per image
-    python -m benchmarks.ingest loader --data ... --workers 2                 a plain DataLoader on the same files
-    python -m benchmarks.ingest compare --data ...                            Ray Data against the DataLoader
+    python -m tests.benchmarks.ingest stages --data <folder with train-*.parquet>   one process, CPU time per image
+    python -m tests.benchmarks.ingest loader --data ... --workers 2                 a plain DataLoader on the same files
+    python -m tests.benchmarks.ingest compare --data ...                            Ray Data against the DataLoader
 
 `compare` gives each side one loader process and one consumer, alternates them three times, without and with a small
 ResNet that trains on what comes, and prints the ratio of each pair. Run from the root of the repository with nothing
@@ -196,7 +196,7 @@ def main() -> None:
     ways = {"stages": lambda: stages(given.data, given.images), "compare": lambda: compare(given.data, given.images),
             "loader": lambda: loader(given.data, given.images, given.workers)}
     found = ways[given.what]()
-    print(json.dumps(found, indent=1))  # noqa: T201
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

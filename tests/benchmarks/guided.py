@@ -1,8 +1,8 @@
 """What guidance costs: batched against one image at a time, guided against plain, time, arithmetic and memory.
 
-    python -m benchmarks.guided                                  embedded default, on this CPU
-    python -m benchmarks.guided --size sd15 --device cuda        Stable Diffusion 1.5's size with random weights
-    python -m benchmarks.guided --size tiny                      the same code in seconds
+    python -m tests.benchmarks.guided                                  embedded default, on this CPU
+    python -m tests.benchmarks.guided --size sd15 --device cuda        Stable Diffusion 1.5's size with random weights
+    python -m tests.benchmarks.guided --size tiny                      the same code in seconds
 
 Run from the root of the repository. All sides of a comparison have the same weights and rows and take turns; figures
 are medians of the turns, `cpu` in process-seconds (on a shared machine the steadier ones). `load` is the machine's load
@@ -397,7 +397,7 @@ def main() -> None:
                                     for name, one in found["costs"].items()}
     if given.device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
-    print(json.dumps({**found, "load": [round(one, 1) for one in (before, os.getloadavg()[0])]}, indent=1))  # noqa: T201
+    print(json.dumps({**found, "load": [round(one, 1) for one in (before, os.getloadavg()[0])]}, indent=1))
 
 
 if __name__ == "__main__":

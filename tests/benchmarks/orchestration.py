@@ -1,7 +1,7 @@
 """What Ray and the engine cost around a sampler, on this machine.
 
-    python -m benchmarks.orchestration efficiency --ms 20     rate of a sleeping sampler over its bare rate
-    python -m benchmarks.orchestration slope --shards 6000    driver memory over shards that do almost nothing
+    python -m tests.benchmarks.orchestration efficiency --ms 20     rate of a sleeping sampler over its bare rate
+    python -m tests.benchmarks.orchestration slope --shards 6000    driver memory over shards that do almost nothing
 
 Run from the root of the repository with nothing else on the machine. Both print one JSON object.
 """
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=6000)
     given = parser.parse_args()
     found = efficiency(given.ms, given.actors, given.window) if given.what == "efficiency" else slope(given.shards)
-    print(json.dumps(found))  # noqa: T201
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def job(tmp_path: Path, image_folder: Path) -> Path:
 
 def test_help_lists_every_verb_and_loads_nothing_heavy() -> None:
     code = ("import sys; sys.argv = ['rayexpand', '--help']\n"
-            "from rayexpand.cli.app import main\n"
+            "from rayexpand.cli.main import main\n"
             "try: main()\nexcept SystemExit: pass\n"
             "print(sorted({'torch', 'ray', 'pyarrow', 'numpy', 'pydantic'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -1,6 +1,6 @@
 """Steps per second of fine-tuning: Ray Train workers against plain torchrun processes, with the same step.
 
-    python -m benchmarks.finetune                       embedded default, two workers, three pairs
+    python -m tests.benchmarks.finetune                       embedded default, two workers, three pairs
 
 Both sides train the same job on the same cached latents by the same loop and step, one thread each, over gloo. Ray
 Train workers get their batches from Ray Data loaders; torchrun processes make them in line. The sides take turns; each
@@ -98,7 +98,7 @@ def under_ray(config: dict[str, Any]) -> None:
 def run_torchrun(out: str, workers: int, steps: int) -> dict[str, float]:
     result = str(Path(out, "result.json"))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}", "-m",
-                    "benchmarks.finetune", "--inside", out, "--workers", str(workers), "--steps", str(steps)],
+                    "tests.benchmarks.finetune", "--inside", out, "--workers", str(workers), "--steps", str(steps)],
                    check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return dict(json.loads(Path(result).read_text()))
 
@@ -149,7 +149,7 @@ def main() -> None:
     if given.inside:
         under_torchrun(given.inside, given.workers, given.steps, str(Path(given.inside, "result.json")))
         return
-    print(json.dumps(compare(given.workers, given.steps, given.pairs), indent=1))  # noqa: T201
+    print(json.dumps(compare(given.workers, given.steps, given.pairs), indent=1))
 
 
 if __name__ == "__main__":
