@@ -25,9 +25,9 @@ def _command(arguments: tuple[object, ...], on_ray: bool = False) -> list[str]:
     return [str(one) for one in arguments]
 
 
-def process(*arguments: object, timeout_s: float = 120) -> Done:
+def process(*arguments: object) -> Done:
     return subprocess.run([sys.executable, "-m", "rayexpand", *_command(arguments)], capture_output=True, text=True,
-                          cwd=ROOT, timeout=timeout_s, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def forked(*arguments: object, said: Path) -> multiprocessing.Process:
@@ -36,7 +36,7 @@ def forked(*arguments: object, said: Path) -> multiprocessing.Process:
         os.chdir(ROOT)
         with open(said, "w", buffering=1) as file:
             sys.argv, sys.stdout, sys.stderr = ["rayexpand", *_command(arguments)], file, file
-            cli.main()
+            main()
 
     child = multiprocessing.get_context("fork").Process(target=run)
     child.start()

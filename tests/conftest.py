@@ -31,6 +31,14 @@ trust(*(FAKES + name for name in (*re.findall(r"^class (\w+)", (ROOT / "tests/me
                                   "Pieces", "Late", "NoSuchMethod")))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n` alone a file stays on one worker, so that what its tests share is made once and not on each of them."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log) if config.getvalue("dist") == "load" else None
+
+
 def pytest_collection_finish() -> None:
     """What is imported and collected stays: the collector need not look through it again and again."""
     gc.collect()

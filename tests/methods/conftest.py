@@ -58,8 +58,9 @@ class SmallestPrior:
         return torch.sigmoid(torch.nn.functional.interpolate(z, scale_factor=2.0))  # neither black nor white
 
     def predict(self, z_t, t, cond, guidance_scale):
-        texts_B111 = torch.lerp(cond.negative_tokens_BTE, cond.tokens_BTE, guidance_scale).mean((1, 2))[:, None, None, None]
-        return torch.sin(z_t + 0.001 * t) + 0.1 * z_t.mean((1, 2, 3), keepdim=True) + 0.1 * texts_B111
+        texts_BTE = torch.lerp(cond.negative_tokens_BTE, cond.tokens_BTE, guidance_scale)
+        told_B111 = z_t.mean((1, 2, 3), keepdim=True) + texts_BTE.mean((1, 2))[:, None, None, None]
+        return torch.sin(z_t + 0.001 * t) + 0.1 * told_B111
 
 
 class SeedFeatures:

@@ -202,7 +202,7 @@ def test_what_an_expansion_cannot_have_fitted(expansion: dict[str, Any], words: 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("method", SHOWN)
 def test_the_demo_of_every_method_as_users_meet_it(method: str, tmp_path: Path) -> None:
-    done = process("demo", "--out", tmp_path / "demo", "--method", method, "--json", timeout_s=900)
+    done = process("demo", "--out", tmp_path / "demo", "--method", method, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
 
