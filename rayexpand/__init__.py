@@ -12,32 +12,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayexpand.api import (
-        Artifact,
-        Checked,
-        ClusterJob,
-        Event,
-        RayexpandError,
-        RunFolder,
-        Scores,
-        Selected,
-        StudyFolder,
-        SweepFolder,
+    from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, open
+    from rayexpand.api.results import Artifact, Checked, ClusterJob, Event, Scores, Selected
+    from rayexpand.api.verbs import (
         bench,
         dataset,
         demo,
         evaluate,
         expand,
         fit,
-        open,
         plan,
         select,
         submit,
         sweep,
         train,
-        trust,
         validate,
     )
+    from rayexpand.contract.errors import RayexpandError
+    from rayexpand.methods import trust
 
 __version__ = "0.2.0"
 __all__ = ["Artifact", "Checked", "ClusterJob", "Event", "RayexpandError", "RunFolder", "Scores", "Selected",

@@ -58,12 +58,13 @@ def fit(job: Job, *, set: Set = (), machine: Job | None = None, out: str | None 
     is there already is found, not made again."""
     from rayexpand.artifacts.store import read_facts
     from rayexpand.fitting import config as fits
+    from rayexpand.fitting.maker import ARTIFACTS
 
     kind, raw, where = read_job(job, set, machine)
     if kind == "run":
         run = parsed("run", raw, where)
         fits.refuse_untold_adapter(run, where)
-        config = fits.fit_config(run, out=out or fits.ARTIFACTS)
+        config = fits.fit_config(run, out=out or ARTIFACTS)
         if config is None:
             raise UsageError(f"{where}: method {run.method.name} needs neither guide nor prototypes fitted; expand it")
     else:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rayexpand.api import Event
+from rayexpand.api.results import Event
 
 
 class Progress:

@@ -21,14 +21,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
+from rayexpand.artifacts.store import publish
 from rayexpand.contract.errors import ModelError, UsageError
 from rayexpand.contract.prompts import Template, format_prompt
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.rng import RowRng
 from rayexpand.contract.schema import ClassTable
 from rayexpand.contract.settings import Section
+from rayexpand.fitting.maker import FitBase, Maker, World
 from rayexpand.methods.lecf import FILE
-from rayexpand.models.folders import PICKLES, quiet_libraries
+from rayexpand.models.folders import PICKLES, folder_hash, quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -157,3 +159,24 @@ def _line(text: str) -> str:
     """The first line, with single spaces and without quotation marks around it."""
     lines: Sequence[str] = text.strip().splitlines() or [""]
     return " ".join(lines[0].split()).strip("\"'“” ")
+
+
+class PromptsMaker(Maker):
+    kind = "prompts"
+    text = "sentences about each class, written by a text model"
+    section = PromptsFit
+
+    def make(self, section: PromptsFit, config: FitBase, world: World) -> Path:
+        classes = world.index.classes
+        made_from = {"version": VERSION, "seed": config.seed, "classes": list(classes.key),
+                     "names": [list(classes.name), list(classes.metaclass), list(classes.noun)],
+                     "generator_sha256": folder_hash(Path(section.generator).expanduser()),
+                     **section.model_dump(exclude={"generator"})}
+        return publish(config.out, "prompts", made_from, lambda folder: write_prompts(
+            section, classes, config.seed, config.device, folder, world.progress))
+
+    def problems(self, section: PromptsFit, config: FitBase, *, on_ray: bool) -> list[str]:
+        return [f"fit.prompts.generator: {one}" for one in check_generator(section.generator)]
+
+    def is_here(self, section: PromptsFit) -> bool:
+        return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayexpand.artifacts.store import MAKING_OF
+from rayexpand.artifacts.store import content_files, files_hash
 from rayexpand.contract.errors import ModelError
 
 DIGITS = "digits"
@@ -51,11 +50,7 @@ def folder_hash(folder: Path | str) -> str:
     them; any other folder (a guide) counts its own .json, .txt and .safetensors files.
     """
     folder = Path(folder)
-    hasher = hashlib.sha256()
-    for name in sorted(loaded_files(folder)):
-        with open(folder / name, "rb") as stream:
-            hasher.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return hasher.hexdigest()
+    return files_hash(folder, sorted(loaded_files(folder)))
 
 
 def staged_folder(sha256: str) -> Path:
@@ -98,8 +93,7 @@ def weight_files(folder: Path, part: str) -> tuple[str | None, list[str]]:
 def loaded_files(folder: Path) -> list[str]:
     """Relative names of all files of a model folder that loading reads."""
     if not (folder / "model_index.json").is_file():
-        return [file.name for file in folder.iterdir()
-                if file.suffix in (".json", ".txt", ".safetensors") and file.name != MAKING_OF]
+        return content_files(folder)
     tokenizer = [f"tokenizer/{file.name}" for file in (folder / "tokenizer").iterdir()
                  if file.suffix in (".json", ".txt")]
     return [*CONFIGS, *tokenizer, *(name for part in WEIGHTS for name in weight_files(folder, part)[1])]

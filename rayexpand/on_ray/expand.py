@@ -158,7 +158,7 @@ def expand(run: runs.Run, jobs: Callable[[], list[runs.Job]], *, to_the_end: boo
     capacity.
     """
     with connected(run.config.cluster):
-        pool = choose_pool(run.config.cluster, models=bool(run.config.method.needs() & {"prior", "guide"}))
+        pool = choose_pool(run.config.cluster, models=bool(run.config.needs & {"prior", "guide"}))
         attempt = runs.begin(run)
         heartbeats = beside_driver(Heartbeats)
         server = open_model_server(run_models(run.config, run.facts["models"]))

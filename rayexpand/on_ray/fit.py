@@ -12,8 +12,8 @@ from rayexpand.contract.schema import SeedIndex
 from rayexpand.fitting.captions import CaptionBlock
 from rayexpand.fitting.config import FitConfig
 from rayexpand.fitting.features import Block, Intake
-from rayexpand.fitting.fit import Engine
 from rayexpand.fitting.fit import fit as fit_with
+from rayexpand.fitting.maker import Engine
 from rayexpand.on_ray.captions import caption_blocks
 from rayexpand.on_ray.features import classes, feature_blocks
 from rayexpand.on_ray.finetune import tuning_on

@@ -17,13 +17,14 @@ from typing import Any
 import filelock
 import ray
 
+from rayexpand.artifacts import KINDS
 from rayexpand.contract.errors import EnvironmentFault
 from rayexpand.models.folders import ModelFiles, staged_folder
 from rayexpand.models.guides import guide_model
 from rayexpand.models.prior import prior_model
 from rayexpand.on_ray.pool import beside_driver
 from rayexpand.runs.config import GuideConfig, RunConfig
-from rayexpand.runs.inputs import artifact_files, artifact_folder, artifact_hash
+from rayexpand.runs.inputs import artifact_folder
 
 CHUNK = 64 << 20  # bytes of a model file in one object
 
@@ -67,8 +68,7 @@ def with_local_models(config: RunConfig, hashes: dict[str, str], server: Any) ->
         elif part == "guide":
             config = config.model_copy(update={"guide": guide_at(config.guide, folder)})
         else:
-            config = config.model_copy(update={
-                "artifacts": config.artifacts.model_copy(update={part: folder})})
+            config = config.model_copy(update={"artifacts": {**config.artifacts, part: folder}})
     return config
 
 
@@ -89,8 +89,8 @@ def _part(config: RunConfig, part: str) -> ModelFiles:
 
 def artifact_model(folder: Path, kind: str) -> ModelFiles:
     """An artifact that samplers load: prototypes, an adapter, class or image features."""
-    return ModelFiles(lambda: {name: folder / name for name in artifact_files(folder, kind)},
-                      lambda: folder if folder.is_dir() else None, lambda copied: artifact_hash(copied, kind))
+    return ModelFiles(lambda: {name: folder / name for name in KINDS[kind].files(folder)},
+                      lambda: folder if folder.is_dir() else None, KINDS[kind].sha256)
 
 
 def local(model: ModelFiles, sha256: str, server: Any) -> Path:

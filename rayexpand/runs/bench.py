@@ -101,7 +101,7 @@ def _pair(config: RunConfig, folder: str, number: int, shards: list[int],
 
 
 def _gflop(expander: Expander, shard: int) -> float | None:
-    if not expander.config.method.needs() & {"prior", "guide"}:
+    if not expander.config.needs & {"prior", "guide"}:
         return None
     from torch.utils.flop_counter import FlopCounterMode
 

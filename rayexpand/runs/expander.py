@@ -416,7 +416,7 @@ class Expander:
     @cached_property
     def image_size(self) -> int | None:
         """Side of the square the sampler sees; None where every image keeps its own size."""
-        if "prior" not in self.config.method.needs():
+        if "prior" not in self.config.needs:
             return self.config.image.size
         return self.config.image.size or inspect_prior(self.config.prior.weights).image_size
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rayexpand import __version__
+from rayexpand.artifacts import KINDS
 from rayexpand.contract.errors import (
     ConfigError,
     DigestMismatch,
@@ -38,6 +39,8 @@ from rayexpand.runs.config import RunConfig, ids_sha256, parse, resolved, semant
 from rayexpand.runs.estimate import Measured, measure
 from rayexpand.runs.expander import Expander
 from rayexpand.runs.inputs import (
+    ConfiguredInputs,
+    artifact_folder,
     artifact_hashes,
     captions_sha256,
     check_artifacts,
@@ -45,7 +48,6 @@ from rayexpand.runs.inputs import (
     check_classes,
     check_seeds,
     names_classes,
-    prototypes_of,
 )
 from rayexpand.runs.plan import Plan, make_plan, plan_digest, read_plan, write_plan
 from rayexpand.runs.store import Store, Tally, Totals, first_look, new_attempt, read_facts, totals
@@ -88,7 +90,7 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
     so what its plan holds need not be there any more.
     """
     problems = seeds.check(config.data)
-    data_is_sound, needs = not problems, config.method.needs()
+    data_is_sound, needs = not problems, config.needs
     if "prior" in needs:
         try:
             facts = inspect_prior(config.prior.weights)
@@ -180,7 +182,8 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
     models = model_hashes(config, on_model)
     if plan is not None:
         if "prototypes" in models:
-            prototypes_of(config, plan.index.classes.key, models.get("guide"))  # refuses those of another guide
+            KINDS["prototypes"].load(artifact_folder(config, "prototypes"), ConfiguredInputs(config, models["guide"]),
+                                     plan.index.classes.key)  # refuses those of another guide
         if "adapter" in models:
             check_base(config, models["prior"])
         facts = _facts(config, plan, models)
@@ -203,7 +206,7 @@ def _caption_problems(plan: Plan, config: RunConfig) -> list[str]:
     if lacking <= allowed:
         return []
     blank = plan.blank_seeds()
-    return [f"artifacts.captions: {config.artifacts.captions} has an empty caption of {len(blank):,} of "
+    return [f"artifacts.captions: {config.artifacts['captions']} has an empty caption of {len(blank):,} of "
             f"{len(plan.index):,} seeds ({', '.join(blank[:3])}{', ...' if len(blank) > 3 else ''}), so more than "
             f"limits.max_failed = {config.limits.max_failed:g} of the rows would fail; caption them, or leave these "
             "seeds out with data.ids"]
@@ -357,7 +360,7 @@ def model_hashes(config: RunConfig, on_model: Callable[[str, int, int], None] | 
                  fitted: bool = False) -> dict[str, str]:
     """Content hashes of the models and artifacts the method uses; trains the embedded default if it is asked for and
     not cached. `fitted`: guide and prototypes will be fitted first, so only the prior is there."""
-    needs = config.method.needs()
+    needs = config.needs
     hashes = {}
     if "prior" in needs:
         hashes["prior"] = prior_hash(config.prior.weights, on_model)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
+from rayexpand.artifacts.adapter import adapter_fits
 from rayexpand.classifier.recipe import Recipe, make_recipe
 from rayexpand.contract import settings
 from rayexpand.contract.errors import ConfigError
@@ -23,12 +24,12 @@ from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.subsets import SubsetConfig
 from rayexpand.fitting.adapter.config import AdapterFit
-from rayexpand.fitting.config import GuideFit, fit_config
+from rayexpand.fitting.config import fit_config
 from rayexpand.fitting.config import preflight as fit_preflight
+from rayexpand.fitting.guide import GuideFit
 from rayexpand.runs import config as configs
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import ClusterConfig, RunConfig
-from rayexpand.runs.inputs import adapter_fits
 from rayexpand.studies import extra_tests
 from rayexpand.studies.extra_tests import ExtraTest
 
@@ -295,7 +296,7 @@ def _fit_problems(made: RunConfig, fit: ExpansionFit) -> list[str]:
     if wanted is None:
         return [f"fit: {made.method.name} as it is set here needs nothing fitted; take it out"]
     problems = [f"artifacts.{kind}: {folder} would not be read, for fit makes them of each seed's own rows; take one "
-                "of the two out" for kind, folder in made.artifacts if folder and getattr(wanted.fit, kind)]
+                "of the two out" for kind, folder in made.artifacts.items() if getattr(wanted.fit, kind)]
     problems += [f"fit.{role}: has no effect on {made.method.name} as it is set here; take it out"
                 for role in ("guide", "adapter") if getattr(fit, role) and role not in made.method.needs()]
     if fit.adapter is None or "adapter" not in made.method.needs():

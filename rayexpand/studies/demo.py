@@ -193,7 +193,7 @@ def _fitted(folders: Sequence[str]) -> dict[str, float]:
     spent: dict[str, float] = {}
     for folder in folders:
         config = runs.open_run(folder).config
-        for place in (config.artifacts.prototypes, config.guide.weights):
+        for place in (config.artifacts.get("prototypes"), config.guide.weights):
             if place is not None and (facts := read_facts(place)):
                 spent[facts["kind"]] = spent.get(facts["kind"], 0.0) + facts["cpu_seconds"]
     return spent

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rayexpand.contract.protocols import Progress
-from rayexpand.fitting.config import ARTIFACTS, FitConfig, fit_config
+from rayexpand.fitting.config import FitConfig, fit_config
 from rayexpand.fitting.fit import fit as fit_here
 from rayexpand.fitting.fit import with_artifacts
+from rayexpand.fitting.maker import ARTIFACTS
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import RunConfig
 from rayexpand.storage.places import is_url

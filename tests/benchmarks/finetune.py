@@ -69,7 +69,7 @@ def under_torchrun(out: str, workers: int, steps: int, result: str) -> None:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from rayexpand.on_ray.finetune import mean_over_workers
+    from rayexpand.on_ray.pool import mean_over_workers
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -85,8 +85,9 @@ def under_ray(config: dict[str, Any]) -> None:
     from ray.train import get_context
     from ray.train.torch import prepare_model
 
-    from rayexpand.on_ray.finetune import loaded_batches, mean_over_workers
+    from rayexpand.on_ray.finetune import loaded_batches
     from rayexpand.on_ray.loaders import LoaderTime
+    from rayexpand.on_ray.pool import mean_over_workers
 
     torch.set_num_threads(1)
     rank, job = get_context().get_world_rank(), config["job"]
@@ -115,7 +116,7 @@ def run_ray(job: TuneJob, out: str, name: str) -> dict[str, float]:
 
 
 def compare(workers: int, steps: int, pairs: int) -> dict[str, Any]:
-    from rayexpand.on_ray.expand import connected
+    from rayexpand.on_ray.pool import connected
 
     load, found = [os.getloadavg()[0]], []
     with tempfile.TemporaryDirectory() as out:

@@ -128,7 +128,7 @@ def loader(folder: str, images: int, workers: int) -> dict[str, Any]:
 
 def compare(folder: str, images: int) -> dict[str, Any]:
     """Images per second of both ways to load `images`, or to train on a tenth of them, pair by pair."""
-    from rayexpand.on_ray.expand import connected
+    from rayexpand.on_ray.pool import connected
     from rayexpand.runs.config import ClusterConfig
 
     fields = recipe().model_dump(mode="json", exclude_defaults=True)

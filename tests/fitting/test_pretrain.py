@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from rayexpand.artifacts import store
-from rayexpand.cli import app
+from rayexpand.cli.main import app
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.schema import ClassTable
 from rayexpand.data.seeds import build_index, digits_split

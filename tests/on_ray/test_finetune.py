@@ -23,9 +23,9 @@ import yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from rayexpand.artifacts.columns import write_captions, write_class_features
 from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import RayexpandError, UsageError
-from rayexpand.data.captions_features import write_captions, write_class_features
 from rayexpand.fitting import fit as fits
 from rayexpand.fitting.config import parse_fit
 from rayexpand.on_ray import stage

@@ -14,9 +14,10 @@ import pytest
 import ray
 import yaml
 
+from rayexpand.artifacts import KINDS
+from rayexpand.artifacts.columns import write_class_features, write_image_features
 from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import ModelError
-from rayexpand.data.captions_features import write_class_features, write_image_features
 from rayexpand.fitting import fit as fits
 from rayexpand.models.guides import guide_hash, guide_model
 from rayexpand.models.prior import prior_hash
@@ -25,7 +26,6 @@ from rayexpand.on_ray import stage
 from rayexpand.on_ray.pool import connected
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import GuideConfig, parse
-from rayexpand.runs.inputs import artifact_hash, prototypes_hash
 from tests.conftest import complete, hashes
 from tests.on_ray.conftest import ROOT, Head
 from tests.on_ray.test_nodes import add, expand_with, on
@@ -127,7 +127,7 @@ def test_every_kind_of_model_is_copied_and_checked(head: Head, raw: dict[str, An
     named = GuideConfig(weights="tiny-staged-clip", checkpoint=str(clip / "open_clip_model.safetensors"))
     models = {"folder": (guide_model(str(clip), None), guide_hash(str(clip), None)),
               "checkpoint": (guide_model(named.weights, named.checkpoint), guide_hash(named.weights, named.checkpoint)),
-              "prototypes": (stage.artifact_model(folder, "prototypes"), prototypes_hash(folder))}
+              "prototypes": (stage.artifact_model(folder, "prototypes"), KINDS["prototypes"].sha256(folder))}
     for kind in ("class_features", "image_features"):
         (tmp_path / kind).mkdir()
     features = np.ones((2, 3), np.float32)
@@ -136,7 +136,7 @@ def test_every_kind_of_model_is_copied_and_checked(head: Head, raw: dict[str, An
     write_image_features(tmp_path / "image_features", ["a/0", "b/0"], features, encoder_sha256="e")
     tiny_adapter(tmp_path / "adapter", tiny_pipeline(tmp_path / "base"), ["a", "b"])
     for kind in ("class_features", "image_features", "adapter"):
-        models[kind] = (stage.artifact_model(tmp_path / kind, kind), artifact_hash(tmp_path / kind, kind))
+        models[kind] = (stage.artifact_model(tmp_path / kind, kind), KINDS[kind].sha256(tmp_path / kind))
     for name, value in head.env.items():
         monkeypatch.setenv(name, value)
     ray.init(address=head.address, log_to_driver=False)
@@ -157,6 +157,6 @@ def test_every_kind_of_model_is_copied_and_checked(head: Head, raw: dict[str, An
         with pytest.raises(Exception, match="its files changed while the run was on"):
             stage.local(wrong, "f" * 64, stage.open_model_server({"f" * 64: wrong}))
         with pytest.raises(ModelError, match=r"has no prototypes\.safetensors"):
-            prototypes_hash(tmp_path)
+            KINDS["prototypes"].sha256(tmp_path)
     finally:
         ray.shutdown()

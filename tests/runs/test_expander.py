@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from rayexpand import __version__
+from rayexpand.artifacts.columns import write_captions
 from rayexpand.contract.errors import ConfigError, DigestMismatch, EnvironmentFault, OverBudget
 from rayexpand.contract.protocols import Batch, Expansion, Tools
 from rayexpand.contract.schema import Draw, Start
-from rayexpand.data.captions_features import write_captions
 from rayexpand.data.seeds import build_index
 from rayexpand.fitting.fit import fit_for
 from rayexpand.methods import method_class, names

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rayexpand.artifacts.adapter import read_adapter
+from rayexpand.artifacts.columns import write_captions, write_class_features, write_image_features
 from rayexpand.contract.errors import ConfigError, DigestMismatch, EnvironmentFault, ModelError, OverBudget, UsageError
 from rayexpand.contract.schema import ClassTable, Receipt
-from rayexpand.data.captions_features import write_captions, write_class_features, write_image_features
 from rayexpand.data.seeds import build_index
 from rayexpand.methods import trust
-from rayexpand.models.adapters import read_adapter
 from rayexpand.models.folders import folder_hash
 from rayexpand.models.latent import StableDiffusionPrior
 from rayexpand.runs import inputs as artifacts
@@ -477,7 +477,8 @@ def test_features_of_other_classes_or_seeds_are_refused_before_anything_is_made(
             runs.prepare(config)
         assert not Path(config.folder, "run.json").exists()
     (tmp_path / "made/image_features/ids.parquet").unlink()
-    gone = config.model_copy(update={"artifacts": config.artifacts.model_copy(update={"captions": None})})
+    gone = config.model_copy(update={"artifacts": {
+        kind: folder for kind, folder in config.artifacts.items() if kind != "captions"}})
     found = "\n".join(runs.preflight(gone))
     for words in ("artifacts.captions: tests.runs.test_run.Featured needs captions of the seeds and none are named",
                   "has no ids.parquet, so it holds no image features"):

@@ -595,7 +595,7 @@ def test_a_generator_is_fine_tuned_on_the_rows_of_each_seed(tmp_path: Path) -> N
     variants = {name: {"method": {**method, "variant": name}, "fit": fit} for name in ("diff_mix", "diff_gen")}
     raw = raw_study(tmp_path, expansions=variants, arms=[{"name": name, "use": name} for name in variants])
     made = list(pending_runs(prepare_study(parse_study(raw))))
-    adapters = {(run.config.method.variant, run.config.seed): Path(str(run.config.artifacts.adapter)).resolve()
+    adapters = {(run.config.method.variant, run.config.seed): Path(str(run.config.artifacts["adapter"])).resolve()
                 for run in made}
 
     assert adapters["diff_mix", 0] == adapters["diff_gen", 0] != adapters["diff_mix", 1] == adapters["diff_gen", 1]

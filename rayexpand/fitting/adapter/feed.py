@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from rayexpand.artifacts.columns import captions_for, open_image_features, read_class_features
 from rayexpand.contract.errors import UsageError, few
 from rayexpand.contract.prompts import format_prompt
 from rayexpand.contract.rng import generator, row_key
 from rayexpand.contract.schema import CAPTION_SLOT, ClassTable
-from rayexpand.data.captions_features import captions_for, open_image_features, read_class_features
 from rayexpand.fitting.adapter.latents import Latents
 from rayexpand.fitting.adapter.recipe import FinetuneConfig
 from rayexpand.fitting.adapter.visit import draw_visit

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from rayexpand.artifacts.adapter import adapter_fits
+from rayexpand.artifacts.columns import write_captions, write_image_features
 from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import ConfigError, Interrupted, ModelError, UsageError
-from rayexpand.data.captions_features import write_captions, write_image_features
 from rayexpand.fitting.adapter import fit as artifact
 from rayexpand.fitting.adapter import latents
 from rayexpand.fitting.adapter import train as finetune_run
@@ -23,7 +24,6 @@ from rayexpand.fitting.config import parse_fit, preflight
 from rayexpand.methods.lecf import Lecf
 from rayexpand.models.prior import load_prior
 from rayexpand.runs import run as runs
-from rayexpand.runs.inputs import adapter_fits
 from rayexpand.storage.checkpoints import Checkpoints
 from tests.conftest import MakeConfig
 from tests.fitting.adapter.test_train import KEYS, PLAIN, SHEET, SHORT, feed_of, fit

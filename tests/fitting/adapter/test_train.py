@@ -18,12 +18,12 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
+from rayexpand.artifacts.columns import write_captions, write_class_features, write_image_features
 from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import ConfigError, Interrupted, ModelError, RayexpandError, UsageError
 from rayexpand.contract.rng import RowRng, generator, row_key
 from rayexpand.contract.schema import ClassTable, SeedIndex
 from rayexpand.data import pixels, seeds
-from rayexpand.data.captions_features import write_captions, write_class_features, write_image_features
 from rayexpand.data.seeds import DataConfig
 from rayexpand.diffusion.sampling import to_tensor
 from rayexpand.fitting import fit as fits
@@ -37,8 +37,8 @@ from rayexpand.fitting.adapter.fit import TUNE_HERE, Data
 from rayexpand.fitting.adapter.latents import Latents, Views
 from rayexpand.fitting.adapter.recipe import FinetuneConfig, make_finetune
 from rayexpand.fitting.adapter.sheet import draw_sheet
-from rayexpand.fitting.artifacts import data_facts
 from rayexpand.fitting.config import parse_fit
+from rayexpand.fitting.maker import data_facts
 from rayexpand.models.prior import load_prior, prior_hash
 from tests.commands import rayexpand
 

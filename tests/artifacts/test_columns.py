@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
-from rayexpand.contract.errors import ModelError
-from rayexpand.data.captions_features import (
+from rayexpand.artifacts.columns import (
     CAPTIONS,
     CLASS_FEATURES,
     FILES,
@@ -29,6 +28,7 @@ from rayexpand.data.captions_features import (
     write_class_features,
     write_image_features,
 )
+from rayexpand.contract.errors import ModelError
 
 SHA = "ab" * 32
 IDS = ["cat/2.png", "ant/1.png", "ü n", "ant/10.png"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rayexpand.artifacts.adapter import ADAPTER, LORA, TOKENS, AdapterFacts, load_lora, read_adapter, write_adapter
 from rayexpand.contract.errors import ModelError
-from rayexpand.models.adapters import ADAPTER, LORA, TOKENS, AdapterFacts, load_lora, read_adapter, write_adapter
 from rayexpand.models.folders import folder_hash
 from rayexpand.models.prior import load_prior
 from tests.tiny import tiny_adapter, tiny_pipeline
@@ -124,7 +124,7 @@ def test_the_hash_covers_every_file_but_how_it_was_made(folder):
 
 
 def test_reading_facts_takes_neither_torch_nor_diffusers(made):
-    code = ("import sys; from rayexpand.models.adapters import read_adapter; read_adapter(sys.argv[1])\n"
+    code = ("import sys; from rayexpand.artifacts.adapter import read_adapter; read_adapter(sys.argv[1])\n"
             "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code, str(made)], check=True)
 

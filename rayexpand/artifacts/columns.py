@@ -15,7 +15,6 @@ them, never of unit length: a condition that was fitted with one length must be 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rayexpand.artifacts.store import files_hash
 from rayexpand.contract.errors import ModelError
 
 CAPTIONS, CLASS_FEATURES, IMAGE_FEATURES = "captions", "class_features", "image_features"
@@ -44,11 +44,7 @@ _CAPTIONS_SCHEMA = pa.schema([("seed_id", pa.string()), ("caption", pa.string())
 def columns_hash(folder: Path | str, kind: str) -> str:
     """Content hash of the files of an artifact of this kind; how it was made is no part of it. Raises ModelError."""
     _require(Path(folder), kind)
-    hasher = hashlib.sha256()
-    for name in FILES[kind]:
-        with open(Path(folder, name), "rb") as stream:
-            hasher.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return hasher.hexdigest()
+    return files_hash(Path(folder), FILES[kind])
 
 
 def columns_problem(folder: Path | str, kind: str) -> str:

@@ -14,18 +14,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rayexpand.artifacts.columns import CLASS_FEATURES, IMAGE_FEATURES, feature_facts
+from rayexpand.artifacts.kinds import ArtifactKind, RunInputs
 from rayexpand.contract.class_tokens import class_token
 from rayexpand.contract.errors import ModelError
+from rayexpand.contract.protocols import Method
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 ADAPTER, LORA, TOKENS = "adapter.json", "pytorch_lora_weights.safetensors", "tokens.safetensors"
 VERSION = 1
@@ -238,3 +245,98 @@ def _diffusers_metadata(facts: AdapterFacts, state: Mapping[str, Any]) -> dict[s
 def _sha256(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def adapter_fits(method: Any, strategy: str, visual_token: str, adapter: str) -> list[str]:
+    """Where a method does not sample as an adapter of this strategy and visual token was trained, one line each.
+    `adapter`: what to call it."""
+    problems = []
+    if (own := getattr(method, "visual_token", "none")) != visual_token:
+        problems.append(f"{adapter} is trained with visual_token {visual_token}, but method.visual_token is {own}; "
+                        f"what was not trained cannot be read at sampling: set method.visual_token to {visual_token}, "
+                        f"or fine-tune with {own}")
+    asks, parts = _asks_for_tokens(method), PARTS[strategy]
+    if asks and TOKENS not in parts:
+        problems.append(f"the prompt has {{token}}, but {adapter} (strategy {strategy}) has no class tokens; use "
+                        "{name} as in training, or an adapter with tokens (ti, ti_db)")
+    if parts == (TOKENS,) and not asks:
+        problems.append(f"{adapter} (strategy {strategy}) has class tokens and nothing else, and no prompt of "
+                        f"{method.name} has {{token}}, so samples would be those of the model as it is; write "
+                        "{token} into method.prompt, or take an adapter with LoRA (db, ti_db)")
+    return problems
+
+
+def _asks_for_tokens(method: Any) -> bool:
+    return any("token" in (key for _, key, _, _ in Formatter().parse(one)) for one in _texts(method.model_dump())
+               if "{token}" in one)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in nested lists and mappings, such as lists of prompts by class."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _texts(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _texts(one)
+
+
+class AdapterKind(ArtifactKind):
+    name = "adapter"
+    wants = "a fine-tuned adapter of its prior and none is"
+
+    def unused(self, method: Method) -> tuple[str, str]:
+        variant = str(getattr(method, "variant", ""))
+        return "samples from the weights as they are", (
+            "set method.finetuned: true" if hasattr(method, "finetuned")
+            else f"choose {variant.replace('real_', 'diff_')}" if variant.startswith("real_")
+            else "write {token} into the prompt, or choose a method with one")
+
+    def problems(self, folder: Path, run: RunInputs) -> list[str]:
+        try:
+            facts = read_adapter(folder)
+        except ModelError as error:
+            return [str(error)]
+        problems = []
+        if run.prior_sha256 is not None and (problem := base_problem(folder, facts, run, run.prior_sha256)):
+            problems.append(problem)
+        problems += adapter_fits(run.method, facts.strategy, facts.visual_token, str(folder))
+        problems += [one for kind in (CLASS_FEATURES, IMAGE_FEATURES) if (one := _encoder_problem(run, kind, facts))]
+        if facts.has_tokens and facts.has_lora and not _asks_for_tokens(run.method):
+            log.warning("artifacts.adapter: %s has class tokens, but no prompt of %s has {token}, so they are not "
+                        "used; it was trained with the prompt %r", folder, run.method.name, facts.prompt)
+        return problems
+
+    def classes(self, folder: Path) -> Sequence[str]:
+        return read_adapter(folder).classes
+
+    def sha256(self, folder: Path) -> str:
+        read_adapter(folder)
+        return super().sha256(folder)
+
+
+def base_problem(folder: Path, facts: AdapterFacts, run: RunInputs, prior_sha256: str) -> str:
+    """Why an adapter is not one for the generator with this content hash, "" where it is."""
+    if facts.base_sha256 == prior_sha256:
+        return ""
+    return (f"{folder} was trained on base model {facts.base_sha256[:12]}, but prior.weights {run.prior_weights} is "
+            f"model {prior_sha256[:12]}, whose weights it does not fit; name the base model in prior.weights, or "
+            "fine-tune this one with `rayexpand fit`")
+
+
+def _encoder_problem(run: RunInputs, kind: str, facts: AdapterFacts) -> str:
+    """Where the visual token would be of another image encoder than the adapter was trained with."""
+    folder = run.folder(kind)
+    if kind not in run.method.needs() or folder is None or not facts.encoder_sha256:
+        return ""
+    try:
+        own = str(feature_facts(folder, kind)["encoder_sha256"])
+    except ModelError:
+        return ""  # listed with that artifact
+    if own == facts.encoder_sha256:
+        return ""
+    return (f"was trained with visual tokens of image encoder {facts.encoder_sha256[:12]}, but artifacts.{kind} "
+            f"{folder} holds features of encoder {own[:12]}; make these with the same guide.weights, or fine-tune "
+            "with them")
