@@ -59,16 +59,16 @@ def in_child(target: Callable[..., None], *args: object, failpoint: str = "") ->
     """`target` started in a forked process with a failpoint set."""
     os.environ["RAYEXPAND_FAILPOINT"] = failpoint
     try:
-        child = multiprocessing.get_context("fork").Process(target=target, args=args)
+        child = multiprocessing.get_context("fork").Process(target=target, args=args, daemon=True)
         child.start()
     finally:
         del os.environ["RAYEXPAND_FAILPOINT"]
     return child  # type: ignore[return-value]
 
 
-def exit_code(child: multiprocessing.Process, timeout_s: float = 60) -> int:
-    child.join(timeout_s)
-    assert child.exitcode is not None, "still running"
+def exit_code(child: multiprocessing.Process) -> int:
+    child.join()
+    assert child.exitcode is not None
     return child.exitcode
 
 
@@ -82,16 +82,17 @@ def codes_until_done(config: RunConfig, at_most: int) -> list[int]:
 
 @contextmanager
 def every_visible_file_opens(folder: Path) -> Iterator[None]:
-    """Reads every data/*.parquet over and over while the block runs."""
-    stop, torn, seen = threading.Event(), [], 0
+    """Reads every data/*.parquet while the block runs, each again whenever it is another file or has other bytes."""
+    stop, torn, seen = threading.Event(), [], set()
 
     def poll() -> None:
-        nonlocal seen
         while not stop.is_set():
             for path in folder.glob("data/*.parquet"):
                 try:
-                    pq.read_table(path)
-                    seen += 1
+                    now = path.stat()
+                    if (found := (path.name, now.st_ino, now.st_size, now.st_mtime_ns)) not in seen:
+                        pq.read_table(path)
+                        seen.add(found)
                 except (pa.ArrowException, OSError) as error:
                     torn.append(f"{path.name}: {error}")
             time.sleep(0.001)  # else the reader takes the CPU that the run needs

@@ -1,9 +1,11 @@
 """The command line as a user meets it: exit codes, stdout and stderr. One command of each kind of end is a process of
-its own (`process`); the others run `main` in this one (`rayexpand`), which saves their imports."""
+its own (`process`, or `forked` where a signal ends it); the others run `main` in this one (`rayexpand`), which saves
+their imports."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +19,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.commands import ROOT, process, rayexpand
+from tests.commands import ROOT, forked, process, rayexpand
 
 VERBS = ["demo", "validate", "plan", "expand", "evaluate", "select", "sweep", "fit", "status", "verify", "retry",
          "regen", "bench", "report", "card", "export", "submit"]
@@ -163,19 +165,20 @@ def _made(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_resumably(job: Path, tmp_path: Path, number: signal.Signals) -> None:
     config = yaml.safe_load(job.read_text())
-    config["method"] = {"name": "tests.methods.fakes.Sleeping", "seconds": 0.05, "ratio": 2}
+    config["method"] = {"name": "tests.methods.fakes.Gated", "gate": str(tmp_path / "gate"), "ratio": 2}
     job.write_text(yaml.safe_dump(config))
-    child = subprocess.Popen([sys.executable, "-m", "rayexpand", "expand", str(job), "--no-ray"], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "out").glob("run/data/*.parquet")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    child.send_signal(number)
-    _, stderr = child.communicate(timeout=60)
+    child = forked("expand", job, said=tmp_path / "said.txt")
+    while not list((tmp_path / "out").glob("run/data/*.parquet")):
+        assert child.is_alive(), (tmp_path / "said.txt").read_text()
+        time.sleep(0.02)
+    os.kill(child.pid, number)  # type: ignore[arg-type]
+    (tmp_path / "gate").touch()
+    child.join()
+    said = (tmp_path / "said.txt").read_text()
 
-    assert child.returncode == 75
-    assert f"{number.name} received; the same command continues" in stderr
-    assert "Traceback" not in stderr
+    assert child.exitcode == 75
+    assert f"{number.name} received; the same command continues" in said
+    assert "Traceback" not in said
     assert rayexpand("expand", job).returncode == 0
     assert json.loads(rayexpand("verify", tmp_path / "out/run", "--json").stdout)["pending"] == 0
 

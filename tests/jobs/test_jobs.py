@@ -37,8 +37,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def _expand(path: Path) -> None:
-    config = load(path)
+def _expand(config: Any) -> None:
     assert parse(resolved(config)) == config
 
 
@@ -54,9 +53,8 @@ def _finished(loads: Callable[[str], Any]) -> Callable[[Path], None]:
     return check
 
 
-def _sweep(path: Path) -> None:
+def _sweep(config: Any) -> None:
     """Every point of a grid, as the sweep would try it."""
-    config = load_sweep(path)
     parsed = [parse_dimension(field, spec) for field, spec in config.space.items()]
     space = tuple(one for one in parsed if isinstance(one, Dimension))
     if config.search != "grid":
@@ -67,37 +65,63 @@ def _sweep(path: Path) -> None:
     assert len(keys) == total
 
 
-VERBS: dict[str, Callable[[Path], object]] = {
-    "expand": _expand, "fit": load_fit, "pretrain": load_fit, "study": load_study, "sweep": _sweep,
-    "evaluate": _finished(evaluate.load), "select": _finished(select.load)}
+# First word of a file's name -> what loads it, and what then holds of what it loads.
+VERBS: dict[str, tuple[Callable[[Path], Any], Callable[[Any], None]]] = {
+    "expand": (load, _expand), "fit": (load_fit, lambda config: None), "pretrain": (load_fit, lambda config: None),
+    "study": (load_study, lambda config: None), "sweep": (load_sweep, _sweep),
+    "evaluate": (_finished(evaluate.load), lambda config: None),
+    "select": (_finished(select.load), lambda config: None)}
+
+
+def _kind(path: Path) -> str:
+    return path.stem.partition("-")[0]
+
+
+@cache
+def _opened(path: Path) -> Any:
+    """A job as its verb loads it, once for all tests."""
+    loads, _ = VERBS[_kind(path)]
+    return loads(path)
+
+
+def _job(name: str) -> Any:
+    return _opened(ROOT / "jobs" / name)
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
 def test_every_job_loads(path: Path) -> None:
-    VERBS[path.stem.partition("-")[0]](path)
+    _, check = VERBS[_kind(path)]
+    check(_opened(path))
 
 
-@pytest.mark.parametrize("path", PAPERS, ids=_name)
-def test_the_job_of_a_paper_says_what_it_reproduces(path: Path) -> None:
-    head = " ".join(line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#"))
-    assert any(word in head for word in ("Published", "published", "not stated"))
-    text = (path.parent / "README.md").read_text()
-    numbers = re.findall(r"\b([DFG])(\d+)(?:-[DFG](\d+))?\b", head)
-    for letter, first, last in numbers:
-        for number in range(int(first), int(last or first) + 1):
-            assert f"| {letter}{number} |" in text, f"{letter}{number} is explained nowhere"
-    assert numbers or not path.stem.startswith(("study", "sweep")) or path.stem == "study-selective"
+def test_the_job_of_a_paper_says_what_it_reproduces() -> None:
+    problems: list[str] = []
+    for path in PAPERS:
+        lines = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        head = " ".join(line.removeprefix("#").strip() for line in lines)
+        if not any(word in head for word in ("Published", "published", "not stated")):
+            problems.append(f"{_name(path)}: says nothing of what was published")
+        text = (path.parent / "README.md").read_text()
+        numbers = re.findall(r"\b([DFG])(\d+)(?:-[DFG](\d+))?\b", head)
+        for letter, first, last in numbers:
+            problems += [f"{_name(path)}: {letter}{number} is explained nowhere"
+                         for number in range(int(first), int(last or first) + 1)
+                         if f"| {letter}{number} |" not in text]
+        if not numbers and path.stem.startswith(("study", "sweep")) and path.stem != "study-selective":
+            problems.append(f"{_name(path)}: names no deviation, figure or guess")
+    assert PAPERS
+    assert problems == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=_name)
-def test_the_table_of_jobs_names_it(path: Path) -> None:
+def test_the_table_of_jobs_names_every_file() -> None:
     rows = re.findall(r"^\| ([\w/{},.*-]+) \|", (ROOT / "jobs/README.md").read_text(), re.MULTILINE)
-    assert any(path.relative_to(ROOT / "jobs").match(row) for row in rows)
+    assert [_name(path) for path in FILES
+            if not any(path.relative_to(ROOT / "jobs").match(row) for row in rows)] == []
 
 
 @cache
 def _study(name: str) -> tuple[StudyConfig, Callable[[str], Any]]:
-    config = load_study(ROOT / "jobs/papers" / name)
+    config = _job(f"papers/{name}")
 
     @cache
     def method(expansion: str) -> Any:
@@ -151,11 +175,12 @@ def test_gif_as_published(data: str, strength: float, scale: float, eps: float, 
     ("lookahead", "lookahead", [1, 2, 3, 4]), ("rho", "rho", [0.1, 1, 10, 20]),
     ("lambda-g", "lambda_g", [0.1, 0.3, 0.5, 0.7, 0.9, 1, 2])])
 def test_the_published_grids(name: str, leaf: str, values: list[float]) -> None:
-    ((field, spec),) = load_sweep(f"jobs/papers/distdiff/sweep-{name}.yaml").space.items()
+    ((field, spec),) = _job(f"papers/distdiff/sweep-{name}.yaml").space.items()
     assert field.endswith(f".{leaf}")
     assert spec == {"choice": values}
 
 
+@cache
 def _words(*folders: str, **fields: str) -> set[str]:
     """Values of top-level fields of the jobs of some folders, and what their heads put there by --set."""
     found: set[str] = set()
@@ -167,15 +192,19 @@ def _words(*folders: str, **fields: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.stem.startswith(("expand", "select", "study"))
-                                  and path.parent.name not in ("distdiff", "gif")], ids=_name)
-def test_what_a_job_needs_is_made_by_another(path: Path) -> None:
-    fits, runs = _words(path.parent.name, fit="name"), _words(path.parent.name, expand="name")
-    text = path.read_text()
+def test_what_a_job_needs_is_made_by_another() -> None:
     kinds = "adapter|captions|class_features|image_features|prototypes|guide"
-
-    assert {name for name, _ in re.findall(rf"artifacts/([\w.-]+?)-({kinds})\b", text)} <= fits
-    assert set(re.findall(r"run: runs/([\w.-]+)(?=[,}\s])", text)) <= runs
+    missing: list[str] = []
+    for path in FILES:
+        if not path.stem.startswith(("expand", "select", "study")) or path.parent.name in ("distdiff", "gif"):
+            continue
+        fits, runs = _words(path.parent.name, fit="name"), _words(path.parent.name, expand="name")
+        text = path.read_text()
+        missing += [f"{_name(path)}: artifacts of {name}"
+                    for name, _ in re.findall(rf"artifacts/([\w.-]+?)-({kinds})\b", text) if name not in fits]
+        missing += [f"{_name(path)}: run {name}"
+                    for name in re.findall(r"run: runs/([\w.-]+)(?=[,}\s])", text) if name not in runs]
+    assert missing == []
 
 
 @cache
@@ -188,7 +217,7 @@ def _selections() -> set[tuple[str, str]]:
 @pytest.mark.parametrize("path", [path for path in FILES if path.stem.startswith("study")], ids=_name)
 def test_every_selection_of_an_arm_is_made_by_a_job(path: Path) -> None:
     """Of a run that is made before. One the study makes would have to be decided in between, so no job does that."""
-    config = load_study(path)
+    config = _opened(path)
     for arm in config.arms:
         if arm.selection is not None:
             run = config.expansions[str(arm.use)].run
@@ -200,11 +229,11 @@ def test_every_selection_of_an_arm_is_made_by_a_job(path: Path) -> None:
     ("cub", 0.025, 1e-3), ("aircraft", 0.05, 1e-3), ("flowers", 0.05, 5e-4), ("cars", 0.05, 1e-3),
     ("dogs", 0.005, 1e-5)])
 def test_diffmix_as_published(data: str, r50: float, vit: float) -> None:
-    mix = load(ROOT / f"jobs/papers/diffmix/expand-{data}.yaml").method
+    mix = _job(f"papers/diffmix/expand-{data}.yaml").method
     assert (mix.variant, mix.ratio, mix.strengths, mix.prompt) == (
         "diff_mix", 5, (0.5, 0.7, 0.9), "a photo of a {token} {metaclass}")
     assert (mix.steps, mix.guidance_scale, mix.solver, mix.negative) == (25, 7.5, "dpmpp_2m", "")
-    recipe = load_fit(ROOT / f"jobs/papers/diffmix/fit-{data}.yaml").fit.adapter.finetune  # type: ignore[union-attr]
+    recipe = _job(f"papers/diffmix/fit-{data}.yaml").fit.adapter.finetune  # type: ignore[union-attr]
     assert (recipe.strategy, recipe.rank, recipe.steps, recipe.batch, recipe.lr, recipe.token_lr) == (
         "ti_db", 10, 35_000, 8, 5e-5, 5e-5)
     for net, lr, size in (("", r50, 448), ("-vit", vit, 384)):
@@ -228,11 +257,11 @@ def test_diffmix_with_few_shots(shots: str, p: float, gamma: float) -> None:
     assert [method(name).variant for name in config.expansions] == [
         f"{weights}_{kind}" for weights in ("real", "diff") for kind in ("gen", "aug", "mix")]
     for kind in ("real", "diff"):
-        space = load_sweep(f"jobs/papers/diffmix/sweep-strength-{kind}-{shots}.yaml").space
+        space = _job(f"papers/diffmix/sweep-strength-{kind}-{shots}.yaml").space
         assert space[f"expansions.{kind}-mix.method.strengths"] == {
             "choice": [[0.1], [0.3], [0.5], [0.7], [0.9], [1.0]]}
     if shots in ("5", "all"):
-        assert list(load_sweep(f"jobs/papers/diffmix/sweep-gamma-{shots}.yaml").space.values()) == [
+        assert list(_job(f"papers/diffmix/sweep-gamma-{shots}.yaml").space.values()) == [
             {"choice": [1.5, 1.0, 0.5, 0.3, 0.1, 0.0]}, {"choice": [[0.5], [0.7], [0.9]]}]
 
 
@@ -267,8 +296,8 @@ def test_diffmix_on_other_backgrounds() -> None:
     ("in10", True, 224, 200), ("in100", True, 224, 200), ("in1k", True, 224, 300), ("cub", False, 448, 200),
     ("cars", False, 448, 200), ("pets", False, 224, 200), ("eurosat", False, 448, 200), ("celeba", False, 224, 30)])
 def test_realfake_as_published(data: str, captions: bool, size: int, epochs: int) -> None:
-    fitted = load_fit(ROOT / f"jobs/papers/realfake/fit-{data}.yaml").fit
-    run = load(ROOT / f"jobs/papers/realfake/expand-{data}.yaml")
+    fitted = _job(f"papers/realfake/fit-{data}.yaml").fit
+    run = _job(f"papers/realfake/expand-{data}.yaml")
     config, _ = _study(f"realfake/study-{data}.yaml")
     recipe, method, trained = fitted.adapter.finetune, run.method, make_recipe(config.recipe)  # type: ignore[union-attr]
 
@@ -288,8 +317,8 @@ def test_realfake_as_published(data: str, captions: bool, size: int, epochs: int
 
 
 def test_realfake_as_its_code_has_it() -> None:
-    made = load_fit(ROOT / "jobs/papers/realfake/fit-in10-official.yaml").fit.adapter
-    method = load(ROOT / "jobs/papers/realfake/expand-in10-official.yaml").method
+    made = _job("papers/realfake/fit-in10-official.yaml").fit.adapter
+    method = _job("papers/realfake/expand-in10-official.yaml").method
     assert made is not None
     recipe = made.finetune
 

@@ -225,6 +225,17 @@ class Sleeping(Fake):
         return super().expand(batch, tools)
 
 
+class Gated(Fake):
+    """Rows of the first class are made at once, the others when the file `gate` is there."""
+
+    gate: str = ""
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        while self.gate and all(draw.source_label for draw in batch.draws) and not os.path.exists(self.gate):
+            time.sleep(0.01)
+        return super().expand(batch, tools)
+
+
 class BrokenAfterFirst(Fake):
     """The first call of each process works, every later one raises: a fault of the machine, not of a row."""
 

@@ -112,10 +112,8 @@ def driver(config: dict[str, Any], out: Path) -> subprocess.Popen[bytes]:
 
 
 def wait_for(found: Callable[[], Any], process: subprocess.Popen[bytes]) -> Any:
-    end = time.monotonic() + 180
     while not (value := found()):
         assert process.poll() is None, "the driver ended before what was waited for"
-        assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
     return value
 

@@ -55,7 +55,7 @@ def test_prototypes_are_the_same_bytes_for_any_number_of_actors(head: Head, raw:
         file.write_text(yaml.safe_dump({**raw, "out": str(tmp_path / str(actors)),
                                         "cluster": {"address": head.address, "actors": actors}}))
         done = subprocess.run([sys.executable, "-m", "rayexpand", "fit", str(file), "--json"], cwd=ROOT, env=head.env,
-                              text=True, capture_output=True, timeout=180)
+                              text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
         made = json.loads(done.stdout)["prototypes"]
         assert made["actors"] == actors
@@ -74,7 +74,7 @@ def test_a_guide_that_cannot_be_loaded_is_said(head: Head, raw: dict[str, Any], 
     (weights / "model.safetensors").write_bytes(b"")
     file.write_text(yaml.safe_dump({**raw, "cluster": {"address": head.address, "actors": 1}}))
     done = subprocess.run([sys.executable, "-m", "rayexpand", "fit", str(file), "--json"], cwd=ROOT, env=head.env,
-                          text=True, capture_output=True, timeout=180)
+                          text=True, capture_output=True)
 
     assert done.returncode == 2
     assert "class 3 is 'wolf' there and 'dog' here" in json.loads(done.stdout)["error"]["message"]

@@ -360,9 +360,7 @@ def test_a_job_stopped_midway_continues_when_submitted_again(cluster: str, slow_
     with pytest.raises(UsageError, match="does the same"):
         submit.submit("expand", str(slow_job), address=cluster, wait=False)
     data = tmp_path / "out" / name / "data"
-    deadline = time.monotonic() + 90
     while not (data.is_dir() and any(data.iterdir())):
-        assert time.monotonic() < deadline, submit.jobs(address=cluster)
         time.sleep(0.02)
     stopped = submit.stop(sent.submission_id, address=cluster)
     halfway = runs.open_run(str(tmp_path / "out" / name)).totals()
@@ -447,8 +445,7 @@ def test_a_killed_job_is_submitted_again_by_itself(cluster: str, slow_job: Path,
     data, victims = tmp_path / "out" / name / "data", []
 
     def kill_once() -> None:
-        deadline = time.monotonic() + 90
-        while not (data.is_dir() and any(data.iterdir())) and time.monotonic() < deadline:
+        while not (data.is_dir() and any(data.iterdir())):
             time.sleep(0.02)
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -456,7 +453,7 @@ def test_a_killed_job_is_submitted_again_by_itself(cluster: str, slow_job: Path,
                     victims.append(process.pid)
                     process.kill()
 
-    killer = threading.Thread(target=kill_once)
+    killer = threading.Thread(target=kill_once, daemon=True)
     killer.start()
     end = submit.submit("expand", str(slow_job), address=cluster, backoff_s=0.1)
     killer.join()

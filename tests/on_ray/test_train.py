@@ -179,10 +179,8 @@ def kept_step(out: Path) -> int:
 
 
 def wait_for(found: Callable[[], Any], process: subprocess.Popen[bytes]) -> Any:
-    end = time.monotonic() + 180
     while not (value := found()):
         assert process.poll() is None, "the driver ended before what was waited for"
-        assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
     return value
 

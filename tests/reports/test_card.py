@@ -75,7 +75,7 @@ def test_datasets_reads_the_data_files_only(run: Builder, tmp_path: Path) -> Non
     write_card(run.folder)
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", LOAD, str(run.folder)], env=environment, capture_output=True,
-                          text=True, check=False, timeout=120)
+                          text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows, image, name, side, first = done.stdout.strip().split("|")
     kept = [i for r in view_run(run.folder).receipts for i in run.store.data(r, ["sample_id"])["sample_id"].to_pylist()]
