@@ -82,7 +82,7 @@ def test_what_is_wrong_is_said_before_anything_is_made(config: RunConfig, tmp_pa
     (tmp_path / "marks/marks.txt").unlink()
     assert f"artifacts.marks: {tmp_path}/marks has no marks.txt" in runs.preflight(config)
     (none,) = runs.preflight(config.model_copy(update={"artifacts": {}}))
-    assert none.startswith("artifacts.marks: tests.artifacts.test_kinds.Marking needs marks of the classes and none are named")
+    assert none.startswith("artifacts.marks: tests.artifacts.test_kinds.Marking needs marks of the classes and none")
     (unused,) = runs.preflight(config.model_copy(update={"method": Marking(ratio=1, wants=False)}))
     assert "which marks nothing; take it out, or set wants to marks" in unused
 
