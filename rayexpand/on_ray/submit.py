@@ -83,8 +83,8 @@ def submit(verb: str, target: str, overrides: Sequence[str] = (), *, address: st
 
     `trust`: dotted names of methods of the user's own, which the job may import from what is sent. Follows the log with
     `on_log` and submits again after exit code 75 or a lost node, up to `retries` times with doubling pauses; with
-    `wait=False` it returns once the job is accepted. Raises UsageError for anything that can be known to be wrong before
-    the job runs, and Interrupted if this process is stopped while the job goes on.
+    `wait=False` it returns once the job is accepted. Raises UsageError for anything that can be known to be wrong
+    before the job runs, and Interrupted if this process is stopped while the job goes on.
     """
     url = _url(address)
     run = _run_name(verb, target, overrides)
