@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, open
-    from rayexpand.api.results import Artifact, Checked, ClusterJob, Event, Scores, Selected
+    from rayexpand.api.results import Artifact, Checked, ClusterJob, Event, Planned, Scores, Selected
     from rayexpand.api.verbs import (
         bench,
         dataset,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rayexpand.methods import trust
 
 __version__ = "0.2.0"
-__all__ = ["Artifact", "Checked", "ClusterJob", "Event", "RayexpandError", "RunFolder", "Scores", "Selected",
+__all__ = ["Artifact", "Checked", "ClusterJob", "Event", "Planned", "RayexpandError", "RunFolder", "Scores", "Selected",
            "StudyFolder", "SweepFolder", "bench", "dataset", "demo", "evaluate", "expand", "fit", "open", "plan",
            "select", "submit", "sweep", "train", "trust", "validate"]
 

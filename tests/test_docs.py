@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -153,3 +157,13 @@ def test_the_promise_stands_once_and_whole() -> None:
     quoted = " ".join(line.removeprefix(">").strip() for line in (ROOT / "docs/promise.md").read_text().splitlines()
                       if line.startswith(">"))
     assert quoted == PROMISE
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    cells = json.loads((ROOT / "docs/notebook.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"})
+
+    assert done.returncode == 0, done.stderr
+    assert all(cell["cell_type"] != "code" or cell["outputs"] == [] for cell in cells), "outputs are not stored"

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rayexpand.api.results import Event
@@ -70,11 +71,14 @@ def driver(ray: bool | str, cluster: ClusterConfig, *, same_process: bool) -> It
         yield child
 
 
-def fit_with(ray: bool | str) -> Fit:
+def fit_with(ray: bool | str, *, on_workers: bool = False) -> Fit:
+    """What makes artifacts. `on_workers`: what trains in one process does so on a worker of the cluster, too."""
     if ray:
-        from rayexpand.on_ray.fit import fit
-    else:
-        from rayexpand.fitting.fit import fit
+        from rayexpand.on_ray.fit import fit as fit_on_ray
+
+        return partial(fit_on_ray, on_workers=on_workers)
+    from rayexpand.fitting.fit import fit
+
     return fit
 
 

@@ -55,6 +55,21 @@ class Checked(Result):
 
 
 @dataclass(frozen=True)
+class Planned(Result):
+    """What a run would make, and what still keeps it from starting. `estimate` is a runs.estimate.Estimate."""
+
+    estimate: Any
+    problems: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.estimate.to_json(), "problems": self.problems}
+
+    def table(self) -> Table:
+        return ("what", "estimate", "how it is known"), [
+            *self.estimate.table(), *(("not yet ready to expand", one, "") for one in self.problems)]
+
+
+@dataclass(frozen=True)
 class Artifact(Result):
     """A folder that `fit` made, or found made, and how that was."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rayexpand.api.driving import Relay, at, driver, fit_with, train_trials
 from rayexpand.api.files import KINDS, Job, Set, as_overrides, config_of, parsed, preflight, read_job, where_of
 from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, drive_to_end
-from rayexpand.api.results import Artifact, Checked, ClusterJob, Event, Scores, Selected
+from rayexpand.api.results import Artifact, Checked, ClusterJob, Event, Planned, Scores, Selected
 from rayexpand.contract.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,15 +34,14 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
     return Checked(kind, config.model_dump(mode="json"), problems, listed)
 
 
-def plan(job: Job, *, set: Set = (), machine: Job | None = None) -> Any:
-    """Images, bytes, hours and cost of a run, without loading a model: a runs.estimate.Estimate and what still keeps
-    the run from starting."""
+def plan(job: Job, *, set: Set = (), machine: Job | None = None) -> Planned:
+    """Images, bytes, hours and cost of a run, and what still keeps it from starting, without loading a model."""
     from rayexpand.runs.estimate import estimate_config
     from rayexpand.runs.run import measured
     from rayexpand.runs.run import preflight as run_preflight
 
     config = config_of("run", job, set, machine)
-    return estimate_config(config, measured(config)), run_preflight(config)
+    return Planned(estimate_config(config, measured(config)), run_preflight(config))
 
 
 def bench(job: Job, *, rows: int = 0, set: Set = (), machine: Job | None = None) -> Any:
@@ -128,7 +127,7 @@ def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
     config, progress = at(config_of("study", job, set, machine), ray), Relay(on)
     with driver(ray, config.cluster, same_process=same_process) as drive:
         study = prepare_study(config)
-        for run in pending_runs(study, progress, fit_with(ray)):
+        for run in pending_runs(study, progress, fit_with(ray, on_workers=True)):
             drive(run, progress)
         failed = train_trials(study, make_trials(study), progress, ray=ray)
     found = StudyFolder(config.folder, tuple(failed))

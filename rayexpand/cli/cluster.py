@@ -34,13 +34,7 @@ def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, tra
            as_json: Json = False) -> None:
     """Run a verb as a job on a Ray cluster, with the same FILE; or follow, stop and list jobs.
 
-    Examples:
-
-        rayexpand submit expand my.yaml --set out=s3://bucket/runs --address http://head:8265
-
-        rayexpand submit --list
-
-        rayexpand submit --logs birds-1
+    Example: rayexpand submit expand my.yaml --set out=s3://bucket/runs --address http://head:8265
     """
     from rayexpand import api
 

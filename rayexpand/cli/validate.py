@@ -8,7 +8,7 @@ import typer
 
 from rayexpand.cli.app import app
 from rayexpand.cli.options import File, Json, Machine, Set, Trust
-from rayexpand.cli.show import show_json, show_table, warn
+from rayexpand.cli.show import show, show_json, show_table, warn
 from rayexpand.contract.errors import ConfigError
 
 
@@ -44,12 +44,7 @@ def plan(file: File, set_: Set = None, machine: Machine = None, trust: Trust = N
     """
     from rayexpand import api
 
-    estimate, problems = api.plan(file, set=set_ or [], machine=machine)
-    if as_json:
-        show_json({**estimate.to_json(), "problems": problems})
-        return
-    show_table(("what", "estimate", "how it is known"), estimate.table())
-    warn(problems, "not yet ready to expand: ")
+    show(api.plan(file, set=set_ or [], machine=machine), as_json)
 
 
 @app.command()

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rayexpand.contract.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {}  # old name of a field -> its name, read for as long as old files are
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_their_names(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or not (old := [name for name in cls.OLD_NAMES if name in value]):
+            return value
+        for name in old:
+            if cls.OLD_NAMES[name] in value:
+                raise ValueError(f"{name} is the old name of {cls.OLD_NAMES[name]}; give one of them")
+            log.warning("%s is now called %s; the old name is still read, please change the file", name,
+                        cls.OLD_NAMES[name])
+        return {cls.OLD_NAMES.get(name, name): one for name, one in value.items()}
 
 
 class _Loader(yaml.SafeLoader):

@@ -71,7 +71,7 @@ def drawn(index: SeedIndex, images: int | None, seed: int) -> SeedIndex:
 def make_class_features(folder: Path, blocks: Iterable[Block], index: SeedIndex, made: ClassFeaturesFit,
                         encoder_sha256: str, progress: Progress) -> dict[str, Any]:
     """Writes the means of the features of `index` (see `drawn`); returns facts. Raises UsageError for a class without
-    an image, or features that are no numbers."""
+    an image, or features that are not finite."""
     scratch = folder / "features.tmp"
     features_ND, sound_N, refused = gathered(blocks, len(index), scratch, progress)
     means = [found_ND.mean(axis=0, dtype=np.float64)
@@ -87,7 +87,7 @@ def make_class_features(folder: Path, blocks: Iterable[Block], index: SeedIndex,
 def make_image_features(folder: Path, blocks: Iterable[Block], index: SeedIndex, encoder_sha256: str,
                         progress: Progress) -> dict[str, Any]:
     """Writes the features of every seed that can be read; returns facts. Raises UsageError where none can, and
-    ModelError for features that are no numbers."""
+    ModelError for features that are not finite."""
     scratch = folder / "features.tmp"
     features_ND, sound_N, refused = gathered(blocks, len(index), scratch, progress)
     rows = np.flatnonzero(sound_N)

@@ -94,6 +94,6 @@ def by_class(features_ND: np.ndarray, sound_N: np.ndarray, index: SeedIndex,
                              "one, or leave the class out of the dataset")
         found_ND = np.asarray(features_ND[order[start:stop]])
         if bad := int((~np.isfinite(found_ND).all(axis=1)).sum()):
-            raise UsageError(f"the guide gives features that are no numbers for {bad} of {len(found_ND)} images of "
+            raise UsageError(f"the guide gives features that are not finite for {bad} of {len(found_ND)} images of "
                              f"class {key!r}; try device: cpu, or another guide")
         yield found_ND

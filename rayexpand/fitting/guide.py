@@ -17,7 +17,7 @@ from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import Section
 from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
-from rayexpand.loader.feed import Loader
+from rayexpand.loader.loader import Loader
 from rayexpand.loader.training_set import TrainingSet
 from rayexpand.models.guide_files import CLASSIFIER, CLIP_HEAD, guide_folder, save_classifier, save_clip_head
 from rayexpand.models.guides import ClipGuide, guide_hash, load_guide
@@ -84,13 +84,13 @@ def fit_guide(config: FitBase, made: GuideFit, world: World) -> Path:
         made_from |= {"recipe": recipe.model_dump(mode="json"),
                       "guide_sha256": guide_hash(config.guide.weights, config.guide.checkpoint, progress)}
         return publish(config.out, made.kind, made_from, lambda folder: world.engine.alone(
-            partial(_tune_clip, config, recipe, index, progress), folder))
+            partial(_tune_clip, config, recipe, index), progress, folder))
     recipe = make_recipe(made.recipe)
     made_from["recipe"] = recipe.model_dump(mode="json")
     if recipe.checkpoint is not None:
         made_from["checkpoint_sha256"] = _file_hash(Path(recipe.checkpoint).expanduser())
     return publish(config.out, made.kind, made_from, lambda folder: world.engine.alone(
-        partial(_train_classifier, config, made.kind, recipe, index, progress), folder))
+        partial(_train_classifier, config, made.kind, recipe, index), progress, folder))
 
 
 def _train_classifier(config: FitBase, kind: str, recipe: Recipe, index: SeedIndex, progress: Progress,

@@ -26,6 +26,8 @@ from rayexpand.runs.config import ClusterConfig, GuideConfig, RuntimeConfig
 
 ARTIFACTS = "artifacts"
 
+Training = Callable[[Progress, Path], dict[str, Any]]  # fills a folder and returns facts
+
 
 class FitBase(Section):
     """A fit file, but for what it makes."""
@@ -50,16 +52,16 @@ class Engine:
     `blocks(config, guide hash, index, intake, costs)` gives the features of all images, in any order, and leaves
     device, CPU and GPU seconds of other processes in `costs`; `classes(features of each class, groups)` their
     prototypes in order; `captions(config, model hash, index, costs)` the captions that a model writes; `tuning` says
-    where a generator is fine-tuned; `alone(function, folder)` calls a function that trains in one process and fills
-    that folder, here or on a worker.
+    where a generator is fine-tuned; `alone(function, progress, folder)` calls a function that trains in one process
+    and fills that folder, here or on a worker.
     """
 
     blocks: Callable[[Any, str, SeedIndex, Any, dict[str, Any]], Iterator[Any]]
     classes: Callable[[Iterable[np.ndarray], int], Iterator[ClassPrototypes]]
     captions: Callable[[Any, str, SeedIndex, dict[str, Any]], Iterator[Any]]
     tuning: Any
-    alone: Callable[[Callable[[Path], dict[str, Any]], Path],
-                    dict[str, Any]] = lambda function, folder: function(folder)
+    alone: Callable[[Training, Progress, Path], dict[str, Any]] = lambda function, progress, folder: function(
+        progress, folder)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,15 +28,15 @@ from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import EnvironmentFault, Interrupted, RayexpandError, UsageError, packed, unpacked
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import SeedIndex
-from rayexpand.fitting.adapter.feed import LatentLoader, LatentRows, Sources
 from rayexpand.fitting.adapter.fit import LatentTask, TuneEngine, open_maker
 from rayexpand.fitting.adapter.latents import LatentMaker, LatentPart
+from rayexpand.fitting.adapter.loader import LatentLoader, LatentRows, Sources
 from rayexpand.fitting.adapter.train import RunLogger, TuneJob, open_tuning, train_here, tune
 from rayexpand.fitting.config import FitConfig
 from rayexpand.models.folders import ModelFiles
 from rayexpand.models.prior import inspect_prior, prior_model
 from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
-from rayexpand.on_ray.pool import cause_of, enter, mean_over_workers
+from rayexpand.on_ray.pool import cause_of, check_shared, enter, mean_over_workers
 from rayexpand.on_ray.spans import SpanActor, over_spans
 from rayexpand.on_ray.stage import artifact_model, local, open_model_server
 
@@ -47,20 +46,32 @@ DRIVER_RETRIES = 16  # deaths of the process that watches the workers
 REFUSED, POSITION = "refused", "position"  # files in the folder of a job
 
 
-def tuning_on(config: FitConfig, connect: Callable[[], Any]) -> TuneEngine:
-    """Where a fine-tuning of this configuration runs; `connect` joins the cluster when there is something to do."""
+def tuning_on(config: FitConfig, connect: Callable[[], Any], task: Callable[..., Any] | None = None) -> TuneEngine:
+    """Where a fine-tuning of this configuration runs; `connect` joins the cluster when there is something to do. One
+    without workers is trained in this process, or by `task(function, *arguments)` on a worker."""
     def parts(task: LatentTask, index: SeedIndex, wanted: list[range], costs: dict[str, Any]) -> Iterator[LatentPart]:
         connect()
         return latent_parts(config, task, index, wanted, costs)
 
     def train(job: TuneJob, progress: Progress) -> float:
-        if not job.made.workers:
+        if not job.made.workers and task is None:
             return train_here(job, progress)
         connect()
+        if not job.made.workers and task is not None:
+            progress("fine-tuning on a worker", 0, job.made.finetune.steps)
+            task(_train_alone, job, open_model_server(dict(_parts(job).values())))
+            return 0.0
         train_spread(job, progress)
         return 0.0
 
     return TuneEngine(parts, train, spreads=True)
+
+
+def _train_alone(job: TuneJob, server: Any, cwd: str) -> None:
+    """A fine-tuning without workers, in a task; what stops is continued from its last checkpoint by the next one."""
+    enter(cwd)
+    check_shared(job.folder)
+    train_here(_local_job(job, server), lambda *_: None)
 
 
 # -------------------------------------------------------------------------------------------------------------- latents
@@ -156,9 +167,7 @@ def _work_on(config: dict[str, Any]) -> None:
     error, and then they end at once."""
     job, folder = config["job"], Path(config["job"].folder)
     enter(config["cwd"])
-    if not folder.is_dir():
-        raise UsageError(f"out: {folder.parent} is not seen by {socket.gethostname()}; give a folder that all nodes "
-                         "share")
+    check_shared(folder)
     if (folder / REFUSED).is_file() or (folder / "result").is_dir():
         return
     try:

@@ -3,36 +3,74 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
+
+from rayexpand.contract.errors import EnvironmentFault, RayexpandError
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.fitting.captions import CaptionBlock
 from rayexpand.fitting.config import FitConfig
 from rayexpand.fitting.features import Block, Intake
 from rayexpand.fitting.fit import fit as fit_with
-from rayexpand.fitting.maker import Engine
+from rayexpand.fitting.maker import Engine, Training
 from rayexpand.on_ray.captions import caption_blocks
 from rayexpand.on_ray.features import classes, feature_blocks
 from rayexpand.on_ray.finetune import tuning_on
-from rayexpand.on_ray.pool import connected
+from rayexpand.on_ray.pool import cause_of, check_shared, connected, enter
+
+TASK_RETRIES = 16  # deaths of a process that trains alone before the fit counts as failed
 
 
-def fit(config: FitConfig, progress: Progress) -> dict[str, Path]:
-    """As fit.fit, with prototypes, features and captions computed on a cluster; it is joined, or started, only if
-    there are any to make."""
+def fit(config: FitConfig, progress: Progress, *, on_workers: bool = False) -> dict[str, Path]:
+    """As fitting.fit.fit, with prototypes, features and captions computed on a cluster; it is joined, or started, only
+    if there are any to make. `on_workers`: also what trains in one process (a guide, an adapter without workers) is a
+    task of the cluster, for a driver on a head without GPU."""
     with contextlib.ExitStack() as stack:
+
+        def connect() -> None:
+            stack.enter_context(connected(config.cluster))
 
         def blocks(config: FitConfig, sha256: str, index: SeedIndex, intake: Intake,
                    costs: dict[str, Any]) -> Iterator[Block]:
-            stack.enter_context(connected(config.cluster))
+            connect()
             return feature_blocks(config, sha256, index, intake, costs)
 
         def captions(config: FitConfig, sha256: str, index: SeedIndex, costs: dict[str, Any]) -> Iterator[CaptionBlock]:
-            stack.enter_context(connected(config.cluster))
+            connect()
             return caption_blocks(config, sha256, index, costs)
 
-        return fit_with(config, progress, Engine(blocks, classes, captions, tuning_on(
-            config, lambda: stack.enter_context(connected(config.cluster)))))
+        engine = Engine(blocks, classes, captions, tuning_on(config, connect))
+        if on_workers:
+            def alone(function: Training, progress: Progress, folder: Path) -> dict[str, Any]:
+                connect()
+                progress("training on a worker", 0, 1)
+                return one_task(config, _filled, function, str(folder.absolute()))
+
+            engine = replace(engine, alone=alone, tuning=tuning_on(config, connect, partial(one_task, config)))
+        return fit_with(config, progress, engine)
+
+
+def one_task(config: FitConfig, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in one process of the cluster, on a GPU where there are any. Raises its error, or
+    EnvironmentFault where the process died too often."""
+    gpus = float(config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=TASK_RETRIES)(function)
+    try:
+        return ray.get(task.remote(*arguments, cwd=os.getcwd()))
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        raise cause if isinstance(cause, RayexpandError) else EnvironmentFault(
+            f"a task of fit ended: {cause_of(error)}. The same command tries again") from error
+
+
+def _filled(function: Training, folder: str, cwd: str) -> dict[str, Any]:
+    enter(cwd)
+    check_shared(folder)
+    return function(lambda *_: None, Path(folder))

@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -68,6 +69,13 @@ def enter(cwd: str) -> None:
     """Makes relative paths mean what they mean to the driver, in every process that has its folder."""
     if os.path.isdir(cwd):
         os.chdir(cwd)
+
+
+def check_shared(folder: Path | str) -> None:
+    """Raises UsageError where this node does not see a folder of artifacts that the driver works in."""
+    if not os.path.isdir(folder):
+        raise UsageError(f"out: {os.path.dirname(folder)} is not seen by {socket.gethostname()}; give a folder that "
+                         "all nodes share")
 
 
 def beside_driver(actor: Any, *arguments: Any) -> Any:

@@ -28,7 +28,7 @@ from rayexpand.contract.errors import ConfigError, EnvironmentFault, Interrupted
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
-from rayexpand.loader.feed import Loader, TestSet
+from rayexpand.loader.loader import Loader, TestSet
 from rayexpand.loader.training_set import TrainingSet
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import is_url
@@ -110,7 +110,8 @@ def open_work(files: Files, trial: Trial, training: TrainingConfig) -> TrialWork
     """Reads the training set of a trial (copied here once where it lies in an object store)."""
     rows = TrainingSet.load(_local(files, trial.rows))
     recipe = Recipe(**trial.recipe)
-    return TrialWork(trial, Loader(rows, recipe, trial.seed, shuffle_rows=training.shuffle_rows, lanes=training.lanes),
+    return TrialWork(trial,
+                     Loader(rows, recipe, trial.seed, shuffle_rows=training.shuffle_rows, streams=training.streams),
                      recipe,
                      rows.n_classes)
 

@@ -30,8 +30,8 @@ import torch
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.fitting.adapter.config import AdapterFit
-from rayexpand.fitting.adapter.feed import LatentRows
 from rayexpand.fitting.adapter.fit import TUNE_HERE, Data, TuneEngine, prepare_job
+from rayexpand.fitting.adapter.loader import LatentRows
 from rayexpand.fitting.adapter.train import TuneJob, Tuning, open_tuning, tune
 from rayexpand.models.prior import inspect_prior
 from rayexpand.runs.config import ClusterConfig, RuntimeConfig

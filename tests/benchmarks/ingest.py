@@ -35,8 +35,8 @@ from rayexpand.classifier.transforms import train_transform
 from rayexpand.contract.rng import generator, row_key
 from rayexpand.data import pixels
 from rayexpand.data.seeds import DataConfig, build_index
-from rayexpand.loader.feed import Loader
 from rayexpand.loader.images import ImageReader
+from rayexpand.loader.loader import Loader
 from rayexpand.loader.training_set import TrainingSet
 from rayexpand.studies.config import parse_study
 from rayexpand.studies.parts import Study, Trial

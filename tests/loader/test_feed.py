@@ -21,10 +21,10 @@ from rayexpand.contract.schema import ClassTable, Draw, SeedIndex
 from rayexpand.data.pixels import decode
 from rayexpand.data.seeds import DataConfig, SeedReader, build_index
 from rayexpand.data.subsets import few_shot, fill_counts, ids_file, ids_hash
-from rayexpand.loader import feed as ingest
 from rayexpand.loader import images as reading
-from rayexpand.loader.feed import Loader
+from rayexpand.loader import loader as ingest
 from rayexpand.loader.images import ImageReader
+from rayexpand.loader.loader import Loader
 from rayexpand.loader.training_set import RowSource, SetPart, TrainingSet
 from rayexpand.methods import trust
 from rayexpand.runs import run as runs
@@ -252,21 +252,21 @@ def test_chunks_that_straddle_lanes_are_read_by_two_workers_at_most_once_per_cut
 
 def test_windows_are_permuted() -> None:
     order = Loader(listed([100] * 16), recipe(batch=16), 0, shuffle_rows=800).order(0)
-    lane = order[:, [0, 15]].ravel()
-    assert np.abs(np.diff(lane)).mean() > 20
-    assert len(set((lane[:100] // 100).tolist())) == 1
+    stream = order[:, [0, 15]].ravel()
+    assert np.abs(np.diff(stream)).mean() > 20
+    assert len(set((stream[:100] // 100).tolist())) == 1
 
 
-@pytest.mark.parametrize(("batch", "lanes"), [(32, 8), (24, 6), (20, 5), (2, 1), (7, 1)])
-def test_lanes_divide_the_batch(batch: int, lanes: int) -> None:
+@pytest.mark.parametrize(("batch", "streams"), [(32, 8), (24, 6), (20, 5), (2, 1), (7, 1)])
+def test_lanes_divide_the_batch(batch: int, streams: int) -> None:
     feed = Loader(listed([10] * 50), recipe(batch=batch), 0, shuffle_rows=100)
-    assert feed.lanes == lanes
+    assert feed.streams == streams
     assert len(np.unique(feed.order(0))) == feed.epoch_steps * batch
 
 
 @pytest.mark.parametrize(("world", "shuffle_rows", "message"), [
     (3, 1000, r"recipe.batch: 32 images cannot be cut into 3 equal slices .* multiple of 6"),
-    (16, 100, r"training.lanes: 8 lanes cannot be dealt to 16 workers equally; set it to a multiple of 16")])
+    (16, 100, r"training.streams: 8 streams cannot be dealt to 16 workers equally; set it to a multiple of 16")])
 def test_a_batch_that_cannot_be_dealt_is_refused(world: int, shuffle_rows: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Loader(listed([10] * 50), recipe(batch=32), 0, shuffle_rows=shuffle_rows).slots(0, 0, world)
@@ -409,12 +409,12 @@ def test_replacement_with_probability_0_trains_on_the_very_bytes_of_the_real_row
 def test_batches_are_the_same_for_any_workers_and_any_start(shuffle_rows: int, fields: dict[str, Any], real: RowSource,
                                                             run: runs.Run) -> None:
     rows = training_set([replace(real, weight=2.0), samples(run)])
-    whole = list(Loader(rows, recipe(**fields), 1, shuffle_rows=shuffle_rows, lanes=4).batches(0, 12))
+    whole = list(Loader(rows, recipe(**fields), 1, shuffle_rows=shuffle_rows, streams=4).batches(0, 12))
 
     for world in (2, 4):
         half = 8 // (2 * world)
         for rank in range(world):
-            feed = Loader(rows, recipe(**fields), 1, shuffle_rows=shuffle_rows, lanes=4,
+            feed = Loader(rows, recipe(**fields), 1, shuffle_rows=shuffle_rows, streams=4,
                           cache_bytes=1 if shuffle_rows == 1000 else 1 << 20)
             for step, part in enumerate(feed.batches(5, 12, rank, world), 5):
                 for name in ("x_BHWC", "y_BK"):
@@ -564,8 +564,8 @@ def test_each_chunk_is_read_once_while_it_fits(real: RowSource, run: runs.Run, m
     assert len(read) > 2 * n_chunks
 
     read.clear()
-    list(Loader(rows, recipe(), 0, shuffle_rows=16, lanes=4).batches(0, feed.epoch_steps))
-    assert n_chunks <= len(read) <= n_chunks + 3  # three cuts between lanes
+    list(Loader(rows, recipe(), 0, shuffle_rows=16, streams=4).batches(0, feed.epoch_steps))
+    assert n_chunks <= len(read) <= n_chunks + 3  # three cuts between streams
 
 
 class Counting:
@@ -627,7 +627,7 @@ def test_each_lane_reads_its_share_of_a_chunk_and_drops_it_after_the_last_use() 
 
     assert found == [*feed.order(0).tolist(), *feed.order(1).tolist()]
     assert len(storage.rows) <= 2 * 1024
-    assert len(storage.chunks) <= 2 * (len(chunks) + 7)  # a chunk in which a lane begins is read by both
+    assert len(storage.chunks) <= 2 * (len(chunks) + 7)  # a chunk in which a stream begins is read by both
     window = feed._window[1]  # type: ignore[index]
     assert set(window._due) == {feed.epoch_steps - 1}  # what the last step used is all that is left
 
@@ -639,7 +639,7 @@ def test_an_image_shown_twice_is_held_until_its_second_use() -> None:
     found, _ = fed(feed, 0, 1)
 
     assert found == feed.order(0).tolist()
-    assert len(storage.rows) <= 400 + 7  # an image between two lanes is read by both
+    assert len(storage.rows) <= 400 + 7  # an image between two streams is read by both
 
 
 def test_steps_left_out_by_a_resumed_or_shared_epoch_cost_no_memory_for_long() -> None:

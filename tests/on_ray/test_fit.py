@@ -19,6 +19,7 @@ from rayexpand.artifacts.columns import write_class_features, write_image_featur
 from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import ModelError
 from rayexpand.fitting import fit as fits
+from rayexpand.fitting.config import parse_fit
 from rayexpand.models.guides import guide_hash, guide_model
 from rayexpand.models.prior import prior_hash
 from rayexpand.on_ray import fit as on_ray
@@ -160,3 +161,27 @@ def test_every_kind_of_model_is_copied_and_checked(head: Head, raw: dict[str, An
             KINDS["prototypes"].sha256(tmp_path)
     finally:
         ray.shutdown()
+
+
+def test_what_trains_in_one_process_is_a_task_of_the_cluster_for_a_study(
+        head: Head, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver on a head without GPU trains nothing itself: here it could not."""
+    for name, value in head.env.items():
+        monkeypatch.setenv(name, value)
+    recipe = {"preset": "tiny", "strategy": "db", "rank": 2, "steps": 2, "batch": 4, "prompt": "a {name}"}
+    raw = {"name": "ants", "data": {"source": "imagefolder", "path": str(image_folder)}, "device": "cpu",
+           "prior": {"weights": str(tiny_pipeline(tmp_path / "base"))}, "cluster": {"address": head.address},
+           "fit": {"guide": {"recipe": {"backbone_args": {"width": 4}, "updates": 3, "batch": 8}},
+                   "adapter": {"recipe": recipe, "sheet": None, "tensorboard": False}}}
+    here = fits.fit(parse_fit({**raw, "out": str(tmp_path / "here")}), quiet)
+
+    def trained(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained by the driver")
+
+    monkeypatch.setattr("rayexpand.classifier.classifier.Classifier.update", trained)
+    monkeypatch.setattr("rayexpand.fitting.adapter.train.tune", trained)
+    made = on_ray.fit(parse_fit({**raw, "out": str(tmp_path / "task")}), quiet, on_workers=True)
+
+    assert {role: folder.name for role, folder in made.items()} == {role: one.name for role, one in here.items()}
+    for role, file in (("guide", "model.safetensors"), ("adapter", "pytorch_lora_weights.safetensors")):
+        assert (made[role] / file).read_bytes() == (here[role] / file).read_bytes()

@@ -114,7 +114,7 @@ def test_what_decides_a_result_decides_its_digest(tmp_path: Path) -> None:
 
     same = trial().digest
     others = [trial(train=1), trial(test=3), trial(order=-1), trial(start=1.0), trial(workers=2),
-              trial(shuffle_rows=4), trial(shuffle_rows=4, lanes=2)]
+              trial(shuffle_rows=4), trial(shuffle_rows=4, streams=2)]
 
     assert trial().digest == same
     assert len({same, *(one.digest for one in others)}) == len(others) + 1
@@ -232,7 +232,7 @@ def test_a_finished_classifier_is_also_tested_elsewhere(tmp_path: Path) -> None:
     also = {"backgrounds": {"data": {"source": "digits", "split": "test", "digits_background": "all", "per_class": 4},
                             "group_of": "/([a-z-]+)$"}, "four": {**four, "restrict": True}, "among-ten": four}
     recipe = {**SMALL, "updates": 20, "cmo": 0.5, "cmo_span": [0, 1], "drw": 0.99}
-    study = prepare_study(parse_study(raw_study(tmp_path, arms=[{"name": "original"}], seeds=[0], also=also,
+    study = prepare_study(parse_study(raw_study(tmp_path, arms=[{"name": "original"}], seeds=[0], extra_tests=also,
                                                 recipe=recipe, frequency=[3, 5], subset={
                                                     "kind": "counts", "counts": [8, 8, 8, 4, 4, 4, 2, 2, 2, 2]})))
     trial = make_trials(study)[0]

@@ -25,7 +25,6 @@ from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import ClassTable, SeedIndex
 from rayexpand.data.seeds import DataConfig
 from rayexpand.fitting.adapter.config import AdapterFit, adapter_problems, word_problems
-from rayexpand.fitting.adapter.feed import Sources
 from rayexpand.fitting.adapter.latents import VERSION as LATENTS_VERSION
 from rayexpand.fitting.adapter.latents import (
     LatentMaker,
@@ -37,6 +36,7 @@ from rayexpand.fitting.adapter.latents import (
     spans,
     write_part,
 )
+from rayexpand.fitting.adapter.loader import Sources
 from rayexpand.fitting.adapter.train import TRAINING, Base, TuneJob, train_here
 from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
 from rayexpand.models.prior import check_size, inspect_prior, load_prior, prior_hash

@@ -25,9 +25,9 @@ from rayexpand.contract.errors import Interrupted, ModelError
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import ClassTable
 from rayexpand.fitting.adapter.config import AdapterFit
-from rayexpand.fitting.adapter.feed import LatentLoader, LatentRows, Sources
+from rayexpand.fitting.adapter.loader import LatentLoader, LatentRows, Sources
 from rayexpand.fitting.adapter.recipe import TARGETS
-from rayexpand.fitting.adapter.sheet import draw_sheet
+from rayexpand.fitting.adapter.sample_grid import draw_sheet
 from rayexpand.models.folders import quiet_libraries
 from rayexpand.models.prior import load_prior
 

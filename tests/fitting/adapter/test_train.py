@@ -31,12 +31,12 @@ from rayexpand.fitting.adapter import fit as artifact
 from rayexpand.fitting.adapter import latents
 from rayexpand.fitting.adapter import train as finetune_run
 from rayexpand.fitting.adapter.config import SheetConfig
-from rayexpand.fitting.adapter.feed import LatentLoader, Sources
 from rayexpand.fitting.adapter.finetuner import Finetuner
 from rayexpand.fitting.adapter.fit import TUNE_HERE, Data
 from rayexpand.fitting.adapter.latents import Latents, Views
+from rayexpand.fitting.adapter.loader import LatentLoader, Sources
 from rayexpand.fitting.adapter.recipe import FinetuneConfig, make_finetune
-from rayexpand.fitting.adapter.sheet import draw_sheet
+from rayexpand.fitting.adapter.sample_grid import draw_sheet
 from rayexpand.fitting.config import parse_fit
 from rayexpand.fitting.maker import data_facts
 from rayexpand.models.prior import load_prior, prior_hash

@@ -15,8 +15,8 @@ from rayexpand.diffusion import sampling
 from rayexpand.fitting.adapter.config import SheetConfig
 
 if TYPE_CHECKING:
-    from rayexpand.fitting.adapter.feed import LatentLoader
     from rayexpand.fitting.adapter.finetuner import Finetuner
+    from rayexpand.fitting.adapter.loader import LatentLoader
     from rayexpand.models.latent import StableDiffusionPrior
 
 GAP = 2  # pixels between samples

@@ -26,7 +26,7 @@ from rayexpand.contract.rng import generator, row_key
 from rayexpand.contract.schema import CAPTION_SLOT, ClassTable
 from rayexpand.fitting.adapter.latents import Latents
 from rayexpand.fitting.adapter.recipe import FinetuneConfig
-from rayexpand.fitting.adapter.visit import draw_visit
+from rayexpand.fitting.adapter.training_draw import draw_visit
 
 
 class LatentRows(NamedTuple):

@@ -3,14 +3,14 @@
 The order is a function of (seed, epoch) and the list alone, so any number of workers sees the same global batches. An
 image's augmentation is a function of (seed, item, epoch, occurrence), the last counting repeats of an item within an
 epoch. Up to `shuffle_rows` images an epoch is one permutation. A longer one is a windowed shuffle: chunks of storage in
-a random order, cut into `lanes` equal lanes that each give the same share of every batch and are permuted window by
-window, shuffle_rows / lanes rows at a time. A worker owns whole lanes, and a lane reads a chunk once (a chunk in which
-a lane begins is read by two). A batch then sees the chunks that the windows hold: 65,536 rows of 500-row chunks are
-131 of them, so where storage is sorted by class, as the samples of a run are, a batch has no more classes than that
+a random order, cut into `streams` equal streams that each give the same share of every batch and are permuted window by
+window, shuffle_rows / streams rows at a time. A worker owns whole streams, and a stream reads a chunk once (a chunk in
+which a stream begins is read by two). A batch then sees the chunks that the windows hold: 65,536 rows of 500-row chunks
+are 131 of them, so where storage is sorted by class, as the samples of a run are, a batch has no more classes than that
 and `shuffle_rows` should grow with the classes.
 
 It is also the one dial for memory. A process that feeds a worker holds the encoded images of the worker's windows,
-shuffle_rows x mean bytes of an image / W, and of each lane the rest of a chunk that reaches into the next window:
+shuffle_rows x mean bytes of an image / W, and of each stream the rest of a chunk that reaches into the next window:
 65,536 images of 110 kB are 7.2 GB over all workers. What does not fit in `cache_bytes` is refused, with the value of
 shuffle_rows that fits; it is never chosen by the machine, since the order depends on it.
 
@@ -18,7 +18,7 @@ Where the recipe asks for CMO, a step may have a second batch: real rows drawn w
 (seed, step), of whose images one box is pasted onto the first batch, the same box on all. In an epoch that replaces
 real rows, a drawn row shows what replaced it. Image i of a global batch always meets image i of the second one.
 
-    B, W, V     images of a global batch, workers, lanes
+    B, W, V     images of a global batch, workers, streams
     slice       positions rB/2W.. and their mirror images B-1-i, which MixUp and CutMix pair with them
 """
 
@@ -72,7 +72,7 @@ class Loader:
     total_steps   of the training: the recipe's updates, or its epochs times epoch_steps
     """
 
-    def __init__(self, rows: TrainingSet, recipe: Recipe, seed: int, *, shuffle_rows: int = 65_536, lanes: int = 8,
+    def __init__(self, rows: TrainingSet, recipe: Recipe, seed: int, *, shuffle_rows: int = 65_536, streams: int = 8,
                  cache_bytes: int = CACHE_BYTES) -> None:
         self.rows, self.recipe, self.seed, self.shuffle_rows = rows, recipe, seed, shuffle_rows
         size = rows.epoch_rows
@@ -80,7 +80,7 @@ class Loader:
         self.epoch_steps = size // self.batch
         self.total_steps = recipe.updates or recipe.epochs * self.epoch_steps
         self.is_windowed = size > shuffle_rows
-        self.lanes = next(v for v in range(lanes, 0, -1) if v == 1 or self.batch % (2 * v) == 0)
+        self.streams = next(v for v in range(streams, 0, -1) if v == 1 or self.batch % (2 * v) == 0)
         self.cache_bytes = cache_bytes
         self._images = ImageReader(rows, cache_bytes)
         self._window: tuple[tuple[int, int, int], Windowed] | None = None  # of (epoch, rank, world)
@@ -104,8 +104,8 @@ class Loader:
             self.check_world(world)
             items, occurrence = _counted(np.sort(self.rows.epoch(self.seed, epoch)))
             if self.is_windowed:
-                found = self._windowed(epoch, items, range(rank * self.lanes // world,
-                                                           (rank + 1) * self.lanes // world))
+                found = self._windowed(epoch, items, range(rank * self.streams // world,
+                                                           (rank + 1) * self.streams // world))
             else:
                 found = self._permuted(epoch, len(items), rank, world)
             self._kept = {(epoch, rank, world): Slots(items[found], occurrence[found])}
@@ -183,9 +183,9 @@ class Loader:
             raise UsageError(f"recipe.batch: {self.batch} images cannot be cut into {world} equal slices of pairs (a "
                              "batch is never larger than the training set); use a multiple of "
                              f"{2 * world}, or fewer training.workers")
-        if self.is_windowed and self.lanes % world:
-            raise UsageError(f"training.lanes: {self.lanes} lanes cannot be dealt to {world} workers equally; set it "
-                             f"to a multiple of {world}, and recipe.batch to a multiple of twice as many")
+        if self.is_windowed and self.streams % world:
+            raise UsageError(f"training.streams: {self.streams} streams cannot be dealt to {world} workers equally; "
+                             f"set it to a multiple of {world}, and recipe.batch to a multiple of twice as many")
 
     def _windowed_images(self, epoch: int, within: int, rank: int, world: int) -> list[bytes]:
         """Encoded images of a worker's slots of a step. Raises UsageError where a window is larger than the cache."""
@@ -204,17 +204,17 @@ class Loader:
         return found
 
     def _column_lanes(self, world: int) -> np.ndarray:
-        """int64[B / world]: which of its lanes a worker's slots belong to, in the layout of `_windowed`."""
-        width, lanes = self.batch // self.lanes, np.arange(self.lanes // world)
-        return np.r_[np.repeat(lanes, width // 2), np.repeat(lanes[::-1], width - width // 2)]
+        """int64[B / world]: which of its streams a worker's slots belong to, in the layout of `_windowed`."""
+        width, streams = self.batch // self.streams, np.arange(self.streams // world)
+        return np.r_[np.repeat(streams, width // 2), np.repeat(streams[::-1], width - width // 2)]
 
     def _too_large(self, window: Windowed, key: tuple[int, int, int]) -> UsageError:
         """Why a window is refused, with the largest shuffle_rows found (in steps of a fifth) whose windows fit."""
         mean = window.mean_bytes
         needed, world = window.peak_rows * mean, key[2]
         rows = int(min(1.0, self.cache_bytes / needed) * self.shuffle_rows)
-        while rows >= self.lanes:
-            other = Loader(self.rows, self.recipe, self.seed, shuffle_rows=rows, lanes=self.lanes)
+        while rows >= self.streams:
+            other = Loader(self.rows, self.recipe, self.seed, shuffle_rows=rows, streams=self.streams)
             if Windowed(self._images, other.slots(*key).items, self._column_lanes(world), 0,
                         lambda _: AssertionError()).peak_rows * mean <= _MARGIN * self.cache_bytes:
                 advice = f"set training.shuffle_rows to {rows} or less, or use more training.workers"
@@ -222,7 +222,7 @@ class Loader:
             rows = rows * 4 // 5
         else:
             advice = ("no smaller value fits, because the row groups of the data are too large: store fewer rows in "
-                      "each, lower training.lanes, or use more training.workers")
+                      "each, lower training.streams, or use more training.workers")
         return UsageError(f"training.shuffle_rows: a worker's share of {self.shuffle_rows} rows is up to "
                           f"{window.peak_rows} images of {mean:,.0f} bytes at once, {needed:,.0f} bytes, and "
                           f"{self.cache_bytes:,} may be held; {advice}")
@@ -235,23 +235,23 @@ class Loader:
         order = order.reshape(self.epoch_steps, self.batch)
         return order[:, worker_rows(self.batch, rank, world)]
 
-    def _windowed(self, epoch: int, items: np.ndarray, lanes: range) -> np.ndarray:
-        """(steps, B * len(lanes) / V) positions in the sorted items, read lane by lane."""
+    def _windowed(self, epoch: int, items: np.ndarray, streams: range) -> np.ndarray:
+        """(steps, B * len(streams) / V) positions in the sorted items, read stream by stream."""
         edges = np.flatnonzero(np.diff(self.rows.column("chunk")[items])) + 1
         first, stop = np.r_[0, edges], np.r_[edges, len(items)]
         chunks = _stream(self.seed, epoch, "chunks").permutation(len(first))
         ends = np.cumsum((stop - first)[chunks])
-        width = self.batch // self.lanes
-        made = [self._lane(epoch, lane, _cut(first[chunks], ends, lane * self.epoch_steps * width,
-                                             (lane + 1) * self.epoch_steps * width)).reshape(-1, width)
-                for lane in lanes]
+        width = self.batch // self.streams
+        made = [self._one_stream(epoch, stream, _cut(first[chunks], ends, stream * self.epoch_steps * width,
+                                             (stream + 1) * self.epoch_steps * width)).reshape(-1, width)
+                for stream in streams]
         return np.hstack([*(one[:, :width // 2] for one in made), *(one[:, width // 2:] for one in reversed(made))])
 
-    def _lane(self, epoch: int, lane: int, positions: np.ndarray) -> np.ndarray:
-        window = max(1, self.shuffle_rows // self.lanes)
+    def _one_stream(self, epoch: int, stream: int, positions: np.ndarray) -> np.ndarray:
+        window = max(1, self.shuffle_rows // self.streams)
         for number, start in enumerate(range(0, len(positions), window)):
             part = positions[start:start + window]
-            part[:] = part[_stream(self.seed, epoch, f"lane/{lane}/{number}").permutation(len(part))]
+            part[:] = part[_stream(self.seed, epoch, f"lane/{stream}/{number}").permutation(len(part))]
         return positions
 
 
