@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 FAKES = "tests.methods.fakes."
 # Methods of the tests' own, as a user would trust his; `Pieces` and `Late` are made by tests.
 methods.trust(*(FAKES + name for name in (
-    *re.findall(r"^class (\w+)", (ROOT / "tests/methods/fakes.py").read_text(), re.M), "Pieces", "Late", "NoSuchMethod")))
+    *re.findall(r"^class (\w+)", (ROOT / "tests/methods/fakes.py").read_text(), re.M),
+    "Pieces", "Late", "NoSuchMethod")))
 
 
 @pytest.hookimpl(optionalhook=True)
