@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from tests.s3server import Server
 
 FAKES = "tests.methods.fakes."
-# Methods of the tests' own, as a user would trust his; `Pieces` and `Late` are made by tests.
+# Methods of the tests' own, as a user would trust his; the last ones are made by tests, or not at all.
 methods.trust(*(FAKES + name for name in (
     *re.findall(r"^class (\w+)", (ROOT / "tests/methods/fakes.py").read_text(), re.M),
-    "Pieces", "Late", "NoSuchMethod")))
+    "Holding", "Late", "Looking", "NoSuchMethod", "Pieces")))
 
 
 @pytest.hookimpl(optionalhook=True)
