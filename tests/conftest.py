@@ -15,8 +15,8 @@ from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side
 
+from rayexpand import methods
 from rayexpand.data.seeds import digits
-from rayexpand.methods import trust
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import RunConfig, parse
 from rayexpand.runs.store import Totals
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tests.s3server import Server
 
 FAKES = "tests.methods.fakes."
-# Methods of the tests' own, as a user would trust his; `Pieces` and three others are made by tests.
+# Methods of the tests' own, as a user would trust his; the last ones are made by tests, or not at all.
 trust(*(FAKES + name for name in (*re.findall(r"^class (\w+)", (ROOT / "tests/methods/fakes.py").read_text(), re.M),
                                   "Pieces", "Late", "Holding", "Looking", "NoSuchMethod")))
 
@@ -50,9 +50,11 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _digits_resized_once() -> Iterator[None]:
-    """Each list and each reader of the digits resizes all 1,797; here, one process does it once for each split."""
-    with mock.patch.object(digits, "digits_split", cache(digits.digits_split)):
+def _looked_up_once() -> Iterator[None]:
+    """Each list and each reader of the digits resizes all 1,797, and each method by a dotted name asks every installed
+    distribution for entry points; here, one process does it once."""
+    with (mock.patch.object(digits, "digits_split", cache(digits.digits_split)),
+          mock.patch.object(methods, "entry_points", cache(methods.entry_points))):
         yield
 
 

@@ -28,6 +28,15 @@ def job(image_folder: Path, tmp_path: Path) -> dict[str, Any]:
             "method": {"name": "classical", "ratio": 2}, "sampler": {"batch": 8, "shard_images": 10}}
 
 
+@pytest.fixture(scope="module")
+def made(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[api.RunFolder, list[api.Event]]:
+    """A run that a child made, and what it told."""
+    heard: list[api.Event] = []
+    job = {"name": "run", "out": str(tmp_path_factory.mktemp("made")), "method": {"name": "classical", "ratio": 2},
+           "data": {"source": "imagefolder", "path": str(image_folder)}, "sampler": {"batch": 8, "shard_images": 10}}
+    return rayexpand.expand(job, on=heard.append), heard
+
+
 def test_importing_loads_neither_torch_nor_ray_nor_the_api() -> None:
     code = ("import sys, rayexpand\n"
             "assert not {'torch', 'ray', 'pydantic', 'numpy'} & set(sys.modules)\n"
@@ -39,9 +48,8 @@ def test_importing_loads_neither_torch_nor_ray_nor_the_api() -> None:
         _ = rayexpand.expnd
 
 
-def test_five_lines_of_python(job: dict[str, Any], tmp_path: Path) -> None:
-    heard: list[api.Event] = []
-    run = rayexpand.expand(job, on=heard.append)
+def test_five_lines_of_python(made: tuple[api.RunFolder, list[api.Event]], tmp_path: Path) -> None:
+    run, heard = made
 
     assert isinstance(run, api.RunFolder)
     assert (run.to_dict()["kept"], run.to_dict()["failed"]) == (40, 0)
@@ -61,11 +69,11 @@ def test_five_lines_of_python(job: dict[str, Any], tmp_path: Path) -> None:
     assert api.open(run.folder) == api.RunFolder(run.folder)
 
 
-def test_a_child_and_this_process_make_the_same_samples(job: dict[str, Any]) -> None:
-    child = rayexpand.expand(job)
-    here = rayexpand.expand({**job, "name": "here"}, same_process=True)
+def test_a_child_and_this_process_make_the_same_samples(job: dict[str, Any],
+                                                        made: tuple[api.RunFolder, list[api.Event]]) -> None:
+    here = rayexpand.expand(job, same_process=True)
 
-    assert hashes(runs.open_run(child.folder)) == hashes(runs.open_run(here.folder))
+    assert hashes(runs.open_run(made[0].folder)) == hashes(runs.open_run(here.folder))
 
 
 def test_nothing_is_printed_and_the_folder_stays(job: dict[str, Any], tmp_path: Path) -> None:
@@ -80,6 +88,8 @@ def test_nothing_is_printed_and_the_folder_stays(job: dict[str, Any], tmp_path: 
 
 @pytest.mark.parametrize("same_process", [False, True])
 def test_what_on_raises_cancels_and_the_same_call_continues(job: dict[str, Any], same_process: bool) -> None:
+    job["method"]["name"] = "tests.methods.fakes.Fake"  # starts without torch
+
     class Enough(Exception):
         pass
 
@@ -93,7 +103,7 @@ def test_what_on_raises_cancels_and_the_same_call_continues(job: dict[str, Any],
     assert 10 <= committed.kept < 40
     assert not list(Path(job["out"], "run/blame").iterdir()), "a cancelled call blames nothing"
     heard: list[api.Event] = []
-    assert rayexpand.expand(job, on=heard.append).to_dict()["kept"] == 40
+    assert rayexpand.expand(job, on=heard.append, same_process=same_process).to_dict()["kept"] == 40
     assert min(event.done for event in heard) >= committed.kept
 
 
@@ -135,18 +145,18 @@ def _alive(pid: int) -> bool:
 
 def test_over_budget_carries_the_run_and_holds_every_time(make_config: MakeConfig) -> None:
     config = make_config("Failing", ratio=1, nan="bee/2.png/0", sections={"limits": {"max_failed": 0.0}})
-    for _ in range(2):
+    for same_process in (False, True):  # the second finds nothing to make
         with pytest.raises(OverBudget) as caught:
-            rayexpand.expand(config)
+            rayexpand.expand(config, same_process=same_process)
         assert caught.value.exit_code == 3
         assert caught.value.result.to_dict()["failed"] == 1
         assert Path(caught.value.result.folder, "report.html").is_file()
     with pytest.raises(OverBudget):
-        api.RunFolder(caught.value.result.folder).retry()
+        api.RunFolder(caught.value.result.folder).retry(same_process=True)
 
 
-def test_a_dataset_for_a_trainer_of_ones_own(job: dict[str, Any]) -> None:
-    run = rayexpand.expand(job)
+def test_a_dataset_for_a_trainer_of_ones_own(made: tuple[api.RunFolder, list[api.Event]]) -> None:
+    run, _ = made
     samples, both = rayexpand.dataset(run), rayexpand.dataset(run.folder, real=True, copies=1)
 
     assert (len(samples), len(both)) == (40, 40)

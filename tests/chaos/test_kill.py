@@ -114,9 +114,24 @@ def reference(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return hashes(run), refused(run)
 
 
+@pytest.fixture(scope="module")
+def few(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three images of each class: the second of three shards holds BAD."""
+    return shutil.copytree(image_folder, tmp_path_factory.mktemp("few") / "seeds",
+                           ignore=shutil.ignore_patterns("3.png", "4.png"))
+
+
+@pytest.fixture(scope="module")
+def few_reference(few: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], dict[str, str]]:
+    run, _ = complete(small_run(few, tmp_path_factory.mktemp("undisturbed"), "Failing", ratio=2, nan=BAD))
+    assert [receipt.shard_id for receipt in run.store.receipts() if receipt.failed] == [SHARD]
+    assert run.plan.n_shards == 3
+    return hashes(run), refused(run)
+
+
 @pytest.mark.parametrize("point", PREPARING + STARTING + [f"{p}@shard={SHARD}" for p in SAMPLING + COMMITTING] + ENDING)
-def test_killed_anywhere_and_run_again(make_config: MakeConfig, reference: tuple, point: str) -> None:
-    config = make_config("Failing", ratio=2, nan=BAD)
+def test_killed_anywhere_and_run_again(few: Path, few_reference: tuple, tmp_path: Path, point: str) -> None:
+    config = small_run(few, tmp_path / "out", "Failing", ratio=2, nan=BAD)
     child = in_child(run_command, config, failpoint=f"{point}:kill")
 
     assert exit_code(child) == -signal.SIGKILL, "the failpoint was never reached"
@@ -124,7 +139,7 @@ def test_killed_anywhere_and_run_again(make_config: MakeConfig, reference: tuple
         assert exit_code(in_child(run_command, config)) == 0
         time.sleep(0.05)
     run = runs.open_run(config.folder)
-    assert (hashes(run), refused(run)) == reference
+    assert (hashes(run), refused(run)) == few_reference
     assert run.totals().pending == 0
     assert verify(run, pixels=True).problems == []
     assert run.files.list(".tmp") == [], "leftovers of the dead are swept at the next start"
