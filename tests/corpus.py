@@ -149,11 +149,13 @@ def write_corpus(folder: Path) -> dict[str, tuple[str, str]]:
     put("bad/becomes_folder.png", encoded(photo()), "unreadable")
     links: list[tuple[str, str | Path, str]] = [("dangling.png", "nowhere.png", "missing"),
                                                 ("self.png", "self.png", "missing"),
-                                                ("escape.png", outside / "secret.png", "unsafe_path"),
-                                                ("escape_folder", outside, "unsafe_path")]
+                                                ("escape.png", outside / "secret.png", ""),
+                                                ("loop", folder.parent, "unsafe_path")]
     for name, target, reason in links:
         (root / "bad" / name).symlink_to(target)
         expected[f"bad/{name}"] = (reason, "")
+    (root / "bad/escape_folder").symlink_to(outside)
+    expected["bad/escape_folder/secret.png"] = ("", "")
     (root / "healthy/nested/up").symlink_to(root / "healthy")  # contains itself: entered once
     (root / "healthy/link.png").symlink_to("0.png")
     expected["healthy/link.png"] = ("", "")

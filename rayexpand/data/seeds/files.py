@@ -46,7 +46,7 @@ def dataset_files(data: DataConfig, *extensions: str) -> tuple[Place, list[str]]
             places = [("", top_names), *found.items()]
         elif _MAGIC.search(top.root):
             paths = sorted(glob.glob(top.root) if top.fs is None else top.fs.glob(top.root))
-            places = [("", [path[len(folder.root) + 1:] for path in paths])]
+            places = [("", [folder.relative(path) for path in paths])]
         else:
             hint = "braces are not expanded, use a pattern with *" if "{" in data.path else "correct the path"
             raise SeedDataError(f"data.path: '{data.path}' does not exist; {hint}")

@@ -60,13 +60,14 @@ def schema(data: DataConfig) -> pa.Schema:
 
 
 def _is_parquet(data: DataConfig) -> bool:
-    return str(data.path).lower().endswith(".parquet")
+    return str(data.path).split("::")[0].lower().endswith(".parquet")
 
 
 def _header(data: DataConfig) -> list[str]:
     """Column names of a CSV."""
     assert data.path is not None
-    with place("data.path", data.path).open() as raw:
+    where = place("data.path", data.path)  # kept: a zip closes with its last reference
+    with where.open() as raw:
         start = raw.read(1 << 16).decode("utf-8-sig", errors="replace")
     return next(csv.reader(io.StringIO(start)), [])
 
@@ -168,7 +169,7 @@ def _full_starts(data: DataConfig) -> tuple[str, ...]:
     """How a full path or URL of something in the manifest's folder begins."""
     folder, given = root(data).root, posixpath.dirname(str(data.path))
     starts = [folder, f"file://{folder}", *([given] if given.startswith("/") or "://" in given else [])]
-    return tuple(f"{start}/" for start in starts)
+    return tuple(f"{start.rstrip('/')}/" for start in starts)
 
 
 def _resolve(path: str | None, starts: tuple[str, ...]) -> tuple[str, str]:

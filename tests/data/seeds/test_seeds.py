@@ -66,7 +66,7 @@ def test_every_image_of_the_corpus_ends_as_a_good_one_or_with_its_reason(corpus:
     assert found == expected
     by_reason = Counter(reason for reason, _ in found.values())
     assert by_reason.total() == len(index) == len(set(index.seed_ids))
-    assert by_reason[""] == len(odd_images()) + 9 + 1 + 6  # odd, healthy (one nested), a link, odd names
+    assert by_reason[""] == len(odd_images()) + 9 + 3 + 6  # odd, healthy (one nested), links, odd names
     assert set(by_reason) == {"", "decode_error", "too_small", "too_large", "unsupported_mode", "missing",
                               "unreadable", "unsafe_path"}
 
@@ -80,8 +80,8 @@ def test_corpus_classes_and_index_layout(corpus: Any) -> None:
     assert index.seed_ids == sorted(expected)
     faults = dict(zip(index.seed_ids, index.table["fault"].to_pylist(), strict=True))
     assert {seed_id: fault for seed_id, fault in faults.items() if fault} == {
-        "bad/dangling.png": "missing", "bad/self.png": "missing", "bad/escape.png": "unsafe_path",
-        "bad/escape_folder": "unsafe_path", "bad/pipe.png": "unreadable"}
+        "bad/dangling.png": "missing", "bad/self.png": "missing", "bad/loop": "unsafe_path",
+        "bad/pipe.png": "unreadable"}
     assert [CLASSES[label] for label in index.labels] == [seed_id.split("/")[0] for seed_id in index.seed_ids]
 
 
