@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 import posixpath
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from rayexpand.contract.errors import SeedDataError, few
-from rayexpand.data.seeds.listing import SPLIT_NAMES
+from rayexpand.data.seeds.listing import split_words
 from rayexpand.data.seeds.places import Place, blaming, place
 from rayexpand.data.seeds.source import DataConfig
 
@@ -54,22 +55,35 @@ def dataset_files(data: DataConfig, *extensions: str) -> tuple[Place, list[str]]
 
 
 def _of_split(data: DataConfig, places: list[tuple[str, list[str]]], extensions: tuple[str, ...]) -> list[str]:
-    """The files of the first of `places` (sub-folder, names) that has any."""
+    """The files of the first of `places` (sub-folder, names) that has any. Without files called `<split>-*` or
+    `<split>`, those with the word in their name, such as set-train-0 or Train_0."""
     def stem(name: str) -> str:
-        base = posixpath.basename(name)
-        return next(base.removesuffix(extension) for extension in extensions if base.endswith(extension))
+        return next(name.removesuffix(extension) for extension in extensions if name.endswith(extension))
 
-    for sub, names in places:
-        found = [name for name in names if name.endswith(extensions) and (
-            data.split is None or sub == data.split or fnmatchcase(stem(name), f"{data.split}-*") or
-            stem(name) == data.split)]
-        splits = sorted({re.sub(r"-\d.*$", "", stem(name)) for name in found} & SPLIT_NAMES)
-        if data.split is None and len(splits) > 1:
-            raise SeedDataError(f"data.split: missing, '{data.path}' holds several splits; set it to one of "
-                                f"{few(splits)}")
-        if found:
+    def begins(sub: str, name: str) -> bool:
+        base = posixpath.basename(stem(name))
+        return data.split is None or sub == data.split or base == data.split or fnmatchcase(base, f"{data.split}-*")
+
+    candidates = [(sub, [name for name in names if name.endswith(extensions)]) for sub, names in places]
+    for sub, names in candidates:
+        if found := [name for name in names if begins(sub, name)]:
+            if data.split is None and len(splits := {*_splits(map(stem, found))} - {""}) > 1:
+                raise SeedDataError(f"data.split: missing, '{data.path}' holds several splits; set it to one of "
+                                    f"{few(sorted(splits))}")
+            return [posixpath.join(sub, name) for name in found]
+    for sub, names in candidates:
+        said = _splits(map(stem, names))
+        if found := [name for name, split in zip(names, said, strict=True) if split == str(data.split).lower()]:
             return [posixpath.join(sub, name) for name in found]
     wanted = f"{data.split}-*{extensions[0]}" if data.split else f"*{extensions[0]}"
     seen = [posixpath.join(sub, name) for sub, names in places for name in names]
     raise SeedDataError(f"data.path: no file {wanted} in '{data.path}'" + (f" (it has {few(seen)})" if seen else "") +
                         "; correct data.path or data.split")
+
+
+def _splits(stems: Iterable[str]) -> list[str]:
+    """The split that each name says, "" where it says none; a word that all of them have says nothing."""
+    said = [split_words(stem) for stem in stems]
+    some = [words for words in said if words]
+    common = frozenset.intersection(*some) if len({*some}) > 1 else frozenset()
+    return [" ".join(sorted(words - common or words)) for words in said]

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from rayexpand.contract.errors import SeedDataError, few
 from rayexpand.contract.schema import Reason
-from rayexpand.data.seeds.listing import EXTENSIONS, SPLIT_NAMES, Listing, Read, fault_code, unique_ids
+from rayexpand.data.seeds.listing import EXTENSIONS, SPLIT_NAMES, Listing, Read, fault_code, split_words, unique_ids
 from rayexpand.data.seeds.places import Place, blaming, inside, is_folder, place, read_below
 from rayexpand.data.seeds.source import DataConfig
 
@@ -50,7 +50,23 @@ def check(data: DataConfig) -> tuple[Place, list[str]]:
     if not data.split and set(map(str.lower, folders)) <= SPLIT_NAMES:
         raise SeedDataError(f"data.split: missing, the folders of '{data.path}' are splits, not classes; set "
                             f"data.split to one of {few(folders)}")
+    if not data.split:
+        with blaming("data.path", data.path, folder):
+            _refuse_splits(data, folder, [name for name in folders if split_words(name)])
     return folder, folders
+
+
+def _refuse_splits(data: DataConfig, folder: Place, named: list[str]) -> None:
+    """`named` are called like splits. They are splits, whatever lies beside them, where they hold folders rather than
+    images; a class may be called `test tube`."""
+    if len({split_words(name) for name in named}) < 2:
+        return
+    content = {name: folder.at(name).names() for name in named}
+    splits = [name for name, (folders, files) in content.items()
+              if folders and not any(file.lower().endswith(EXTENSIONS) for file in files)]
+    if len({split_words(name) for name in splits}) > 1:
+        raise SeedDataError(f"data.split: missing, {few(splits)} in '{data.path}' are splits, not classes; set "
+                            "data.split to one of them")
 
 
 def root(data: DataConfig) -> Place:

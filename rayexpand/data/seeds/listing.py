@@ -19,9 +19,11 @@ from rayexpand.contract.schema import Reason
 from rayexpand.data.seeds.source import DataConfig, class_mapping
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "dev", "test"})
+SPLIT_NAMES = frozenset({"train", "training", "trainval", "val", "valid", "validation", "dev", "test", "testing",
+                         "eval", "evaluation"})
 INDEX_FAULTS = ("", Reason.BAD_LABEL, Reason.DUPLICATE_ID, Reason.MISSING, Reason.UNSAFE_PATH, Reason.UNREADABLE,
                 Reason.TOO_LARGE)
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 Read = Callable[[dict[str, Any]], bytes]  # a row of the index -> its encoded image; raises RowFault or an OSError
@@ -41,6 +43,11 @@ class Listing:
     member: pa.Array  # string, "" where the layout needs none
     group: np.ndarray  # int32; group and offset find the row inside its file, each layout in its way
     offset: np.ndarray  # int32
+
+
+def split_words(name: str) -> frozenset[str]:
+    """The words in the name of a file or folder that say which split it is: {"train"} of imagenet1k-Train-0000."""
+    return frozenset(word.lower() for word in _WORD.findall(name)) & SPLIT_NAMES
 
 
 def fault_code(fault: str) -> int:

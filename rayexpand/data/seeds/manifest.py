@@ -77,14 +77,17 @@ def _columns(data: DataConfig, schema: pa.Schema, text: str | None = None) -> di
     name, image = posixpath.basename(str(data.path)), data.image_column
     if image not in schema.names and image == DataConfig.model_fields["image_column"].default:
         image = next((column for column in _PATH_COLUMNS if column in schema.names), image)
-    split = data.split_column if data.split or data.split_column in schema.names else None
+    split = data.split_column
+    if split not in schema.names and split == DataConfig.model_fields["split_column"].default:
+        split = next((column for column in schema.names if column.lower() == split), split)
+    split_used = split if data.split or split in schema.names else None
     require({"image_column": image, "label_column": data.label_column, "id_column": data.id_column,
-             "split_column": split}, schema.names, name)
+             "split_column": split_used}, schema.names, name)
     require_label(data.label_column, schema.field(data.label_column).type)
     if not is_text(schema.field(image).type):
         raise SeedDataError(f"data.image_column: '{image}' is {schema.field(image).type}; a manifest holds image paths "
                             "as strings (use source: parquet for embedded images)")
-    roles = {"image": image, "label": data.label_column, "id": data.id_column, "split": split, "text": text}
+    roles = {"image": image, "label": data.label_column, "id": data.id_column, "split": split_used, "text": text}
     return {role: column for role, column in roles.items() if column is not None}
 
 

@@ -17,7 +17,7 @@ from rayexpand.data.seeds.source import DataConfig
 
 _WHY = {Reason.BAD_LABEL: "its label is null or not a label of the dataset",
         Reason.DUPLICATE_ID: "its id was already taken by an earlier row (in a tar, the files of a sample must lie "
-                             "together)",
+                             "together, and a key ends at the first dot of the file name: write 1_8t for 1.8t)",
         Reason.MISSING: "it has no image: a link to nothing, or a row without one",
         Reason.UNSAFE_PATH: "it leaves the dataset folder, or is a link to a folder that holds the link itself; keep "
                             "images, and the manifest, below one folder",

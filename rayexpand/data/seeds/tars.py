@@ -41,10 +41,22 @@ class _Sample:
     exact: bool = False  # the image's suffix is nothing but an image extension
     label: str | None = None
     unsafe: bool = False
+    compound: dict[str, set[str]] = field(default_factory=dict)  # what lies between key and last suffix -> kinds
+    image_part: str = ""  # of the image: its part of `compound`, "" for an exact one
+    collided: bool = False  # this is one of the `collisions` of a sample
+
+    def collisions(self) -> list[_Sample]:
+        """Samples whose names go on after the first dot, where a key ends, so that they fell to the key of this one:
+        images with a label file of their own. Beside a label of `mask`, `mask.seg.png` and `mask.seg.json` are none."""
+        own = {"cls"} if self.suffixes & {"cls", "json"} else {"cls", "json"}
+        return [_Sample(f"{self.key}.{part}", collided=True, unsafe=self.unsafe) for part, kinds in
+                self.compound.items() if part != self.image_part and "image" in kinds and kinds & own]
 
     def fault(self) -> str:
         if self.unsafe:
             return Reason.UNSAFE_PATH
+        if self.collided:
+            return Reason.DUPLICATE_ID
         if self.image is None:
             return Reason.MISSING
         if not self.image.is_file:
@@ -111,7 +123,8 @@ def _scan(data: DataConfig, place: Place, name: str) -> _Shard | str:
     """The samples of one tar, or a text that names it and says what is wrong."""
     try:
         with blaming("data.path", name, place), place.at(name).open() as file:
-            samples = [sample for sample in _samples(file, data.label_column) if sample.is_seed()]
+            samples = [one for sample in _samples(file, data.label_column) if sample.is_seed()
+                       for one in (sample, *sample.collisions())]
     except DamagedTar as error:
         return f"'{name}' {error}"
     images = [sample.image if sample.image and not sample.fault() else None for sample in samples]
@@ -137,9 +150,13 @@ def _samples(file: IO[bytes], label_field: str) -> Iterator[_Sample]:
             sample = _Sample(key)
         sample.suffixes.add(suffix)
         sample.unsafe |= _leaves(member.name)
+        part, _, last = suffix.rpartition(".")
+        kind = "image" if f".{last}" in EXTENSIONS else last
+        if part and kind in ("image", "cls", "json"):
+            sample.compound.setdefault(part, set()).add(kind)
         exact = f".{suffix}" in EXTENSIONS
-        if (exact and not sample.exact) or (sample.image is None and f".{suffix}".endswith(EXTENSIONS)):
-            sample.image, sample.exact = member, exact
+        if (exact and not sample.exact) or (sample.image is None and kind == "image"):
+            sample.image, sample.exact, sample.image_part = member, exact, part
         elif suffix == "cls" or (suffix == "json" and "cls" not in sample.suffixes):
             sample.label = _label(file, member, suffix, label_field)
     if sample is not None:
