@@ -16,7 +16,8 @@ PILLOW_PIXELS = 89_478_485  # Pillow warns above this and refuses above twice th
 LOSSLESS_SIDE = 64  # pixels; the automatic codec is lossless up to here
 
 # Nothing else is ever opened: some of Pillow's other readers start external programs.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_TGA_END = b"TRUEVISION-XFILE.\0"  # without it anything may look like a TGA
 
 
 def decode(image: bytes, *, min_side: int = 8, max_pixels: int = PILLOW_PIXELS) -> tuple[np.ndarray, str]:
@@ -27,7 +28,7 @@ def decode(image: bytes, *, min_side: int = 8, max_pixels: int = PILLOW_PIXELS) 
     many threads. Raises RowFault: decode_error, too_small, too_large, unsupported_mode.
     """
     try:
-        with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
+        with Image.open(io.BytesIO(image), formats=("TGA",) if image.endswith(_TGA_END) else _FORMATS) as opened:
             width, height = opened.size
             if width * height > max_pixels:
                 raise RowFault(Reason.TOO_LARGE, f"{width} x {height} pixels, more than max_pixels {max_pixels}")
@@ -41,7 +42,8 @@ def decode(image: bytes, *, min_side: int = 8, max_pixels: int = PILLOW_PIXELS) 
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RowFault(Reason.TOO_LARGE, str(error)) from error
     except UnidentifiedImageError as error:
-        raise RowFault(Reason.DECODE_ERROR, f"these {len(image)} bytes are no {', '.join(_FORMATS)}") from error
+        known = f"{', '.join(_FORMATS)}, or TGA with a footer"
+        raise RowFault(Reason.DECODE_ERROR, f"these {len(image)} bytes are no {known}") from error
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise RowFault(Reason.DECODE_ERROR, f"{type(error).__name__}: {error}") from error
 

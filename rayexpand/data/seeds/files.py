@@ -6,6 +6,7 @@ import glob
 import posixpath
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from rayexpand.contract.errors import SeedDataError, few
@@ -30,17 +31,23 @@ def root(data: DataConfig) -> Place:
     return top
 
 
-def dataset_files(data: DataConfig, *extensions: str) -> tuple[Place, list[str]]:
-    """`root` and the files with one of `extensions` that belong to data.split, relative to it, sorted.
+@dataclass(frozen=True, slots=True)
+class DatasetFiles:
+    folder: Place  # `root`
+    names: list[str]  # of the dataset, relative to it, sorted
+    splits: list[str]  # that the file names speak of
+    others: list[str]  # beside them, of other kinds
 
-    A file data.path names itself is taken whatever its name. Raises SeedDataError.
-    """
+
+def dataset_files(data: DataConfig, *extensions: str) -> DatasetFiles:
+    """The files with one of `extensions` that belong to data.split. A file data.path names itself is taken whatever its
+    name. Raises SeedDataError."""
     assert data.path is not None
     folder, top = root(data), place("data.path", data.path)
     with blaming("data.path", data.path, top):
         kind = top.kind()
         if kind == "file":
-            return folder, [posixpath.basename(top.root)]
+            return DatasetFiles(folder, [posixpath.basename(top.root)], [], [])
         if kind == "folder":
             folders, top_names = top.names()
             found = {sub: top.at(sub).names()[1] for sub in ("data", data.split) if sub and sub in folders}
@@ -51,10 +58,11 @@ def dataset_files(data: DataConfig, *extensions: str) -> tuple[Place, list[str]]
         else:
             hint = "braces are not expanded, use a pattern with *" if "{" in data.path else "correct the path"
             raise SeedDataError(f"data.path: '{data.path}' does not exist; {hint}")
-    return folder, _of_split(data, places, extensions)
+    return _of_split(data, folder, places, extensions)
 
 
-def _of_split(data: DataConfig, places: list[tuple[str, list[str]]], extensions: tuple[str, ...]) -> list[str]:
+def _of_split(data: DataConfig, folder: Place, places: list[tuple[str, list[str]]], extensions: tuple[str, ...]
+              ) -> DatasetFiles:
     """The files of the first of `places` (sub-folder, names) that has any. Without files called `<split>-*` or
     `<split>`, those with the word in their name, such as set-train-0 or Train_0."""
     def stem(name: str) -> str:
@@ -64,17 +72,20 @@ def _of_split(data: DataConfig, places: list[tuple[str, list[str]]], extensions:
         base = posixpath.basename(stem(name))
         return data.split is None or sub == data.split or base == data.split or fnmatchcase(base, f"{data.split}-*")
 
-    candidates = [(sub, [name for name in names if name.endswith(extensions)]) for sub, names in places]
-    for sub, names in candidates:
-        if found := [name for name in names if begins(sub, name)]:
-            if data.split is None and len(splits := {*_splits(map(stem, found))} - {""}) > 1:
-                raise SeedDataError(f"data.split: missing, '{data.path}' holds several splits; set it to one of "
-                                    f"{few(sorted(splits))}")
-            return [posixpath.join(sub, name) for name in found]
-    for sub, names in candidates:
-        said = _splits(map(stem, names))
-        if found := [name for name, split in zip(names, said, strict=True) if split == str(data.split).lower()]:
-            return [posixpath.join(sub, name) for name in found]
+    def says(sub: str, name: str) -> bool:
+        return said[sub][name] == str(data.split).lower()
+
+    right = {sub: [name for name in names if name.endswith(extensions)] for sub, names in places}
+    said = {sub: dict(zip(names, _splits(map(stem, names)), strict=True)) for sub, names in right.items()}
+    for belongs in (begins, says):
+        for sub, names in places:
+            if found := [name for name in right[sub] if belongs(sub, name)]:
+                splits = sorted({*said[sub].values()} - {""})
+                if data.split is None and len(splits) > 1:
+                    raise SeedDataError(f"data.split: missing, '{data.path}' holds several splits; set it to one of "
+                                        f"{few(splits)}")
+                return DatasetFiles(folder, [posixpath.join(sub, name) for name in found], splits,
+                             [posixpath.join(sub, name) for name in names if not name.endswith(extensions)])
     wanted = f"{data.split}-*{extensions[0]}" if data.split else f"*{extensions[0]}"
     seen = [posixpath.join(sub, name) for sub, names in places for name in names]
     raise SeedDataError(f"data.path: no file {wanted} in '{data.path}'" + (f" (it has {few(seen)})" if seen else "") +

@@ -17,7 +17,16 @@ import pyarrow as pa
 
 from rayexpand.contract.errors import SeedDataError, few
 from rayexpand.contract.schema import Reason
-from rayexpand.data.seeds.listing import EXTENSIONS, SPLIT_NAMES, Listing, Read, fault_code, split_words, unique_ids
+from rayexpand.data.seeds.listing import (
+    EXTENSIONS,
+    SPLIT_NAMES,
+    Listing,
+    Read,
+    Skipped,
+    fault_code,
+    split_words,
+    unique_ids,
+)
 from rayexpand.data.seeds.places import Place, blaming, inside, is_folder, place, read_below
 from rayexpand.data.seeds.source import DataConfig
 
@@ -77,14 +86,16 @@ def root(data: DataConfig) -> Place:
 def list_seeds(data: DataConfig) -> Listing:
     assert data.path is not None
     folder, classes = check(data)
+    skipped = Skipped()
     with blaming("data.path", data.path, folder):
         if folder.fs is None:
             boundary = os.path.realpath(root(data).root)
             above = frozenset([os.path.realpath(folder.root)])
-            found = {name: sorted(_walk(folder.root, name, boundary, above), key=lambda one: (one.path, one.fault))
-                     for name in classes}
+            found = {name: sorted(_walk(folder.root, name, boundary, above, skipped),
+                                  key=lambda one: (one.path, one.fault)) for name in classes}
         else:
-            found = _find_remote(folder, classes)
+            found = _find_remote(folder, classes, skipped)
+        skipped.add(folder.names()[1])
     rows = [one for name in classes for one in found[name]]
     paths = [one.path for one in rows]
     faults = np.fromiter((fault_code(one.fault) for one in rows), np.int8)
@@ -100,7 +111,12 @@ def list_seeds(data: DataConfig) -> Listing:
         classes = [os.fsencode(name).decode(errors="backslashreplace") for name in classes]
     nowhere = np.full(len(paths), -1, np.int32)
     return Listing(ids, labels, faults, classes, classes, [data.split or ""], np.zeros(len(paths), np.int32), members,
-                   nowhere, offset)
+                   nowhere, offset, skipped=skipped)
+
+
+def splits(data: DataConfig) -> list[str]:
+    """Folders that data.split may name; none where the classes lie at the top."""
+    return root(data).names()[0] if data.split else []
 
 
 def reader(folder: Place, files: list[str], data: DataConfig) -> Read:
@@ -111,7 +127,7 @@ def reader(folder: Place, files: list[str], data: DataConfig) -> Read:
     return read
 
 
-def _walk(top: str, folder: str, boundary: str, above: frozenset[str]) -> Iterator[_Found]:
+def _walk(top: str, folder: str, boundary: str, above: frozenset[str], skipped: Skipped) -> Iterator[_Found]:
     """The images in `folder`, any depth. `above` are the real folders it lies in: one of them is not entered again, and
     a link to a folder that holds one of them is one refused seed."""
     real = os.path.realpath(os.path.join(top, folder))
@@ -127,12 +143,14 @@ def _walk(top: str, folder: str, boundary: str, above: frozenset[str]) -> Iterat
             if entry.name.startswith("."):
                 continue
             if is_folder(entry):
-                yield from _walk(top, path, boundary, above | {real})
+                yield from _walk(top, path, boundary, above | {real}, skipped)
             elif entry.name.lower().endswith(EXTENSIONS):
                 leads_out = entry.is_symlink() and not inside(os.path.realpath(entry.path), boundary)
                 yield _Found(path, _file_fault(entry), outside or leads_out)
             elif entry.is_symlink() and _is_lost(entry.path):
                 _refuse_lost([entry.name], os.path.join(top, folder))
+            else:
+                skipped.add([path])
 
 
 def _is_lost(path: str) -> bool:
@@ -152,12 +170,16 @@ def _file_fault(entry: os.DirEntry[str]) -> str:
     return "" if entry.is_file() else Reason.UNREADABLE
 
 
-def _find_remote(folder: Place, classes: list[str]) -> dict[str, list[_Found]]:
+def _find_remote(folder: Place, classes: list[str], skipped: Skipped) -> dict[str, list[_Found]]:
     found: dict[str, list[_Found]] = {name: [] for name in classes}
     for path in sorted(folder.fs.find(folder.root)):
         relative = folder.relative(path)
         parts = relative.split("/")
         hidden = any(part.startswith(".") for part in parts)
-        if len(parts) > 1 and parts[0] in found and not hidden and relative.lower().endswith(EXTENSIONS):
+        if len(parts) < 2 or parts[0] not in found or hidden:
+            continue
+        if relative.lower().endswith(EXTENSIONS):
             found[parts[0]].append(_Found(relative))
+        else:
+            skipped.add([relative])
     return found

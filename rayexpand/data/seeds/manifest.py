@@ -19,16 +19,8 @@ import pyarrow.parquet as pq
 from rayexpand.contract.errors import SeedDataError, few
 from rayexpand.contract.schema import Reason
 from rayexpand.data.seeds.columns import require, require_label
-from rayexpand.data.seeds.listing import (
-    Listing,
-    Read,
-    encode_labels,
-    fault_code,
-    is_text,
-    label_array,
-    parsed_labels,
-    unique_ids,
-)
+from rayexpand.data.seeds.labels import encode_labels, is_text, label_array, parsed_labels
+from rayexpand.data.seeds.listing import Listing, Read, fault_code, unique_ids
 from rayexpand.data.seeds.places import Place, blaming, place, read_below, read_bytes, read_text
 from rayexpand.data.seeds.source import DataConfig
 
@@ -101,13 +93,14 @@ def list_seeds(data: DataConfig) -> Listing:
     label = table["label"]
     if not _is_parquet(data):
         label = parsed_labels(label.to_pylist(), data)
-    labels, keys = encode_labels(label, data, table.schema)
+    encoded = encode_labels(label, data, table.schema)
+    labels, keys = encoded.codes, encoded.keys
     faults = np.fromiter((fault_code(fault) for _, fault in resolved), np.int8)
     faults[(faults == 0) & (labels < 0)] = fault_code(Reason.BAD_LABEL)
     faults[repeated & (faults != fault_code(Reason.UNSAFE_PATH))] = fault_code(Reason.DUPLICATE_ID)
     nowhere = np.full(len(ids), -1, np.int32)
     return Listing(ids, labels, faults, keys, keys, [""], np.zeros(len(ids), np.int32),
-                   pa.array([member for member, _ in resolved], pa.string()), nowhere, nowhere)
+                   pa.array([member for member, _ in resolved], pa.string()), nowhere, nowhere, encoded.named)
 
 
 def texts(data: DataConfig, column: str) -> tuple[pa.Array, pa.Array]:
@@ -158,8 +151,17 @@ def _read_parquet(data: DataConfig, text: str | None) -> pa.Table:
     return pa.table(cast).replace_schema_metadata(table.schema.metadata)
 
 
+def splits(data: DataConfig) -> list[str]:
+    table = _read_parquet(data, None) if _is_parquet(data) else _read_csv(data, None)
+    return _values(table["split"]) if "split" in table.column_names else []
+
+
+def _values(split: pa.ChunkedArray) -> list[str]:
+    return sorted(pc.unique(split).drop_null().to_pylist())
+
+
 def _rows_of_split(data: DataConfig, split: pa.ChunkedArray) -> pa.ChunkedArray:
-    there = sorted(pc.unique(split).drop_null().to_pylist())
+    there = _values(split)
     if data.split is None and len(there) > 1:
         raise SeedDataError(f"data.split: missing, '{data.path}' holds several splits; set it to one of {few(there)}")
     if data.split is not None and data.split not in there:
