@@ -70,7 +70,7 @@ def survey(data: DataConfig) -> dict[str, Any]:
         "smallest_classes": dict(sizes[max(SHOWN, len(sizes) - SHOWN):]), "splits": split,
         "skipped": {suffix: {"files": count, "examples": listing.skipped.examples[suffix]}
                     for suffix, count in listing.skipped.most_common()},
-        "faults": dict(sorted(faults.items()))}
+        "same_names": index.classes.same_names(), "faults": dict(sorted(faults.items()))}
     return {name: value for name, value in found.items() if value not in ({}, [])}
 
 

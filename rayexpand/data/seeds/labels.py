@@ -55,8 +55,8 @@ def parsed_labels(texts: Sequence[str | None], data: DataConfig) -> pa.ChunkedAr
         numeric = 2 * sum(text in numbers for text in texts) >= sum(text is not None for text in texts)
         padded = not all(map(_PLAIN.fullmatch, numbers))
     if numeric and not padded:
-        return pa.chunked_array([pa.array([int(text) if text in numbers else None for text in texts  # type: ignore[arg-type]
-                                           ], pa.int64())])
+        values = [int(text) if text in numbers else None for text in texts]
+        return pa.chunked_array([pa.array(values, pa.int64())])
     keys = {text for text in numbers if not text.startswith("-")} if numeric else known
     return pa.chunked_array([pa.array([text if text in keys else None for text in texts], pa.string())])
 
