@@ -45,11 +45,11 @@ class Checked(Result):
     kind: str
     config: dict[str, Any]
     problems: list[str]
-    dataset: dict[str, Any] | None = None  # seeds, classes, faults known from listing; None where it cannot be listed
+    dataset: dict[str, Any] | None = None  # see data.seeds.survey; None where it cannot be listed
 
     def table(self) -> Table:
         data = self.dataset or {}
-        rows: list[tuple[str, ...]] = [(name, text(value)) for name, value in data.items()]
+        rows: list[tuple[str, ...]] = [(name.replace("_", " "), said(value)) for name, value in data.items()]
         rows += [("problem", one) for one in self.problems]
         return (self.kind, str(self.config.get("name", ""))), rows
 
@@ -128,6 +128,13 @@ class ClusterJob(Result):
     def table(self) -> Table:
         return ("job", ""), [(name.replace("_", " "), text(value)) for name, value in self.to_dict().items()
                              if value != ""]
+
+
+def said(value: Any) -> str:
+    """A part of a survey in words: numbers by name, names in a row."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {said(one)}" for name, one in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else text(value)
 
 
 def text(value: Any) -> str:

@@ -27,10 +27,7 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
     data = getattr(config, "data", None) or getattr(config, "reference", None)
     listed = None
     if data is not None and not seeds.check(data):
-        index = seeds.build_index(data)
-        faults = [one for one in index.table["fault"].to_pylist() if one]
-        listed = {"seeds": len(index), "classes": len(index.classes),
-                  **({"faults": {one: faults.count(one) for one in sorted({*faults})}} if faults else {})}
+        listed = seeds.survey(data)
     return Checked(kind, config.model_dump(mode="json"), problems, listed)
 
 

@@ -56,6 +56,11 @@ class Reason(StrEnum):
         return Status.REJECTED if self in _REJECTIONS else Status.FAILED
 
 
+# What a seed is refused for before anything is sampled.
+SEED_REASONS = frozenset({
+    Reason.DECODE_ERROR, Reason.TOO_SMALL, Reason.TOO_LARGE, Reason.UNSUPPORTED_MODE, Reason.MISSING, Reason.UNREADABLE,
+    Reason.UNSAFE_PATH, Reason.DUPLICATE_ID, Reason.BAD_LABEL})
+
 _REJECTIONS = frozenset(
     {Reason.SAFETY_FLAGGED, Reason.BELOW_THRESHOLD, Reason.WRONG_CLASS, Reason.EXHAUSTED, Reason.NEAR_COPY}
 )
@@ -78,6 +83,11 @@ class Seed:
     seed_id: str
     label: int
     image: bytes
+
+
+def spoken(word: str) -> str:
+    """A class name as prompts and guides say it: underscores are spaces."""
+    return word.replace("_", " ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +114,41 @@ class ClassTable:
     def __len__(self) -> int:
         return len(self.key)
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The names as a guide is asked for them."""
+        return tuple(map(spoken, self.name))
+
+    def same_names(self) -> dict[str, list[str]]:
+        """Name -> keys of the classes that prompts and guides cannot tell apart by it, whatever the case."""
+        keys: dict[str, list[str]] = {}
+        for key, name in zip(self.key, self.asked, strict=True):
+            keys.setdefault(name.casefold(), []).append(key)
+        return {name: found for name, found in keys.items() if len(found) > 1}
+
     def to_arrow(self) -> pa.Table:
-        return pa.table({"label": pa.array(range(len(self)), pa.int64()), "key": pa.array(self.key, pa.string()),
+        table = pa.table({"label": pa.array(range(len(self)), pa.int64()), "key": pa.array(self.key, pa.string()),
                          "name": pa.array(self.name, pa.string()), "metaclass": pa.array(self.metaclass, pa.string()),
                          "noun": pa.array(self.noun, pa.string()), "count": pa.array(self.count, pa.int64())})
+        return table.replace_schema_metadata(ASKED)
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> ClassTable:
-        return cls(*(tuple(table[name].to_pylist()) for name in ("key", "name", "metaclass", "noun", "count")))
+        kind = cls if ASKED.items() <= (table.schema.metadata or {}).items() else _AsWritten
+        return kind(*(tuple(table[name].to_pylist()) for name in ("key", "name", "metaclass", "noun", "count")))
+
+
+class _AsWritten(ClassTable):
+    """Of a run that began when guides were asked for names with their underscores: it goes on as it began."""
+
+    __slots__ = ()
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        return self.name
+
+
+ASKED = {b"asked": b"spoken"}  # schema metadata of a class table whose guide is asked for spoken names
 
 
 # The seed index: one row per seed, made once per run. `file` indexes the list of files kept in the schema metadata

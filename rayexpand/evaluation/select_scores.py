@@ -234,7 +234,7 @@ def load(job: ScoreJob, run: Run) -> Any:
             raise ModelError(f"guide: {job.guide.weights} has classes of its own and cannot judge captions; "
                              f"{CONTRAST} takes a plain CLIP guide")
         classes = run.plan.index.classes
-        return load_guide(job.guide.weights, job.guide.checkpoint, classes.name, device=job.device,
+        return load_guide(job.guide.weights, job.guide.checkpoint, classes.asked, device=job.device,
                           class_keys=classes.key)
     return ClipGuide.load(job.guide.weights, job.guide.checkpoint, [*job.prompts, *job.captions], job.device)
 

@@ -157,7 +157,7 @@ def _feed(config: FitBase, recipe: Recipe, index: SeedIndex) -> Loader:
 
 
 def load_fit_guide(config: FitBase, index: SeedIndex) -> Any:
-    return load_guide(config.guide.weights, config.guide.checkpoint, index.classes.name, device=config.device,
+    return load_guide(config.guide.weights, config.guide.checkpoint, index.classes.asked, device=config.device,
                       class_keys=index.classes.key)
 
 

@@ -181,7 +181,7 @@ def make_prior(job: PretrainJob, test: SeedIndex | None, folder: Path, progress:
         shown = Pictures(known.x_nHWC[::step], known.labels[::step])
         if test is not None and job.made.gate is not None:
             shown = read_pictures(test, job.made.gate.test, job.made.size, job.io_threads, progress)
-        quality = prior_quality.measure(trained, shown.x_nHWC, shown.labels, classes.name, job.seed, progress)
+        quality = prior_quality.measure(trained, shown.x_nHWC, shown.labels, classes.asked, job.seed, progress)
         measured = {"measured_on": "training images" if test is None else "test images", **quality.numbers,
                     "seconds": {stage: {kind: round(one, 1) for kind, one in spent.items()}
                                 for stage, spent in trained.seconds.items()}}

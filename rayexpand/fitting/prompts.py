@@ -83,7 +83,7 @@ def write_prompts(made: PromptsFit, classes: ClassTable, seed: int, device: str,
 
 def _sentences(writer: _Writer, made: PromptsFit, label: int, classes: ClassTable, seed: int) -> list[str]:
     """Up to `per_class` different sentences, in the order of their numbers."""
-    asked, name = format_prompt(made.instruction, label, classes), classes.name[label].replace("_", " ")
+    asked, name = format_prompt(made.instruction, label, classes), classes.asked[label]
     found: dict[str, None] = {}
     for start in range(0, TRIES * made.per_class, made.batch):
         rows = [RowRng(seed, "prompts", classes.key[label], number) for number in range(start, start + made.batch)]

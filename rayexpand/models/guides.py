@@ -44,8 +44,9 @@ IMAGES_PER_CALL = 256
 
 def load_guide(weights: str, checkpoint: str | None, class_names: Sequence[str], *, device: str = "auto",
                class_keys: Sequence[str] | None = None) -> ClipGuide | ClassifierGuide:
-    """The guide named by `weights`. CLIP is asked about "a photo of a <class name>"; a guide that knows its classes is
-    refused where they are not `class_keys`. Raises ModelError."""
+    """The guide named by `weights`. CLIP is asked about "a photo of a <class name>", so names come as people say them
+    (`ClassTable.asked`); a guide that knows its classes is refused where they are not `class_keys`. Raises ModelError.
+    """
     folder = guide_folder(weights)
     if class_keys is not None and folder is not None and (problem := class_problem(folder, class_keys)):
         raise ModelError(problem)

@@ -75,7 +75,7 @@ class FeatureActor(SpanActor):
             index = ray.get(self._server.shared.remote())
             found = guide_at(config.guide, str(local(
                 guide_model(config.guide.weights, config.guide.checkpoint), self._sha256, self._server)))
-            guide = load_guide(found.weights, found.checkpoint, index.classes.name, device=config.device,
+            guide = load_guide(found.weights, found.checkpoint, index.classes.asked, device=config.device,
                                class_keys=index.classes.key)
             self._device = guide.device.type
             self._features = SeedFeatures(index, config.data, guide, self._intake, config.runtime.io_threads)

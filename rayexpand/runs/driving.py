@@ -108,7 +108,7 @@ def prior_key(run: Run) -> str:
 def guide_key(run: Run) -> str:
     """Runs with one key have the same guide, asked about the same classes."""
     classes = run.plan.index.classes
-    return digest([run.facts["models"].get("guide"), classes.key, classes.name, run.config.prior.device])
+    return digest([run.facts["models"].get("guide"), classes.key, classes.asked, run.config.prior.device])
 
 
 class Child:

@@ -386,7 +386,7 @@ class Expander:
             reason = reason or Reason.NAN_LATENT
             return Sample(draw, method, reason.status, None, "", reason, detail, note, scores)
         if reason is None and (image == image[0, 0]).all():
-            reason, detail = Reason.CONSTANT_IMAGE, f"every pixel is {image[0, 0].tolist()}"
+            reason, detail = Reason.CONSTANT_IMAGE, f"every pixel of the sample is {image[0, 0].tolist()}"
         if size is not None:
             image = resized(image, *size)
         content, extension, decoded = encode(image, self.config.codec.format, self.config.codec.quality)

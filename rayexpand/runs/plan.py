@@ -25,7 +25,7 @@ from rayexpand.artifacts.columns import captions_for
 from rayexpand.contract.errors import UsageError
 from rayexpand.contract.protocols import Method
 from rayexpand.contract.rng import PlanRng, RowRng
-from rayexpand.contract.schema import CAPTION_SLOT, SEED_INDEX, ClassTable, Draw, SeedIndex
+from rayexpand.contract.schema import ASKED, CAPTION_SLOT, SEED_INDEX, ClassTable, Draw, SeedIndex
 from rayexpand.contract.settings import digest
 from rayexpand.runs.config import RunConfig
 from rayexpand.storage.files import Files
@@ -239,7 +239,7 @@ def write_plan(plan: Plan, files: Files, folder: str) -> None:
         table = table.append_column("caption", plan.captions)
     content = parquet_bytes(table, plan.index.table.schema.metadata or {}, row_group=1 << 18)
     files.publish(f"{folder}/seeds.parquet", content, "index")
-    files.publish(f"{folder}/classes.parquet", parquet_bytes(plan.index.classes.to_arrow(), {}), "classes")
+    files.publish(f"{folder}/classes.parquet", parquet_bytes(plan.index.classes.to_arrow(), ASKED), "classes")
     create_once(files, f"{folder}/plan.json", {"planned": plan.planned, "shards": plan.n_shards,
                                                "seeds": len(plan.index)}, "plan")
 

@@ -30,7 +30,7 @@ from rayexpand.contract.errors import (
     UsageError,
 )
 from rayexpand.contract.protocols import Tools
-from rayexpand.contract.schema import Receipt
+from rayexpand.contract.schema import SEED_REASONS, Reason, Receipt
 from rayexpand.contract.settings import differences, digest, override
 from rayexpand.data import seeds
 from rayexpand.models.prior import PriorFacts, check_size, inspect_prior, prior_hash
@@ -351,9 +351,19 @@ def check_budget(run: Run, tally: Tally) -> Totals:
         raise OverBudget(
             f"{counts.failed} of {run.plan.planned} rows failed, more than limits.max_failed = "
             f"{run.config.limits.max_failed:g} allows ({listed}). Everything made so far is kept in {run.folder}, and "
-            f"its report.html shows the refused rows. Repair their seeds and run `rayexpand retry {run.folder}`, or go "
-            f"on with --set limits.max_failed=<share>.")
+            f"its report.html shows the refused rows. {_remedy(run, tally)}, or go on with "
+            "--set limits.max_failed=<share>.")
     return counts
+
+
+def _remedy(run: Run, tally: Tally) -> str:
+    retry = f"run `rayexpand retry {run.folder}`"
+    if SEED_REASONS & tally.failures().keys():
+        return f"Repair their seeds and {retry}"
+    if Reason.CONSTANT_IMAGE in tally.failures():
+        return ("Their seeds can be read, it is the samples that have one colour only, and a retry makes the same: "
+                "leave out seeds of one colour, or change the settings of the method under another name")
+    return f"Their seeds can be read, it is the sampling that failed: see the details, and {retry}"
 
 
 def model_hashes(config: RunConfig, on_model: Callable[[str, int, int], None] | None = None, *,

@@ -30,7 +30,7 @@ def load_tools(config: RunConfig, classes: ClassTable, *, prior: Any = None, gui
     if "guide" in needs and guide is None:
         from rayexpand.models.guides import load_guide
 
-        guide = load_guide(config.guide.weights, config.guide.checkpoint, classes.name, device=config.prior.device,
+        guide = load_guide(config.guide.weights, config.guide.checkpoint, classes.asked, device=config.prior.device,
                            class_keys=classes.key)
     return Tools(classes, prior if "prior" in needs else None, guide if "guide" in needs else None,
                  **load_artifacts(config, classes.key))

@@ -71,7 +71,9 @@ def test_a_dataset_that_is_not_there_is_a_problem(name: str, change: str) -> Non
 
 
 def test_validate_says_what_the_dataset_holds() -> None:
-    assert api.validate(DIGITS).dataset == {"seeds": 10, "classes": 10}
+    assert api.validate(DIGITS).dataset == {
+        "seeds": 10, "classes": 10, "largest_classes": {str(digit): 1 for digit in range(10)},
+        "splits": ["seeds", "test", "pool"]}
 
 
 def test_a_kind_may_be_said_and_must_be_true(tmp_path: Path) -> None:
