@@ -41,13 +41,14 @@ class TrainBatch(NamedTuple):
 class Classifier:
     """A network, its optimiser and the number of the next step.
 
-    `wrap` takes the network on its device and returns what is called in training (DDP goes here); `world` is the
-    number of workers. `total_steps` fixes the learning-rate schedule. `class_counts` (K,), real images of each class,
-    is what deferred re-weighting weighs by: its loss is divided by the sum of the weights of the labels in the batch of
-    all workers, as torch's CrossEntropyLoss does with class numbers, and so also with soft labels, where torch divides
-    by the number of images; a label of one class is not to count differently for being written as a vector. `mean`
-    averages a tensor over the workers, in place or not. Initial weights depend on `seed` only. BatchNorm normalises over the slice a worker holds, and dropout and stochastic depth draw masks over
-    it, keyed by (seed, step): with these, and only with these, results depend on the number of workers.
+    `wrap` takes the network on its device and returns what is called in training (DDP goes here); `world` is the number
+    of workers. `total_steps` fixes the learning-rate schedule. `class_counts` (K,), real images of each class, is what
+    deferred re-weighting weighs by: its loss is divided by the sum of the weights of the labels in the batch of all
+    workers, as torch's CrossEntropyLoss does with class numbers, and so also with soft labels, where torch divides by
+    the number of images; a label of one class is not to count differently for being written as a vector. `mean`
+    averages a tensor over the workers, in place or not. Initial weights depend on `seed` only. BatchNorm normalises
+    over the slice a worker holds, and dropout and stochastic depth draw masks over it, keyed by (seed, step): with
+    these, and only with these, results depend on the number of workers.
     """
 
     def __init__(self, recipe: Recipe, n_classes: int, seed: int, total_steps: int, *,
