@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from tests.s3server import Server
 
 FAKES = "tests.methods.fakes."
-# Methods of the tests' own, as a user would trust his; `Pieces` and `Late` are made by tests.
+# Methods of the tests' own, as a user would trust his; `Pieces` and three others are made by tests.
 trust(*(FAKES + name for name in (*re.findall(r"^class (\w+)", (ROOT / "tests/methods/fakes.py").read_text(), re.M),
-                                  "Pieces", "Late", "NoSuchMethod")))
+                                  "Pieces", "Late", "Holding", "Looking", "NoSuchMethod")))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -67,9 +67,8 @@ def _apply_machine(raw: dict[str, Any], kind: str, machine: Job) -> None:
     """Puts what a machine file says over what a job says. Sections that a kind does not have are for other kinds."""
     said = content_of(machine)
     if unknown := sorted({*said} - {*MACHINE, "device"}):
-        raise ConfigError(where_of(machine),
-                          [f"{one}: a machine file has only {', '.join(MACHINE)} and device; what is "
-                                            "made belongs into the job" for one in unknown])
+        raise ConfigError(where_of(machine), [f"{one}: a machine file has only {', '.join(MACHINE)} and device; what "
+                                              "is made belongs into the job" for one in unknown])
     known = _loader(kind)[0].model_fields
     for name in MACHINE:
         if name in said and name in known:

@@ -203,7 +203,7 @@ def submit(job: str | os.PathLike[str], address: str | None = None, *, verb: str
            **options: Any) -> ClusterJob:
     """Runs a file (by the verb of its kind) or a run folder (with `verb`) as a job on a cluster, and follows it.
 
-    `options`: working_dir, wait, retries, env, num_cpus, python, machine; see on_ray.submit.submit.
+    `options`: working_dir, wait, retries, env, num_cpus, python, trust; see on_ray.submit.submit.
     """
     from rayexpand.on_ray import submit as on_cluster
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rayexpand.cli.app import app
-from rayexpand.cli.options import Json, Set
+from rayexpand.cli.options import Json, Set, Trust
 from rayexpand.cli.show import show, show_json, show_table
 from rayexpand.contract.errors import UsageError
 
@@ -18,7 +18,7 @@ def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, tra
                                                "plan, validate or bench with a FILE; retry, verify, report or card "
                                                "with a RUN")] = "",
            target: Annotated[str, typer.Argument(metavar="FILE|RUN")] = "",
-           set_: Set = None,
+           set_: Set = None, trust: Trust = None,
            address: Annotated[str, typer.Option(help="dashboard of the cluster; else RAY_API_SERVER_ADDRESS, else "
                                                 "http://127.0.0.1:8265")] = "",
            working_dir: Annotated[str, typer.Option(help="folder that is sent and where the job starts")] = ".",
@@ -55,7 +55,8 @@ def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, tra
         ended = api.stop(stop, where)
     elif verb and target:
         ended = api.submit(target, where, verb=verb, set=set_ or [], working_dir=working_dir, wait=wait,
-                           retries=retries, env=env or [], num_cpus=num_cpus, python=python or None, on_log=on_log,
+                           retries=retries, env=env or [], num_cpus=num_cpus, python=python or None, trust=trust or [],
+                           on_log=on_log,
                            say=lambda line: print(line, file=sys.stderr, flush=True))
     else:
         raise UsageError("submit needs a verb and what it works on, for example `rayexpand submit expand my.yaml`, or "

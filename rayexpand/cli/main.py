@@ -23,7 +23,7 @@ COMMANDS = (start, jobs, validate, fit, expand, judge, study, pages, cluster)  #
 def main() -> None:
     """Runs a command and ends with its exit code."""
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stopped)
     try:
         app()

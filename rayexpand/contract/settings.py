@@ -18,6 +18,10 @@ from rayexpand.contract.errors import ConfigError
 log = logging.getLogger(__name__)
 
 
+MOST_VALUES = 1_000_000  # of one file
+_MERGE = "tag:yaml.org,2002:merge"  # the key <<
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,7 +44,7 @@ class _Loader(yaml.SafeLoader):
     """YAML in which a key given twice is an error instead of a silent choice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
         if twice := [str(key) for i, key in enumerate(keys) if key in keys[:i]]:
             raise yaml.YAMLError(f"{', '.join(twice)} is given twice (line {node.start_mark.line + 1} and below)")
         return super().construct_mapping(node, deep)
@@ -53,12 +57,27 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read ({error.strerror}); give the path of a YAML file such as "
                                       "jobs/digits/expand-img2img.yaml"]) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         tabs = "; indent with spaces, not tabs" if "\\t" in str(error) else ""
         raise ConfigError(str(path), [f"is not YAML: {error}{tabs}"]) from error
+    except RecursionError as error:
+        raise ConfigError(str(path), ["is nested too deeply; a job file has a handful of levels"]) from error
     if not isinstance(raw, dict):
         raise ConfigError(str(path), ["holds no mapping at its top; expected sections such as name, data, method"])
+    if _size(raw, {}) > MOST_VALUES:
+        raise ConfigError(str(path), [f"expands to more than {MOST_VALUES:,} values through its aliases (&, *); write "
+                                      "out what you need"])
     return override(raw, overrides)
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """How many values there are if every alias is written out; each is looked at once."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MOST_VALUES  # of one that holds itself
+        known[id(value)] = 1 + sum(_size(one, known) for one in (value.values() if isinstance(value, dict) else value))
+    return known[id(value)]
 
 
 def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rayexpand.contract.errors import Interrupted, RayexpandError, UsageError
 from rayexpand.methods import TRUSTED
 from rayexpand.runs.config import ClusterConfig
+from rayexpand.storage.files import process_token, token_alive
 
 NO_PROGRESS_S = -1  # never; Ray's default ends a run that waits half an hour for spot GPUs
 WAVE = 10_000  # items handed to Ray Data at once
@@ -121,7 +122,7 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         yield
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     temporary = None
     if address:
         try:
@@ -133,9 +134,9 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
                 "with `ray start --head`, correct the address, give this user the cluster's token "
                 "(RAY_AUTH_MODE=token and ~/.ray/auth_token), or add --no-ray to run in this process.") from error
     else:
-        temporary = tempfile.mkdtemp(prefix="rx-")  # short: sockets below it have a length limit
+        temporary = _own_folder()
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING,
-                 _temp_dir=temporary)
+                 _temp_dir=f"{temporary}/r")  # Ray lets everybody write into this one
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)  # ray.init sets its own, which would lose our exit code
@@ -147,6 +148,17 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _own_folder() -> str:
+    """A new folder for a cluster of our own that only this user can enter; those of dead processes are removed."""
+    for stale in Path(tempfile.gettempdir()).glob("rx-*"):
+        with contextlib.suppress(OSError):
+            if stale.stat().st_uid == os.getuid() and not token_alive((stale / "owner").read_text()):
+                shutil.rmtree(stale, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix="rx-")  # short: sockets below it have a length limit
+    Path(folder, "owner").write_text(process_token())
+    return folder
 
 
 def _stopped(error: SystemError) -> Interrupted | None:

@@ -192,7 +192,7 @@ def test_the_plan_of_a_run_and_a_file_as_a_path(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "setsid"), reason="process groups")
 def test_ctrl_c_in_a_script_ends_after_the_current_call(make_config: MakeConfig) -> None:
     run, _ = complete(make_config("Fake", ratio=1))
-    config = make_config("Sleeping", name="slow", ratio=5, seconds=0.1)
+    config = make_config("Sleeping", name="slow", ratio=15, seconds=0.5)
     code = ("import json, sys\nfrom rayexpand import api\n"
             "try:\n    api.expand(json.loads(sys.argv[1]), on=lambda event: print(event.done, flush=True))\n"
             "except KeyboardInterrupt:\n    print('stopped', flush=True)\n")

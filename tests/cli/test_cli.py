@@ -162,7 +162,7 @@ def _made(tmp_path: Path) -> Path:
     return tmp_path / "one"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_resumably(job: Path, tmp_path: Path, number: signal.Signals) -> None:
     config = yaml.safe_load(job.read_text())
     config["method"] = {"name": "tests.methods.fakes.Gated", "gate": str(tmp_path / "gate"), "ratio": 2}

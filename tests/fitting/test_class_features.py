@@ -101,7 +101,7 @@ def test_images_that_cannot_be_read_are_left_out_and_a_class_of_them_is_refused(
     assert (facts["images"], facts["fewest_of_a_class"], facts["refused_examples"]) == (
         19, 4, {"ant/0.png": "decode_error"})
     for rows, message in (([*range(5, 20)], "class 'ant' has no image that can be read, so it has no mean feature"),
-                          ([*range(20)], "no numbers for 1 of 5 images of class 'dog'")):
+                          ([*range(20)], "not finite for 1 of 5 images of class 'dog'")):
         features[19] = np.nan
         with pytest.raises(UsageError, match=message):
             make_class_features(tmp_path, blocks_of(features, rows), index, made, "0" * 64, quiet)

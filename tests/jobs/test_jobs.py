@@ -350,7 +350,7 @@ def test_diffmix_on_other_backgrounds() -> None:
     mix = next(arm for arm in config.arms if arm.name == "Diff-Mix")
 
     assert (mix.replace, mix.soft_label, make_recipe(config.recipe).epochs) == (0.1, {"gamma": 0.8}, 128)
-    assert (config.extra_tests["waterbird"].restrict, config.also["waterbird"].groups) == (False,
+    assert (config.extra_tests["waterbird"].restrict, config.extra_tests["waterbird"].groups) == (False,
                                                                                            "data/waterbird/groups.csv")
 
 

@@ -48,7 +48,7 @@ class Gone(ray.exceptions.RayError):
 
 
 @pytest.mark.parametrize(("written", "failure", "expected", "exit_code"), [
-    (ConfigError("x", ["batch: too small"]), None, UsageError, 2),
+    (ConfigError("x", ["batch: too small"]), None, ConfigError, 2),
     (ModelError("batch: too small"), Gone(Interrupted("killed")), ModelError, 2),
     (StorageError("batch: too small"), None, StorageError, 2), (OverBudget("batch: too small"), None, OverBudget, 3),
     (RayexpandError("batch: too small"), None, RayexpandError, 1),

@@ -141,7 +141,7 @@ def test_groups_and_further_test_sets_are_on_the_page_and_in_the_tables(tmp_path
     for seed, shift in enumerate((-0.01, 0.0, 0.01)):
         few = {"many": None, "medium": 0.5, "few": 0.2 + shift, "all": 0.4}
         study.add("original", seed, first(5), by_frequency=few)
-        study.add("Diff-Mix", seed, first(7), synthetic_rows=100, by_frequency=few, extra_tests={
+        study.add("Diff-Mix", seed, first(7), synthetic_rows=100, by_frequency=few, also={
             "waterbird": also(shift), "imagenet-r": {**also(shift), "restricted": True, "by_group": None}})
     page = Path(write_study_report(study.finish())).read_text()
     arm = arm_of(json.loads((study.folder / "summary.json").read_text()), "Diff-Mix")
