@@ -51,7 +51,7 @@ class RunFolder(Result):
         from PIL import Image
 
         run = self._run()
-        names = run.plan.index.classes.name
+        names = run.plan.index.classes.display
         for receipt in sorted(run.store.receipts(), key=lambda one: (one.shard_id, one.generation)):
             for row in run.store.data(receipt).to_pylist() if receipt.kept else ():
                 yield {**row, "image": Image.open(io.BytesIO(row["image"]["bytes"])), "class_name": names[row["label"]]}

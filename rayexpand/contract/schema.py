@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
@@ -150,6 +151,19 @@ class _AsWritten(ClassTable):
 
 ASKED = {b"asked": b"spoken"}  # schema metadata of a class table whose guide is asked for spoken names
 
+    @property
+    def display(self) -> tuple[str, ...]:
+        """One text for each class that no other class has: its name, or "name (key)" where another has that name."""
+        taken, shown, times = set(self.name), [], Counter(self.name)
+        for key, name in zip(self.key, self.name, strict=True):
+            if times[name] > 1:
+                name = f"{name} ({key})"
+                while name in taken:
+                    name = f"{name} ({key})"
+            taken.add(name)
+            shown.append(name)
+        return tuple(shown)
+
 
 # The seed index: one row per seed, made once per run. `file` indexes the list of files kept in the schema metadata
 # under b"files" (JSON); `group`, `offset` locate a row inside its file, each layout in its way (-1 for one image per
@@ -241,17 +255,21 @@ REFUSED_SCHEMA = pa.schema([("image", _IMAGE), ("label", pa.int64()), *_DRAW_TYP
                             ("note", pa.string()), ("scores", _SCORES), ("sample_sha256", pa.string()),
                             ("status", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
+SOFT_LABEL = pa.field("soft_label", pa.list_(pa.float32()))  # of exports, where labels are mixtures: one weight a class
+
 _HF_TYPES = {pa.string(): "string", pa.int32(): "int32", pa.int64(): "int64", pa.float64(): "float64"}
 
 
-def huggingface_metadata(class_names: Sequence[str]) -> dict[bytes, bytes]:
+def huggingface_metadata(classes: ClassTable, schema: pa.Schema = DATA_SCHEMA) -> dict[bytes, bytes]:
     """Schema metadata that makes `datasets` read `image` as Image and `label` as ClassLabel."""
     features: dict[str, Any] = {}
-    for column in DATA_SCHEMA:
+    for column in schema:
         if column.name == "image":
             features["image"] = {"_type": "Image"}
         elif column.name == "label":
-            features["label"] = {"names": list(class_names), "_type": "ClassLabel"}
+            features["label"] = {"names": list(classes.display), "_type": "ClassLabel"}
+        elif column.name == "soft_label":
+            features["soft_label"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
         elif column.name == "scores":
             features["scores"] = {"feature": {"name": {"dtype": "string", "_type": "Value"},
                                               "value": {"dtype": "float64", "_type": "Value"}}, "_type": "List"}

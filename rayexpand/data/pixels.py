@@ -113,10 +113,11 @@ def _to_8_bits(values_HW: np.ndarray, white_known: bool) -> tuple[np.ndarray, st
 
 
 def prepare(image: np.ndarray, size: int | None, fit: Literal["crop", "center", "squash", "none"], rng: RowRng,
-            squashed_by: Literal["bicubic", "bilinear"] = "bicubic") -> np.ndarray:
+            squashed_by: Literal["bicubic", "bilinear"] = "bicubic",
+            cut_by: Literal["bicubic", "bilinear"] = "bilinear") -> np.ndarray:
     """uint8 (H, W, 3) to uint8 (size, size, 3); as is for size None or fit "none".
 
-    "crop" brings the shorter side to `size` (bilinear, antialiased) and takes a square at random along the longer one,
+    "crop" brings the shorter side to `size` (`cut_by`, antialiased) and takes a square at random along the longer one,
     the same for all copies of a seed (as in DistDiff's released code); "center" takes the middle one;
     "squash" ignores the aspect ratio (`squashed_by`, antialiased).
     """
@@ -133,7 +134,7 @@ def prepare(image: np.ndarray, size: int | None, fit: Literal["crop", "center", 
     # The square is cut from the unscaled image: equal pixels, and a long thin image needs no huge enlargement.
     x, y = width / wide, height / tall
     box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
-    return np.array(picture.resize((size, size), Image.Resampling.BILINEAR, box=box))
+    return np.array(picture.resize((size, size), Image.Resampling[cut_by.upper()], box=box))
 
 
 def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -17,7 +17,7 @@ class SampleDataset(Dataset[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]):
     `source_label`, `strength`, `synthetic`. Real images come first. Read on demand, in any order, by any worker."""
 
     def __init__(self, rows: TrainingSet) -> None:
-        self.rows, self.classes = rows, rows.classes.name
+        self.rows, self.classes = rows, rows.classes.display
         self._n_real = rows.n_real
         self._images: ImageReader | None = None
 

@@ -16,9 +16,10 @@ from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 
-from rayexpand.contract.errors import ConfigError
+from rayexpand.contract.errors import ConfigError, RayexpandError
 from rayexpand.contract.protocols import Method
 
 GROUP = "rayexpand.methods"
@@ -65,6 +66,24 @@ def method_class(name: str) -> type:
 def load_method(name: str, fields: Mapping[str, Any]) -> Method:
     """Method `name` with `fields`. Raises pydantic.ValidationError for wrong fields, ConfigError for a wrong name."""
     return method_class(name)(**{**fields, "name": name})
+
+
+def label_words(method: Method) -> str:
+    """What the label of a sample is, in words, where it is a mixture of classes; "" where it is one class."""
+    if (own := getattr(method, "label_words", None)) is not None:
+        return str(own())
+    at = np.arange(2, dtype=np.int64)
+    label = method.soft_label(at[:1], at[1:], np.array([0.5]), 2)
+    return "" if np.array_equal(label, [[0, 1]]) else (
+        "They follow from `source_label`, `label` and `strength` by the method's `soft_label`.")
+
+
+def label_words_of(config: Mapping[str, Any]) -> str:
+    """`label_words` of the section `method` of a run.json; "" where its method cannot be had here."""
+    try:
+        return label_words(load_method(str(config["name"]), config))
+    except (RayexpandError, ValueError, TypeError):
+        return ""
 
 
 def _trusted() -> list[str]:

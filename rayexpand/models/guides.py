@@ -11,7 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -100,6 +100,7 @@ class ImageGuide(ABC):
     model: Any
     device: torch.device
     size: tuple[int, int]  # height and width in pixels that the model takes
+    filter: Literal["bicubic", "bilinear"]  # how its own preprocessing resizes
     mean: torch.Tensor
     std: torch.Tensor
 
@@ -145,6 +146,7 @@ class ClipGuide(ImageGuide):
         settings = get_model_preprocess_cfg(model)
         size = settings["size"]
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        self.filter = "bilinear" if settings.get("interpolation") == "bilinear" else "bicubic"
         self.mean, self.std = (torch.tensor(settings[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
         with torch.no_grad():
             rows = [model.encode_text(tokenizer(list(class_prompts[i : i + TEXTS_PER_CALL])).to(device), normalize=True)
@@ -199,7 +201,7 @@ class ClassifierGuide(ImageGuide):
         self.model = _headless(model)
         self.device = device
         side = recipe.test_size or recipe.size
-        self.size = (side, side)
+        self.size, self.filter = (side, side), recipe.filter
         self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (recipe.mean, recipe.std))
 
     @classmethod

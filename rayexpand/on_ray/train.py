@@ -144,7 +144,8 @@ def _train(trial: Trial, files: Files, config: dict[str, Any]) -> None:
     torch.set_num_threads(training.threads)
     rank, world = get_context().get_world_rank(), get_context().get_world_size()
     work, device = open_work(files, trial, training), get_device()
-    classifier, curve = make_classifier(work, str(device), _wrapped(prepare_model, device), world), TrainingCurve()
+    classifier, curve = make_classifier(
+        work, str(device), _wrapped(prepare_model, device), world, _mean), TrainingCurve()
     name = f"checkpoints/{trial.name}.pt"
     if (saved := files.read(name)) is not None:
         curve = restore(saved, trial, classifier) or curve
@@ -196,6 +197,15 @@ class TrainingLoaderActor:
     def _made(self, first: int, stop: int) -> Iterator[tuple[int, Columns]]:
         for made in self._feed.batches(first, stop, self._rank, self._world):
             yield made.step, {"x": made.x_BHWC, "y": made.y_BK}
+
+
+def _mean(value: Any) -> Any:
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value
 
 
 def _wrapped(prepare_model: Any, device: Any) -> Callable[[Any], Any]:

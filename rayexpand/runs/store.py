@@ -167,7 +167,7 @@ class Store:
                   "writer": self.token, "side_file": side_file, "side_sha256": side_sha256,
                   "content_sha256": receipt.content_sha256, "receipt": json.loads(receipt.to_json())}
         content = parquet_bytes(samples_to_arrow(kept, DATA_SCHEMA),
-                                {**huggingface_metadata(classes.name), FOOTER: json.dumps(footer).encode()})
+                                {**huggingface_metadata(classes), FOOTER: json.dumps(footer).encode()})
         if not self.files.publish(f"data/{receipt.data_file}", content, "data", shard):
             winner = self.find(shard, receipt.generation)
             assert winner is not None

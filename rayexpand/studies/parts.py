@@ -59,7 +59,8 @@ class Trial:
         names = ("recipe", "list_sha256", "seed", "data_sha256", "test_sha256", "checkpoint_sha256", "workers", "order",
                  "frequency")
         also = {name: [one["restrict"], one["sha256"]] for name, one in self.also.items()}
-        return digest({**{name: getattr(self, name) for name in names}, **({"also": also} if also else {})})
+        drw = {"drw": "divided by the weights"} if self.recipe.get("drw") else {}  # before, by the number of images
+        return digest({**{name: getattr(self, name) for name in names}, **({"also": also} if also else {}), **drw})
 
 
 class Opened:

@@ -124,7 +124,7 @@ def _first_of_each_class(labels: np.ndarray, ids: Sequence[str], limit: np.ndarr
     limit keeps a part of what a larger one keeps. Raises UsageError where a class has fewer."""
     have = np.bincount(labels, minlength=len(limit))
     if len(short := np.flatnonzero(have < limit)):
-        names = run.plan.index.classes.name
+        names = run.plan.index.classes.display
         few = ", ".join(f"{names[c]} has {have[c]:,} of {limit[c]:,}" for c in short[:3])
         raise UsageError(f"fill: {len(short)} classes have fewer samples in {run.folder} than bring them to the size "
                          f"of the largest ({few}{', ...' if len(short) > 3 else ''}); make more copies of each seed, "

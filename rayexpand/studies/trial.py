@@ -117,11 +117,11 @@ def open_work(files: Files, trial: Trial, training: TrainingConfig) -> TrialWork
 
 
 def make_classifier(work: TrialWork, device: str, wrap: Callable[[Any], Any] = lambda model: model,
-                    world: int = 1) -> Classifier:
+                    world: int = 1, mean: Callable[[Any], Any] = lambda value: value) -> Classifier:
     from rayexpand.classifier.classifier import Classifier
 
     return Classifier(work.recipe, work.n_classes, work.trial.seed, work.feed.total_steps, device=device, wrap=wrap,
-                      world=world, class_counts=_real_counts(work.feed.rows))
+                      world=world, class_counts=_real_counts(work.feed.rows), mean=mean)
 
 
 def fit(work: TrialWork, classifier: Classifier, curve: TrainingCurve, batches: Iterable[TrainBatch], *,

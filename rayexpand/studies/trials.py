@@ -170,10 +170,10 @@ def _used(run: Run, copies: int | None) -> np.ndarray:
 
 def _differing(arm: Arm, study: Study) -> str:
     """What the recipe of an arm changes, in short."""
-    base, own = make_recipe(dict(study.config.recipe)).model_dump(), arm.config.recipe
+    base, own = make_recipe(dict(study.config.recipe)), arm.config.recipe
     preset = [f"preset {own['preset']}"] if own.get("preset") not in (None, study.config.recipe.get("preset")) else []
-    return ", ".join(preset + [f"{key}={value}" for key, value in arm.recipe.model_dump().items()
-                               if key in own and base[key] != value])
+    return ", ".join(preset + [f"{key}={value}" for key, value in dict(arm.recipe).items()
+                               if key in own and getattr(base, key) != value])
 
 
 def _slug(name: str) -> str:

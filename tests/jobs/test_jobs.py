@@ -113,6 +113,51 @@ def test_the_job_of_a_paper_says_what_it_reproduces() -> None:
     assert problems == []
 
 
+@pytest.mark.parametrize(("name", "numbers"), [
+    ("gif/study-cars", "19.8 25.8 28.4 43.2 51.7 75.7"), ("gif/study-organsmnist", "76.3 78.3 78.9 79.6 78.9 80.7"),
+    ("gif/sweep-guide", "79.0 80.7 80.6"), ("gif/study-selective", "1.3 to 1.6"),
+    ("diffmix/study-dogs", "87.48 87.59 87.42 87.30 87.40 87.33 87.74 87.89"),
+    ("diffmix/study-dogs-vit", "92.06 92.13 92.02 91.91 92.05 92.07 91.99 91.89"),
+    ("diffmix/study-cub-lt-10", "58.13 57.62 59.25 61.42 62.27 64.48"),
+    ("diffmix/study-flower-lt-50", "90.87 91.43 92.06 91.84 92.96 93.86 8,189"),
+    ("diffmix/sweep-gamma-all", "-1.08 +0.25 +0.92 +0.97 +0.50 +0.38"),
+    ("realfake/study-celeba", "89.65 86.22 85.60 86.93 76.90 82.55 73.35"),
+    ("realfake/fit-celeba", "Smiling Attractive Heavy Makeup")])
+def test_jobs_quote_what_the_papers_print(name: str, numbers: str) -> None:
+    text = (ROOT / f"jobs/papers/{name}.yaml").read_text()
+
+    assert [one for one in numbers.split() if one not in text] == []
+
+
+def test_averages_of_quoted_tables_are_those_of_the_papers() -> None:
+    """GIF, table 1: the columns above a line of averages give it, to the digit that is printed."""
+    rows = {cells[0]: [float(cell) for cell in cells[1:]] for line in
+            (ROOT / "jobs/papers/gif/README.md").read_text().splitlines()
+            if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 7
+            and re.fullmatch(r"[\d.]+", cells[1])}
+    natural = ("Caltech-101", "Cars", "Flowers", "DTD", "CIFAR100-S", "Pets")
+    for of, names in (("six natural", natural), ("three medical", ("PathMNIST", "BreastMNIST", "OrganSMNIST"))):
+        found = [sum(rows[name][k] for name in names) / len(names) for k in range(6)]
+        assert rows[f"average of the {of} sets"] == pytest.approx(found, abs=0.051)
+
+
+def test_classifiers_start_from_weights_that_see_their_own_normalisation() -> None:
+    """Every study whose checkpoint is called after weights of timm."""
+    from timm.models import get_pretrained_cfg
+
+    checked = set()
+    for path in [one for one in PAPERS if one.name.startswith("study")]:
+        study: StudyConfig = _opened(path)
+        for arm in study.arms:
+            made = make_recipe({**study.recipe, **arm.recipe})
+            weights = Path(made.checkpoint or "").name.removesuffix(".safetensors")
+            if "." in weights and (theirs := get_pretrained_cfg(weights)):
+                assert (made.mean, made.std) == (tuple(theirs.mean), tuple(theirs.std)), f"{_name(path)}: {arm.name}"
+                checked.add(weights)
+    assert {"resnet50.tv_in1k", "vit_base_patch16_384.augreg_in21k_ft_in1k",
+            "vit_base_patch32_clip_224.laion2b"} <= checked
+
+
 def test_the_table_of_jobs_names_every_file() -> None:
     rows = re.findall(r"^\| ([\w/{},.*-]+) \|", (ROOT / "jobs/README.md").read_text(), re.MULTILINE)
     assert [_name(path) for path in FILES
@@ -165,7 +210,10 @@ def test_gif_as_published(data: str, strength: float, scale: float, eps: float, 
     assert (len(guided.domains), len(guided.adjectives)) == (1 if data.endswith("mnist") else 5, 10)
     assert plain.guidance == "none"
     assert all(getattr(plain, field) == getattr(guided, field) for field in (
-        "ratio", "strength", "steps", "guidance_scale", "domains", "adjectives", "rotation", "flip"))
+        "ratio", "strength", "steps", "guidance_scale", "rotation", "flip"))
+    one = guided.domains if data.endswith("mnist") else ("an image of",)
+    assert (plain.domains, plain.adjectives) == ((guided.domains, guided.adjectives) if data == "cifar100s" else
+                                                 (one, ("",))), "the released baseline draws prompts on CIFAR only"
     assert {method(name).ratio for name in ("cutout", "gridmask", "randaugment")} == {ratio}
     assert (recipe.lr, recipe.batch, recipe.epochs, recipe.weight_decay) == (lr, 256, 100, 1e-4)
 
@@ -178,6 +226,20 @@ def test_the_published_grids(name: str, leaf: str, values: list[float]) -> None:
     ((field, spec),) = _job(f"papers/distdiff/sweep-{name}.yaml").space.items()
     assert field.endswith(f".{leaf}")
     assert spec == {"choice": values}
+
+
+def test_direct_guidance_has_the_published_grid() -> None:
+    space = _job("papers/distdiff/sweep-direct.yaml").space
+
+    assert {field.rpartition(".")[2]: spec["choice"] for field, spec in space.items()} == {
+        "rho": [0.1, 1, 10, 20], "guide_step": [1, 10, 20]}
+
+
+def test_pathmnist_starts_from_clip() -> None:
+    study: StudyConfig = _job("papers/distdiff/study-pathmnist.yaml")
+
+    assert [make_recipe({**study.recipe, **arm.recipe}).backbone for arm in study.arms] == [
+        *["resnet50"] * 3, *["vit_base_patch32_clip_224"] * 3]
 
 
 @cache
