@@ -1,3 +1,47 @@
-"""rayexpand: make a labelled image dataset bigger and better with guided diffusion models."""
+"""rayexpand: make a labelled image dataset bigger and better with guided diffusion models.
 
-__version__ = "0.1.0"
+    run = rayexpand.expand("my.yaml")
+    run.export("birds-5x", layout="imagefolder")
+
+The names are those of rayexpand.api, which is imported when the first of them is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, open
+    from rayexpand.api.results import Artifact, Checked, ClusterJob, Event, Planned, Scores, Selected
+    from rayexpand.api.verbs import (
+        bench,
+        dataset,
+        demo,
+        evaluate,
+        expand,
+        fit,
+        plan,
+        select,
+        submit,
+        sweep,
+        train,
+        validate,
+    )
+    from rayexpand.contract.errors import RayexpandError
+    from rayexpand.methods import trust
+
+__version__ = "0.2.0"
+__all__ = ["Artifact", "Checked", "ClusterJob", "Event", "Planned", "RayexpandError", "RunFolder", "Scores", "Selected",
+           "StudyFolder", "SweepFolder", "bench", "dataset", "demo", "evaluate", "expand", "fit", "open", "plan",
+           "select", "submit", "sweep", "train", "trust", "validate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'rayexpand' has no attribute '{name}'")
+    return getattr(import_module("rayexpand.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,4 +1,4 @@
-from rayexpand.cli import main
+from rayexpand.cli.main import main
 
 if __name__ == "__main__":
     main()

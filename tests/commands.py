@@ -1,9 +1,11 @@
-"""The command line in a process of its own (`process`), or in this one without its imports (`rayexpand`)."""
+"""The command line in a process of its own (`process`), in a fork of this one (`forked`), or in this one without its
+imports (`rayexpand`)."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,7 +13,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from rayexpand import cli
+from rayexpand.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 Done = subprocess.CompletedProcess[str]
@@ -23,9 +25,22 @@ def _command(arguments: tuple[object, ...], on_ray: bool = False) -> list[str]:
     return [str(one) for one in arguments]
 
 
-def process(*arguments: object, timeout_s: float = 120) -> Done:
+def process(*arguments: object) -> Done:
     return subprocess.run([sys.executable, "-m", "rayexpand", *_command(arguments)], capture_output=True, text=True,
-                          cwd=ROOT, timeout=timeout_s, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def forked(*arguments: object, said: Path) -> multiprocessing.Process:
+    """`main` started in a fork, with its own signals and exit code; what it writes goes to the file `said`."""
+    def run() -> None:
+        os.chdir(ROOT)
+        with open(said, "w", buffering=1) as file:
+            sys.argv, sys.stdout, sys.stderr = ["rayexpand", *_command(arguments)], file, file
+            main()
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    return child  # type: ignore[return-value]
 
 
 def rayexpand(*arguments: object, on_ray: bool = False) -> Done:
@@ -35,7 +50,7 @@ def rayexpand(*arguments: object, on_ray: bool = False) -> Done:
     with (mock.patch.object(sys, "argv", command), contextlib.redirect_stdout(stdout),
           contextlib.redirect_stderr(stderr), contextlib.chdir(ROOT)):
         try:
-            cli.main()
+            main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         finally:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import gc
 import os
+import re
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,14 +15,47 @@ from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side
 
+from rayexpand import methods
+from rayexpand.data.seeds import digits
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import RunConfig, parse
 from rayexpand.runs.store import Totals
+from tests.commands import ROOT
 
 if TYPE_CHECKING:
     from tests.s3server import Server
 
 FAKES = "tests.methods.fakes."
+# Methods of the tests' own, as a user would trust his; the last ones are made by tests, or not at all.
+methods.trust(*(FAKES + name for name in (*re.findall(r"^class (\w+)", (ROOT / "tests/methods/fakes.py").read_text(), re.M),
+                                          "Pieces", "Late", "Holding", "Looking", "NoSuchMethod")))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n` alone a file stays on one worker, so that what its tests share is made once and not on each of them."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log) if config.getvalue("dist") == "load" else None
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _looked_up_once() -> Iterator[None]:
+    """Each list and each reader of the digits resizes all 1,797, and each method by a dotted name asks every installed
+    distribution for entry points; here, one process does it once."""
+    with (mock.patch.object(digits, "digits_split", cache(digits.digits_split)),
+          mock.patch.object(methods, "entry_points", cache(methods.entry_points))):
+        yield
 
 
 @pytest.fixture(scope="session")

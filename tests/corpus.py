@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, features
 
 WIDTH, HEIGHT = 24, 20
 CLASSES = ("bad", "healthy", "odd", "sp ace.d dots", "ünïcødé 日本")
@@ -86,8 +86,23 @@ def odd_images() -> dict[str, tuple[bytes, str]]:
         "turned8.png": (rotated("PNG", 8), "exif_rotated"),
         "turned6.tif": (rotated("TIFF", 6), "exif_rotated"),
         "turned6.webp": (rotated("WEBP", 6), "exif_rotated"),
+        **modern_images(),
         "ycbcr.tif": (encoded(picture.convert("YCbCr"), "TIFF"), "ycbcr"),
     }
+
+
+def modern_images() -> dict[str, tuple[bytes, str]]:
+    """Formats beside the common ones, as far as the installed Pillow has them."""
+    picture = Image.fromarray(photo())
+    found = {"photo.ppm": (encoded(picture, "PPM"), ""),
+             "gray.pgm": (encoded(picture.convert("L"), "PPM"), "grayscale"),
+             "photo.pnm": (encoded(picture, "PPM"), ""), "photo.jfif": (encoded(picture, "JPEG", quality=95), ""),
+             "photo.jpe": (encoded(picture, "JPEG", quality=95), ""), "photo.tga": (encoded(picture, "TGA"), "")}
+    if features.check("jpg_2000"):
+        found["photo.jp2"] = (encoded(picture, "JPEG2000"), "")
+    if features.check("avif"):
+        found["photo.avif"] = (encoded(picture, "AVIF", quality=100), "")
+    return found
 
 
 def bad_images() -> dict[str, tuple[bytes, str]]:
@@ -105,6 +120,8 @@ def bad_images() -> dict[str, tuple[bytes, str]]:
         "truncated.webp": (two_thirds(encoded(picture, "WEBP", lossless=True)), "decode_error"),
         "truncated.gif": (two_thirds(encoded(picture.quantize(16), "GIF")), "decode_error"),
         "flipped_bits.png": (encoded(picture)[:60] + b"\xff" * 40 + encoded(picture)[100:], "decode_error"),
+        "old.tga": (encoded(picture, "TGA")[:-26], "decode_error"),  # without the footer that says what it is
+        "truncated.ppm": (two_thirds(encoded(picture, "PPM")), "decode_error"),
         "text.jpg": (b"not an image, only its name says so\n" * 4, "decode_error"),
         "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\nshowpage\n", "decode_error"),
         "one.png": (encoded(photo()[:1, :1]), "too_small"),
@@ -149,11 +166,13 @@ def write_corpus(folder: Path) -> dict[str, tuple[str, str]]:
     put("bad/becomes_folder.png", encoded(photo()), "unreadable")
     links: list[tuple[str, str | Path, str]] = [("dangling.png", "nowhere.png", "missing"),
                                                 ("self.png", "self.png", "missing"),
-                                                ("escape.png", outside / "secret.png", "unsafe_path"),
-                                                ("escape_folder", outside, "unsafe_path")]
+                                                ("escape.png", outside / "secret.png", ""),
+                                                ("loop", folder.parent, "unsafe_path")]
     for name, target, reason in links:
         (root / "bad" / name).symlink_to(target)
         expected[f"bad/{name}"] = (reason, "")
+    (root / "bad/escape_folder").symlink_to(outside)
+    expected["bad/escape_folder/secret.png"] = ("", "")
     (root / "healthy/nested/up").symlink_to(root / "healthy")  # contains itself: entered once
     (root / "healthy/link.png").symlink_to("0.png")
     expected["healthy/link.png"] = ("", "")

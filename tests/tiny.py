@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from rayexpand.artifacts.adapter import AdapterFacts, write_adapter
 from rayexpand.contract.rng import generator, row_key
-from rayexpand.models.adapters import AdapterFacts, write_adapter
 from rayexpand.models.folders import folder_hash, quiet_libraries
 from rayexpand.models.tiny import digits
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,21 @@ from rayexpand.contract.settings import digest
 from rayexpand.storage.places import is_url
 
 MAKING_OF = "artifact.json"  # how `rayexpand fit` made a folder, seconds among it: no part of the model
+
+
+def content_files(folder: Path) -> list[str]:
+    """Names of the files of a folder that count as its content: not how it was made."""
+    return sorted(file.name for file in folder.iterdir()
+                  if file.suffix in (".json", ".txt", ".safetensors") and file.name != MAKING_OF)
+
+
+def files_hash(folder: Path, names: Iterable[str]) -> str:
+    """sha256 over (name, sha256) of these files, in this order."""
+    hasher = hashlib.sha256()
+    for name in names:
+        with open(folder / name, "rb") as stream:
+            hasher.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return hasher.hexdigest()
 
 
 def publish(out: str, kind: str, made_from: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Path:

@@ -14,21 +14,30 @@ from PIL import Image
 
 
 def randaugment(image: np.ndarray, rng: np.random.Generator, num_ops: int = 2, bin_: int = 9,
-                bins: int = 31) -> np.ndarray:
-    """uint8 (H, W, 3) after `num_ops` operations drawn uniformly, each at bin `bin_` of its range, signs drawn."""
+                bins: int = 31, *, spare: bool = False) -> np.ndarray:
+    """uint8 (H, W, 3) after `num_ops` operations drawn uniformly, each at bin `bin_` of its range, signs drawn.
+
+    `spare`: an operation that would leave one colour only, as Solarize does with black on white, is left out.
+    """
     picture = Image.fromarray(image)
     for op in rng.integers(len(RANDAUGMENT_OPS), size=num_ops):
-        picture = _one_op(picture, RANDAUGMENT_OPS[op], bin_, bins, rng)
+        picture = _one_op(picture, RANDAUGMENT_OPS[op], bin_, bins, rng, spare)
     return np.array(picture)
 
 
-def autoaugment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """uint8 (H, W, 3) after one of the 25 pairs of operations of the ImageNet policy, drawn uniformly."""
+def autoaugment(image: np.ndarray, rng: np.random.Generator, *, spare: bool = False) -> np.ndarray:
+    """uint8 (H, W, 3) after one of the 25 pairs of operations of the ImageNet policy, drawn uniformly. `spare` as in
+    `randaugment`."""
     picture = Image.fromarray(image)
     for op, probability, bin_ in AUTOAUGMENT_IMAGENET[rng.integers(len(AUTOAUGMENT_IMAGENET))]:
         if rng.random() < probability:
-            picture = _one_op(picture, op, bin_ or 0, 10, rng)
+            picture = _one_op(picture, op, bin_ or 0, 10, rng, spare)
     return np.array(picture)
+
+
+def is_blank(image: np.ndarray) -> bool:
+    """Whether every pixel of (H, W, 3) is the same."""
+    return bool((image == image[0, 0]).all())
 
 
 def magnitudes(op: str, bins: int, height: int, width: int) -> np.ndarray | None:
@@ -82,12 +91,14 @@ AUTOAUGMENT_IMAGENET: tuple[tuple[tuple[str, float, int | None], tuple[str, floa
 )
 
 
-def _one_op(picture: Image.Image, op: str, bin_: int, bins: int, rng: np.random.Generator) -> Image.Image:
+def _one_op(picture: Image.Image, op: str, bin_: int, bins: int, rng: np.random.Generator,
+            spare: bool) -> Image.Image:
     strengths = magnitudes(op, bins, picture.height, picture.width)
     strength = 0.0 if strengths is None else float(strengths[bin_])
     if op in SIGNED and rng.random() < 0.5:
         strength = -strength
-    return apply_op(picture, op, strength)
+    changed = apply_op(picture, op, strength)
+    return picture if spare and is_blank(np.asarray(changed)) else changed
 
 
 def apply_op(picture: Image.Image, op: str, strength: float) -> Image.Image:

@@ -41,21 +41,24 @@ class TrainBatch(NamedTuple):
 class Classifier:
     """A network, its optimiser and the number of the next step.
 
-    `wrap` takes the network on its device and returns what is called in training (DDP goes here); `world` is the
-    number of workers. `total_steps` fixes the learning-rate schedule. `class_counts` (K,), real images of each class,
-    is what deferred re-weighting weighs by; its loss is the mean over images, as torch's with soft labels (with class
-    numbers torch divides by the weights of the batch instead, which differ between workers). Initial weights depend on
-    `seed` only. BatchNorm normalises over the slice a worker holds, and dropout and stochastic depth draw masks over
-    it, keyed by (seed, step): with these, and only with these, results depend on the number of workers.
+    `wrap` takes the network on its device and returns what is called in training (DDP goes here); `world` is the number
+    of workers. `total_steps` fixes the learning-rate schedule. `class_counts` (K,), real images of each class, is what
+    deferred re-weighting weighs by: its loss is divided by the sum of the weights of the labels in the batch of all
+    workers, as torch's CrossEntropyLoss does with class numbers, and so also with soft labels, where torch divides by
+    the number of images; a label of one class is not to count differently for being written as a vector. `mean`
+    averages a tensor over the workers, in place or not. Initial weights depend on `seed` only. BatchNorm normalises
+    over the slice a worker holds, and dropout and stochastic depth draw masks over it, keyed by (seed, step): with
+    these, and only with these, results depend on the number of workers.
     """
 
     def __init__(self, recipe: Recipe, n_classes: int, seed: int, total_steps: int, *,
                  device: str | torch.device = "cpu", wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
-                 world: int = 1, class_counts: np.ndarray | None = None) -> None:
+                 world: int = 1, class_counts: np.ndarray | None = None,
+                 mean: Callable[[Tensor], Tensor] = lambda value: value) -> None:
         assert n_classes >= 2
         assert total_steps >= 1
         self.recipe, self.n_classes, self.seed, self.total_steps = recipe, n_classes, seed, total_steps
-        self.world, self.step = world, 0
+        self.world, self.step, self._mean_over_workers = world, 0, mean
         self.device = torch.device(device)
         self._layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.module = build_backbone(recipe, n_classes, seed).to(self.device)
@@ -90,13 +93,15 @@ class Classifier:
         x_BCHW, y_BK = self._images(batch.x_BHWC), torch.from_numpy(batch.y_BK).to(self.device)
         mix = draw_mix(self.recipe, self.seed, self.step, x_BCHW.shape[-1])
         x_BCHW, y_BK = apply_mix(x_BCHW, y_BK, mix)
+        is_weighed = drw_is_on(self.recipe, self.step, self.total_steps)
+        weight = self._mean_over_workers((y_BK * self._weights_K).sum(dim=1).mean()) if is_weighed else None
         y_BK = smooth(y_BK, self.recipe.smoothing, self.recipe.smoothing_mode)
         self._wrapped.train()
         self.optimiser.zero_grad(set_to_none=True)
         with self._masks(), self._autocast():
             logits_BK = self._wrapped(x_BCHW)
-        if drw_is_on(self.recipe, self.step, self.total_steps):
-            y_BK = y_BK * self._weights_K
+        if weight is not None:  # smoothing has no part in the divisor, as with torch's label_smoothing
+            y_BK = y_BK * self._weights_K / weight
         loss = loss_of(logits_BK.float(), y_BK, self.recipe.loss)
         loss.backward()
         return loss.detach()

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 
 class Recipe(BaseModel):
@@ -49,6 +49,8 @@ class Recipe(BaseModel):
     crop_scale: tuple[float, float] = Field((0.08, 1.0), description="share of the area a resized crop takes")
     resize: int | None = Field(None, ge=8, description="side before cropping, training (square_pad) and tests; null: "
                                "test_size, no crop")
+    filter: Literal["bicubic", "bilinear"] = Field("bicubic", description="how images are resized, antialiased "
+                                                   "(bilinear: torchvision's default, Diff-Mix)")
     rotation: float = Field(0.0, ge=0, le=180, description="random rotation within +- degrees, before the crop")
     hflip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip")
     colour_jitter: float = Field(0.0, ge=0, le=1, description="brightness, contrast, saturation, each 1 +- this")
@@ -98,6 +100,11 @@ class Recipe(BaseModel):
     drw_from: float = Field(0.8, ge=0, description="first epoch (0-based) with these weights, below 1 as a share of "
                             "the training; ones before. Diff-Mix: 160 of 200")
     amp: bool = Field(False, description="autocast to bfloat16 on a GPU")
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `filter` where it is what it was before there was a choice, so that digests stay."""
+        return {name: value for name, value in handler(self).items() if (name, value) != ("filter", "bicubic")}
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
@@ -210,9 +217,11 @@ def make_recipe(fields: dict[str, Any]) -> Recipe:
     return Recipe(**{**(PRESETS[preset] if preset else {}), **own})
 
 
-# Fields shared by published recipes. They all count in epochs and normalise as ImageNet.
+# Fields shared by published recipes. They all count in epochs, and normalise as ImageNet where their weights do not
+# want it otherwise.
 _PAPER: dict[str, Any] = {"updates": None, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
                           "smoothing": 0.0, "hflip": 0.5}
+_HALF: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 _IMAGENET_R50 = "timm/resnet50.tv_in1k (torchvision's ResNet-50, IMAGENET1K_V1)"
 
 
@@ -247,9 +256,11 @@ _GIF_NATURAL = {**_GIF, **_multistep((21, 31), 0.1), "optimiser": "sgd"}
 
 def _diffmix(size: int, lr: float) -> dict[str, Any]:
     """Diff-Mix's conventional classification: lr falls on a cosine over all steps, multiplied by a linear rise over
-    the first tenth. Batches and crops by resolution, smoothing over the other classes, as in its released code."""
+    the first tenth. Batches and crops by resolution, bilinear, smoothing over the other classes, as in its released
+    code. Its ViT weights and what they are fed with differ from the ones here, which were trained on 0.5."""
     vit = size == 384
-    return {**_PAPER, **_squashed(size, {224: 256, 384: 440, 448: 512}[size], 8),
+    return {**_PAPER, **(_HALF if vit else {}), "filter": "bilinear",
+            **_squashed(size, {224: 256, 384: 440, 448: 512}[size], 8),
             "backbone": "vit_base_patch16_384" if vit else "resnet50",
             "pretrained": "timm/vit_base_patch16_384.augreg_in21k_ft_in1k" if vit else _IMAGENET_R50,
             "optimiser": "sgd", "lr": lr, "weight_decay": 5e-4, "decay_all": True, "schedule": "cosine",
@@ -262,7 +273,7 @@ _DIFFMIX_LR = {  # released scripts for R50 at 224 and ViT, their older driver f
     ("r50", 448): {"cub": 0.025, "aircraft": 0.05, "flower": 0.05, "car": 0.05, "dog": 0.005},
     ("vit", 384): {"cub": 1e-3, "aircraft": 1e-3, "flower": 5e-4, "car": 1e-3, "dog": 1e-5}}
 _DIFFMIX_LONG_TAIL: dict[str, Any] = {  # released long-tail trainer: warm-up 1/5..5/5, x 0.01 and x 1e-4, plain CE
-    **_PAPER, **_resized_crop(224, 256), **_multistep((160, 180), 0.01), "backbone": "resnet50",
+    **_PAPER, "filter": "bilinear", **_resized_crop(224, 256), **_multistep((160, 180), 0.01), "backbone": "resnet50",
     "pretrained": _IMAGENET_R50,  # not stated; its 79 % on classes of 29 images are out of reach from scratch
     "colour_jitter": 0.4, "optimiser": "sgd", "lr": 5e-3, "weight_decay": 2e-4, "decay_all": True,
     "warmup_epochs": 5, "warmup_scales": True, "epochs": 200, "batch": 128}

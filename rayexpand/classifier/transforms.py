@@ -1,8 +1,9 @@
 """From a decoded image to the square a classifier sees, in training (keyed draws) and in tests (none).
 
 Order in training: resize and crop with the rotation before the crop, horizontal flip, colour jitter, policy, erasing.
-All of it is on uint8 pixels; the classifier scales and normalises. Resizing is bicubic with antialiasing, rotation
-nearest-neighbour on black, as torchvision leaves it where a paper names no other.
+All of it is on uint8 pixels; the classifier scales and normalises. Resizing is with antialiasing by the recipe's
+`filter`, bicubic where it names none (torchvision's default is bilinear); rotation is nearest-neighbour on black,
+torchvision's default.
 
     recipe            here, and its source
     crop none         both sides to size
@@ -57,7 +58,7 @@ def test_transform(image: np.ndarray, recipe: Recipe) -> np.ndarray:
     sides where training squares them (crop square_pad), else the shorter side with the aspect kept."""
     size = recipe.test_size or recipe.size
     if recipe.resize is None:
-        return _resized(image, size, size)
+        return _resized(image, size, size, recipe)
     height, width = image.shape[:2]
     if recipe.crop == "square_pad":
         height = width = recipe.resize
@@ -65,15 +66,15 @@ def test_transform(image: np.ndarray, recipe: Recipe) -> np.ndarray:
         short = min(height, width)
         height, width = recipe.resize * height // short, recipe.resize * width // short
     top, left = round((height - size) / 2), round((width - size) / 2)
-    return _window(_resized(image, height, width), top, left, size)
+    return _window(_resized(image, height, width, recipe), top, left, size)
 
 
 def _cropped(image: np.ndarray, rng: np.random.Generator, recipe: Recipe) -> np.ndarray:
     size, pad = recipe.size, recipe.crop_pad
     if recipe.crop == "resized":
-        return _resized_crop(_rotated(image, rng, recipe.rotation), rng, size, recipe.crop_scale)
+        return _resized_crop(_rotated(image, rng, recipe.rotation), rng, recipe)
     side = (recipe.resize or size) if recipe.crop == "square_pad" else size
-    image = _rotated(_resized(image, side, side), rng, recipe.rotation)
+    image = _rotated(_resized(image, side, side, recipe), rng, recipe.rotation)
     if recipe.crop == "none":
         return image
     if recipe.crop == "shift":
@@ -88,10 +89,10 @@ def _below(rng: np.random.Generator, count: int) -> int:
     return int(rng.random() * count)
 
 
-def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def _resized(image: np.ndarray, height: int, width: int, recipe: Recipe) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[recipe.filter.upper()]))
 
 
 def _rotated(image: np.ndarray, rng: np.random.Generator, degrees: float) -> np.ndarray:
@@ -111,18 +112,18 @@ def _window(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
     return found
 
 
-def _resized_crop(image: np.ndarray, rng: np.random.Generator, size: int, scale: tuple[float, float]) -> np.ndarray:
-    height, width = image.shape[:2]
+def _resized_crop(image: np.ndarray, rng: np.random.Generator, recipe: Recipe) -> np.ndarray:
+    size, (height, width) = recipe.size, image.shape[:2]
     for _ in range(_TRIES):
-        tall, wide = _rectangle(rng, height * width, scale, (3 / 4, 4 / 3))
+        tall, wide = _rectangle(rng, height * width, recipe.crop_scale, (3 / 4, 4 / 3))
         if 0 < tall <= height and 0 < wide <= width:
             break
     else:  # the largest central rectangle with an allowed aspect
         tall, wide = min(height, round(width / (3 / 4))), min(width, round(height * 4 / 3))
         top, left = (height - tall) // 2, (width - wide) // 2
-        return _resized(np.ascontiguousarray(image[top:top + tall, left:left + wide]), size, size)
+        return _resized(np.ascontiguousarray(image[top:top + tall, left:left + wide]), size, size, recipe)
     top, left = _below(rng, height - tall + 1), _below(rng, width - wide + 1)
-    return _resized(np.ascontiguousarray(image[top:top + tall, left:left + wide]), size, size)
+    return _resized(np.ascontiguousarray(image[top:top + tall, left:left + wide]), size, size, recipe)
 
 
 def _rectangle(rng: np.random.Generator, area: int, scale: tuple[float, float], aspect: tuple[float, float]

@@ -17,7 +17,9 @@ Only `cli/` turns these into messages and exit codes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_FAILURE = 1
@@ -59,6 +61,7 @@ class StorageError(UsageError):
 
 class OverBudget(RayexpandError):
     exit_code = EXIT_OVER_BUDGET
+    result: Any = None  # of the API: what was made
 
 
 class DigestMismatch(RayexpandError):
@@ -85,3 +88,27 @@ def few(names: Sequence[str], most: int = 5) -> str:
     """"'a', 'b' and 3 more": a list of names as a message shows it."""
     shown = ", ".join(f"'{name}'" for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def packed(error: Exception, where: str = "") -> str:
+    """An error as one JSON line for another process, `where` added to its text. What is not of this package is a fault
+    of the place."""
+    place = f" ({where})" if where else ""
+    if isinstance(error, ConfigError):
+        return json.dumps({"error": "ConfigError", "where": f"{error.where}{place}", "problems": error.problems})
+    kind = type(error) if isinstance(error, RayexpandError) and not isinstance(error, RowFault) else EnvironmentFault
+    text = str(error) if isinstance(error, kind) else f"{type(error).__name__}: {error}"
+    return json.dumps({"error": kind.__name__, "text": f"{text}{place}"})
+
+
+def unpacked(line: str | bytes) -> RayexpandError:
+    """The error of a line that `packed` made, with its class."""
+    said = json.loads(line)
+    if said["error"] == "ConfigError":
+        return ConfigError(said["where"], said["problems"])
+    kinds = {kind.__name__: kind for kind in _descendants(RayexpandError)}
+    return kinds.get(said["error"], RayexpandError)(said["text"])
+
+
+def _descendants(kind: type[RayexpandError]) -> Sequence[type[RayexpandError]]:
+    return [kind, *(one for child in kind.__subclasses__() for one in _descendants(child))]

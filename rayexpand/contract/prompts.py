@@ -13,7 +13,7 @@ from pydantic import AfterValidator
 
 from rayexpand.contract.class_tokens import class_token
 from rayexpand.contract.errors import UsageError
-from rayexpand.contract.schema import CAPTION_SLOT, ClassTable
+from rayexpand.contract.schema import CAPTION_SLOT, ClassTable, spoken
 
 CLASS_WORDS = ("name", "metaclass", "noun")
 PLACEHOLDERS = (*CLASS_WORDS, "token", "caption")
@@ -53,7 +53,7 @@ def format_prompt(template: str, label: int, classes: ClassTable) -> str:
 
     Raises UsageError when the template asks for a word the class does not have.
     """
-    words = {key: getattr(classes, key)[label].replace("_", " ") for key in CLASS_WORDS}
+    words = {key: spoken(getattr(classes, key)[label]) for key in CLASS_WORDS}
     words |= {"token": class_token(label), "caption": CAPTION_SLOT}
     blank = sorted(key for key in placeholders(template) if not words[key].strip())
     if blank:

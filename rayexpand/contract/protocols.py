@@ -115,7 +115,9 @@ class Method(Protocol):
     their source; fields `name` (the module name) and, usually, `ratio`, the copies of each seed.
 
     A method that works on part of a call at a time may name the fields that say how many rows in a class attribute
-    PIECES, in the order in which they are halved when memory runs out; None in such a field is the whole call."""
+    PIECES, in the order in which they are halved when memory runs out; None in such a field is the whole call.
+
+    A method whose labels are mixtures may say in `label_words()` what they are; cards, pages and exports print it."""
 
     name: str
 

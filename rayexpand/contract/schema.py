@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
@@ -56,6 +57,11 @@ class Reason(StrEnum):
         return Status.REJECTED if self in _REJECTIONS else Status.FAILED
 
 
+# What a seed is refused for before anything is sampled.
+SEED_REASONS = frozenset({
+    Reason.DECODE_ERROR, Reason.TOO_SMALL, Reason.TOO_LARGE, Reason.UNSUPPORTED_MODE, Reason.MISSING, Reason.UNREADABLE,
+    Reason.UNSAFE_PATH, Reason.DUPLICATE_ID, Reason.BAD_LABEL})
+
 _REJECTIONS = frozenset(
     {Reason.SAFETY_FLAGGED, Reason.BELOW_THRESHOLD, Reason.WRONG_CLASS, Reason.EXHAUSTED, Reason.NEAR_COPY}
 )
@@ -78,6 +84,11 @@ class Seed:
     seed_id: str
     label: int
     image: bytes
+
+
+def spoken(word: str) -> str:
+    """A class name as prompts and guides say it: underscores are spaces."""
+    return word.replace("_", " ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +115,54 @@ class ClassTable:
     def __len__(self) -> int:
         return len(self.key)
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The names as a guide is asked for them."""
+        return tuple(map(spoken, self.name))
+
+    def same_names(self) -> dict[str, list[str]]:
+        """Name -> keys of the classes that prompts and guides cannot tell apart by it, whatever the case."""
+        keys: dict[str, list[str]] = {}
+        for key, name in zip(self.key, self.asked, strict=True):
+            keys.setdefault(name.casefold(), []).append(key)
+        return {name: found for name, found in keys.items() if len(found) > 1}
+
     def to_arrow(self) -> pa.Table:
-        return pa.table({"label": pa.array(range(len(self)), pa.int64()), "key": pa.array(self.key, pa.string()),
+        table = pa.table({"label": pa.array(range(len(self)), pa.int64()), "key": pa.array(self.key, pa.string()),
                          "name": pa.array(self.name, pa.string()), "metaclass": pa.array(self.metaclass, pa.string()),
                          "noun": pa.array(self.noun, pa.string()), "count": pa.array(self.count, pa.int64())})
+        return table.replace_schema_metadata(ASKED)
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> ClassTable:
-        return cls(*(tuple(table[name].to_pylist()) for name in ("key", "name", "metaclass", "noun", "count")))
+        kind = cls if ASKED.items() <= (table.schema.metadata or {}).items() else _AsWritten
+        return kind(*(tuple(table[name].to_pylist()) for name in ("key", "name", "metaclass", "noun", "count")))
+
+
+class _AsWritten(ClassTable):
+    """Of a run that began when guides were asked for names with their underscores: it goes on as it began."""
+
+    __slots__ = ()
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        return self.name
+
+
+ASKED = {b"asked": b"spoken"}  # schema metadata of a class table whose guide is asked for spoken names
+
+    @property
+    def display(self) -> tuple[str, ...]:
+        """One text for each class that no other class has: its name, or "name (key)" where another has that name."""
+        taken, shown, times = set(self.name), [], Counter(self.name)
+        for key, name in zip(self.key, self.name, strict=True):
+            if times[name] > 1:
+                name = f"{name} ({key})"
+                while name in taken:
+                    name = f"{name} ({key})"
+            taken.add(name)
+            shown.append(name)
+        return tuple(shown)
 
 
 # The seed index: one row per seed, made once per run. `file` indexes the list of files kept in the schema metadata
@@ -163,10 +214,6 @@ class Draw:
 DRAW_FIELDS = tuple(f.name for f in fields(Draw))
 
 
-
-
-
-
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One decided row: kept with its encoded image, or refused with a reason."""
@@ -208,17 +255,21 @@ REFUSED_SCHEMA = pa.schema([("image", _IMAGE), ("label", pa.int64()), *_DRAW_TYP
                             ("note", pa.string()), ("scores", _SCORES), ("sample_sha256", pa.string()),
                             ("status", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
+SOFT_LABEL = pa.field("soft_label", pa.list_(pa.float32()))  # of exports, where labels are mixtures: one weight a class
+
 _HF_TYPES = {pa.string(): "string", pa.int32(): "int32", pa.int64(): "int64", pa.float64(): "float64"}
 
 
-def huggingface_metadata(class_names: Sequence[str]) -> dict[bytes, bytes]:
+def huggingface_metadata(classes: ClassTable, schema: pa.Schema = DATA_SCHEMA) -> dict[bytes, bytes]:
     """Schema metadata that makes `datasets` read `image` as Image and `label` as ClassLabel."""
     features: dict[str, Any] = {}
-    for column in DATA_SCHEMA:
+    for column in schema:
         if column.name == "image":
             features["image"] = {"_type": "Image"}
         elif column.name == "label":
-            features["label"] = {"names": list(class_names), "_type": "ClassLabel"}
+            features["label"] = {"names": list(classes.display), "_type": "ClassLabel"}
+        elif column.name == "soft_label":
+            features["soft_label"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
         elif column.name == "scores":
             features["scores"] = {"feature": {"name": {"dtype": "string", "_type": "Value"},
                                               "value": {"dtype": "float64", "_type": "Value"}}, "_type": "List"}
@@ -268,15 +319,5 @@ class Receipt:
     @classmethod
     def from_json(cls, text: str) -> Receipt:
         return cls(**json.loads(text))
-
-
-
-
-
-
-
-
-
-
 
 

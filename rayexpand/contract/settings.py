@@ -4,26 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rayexpand.contract.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+MOST_VALUES = 1_000_000  # of one file
+_MERGE = "tag:yaml.org,2002:merge"  # the key <<
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {}  # old name of a field -> its name, read for as long as old files are
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_their_names(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or not (old := [name for name in cls.OLD_NAMES if name in value]):
+            return value
+        for name in old:
+            if cls.OLD_NAMES[name] in value:
+                raise ValueError(f"{name} is the old name of {cls.OLD_NAMES[name]}; give one of them")
+            log.warning("%s is now called %s; the old name is still read, please change the file", name,
+                        cls.OLD_NAMES[name])
+        return {cls.OLD_NAMES.get(name, name): one for name, one in value.items()}
 
 
 class _Loader(yaml.SafeLoader):
     """YAML in which a key given twice is an error instead of a silent choice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
         if twice := [str(key) for i, key in enumerate(keys) if key in keys[:i]]:
             raise yaml.YAMLError(f"{', '.join(twice)} is given twice (line {node.start_mark.line + 1} and below)")
         return super().construct_mapping(node, deep)
@@ -36,12 +57,27 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read ({error.strerror}); give the path of a YAML file such as "
                                       "jobs/digits/expand-img2img.yaml"]) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         tabs = "; indent with spaces, not tabs" if "\\t" in str(error) else ""
         raise ConfigError(str(path), [f"is not YAML: {error}{tabs}"]) from error
+    except RecursionError as error:
+        raise ConfigError(str(path), ["is nested too deeply; a job file has a handful of levels"]) from error
     if not isinstance(raw, dict):
         raise ConfigError(str(path), ["holds no mapping at its top; expected sections such as name, data, method"])
+    if _size(raw, {}) > MOST_VALUES:
+        raise ConfigError(str(path), [f"expands to more than {MOST_VALUES:,} values through its aliases (&, *); write "
+                                      "out what you need"])
     return override(raw, overrides)
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """How many values there are if every alias is written out; each is looked at once."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MOST_VALUES  # of one that holds itself
+        known[id(value)] = 1 + sum(_size(one, known) for one in (value.values() if isinstance(value, dict) else value))
+    return known[id(value)]
 
 
 def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -68,10 +104,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
-def _apply(raw: dict[str, Any], one: str) -> None:
-    dotted, sign, value = one.partition("=")
-    if not sign or not dotted:
-        raise ConfigError("--set", [f"{one!r}: expected a.b=value, for example --set method.strength=0.7"])
+def put(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    """Sets a dotted field of a mapping in place. Raises ConfigError where something else than a section is on the
+    way."""
     *sections, leaf = dotted.split(".")
     target = raw
     for section in sections:
@@ -79,10 +114,18 @@ def _apply(raw: dict[str, Any], one: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError("--set", [f"{dotted}: '{section}' is not a section"])
         target = child
+    target[leaf] = value
+
+
+def _apply(raw: dict[str, Any], one: str) -> None:
+    dotted, sign, value = one.partition("=")
+    if not sign or not dotted:
+        raise ConfigError("--set", [f"{one!r}: expected a.b=value, for example --set method.strength=0.7"])
     try:
-        target[leaf] = yaml.safe_load(value)
+        found = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError("--set", [f"{dotted}: the value is not YAML ({error})"]) from error
+    put(raw, dotted, found)
 
 
 def mistakes(error: ValidationError, model: Any, prefix: str) -> list[str]:

@@ -16,18 +16,20 @@ PILLOW_PIXELS = 89_478_485  # Pillow warns above this and refuses above twice th
 LOSSLESS_SIDE = 64  # pixels; the automatic codec is lossless up to here
 
 # Nothing else is ever opened: some of Pillow's other readers start external programs.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_TGA_END = b"TRUEVISION-XFILE.\0"  # without it anything may look like a TGA
 
 
 def decode(image: bytes, *, min_side: int = 8, max_pixels: int = PILLOW_PIXELS) -> tuple[np.ndarray, str]:
     """Encoded image to upright uint8 (H, W, 3) RGB and a note on what was odd about it, "" or words joined by commas:
-    first_frame exif_rotated gray16 int32 float palette palette_alpha alpha grayscale cmyk, or another mode's name.
+    first_frame exif_rotated gray16 gray16_12bit gray16_8bit int32 int32_12bit float palette palette_alpha alpha
+    grayscale cmyk, or another mode's name.
 
     Transparent pixels lie on white; sizes are judged from the header, before pixels are decoded. Safe to call from
     many threads. Raises RowFault: decode_error, too_small, too_large, unsupported_mode.
     """
     try:
-        with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
+        with Image.open(io.BytesIO(image), formats=("TGA",) if image.endswith(_TGA_END) else _FORMATS) as opened:
             width, height = opened.size
             if width * height > max_pixels:
                 raise RowFault(Reason.TOO_LARGE, f"{width} x {height} pixels, more than max_pixels {max_pixels}")
@@ -35,13 +37,14 @@ def decode(image: bytes, *, min_side: int = 8, max_pixels: int = PILLOW_PIXELS) 
                 raise RowFault(Reason.TOO_SMALL, f"{width} x {height} pixels, a side below min_side {min_side}")
             notes = ["first_frame"] if getattr(opened, "is_animated", False) else []
             upright = _upright(opened, notes)
-            return _rgb(upright, notes), ",".join(notes)
+            return _rgb(upright, notes, white_known=opened.format == "PPM"), ",".join(notes)
     except (RowFault, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RowFault(Reason.TOO_LARGE, str(error)) from error
     except UnidentifiedImageError as error:
-        raise RowFault(Reason.DECODE_ERROR, f"these {len(image)} bytes are no {', '.join(_FORMATS)}") from error
+        known = f"{', '.join(_FORMATS)}, or TGA with a footer"
+        raise RowFault(Reason.DECODE_ERROR, f"these {len(image)} bytes are no {known}") from error
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise RowFault(Reason.DECODE_ERROR, f"{type(error).__name__}: {error}") from error
 
@@ -67,10 +70,10 @@ def _orientation(opened: Image.Image) -> int:
         return 1
 
 
-def _rgb(image: Image.Image, notes: list[str]) -> np.ndarray:
+def _rgb(image: Image.Image, notes: list[str], *, white_known: bool) -> np.ndarray:
     mode = image.mode
     if mode.startswith(("I", "F")):
-        gray, note = _to_8_bits(np.asarray(image))
+        gray, note = _to_8_bits(np.asarray(image), white_known)
         notes.append(note)
         return np.repeat(gray[:, :, None], 3, axis=2)
     note = {"1": "grayscale", "L": "grayscale", "LA": "grayscale", "La": "grayscale", "RGB": "", "RGBA": "", "RGBa": "",
@@ -87,27 +90,34 @@ def _rgb(image: Image.Image, notes: list[str]) -> np.ndarray:
     return pixels
 
 
-def _to_8_bits(values_HW: np.ndarray) -> tuple[np.ndarray, str]:
-    """uint8 (H, W) of deep grey values: 16-bit divided by 257; 32-bit integers as 8 bits where none exceeds 255, else
-    as 16 bits; floats in [0, 1] times 255, in [0, 255] as they are. Raises RowFault(unsupported_mode) otherwise."""
+def _to_8_bits(values_HW: np.ndarray, white_known: bool) -> tuple[np.ndarray, str]:
+    """uint8 (H, W) of deep grey values. Integers count as 8 bits where none exceeds 255, as 12 where none exceeds 4095
+    (what cameras and scanners put into files of 16), else as 16; as 16 also where the file says so (`white_known`, ppm)
+    or where all are multiples of 257, which is 8 bits made deeper. Floats in [0, 1] times 255, in [0, 255] as they are.
+    Raises RowFault(unsupported_mode) otherwise."""
     low, high = values_HW.min(), values_HW.max()
     whole = values_HW.dtype.kind in "iu"
     if not (low >= 0 and high <= (65535 if whole else 255)):  # NaN fails too
         raise RowFault(Reason.UNSUPPORTED_MODE, f"grey values from {low} to {high} have no known white")
-    if values_HW.dtype.itemsize == 2:
-        scale, note = 1 / 257, "gray16"
-    elif whole:
-        scale, note = (1 / 257 if high > 255 else 1.0), "int32"
+    if whole:
+        note = "gray16" if values_HW.dtype.itemsize == 2 or white_known else "int32"
+        if white_known or high > 4095 or (note == "gray16" and not (values_HW % 257).any()):
+            scale = 1 / 257
+        elif high > 255:
+            scale, note = 255 / 4095, f"{note}_12bit"
+        else:
+            scale, note = 1.0, note if note == "int32" else "gray16_8bit"
     else:
         scale, note = (255.0 if high <= 1 else 1.0), "float"
     return np.rint(values_HW.astype(np.float32) * np.float32(scale)).astype(np.uint8), note
 
 
 def prepare(image: np.ndarray, size: int | None, fit: Literal["crop", "center", "squash", "none"], rng: RowRng,
-            squashed_by: Literal["bicubic", "bilinear"] = "bicubic") -> np.ndarray:
+            squashed_by: Literal["bicubic", "bilinear"] = "bicubic",
+            cut_by: Literal["bicubic", "bilinear"] = "bilinear") -> np.ndarray:
     """uint8 (H, W, 3) to uint8 (size, size, 3); as is for size None or fit "none".
 
-    "crop" brings the shorter side to `size` (bilinear, antialiased) and takes a square at random along the longer one,
+    "crop" brings the shorter side to `size` (`cut_by`, antialiased) and takes a square at random along the longer one,
     the same for all copies of a seed (as in DistDiff's released code); "center" takes the middle one;
     "squash" ignores the aspect ratio (`squashed_by`, antialiased).
     """
@@ -124,7 +134,7 @@ def prepare(image: np.ndarray, size: int | None, fit: Literal["crop", "center", 
     # The square is cut from the unscaled image: equal pixels, and a long thin image needs no huge enlargement.
     x, y = width / wide, height / tall
     box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
-    return np.array(picture.resize((size, size), Image.Resampling.BILINEAR, box=box))
+    return np.array(picture.resize((size, size), Image.Resampling[cut_by.upper()], box=box))
 
 
 def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -224,7 +224,7 @@ def _enough(index: SeedIndex, wanted: np.ndarray, what: str) -> np.ndarray:
     """`wanted`, if every class has as many. Raises UsageError."""
     have = real_counts(index)
     if len(short := np.flatnonzero(have < wanted)):
-        named = ", ".join(f"{index.classes.name[c]} has {have[c]} of {wanted[c]}" for c in short[:3])
+        named = ", ".join(f"{index.classes.display[c]} has {have[c]} of {wanted[c]}" for c in short[:3])
         raise UsageError(f"subset: {what} asked for, but {len(short)} of {len(have)} classes have fewer sound ones "
                          f"({named}{', ...' if len(short) > 3 else ''}); ask for fewer, or use few_shot")
     return wanted

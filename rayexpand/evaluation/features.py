@@ -21,7 +21,8 @@ from rayexpand.contract.errors import ModelError, RowFault
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.rng import RowRng
 from rayexpand.data.pixels import PILLOW_PIXELS, decode, prepare
-from rayexpand.models.folders import DIGITS, HUB_NAME, PICKLES, folder_hash, loaded_files
+from rayexpand.models.folders import DIGITS, HUB_NAME, PICKLES, ModelFiles, folder_hash, loaded_files
+from rayexpand.models.guide_files import present_guide
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +107,17 @@ def moved(config: ExtractorConfig, folder: Path) -> ExtractorConfig:
     if config.checkpoint:
         return config.model_copy(update={"checkpoint": str(folder / Path(config.checkpoint).name)})
     return config.model_copy(update={"guide": str(folder)})
+
+
+def extractor_model(config: ExtractorConfig) -> ModelFiles:
+    """The files of an extractor."""
+    def present() -> Path | None:
+        if not config.checkpoint:
+            return present_guide(config.guide or DIGITS)
+        file = Path(config.checkpoint).expanduser()
+        return file.parent if file.is_file() else None
+
+    return ModelFiles(lambda: model_files(config), present, lambda folder: extractor_hash(moved(config, folder)))
 
 
 def extractor_hash(config: ExtractorConfig, progress: Progress | None = None) -> str:

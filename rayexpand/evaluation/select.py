@@ -310,7 +310,7 @@ def _facts(run: Run, totals: Totals, config: SelectConfig, rows: _Samples, decis
     had_K = np.bincount(label_N, minlength=len(rows.table.seeds_K))
     reasons = {REASONS[code]: int(count) for code, count in enumerate(np.bincount(code_N, minlength=len(REASONS)))
                if code and count}
-    empty = [run.plan.index.classes.name[label] for label in np.flatnonzero((kept_K == 0) & (had_K > 0))]
+    empty = [run.plan.index.classes.display[label] for label in np.flatnonzero((kept_K == 0) & (had_K > 0))]
     warnings = [f"{len(empty)} of {int((had_K > 0).sum())} classes keep no sample, such as {', '.join(empty[:5])}"
                 ] if empty else []
     if totals.failed:

@@ -3,7 +3,7 @@
     kind              keeps                                                              source
     clip_confidence   samples whose own class a guide finds likely enough                LECF; Real-Filtering (Diff-Mix)
     quantile          all but the worst share by a score                                 Diff-Mix, CLIP cleaning
-    best              the best few of each seed (sample-wise), class (pooled), or of all ours; GIF's ablations
+    best              the best few of each seed, of each class, or of all                ours
     random            some of each seed, class, or of all, by a key                      the control of every other rule
     selective         copies in which a guide sees the seed's class, but is less sure    GIF, section 3.2
     near_copies       the first of samples that a guide cannot tell apart                ours
@@ -155,7 +155,7 @@ class Quantile(Scored):
 
 
 class Best(Scored):
-    """The best `n` of each seed (sample-wise), of each class (a cap, or pooled selection), or of all."""
+    """The best `n` of each seed, of each class (a cap), or of all."""
 
     kind: Literal["best"] = "best"
     n: int = Field(ge=1, description="samples that stay of each group")
@@ -191,12 +191,13 @@ class Random(Rule):
 class Selective(Rule):
     """Selective expansion: a copy passes if the guide's first class is the one it sees in the seed itself, and its
     entropy is above the seed's. `sample_wise` takes the first `n` of each seed that pass, in the order in which copies
-    were made; `pooled` takes as many from a class as that would, wherever they come from, by entropy gain."""
+    were made. `pooled` takes as many of the whole set as `n` for each seed would be, by entropy gain, whatever seed and
+    class they come from (GIF's sample-agnostic selection, appendix B.1): it leaves seeds out and unbalances classes."""
 
     kind: Literal["selective"] = "selective"
     n: int = Field(ge=1, description="copies wanted of each seed")
-    pool: Literal["sample_wise", "pooled"] = Field("sample_wise", description="sample_wise (GIF), or pooled over the "
-                                                   "class (its ablation)")
+    pool: Literal["sample_wise", "pooled"] = Field("sample_wise", description="sample_wise (GIF), or pooled over "
+                                                   "the whole set (its ablation)")
 
     def wants(self) -> frozenset[str]:
         return frozenset({TOP, ENTROPY, ANCHOR, ANCHOR_ENTROPY})
@@ -206,11 +207,11 @@ class Selective(Rule):
         same_N = rows.scores[TOP] == rows.scores[ANCHOR]
         passes_N = same_N & (gain_N > 0)
         if self.pool == "sample_wise":
-            place_N, allowed_N = rank_in(rows.seed, ~passes_N, np.arange(len(gain_N))), np.array(self.n)
+            place_N, allowed = rank_in(rows.seed, ~passes_N, np.arange(len(gain_N))), self.n
         else:
-            place_N = rank_in(rows.label, ~passes_N, -gain_N, rng.per_seed("ties", rows.sample_ids))
-            allowed_N = self.n * rows.seeds_K[rows.label]
-        code_N = np.where(place_N < allowed_N, KEPT, OVER)
+            place_N = rank_in(rows.groups("all"), ~passes_N, -gain_N, rng.per_seed("ties", rows.sample_ids))
+            allowed = self.n * int(rows.seeds_K.sum())
+        code_N = np.where(place_N < allowed, KEPT, OVER)
         code_N = np.where(passes_N, code_N, np.where(same_N, BELOW, WRONG)).astype(np.int8)
         return _unscored(Decision(code_N, gain_N))
 

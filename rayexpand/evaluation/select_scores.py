@@ -35,7 +35,6 @@ from rayexpand.contract.schema import Receipt
 from rayexpand.contract.settings import digest
 from rayexpand.data.pixels import decode, prepare
 from rayexpand.data.seeds import SeedReader
-from rayexpand.evaluation.features import RESIZE
 from rayexpand.evaluation.select_rules import CONFIDENCE, CONTRAST, ENTROPY, FEATURES, TOP
 from rayexpand.models.guide_files import guide_folder, kind_of
 from rayexpand.runs.config import GuideConfig
@@ -45,7 +44,8 @@ from rayexpand.storage.tables import parquet_bytes, read_table
 
 SEEDS = 2048  # of one chunk
 PART_ROWS, PART_S = 50_000, 300.0  # a part is written when it holds so many rows, or is so old
-VERSION = 1  # raised when the code below makes other numbers of the same images
+VERSION = 2  # raised when the code below makes other numbers of the same images
+RESIZE = "shorter side to size, by the guide's own filter, antialiased (Pillow), middle square"
 
 OnRows = Callable[[str, int, int], None]
 
@@ -195,7 +195,8 @@ class Scorer:
         try:
             if isinstance(image, RowFault):
                 return image
-            return prepare(decode(image, **self._limits)[0], self._size, "center", _NO_CHANCE)
+            return prepare(decode(image, **self._limits)[0], self._size, "center", _NO_CHANCE,
+                           cut_by=self._guide.filter)
         except RowFault as fault:
             return fault
 
@@ -234,7 +235,7 @@ def load(job: ScoreJob, run: Run) -> Any:
             raise ModelError(f"guide: {job.guide.weights} has classes of its own and cannot judge captions; "
                              f"{CONTRAST} takes a plain CLIP guide")
         classes = run.plan.index.classes
-        return load_guide(job.guide.weights, job.guide.checkpoint, classes.name, device=job.device,
+        return load_guide(job.guide.weights, job.guide.checkpoint, classes.asked, device=job.device,
                           class_keys=classes.key)
     return ClipGuide.load(job.guide.weights, job.guide.checkpoint, [*job.prompts, *job.captions], job.device)
 

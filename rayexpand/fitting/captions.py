@@ -24,12 +24,14 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from rayexpand.artifacts.columns import write_captions
+from rayexpand.artifacts.store import publish
 from rayexpand.contract.errors import ModelError, SeedDataError, UsageError
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import Section
 from rayexpand.data import seeds
-from rayexpand.data.captions_features import write_captions
+from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
 from rayexpand.models.folders import PICKLES, folder_hash, quiet_libraries
 
 VERSION = 1  # raised when the code below makes other captions of the same configuration
@@ -259,3 +261,25 @@ def _load(folder: Path, dtype: Any) -> tuple[Any, Any]:
     if absent := sorted(info["missing_keys"]):  # transformers fills them with random numbers and goes on
         raise ValueError(f"it lacks {len(absent)} weights its configuration asks for, such as {absent[0]}")
     return processors[kind].from_pretrained(str(folder), local_files_only=True), model
+
+
+class CaptionsMaker(Maker):
+    kind = "captions"
+    text = "a text about each image"
+    section = CaptionsFit
+
+    def make(self, section: CaptionsFit, config: FitBase, world: World) -> Path:
+        index, listed = world.index, listed_captions(section, config.data, world.index)
+        of = made_from(section, listed)
+
+        def make(folder: Path) -> dict[str, Any]:
+            costs: dict[str, Any] = {}
+            found = (world.engine.captions(config, of["model_sha256"], index, costs) if listed is None
+                     else iter([CaptionBlock(np.arange(len(index)), listed, {})]))
+            facts = make_captions(folder, found, index, world.progress)
+            return {**costs, **facts, **section.model_dump(include={"column", "file", "model"}, exclude_none=True)}
+
+        return publish(config.out, "captions", {"data": data_facts(config, index), **of}, make)
+
+    def problems(self, section: CaptionsFit, config: FitBase, *, on_ray: bool) -> list[str]:
+        return [f"fit.captions.{one}" for one in check_captions(section, config.data)]

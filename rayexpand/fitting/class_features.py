@@ -19,20 +19,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from rayexpand.artifacts.columns import write_class_features, write_image_features
+from rayexpand.artifacts.store import publish
 from rayexpand.contract.errors import UsageError
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import Section
 from rayexpand.data.batches import Resize
-from rayexpand.data.captions_features import write_class_features, write_image_features
 from rayexpand.fitting.features import Block, Intake, by_class, gathered
+from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
+from rayexpand.models.guides import guide_hash
 
 VERSION = 1  # raised when the code below makes something else of the same configuration
 SHOWN = 20  # refused images named in artifact.json
@@ -68,7 +71,7 @@ def drawn(index: SeedIndex, images: int | None, seed: int) -> SeedIndex:
 def make_class_features(folder: Path, blocks: Iterable[Block], index: SeedIndex, made: ClassFeaturesFit,
                         encoder_sha256: str, progress: Progress) -> dict[str, Any]:
     """Writes the means of the features of `index` (see `drawn`); returns facts. Raises UsageError for a class without
-    an image, or features that are no numbers."""
+    an image, or features that are not finite."""
     scratch = folder / "features.tmp"
     features_ND, sound_N, refused = gathered(blocks, len(index), scratch, progress)
     means = [found_ND.mean(axis=0, dtype=np.float64)
@@ -84,7 +87,7 @@ def make_class_features(folder: Path, blocks: Iterable[Block], index: SeedIndex,
 def make_image_features(folder: Path, blocks: Iterable[Block], index: SeedIndex, encoder_sha256: str,
                         progress: Progress) -> dict[str, Any]:
     """Writes the features of every seed that can be read; returns facts. Raises UsageError where none can, and
-    ModelError for features that are no numbers."""
+    ModelError for features that are not finite."""
     scratch = folder / "features.tmp"
     features_ND, sound_N, refused = gathered(blocks, len(index), scratch, progress)
     rows = np.flatnonzero(sound_N)
@@ -100,3 +103,52 @@ def make_image_features(folder: Path, blocks: Iterable[Block], index: SeedIndex,
 
 def _refusals(refused: dict[str, str]) -> dict[str, Any]:
     return {"refused": len(refused), "refused_examples": dict(list(refused.items())[:SHOWN])}
+
+
+class ImageFeaturesMaker(Maker):
+    kind = "image_features"
+    text = "CLIP feature of each image"
+    section: ClassVar[type[ImageFeaturesFit]] = ImageFeaturesFit
+
+    def for_run(self) -> ImageFeaturesFit:
+        return self.section()
+
+    def make(self, section: ImageFeaturesFit, config: FitBase, world: World) -> Path:
+        guide = guide_hash(config.guide.weights, config.guide.checkpoint, world.progress)
+        made_from = {"version": VERSION, "data": data_facts(config, world.index), "guide_sha256": guide,
+                     **section.model_dump(), **self._drawn_from(section, config)}
+        index = self._used(section, config, world)
+
+        def make(folder: Path) -> dict[str, Any]:
+            costs: dict[str, Any] = {}
+            blocks = world.engine.blocks(config, guide, index, section.intake, costs)
+            facts = self._write(folder, blocks, index, section, guide, world.progress)
+            return {**costs, **facts, "guide": config.guide.model_dump(mode="json")}
+
+        return publish(config.out, self.kind, made_from, make)
+
+    def _drawn_from(self, section: Any, config: FitBase) -> dict[str, Any]:
+        return {}
+
+    def _used(self, section: Any, config: FitBase, world: World) -> SeedIndex:
+        return world.index
+
+    def _write(self, folder: Path, blocks: Iterable[Block], index: SeedIndex, section: Any, guide: str,
+               progress: Progress) -> dict[str, Any]:
+        return make_image_features(folder, blocks, index, guide, progress)
+
+
+class ClassFeaturesMaker(ImageFeaturesMaker):
+    kind = "class_features"
+    text = "mean CLIP feature of each class"
+    section = ClassFeaturesFit
+
+    def _drawn_from(self, section: ClassFeaturesFit, config: FitBase) -> dict[str, Any]:
+        return {"seed": None if section.images is None else config.seed}
+
+    def _used(self, section: ClassFeaturesFit, config: FitBase, world: World) -> SeedIndex:
+        return drawn(world.index, section.images, config.seed)
+
+    def _write(self, folder: Path, blocks: Iterable[Block], index: SeedIndex, section: ClassFeaturesFit, guide: str,
+               progress: Progress) -> dict[str, Any]:
+        return make_class_features(folder, blocks, index, section, guide, progress)

@@ -42,8 +42,6 @@ class Block:
     refused: dict[str, str]  # the others: reason by seed id
 
 
-
-
 class SeedFeatures:
     """Reads, decodes and scores rows of a seed index."""
 
@@ -66,8 +64,6 @@ class SeedFeatures:
 
     def close(self) -> None:
         self._images.close()
-
-
 
 
 def gathered(blocks: Iterable[Block], count: int, scratch: Path,
@@ -98,6 +94,6 @@ def by_class(features_ND: np.ndarray, sound_N: np.ndarray, index: SeedIndex,
                              "one, or leave the class out of the dataset")
         found_ND = np.asarray(features_ND[order[start:stop]])
         if bad := int((~np.isfinite(found_ND).all(axis=1)).sum()):
-            raise UsageError(f"the guide gives features that are no numbers for {bad} of {len(found_ND)} images of "
+            raise UsageError(f"the guide gives features that are not finite for {bad} of {len(found_ND)} images of "
                              f"class {key!r}; try device: cpu, or another guide")
         yield found_ND

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field, field_validator
 
 from rayexpand.artifacts.store import publish
 from rayexpand.classifier.recipe import Recipe, make_recipe
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import SeedIndex
-from rayexpand.fitting.artifacts import data_facts
-from rayexpand.fitting.config import FitConfig, GuideFit
-from rayexpand.loader.feed import Loader
+from rayexpand.contract.settings import Section
+from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
+from rayexpand.loader.loader import Loader
 from rayexpand.loader.training_set import TrainingSet
 from rayexpand.models.guide_files import CLASSIFIER, CLIP_HEAD, guide_folder, save_classifier, save_clip_head
 from rayexpand.models.guides import ClipGuide, guide_hash, load_guide
+from rayexpand.runs.config import GuideConfig
 
 KIND = 1  # raised when the code below makes something else of the same configuration
 
@@ -26,7 +29,50 @@ KIND = 1  # raised when the code below makes something else of the same configur
 CLIP_RECIPE: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.1, "smoothing": 0.0, "schedule": "cosine", "crop": "none"}
 
 
-def fit_guide(config: FitConfig, made: GuideFit, index: SeedIndex, progress: Progress) -> Path:
+class GuideFit(Section):
+    kind: Literal["classifier", "clip_head", "random", "pretrained"] = "classifier"
+    recipe: dict[str, Any] = Field({}, description="preset and fields of the training recipe (core/recipe.py)")
+
+    @field_validator("recipe")
+    @classmethod
+    def _is_a_recipe(cls, recipe: dict[str, Any]) -> dict[str, Any]:
+        make_recipe(recipe)
+        return recipe
+
+
+class GuideMaker(Maker):
+    kind = "guide"
+    text = "train a guide; null: the one `guide` names"
+    section = GuideFit
+
+    def make(self, section: GuideFit, config: FitBase, world: World) -> Path:
+        return fit_guide(config, section, world)
+
+    def problems(self, section: GuideFit, config: FitBase, *, on_ray: bool) -> list[str]:
+        problem = _checkpoint_problem(section)
+        return [f"fit.guide.recipe.checkpoint: {problem}"] if problem else []
+
+    def is_here(self, section: GuideFit) -> bool:
+        return True
+
+    def applied(self, config: FitBase, folder: Path) -> FitBase:
+        return config.model_copy(update={"guide": GuideConfig(weights=str(folder))})
+
+
+def _checkpoint_problem(made: GuideFit) -> str:
+    checkpoint = make_recipe(made.recipe).checkpoint
+    if made.kind == "pretrained" and checkpoint is None:
+        return "is missing; kind pretrained takes its weights from a local safetensors file"
+    if made.kind in ("random", CLIP_HEAD) and checkpoint is not None:
+        return f"has no effect on kind {made.kind}; take it out, or use kind pretrained or classifier"
+    if checkpoint is not None and not Path(checkpoint).expanduser().is_file():
+        return f"there is no file {checkpoint}"
+    return ""
+
+
+def fit_guide(config: FitBase, made: GuideFit, world: World) -> Path:
+    """The folder of a guide, trained, tuned, or of random or given weights. Raises ConfigError, UsageError."""
+    index, progress = world.index, world.progress
     made_from: dict[str, Any] = {"version": KIND, "seed": config.seed, "data": data_facts(config, index)}
     if made.kind == CLIP_HEAD:
         guide = load_fit_guide(config, index)
@@ -37,18 +83,18 @@ def fit_guide(config: FitConfig, made: GuideFit, index: SeedIndex, progress: Pro
         recipe = make_recipe({**usual, **made.recipe, "size": guide.size[0], "test_size": None})
         made_from |= {"recipe": recipe.model_dump(mode="json"),
                       "guide_sha256": guide_hash(config.guide.weights, config.guide.checkpoint, progress)}
-        return publish(config.out, made.kind, made_from,
-                       lambda folder: _tune_clip(config, recipe, guide, index, folder, progress))
+        return publish(config.out, made.kind, made_from, lambda folder: world.engine.alone(
+            partial(_tune_clip, config, recipe, index), progress, folder))
     recipe = make_recipe(made.recipe)
     made_from["recipe"] = recipe.model_dump(mode="json")
     if recipe.checkpoint is not None:
         made_from["checkpoint_sha256"] = _file_hash(Path(recipe.checkpoint).expanduser())
-    return publish(config.out, made.kind, made_from,
-                   lambda folder: _train_classifier(config, made.kind, recipe, index, folder, progress))
+    return publish(config.out, made.kind, made_from, lambda folder: world.engine.alone(
+        partial(_train_classifier, config, made.kind, recipe, index), progress, folder))
 
 
-def _train_classifier(config: FitConfig, kind: str, recipe: Recipe, index: SeedIndex, folder: Path,
-                      progress: Progress) -> dict[str, Any]:
+def _train_classifier(config: FitBase, kind: str, recipe: Recipe, index: SeedIndex, progress: Progress,
+                      folder: Path) -> dict[str, Any]:
     from rayexpand.classifier.backbones import build_backbone
     from rayexpand.classifier.classifier import Classifier
     from rayexpand.contract.device import choose_device
@@ -69,8 +115,8 @@ def _train_classifier(config: FitConfig, kind: str, recipe: Recipe, index: SeedI
     return {"device": device.type, "updates": feed.total_steps, "last_loss": loss}
 
 
-def _tune_clip(config: FitConfig, recipe: Recipe, guide: ClipGuide, index: SeedIndex, folder: Path,
-               progress: Progress) -> dict[str, Any]:
+def _tune_clip(config: FitBase, recipe: Recipe, index: SeedIndex, progress: Progress,
+               folder: Path) -> dict[str, Any]:
     """Fine-tunes image tower and head. The head starts as the class texts of unit length, so at the start it gives the
     zero-shot logits; the logit scale and the text tower stay."""
     import torch
@@ -79,6 +125,7 @@ def _tune_clip(config: FitConfig, recipe: Recipe, guide: ClipGuide, index: SeedI
     from rayexpand.classifier.mixing import smooth
     from rayexpand.classifier.recipe import lr_at
 
+    guide: ClipGuide = load_fit_guide(config, index)
     feed = _feed(config, recipe, index)
     head = torch.nn.Parameter(guide.texts_KD.clone())
     tuned = torch.nn.ModuleDict({"visual": guide.model.visual})
@@ -105,12 +152,12 @@ def _tune_clip(config: FitConfig, recipe: Recipe, guide: ClipGuide, index: SeedI
     return {"device": guide.device.type, "updates": feed.total_steps, "last_loss": float(loss)}
 
 
-def _feed(config: FitConfig, recipe: Recipe, index: SeedIndex) -> Loader:
+def _feed(config: FitBase, recipe: Recipe, index: SeedIndex) -> Loader:
     return Loader(TrainingSet.of_seeds(index, config.data), recipe, config.seed)
 
 
-def load_fit_guide(config: FitConfig, index: SeedIndex) -> Any:
-    return load_guide(config.guide.weights, config.guide.checkpoint, index.classes.name, device=config.device,
+def load_fit_guide(config: FitBase, index: SeedIndex) -> Any:
+    return load_guide(config.guide.weights, config.guide.checkpoint, index.classes.asked, device=config.device,
                       class_keys=index.classes.key)
 
 

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field, field_validator
 
-from rayexpand.artifacts.store import read_facts
+from rayexpand.artifacts.store import publish, read_facts
 from rayexpand.classifier.recipe import Recipe, make_recipe
 from rayexpand.contract.errors import UsageError, few
 from rayexpand.contract.prompts import Template, format_prompt
@@ -48,8 +48,10 @@ from rayexpand.data import seeds
 from rayexpand.data.batches import SeedBatches, resized
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.subsets import ids_hash, shared_images
+from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
 from rayexpand.models.tiny.setting import Setting
 from rayexpand.models.tiny.setting import problems as setting_problems
+from rayexpand.runs.config import GuideConfig
 
 if TYPE_CHECKING:
     from rayexpand.models.tiny.pretrain import Trained, TrainingImages
@@ -179,7 +181,7 @@ def make_prior(job: PretrainJob, test: SeedIndex | None, folder: Path, progress:
         shown = Pictures(known.x_nHWC[::step], known.labels[::step])
         if test is not None and job.made.gate is not None:
             shown = read_pictures(test, job.made.gate.test, job.made.size, job.io_threads, progress)
-        quality = prior_quality.measure(trained, shown.x_nHWC, shown.labels, classes.name, job.seed, progress)
+        quality = prior_quality.measure(trained, shown.x_nHWC, shown.labels, classes.asked, job.seed, progress)
         measured = {"measured_on": "training images" if test is None else "test images", **quality.numbers,
                     "seconds": {stage: {kind: round(one, 1) for kind, one in spent.items()}
                                 for stage, spent in trained.seconds.items()}}
@@ -250,3 +252,32 @@ def _trained(job: PretrainJob, images: TrainingImages, folder: Path, progress: P
                                                     Checkpoints(job.steps, job.made.checkpoint_steps)))
     trained.save(folder)
     return trained
+
+
+class PretrainMaker(Maker):
+    kind = "pretrain"
+    text = "a small generator with its guide, trained from nothing; its guide serves the other sections"
+    section = PretrainFit
+
+    def make(self, section: PretrainFit, config: FitBase, world: World) -> Path:
+        job = PretrainJob(section, config.seed, config.data, world.index, data_facts(config, world.index), config.out,
+                          config.device, config.runtime.torch_threads, config.runtime.io_threads)
+        test = open_test(job)
+        folder = publish(config.out, KIND, job.made_from(test),
+                         lambda folder: make_prior(job, test, folder, world.progress))
+        shutil.rmtree(job.steps, ignore_errors=True)
+        return folder
+
+    def problems(self, section: PretrainFit, config: FitBase, *, on_ray: bool) -> list[str]:
+        return [f"fit.pretrain.{one}" for one in check_pretrain(section)]
+
+    def is_here(self, section: PretrainFit) -> bool:
+        return True
+
+    def role(self, section: PretrainFit) -> str:
+        return "prior"
+
+    def applied(self, config: FitBase, folder: Path) -> FitBase:
+        return config.model_copy(update={
+            "guide": GuideConfig(weights=str(folder / "guide")),
+            "prior": config.prior.model_copy(update={"weights": str(folder / "pipeline")})})

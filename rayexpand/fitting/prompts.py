@@ -21,14 +21,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
+from rayexpand.artifacts.store import publish
 from rayexpand.contract.errors import ModelError, UsageError
 from rayexpand.contract.prompts import Template, format_prompt
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.rng import RowRng
 from rayexpand.contract.schema import ClassTable
 from rayexpand.contract.settings import Section
+from rayexpand.fitting.maker import FitBase, Maker, World
 from rayexpand.methods.lecf import FILE
-from rayexpand.models.folders import PICKLES, quiet_libraries
+from rayexpand.models.folders import PICKLES, folder_hash, quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +83,7 @@ def write_prompts(made: PromptsFit, classes: ClassTable, seed: int, device: str,
 
 def _sentences(writer: _Writer, made: PromptsFit, label: int, classes: ClassTable, seed: int) -> list[str]:
     """Up to `per_class` different sentences, in the order of their numbers."""
-    asked, name = format_prompt(made.instruction, label, classes), classes.name[label].replace("_", " ")
+    asked, name = format_prompt(made.instruction, label, classes), classes.asked[label]
     found: dict[str, None] = {}
     for start in range(0, TRIES * made.per_class, made.batch):
         rows = [RowRng(seed, "prompts", classes.key[label], number) for number in range(start, start + made.batch)]
@@ -157,3 +159,24 @@ def _line(text: str) -> str:
     """The first line, with single spaces and without quotation marks around it."""
     lines: Sequence[str] = text.strip().splitlines() or [""]
     return " ".join(lines[0].split()).strip("\"'“” ")
+
+
+class PromptsMaker(Maker):
+    kind = "prompts"
+    text = "sentences about each class, written by a text model"
+    section = PromptsFit
+
+    def make(self, section: PromptsFit, config: FitBase, world: World) -> Path:
+        classes = world.index.classes
+        made_from = {"version": VERSION, "seed": config.seed, "classes": list(classes.key),
+                     "names": [list(classes.name), list(classes.metaclass), list(classes.noun)],
+                     "generator_sha256": folder_hash(Path(section.generator).expanduser()),
+                     **section.model_dump(exclude={"generator"})}
+        return publish(config.out, "prompts", made_from, lambda folder: write_prompts(
+            section, classes, config.seed, config.device, folder, world.progress))
+
+    def problems(self, section: PromptsFit, config: FitBase, *, on_ray: bool) -> list[str]:
+        return [f"fit.prompts.generator: {one}" for one in check_generator(section.generator)]
+
+    def is_here(self, section: PromptsFit) -> bool:
+        return True

@@ -122,25 +122,25 @@ class ImageReader:
 class Windowed:
     """Encoded images of one worker in a windowed epoch, step after step.
 
-    A lane reads a chunk once, at its first use, keeps the rows it still needs, and drops each after its last use. Steps
-    may be left out, but do not go back.
+    A stream reads a chunk once, at its first use, keeps the rows it still needs, and drops each after its last use.
+    Steps may be left out, but do not go back.
 
     peak_rows    the most rows held at once, if no step is left out
     mean_bytes   of an image held now
     limit        bytes held; `refusal` makes the error for what goes beyond
     """
 
-    def __init__(self, images: ImageReader, items_SC: np.ndarray, lane_C: np.ndarray, limit: float,
+    def __init__(self, images: ImageReader, items_SC: np.ndarray, stream_C: np.ndarray, limit: float,
                  refusal: Callable[[Windowed], Exception]) -> None:
         self.step, self.limit = 0, limit
-        self._images, self._items_SC, self._lanes, self._refusal = images, items_SC, lane_C.tolist(), refusal
-        self._needed: list[tuple[np.ndarray, np.ndarray]] = []  # of each lane: items ascending, steps of last use
-        self._held: dict[tuple[int, int], bytes] = {}  # (lane, item)
+        self._images, self._items_SC, self._streams, self._refusal = images, items_SC, stream_C.tolist(), refusal
+        self._needed: list[tuple[np.ndarray, np.ndarray]] = []  # of each stream: items ascending, steps of last use
+        self._held: dict[tuple[int, int], bytes] = {}  # (stream, item)
         self._due: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # step of last use -> what to drop
         self._bytes = 0
         change_S = np.zeros(len(items_SC) + 1, np.int64)  # in rows held
-        for lane in range(int(lane_C.max()) + 1):
-            items, first, last = _uses(items_SC[:, lane_C == lane])
+        for stream in range(int(stream_C.max()) + 1):
+            items, first, last = _uses(items_SC[:, stream_C == stream])
             starts = np.flatnonzero(np.r_[True, np.diff(images.chunks(items)) != 0])
             np.add.at(change_S, np.minimum.reduceat(first, starts), np.diff(np.r_[starts, len(items)]))
             np.subtract.at(change_S, last + 1, 1)
@@ -159,19 +159,19 @@ class Windowed:
                 self._bytes -= len(self._held.pop(key))
         self.step = step
         items = self._items_SC[step]
-        keys = list(zip(self._lanes, items.tolist(), strict=True))
+        keys = list(zip(self._streams, items.tolist(), strict=True))
         self._load(dict.fromkeys((key[0], chunk) for key, chunk in zip(
             keys, self._images.chunks(items).tolist(), strict=True) if key not in self._held))
         return [self._held[key] for key in keys]
 
     def _load(self, wanted: dict[tuple[int, int], None]) -> None:
-        """Reads chunks of lanes, a piece at a time."""
+        """Reads chunks of streams, a piece at a time."""
         piece: list[tuple[int, np.ndarray, np.ndarray]] = []
-        for number, (lane, chunk) in enumerate(wanted, 1):
-            items, last = self._needed[lane]
+        for number, (stream, chunk) in enumerate(wanted, 1):
+            items, last = self._needed[stream]
             low, high = np.searchsorted(items, self._images.span(chunk)).tolist()
             ahead = last[low:high] >= self.step
-            piece.append((lane, items[low:high][ahead], last[low:high][ahead]))
+            piece.append((stream, items[low:high][ahead], last[low:high][ahead]))
             if number == len(wanted) or sum(len(one) for _, one, _ in piece) >= _PIECE:
                 self._keep(piece)
                 piece = []
@@ -180,11 +180,11 @@ class Windowed:
         unique, where = np.unique(np.concatenate([items for _, items, _ in piece]), return_inverse=True)
         images = self._images.fetch(unique)
         found = iter(where.tolist())
-        for lane, items, last in piece:
+        for stream, items, last in piece:
             for item, step in zip(items.tolist(), last.tolist(), strict=True):
                 image = images[next(found)]
-                self._held[lane, item] = image
-                self._due[step].append((lane, item))
+                self._held[stream, item] = image
+                self._due[step].append((stream, item))
                 self._bytes += len(image)
         if self._bytes > self.limit:
             raise self._refusal(self)

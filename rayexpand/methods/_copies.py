@@ -33,7 +33,7 @@ def quota_copies(index: SeedIndex, quota: np.ndarray, rng: PlanRng) -> np.ndarra
     """uint16[n]: exactly `quota[c]` copies for class c, spread evenly over its seeds; the remainder goes to seeds in
     a random order. Raises UsageError when a class with a quota has no seeds."""
     counts = np.bincount(index.labels, minlength=len(index.classes))
-    empty = [index.classes.name[c] for c in np.flatnonzero((counts == 0) & (quota > 0))]
+    empty = [index.classes.display[c] for c in np.flatnonzero((counts == 0) & (quota > 0))]
     if empty:
         raise UsageError(f"classes without seeds cannot be given copies: {', '.join(empty)}")
     each, rest = np.divmod(quota, np.maximum(counts, 1))

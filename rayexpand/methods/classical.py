@@ -1,7 +1,8 @@
 """Classical augmentation, applied offline: the baselines without a generator.
 
 Every sample is one augmented copy of its seed, at the size of the seed. Which operation, how strong and where is drawn
-from the keyed stream "ops" of the row (core/augment.py holds the two learned policies).
+from the keyed stream "ops" of the row (classifier/augment.py holds the two learned policies). A copy of one colour
+only, such as black on white after Solarize, is drawn again, the learned policies then without such operations.
 
     policy            source                                     what is drawn
     randaugment       Cubuk et al. 2020; torchvision             `num_ops` operations at one magnitude, signs
@@ -33,6 +34,7 @@ from rayexpand.methods._copies import quota_copies, ratio_copies
 
 Policy = Literal["randaugment", "autoaugment", "cutout", "random_erasing", "gridmask", "standard"]
 Colour = tuple[int, int, int]
+_TRIES = 10  # of drawing a copy again that had one colour only; then it is its seed
 
 
 class Classical(BaseModel):
@@ -79,10 +81,19 @@ class Classical(BaseModel):
         default = 0.5 if self.policy == "random_erasing" else 1.0
         if rng.random() >= (default if self.probability is None else self.probability):
             return image
+        changed = self._changed(image, rng)
+        if not augment.is_blank(changed) or augment.is_blank(image):
+            return changed
+        for _ in range(_TRIES):
+            if not augment.is_blank(changed := self._changed(image, rng, spare=True)):
+                return changed
+        return image
+
+    def _changed(self, image: np.ndarray, rng: np.random.Generator, spare: bool = False) -> np.ndarray:
         if self.policy == "randaugment":
-            return augment.randaugment(image, rng, self.num_ops, self.magnitude, self.bins)
+            return augment.randaugment(image, rng, self.num_ops, self.magnitude, self.bins, spare=spare)
         if self.policy == "autoaugment":
-            return augment.autoaugment(image, rng)
+            return augment.autoaugment(image, rng, spare=spare)
         if self.policy == "standard":
             return _standard(image, rng)
         if self.policy == "cutout":

@@ -52,6 +52,7 @@ from rayexpand.methods._copies import MAX_COPIES, quota_copies, rank_in_class
 from rayexpand.methods.img2img import Img2Img
 from rayexpand.methods.text2img import Text2Img
 
+GAMMA = 0.5  # the paper's
 Variant = Literal["real_gen", "real_aug", "real_mix", "diff_gen", "diff_aug", "diff_mix"]
 
 
@@ -235,7 +236,7 @@ class DiffMix(BaseModel):
         return self._plain.batch_key(draw)
 
     def soft_label(self, source: np.ndarray, target: np.ndarray, strength: np.ndarray, n_classes: int,
-                   gamma: float = 0.5, soft_scaler: float = 1.0, **recipe: float) -> np.ndarray:
+                   gamma: float = GAMMA, soft_scaler: float = 1.0, **recipe: float) -> np.ndarray:
         """float32 (B, K): s^gamma at the target, 1 - s^gamma at the reference, with 0^0 = 1, times `soft_scaler`.
 
         Paper, equation 3, read with table 6 and the released code: its indices are the other way round. gamma 0.5 is
@@ -249,6 +250,15 @@ class DiffMix(BaseModel):
         y_BK[rows, source] += 1 - weight_B
         y_BK[rows, target] += weight_B
         return (soft_scaler * y_BK).astype(np.float32)
+
+
+    def label_words(self) -> str:
+        if _kind(vars(self)) != "mix" or self._tied or set(self.strengths) == {1.0}:
+            return ""  # the target alone
+        return (f"A sample was painted over an image of class `source_label` as class `label`, by a share s of the "
+                "schedule, which is in `strength`. The class `label` has the weight s^gamma and `source_label` the "
+                f"weight 1 - s^gamma, with gamma = {GAMMA:g} as in the paper; where they are one class, its weight is "
+                "1. `label` alone names the class that was painted.")
 
 
 def _kind(fields: Mapping[str, Any]) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayexpand.artifacts.store import MAKING_OF
+from rayexpand.artifacts.store import content_files, files_hash
 from rayexpand.contract.errors import ModelError
 
 DIGITS = "digits"
@@ -21,6 +21,28 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """The files of one model or artifact. Nothing is looked up before it is asked for."""
+
+    find: Callable[[], dict[str, Path]]  # relative name -> file on this machine, trained or downloaded where needed
+    present: Callable[[], Path | None]  # the folder under a name of its own, if it is on this machine
+    hash: Callable[[Path], str]  # content hash of such a folder
+
+    def lies_in(self, folder: Path, sha256: str) -> bool:
+        """Whether a folder is there and holds this very content."""
+        try:
+            return folder.is_dir() and self.hash(folder) == sha256
+        except (ModelError, OSError):
+            return False  # incomplete, or another thing under this name
+
+
+def folder_model(folder: Path) -> ModelFiles:
+    """A model that is one folder of this machine."""
+    return ModelFiles(lambda: {name: folder / name for name in loaded_files(folder)},
+                      lambda: folder if folder.is_dir() else None, folder_hash)
+
+
 def folder_hash(folder: Path | str) -> str:
     """sha256 over the sorted (relative name, sha256) of the files of a model folder that are loaded.
 
@@ -28,11 +50,7 @@ def folder_hash(folder: Path | str) -> str:
     them; any other folder (a guide) counts its own .json, .txt and .safetensors files.
     """
     folder = Path(folder)
-    hasher = hashlib.sha256()
-    for name in sorted(loaded_files(folder)):
-        with open(folder / name, "rb") as stream:
-            hasher.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return hasher.hexdigest()
+    return files_hash(folder, sorted(loaded_files(folder)))
 
 
 def staged_folder(sha256: str) -> Path:
@@ -75,8 +93,7 @@ def weight_files(folder: Path, part: str) -> tuple[str | None, list[str]]:
 def loaded_files(folder: Path) -> list[str]:
     """Relative names of all files of a model folder that loading reads."""
     if not (folder / "model_index.json").is_file():
-        return [file.name for file in folder.iterdir()
-                if file.suffix in (".json", ".txt", ".safetensors") and file.name != MAKING_OF]
+        return content_files(folder)
     tokenizer = [f"tokenizer/{file.name}" for file in (folder / "tokenizer").iterdir()
                  if file.suffix in (".json", ".txt")]
     return [*CONFIGS, *tokenizer, *(name for part in WEIGHTS for name in weight_files(folder, part)[1])]

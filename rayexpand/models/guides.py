@@ -11,7 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import ConfigError, ModelError
 from rayexpand.contract.protocols import Progress
 from rayexpand.diffusion.energy import resize
-from rayexpand.models.folders import folder_hash, quiet_libraries
+from rayexpand.models.folders import ModelFiles, folder_hash, folder_model, quiet_libraries
 from rayexpand.models.guide_files import (
     CLASSIFIER,
     CLASSIFIER_WEIGHTS,
@@ -30,6 +30,7 @@ from rayexpand.models.guide_files import (
     class_problem,
     guide_folder,
     kind_of,
+    present_guide,
     read_tensors,
 )
 
@@ -43,8 +44,9 @@ IMAGES_PER_CALL = 256
 
 def load_guide(weights: str, checkpoint: str | None, class_names: Sequence[str], *, device: str = "auto",
                class_keys: Sequence[str] | None = None) -> ClipGuide | ClassifierGuide:
-    """The guide named by `weights`. CLIP is asked about "a photo of a <class name>"; a guide that knows its classes is
-    refused where they are not `class_keys`. Raises ModelError."""
+    """The guide named by `weights`. CLIP is asked about "a photo of a <class name>", so names come as people say them
+    (`ClassTable.asked`); a guide that knows its classes is refused where they are not `class_keys`. Raises ModelError.
+    """
     folder = guide_folder(weights)
     if class_keys is not None and folder is not None and (problem := class_problem(folder, class_keys)):
         raise ModelError(problem)
@@ -55,6 +57,29 @@ def load_guide(weights: str, checkpoint: str | None, class_names: Sequence[str],
     if folder is not None and kind_of(folder) == CLIP_HEAD:
         guide.texts_KD = read_tensors(folder / HEAD_WEIGHTS)["weight"].to(guide.device)
     return guide
+
+
+def guide_model(weights: str, checkpoint: str | None) -> ModelFiles:
+    """The files of a guide: its folder, or the checkpoint of an architecture (only these have one)."""
+    if checkpoint is None:
+        def find() -> dict[str, Path]:
+            folder = guide_folder(weights)
+            if folder is not None:
+                return folder_model(folder).find()
+            file = checkpoint_file(weights, None)
+            return {file.name: file}
+
+        return ModelFiles(find, lambda: present_guide(weights), folder_hash)
+    name = Path(checkpoint).name
+
+    def named() -> dict[str, Path]:
+        return {name: checkpoint_file(weights, checkpoint)}
+
+    def here() -> Path | None:
+        file = Path(checkpoint).expanduser()
+        return file.parent if file.is_file() else None
+
+    return ModelFiles(named, here, lambda folder: guide_hash(weights, str(folder / name)))
 
 
 def guide_hash(weights: str, checkpoint: str | None, progress: Progress | None = None) -> str:
@@ -75,6 +100,7 @@ class ImageGuide(ABC):
     model: Any
     device: torch.device
     size: tuple[int, int]  # height and width in pixels that the model takes
+    filter: Literal["bicubic", "bilinear"]  # how its own preprocessing resizes
     mean: torch.Tensor
     std: torch.Tensor
 
@@ -120,6 +146,7 @@ class ClipGuide(ImageGuide):
         settings = get_model_preprocess_cfg(model)
         size = settings["size"]
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        self.filter = "bilinear" if settings.get("interpolation") == "bilinear" else "bicubic"
         self.mean, self.std = (torch.tensor(settings[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
         with torch.no_grad():
             rows = [model.encode_text(tokenizer(list(class_prompts[i : i + TEXTS_PER_CALL])).to(device), normalize=True)
@@ -174,7 +201,7 @@ class ClassifierGuide(ImageGuide):
         self.model = _headless(model)
         self.device = device
         side = recipe.test_size or recipe.size
-        self.size = (side, side)
+        self.size, self.filter = (side, side), recipe.filter
         self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (recipe.mean, recipe.std))
 
     @classmethod

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from rayexpand.artifacts.adapter import AdapterFacts, load_lora, load_tokens, lora_config, read_adapter
 from rayexpand.contract.class_tokens import add_class_tokens
 from rayexpand.contract.device import choose_device
 from rayexpand.contract.errors import ModelError
-from rayexpand.models.adapters import AdapterFacts, load_lora, load_tokens, lora_config, read_adapter
 from rayexpand.models.folders import quiet_libraries, weight_files
 
 if TYPE_CHECKING:
@@ -240,8 +240,6 @@ class StableDiffusionPrior:
         if len(self._texts) > CACHED_TEXTS:
             self._texts.popitem(last=False)
         return self._texts[text]
-
-
 
 
 def _components(folder: Path, dtype: torch.dtype) -> tuple[Any, ...]:

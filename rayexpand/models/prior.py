@@ -8,7 +8,7 @@ that comes with weights is ever run. Nothing here imports torch before a model i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,10 @@ from rayexpand.models.folders import (
     HUB_NAME,
     PICKLES,
     WEIGHTS,
+    ModelFiles,
     cache_root,
     folder_hash,
+    folder_model,
     hub_snapshot,
     incomplete_message,
     read_json,
@@ -95,11 +97,15 @@ def check_size(facts: PriorFacts, size: int) -> None:
                          f"{unit}; set image.size to {near} (trained at {facts.image_size})")
 
 
+def prior_model(weights: str) -> ModelFiles:
+    """The files of a generator."""
+    return replace(folder_model(Path(weights)), find=lambda: folder_model(resolve(weights)).find(),
+                   present=lambda: present(weights))
+
+
 def prior_hash(weights: str, progress: Progress | None = None) -> str:
     """Content hash of the generator's files; trains the embedded default or downloads first where needed."""
     return folder_hash(resolve(weights, progress))
-
-
 
 
 def resolve(weights: str, progress: Progress | None = None) -> Path:
@@ -127,15 +133,7 @@ def present(weights: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-
-
-
-
 # ---------------------------------------------------------------------------------------------------------------- files
-
-
-
-
 
 
 def _local_folder(weights: str) -> Path | None:
@@ -176,10 +174,6 @@ def _missing_files(folder: Path) -> list[str]:
     return problems
 
 
-
-
-
-
 def _inspect(folder: Path, weights: str) -> PriorFacts:
     """Facts of a complete folder. Raises ModelError for another kind of pipeline."""
     index = read_json(folder / "model_index.json")
@@ -211,10 +205,3 @@ def _trained_size(unet: dict[str, Any], vae: dict[str, Any], vae_factor: int) ->
     if side is None:
         return int(vae.get("sample_size", 512))
     return int(max(side) if isinstance(side, list) else side) * vae_factor
-
-
-# ------------------------------------------------------------------------------------------------------------------ hub
-
-
-
-

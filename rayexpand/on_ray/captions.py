@@ -19,9 +19,9 @@ from rayexpand.contract.schema import SeedIndex
 from rayexpand.data.batches import SeedBatches
 from rayexpand.fitting.captions import CaptionBlock, Captioner
 from rayexpand.fitting.config import FitConfig
-from rayexpand.models.folders import folder_hash, loaded_files
-from rayexpand.on_ray.fit import SpanActor, over_spans
-from rayexpand.on_ray.stage import Model, local
+from rayexpand.models.folders import ModelFiles, folder_model
+from rayexpand.on_ray.spans import SpanActor, over_spans
+from rayexpand.on_ray.stage import local
 
 
 def caption_blocks(config: FitConfig, model_sha256: str, index: SeedIndex,
@@ -36,16 +36,16 @@ def caption_blocks(config: FitConfig, model_sha256: str, index: SeedIndex,
                            json.loads(row["refused"]))
 
 
-def captioner_model(folder: Path) -> Model:
+def captioner_model(folder: Path) -> ModelFiles:
     """The folder of a captioning model."""
-    return Model(lambda: (folder, loaded_files(folder)), lambda: folder if folder.is_dir() else None, folder_hash)
+    return folder_model(folder)
 
 
 class CaptionActor(SpanActor):
     nothing: ClassVar[dict[str, Any]] = {"rows": b"", "captions": "[]", "refused": "{}"}
 
-    def __init__(self, config: FitConfig, sha256: str, shelf: Any, cwd: str) -> None:
-        super().__init__(shelf, cwd)
+    def __init__(self, config: FitConfig, sha256: str, server: Any, cwd: str) -> None:
+        super().__init__(server, cwd)
         self._config, self._sha256 = config, sha256
         self._loaded: tuple[Captioner, SeedBatches] | None = None
 
@@ -66,9 +66,9 @@ class CaptionActor(SpanActor):
             config, made = self._config, self._config.fit.captions
             assert made is not None
             torch.set_num_threads(config.runtime.torch_threads)
-            index = ray.get(self._shelf.shared.remote())
+            index = ray.get(self._server.shared.remote())
             model = captioner_model(Path(str(made.model)).expanduser())
-            here = made.model_copy(update={"model": str(local(model, self._sha256, self._shelf))})
+            here = made.model_copy(update={"model": str(local(model, self._sha256, self._server))})
             captioner = Captioner(here, config.device)
             self._device = captioner.device.type
             self._loaded = captioner, SeedBatches(index, config.data, made.batch, config.runtime.io_threads)

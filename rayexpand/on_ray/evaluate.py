@@ -1,7 +1,7 @@
 """Features of many images over a Ray Data actor pool: an Extract of rayexpand.evaluation.evaluate.
 
     driver    chunks (rows to read, no images) -> [read and decode] -> extract -> features, D floats per image
-    Stock     one small actor beside the driver: the extractor's files, for nodes that lack them
+    ModelServer   one small actor beside the driver: the extractor's files, for nodes that lack them (stage.py)
 
 On GPUs reading and decoding is a stage of its own on CPUs, so that GPUs do not wait for it; elsewhere each actor reads
 what it extracts. Calls are cut the same way in both, and put in their order by the driver, so features do not depend
@@ -11,38 +11,20 @@ on the number of actors.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import socket
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import filelock
 import numpy as np
 import pyarrow as pa
 import ray
-import ray.data
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayexpand.contract.errors import EnvironmentFault, ModelError, RayexpandError
+from rayexpand.contract.errors import packed, unpacked
 from rayexpand.evaluation.evaluate import EvaluateConfig, Found, OnRows, Side
-from rayexpand.evaluation.features import (
-    Extractor,
-    ExtractorConfig,
-    extractor_hash,
-    load_extractor,
-    model_files,
-    moved,
-    stacked,
-)
-from rayexpand.models.folders import DIGITS, staged_folder
-from rayexpand.models.guide_files import present_guide
-from rayexpand.on_ray.expand import Pool, choose_pool, connected
-from rayexpand.on_ray.stage import CHUNK
-
-WAVE = 10_000  # chunks handed to Ray Data at once
+from rayexpand.evaluation.features import Extractor, ExtractorConfig, extractor_model, load_extractor, moved, stacked
+from rayexpand.on_ray.pool import Pool, choose_pool, connected, enter, of_items, waves
+from rayexpand.on_ray.stage import local, open_model_server
 
 Row = dict[str, list[Any]]
 
@@ -53,17 +35,14 @@ def extract(config: EvaluateConfig, sha256: str, sides: Sequence[Side], on_rows:
     with connected(config.cluster):
         chunks = [(side, number) for side in range(len(sides)) for number in range(len(sides[side].chunks))]
         pool = choose_pool(config.cluster, models=True)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        files = {name: str(path) for name, path in model_files(config.extractor).items()}
-        stock = Stock.options(scheduling_strategy=here).remote(files)  # type: ignore[attr-defined]
+        server = open_model_server({sha256: extractor_model(config.extractor)})
         parts: dict[tuple[int, int, int], np.ndarray] = {}
         refused, sizes = [0] * len(sides), [0] * len(sides)
         done = 0
-        for start in range(0, len(chunks), WAVE):
-            wave = chunks[start:start + WAVE]
-            for row in _dataset(config, sha256, sides, wave, pool, stock).iter_rows():
+        for _, wave in waves(chunks):
+            for row in _dataset(config, sha256, sides, wave, pool, server).iter_rows():
                 if row["fault"]:
-                    raise (ModelError if row["model"] else EnvironmentFault)(row["fault"])
+                    raise unpacked(row["fault"])
                 key = (int(row["side"]), int(row["chunk"]), int(row["call"]))
                 rows, side = int(row["rows"]), key[0]
                 if rows:
@@ -76,27 +55,11 @@ def extract(config: EvaluateConfig, sha256: str, sides: Sequence[Side], on_rows:
                 for side in range(len(sides))]
 
 
-@ray.remote(num_cpus=0, max_restarts=0)
-class Stock:
-    """Beside the driver: the files of a model, put into the object store when a node first asks."""
-
-    def __init__(self, files: dict[str, str]) -> None:
-        self._files = files
-        self._chunks: dict[str, list[Any]] = {}
-
-    def chunks(self) -> dict[str, list[Any]]:
-        """File name -> references of its pieces."""
-        if not self._chunks:
-            self._chunks = {name: [ray.put(piece) for piece in _pieces(path)] for name, path in self._files.items()}
-        return self._chunks
-
-
 class Reader:
     """Chunks -> one row for each call, with its images."""
 
-    def __init__(self, config: EvaluateConfig, sides: Sequence[Side], cwd: str, size: int) -> None:
-        if os.path.isdir(cwd):
-            os.chdir(cwd)  # relative paths of the configuration are relative to where the driver was started
+    def __init__(self, config: EvaluateConfig, sides: Sequence[Side], size: int, cwd: str) -> None:
+        enter(cwd)
         self._config, self._sides, self._size = config, sides, size
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[Row]:
@@ -114,22 +77,21 @@ class Reader:
 class ExtractActor:
     """One process of the pool: rows of `Reader`, or chunks where it reads for itself, -> features."""
 
-    def __init__(self, config: EvaluateConfig, sha256: str, sides: Sequence[Side], cwd: str, stock: Any) -> None:
-        if os.path.isdir(cwd):
-            os.chdir(cwd)
-        self._config, self._sha256, self._sides, self._cwd, self._stock = config, sha256, sides, cwd, stock
+    def __init__(self, config: EvaluateConfig, sha256: str, sides: Sequence[Side], server: Any, cwd: str) -> None:
+        enter(cwd)
+        self._config, self._sha256, self._sides, self._cwd, self._server = config, sha256, sides, cwd, server
         self._extractor: Extractor | None = None
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[Row]:
         try:
             extractor = self._get()
         except Exception as error:
-            yield _failed(_fault(error), model=isinstance(error, ModelError))
+            yield _failed(_fault(error))
             return
         if "images" in batch:
             yield self._one(extractor, {name: values[0] for name, values in batch.items()})
             return
-        for row in Reader(self._config, self._sides, self._cwd, extractor.size)(batch):
+        for row in Reader(self._config, self._sides, extractor.size, self._cwd)(batch):
             yield self._one(extractor, {name: values[0] for name, values in row.items()})
 
     def _one(self, extractor: Extractor, call: dict[str, Any]) -> Row:
@@ -143,62 +105,36 @@ class ExtractActor:
             except Exception as error:  # out of memory, a lost device: the driver says so
                 return _failed(_fault(error))
         return {"side": [call["side"]], "chunk": [call["chunk"]], "call": [call["call"]], "rows": [rows],
-                "refused": [call["refused"]], "features": [features], "size": [extractor.size], "fault": [""],
-                "model": [False]}
+                "refused": [call["refused"]], "features": [features], "size": [extractor.size], "fault": [""]}
 
     def _get(self) -> Extractor:
         if self._extractor is None:
             import torch
 
             torch.set_num_threads(self._config.runtime.torch_threads)
-            self._extractor = load_extractor(here_or_staged(self._config.extractor, self._sha256, self._stock))
+            self._extractor = load_extractor(here_or_staged(self._config.extractor, self._sha256, self._server))
         return self._extractor
 
 
-def here_or_staged(config: ExtractorConfig, sha256: str, stock: Any) -> ExtractorConfig:
+def here_or_staged(config: ExtractorConfig, sha256: str, server: Any) -> ExtractorConfig:
     """The extractor where it already is on this node, if its content is right, else a copy of the driver's.
 
     Raises EnvironmentFault when the copy is not the model.
     """
-    if config.checkpoint or present_guide(config.guide or DIGITS):
-        try:
-            if extractor_hash(config) == sha256:
-                return config
-        except (ModelError, OSError):
-            pass  # not on this node
-    staged = staged_folder(sha256)
-    staged.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{staged}.lock"):
-        if not staged.is_dir():
-            partial = Path(tempfile.mkdtemp(prefix=f"{staged.name}.partial-", dir=staged.parent))
-            for name, chunks in ray.get(stock.chunks.remote()).items():
-                with open(partial / name, "wb") as file:
-                    for chunk in chunks:
-                        file.write(ray.get(chunk))
-            if extractor_hash(moved(config, partial)) != sha256:
-                shutil.rmtree(partial)
-                raise EnvironmentFault(f"the extractor copied to {socket.gethostname()} does not have the hash "
-                                       f"{sha256[:12]} of the driver's; its files changed meanwhile")
-            os.rename(partial, staged)
-    return moved(config, staged)
+    return moved(config, local(extractor_model(config), sha256, server))
 
 
 def _dataset(config: EvaluateConfig, sha256: str, sides: Sequence[Side], wave: Sequence[tuple[int, int]], pool: Pool,
-             stock: Any) -> ray.data.Dataset:
-    rows = [{"side": side, "chunk": chunk, "rows": _content(sides[side].chunks[chunk])} for side, chunk in wave]
+             server: Any) -> ray.data.Dataset:
     plain = [Side(side.name, [], side.read, side.min_side, side.max_pixels) for side in sides]
-    data: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    data = of_items([{"side": side, "chunk": chunk, "rows": _content(sides[side].chunks[chunk])}
+                     for side, chunk in wave])
     if readers := _readers(pool, len(wave)):
         size = load_extractor(config.extractor.model_copy(update={"device": "cpu"})).size
-        data = data.map_batches(
-            Reader, batch_size=1, num_cpus=1,
-            compute=ray.data.ActorPoolStrategy(size=readers, max_tasks_in_flight_per_actor=1),
-            fn_constructor_kwargs={"config": config, "sides": plain, "cwd": os.getcwd(), "size": size})
-    return data.map_batches(
-        ExtractActor, batch_size=1, num_cpus=pool.cpus, num_gpus=pool.gpus or None, resources=pool.resources or None,
-        label_selector=pool.labels or None,
-        compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(wave)), max_tasks_in_flight_per_actor=2),
-        fn_constructor_kwargs={"config": config, "sha256": sha256, "sides": plain, "cwd": os.getcwd(), "stock": stock})
+        on_cpus = Pool(readers, 1, 0.0, {}, {})
+        data = on_cpus.map(data, Reader, {"config": config, "sides": plain, "size": size}, in_flight=1)
+    pool = replace(pool, actors=min(pool.actors, len(wave)))
+    return pool.map(data, ExtractActor, {"config": config, "sha256": sha256, "sides": plain, "server": server})
 
 
 def _readers(pool: Pool, chunks: int) -> int:
@@ -215,17 +151,10 @@ def _content(chunk: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _failed(fault: str, *, model: bool = False) -> Row:
+def _failed(fault: str) -> Row:
     return {"side": [0], "chunk": [0], "call": [0], "rows": [0], "refused": [0], "features": [b""], "size": [0],
-            "fault": [fault], "model": [model]}
+            "fault": [fault]}
 
 
 def _fault(error: Exception) -> str:
-    kind = "" if isinstance(error, RayexpandError) else f"{type(error).__name__}: "
-    return f"{kind}{error} (on {socket.gethostname()})"
-
-
-def _pieces(path: str) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while piece := file.read(CHUNK):
-            yield piece
+    return packed(error, f"on {socket.gethostname()}")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,19 +25,20 @@ import ray
 import ray.data
 
 from rayexpand.artifacts.store import read_facts
-from rayexpand.contract import errors
-from rayexpand.contract.errors import ConfigError, EnvironmentFault, Interrupted, RayexpandError, UsageError
+from rayexpand.contract.errors import EnvironmentFault, Interrupted, RayexpandError, UsageError, packed, unpacked
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import SeedIndex
-from rayexpand.fitting.adapter.feed import LatentLoader, LatentRows, Sources
 from rayexpand.fitting.adapter.fit import LatentTask, TuneEngine, open_maker
 from rayexpand.fitting.adapter.latents import LatentMaker, LatentPart
+from rayexpand.fitting.adapter.loader import LatentLoader, LatentRows, Sources
 from rayexpand.fitting.adapter.train import RunLogger, TuneJob, open_tuning, train_here, tune
 from rayexpand.fitting.config import FitConfig
-from rayexpand.models.prior import inspect_prior
-from rayexpand.on_ray.fit import SpanActor, over_spans
+from rayexpand.models.folders import ModelFiles
+from rayexpand.models.prior import inspect_prior, prior_model
 from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
-from rayexpand.on_ray.stage import Model, artifact_model, local, open_model_server, prior_model
+from rayexpand.on_ray.pool import cause_of, check_shared, enter, mean_over_workers
+from rayexpand.on_ray.spans import SpanActor, over_spans
+from rayexpand.on_ray.stage import artifact_model, local, open_model_server
 
 SPAN_BYTES = 64 << 20  # of the images one loader task makes, at most
 WORKER_FAILURES = 4  # deaths of workers before the fine-tuning counts as failed; nodes taken away do not count
@@ -46,20 +46,32 @@ DRIVER_RETRIES = 16  # deaths of the process that watches the workers
 REFUSED, POSITION = "refused", "position"  # files in the folder of a job
 
 
-def tuning_on(config: FitConfig, connect: Callable[[], Any]) -> TuneEngine:
-    """Where a fine-tuning of this configuration runs; `connect` joins the cluster when there is something to do."""
+def tuning_on(config: FitConfig, connect: Callable[[], Any], task: Callable[..., Any] | None = None) -> TuneEngine:
+    """Where a fine-tuning of this configuration runs; `connect` joins the cluster when there is something to do. One
+    without workers is trained in this process, or by `task(function, *arguments)` on a worker."""
     def parts(task: LatentTask, index: SeedIndex, wanted: list[range], costs: dict[str, Any]) -> Iterator[LatentPart]:
         connect()
         return latent_parts(config, task, index, wanted, costs)
 
     def train(job: TuneJob, progress: Progress) -> float:
-        if not job.made.workers:
+        if not job.made.workers and task is None:
             return train_here(job, progress)
         connect()
+        if not job.made.workers and task is not None:
+            progress("fine-tuning on a worker", 0, job.made.finetune.steps)
+            task(_train_alone, job, open_model_server(dict(_parts(job).values())))
+            return 0.0
         train_spread(job, progress)
         return 0.0
 
     return TuneEngine(parts, train, spreads=True)
+
+
+def _train_alone(job: TuneJob, server: Any, cwd: str) -> None:
+    """A fine-tuning without workers, in a task; what stops is continued from its last checkpoint by the next one."""
+    enter(cwd)
+    check_shared(job.folder)
+    train_here(_local_job(job, server), lambda *_: None)
 
 
 # -------------------------------------------------------------------------------------------------------------- latents
@@ -79,8 +91,8 @@ class LatentActor(SpanActor):
     nothing: ClassVar[dict[str, Any]] = {"rows": b"", "mean": b"", "std": b"", "shape": "[]", "first": 0,
                                          "refused": "{}"}
 
-    def __init__(self, task: LatentTask, shelf: Any, cwd: str) -> None:
-        super().__init__(shelf, cwd)
+    def __init__(self, task: LatentTask, server: Any, cwd: str) -> None:
+        super().__init__(server, cwd)
         self._task = task
         self._maker: LatentMaker | None = None
 
@@ -95,8 +107,8 @@ class LatentActor(SpanActor):
 
             base = self._task.base
             torch.set_num_threads(base.threads)
-            index = ray.get(self._shelf.shared.remote())
-            folder = local(prior_model(base.weights), base.sha256, self._shelf)
+            index = ray.get(self._server.shared.remote())
+            folder = local(prior_model(base.weights), base.sha256, self._server)
             self._maker = open_maker(replace(self._task, base=replace(base, weights=str(folder))), index)
             self._device = self._maker.device
         return self._maker
@@ -116,8 +128,8 @@ def train_spread(job: TuneJob, progress: Progress) -> None:
     _check_room(job, gpus)
     folder = Path(job.folder)
     (folder / REFUSED).unlink(missing_ok=True)  # of an attempt whose driver died
-    shelf = open_model_server(dict(_parts(job).values()))
-    under_way = _drive.remote(job, shelf, gpus, os.getcwd())
+    server = open_model_server(dict(_parts(job).values()))
+    under_way = _drive.remote(job, server, gpus, os.getcwd())
     while not ray.wait([under_way], timeout=1.0)[0]:
         progress("fine-tuning", _position(folder), job.made.finetune.steps)
     failure: ray.exceptions.RayError | None = None
@@ -126,25 +138,25 @@ def train_spread(job: TuneJob, progress: Progress) -> None:
     except ray.exceptions.RayError as error:
         failure = error
     if (file := folder / REFUSED).is_file():
-        problem = refusal(file.read_text())
+        problem = unpacked(file.read_text())
         file.unlink()
         raise problem from failure
     if failure is not None:
         if (said := _said_by_worker(failure)) is not None:
             raise said from failure
-        raise EnvironmentFault(f"fine-tuning stopped: {_cause(failure)}. The same command goes on from the last "
+        raise EnvironmentFault(f"fine-tuning stopped: {cause_of(failure)}. The same command goes on from the last "
                                f"checkpoint in {folder}") from failure
 
 
 @ray.remote(max_retries=DRIVER_RETRIES, num_cpus=0)
-def _drive(job: TuneJob, shelf: Any, gpus: float, cwd: str) -> None:
+def _drive(job: TuneJob, server: Any, gpus: float, cwd: str) -> None:
     """Drives the Ray Train run, in a task, so that the caller can look at how far it is."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     resources = {"CPU": job.made.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     TorchTrainer(
-        _work_on, train_loop_config={"job": job, "shelf": shelf, "gpus": gpus, "cwd": cwd},
+        _work_on, train_loop_config={"job": job, "server": server, "gpus": gpus, "cwd": cwd},
         scaling_config=ScalingConfig(num_workers=job.made.workers, use_gpu=bool(gpus), resources_per_worker=resources),
         run_config=RunConfig(name=f"finetune-{job.digest[:8]}", storage_path=str(Path(job.folder, "ray").absolute()),
                              failure_config=FailureConfig(max_failures=WORKER_FAILURES))).fit()
@@ -154,42 +166,27 @@ def _work_on(config: dict[str, Any]) -> None:
     """What each worker does. What no new attempt can mend is written down: Ray starts the workers again after any
     error, and then they end at once."""
     job, folder = config["job"], Path(config["job"].folder)
-    if os.path.isdir(config["cwd"]):
-        os.chdir(config["cwd"])
-    if not folder.is_dir():
-        raise UsageError(f"out: {folder.parent} is not seen by {socket.gethostname()}; give a folder that all nodes "
-                         "share")
+    enter(config["cwd"])
+    check_shared(folder)
     if (folder / REFUSED).is_file() or (folder / "result").is_dir():
         return
     try:
-        _train(job, config["shelf"], config["gpus"])
+        _train(job, config["server"], config["gpus"])
     except Interrupted:
         raise
     except RayexpandError as error:
-        _replace(folder / REFUSED, refused(error))
+        _replace(folder / REFUSED, packed(error))
         raise
 
 
-def refused(error: RayexpandError) -> str:
-    """What a worker writes down of an error that no new attempt can mend."""
-    kind = UsageError if isinstance(error, ConfigError) else type(error)  # its problems are in the text
-    return json.dumps({"error": kind.__name__, "text": str(error)})
-
-
-def refusal(text: str) -> RayexpandError:
-    """That error, for the process that waits."""
-    said = json.loads(text)
-    return getattr(errors, said["error"])(said["text"])
-
-
-def _train(job: TuneJob, shelf: Any, gpus: float) -> None:
+def _train(job: TuneJob, server: Any, gpus: float) -> None:
     import torch
     from ray.train import get_context
     from ray.train.torch import get_device, prepare_model
 
     torch.set_num_threads(job.base.threads)
     rank, device = get_context().get_world_rank(), get_device()
-    job = _local_job(job, shelf)
+    job = _local_job(job, server)
     timesteps = inspect_prior(job.base.weights).train_timesteps
     tuning = open_tuning(job, device=str(device), wrap=lambda module: prepare_model(module, move_to_device=device))
     check_step(tuning.tuner.step, device)
@@ -245,7 +242,7 @@ class LatentLoaderActor:
 # ---------------------------------------------------------------------------------------------------------------- nodes
 
 
-def _parts(job: TuneJob) -> dict[str, tuple[str, Model]]:
+def _parts(job: TuneJob) -> dict[str, tuple[str, ModelFiles]]:
     """What a node needs: (content hash, files) of base model, latents, captions and features."""
     sources, found = job.sources, {"base": (job.base.sha256, prior_model(job.base.weights))}
     found["latents"] = (job.sources_sha256["latents"], latents_model(Path(sources.latents)))
@@ -255,19 +252,19 @@ def _parts(job: TuneJob) -> dict[str, tuple[str, Model]]:
     return found
 
 
-def latents_model(folder: Path) -> Model:
+def latents_model(folder: Path) -> ModelFiles:
     """A folder of latents; it goes by the digest of what it was made from, for hashing it would take longer than
     reading it."""
-    def source() -> tuple[Path, list[str]]:
-        return folder, [one.name for one in folder.iterdir()]
+    def find() -> dict[str, Path]:
+        return {one.name: one for one in folder.iterdir()}
 
-    return Model(source, lambda: folder if folder.is_dir() else None,
+    return ModelFiles(find, lambda: folder if folder.is_dir() else None,
                  lambda copied: str(read_facts(copied).get("digest")))
 
 
-def _local_job(job: TuneJob, shelf: Any) -> TuneJob:
+def _local_job(job: TuneJob, server: Any) -> TuneJob:
     """The job with every folder at a place on this node where its content is right. Raises EnvironmentFault."""
-    at = {name: str(local(model, sha256, shelf)) for name, (sha256, model) in _parts(job).items()}
+    at = {name: str(local(model, sha256, server)) for name, (sha256, model) in _parts(job).items()}
     return replace(job, base=replace(job.base, weights=at["base"]),
                    sources=Sources(at["latents"], at.get("captions"), at.get("features")))
 
@@ -317,18 +314,6 @@ def check_step(step: int, device: Any) -> None:
                           "nodes the same files")
 
 
-def mean_over_workers(values: list[float], device: Any) -> list[float]:
-    """The mean over workers of each number; every worker must call it."""
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return [float(one) / dist.get_world_size() for one in total]
-
-
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")  # all workers may refuse at once
     partial.write_text(text)
@@ -347,10 +332,3 @@ def _said_by_worker(error: Exception) -> RayexpandError | None:
     """What a worker refused for good and could not write down, where it did."""
     failures = getattr(getattr(error, "cause", None), "worker_failures", {}).values()
     return next((one for one in failures if isinstance(one, RayexpandError) and not isinstance(one, Interrupted)), None)
-
-
-def _cause(error: Exception) -> str:
-    """One line for people: the message of an error of ours, else the last lines of what went wrong."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return str(cause) if isinstance(cause, RayexpandError) else f"{type(cause).__name__}: {' / '.join(lines[-3:])}"

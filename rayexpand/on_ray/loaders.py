@@ -15,7 +15,7 @@ import numpy as np
 import ray
 import ray.data
 
-from rayexpand.on_ray.expand import NO_PROGRESS_S
+from rayexpand.on_ray.pool import NO_PROGRESS_S
 
 SPAN_IMAGES = 2048  # images one loader task makes; long beside the 10-30 ms a task costs
 SEGMENT = 1000  # loader tasks of one Ray dataset

@@ -8,26 +8,22 @@ the same way everywhere, so the numbers do not depend on the number of actors.
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
-import ray
-import ray.data
 
-from rayexpand.contract.errors import EnvironmentFault, ModelError, RayexpandError, UsageError
+from rayexpand.contract.errors import packed, unpacked
 from rayexpand.evaluation.select_scores import Chunk, ScoreJob, Scorer
-from rayexpand.on_ray.expand import choose_pool, connected
-from rayexpand.on_ray.stage import guide_at, guide_model, local, open_model_server
+from rayexpand.models.folders import ModelFiles
+from rayexpand.models.guides import guide_model
+from rayexpand.on_ray.pool import choose_pool, connected, enter, waves
+from rayexpand.on_ray.stage import guide_at, local, open_model_server
 from rayexpand.runs.config import ClusterConfig
 
-WAVE = 10_000  # chunks handed to Ray Data at once
-
 Row = dict[str, list[Any]]
-_FAULTS = {one.__name__: one for one in (ModelError, UsageError, EnvironmentFault)}  # the first that fits
 
 
 def score(job: ScoreJob, chunks: Sequence[Chunk], cluster: ClusterConfig) -> Iterator[tuple[int, pa.Table]]:
@@ -35,39 +31,34 @@ def score(job: ScoreJob, chunks: Sequence[Chunk], cluster: ClusterConfig) -> Ite
     EnvironmentFault for a fault of a node."""
     with connected(cluster):
         pool = choose_pool(cluster, models=job.device != "cpu")
-        shelf = open_model_server({job.sha256: guide_model(job.guide)})
-        for start in range(0, len(chunks), WAVE):
-            wave = [{"number": number, "chunk": list(map(str, chunk))}
-                    for number, chunk in enumerate(chunks[start:start + WAVE], start)]
-            rows = ray.data.from_items(wave, override_num_blocks=len(wave)).map_batches(
-                ScoreActor, batch_size=1, num_cpus=pool.cpus, num_gpus=pool.gpus or None,
-                resources=pool.resources or None, label_selector=pool.labels or None,
-                compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(wave)), max_tasks_in_flight_per_actor=2),
-                fn_constructor_kwargs={"job": job, "shelf": shelf, "cwd": os.getcwd()})
-            for row in rows.iter_rows():
+        server = open_model_server({job.sha256: _model(job)})
+        for start, wave in waves(chunks):
+            items = [{"number": number, "chunk": list(map(str, chunk))} for number, chunk in enumerate(wave, start)]
+            for row in pool.map(items, ScoreActor, {"job": job, "server": server}).iter_rows():
                 if row["fault"]:
-                    raise _FAULTS[row["kind"]](row["fault"])
+                    raise unpacked(row["fault"])
                 yield int(row["number"]), pa.ipc.open_stream(row["table"]).read_all()
+
+
+def _model(job: ScoreJob) -> ModelFiles:
+    return guide_model(job.guide.weights, job.guide.checkpoint)
 
 
 class ScoreActor:
     """One process of the pool. Loads its guide at the first chunk, so that a bad start is a fault, not a crash."""
 
-    def __init__(self, job: ScoreJob, shelf: Any, cwd: str) -> None:
-        if os.path.isdir(cwd):
-            os.chdir(cwd)  # relative paths of the configuration are relative to where the driver was started
-        self._job, self._shelf = job, shelf
+    def __init__(self, job: ScoreJob, server: Any, cwd: str) -> None:
+        enter(cwd)
+        self._job, self._server = job, server
         self._scorer: Scorer | None = None
 
     def __call__(self, batch: dict[str, Any]) -> Row:
         (number,), ((key, file, start, stop),) = batch["number"], batch["chunk"]
-        row = {"number": number, "table": b"", "fault": "", "kind": ""}
+        row = {"number": number, "table": b"", "fault": ""}
         try:
             row["table"] = _content(self._get()(Chunk(str(key), str(file), int(start), int(stop))))
         except Exception as error:
-            what = "" if isinstance(error, RayexpandError) else f"{type(error).__name__}: "
-            kinds = [name for name, one in _FAULTS.items() if isinstance(error, one)] or [EnvironmentFault.__name__]
-            row |= {"fault": f"{what}{error} (on {socket.gethostname()})", "kind": kinds[0]}
+            row["fault"] = packed(error, f"on {socket.gethostname()}")
         return {name: [value] for name, value in row.items()}
 
     def _get(self) -> Scorer:
@@ -75,7 +66,7 @@ class ScoreActor:
             import torch
 
             torch.set_num_threads(self._job.torch_threads)
-            folder = local(guide_model(self._job.guide), self._job.sha256, self._shelf)
+            folder = local(_model(self._job), self._job.sha256, self._server)
             self._scorer = Scorer(replace(self._job, guide=guide_at(self._job.guide, str(folder))))
         return self._scorer
 

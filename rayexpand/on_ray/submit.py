@@ -77,13 +77,14 @@ class Submission:
 def submit(verb: str, target: str, overrides: Sequence[str] = (), *, address: str | None = None,
            working_dir: str = ".", wait: bool = True, retries: int = 3, backoff_s: float = 30.0,
            env: Sequence[str] = (), num_cpus: float = 0.0, resources: Mapping[str, float] | None = None,
-           python: str | None = None, on_log: Callable[[str], None] = lambda text: None,
+           python: str | None = None, trust: Sequence[str] = (), on_log: Callable[[str], None] = lambda text: None,
            say: Callable[[str], None] = lambda line: None) -> Ended:
     """Runs `rayexpand VERB TARGET --set ...` on the cluster at `address` (an http(s) URL) and says how it ended.
 
-    Follows the log with `on_log` and submits again after exit code 75 or a lost node, up to `retries` times with
-    doubling pauses; with `wait=False` it returns once the job is accepted. Raises UsageError for anything that can be
-    known to be wrong before the job runs, and Interrupted if this process is stopped while the job goes on.
+    `trust`: dotted names of methods of the user's own, which the job may import from what is sent. Follows the log with
+    `on_log` and submits again after exit code 75 or a lost node, up to `retries` times with doubling pauses; with
+    `wait=False` it returns once the job is accepted. Raises UsageError for anything that can be known to be wrong
+    before the job runs, and Interrupted if this process is stopped while the job goes on.
     """
     url = _url(address)
     run = _run_name(verb, target, overrides)
@@ -94,8 +95,8 @@ def submit(verb: str, target: str, overrides: Sequence[str] = (), *, address: st
             say(f"not sent, larger than {LARGE_BYTES >> 20} MB: {', '.join(left_out[:5])}"
                 + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""))
         references, settings = _environment(env)
-        job = Submission(run, verb, entrypoint(verb, inside or target, overrides, references, python=python, url=url),
-                         settings, num_cpus, resources)
+        line = entrypoint(verb, inside or target, overrides, references, python=python, url=url, trust=trust)
+        job = Submission(run, verb, line, settings, num_cpus, resources)
         client = connect(url)
         _refuse_twin(client, job)
         if not wait:
@@ -324,7 +325,7 @@ def _environment(asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def entrypoint(verb: str, target: str, overrides: Sequence[str], references: Sequence[str], *, python: str | None,
-               url: str) -> str:
+               url: str, trust: Sequence[str] = ()) -> str:
     """The shell line of a job; the exit code of rayexpand is its exit code."""
     if python:
         line = f"p={shlex.quote(python)}; "
@@ -336,7 +337,8 @@ def entrypoint(verb: str, target: str, overrides: Sequence[str], references: Seq
     for name in references:
         line += (f'[ -n "${{{name}:-}}" ] || {{ echo "rayexpand: {name} is not set on the cluster; set it on the nodes '
                  f'by reference to a secret" >&2; exit {EXIT_USAGE}; }}; ')
-    arguments = [verb, target, *(part for one in overrides for part in ("--set", one))]
+    arguments = [verb, target, *(part for one in overrides for part in ("--set", one)),
+                 *(part for one in trust for part in ("--trust", one))]
     return f'{line}exec "$p" -m rayexpand {shlex.join(arguments)}'
 
 

@@ -23,7 +23,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
 from rayexpand.contract.errors import Interrupted, RayexpandError, UsageError
-from rayexpand.on_ray.expand import connected
+from rayexpand.on_ray.pool import cause_of, connected, enter
 from rayexpand.storage.places import open_files
 from rayexpand.studies.config import parse_study
 from rayexpand.studies.sweep.config import SweepConfig
@@ -79,8 +79,7 @@ def _named(trial: Callable[..., None]) -> Callable[[dict[str, Any]], None]:
 def _trial(config: dict[str, Any], sweep: dict[str, Any], gpus: float) -> None:
     """What the process of a trial does."""
     started = time.time()
-    if os.path.isdir(sweep["cwd"]):
-        os.chdir(sweep["cwd"])
+    enter(sweep["cwd"])
     opened = _unpacked(sweep)
     found = candidate(opened, config["number"], config["values"])
     try:
@@ -134,9 +133,7 @@ class _Errors(tune.Callback):
         self._search, self._on_change = search, on_change
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        error = trial.get_pickled_error()
-        cause = getattr(error, "cause", None) or error
-        why = str(cause) if isinstance(cause, RayexpandError) else f"{type(cause).__name__}: {cause}".split("\n")[0]
+        why = cause_of(trial.get_pickled_error())
         self._search.ended(trial.config["key"], f"failed {RESTARTS + 1} times, at last with {why}")
         self._on_change()
 
@@ -191,8 +188,7 @@ def _test(search: Search, share: dict[str, float]) -> dict[str, Any] | None:
 
 
 def _score(sweep: dict[str, Any], number: int, values: dict[str, Any], gpus: float) -> dict[str, Any]:
-    if os.path.isdir(sweep["cwd"]):
-        os.chdir(sweep["cwd"])
+    enter(sweep["cwd"])
     opened = _unpacked(sweep)
     best: Candidate = candidate(opened, number, values)
     return score_on_test(opened, best, gpus=gpus)

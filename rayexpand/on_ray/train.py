@@ -20,9 +20,9 @@ import ray
 import ray.data
 
 from rayexpand.classifier.accuracy import Answers
-from rayexpand.contract.errors import Interrupted, RayexpandError, UsageError
-from rayexpand.on_ray.expand import connected
+from rayexpand.contract.errors import Interrupted, RayexpandError, UsageError, packed, unpacked
 from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
+from rayexpand.on_ray.pool import cause_of, connected, enter, mean_over_workers
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
 from rayexpand.studies.config import TrainingConfig
@@ -74,7 +74,7 @@ def train_study(study: Study, trials: Sequence[Trial], *,
                 if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Interrupted):
                     fault = error.cause  # the place is at fault, not the trial
                 else:
-                    failed.append(f"{trial.name}: {_cause(error)}")
+                    failed.append(f"{trial.name}: {cause_of(error)}")
             on_done(trial)
         if fault is not None:
             raise fault
@@ -91,7 +91,7 @@ def _submit(study: Study, trial: Trial, training: TrainingConfig) -> Any:
 
 @ray.remote(max_retries=TASK_RETRIES, max_calls=0)
 def _train_alone(folder: str, trial: dict[str, Any], training: dict[str, Any], cwd: str) -> None:
-    _enter(cwd)
+    enter(cwd)
     config = TrainingConfig(**training)
     run_here(open_files(folder), Trial(**trial), config, gpus=config.gpus_per_worker or 0.0)
 
@@ -102,7 +102,7 @@ def _train_spread(folder: str, trial: dict[str, Any], training: dict[str, Any], 
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    _enter(cwd)
+    enter(cwd)
     config, files = TrainingConfig(**training), open_files(folder)
     files.delete(_refusal(trial["name"]))  # of an attempt whose driver died
     place = str(files.at("checkpoints"))
@@ -116,13 +116,13 @@ def _train_spread(folder: str, trial: dict[str, Any], training: dict[str, Any], 
                              failure_config=FailureConfig(max_failures=WORKER_FAILURES))).fit()
     if (problem := files.read(_refusal(trial["name"]))) is not None:
         files.delete(_refusal(trial["name"]))
-        raise RayexpandError(problem.decode())
+        raise unpacked(problem)
 
 
 def _work_on(config: dict[str, Any]) -> None:
     """What each Ray Train worker does. What no new attempt can mend is written down: Ray starts the workers again after
     any error, and then they end at once."""
-    _enter(config["cwd"])
+    enter(config["cwd"])
     trial, files = Trial(**config["trial"]), open_files(config["folder"])
     if files.read(_refusal(trial.name)) is not None:
         return
@@ -131,7 +131,7 @@ def _work_on(config: dict[str, Any]) -> None:
     except Interrupted:
         raise
     except RayexpandError as error:
-        files.replace(_refusal(trial.name), str(error).encode())
+        files.replace(_refusal(trial.name), packed(error).encode())
         raise
 
 
@@ -144,7 +144,8 @@ def _train(trial: Trial, files: Files, config: dict[str, Any]) -> None:
     torch.set_num_threads(training.threads)
     rank, world = get_context().get_world_rank(), get_context().get_world_size()
     work, device = open_work(files, trial, training), get_device()
-    classifier, curve = make_classifier(work, str(device), _wrapped(prepare_model, device), world), TrainingCurve()
+    classifier, curve = make_classifier(
+        work, str(device), _wrapped(prepare_model, device), world, _mean), TrainingCurve()
     name = f"checkpoints/{trial.name}.pt"
     if (saved := files.read(name)) is not None:
         curve = restore(saved, trial, classifier) or curve
@@ -153,9 +154,9 @@ def _train(trial: Trial, files: Files, config: dict[str, Any]) -> None:
     answers = fit(work, classifier, curve, loaded_batches(work, config, classifier.step, rank, world, loaders),
                   evaluate=lambda: _evaluated(answers_of, work, classifier, rank, world),
                   save=lambda: _save(files, name, trial, classifier, curve, rank), every=training.checkpoint_steps,
-                  mean=lambda value: _mean(value, device))
+                  mean=lambda value: mean_over_workers([value], device)[0])
     also = {name: _evaluated(partial(also_answers, name=name), work, classifier, rank, world) for name in work.also}
-    cpu_seconds = world * _mean(curve.cpu_seconds + loaders.seconds, device)
+    cpu_seconds = world * mean_over_workers([curve.cpu_seconds + loaders.seconds], device)[0]
     if rank == 0:
         write_result(files, work, curve, answers, also, device=str(device.type), workers=world,
                      gpus=training.gpus_per_worker or 0.0, cpu_seconds=cpu_seconds)
@@ -185,7 +186,7 @@ class TrainingLoaderActor:
         import torch
 
         torch.set_num_threads(1)
-        _enter(config["cwd"])
+        enter(config["cwd"])
         self._rank, self._world = rank, world
         self._feed = open_work(open_files(config["folder"]), Trial(**config["trial"]),
                                TrainingConfig(**config["training"])).feed
@@ -196,6 +197,15 @@ class TrainingLoaderActor:
     def _made(self, first: int, stop: int) -> Iterator[tuple[int, Columns]]:
         for made in self._feed.batches(first, stop, self._rank, self._world):
             yield made.step, {"x": made.x_BHWC, "y": made.y_BK}
+
+
+def _mean(value: Any) -> Any:
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value
 
 
 def _wrapped(prepare_model: Any, device: Any) -> Callable[[Any], Any]:
@@ -222,17 +232,6 @@ def _evaluated(answers: Callable[..., Answers], work: TrialWork, classifier: Cla
     return Answers.concatenate(found)
 
 
-def _mean(value: float, device: Any) -> float:
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    total = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return float(total) / dist.get_world_size()
-
-
 def _sized(training: TrainingConfig) -> TrainingConfig:
     if training.gpus_per_worker is not None:
         return training
@@ -255,19 +254,3 @@ def _room(training: TrainingConfig) -> int:
 def _check_workers(files: Files, trials: Sequence[Trial], training: TrainingConfig) -> None:
     for trial in trials:
         open_work(files, trial, training).feed.check_world(training.workers)
-
-
-def _cause(error: Exception) -> str:
-    """One line for people: the message of an error of ours, else the last lines of what went wrong."""
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, RayexpandError):
-        return str(cause)
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {' / '.join(lines[-3:])}"
-
-
-def _enter(cwd: str) -> None:
-    """Relative paths mean the same in every process of the cluster that has the driver's folder."""
-    if os.path.isdir(cwd):
-        os.chdir(cwd)
-

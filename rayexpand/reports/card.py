@@ -12,8 +12,10 @@ from typing import Any
 import yaml
 
 from rayexpand.contract.schema import Reason
+from rayexpand.methods import label_words_of
+from rayexpand.reports.licenses import license_identifier
 from rayexpand.reports.templates import render
-from rayexpand.runs.export import markdown_cell, size_category
+from rayexpand.runs.export import markdown_cell, published, size_category
 from rayexpand.runs.status import RunView, class_counts, read_classes, view_run, write_page
 
 PROMISE = (
@@ -26,26 +28,27 @@ GPU_CAVEAT = "On a GPU, guided methods are called run-to-run bitwise only after 
 ALL_CLASSES = 100  # up to here every class has its line
 
 
-
 def write_card(folder: str | Path, *, license_id: str | None = None) -> Path | str:
     """Writes README.md into a run folder and returns its path or URL.
 
-    `license_id` is a Hugging Face license identifier; without one the card says that the license is unknown. Raises
-    UsageError if there is no run, EnvironmentFault if the card cannot be written.
+    `license_id` is a Hugging Face or SPDX license identifier; without one the card says that the license is unknown.
+    Raises UsageError if there is no run or no such license, EnvironmentFault if the card cannot be written.
     """
+    if license_id is not None:
+        license_id = license_identifier(license_id)
     view = view_run(folder)
+    config = published(view.run["config"])
     classes, kept = read_classes(view), class_counts(view)
     lines = [(label, classes.name[label], classes.key[label], classes.count[label], int(kept[label]))
              for label in range(len(classes))]
     reasons = [(reason, Reason(reason).status.value, rows) for reason, rows in view.reasons.items()]
     text = render("card.md.j2", {"cell": markdown_cell, "number": lambda n: f"{n:,}"},
-        front=_front_matter(view, license_id), run=view.run, totals=view.totals, reasons=reasons, classes=lines,
+        front=_front_matter(view, license_id), run={**view.run, "config": config}, totals=view.totals,
+        reasons=reasons, classes=lines,
         listed=lines if len(lines) <= ALL_CLASSES else [], license_id=license_id, promise=PROMISE,
-        gpu_caveat=GPU_CAVEAT, stacks=view.stacks, source=_fields(view.run["config"]["data"]),
-        settings=_fields(view.run["config"]["method"]), config=yaml.safe_dump(view.run["config"], sort_keys=False))
+        gpu_caveat=GPU_CAVEAT, stacks=view.stacks, source=_fields(config["data"]), settings=_fields(config["method"]),
+        label_words=label_words_of(view.run["config"]["method"]), config=yaml.safe_dump(config, sort_keys=False))
     return write_page(view.files, "README.md", text)
-
-
 
 
 def _front_matter(view: RunView, license_id: str | None) -> str:

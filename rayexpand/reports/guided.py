@@ -166,7 +166,7 @@ def _strips(rows: Sequence[_Row], twin: Method, tools: Tools, count: int) -> tup
     turns = [of_class[i] for i in range(count) for of_class in by_class.values() if i < len(of_class)]
     chosen = sorted(turns[:count], key=lambda row: row.sample["label"])
     images = twin.expand(_batch(chosen), tools).images
-    return tuple(Strip(tools.classes.name[row.sample["label"]], _shown(_seed(row), f"seed {row.sample['seed_id']}"),
+    return tuple(Strip(tools.classes.display[row.sample["label"]], _shown(_seed(row), f"seed {row.sample['seed_id']}"),
                        _shown(plain, "plain, the same noise"), _shown(row.pixels, row.sample["sample_id"]),
                        tuple(line for line in score_texts(row.sample) if line[0].startswith(HEADLINES)))
                  for row, plain in zip(chosen, images, strict=True))
@@ -189,7 +189,7 @@ def _shown(pixels: np.ndarray | None, title: str) -> Picture:
 
 def _failures(rows: Sequence[_Row], p_NK: np.ndarray, labels_N: np.ndarray, tools: Tools) -> tuple[Failure, ...]:
     """The samples with the lowest probability of their own class, lowest first."""
-    own_N, names = p_NK[np.arange(len(rows)), labels_N], tools.classes.name
+    own_N, names = p_NK[np.arange(len(rows)), labels_N], tools.classes.display
     return tuple(Failure(names[labels_N[i]], rows[i].sample["sample_id"], float(own_N[i]), names[p_NK[i].argmax()],
                          _shown(_seed(rows[i]), f"seed {rows[i].sample['seed_id']}"),
                          _shown(rows[i].pixels, rows[i].sample["sample_id"]))
@@ -202,7 +202,7 @@ def _picture_of_features(rows: Sequence[_Row], f_ND: np.ndarray, labels_N: np.nd
     and the classes with their hues."""
     from sklearn.decomposition import PCA
 
-    names = tools.classes.name
+    names = tools.classes.display
     shown = spread(sorted(set(labels_N.tolist())), CLASSES)
     hue = {label: 360 * i // len(shown) for i, label in enumerate(shown)}
     picked = spread([i for i, label in enumerate(labels_N.tolist()) if label in hue], POINTS)

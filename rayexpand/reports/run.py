@@ -26,6 +26,7 @@ from PIL import Image
 from rayexpand.contract.schema import SEED_INDEX, ClassTable, Reason, Receipt, Seed, SeedIndex, Status
 from rayexpand.data import seeds
 from rayexpand.data.pixels import decode
+from rayexpand.methods import label_words_of
 from rayexpand.reports.card import GPU_CAVEAT, PROMISE
 from rayexpand.reports.templates import render
 from rayexpand.runs.status import (
@@ -85,7 +86,8 @@ def write_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None, l
         n_classes=len(classes),
         lowest=LOWEST_CLASSES if len(classes) > ALL_CLASSES else 0, sheet=_contact_sheet(view, classes),
         guidance=_guidance(view), look=look, refused=_refused_rows(view, classes),
-        config=_yaml(view.run["config"]), stacks=_stacks(view),
+        label_words=label_words_of(view.run["config"]["method"]), config=_yaml(view.run["config"]),
+        stacks=_stacks(view),
         mixed=len(view.stacks) > 1, promise=PROMISE, gpu_caveat=GPU_CAVEAT, attempts=_attempts(view),
         commands=_commands(view, str(folder)), busy_seconds=sum(map(shard_seconds, view.receipts)),
         written=datetime.now(UTC).timestamp())
@@ -310,7 +312,7 @@ def _about(row: Mapping[str, Any]) -> str:
 
 
 def _name(classes: ClassTable, label: int) -> str:
-    return classes.name[label] if 0 <= label < len(classes) else f"label {label}"
+    return classes.display[label] if 0 <= label < len(classes) else f"label {label}"
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:

@@ -328,7 +328,7 @@ def _class_name(names: Sequence[str], label: int) -> str:
 
 def _recipe(study: StudyView) -> list[dict[str, Any]]:
     """Fields that are not the default in some arm: their default, and each value with the arms that have it."""
-    defaults = Recipe().model_dump(mode="json")
+    defaults = {**Recipe().model_dump(mode="json"), "filter": Recipe().filter}
     given = [(arm, trials[0].get("recipe")) for arm, trials in study.arms.items()]
     recipes = [(arm, recipe) for arm, recipe in given if isinstance(recipe, Mapping)]
     lines = []

@@ -40,6 +40,15 @@ class Bench:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def table(self) -> tuple[tuple[str, str], list[tuple[str, str]]]:
+        gflop = "none counted" if self.gflop_per_image is None else f"{self.gflop_per_image:,.3g} GFLOP"
+        return ("bench", f"{self.rows:,} rows"), [
+            ("engine", f"{self.images_per_second:,.1f} images/s"),
+            ("bare sampler loop", f"{self.bare_images_per_second:,.1f} images/s"),
+            ("efficiency", f"{100 * self.efficiency:.1f} %"), ("arithmetic per image", gflop),
+            ("bytes per image", f"{self.bytes_per_image:,.0f}"),
+            *((f"seconds: {phase}", f"{seconds:,.3f}") for phase, seconds in self.seconds.items())]
+
 
 def bench(config: RunConfig, rows: int = 0) -> Bench:
     """Measures `config` on its first shards, at least `rows` rows. Writes <out>/<name>.bench.json for `plan` to use.
@@ -82,7 +91,7 @@ def _pair(config: RunConfig, folder: str, number: int, shards: list[int],
         config.method.expand(batch, warm.loaded())
     bare = real / (time.perf_counter() - started)
     run = runs.prepare(config.model_copy(update={"out": folder, "name": f"pair-{number}"}))
-    expander = runs.start(run, warm.loaded())
+    expander = runs.start(run, warm.loaded)
     started = time.perf_counter()
     receipts = [expander(shard) for shard in shards]
     seconds = time.perf_counter() - started
@@ -92,7 +101,7 @@ def _pair(config: RunConfig, folder: str, number: int, shards: list[int],
 
 
 def _gflop(expander: Expander, shard: int) -> float | None:
-    if not expander.config.method.needs() & {"prior", "guide"}:
+    if not expander.config.needs & {"prior", "guide"}:
         return None
     from torch.utils.flop_counter import FlopCounterMode
 

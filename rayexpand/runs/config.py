@@ -7,11 +7,13 @@ what price). OPERATIONAL lists the second kind; everything else is semantic.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_serializer, model_validator
+from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
+from rayexpand.artifacts import KINDS
 from rayexpand.contract.errors import ConfigError, EnvironmentFault, SeedDataError
 from rayexpand.contract.protocols import Method
 from rayexpand.contract.settings import Section, digest, mistakes, read
@@ -58,15 +60,6 @@ class GuideConfig(Section):
     weights: str = Field("digits", description="'digits' (embedded CLIP), a folder (open_clip's layout, or made by "
                          "`rayexpand fit`), org/name@revision, or an open_clip model name")
     checkpoint: str | None = Field(None, description="safetensors file for a model name")
-
-
-class ArtifactsConfig(Section):
-    prototypes: str | None = Field(None, description="folder of class and group prototypes, made by `rayexpand fit`")
-    adapter: str | None = Field(None, description="folder of what fine-tuning adds to the prior; made by it too, as "
-                                "are those below")
-    captions: str | None = Field(None, description="folder of captions, which become part of the plan")
-    class_features: str | None = Field(None, description="folder of mean image features of each class")
-    image_features: str | None = Field(None, description="folder of features of each seed image")
 
 
 class SamplerConfig(Section):
@@ -125,7 +118,8 @@ class RunConfig(Section):
     image: ImageConfig = ImageConfig()
     prior: PriorConfig = PriorConfig()
     guide: GuideConfig = GuideConfig()
-    artifacts: ArtifactsConfig = ArtifactsConfig()
+    artifacts: dict[str, str] = Field({}, description="folders that `rayexpand fit` made, by kind: prototypes, "
+                                      "adapter, class_features, image_features, captions")
     method: Any = Field(description="name of a method and its fields")
     sampler: SamplerConfig = SamplerConfig()
     codec: CodecConfig = CodecConfig()
@@ -135,9 +129,25 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     estimate: EstimateConfig = EstimateConfig()
 
+    @field_validator("artifacts", mode="before")
+    @classmethod
+    def _known_kinds(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        if unknown := [str(name) for name in value if name not in KINDS]:
+            near = get_close_matches(unknown[0], KINDS, n=1)
+            raise ValueError(f"unknown kind '{unknown[0]}'" + (f", did you mean '{near[0]}'?" if near else "")
+                             + f" Kinds are {', '.join(KINDS)}")
+        return {name: folder for name, folder in value.items() if folder is not None}
+
     @field_serializer("method")
     def _method_fields(self, method: Method) -> dict[str, Any]:
         return {"name": method.name, **method.model_dump(mode="json", exclude={"name"})}  # type: ignore[attr-defined]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What samplers of this run load, and what its plan reads."""
+        return self.method.needs()
 
     @property
     def folder(self) -> str:
@@ -150,15 +160,9 @@ OPERATIONAL = ("name", "out", "artifacts", "limits", "store", "runtime", "cluste
                "prior.attention", "prior.channels_last", "prior.compile")
 
 
-
-
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Configuration of a YAML file with `a.b=value` overrides (values are YAML too). Raises ConfigError."""
     return parse(read(path, overrides), str(path))
-
-
-
-
 
 
 def parse(raw: Mapping[str, Any], where: str = "configuration") -> RunConfig:
@@ -218,22 +222,12 @@ def semantic(config: RunConfig) -> dict[str, Any]:
             fields[section] = {k: v for k, v in fields[section].items() if k != leaf}
         else:
             del fields[section]
-    if not config.method.needs() & {"adapter"}:
+    if not config.needs & {"adapter"}:
         fields["prior"].pop("adapter")
-    if not config.method.needs() & {"prior"}:
+    if not config.needs & {"prior"}:
         fields.pop("prior")
-    if not config.method.needs() & {"guide"}:
+    if not config.needs & {"guide"}:
         fields.pop("guide")
     return fields
-
-
-
-
-
-
-
-
-
-
 
 

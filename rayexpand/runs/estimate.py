@@ -215,7 +215,7 @@ def image_side(config: RunConfig, side: int | None = None) -> tuple[int | None, 
         return side, "mean of a few seeds"
     if config.image.size is not None:
         return config.image.size, "image.size"
-    if "prior" not in config.method.needs():
+    if "prior" not in config.needs:
         return (DIGITS_SIDE, "the built-in digits") if config.data.source == "digits" else (None, "")
     if config.prior.weights == "digits":
         return DIGITS_SIDE, "the embedded prior"
@@ -244,7 +244,7 @@ def _bytes(config: RunConfig, planned: int, measured: Measured | None, side: int
 
 def _petaflop(config: RunConfig, planned: int, side: int | None, steps_run: float | None,
               notes: dict[str, str]) -> float | None:
-    if "prior" not in config.method.needs() or config.prior.weights == "digits" or image_side(config, side)[0] != 512:
+    if "prior" not in config.needs or config.prior.weights == "digits" or image_side(config, side)[0] != 512:
         return None
     steps = SD15_STEPS if steps_run is None else steps_run
     work = planned * SD15_TFLOP * steps / SD15_STEPS / 1000

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -49,15 +49,19 @@ _GREY = 128
 class Expander:
     """Expands shards of one run. Models are loaded at the first row that needs them and stay.
 
-    `on_rows(n)` is called after every sampler call with the rows it decided.
+    `on_rows(n)` is called after every sampler call with the rows it decided; `load` gives the models,
+    where they are not to be loaded anew.
     """
 
-    def __init__(self, config: RunConfig, plan: Plan, store: Store, blame: Blame, *, tools: Tools | None = None,
+    def __init__(self, config: RunConfig, plan: Plan, store: Store, blame: Blame, *,
+                 load: Callable[[], Tools] | None = None,
                  on_rows: Callable[[int], None] = lambda n: None) -> None:
         self.config, self.plan, self.store, self.blame, self.on_rows = config, plan, store, blame, on_rows
         # Rows of a call, and the method with its own pieces: smaller after an out-of-memory, until this process ends.
         self.batch, self.method = plan.batch, config.method
-        self.tools, self._calls_made = tools, 0
+        self.tools: Tools | None = None
+        self._load = load or partial(load_tools, config, plan.index.classes)
+        self._calls_made = 0
         self._pool = ThreadPoolExecutor(config.runtime.io_threads, thread_name_prefix="io")
         self._reader = SeedReader(plan.index, config.data)
 
@@ -382,7 +386,7 @@ class Expander:
             reason = reason or Reason.NAN_LATENT
             return Sample(draw, method, reason.status, None, "", reason, detail, note, scores)
         if reason is None and (image == image[0, 0]).all():
-            reason, detail = Reason.CONSTANT_IMAGE, f"every pixel is {image[0, 0].tolist()}"
+            reason, detail = Reason.CONSTANT_IMAGE, f"every pixel of the sample is {image[0, 0].tolist()}"
         if size is not None:
             image = resized(image, *size)
         content, extension, decoded = encode(image, self.config.codec.format, self.config.codec.quality)
@@ -401,7 +405,7 @@ class Expander:
         """The models of the method, loaded at the first call. Raises EnvironmentFault when they cannot be."""
         if self.tools is None:
             try:
-                self.tools = load_tools(self.config, self.plan.index.classes)
+                self.tools = self._load()
             except RayexpandError:
                 raise
             except Exception as error:
@@ -412,7 +416,7 @@ class Expander:
     @cached_property
     def image_size(self) -> int | None:
         """Side of the square the sampler sees; None where every image keeps its own size."""
-        if "prior" not in self.config.method.needs():
+        if "prior" not in self.config.needs:
             return self.config.image.size
         return self.config.image.size or inspect_prior(self.config.prior.weights).image_size
 
@@ -444,12 +448,6 @@ class _Work:
     redraws: dict[str, Unit] = field(default_factory=dict)
     last_draw: Draw | None = None
     told: int = 0  # decided rows that on_rows has heard of
-
-
-
-
-
-
 
 
 class _OutOfMemory(RayexpandError):
@@ -515,7 +513,5 @@ def _counts(samples: Sequence[Sample]) -> dict[str, Any]:
     by_status = {status: sum(s.status is status for s in samples) for status in Status}
     return {"kept": by_status[Status.KEPT], "rejected": by_status[Status.REJECTED],
             "failed": by_status[Status.FAILED], "reasons": reasons}
-
-
 
 

@@ -1,8 +1,13 @@
 """Committed samples of a run in the layout another tool expects: WebDataset, ImageFolder or Hugging Face.
 
-    webdataset    train/000000.tar ...               members <key>.png|jpg, <key>.cls, <key>.json; index.json
+    webdataset    train/000000.tar ...               members <key>.png|jpg, <key>.cls, <key>.json; index.json. One kind
+                                                     of image for all: where a run has both, JPEGs become PNGs
     imagefolder   train/<class>/<key>.png|jpg        train/metadata.csv, one line per image; up to about 100,000 images
     huggingface   data/train-00000-of-00007.parquet  the columns of the run's own files
+
+Where the labels of a method are mixtures (Diff-Mix), samples carry `soft_label`, a list with one weight for each class.
+In metadata.csv lists and scores are JSON, and a text that a spreadsheet would take for a formula has an apostrophe
+before it (`storage.tables.csv_cell`).
 
 Keys number the samples from 0, zero-padded to one width, in the order of the run's files: contiguous, unique over the
 whole dataset, without a dot (in WebDataset the first dot of a name starts its extension). Every sample is there once,
@@ -19,7 +24,8 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import groupby
@@ -31,12 +37,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from PIL import Image
 
 from rayexpand.contract.errors import StorageError, UsageError
-from rayexpand.contract.schema import DATA_SCHEMA, DRAW_FIELDS, ClassTable, huggingface_metadata
+from rayexpand.contract.schema import DATA_SCHEMA, DRAW_FIELDS, SOFT_LABEL, ClassTable, huggingface_metadata
+from rayexpand.methods import label_words
 from rayexpand.runs.run import Run, open_run
 from rayexpand.runs.selections import Selection, read_selection
 from rayexpand.storage.files import process_token, token_alive
+from rayexpand.storage.tables import csv_cell
 
 Layout = Literal["webdataset", "imagefolder", "huggingface"]
 OnRows = Callable[[str, int, int], None]  # task, done, total
@@ -45,6 +54,7 @@ BATCH = 250  # rows held in memory at a time, and images in one row group of the
 _EXTENSIONS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg"}
 _PROVENANCE = ("method", *DRAW_FIELDS, "note", "sample_sha256")
 _UNSAFE = re.compile(r"[^\w. -]")
+_NAME_BYTES = 130  # of a class in a folder name; with a label before it still below the smallest limit in use, 143
 
 
 @dataclass(frozen=True)
@@ -73,19 +83,26 @@ def export(folder: str, out: str, layout: Layout, *, shard_images: int = 1000, s
     target = _new_folder(out)
     run = open_run(folder)
     totals = run.totals()
-    rows = _rows(run, read_selection(run, selection) if selection else None, totals.kept, on_rows)
+    chosen = read_selection(run, selection) if selection else None
+    words = label_words(run.config.method)
+    rows = _rows(run, chosen, totals.kept, on_rows)
+    if words:
+        rows = (_with_soft_labels(table, run) for table in rows)
     partial = _partial_folder(target)
+    one_kind = True
     try:
         if layout == "webdataset":
-            made, files = _webdataset(rows, partial, run.plan.index.classes, shard_images, totals.kept)
+            one_kind = len(_image_kinds(run, chosen)) < 2
+            made, files = _webdataset(rows, partial, run.plan.index.classes, shard_images, totals.kept, one_kind)
         elif layout == "imagefolder":
-            made, files = _imagefolder(rows, partial, run.plan.index.classes, totals.kept)
+            made, files = _imagefolder(rows, partial, run.plan.index.classes, totals.kept, bool(words))
         else:
-            made, files = _huggingface(rows, partial, run.plan.index.classes, shard_images)
+            made, files = _huggingface(rows, partial, run.plan.index.classes, shard_images, bool(words))
         if not made:
             raise UsageError(f"{folder} has no sample to export" + (f" in selection {selection!r}" if selection else
                              "; run `rayexpand expand` first, `rayexpand status` says how far it is"))
-        (partial / "README.md").write_text(_readme(run, layout, made, files, selection), encoding="utf-8")
+        (partial / "README.md").write_text(_readme(run, layout, made, files, selection, words, one_kind),
+                                             encoding="utf-8")
         _publish(partial, target)
     except OSError as error:
         raise StorageError(f"{target}: {error.strerror or error}. Nothing was exported; free space or choose another "
@@ -153,14 +170,28 @@ def _rows(run: Run, chosen: Selection | None, kept: int, on_rows: OnRows) -> Ite
                     yield table
 
 
+def _image_kinds(run: Run, chosen: Selection | None) -> set[str]:
+    """Extensions of the images that are exported."""
+    found: set[str] = set()
+    for receipt in run.store.receipts():
+        if receipt.kept:
+            table = run.store.data(receipt, ["sample_id", "image.path"])
+            if chosen is not None:
+                table = table.filter(chosen.keeps(table["sample_id"].to_pylist()))
+            found |= {_extension({"image": image}) for image in table["image"].to_pylist()}
+    return found
 
 
+def _with_soft_labels(table: pa.Table, run: Run) -> pa.Table:
+    source, target, strength = (table[name].to_numpy() for name in ("source_label", "label", "strength"))
+    weights = run.config.method.soft_label(source, target, strength, len(run.plan.index.classes))
+    ends = np.arange(len(weights) + 1, dtype=np.int32) * weights.shape[1]
+    values = pa.array(np.ascontiguousarray(weights, np.float32).ravel())
+    return table.append_column(SOFT_LABEL, pa.ListArray.from_arrays(pa.array(ends), values))
 
 
-
-
-def _webdataset(rows: Iterator[pa.Table], folder: Path, classes: ClassTable, shard_images: int,
-                kept: int) -> tuple[int, int]:
+def _webdataset(rows: Iterator[pa.Table], folder: Path, classes: ClassTable, shard_images: int, kept: int,
+                one_kind: bool) -> tuple[int, int]:
     (folder / "train").mkdir()
     width, made, shards = _key_width(kept), 0, []
     for number, tables in groupby(_shards(rows, shard_images), itemgetter(0)):
@@ -168,7 +199,10 @@ def _webdataset(rows: Iterator[pa.Table], folder: Path, classes: ClassTable, sha
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for row in (row for _, table in tables for row in table.to_pylist()):
                 key = f"{made:0{width}d}"
-                _member(tar, f"{key}.{_extension(row)}", row["image"]["bytes"])
+                extension, content = _extension(row), row["image"]["bytes"]
+                if not one_kind and extension != "png":
+                    extension, content = "png", _as_png(content)
+                _member(tar, f"{key}.{extension}", content)
                 _member(tar, f"{key}.cls", str(row["label"]).encode())
                 _member(tar, f"{key}.json", json.dumps(_facts(row, classes), sort_keys=True).encode())
                 made += 1
@@ -187,36 +221,55 @@ def _member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(header, io.BytesIO(content))
 
 
-def _imagefolder(rows: Iterator[pa.Table], folder: Path, classes: ClassTable, kept: int) -> tuple[int, int]:
+def _as_png(content: bytes) -> bytes:
+    """A JPEG as PNG: more bytes, the same pixels."""
+    sink = io.BytesIO()
+    with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+        image.convert("RGB").save(sink, "PNG", compress_level=3)
+    return sink.getvalue()
+
+
+def _imagefolder(rows: Iterator[pa.Table], folder: Path, classes: ClassTable, kept: int,
+                 soft: bool) -> tuple[int, int]:
     train, names = folder / "train", class_folders(classes)
     for name in names:
         (train / name).mkdir(parents=True)  # empty classes too: without them torchvision would renumber the others
     width, made = _key_width(kept), 0
     with (train / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
-        lines = csv.DictWriter(file, ("file_name", "label", "class_key", "class_name", *_PROVENANCE, "scores"))
+        lines = csv.DictWriter(file, ("file_name", "label", "class_key", "class_name", *_PROVENANCE, "scores",
+                                      *([SOFT_LABEL.name] if soft else [])))
         lines.writeheader()
         for table in rows:
             for row in table.to_pylist():
                 name = f"{names[row['label']]}/{made:0{width}d}.{_extension(row)}"
                 (train / name).write_bytes(row["image"]["bytes"])
-                facts = _facts(row, classes)
-                lines.writerow({"file_name": name, **facts, "scores": json.dumps(facts["scores"])})
+                facts = {"file_name": name, **_facts(row, classes)}
+                lines.writerow({column: json.dumps(value) if isinstance(value, dict | list) else csv_cell(value)
+                                for column, value in facts.items()})
                 made += 1
     return made, made
 
 
 def class_folders(classes: ClassTable) -> list[str]:
     """One safe folder name per label, in an order that sorting keeps, so that torchvision gives the same labels."""
-    names = [_UNSAFE.sub("_", key).strip(" .")[:100] or "class" for key in classes.key]
-    if names == sorted(names) and len({name.casefold() for name in names}) == len(names):
+    names = [_cut(_UNSAFE.sub("_", key).strip(" .-")[:100]).rstrip(" .") or "class" for key in classes.key]
+    distinct = {unicodedata.normalize("NFC", name).casefold() for name in names}
+    if names == sorted(names) and len(distinct) == len(names):
         return names
     width = len(str(len(names) - 1))
     return [f"{label:0{width}d}-{name}" for label, name in enumerate(names)]
 
 
-def _huggingface(rows: Iterator[pa.Table], folder: Path, classes: ClassTable, shard_images: int) -> tuple[int, int]:
+def _cut(name: str) -> str:
+    """The longest beginning of at most _NAME_BYTES bytes; file systems count bytes, not characters."""
+    return name.encode()[:_NAME_BYTES].decode(errors="ignore")
+
+
+def _huggingface(rows: Iterator[pa.Table], folder: Path, classes: ClassTable, shard_images: int,
+                 soft: bool) -> tuple[int, int]:
     (folder / "data").mkdir()
-    schema = DATA_SCHEMA.with_metadata(huggingface_metadata(classes.name))
+    schema = DATA_SCHEMA.append(SOFT_LABEL) if soft else DATA_SCHEMA
+    schema = schema.with_metadata(huggingface_metadata(classes, schema))
     paths: list[Path] = []
     made = 0
     for number, tables in groupby(_shards(rows, shard_images), itemgetter(0)):
@@ -253,7 +306,8 @@ def _facts(row: dict[str, Any], classes: ClassTable) -> dict[str, Any]:
     """Label, class and everything known about how a sample was made."""
     return {"label": row["label"], "class_key": classes.key[row["label"]], "class_name": classes.name[row["label"]],
             **{name: row[name] for name in _PROVENANCE},
-            "scores": {score["name"]: score["value"] for score in row["scores"]}}
+            "scores": {score["name"]: score["value"] for score in row["scores"]},
+            **({SOFT_LABEL.name: row[SOFT_LABEL.name]} if SOFT_LABEL.name in row else {})}
 
 
 _PATTERNS = {"webdataset": "train/*.tar", "imagefolder": "train/**", "huggingface": "data/train-*.parquet"}
@@ -267,7 +321,7 @@ rows = ray.data.read_parquet("<folder>/data")  # image.bytes holds the encoded f
 }
 
 
-def _readme(run: Run, layout: Layout, made: int, files: int, selection: str | None) -> str:
+def _readme(run: Run, layout: Layout, made: int, files: int, selection: str | None, words: str, one_kind: bool) -> str:
     """Dataset card of an export; its front matter tells `datasets` which files are data."""
     matter = {"pretty_name": run.config.name, "annotations_creators": ["machine-generated"],
               "task_categories": ["image-classification"], "size_categories": [size_category(made)],
@@ -277,6 +331,14 @@ def _readme(run: Run, layout: Layout, made: int, files: int, selection: str | No
     models = "\n".join(f"| {name} | `{digest}` |" for name, digest in run.facts["models"].items()) or "| none | |"
     chosen = f", chosen by selection `{selection}`" if selection else ""
     loading = _LOADING[layout].format(last=files - 1)
+    notes = [f"**Labels are mixtures.** {words} `soft_label` holds these weights as a list, one number for each class "
+             "in the order of `label`; for another gamma compute it from the other three columns."] if words else []
+    if not one_kind:
+        notes.append("The run has PNG and JPEG images; here all are PNG, with the pixels that the JPEGs decode to.")
+    if layout == "imagefolder":
+        notes.append("In `metadata.csv`, a text that begins with `=`, `+`, `-`, `@`, a tab, a line break or `'` has "
+                     "one `'` before it, so that no spreadsheet runs it; take that one away to get the text back.")
+    about = "".join(f"{note}\n\n" for note in notes)
     return f"""---
 {yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---
 
@@ -286,7 +348,7 @@ def _readme(run: Run, layout: Layout, made: int, files: int, selection: str | No
 seed images with the method `{run.config.method.name}`. Every image and label was produced by a program; no person has
 checked them. Licenses of the seed images and of the generator apply.
 
-```python
+{about}```python
 from datasets import load_dataset
 rows = load_dataset("<folder>", split="train")
 
@@ -300,10 +362,10 @@ rows = load_dataset("<folder>", split="train")
 Run digest `{run.facts["run_digest"]}`, package version {run.facts["version"]}. `sample_sha256` is a hash over decoded
 pixels, label and draw; two samples with the same hash are the same sample.
 
-<details><summary>Configuration, every field with its value</summary>
+<details><summary>Configuration, every field with its value; absolute paths are shortened</summary>
 
 ````yaml
-{yaml.safe_dump(run.facts["config"], sort_keys=False)}````
+{yaml.safe_dump(published(run.facts["config"]), sort_keys=False)}````
 
 </details>
 """
@@ -312,6 +374,34 @@ pixels, label and draw; two samples with the same hash are the same sample.
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"),
           (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B"))
 _ESCAPES = str.maketrans({**{c: f"\\{c}" for c in "\\`*_[]|#~"}, "<": "&lt;", ">": "&gt;", "&": "&amp;"})
+
+
+_ABSOLUTE = re.compile(r"(?:file:/*|~?[\\/]|[A-Za-z]:[\\/])(?:.*[\\/])?([^\\/]*)", re.S)
+_CREDENTIALS = re.compile(r"(?<![a-z])((?:https?|ftp|sftp|ssh|s3|gs|gcs)://)[^/@\s]*@")
+
+
+def published(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as it may be shown to anybody: of absolute paths only the last part, no user, password or
+    signature in a URL, no address of a cluster."""
+    shown = {name: _published(value) for name, value in config.items()}
+    if isinstance(cluster := shown.get("cluster"), dict) and cluster.get("address") not in (None, "auto", "local"):
+        cluster["address"] = "<address>"
+    return shown
+
+
+def _published(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _published(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_published(inner) for inner in value]
+    return "::".join(map(_without_place, value.split("::"))) if isinstance(value, str) else value
+
+
+def _without_place(text: str) -> str:
+    if found := _ABSOLUTE.fullmatch(text.rstrip("\\/")):
+        return f"<path>/{found[1]}"
+    text = _CREDENTIALS.sub(r"\1", text)
+    return text.partition("?")[0] if text.startswith(("http://", "https://")) else text
 
 
 def size_category(rows: int) -> str:

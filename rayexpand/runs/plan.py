@@ -21,12 +21,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rayexpand.artifacts.columns import captions_for
 from rayexpand.contract.errors import UsageError
 from rayexpand.contract.protocols import Method
 from rayexpand.contract.rng import PlanRng, RowRng
-from rayexpand.contract.schema import CAPTION_SLOT, SEED_INDEX, ClassTable, Draw, SeedIndex
+from rayexpand.contract.schema import ASKED, CAPTION_SLOT, SEED_INDEX, ClassTable, Draw, SeedIndex
 from rayexpand.contract.settings import digest
-from rayexpand.data.captions_features import captions_for
 from rayexpand.runs.config import RunConfig
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import create_once, parquet_bytes, read_table
@@ -190,16 +190,16 @@ def make_plan(index: SeedIndex, config: RunConfig) -> Plan:
         enough = -(-total // MAX_SHARDS)
         raise UsageError(f"{total:,} rows make {n_shards:,} shards, more than {MAX_SHARDS:,}. "
                          f"Set sampler.shard_images to at least {enough}.")
-    captions = _captions(index, config) if "captions" in config.method.needs() else None
+    captions = _captions(index, config) if "captions" in config.needs else None
     return Plan(index, config.method, config.seed, config.sampler.batch, copies, shard, captions)
 
 
 def _captions(index: SeedIndex, config: RunConfig) -> pa.ChunkedArray:
     """The caption of every seed, "" where the list has an empty one: rows that ask for it are refused one by one."""
-    if config.artifacts.captions is None:
+    if config.artifacts.get("captions") is None:
         raise UsageError(f"artifacts.captions: is not set, and {config.method.name} needs captions; make them with "
                          "`rayexpand fit`")
-    folder, seed_ids = Path(config.artifacts.captions).expanduser(), index.table["seed_id"].combine_chunks()
+    folder, seed_ids = Path(config.artifacts["captions"]).expanduser(), index.table["seed_id"].combine_chunks()
     found = captions_for(folder, seed_ids)
     sound = pc.equal(index.table["fault"].combine_chunks(), "")
     if absent := seed_ids.filter(pc.and_(sound, found.is_null())).to_pylist():
@@ -239,7 +239,7 @@ def write_plan(plan: Plan, files: Files, folder: str) -> None:
         table = table.append_column("caption", plan.captions)
     content = parquet_bytes(table, plan.index.table.schema.metadata or {}, row_group=1 << 18)
     files.publish(f"{folder}/seeds.parquet", content, "index")
-    files.publish(f"{folder}/classes.parquet", parquet_bytes(plan.index.classes.to_arrow(), {}), "classes")
+    files.publish(f"{folder}/classes.parquet", parquet_bytes(plan.index.classes.to_arrow(), ASKED), "classes")
     create_once(files, f"{folder}/plan.json", {"planned": plan.planned, "shards": plan.n_shards,
                                                "seeds": len(plan.index)}, "plan")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rayexpand import __version__
+from rayexpand.artifacts import KINDS
 from rayexpand.contract.errors import (
     ConfigError,
     DigestMismatch,
@@ -29,7 +30,7 @@ from rayexpand.contract.errors import (
     UsageError,
 )
 from rayexpand.contract.protocols import Tools
-from rayexpand.contract.schema import Receipt
+from rayexpand.contract.schema import SEED_REASONS, Reason, Receipt
 from rayexpand.contract.settings import differences, digest, override
 from rayexpand.data import seeds
 from rayexpand.models.prior import PriorFacts, check_size, inspect_prior, prior_hash
@@ -38,6 +39,8 @@ from rayexpand.runs.config import RunConfig, ids_sha256, parse, resolved, semant
 from rayexpand.runs.estimate import Measured, measure
 from rayexpand.runs.expander import Expander
 from rayexpand.runs.inputs import (
+    ConfiguredInputs,
+    artifact_folder,
     artifact_hashes,
     captions_sha256,
     check_artifacts,
@@ -45,7 +48,6 @@ from rayexpand.runs.inputs import (
     check_classes,
     check_seeds,
     names_classes,
-    prototypes_of,
 )
 from rayexpand.runs.plan import Plan, make_plan, plan_digest, read_plan, write_plan
 from rayexpand.runs.store import Store, Tally, Totals, first_look, new_attempt, read_facts, totals
@@ -88,7 +90,7 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
     so what its plan holds need not be there any more.
     """
     problems = seeds.check(config.data)
-    data_is_sound, needs = not problems, config.method.needs()
+    data_is_sound, needs = not problems, config.needs
     if "prior" in needs:
         try:
             facts = inspect_prior(config.prior.weights)
@@ -180,7 +182,8 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
     models = model_hashes(config, on_model)
     if plan is not None:
         if "prototypes" in models:
-            prototypes_of(config, plan.index.classes.key, models.get("guide"))  # refuses those of another guide
+            KINDS["prototypes"].load(artifact_folder(config, "prototypes"), ConfiguredInputs(config, models["guide"]),
+                                     plan.index.classes.key)  # refuses those of another guide
         if "adapter" in models:
             check_base(config, models["prior"])
         facts = _facts(config, plan, models)
@@ -203,7 +206,7 @@ def _caption_problems(plan: Plan, config: RunConfig) -> list[str]:
     if lacking <= allowed:
         return []
     blank = plan.blank_seeds()
-    return [f"artifacts.captions: {config.artifacts.captions} has an empty caption of {len(blank):,} of "
+    return [f"artifacts.captions: {config.artifacts['captions']} has an empty caption of {len(blank):,} of "
             f"{len(plan.index):,} seeds ({', '.join(blank[:3])}{', ...' if len(blank) > 3 else ''}), so more than "
             f"limits.max_failed = {config.limits.max_failed:g} of the rows would fail; caption them, or leave these "
             "seeds out with data.ids"]
@@ -221,6 +224,12 @@ def open_run(folder: str, overrides: Sequence[str] = (), *, check_models: bool =
                  model_hashes(config) if check_models else facts["models"])
 
 
+def reopen(config: RunConfig) -> Run:
+    """A run that has begun, with its configuration as another process has it. Raises DigestMismatch for another run."""
+    files = open_files(config.folder, single_writer=config.store.single_writer)
+    return _open(config, files, read_facts(files)["models"])
+
+
 def begin(run: Run) -> int:
     """Registers a start of the run and returns its number."""
     for folder in FOLDERS:  # a copy of a run may lack the empty ones
@@ -229,17 +238,18 @@ def begin(run: Run) -> int:
                                    "version": __version__})
 
 
-def start(run: Run, tools: Tools | None = None, on_rows: Callable[[int], None] = lambda n: None) -> Expander:
+def start(run: Run, load: Callable[[], Tools] | None = None,
+          on_rows: Callable[[int], None] = lambda n: None) -> Expander:
     """Registers an attempt and returns the Expander that works for it in this process."""
-    return expander_of(run, begin(run), tools, on_rows)
+    return expander_of(run, begin(run), load, on_rows)
 
 
-def expander_of(run: Run, attempt: int, tools: Tools | None = None,
+def expander_of(run: Run, attempt: int, load: Callable[[], Tools] | None = None,
                 on_rows: Callable[[int], None] = lambda n: None) -> Expander:
     """An Expander of this process for an attempt that has begun."""
     blame = Blame(run.files, process_token(), attempt)
     blame.sweep()
-    return Expander(run.config, run.plan, run.store, blame, tools=tools, on_rows=on_rows)
+    return Expander(run.config, run.plan, run.store, blame, load=load, on_rows=on_rows)
 
 
 def in_process(expander: Expander) -> ExpandWave:
@@ -295,7 +305,7 @@ def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, t
             forget_unexplained(run.files)
             raise EnvironmentFault(f"no shard was committed in {BARREN_WAVES} rounds; last cause: {cause}") from cause
     run.store.roll_up()
-    return check_budget(run, Tally(run.plan.planned, run.store.receipts()))  # with what other drivers made
+    return check_budget(run, tally_of(run))  # with what other drivers made
 
 
 def pending_jobs(run: Run) -> list[Job]:
@@ -327,6 +337,11 @@ def committed_hash(run: Run, sample_id: str) -> str | None:
     return None
 
 
+def tally_of(run: Run) -> Tally:
+    """The counts of what is committed."""
+    return Tally(run.plan.planned, run.store.receipts())
+
+
 def check_budget(run: Run, tally: Tally) -> Totals:
     """The counts so far. Raises OverBudget when more rows failed than the budget allows."""
     counts = tally.totals
@@ -336,16 +351,26 @@ def check_budget(run: Run, tally: Tally) -> Totals:
         raise OverBudget(
             f"{counts.failed} of {run.plan.planned} rows failed, more than limits.max_failed = "
             f"{run.config.limits.max_failed:g} allows ({listed}). Everything made so far is kept in {run.folder}, and "
-            f"its report.html shows the refused rows. Repair their seeds and run `rayexpand retry {run.folder}`, or go "
-            f"on with --set limits.max_failed=<share>.")
+            f"its report.html shows the refused rows. {_remedy(run, tally)}, or go on with "
+            "--set limits.max_failed=<share>.")
     return counts
+
+
+def _remedy(run: Run, tally: Tally) -> str:
+    retry = f"run `rayexpand retry {run.folder}`"
+    if SEED_REASONS & tally.failures().keys():
+        return f"Repair their seeds and {retry}"
+    if Reason.CONSTANT_IMAGE in tally.failures():
+        return ("Their seeds can be read, it is the samples that have one colour only, and a retry makes the same: "
+                "leave out seeds of one colour, or change the settings of the method under another name")
+    return f"Their seeds can be read, it is the sampling that failed: see the details, and {retry}"
 
 
 def model_hashes(config: RunConfig, on_model: Callable[[str, int, int], None] | None = None, *,
                  fitted: bool = False) -> dict[str, str]:
     """Content hashes of the models and artifacts the method uses; trains the embedded default if it is asked for and
     not cached. `fitted`: guide and prototypes will be fitted first, so only the prior is there."""
-    needs = config.method.needs()
+    needs = config.needs
     hashes = {}
     if "prior" in needs:
         hashes["prior"] = prior_hash(config.prior.weights, on_model)

@@ -50,10 +50,6 @@ _NO_ROLL_UP = (-1, -1)
 _FULL_ROLL_UP = 5_000  # receipts; a smaller roll-up is folded into the next one
 
 
-
-
-
-
 def first_look(files: Files) -> bytes | None:
     """run.json as it is, None without a run. Raises StorageError if this user may not read there."""
     try:
@@ -171,7 +167,7 @@ class Store:
                   "writer": self.token, "side_file": side_file, "side_sha256": side_sha256,
                   "content_sha256": receipt.content_sha256, "receipt": json.loads(receipt.to_json())}
         content = parquet_bytes(samples_to_arrow(kept, DATA_SCHEMA),
-                                {**huggingface_metadata(classes.name), FOOTER: json.dumps(footer).encode()})
+                                {**huggingface_metadata(classes), FOOTER: json.dumps(footer).encode()})
         if not self.files.publish(f"data/{receipt.data_file}", content, "data", shard):
             winner = self.find(shard, receipt.generation)
             assert winner is not None
@@ -259,12 +255,6 @@ class Store:
         return read_table(self.files, f"rejected/{receipt.side_file}")
 
 
-
-
-
-
-
-
 def receipt_name(receipt: Receipt) -> str:
     return f"receipts/{receipt.data_file.removeprefix('train-').removesuffix('.parquet')}.json"
 
@@ -336,15 +326,11 @@ def content_sha256(rows: Any) -> str:
     return hashlib.sha256("\n".join(f"{i} {s}" for i, s in sorted(rows)).encode()).hexdigest()
 
 
-
-
 def _footer(schema: pa.Schema, name: str) -> dict[str, Any]:
     raw = (schema.metadata or {}).get(FOOTER)
     if raw is None:
         raise UsageError(f"data/{name} is not a file of this package (no footer). Move it out of data/ and run again.")
     return json.loads(raw)
-
-
 
 
 def new_attempt(files: Files, facts: dict[str, Any], clock: Callable[[], float] = time.time) -> int:

@@ -4,38 +4,36 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from typing import Any
 
 from rayexpand import __version__
 from rayexpand.contract.protocols import Tools
 from rayexpand.contract.schema import ClassTable
 from rayexpand.models.prior import load_prior, prior_hash
 from rayexpand.runs.config import RunConfig
-from rayexpand.runs.inputs import artifact_folder, features_of, prototypes_of
+from rayexpand.runs.inputs import artifact_folder, load_artifacts
 
 
-def load_tools(config: RunConfig, classes: ClassTable) -> Tools:
-    """Loads what the method asks for. Raises ModelError."""
-    needs = config.method.needs()
-    prior = guide = prototypes = None
+def load_tools(config: RunConfig, classes: ClassTable, *, prior: Any = None, guide: Any = None) -> Tools:
+    """Loads what the method asks for, but for a prior or guide that is loaded already. Raises ModelError."""
+    needs = config.needs
     if needs:
         import torch
 
         torch.set_num_threads(config.runtime.torch_threads)
-    if "prior" in needs:
+    if "prior" in needs and prior is None:
         prior = load_prior(**config.prior.model_dump(exclude={"adapter"}))
         if "adapter" in needs:
             prior = prior.with_adapter(
                 artifact_folder(config, "adapter"), scale=getattr(config.method, "lora_scale", 1.0),
                 fuse=config.prior.adapter == "fused", base_sha256=prior_hash(config.prior.weights))
-    if "guide" in needs:
+    if "guide" in needs and guide is None:
         from rayexpand.models.guides import load_guide
 
-        guide = load_guide(config.guide.weights, config.guide.checkpoint, classes.name, device=config.prior.device,
+        guide = load_guide(config.guide.weights, config.guide.checkpoint, classes.asked, device=config.prior.device,
                            class_keys=classes.key)
-    if "prototypes" in needs:
-        prototypes = prototypes_of(config, classes.key)
-    features = features_of(config, classes.key) if needs & {"class_features", "image_features"} else {}
-    return Tools(classes, prior, guide, prototypes, **features)
+    return Tools(classes, prior if "prior" in needs else None, guide if "guide" in needs else None,
+                 **load_artifacts(config, classes.key))
 
 
 def stack_fingerprint(config: RunConfig) -> dict[str, str]:
@@ -43,15 +41,15 @@ def stack_fingerprint(config: RunConfig) -> dict[str, str]:
     import torch
 
     packages = ["torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "numpy", "pillow"]
-    if "guide" in config.method.needs():
+    if "guide" in config.needs:
         packages.append("timm")
-    if "adapter" in config.method.needs():
+    if "adapter" in config.needs:
         packages.append("peft")
     facts = {name: importlib.metadata.version(name) for name in packages}
     facts |= {"python": platform.python_version(), "machine": platform.machine(),
               "rayexpand": __version__, "cpu": torch.backends.cpu.get_cpu_capability(),
               "torch_threads": str(config.runtime.torch_threads)}
-    if "prior" in config.method.needs():
+    if "prior" in config.needs:
         on_gpu = config.prior.device.startswith("cuda") or (config.prior.device == "auto" and torch.cuda.is_available())
         facts |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu",
                   "dtype": {"auto": "bfloat16" if on_gpu else "float32"}.get(config.prior.dtype, config.prior.dtype),

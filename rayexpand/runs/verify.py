@@ -6,6 +6,7 @@ import hashlib
 import io
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,18 @@ class Findings:
     rebuilt_receipts: int = 0
     garbage: int = 0  # side files that no data file names; harmless
     totals: Totals = field(default_factory=Totals)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self._counts(), "problems": self.problems, "rebuilt_receipts": self.rebuilt_receipts,
+                "unused_side_files": self.garbage}
+
+    def table(self) -> list[tuple[str, str]]:
+        counts = {**self._counts(), "receipts rebuilt": self.rebuilt_receipts, "problems": len(self.problems)}
+        return [(name, f"{count:,}") for name, count in counts.items()]
+
+    def _counts(self) -> dict[str, int]:
+        return {name: getattr(self.totals, name) for name in ("planned", "kept", "rejected", "failed", "pending",
+                                                              "shards")}
 
 
 def verify(run: Run, *, pixels: bool = False) -> Findings:

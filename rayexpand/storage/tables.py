@@ -55,6 +55,13 @@ def parquet_bytes(table: pa.Table, metadata: dict[bytes, bytes], row_group: int 
     return sink.getvalue()
 
 
+def csv_cell(value: Any) -> Any:
+    """A text that a spreadsheet takes for text: with an apostrophe before it where it begins like a formula, or with an
+    apostrophe, so that taking one away gives every text back."""
+    is_risky = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "'"))
+    return f"'{value}" if is_risky else value
+
+
 def create_once(files: Files, name: str, content: dict[str, Any], step: str) -> dict[str, Any]:
     """Publishes JSON under `name`, or returns what is there already."""
     files.publish(name, json.dumps(content, indent=1, sort_keys=True).encode(), step)

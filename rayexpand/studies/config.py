@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
+from rayexpand.artifacts.adapter import adapter_fits
 from rayexpand.classifier.recipe import Recipe, make_recipe
 from rayexpand.contract import settings
 from rayexpand.contract.errors import ConfigError
@@ -23,12 +24,12 @@ from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.subsets import SubsetConfig
 from rayexpand.fitting.adapter.config import AdapterFit
-from rayexpand.fitting.config import GuideFit, fit_config
+from rayexpand.fitting.config import fit_config
 from rayexpand.fitting.config import preflight as fit_preflight
+from rayexpand.fitting.guide import GuideFit
 from rayexpand.runs import config as configs
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import ClusterConfig, RunConfig
-from rayexpand.runs.inputs import adapter_fits
 from rayexpand.studies import extra_tests
 from rayexpand.studies.extra_tests import ExtraTest
 
@@ -73,6 +74,8 @@ class ExpansionConfig(Section):
 
 
 class TrainingConfig(Section):
+    OLD_NAMES: ClassVar = {"lanes": "streams"}
+
     workers: int = Field(0, ge=0, description="0: a trial is one process; more: Ray Train workers of each trial")
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float | None = Field(None, ge=0, description="null: 1 where the cluster has GPUs, else 0")
@@ -83,17 +86,19 @@ class TrainingConfig(Section):
                                          "after each epoch")
     shuffle_rows: int = Field(65_536, ge=1, description="rows that are permuted together where a training set is "
                               "larger")
-    lanes: int = Field(8, ge=1, description="streams a larger list is read in; workers must divide it")
+    streams: int = Field(8, ge=1, description="streams a larger training set is read in; workers must divide it")
 
 
 class StudyConfig(Section):
+    OLD_NAMES: ClassVar = {"also": "extra_tests"}
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the study's folder is <out>/<name>")
     out: str = Field("runs", min_length=1)
     data: DataConfig = Field(description="the real images the subsets are taken from")
     subset: SubsetConfig = SubsetConfig()
     test: DataConfig = Field(description="images every arm is tested on; never trained on")
-    also: dict[str, ExtraTest] = Field({}, description="further test sets by name, which every finished classifier is "
-                                       "tested on once")
+    extra_tests: dict[str, ExtraTest] = Field({}, description="further test sets by name, which every finished "
+                                              "classifier is tested on once")
     frequency: tuple[int, int] = Field((5, 20), description="classes with fewer real images than the first are `few`, "
                                        "with more than the second `many`: CUB-LT; Flower-LT: [10, 30]")
     validation: DataConfig | None = Field(None, description="images a sweep chooses by, so that it does not choose by "
@@ -143,7 +148,8 @@ def study_preflight(config: StudyConfig) -> list[str]:
     """Everything wrong that can be known without loading a model or listing a dataset, one line each."""
     problems = [problem for section in ("data", "test", "validation") if (data := getattr(config, section))
                 for problem in renamed(seeds.check(data), section)]
-    problems += [f"also.{name}.{line}" for name, one in config.also.items() for line in extra_tests.problems(one)]
+    problems += [f"extra_tests.{name}.{line}" for name,
+                 one in config.extra_tests.items() for line in extra_tests.problems(one)]
     files = {file for arm in config.arms if (file := {**config.recipe, **arm.recipe}.get("checkpoint")) is not None}
     problems += [f"recipe.checkpoint: there is no file {file}" for file in sorted(files)
                  if not Path(file).expanduser().is_file()]
@@ -208,7 +214,7 @@ def _arm_problems(config: StudyConfig) -> list[str]:
     if config.frequency[0] > config.frequency[1] + 1:
         problems.append(f"frequency: classes would be both few (under {config.frequency[0]}) and many (over "
                         f"{config.frequency[1]}); give the smaller number first")
-    problems += [f"also.{name}: a name is letters, digits, - and _; rename it" for name in config.also
+    problems += [f"extra_tests.{name}: a name is letters, digits, - and _; rename it" for name in config.extra_tests
                  if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]
     if config.baseline is not None and config.baseline not in names:
         problems.append(f"baseline: '{config.baseline}' is no arm; known: {', '.join(names)}")
@@ -295,7 +301,7 @@ def _fit_problems(made: RunConfig, fit: ExpansionFit) -> list[str]:
     if wanted is None:
         return [f"fit: {made.method.name} as it is set here needs nothing fitted; take it out"]
     problems = [f"artifacts.{kind}: {folder} would not be read, for fit makes them of each seed's own rows; take one "
-                "of the two out" for kind, folder in made.artifacts if folder and getattr(wanted.fit, kind)]
+                "of the two out" for kind, folder in made.artifacts.items() if getattr(wanted.fit, kind)]
     problems += [f"fit.{role}: has no effect on {made.method.name} as it is set here; take it out"
                 for role in ("guide", "adapter") if getattr(fit, role) and role not in made.method.needs()]
     if fit.adapter is None or "adapter" not in made.method.needs():

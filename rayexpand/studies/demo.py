@@ -21,13 +21,13 @@ from rayexpand import methods
 from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.device import torch_threads
 from rayexpand.contract.errors import RayexpandError, UsageError
-from rayexpand.contract.protocols import Tools
 from rayexpand.data.seeds import digits_split
 from rayexpand.models.guides import load_guide
 from rayexpand.models.tiny import digits
 from rayexpand.runs import run as runs
+from rayexpand.runs.driving import Here
 from rayexpand.studies.config import StudyConfig, parse_study
-from rayexpand.studies.expansions import models_key, pending_runs, shared_tools
+from rayexpand.studies.expansions import pending_runs
 from rayexpand.studies.parts import Study, read_result
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.trial import run_trials
@@ -193,7 +193,7 @@ def _fitted(folders: Sequence[str]) -> dict[str, float]:
     spent: dict[str, float] = {}
     for folder in folders:
         config = runs.open_run(folder).config
-        for place in (config.artifacts.prototypes, config.guide.weights):
+        for place in (config.artifacts.get("prototypes"), config.guide.weights):
             if place is not None and (facts := read_facts(place)):
                 spent[facts["kind"]] = spent.get(facts["kind"], 0.0) + facts["cpu_seconds"]
     return spent
@@ -201,24 +201,10 @@ def _fitted(folders: Sequence[str]) -> dict[str, float]:
 
 def _expand(study: Study, progress: Progress) -> tuple[int, float]:
     """Makes what is pending, with the models loaded once; returns rows made and seconds."""
-    loaded: dict[str, Tools] = {}
-    rows, begun = 0, time.perf_counter()
+    drive, rows, begun = Here(), 0, time.perf_counter()
     for run in pending_runs(study, progress):
-        done = 0
-
-        def on_rows(count: int, run: runs.Run = run) -> None:
-            nonlocal done, rows
-            done, rows = done + count, rows + count
-            progress(f"expanding {run.config.name}", done, run.plan.planned)
-
-        progress(f"expanding {run.config.name}", 0, run.plan.planned)
-        expander = runs.start(run, shared_tools(run, loaded), on_rows)
-        try:
-            runs.drive(run, runs.in_process(expander), lambda run=run: runs.pending_jobs(run))  # type: ignore[misc]
-        finally:
-            expander.close()
-        if expander.tools is not None:
-            loaded[models_key(run)] = expander.tools
+        before = run.totals()
+        rows += before.pending - drive(run, lambda task, done, total, facts=None: progress(task, done, total)).pending
     return rows, time.perf_counter() - begun
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import digest
-from rayexpand.data.seeds import DataConfig
+from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.runs.config import RunConfig
+from rayexpand.runs.run import Run, open_run
 from rayexpand.storage.files import Files
 from rayexpand.studies.config import ArmConfig, StudyConfig
 
@@ -48,7 +49,7 @@ class Trial:
     frequency: list[int]  # few below the first, many above the second
     checkpoint_sha256: str  # of the weights it starts from, "" from scratch
     workers: int  # BatchNorm statistics, sums and pairs of mixed images depend on it
-    order: list[int]  # [shuffle_rows, lanes] where the list is read in windows, else []
+    order: list[int]  # [shuffle_rows, streams] where the list is read in windows, else []
     expansion_seconds: float
     run: str
 
@@ -58,7 +59,28 @@ class Trial:
         names = ("recipe", "list_sha256", "seed", "data_sha256", "test_sha256", "checkpoint_sha256", "workers", "order",
                  "frequency")
         also = {name: [one["restrict"], one["sha256"]] for name, one in self.also.items()}
-        return digest({**{name: getattr(self, name) for name in names}, **({"also": also} if also else {})})
+        drw = {"drw": "divided by the weights"} if self.recipe.get("drw") else {}  # before, by the number of images
+        return digest({**{name: getattr(self, name) for name in names}, **({"also": also} if also else {}), **drw})
+
+
+class Opened:
+    """Runs and datasets of a study, each opened or listed once: both take seconds to minutes where they are large."""
+
+    def __init__(self) -> None:
+        self._runs, self._indexes = dict[str, Run](), dict[str, SeedIndex]()
+
+    def run(self, folder: str) -> Run:
+        """The run in a folder. What is committed is read anew whenever it is asked for."""
+        if folder not in self._runs:
+            self._runs[folder] = open_run(folder)
+        return self._runs[folder]
+
+    def index(self, data: DataConfig) -> SeedIndex:
+        """The seeds of a dataset. Raises SeedDataError."""
+        key = data.model_dump_json()
+        if key not in self._indexes:
+            self._indexes[key] = build_index(data)
+        return self._indexes[key]
 
 
 @dataclass(frozen=True)
@@ -67,6 +89,7 @@ class Study:
     files: Files
     subsets: dict[int, tuple[DataConfig, SeedIndex]]  # real rows by seed
     expansions: dict[tuple[str, int], RunConfig | str]  # a run to make, or the folder of one
+    opened: Opened = field(default_factory=Opened, compare=False)
 
 
 def read_result(files: Files, name: str) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,24 +23,25 @@ _READ = ["label", "copy", "source_label", "strength"]  # of a data file
 
 
 def training_set(parts: Sequence[RowSource], mode: Mode = "union", p: float = 0.0,
-                 soft_label: Mapping[str, float] | None = None, draw: DrawRule = "uniform") -> TrainingSet:
+                 soft_label: Mapping[str, float] | None = None, draw: DrawRule = "uniform",
+                 opened: Callable[[str], Run] = open_run) -> TrainingSet:
     """Training set of `parts`. Mode union: an epoch uses each row `weight` times. Mode replace (Diff-Mix): an epoch is
     one pass over the real rows, each replaced with probability `p` by a synthetic row; `draw` uniform takes any of
     them, inverse_freq first a class with probability proportional to 1 / (real rows of the class + 1).
 
     Seeds that the index refuses are left out. Raises ConfigError with everything that does not fit together (classes,
-    modes, weights), UsageError for a run that is not complete or an unknown selection.
+    modes, weights), UsageError for a run that is not complete or an unknown selection. `opened`: opens a run folder.
     """
     parts = sorted(parts, key=lambda one: one.seeds is None)
     if problems := _problems(parts, mode, p):
         raise ConfigError("training set", problems)
-    opened = [None if one.run is None else open_run(one.run) for one in parts]
+    found = [None if one.run is None else opened(one.run) for one in parts]
     tables = [one.seeds[0].classes if one.seeds else run.plan.index.classes  # type: ignore[union-attr]
-              for one, run in zip(parts, opened, strict=True)]
-    if problems := _class_problems(parts, tables) + _pending_problems(opened):
+              for one, run in zip(parts, found, strict=True)]
+    if problems := _class_problems(parts, tables) + _pending_problems(found):
         raise ConfigError("training set", problems)
     blocks = [(one, *(seed_rows(one) if run is None else _sample_rows(one, run)))
-              for one, run in zip(parts, opened, strict=True)]
+              for one, run in zip(parts, found, strict=True)]
     return TrainingSet.join(blocks, tables[0], mode=mode, p=p, soft_label=soft_label, draw=draw)
 
 
@@ -123,7 +124,7 @@ def _first_of_each_class(labels: np.ndarray, ids: Sequence[str], limit: np.ndarr
     limit keeps a part of what a larger one keeps. Raises UsageError where a class has fewer."""
     have = np.bincount(labels, minlength=len(limit))
     if len(short := np.flatnonzero(have < limit)):
-        names = run.plan.index.classes.name
+        names = run.plan.index.classes.display
         few = ", ".join(f"{names[c]} has {have[c]:,} of {limit[c]:,}" for c in short[:3])
         raise UsageError(f"fill: {len(short)} classes have fewer samples in {run.folder} than bring them to the size "
                          f"of the largest ({few}{', ...' if len(short) > 3 else ''}); make more copies of each seed, "

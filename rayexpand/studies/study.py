@@ -31,7 +31,6 @@ from rayexpand.data.subsets import (
     shared_images,
     sound_rows,
 )
-from rayexpand.runs import run as runs
 from rayexpand.runs.config import RunConfig
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
@@ -45,15 +44,9 @@ from rayexpand.studies.config import (
     study_preflight,
     unknown_soft_labels,
 )
-from rayexpand.studies.parts import Study, folder_of
+from rayexpand.studies.parts import Opened, Study, folder_of
 
 STUDY_FOLDERS = ("subsets", "lists", "trials", "results", "predictions", "checkpoints", ".tmp")
-
-
-
-
-
-
 
 
 def prepare_study(config: StudyConfig) -> Study:
@@ -63,8 +56,8 @@ def prepare_study(config: StudyConfig) -> Study:
     """
     if problems := study_preflight(config):
         raise ConfigError(config.name, problems)
-    files = open_files(config.folder)
-    whole, test = _listed(config.data, "data"), _listed(config.test, "test")
+    files, opened = open_files(config.folder), Opened()
+    whole, test = _listed(opened, config.data, "data"), _listed(opened, config.test, "test")
     if len(whole.classes) < 2:
         raise UsageError(f"data: has one class ({few(whole.classes.key)}), so there is nothing to tell apart; give a "
                          "dataset of two or more")
@@ -77,62 +70,34 @@ def prepare_study(config: StudyConfig) -> Study:
         files.make_folder(folder)
     files.sweep()
     subsets = {seed: _subset(config, files, whole, seed) for seed in config.seeds}
-    _refuse_overlap(config, subsets, test)
-    _open_also(config, subsets)
+    _refuse_overlap(config, subsets, test, opened)
+    _open_also(config, subsets, opened)
     if config.resample is False and _differ(subsets):
         raise ConfigError(config.name, [
             "resample: false expands the real rows of the first seed for all, but the seeds draw other subsets, so "
             "their samples would be made from images that are not trained on; take resample out, or give all seeds "
             "one subset with subset.seed"])
     shared = not config.resample and not _differ(subsets)
-    expansions = {(name, seed): _expansion(config, name, one, config.seeds[0] if shared else seed, subsets)
+    expansions = {(name, seed): _expansion(config, name, one, config.seeds[0] if shared else seed, subsets, opened)
                   for name, one in config.expansions.items() for seed in config.seeds
                   if name in {arm.use for arm in config.arms}}
-    if problems := _run_problems(config, subsets, expansions):
+    if problems := _run_problems(config, subsets, expansions, opened):
         raise ConfigError(config.name, problems)
-    return Study(config, files, subsets, expansions)
+    return Study(config, files, subsets, expansions, opened)
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-def _open_also(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> None:
+def _open_also(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]], opened: Opened) -> None:
     """Raises UsageError or SeedDataError for a further test set that cannot be used, or has training images in it."""
-    for name, one in config.also.items():
+    for name, one in config.extra_tests.items():
         try:
             index = extra_tests.open_test(one, next(iter(subsets.values()))[1].classes)
             extra_tests.groups_of(one, index)
         except (SeedDataError, UsageError) as error:
-            raise type(error)(f"also.{name}: {error}") from error
+            raise type(error)(f"extra_tests.{name}: {error}") from error
         for seed, held in _distinct(subsets).items():
             if shared := shared_images(held, (index, one.data)):
-                raise UsageError(f"also.{name}: {len(shared):,} of its images are training images of seed {seed} "
-                                 f"({few(shared)}); leave them out with data.ids, or choose another part")
+                raise UsageError(f"extra_tests.{name}: {len(shared):,} of its images are training images of seed "
+                                 f"{seed} ({few(shared)}); leave them out with data.ids, or choose another part")
 
 
 def _distinct(subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> dict[int, tuple[SeedIndex, DataConfig]]:
@@ -141,12 +106,6 @@ def _distinct(subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> dict[int, 
     for seed, (data, index) in subsets.items():
         found.setdefault(ids_hash(index.seed_ids), (seed, (index, data)))
     return dict(found.values())
-
-
-
-
-
-
 
 
 def _subset(config: StudyConfig, files: Files, whole: SeedIndex, seed: int) -> tuple[DataConfig, SeedIndex]:
@@ -160,11 +119,11 @@ def _subset(config: StudyConfig, files: Files, whole: SeedIndex, seed: int) -> t
 
 
 def _expansion(config: StudyConfig, name: str, one: ExpansionConfig, seed: int,
-               subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> RunConfig | str:
+               subsets: Mapping[int, tuple[DataConfig, SeedIndex]], opened: Opened) -> RunConfig | str:
     if one.run is None:
         return run_config(config, name, one, seed, subsets[seed][0])
     folder = one.run.replace("{seed}", str(seed))
-    made_from = runs.open_run(folder).plan.index.seed_ids
+    made_from = opened.run(folder).plan.index.seed_ids
     if ids_hash(made_from) != ids_hash(subsets[seed][1].seed_ids):
         raise UsageError(f"expansions.{name}: {folder} was made from {len(made_from):,} seeds that are not the "
                          f"{len(subsets[seed][1]):,} real rows of study seed {seed}; expand {config.folder}/subsets/"
@@ -172,19 +131,20 @@ def _expansion(config: StudyConfig, name: str, one: ExpansionConfig, seed: int,
     return folder
 
 
-def _listed(data: DataConfig, section: str) -> SeedIndex:
+def _listed(opened: Opened, data: DataConfig, section: str) -> SeedIndex:
     """The index of a section, named in what is wrong with it."""
     try:
-        return seeds.build_index(data)
+        return opened.index(data)
     except SeedDataError as error:
         raise SeedDataError(renamed([str(error)], section)[0]) from error
 
 
-def _refuse_overlap(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]], test: SeedIndex) -> None:
+def _refuse_overlap(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]], test: SeedIndex,
+                    opened: Opened) -> None:
     """No image in two of training, validation and test images."""
     held = [("test", (test, config.test))]
     if config.validation is not None:
-        held.append(("validation", (_listed(config.validation, "validation"), config.validation)))
+        held.append(("validation", (_listed(opened, config.validation, "validation"), config.validation)))
     others = [(f"training images of seed {seed}", one) for seed, one in _distinct(subsets).items()]
     for section, one in held:
         for name, other in others:
@@ -195,7 +155,7 @@ def _refuse_overlap(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig,
 
 
 def _run_problems(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]],
-                  expansions: Mapping[tuple[str, int], RunConfig | str]) -> list[str]:
+                  expansions: Mapping[tuple[str, int], RunConfig | str], opened: Opened) -> list[str]:
     """What arms ask of their runs and these do not have: so many copies, arguments of the soft label, of a run that
     exists a selection (of a run to be made, `make_trials` asks for it, when it can be decided)."""
     problems: list[str] = []
@@ -204,36 +164,27 @@ def _run_problems(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, S
         for seed in config.seeds if arm.use is not None else []:
             made = expansions[str(arm.use), seed]
             if (folder := folder_of(made)) not in most:
-                most[folder] = int(_planned_copies(made, subsets[seed][1]).max(initial=0))
+                most[folder] = int(_planned_copies(made, subsets[seed][1], opened).max(initial=0))
             problems += [f"arms.{arm.name}.ratio: {one} copies of each seed asked for, but {folder} has {most[folder]} "
                          f"at most; lower it, or make more copies" for one in ratios_of(arm) if one > most[folder]]
             if isinstance(made, str) and arm.selection is not None and (
-                    f"{arm.selection}.parquet" not in runs.open_run(made).files.list("selections")):
+                    f"{arm.selection}.parquet" not in opened.run(made).files.list("selections")):
                 problems.append(f"arms.{arm.name}.selection: {made} has no selection {arm.selection!r}; make it with "
                                 f"`rayexpand select` and a file with name: {arm.selection} and run: {made}")
             if isinstance(made, str) and arm.soft_label:
                 problems += [f"arms.{arm.name}.{line}"
-                             for line in unknown_soft_labels(arm, runs.open_run(made).config.method)]
+                             for line in unknown_soft_labels(arm, opened.run(made).config.method)]
     return list(dict.fromkeys(problems))
 
 
-def _planned_copies(made: RunConfig | str, index: SeedIndex) -> np.ndarray:
+def _planned_copies(made: RunConfig | str, index: SeedIndex, opened: Opened) -> np.ndarray:
     """Copies of each seed of a run, or of one that is to be made of `index`."""
     if isinstance(made, str):
-        return runs.open_run(made).plan.copies
+        return opened.run(made).plan.copies
     return made.method.copies(index, PlanRng(made.seed, made.method.name))
 
 
 def _differ(subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> bool:
     return len({ids_hash(index.seed_ids) for _, index in subsets.values()}) > 1
-
-
-
-
-
-
-
-
-
 
 

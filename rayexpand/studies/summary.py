@@ -18,6 +18,7 @@ import numpy as np
 from rayexpand.classifier.accuracy import paired_bootstrap, summarise
 from rayexpand.contract.errors import EnvironmentFault
 from rayexpand.storage.files import Files
+from rayexpand.storage.tables import csv_cell
 from rayexpand.studies.results import Predicted, Result, StudyView, controlled, number, read_study, replaces
 
 MIN_SEEDS = 3  # below this no spread over seeds is worth printing as an error bar
@@ -112,7 +113,7 @@ def write_numbers(files: Files, found: Mapping[str, Any]) -> None:
     text = io.StringIO()
     table = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
     table.writeheader()
-    table.writerows(lines)
+    table.writerows({name: csv_cell(value) for name, value in line.items()} for line in lines)
     write(files, "summary.csv", text.getvalue())
 
 

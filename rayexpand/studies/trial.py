@@ -28,7 +28,7 @@ from rayexpand.contract.errors import ConfigError, EnvironmentFault, Interrupted
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
-from rayexpand.loader.feed import Loader, TestSet
+from rayexpand.loader.loader import Loader, TestSet
 from rayexpand.loader.training_set import TrainingSet
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import is_url
@@ -110,17 +110,18 @@ def open_work(files: Files, trial: Trial, training: TrainingConfig) -> TrialWork
     """Reads the training set of a trial (copied here once where it lies in an object store)."""
     rows = TrainingSet.load(_local(files, trial.rows))
     recipe = Recipe(**trial.recipe)
-    return TrialWork(trial, Loader(rows, recipe, trial.seed, shuffle_rows=training.shuffle_rows, lanes=training.lanes),
+    return TrialWork(trial,
+                     Loader(rows, recipe, trial.seed, shuffle_rows=training.shuffle_rows, streams=training.streams),
                      recipe,
                      rows.n_classes)
 
 
 def make_classifier(work: TrialWork, device: str, wrap: Callable[[Any], Any] = lambda model: model,
-                    world: int = 1) -> Classifier:
+                    world: int = 1, mean: Callable[[Any], Any] = lambda value: value) -> Classifier:
     from rayexpand.classifier.classifier import Classifier
 
     return Classifier(work.recipe, work.n_classes, work.trial.seed, work.feed.total_steps, device=device, wrap=wrap,
-                      world=world, class_counts=_real_counts(work.feed.rows))
+                      world=world, class_counts=_real_counts(work.feed.rows), mean=mean)
 
 
 def fit(work: TrialWork, classifier: Classifier, curve: TrainingCurve, batches: Iterable[TrainBatch], *,

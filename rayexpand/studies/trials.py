@@ -13,10 +13,9 @@ import numpy as np
 from rayexpand.classifier.recipe import make_recipe
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.settings import digest
-from rayexpand.data import seeds
 from rayexpand.data.subsets import fill_counts, fingerprint, ids_hash, real_counts, sound_rows
 from rayexpand.loader.training_set import RowSource
-from rayexpand.runs import run as runs
+from rayexpand.runs.run import Run
 from rayexpand.runs.status import shard_seconds
 from rayexpand.studies import extra_tests
 from rayexpand.studies.config import REPEATED, ArmConfig
@@ -26,7 +25,7 @@ from rayexpand.studies.samples import training_set
 
 def make_trials(study: Study) -> list[Trial]:
     """Every classifier of the study, its training set written. Raises UsageError where an expansion is not complete."""
-    test_sha256 = fingerprint(seeds.build_index(study.config.test), study.config.test)
+    test_sha256 = fingerprint(study.opened.index(study.config.test), study.config.test)
     also = _also(study)
     data_sha256 = {seed: fingerprint(index, data) for seed, (data, index) in study.subsets.items()}
     arms = _arms(study)
@@ -93,7 +92,7 @@ def _repeated(study: Study, control: Arm, seed: int, epoch_rows: int) -> Arm:
 
 def _planned(study: Study, arm: Arm) -> float:
     """Rows of an epoch over the real ones, if everything planned for the first seed is kept."""
-    run = runs.open_run(folder_of(study.expansions[str(arm.config.use), study.config.seeds[0]]))
+    run = study.opened.run(folder_of(study.expansions[str(arm.config.use), study.config.seeds[0]]))
     return arm.config.real + float(_used(run, arm.copies).sum()) / len(run.plan.index) * arm.config.weight
 
 
@@ -120,9 +119,9 @@ def _trial(study: Study, arm: Arm, seed: int, data_sha256: str, test_sha256: str
         limit = fill_counts(real_counts(index)) if arm.config.fill else None
         parts.append(RowSource(run=folder, copies=arm.copies, selection=arm.config.selection, limit=limit,
                                weight=arm.config.weight))
-        seconds = _expansion_seconds(folder, arm.copies)
-    rows = training_set(parts, mode="union" if arm.config.replace is None else "replace",
-                           p=arm.config.replace or 0.0, soft_label=arm.config.soft_label, draw=arm.config.draw)
+        seconds = _expansion_seconds(study.opened.run(folder), arm.copies)
+    rows = training_set(parts, mode="union" if arm.config.replace is None else "replace", p=arm.config.replace or 0.0,
+                        soft_label=arm.config.soft_label, draw=arm.config.draw, opened=study.opened.run)
     ids = ids_hash(index.seed_ids)
     if any(part.ids_sha256 != ids for part in rows.parts):
         raise UsageError(f"arms.{arm.name}: {folder} was made from other images than the real rows of study seed "
@@ -130,7 +129,7 @@ def _trial(study: Study, arm: Arm, seed: int, data_sha256: str, test_sha256: str
     ratio = sum(len(part) * part.weight for part in rows.parts if not part.is_real) / len(sound_rows(index))
     name = f"lists/{rows.digest[:8]}.arrow"
     training = study.config.training
-    order = [training.shuffle_rows, training.lanes] if rows.epoch_rows > training.shuffle_rows else []
+    order = [training.shuffle_rows, training.streams] if rows.epoch_rows > training.shuffle_rows else []
     study.files.replace(name, rows.to_bytes())  # also where it is there: it holds paths, and folders may have moved
     trial = Trial(f"{_slug(arm.name)}-s{seed}", arm.name, seed, arm.config.use or "", ratio, arm.control_of,
                   arm.recipe.augment, arm.recipe.model_dump(mode="json"), name, rows.digest, ids,
@@ -144,7 +143,7 @@ def _also(study: Study) -> dict[str, dict[str, Any]]:
     """The further test sets as trials keep them."""
     classes = next(iter(study.subsets.values()))[1].classes
     found = {}
-    for name, one in study.config.also.items():
+    for name, one in study.config.extra_tests.items():
         index = extra_tests.open_test(one, classes)
         groups = extra_tests.groups_sha256(extra_tests.groups_of(one, index))
         found[name] = {**one.model_dump(mode="json"), "sha256": digest([fingerprint(index, one.data), groups])}
@@ -158,24 +157,23 @@ def _file_sha256(path: str | None) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _expansion_seconds(folder: str, copies: int | None) -> float:
+def _expansion_seconds(run: Run, copies: int | None) -> float:
     """Process-seconds spent on the copies an arm uses."""
-    run = runs.open_run(folder)
     spent = sum(shard_seconds(receipt) for receipt in run.store.receipts())
     return spent * float(_used(run, copies).sum()) / run.plan.planned
 
 
-def _used(run: runs.Run, copies: int | None) -> np.ndarray:
+def _used(run: Run, copies: int | None) -> np.ndarray:
     """Copies of each seed an arm uses."""
     return run.plan.copies if copies is None else np.minimum(run.plan.copies, copies)
 
 
 def _differing(arm: Arm, study: Study) -> str:
     """What the recipe of an arm changes, in short."""
-    base, own = make_recipe(dict(study.config.recipe)).model_dump(), arm.config.recipe
+    base, own = make_recipe(dict(study.config.recipe)), arm.config.recipe
     preset = [f"preset {own['preset']}"] if own.get("preset") not in (None, study.config.recipe.get("preset")) else []
-    return ", ".join(preset + [f"{key}={value}" for key, value in arm.recipe.model_dump().items()
-                               if key in own and base[key] != value])
+    return ", ".join(preset + [f"{key}={value}" for key, value in dict(arm.recipe).items()
+                               if key in own and getattr(base, key) != value])
 
 
 def _slug(name: str) -> str:

@@ -158,21 +158,41 @@ def test_two_workers_take_the_step_of_one(mixed: dict[str, float]) -> None:
 
 
 def test_deferred_weights_are_those_of_torch_from_their_epoch_on() -> None:
-    """Two epochs of plain cross-entropy, then the loss that torch gives soft labels with class weights."""
+    """Two epochs of plain cross-entropy, then torch's loss of class numbers with weights and label smoothing."""
     counts = np.array([29, 10, 1, 1])
     fields = {"optimiser": "sgd", "momentum": 0, "weight_decay": 0, "smoothing": 0.1, "epochs": 5, "drw_from": 2}
     ours = Classifier(recipe(**fields, drw=0.9999), CLASSES, 0, 10, class_counts=counts)
     plain = Classifier(recipe(**fields), CLASSES, 0, 10, class_counts=counts)
     weights_K = torch.tensor(drw_weights(counts, 0.9999), dtype=torch.float32)
     for batch in batches(6):
-        soft = TrainBatch(batch.x_BHWC, 0.7 * batch.y_BK + 0.3 * np.roll(batch.y_BK, 1, axis=0), batch.step)
         net = copy.deepcopy(ours.module).train()
         x = torch.from_numpy(batch.x_BHWC).permute(0, 3, 1, 2) / 255 - 0.5
-        expected = nn.functional.cross_entropy(net(x), smooth(torch.from_numpy(soft.y_BK), 0.1, "all"),
-                                               weight=weights_K if batch.step >= 4 else None)
-        loss, unweighted = ours.update(soft), plain.update(soft)
+        theirs = nn.CrossEntropyLoss(weight=weights_K if batch.step >= 4 else None, label_smoothing=0.1)
+        expected = theirs(net(x), torch.from_numpy(batch.y_BK).argmax(dim=1))
+        loss, unweighted = ours.update(batch), plain.update(batch)
         assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
         assert (loss == unweighted) == (batch.step < 4)
+
+
+@pytest.mark.parametrize("share", [0.3, 1e-6])
+def test_deferred_weights_of_soft_labels(share: float) -> None:
+    """Divided by the weights of the labels: a vector that is nearly one class counts nearly as that class."""
+    counts = np.array([29, 10, 1, 1])
+    fields = {"optimiser": "sgd", "momentum": 0, "weight_decay": 0, "smoothing": 0, "epochs": 5, "drw_from": 0}
+    ours = Classifier(recipe(**fields, drw=0.9999), CLASSES, 0, 10, class_counts=counts)
+    weights_K = torch.tensor(drw_weights(counts, 0.9999), dtype=torch.float32)
+    batch = batches(1)[0]
+    soft = (1 - share) * batch.y_BK + share * np.roll(batch.y_BK, 1, axis=1)
+    net = copy.deepcopy(ours.module).train()
+    logits = net(torch.from_numpy(batch.x_BHWC).permute(0, 3, 1, 2) / 255 - 0.5)
+    theirs = nn.CrossEntropyLoss(weight=weights_K)
+    of_vectors, of_numbers = theirs(logits, torch.from_numpy(soft)), theirs(logits, torch.from_numpy(
+        batch.y_BK).argmax(dim=1))
+    loss = ours.update(TrainBatch(batch.x_BHWC, soft, 0))
+
+    mean_weight = float((torch.from_numpy(soft) * weights_K).sum(dim=1).mean())
+    assert loss == pytest.approx(float(of_vectors.detach()) / mean_weight, rel=1e-5)
+    assert (loss == pytest.approx(float(of_numbers.detach()), rel=1e-4)) == (share < 0.1)
 
 
 def test_two_workers_weigh_classes_as_one() -> None:
@@ -180,13 +200,24 @@ def test_two_workers_weigh_classes_as_one() -> None:
               "drw_from": 0}
     batch = batches(1)[0]
 
+    counts = np.array([50, 20, 5, 1])
+    mean_weight = torch.tensor(float((batch.y_BK * drw_weights(counts, 0.99)).sum(axis=1).mean()))
+    of_slices = []
+
+    def mean(value: torch.Tensor) -> torch.Tensor:
+        of_slices.append(float(value))
+        return mean_weight
+
     def stepped(rows: np.ndarray, world: int) -> torch.Tensor:
-        one = Classifier(recipe(**fields), CLASSES, 0, 4, world=world, class_counts=np.array([50, 20, 5, 1]))
+        one = Classifier(recipe(**fields), CLASSES, 0, 4, world=world, class_counts=counts,
+                         **({"mean": mean} if world > 1 else {}))
         one.update(TrainBatch(batch.x_BHWC[rows], batch.y_BK[rows], 0))
         return weights(one)
 
     halves = [stepped(worker_rows(8, rank, 2), 2) for rank in range(2)]
     torch.testing.assert_close((halves[0] + halves[1]) / 2, stepped(np.arange(8), 1), rtol=0, atol=1e-6)
+    assert of_slices[0] != of_slices[1]
+    assert np.mean(of_slices) == pytest.approx(float(mean_weight), rel=1e-5)
 
 
 @pytest.mark.parametrize("fields", [

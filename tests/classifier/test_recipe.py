@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -172,6 +173,29 @@ def test_presets_hold_the_published_fields(name: str, fields: dict[str, Any]) ->
     recipe = preset(name).model_dump()
 
     assert {field: recipe[field] for field in fields} == fields
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if "timm/" in (PRESETS[name].get("pretrained") or "")])
+def test_pretrained_weights_see_what_they_were_trained_on(name: str) -> None:
+    from timm.models import get_pretrained_cfg
+
+    found = re.search(r"timm/([\w.]+)", PRESETS[name]["pretrained"])
+    assert found is not None
+    theirs = get_pretrained_cfg(found[1])
+
+    assert theirs is not None
+    assert (preset(name).mean, preset(name).std) == (tuple(theirs.mean), tuple(theirs.std))
+
+
+def test_diffmix_resizes_as_its_released_trainers() -> None:
+    assert {preset(name).filter for name in PRESETS if name.startswith("diffmix/")} == {"bilinear"}
+
+
+def test_recipes_of_before_keep_their_digests() -> None:
+    """`filter` is written where it is no longer what it always was."""
+    assert "filter" not in Recipe().model_dump(mode="json")
+    assert Recipe(filter="bilinear").model_dump(mode="json")["filter"] == "bilinear"
+    assert Recipe(**Recipe(filter="bilinear").model_dump(mode="json")).filter == "bilinear"
 
 
 PRETRAINED = {name for name in PRESETS if name.startswith("diffmix/")} | {

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rayexpand.classifier import transforms
 from rayexpand.classifier.recipe import Recipe
@@ -58,6 +59,30 @@ def test_settings_that_do_nothing_change_no_byte(fields: dict[str, Any]) -> None
     for key in range(5):
         np.testing.assert_array_equal(train_transform(image, rng(key), recipe(**fields)), image)
     np.testing.assert_array_equal(transforms.test_transform(image, recipe(**fields)), image)
+
+
+@pytest.mark.parametrize(("fields", "how"), [({}, Image.Resampling.BICUBIC),
+                                             ({"filter": "bilinear"}, Image.Resampling.BILINEAR)])
+def test_resizing_is_by_the_filter_of_the_recipe(fields: dict[str, Any], how: Image.Resampling) -> None:
+    image = generator(row_key(0, "test", "", 0, 0, "noise")).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    wanted = np.asarray(Image.fromarray(image).resize((32, 32), how))
+    whole = recipe(crop="resized", crop_scale=(1.0, 1.0), **fields)
+
+    np.testing.assert_array_equal(transforms.test_transform(image, recipe(crop="none", **fields)), wanted)
+    np.testing.assert_array_equal(train_transform(image, rng(), recipe(crop="none", **fields)), wanted)
+    square = np.ascontiguousarray(image[:, 10:60])
+    resized = np.asarray(Image.fromarray(square).resize((32, 32), how))
+    assert any(np.array_equal(train_transform(square, rng(key), whole), resized) for key in range(200))
+
+
+def test_bilinear_is_what_torchvision_does_by_default() -> None:
+    from torchvision import transforms as theirs
+
+    image = generator(row_key(0, "test", "", 0, 0, "noise")).integers(0, 256, (300, 500, 3), dtype=np.uint8)
+    ours = transforms.test_transform(image, Recipe(size=224, crop="square_pad", resize=256, filter="bilinear"))
+    found = theirs.Compose([theirs.Resize((256, 256)), theirs.CenterCrop(224)])(Image.fromarray(image))
+
+    np.testing.assert_array_equal(ours, np.asarray(found))
 
 
 def test_a_shift_repeats_the_edges_and_reaches_every_offset() -> None:

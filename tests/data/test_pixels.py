@@ -37,6 +37,40 @@ def test_odd_images_show_the_picture(name: str) -> None:
         np.testing.assert_array_equal(pixels, want)
 
 
+def deep(values: np.ndarray, kind: str, dtype: type) -> bytes:
+    return encoded(Image.fromarray(values.astype(dtype)), kind)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "name"), [("PNG", np.uint16, "gray16"), ("TIFF", np.uint16, "gray16"),
+                                                     ("TIFF", np.int32, "int32")])
+def test_deep_grey_is_scaled_by_the_bits_that_are_in_use(kind: str, dtype: type, name: str) -> None:
+    gray = np.asarray(Image.fromarray(photo()).convert("L")).astype(int)
+    assert gray.max() > 200
+    twelve, note = decode(deep(np.rint(gray * 4095 / 255), kind, dtype))
+    assert note == f"{name}_12bit"
+    np.testing.assert_array_equal(twelve[:, :, 0], gray)
+    eight, note = decode(deep(gray, kind, dtype))
+    assert note == (name if name == "int32" else "gray16_8bit")
+    np.testing.assert_array_equal(eight[:, :, 0], gray)
+    healthy, note = decode(deep(gray * 257, kind, dtype))
+    assert note == name
+    np.testing.assert_array_equal(healthy[:, :, 0], gray)
+    dark, note = decode(deep(gray // 20 * 257, "PNG", np.uint16))  # 8 bits made deeper, with no bright pixel
+    assert note == "gray16"
+    np.testing.assert_array_equal(dark[:, :, 0], gray // 20)
+    assert decode(deep(gray * 0, "PNG", np.uint16))[1] == "gray16"
+
+
+def test_a_file_that_says_its_white_is_scaled_by_it() -> None:
+    gray = np.asarray(Image.fromarray(photo()).convert("L")).astype(int)
+    for white in (4095, 65535):
+        values = np.rint(gray / 255 * white / 20).astype(">u2")  # dark: no value tells how many bits there are
+        content = b"P5 %d %d %d\n" % (WIDTH, HEIGHT, white) + values.tobytes()
+        pixels, note = decode(content)
+        assert note == "gray16"
+        assert np.abs(pixels[:, :, 0] - gray / 20).max() < 1
+
+
 def test_transparent_pixels_are_white() -> None:
     clear = Image.new("RGBA", (16, 16), (200, 10, 10, 0))
     assert (decode(encoded(clear))[0] == 255).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections import Counter
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from rayexpand.contract.errors import ConfigError, DigestMismatch, Interrupted, UsageError
 from rayexpand.contract.rng import PlanRng
@@ -156,10 +158,22 @@ def test_selective_expansion() -> None:
 
     assert kept(one) == [0, 4]
     assert kept(two) == [0, 3, 4, 5]
-    assert kept(pooled) == [3, 4, 5, 6], "four of the class, by gain"
+    assert kept(pooled) == [3, 4, 5, 6], "four, by gain"
     assert [REASONS[code] for code in two.code_N] == ["", "below_threshold", "wrong_class", "", "", "", "not_chosen",
                                                       "below_threshold"]
     np.testing.assert_allclose(two.score_N, [0.1, 0, 0.4, 0.2, 0.4, 0.3, 0.2, -0.1], atol=1e-12)
+
+
+def test_pooled_selection_leaves_seeds_and_classes_out() -> None:
+    """Appendix B.1: one ranking of the whole set. Two classes of one seed each; all copies of class 0 gain more."""
+    given = rows(6, label=[0, 0, 0, 1, 1, 1], seed=[0, 0, 0, 1, 1, 1], anchor=[0] * 6, anchor_entropy=[0.5] * 6,
+                 clip_top=[0] * 6, clip_entropy=[0.9, 0.8, 0.85, 0.6, 0.7, 0.4])
+    found = decide(given, "selective", n=1, pool="pooled")
+
+    assert given.seeds_K.sum() == 2
+    assert kept(found) == [0, 2]
+    assert kept(decide(given, "selective", n=2, pool="pooled")) == [0, 1, 2, 4]
+    assert kept(decide(given, "selective", n=1)) == [0, 3]
 
 
 @pytest.mark.parametrize("block", [1, 3, 1024])
@@ -411,6 +425,24 @@ def test_selective_expansion_looks_at_the_seeds(run: Run, guide: str) -> None:
     keep = np.array([line["keep"] for line in lines(found)]).reshape(20, 2)
     assert 0 < keep.sum() < 20, "the fixture has seeds of both kinds"
     np.testing.assert_array_equal(keep, np.stack([passes[:, 0], passes[:, 1] & ~passes[:, 0]], axis=1))
+
+
+@pytest.mark.parametrize(("interpolation", "how"), [("bicubic", Image.Resampling.BICUBIC),
+                                                    ("bilinear", Image.Resampling.BILINEAR)])
+def test_images_are_resized_as_the_guide_says(run: Run, guide: str, tmp_path: Path, interpolation: str,
+                                              how: Image.Resampling) -> None:
+    folder = shutil.copytree(guide, tmp_path / "guide")
+    settings = json.loads((folder / "open_clip_config.json").read_text())
+    settings["preprocess_cfg"]["interpolation"] = interpolation
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    scorer = Scorer(_job_of(run, str(folder)))
+    pixels = np.random.Generator(np.random.Philox(key=3)).integers(0, 256, (50, 50, 3), dtype=np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG")
+    side = scorer._size
+
+    np.testing.assert_array_equal(scorer._pixels(sink.getvalue()), np.asarray(
+        Image.fromarray(pixels).resize((side, side), how)))
 
 
 def test_two_captions_of_the_metaclass(make_config: MakeConfig, guide: str, run: Run) -> None:

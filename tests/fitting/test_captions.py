@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from rayexpand.artifacts import store
+from rayexpand.artifacts.columns import read_captions
 from rayexpand.contract.errors import ConfigError, ModelError, SeedDataError, UsageError
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.data import seeds
-from rayexpand.data.captions_features import read_captions
 from rayexpand.data.seeds import DataConfig
 from rayexpand.fitting.captions import (
     CaptionBlock,

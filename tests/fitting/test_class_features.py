@@ -13,16 +13,17 @@ import torch
 from PIL import Image
 
 from rayexpand.artifacts import store
+from rayexpand.artifacts.columns import CLASS_FEATURES, feature_facts, open_image_features, read_class_features
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.schema import ClassTable, SeedIndex
 from rayexpand.data import seeds
 from rayexpand.data.batches import resized
-from rayexpand.data.captions_features import CLASS_FEATURES, feature_facts, open_image_features, read_class_features
 from rayexpand.data.seeds import DataConfig
 from rayexpand.fitting.class_features import ClassFeaturesFit, drawn, make_class_features, make_image_features
-from rayexpand.fitting.config import GuideFit, parse_fit
+from rayexpand.fitting.config import parse_fit
 from rayexpand.fitting.features import Block
 from rayexpand.fitting.fit import fit, fit_for, with_artifacts
+from rayexpand.fitting.guide import GuideFit
 from rayexpand.models.guides import guide_hash, load_guide
 from rayexpand.runs.config import parse
 from tests.tiny import tiny_clip
@@ -100,7 +101,7 @@ def test_images_that_cannot_be_read_are_left_out_and_a_class_of_them_is_refused(
     assert (facts["images"], facts["fewest_of_a_class"], facts["refused_examples"]) == (
         19, 4, {"ant/0.png": "decode_error"})
     for rows, message in (([*range(5, 20)], "class 'ant' has no image that can be read, so it has no mean feature"),
-                          ([*range(20)], "no numbers for 1 of 5 images of class 'dog'")):
+                          ([*range(20)], "not finite for 1 of 5 images of class 'dog'")):
         features[19] = np.nan
         with pytest.raises(UsageError, match=message):
             make_class_features(tmp_path, blocks_of(features, rows), index, made, "0" * 64, quiet)
@@ -195,4 +196,4 @@ def test_what_a_run_of_realfake_needs_is_made(raw: dict[str, Any], visual_token:
                     "method": {"name": "realfake", "prompt": "photo of {name}", "visual_token": visual_token}})
     made = fit_for(config, quiet, GuideFit(), out=raw["out"])
     assert list(made) == [role]
-    assert getattr(with_artifacts(config, made).artifacts, role) == str(made[role])
+    assert with_artifacts(config, made).artifacts[role] == str(made[role])

@@ -16,16 +16,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 
-from rayexpand.artifacts import store
+from rayexpand.artifacts import KINDS, store
 from rayexpand.contract.errors import ConfigError, DigestMismatch, ModelError, StorageError, UsageError
 from rayexpand.data import seeds
 from rayexpand.diffusion.prototypes import fit_prototypes, load_prototypes
 from rayexpand.fitting import fit as fits
-from rayexpand.fitting.artifacts import data_facts
-from rayexpand.fitting.config import GuideFit, parse_fit
+from rayexpand.fitting.config import load_fit, parse_fit
 from rayexpand.fitting.fit import fit_for, with_artifacts
+from rayexpand.fitting.guide import GuideFit
+from rayexpand.fitting.maker import data_facts
 from rayexpand.models.guides import ClassifierGuide, guide_hash, load_guide
-from rayexpand.runs import inputs as artifacts
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import parse
 from tests.commands import ROOT
@@ -200,8 +200,8 @@ def test_the_same_fit_makes_nothing_the_second_time(raw: dict[str, Any], monkeyp
     guide = guide_hash(str(first["guide"]), None)
     assert store.read_facts(first["prototypes"])["made_from"]["guide_sha256"] == guide
     assert guide_hash(str(elsewhere["guide"]), None) == guide
-    assert (artifacts.prototypes_hash(first["prototypes"])
-            == artifacts.prototypes_hash(elsewhere["prototypes"])), "seconds are no part of it"
+    assert (KINDS["prototypes"].sha256(first["prototypes"])
+            == KINDS["prototypes"].sha256(elsewhere["prototypes"])), "seconds are no part of it"
     root = Path(raw["out"])
     assert {file.name: file.resolve() for file in root.iterdir() if file.is_symlink()} == {
         "ants-guide": first["guide"], "ants-prototypes": first["prototypes"]}
@@ -293,7 +293,7 @@ def test_what_a_run_needs_is_made_and_is_part_of_its_identity(make_config: MakeC
 
     assert set(made) == {"guide", "prototypes"}
     assert models["guide"] == guide_hash(str(made["guide"]), None)
-    assert models["prototypes"] == artifacts.prototypes_hash(made["prototypes"])
+    assert models["prototypes"] == KINDS["prototypes"].sha256(made["prototypes"])
     tools = runs.start(run).loaded()
     assert isinstance(tools.guide, ClassifierGuide)
     assert tools.prototypes.count_KG.sum() == 20
@@ -362,7 +362,7 @@ def test_the_verb_takes_a_file_of_its_own_or_that_of_a_run(raw: dict[str, Any], 
     import yaml
     from typer.testing import CliRunner
 
-    from rayexpand.cli import app
+    from rayexpand.cli.main import app
 
     monkeypatch.chdir(tmp_path)
     own, run = tmp_path / "fit.yaml", tmp_path / "run.yaml"
@@ -384,7 +384,7 @@ def test_the_verb_takes_a_file_of_its_own_or_that_of_a_run(raw: dict[str, Any], 
 
 @pytest.mark.parametrize("job", sorted(JOBS.rglob("fit-*.yaml")), ids=lambda path: str(path.relative_to(JOBS)))
 def test_every_fit_job_loads(job: Path) -> None:
-    config = fits.load_fit(job)
+    config = load_fit(job)
 
     assert parse_fit(config.model_dump(mode="json")) == config
 

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from rayexpand.artifacts import store
-from rayexpand.cli import app
+from rayexpand.cli.main import app
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.schema import ClassTable
 from rayexpand.data.seeds import build_index, digits_split
@@ -183,7 +183,8 @@ def test_every_mistake_is_named_at_once(raw: dict[str, Any]) -> None:
 def test_test_images_must_be_others_of_the_same_classes(raw: dict[str, Any], image_folder: Path) -> None:
     with pytest.raises(UsageError, match=r"fit\.pretrain\.gate\.test: 18 of its images are training images"):
         fit(gated(raw, test=raw["data"]))
-    with pytest.raises(UsageError, match=r"its classes ant, bee, cat, \.\.\. are not those of data ant, bee, cat;"):
+    with pytest.raises(UsageError,
+                       match=r"its classes 'ant', 'bee', 'cat', 'dog' are not those of data 'ant', 'bee', 'cat';"):
         fit(gated(raw, test={"source": "imagefolder", "path": str(image_folder)}))
 
 

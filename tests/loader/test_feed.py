@@ -21,11 +21,12 @@ from rayexpand.contract.schema import ClassTable, Draw, SeedIndex
 from rayexpand.data.pixels import decode
 from rayexpand.data.seeds import DataConfig, SeedReader, build_index
 from rayexpand.data.subsets import few_shot, fill_counts, ids_file, ids_hash
-from rayexpand.loader import feed as ingest
 from rayexpand.loader import images as reading
-from rayexpand.loader.feed import Loader
+from rayexpand.loader import loader as ingest
 from rayexpand.loader.images import ImageReader
+from rayexpand.loader.loader import Loader
 from rayexpand.loader.training_set import RowSource, SetPart, TrainingSet
+from rayexpand.methods import trust
 from rayexpand.runs import run as runs
 from rayexpand.storage.tables import parquet_bytes
 from rayexpand.studies.samples import training_set
@@ -37,10 +38,13 @@ SIDE, PER_CLASS, COPIES = 16, 6, 4
 NAMES = ("ant", "bee", "cat")
 
 
+trust("tests.loader.test_feed.Soft")
+
+
 class Soft(Fake):
     """Every sample goes to the next class at a strength of its copy; the label says how sure that is."""
 
-    name: str = "tests.test_ingest.Soft"
+    name: str = "tests.loader.test_feed.Soft"
 
     def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
         drawn = super().draw(seed_id, label, copy, row, classes, rng)
@@ -86,7 +90,7 @@ def run(folder: Path, data: DataConfig) -> runs.Run:
     """4 samples of each of the 12 seeds, in 4 data files."""
     made, totals = complete(runs.parse({
         "name": "soft", "out": str(folder), "data": data.model_dump(), "sampler": {"batch": 4, "shard_images": 12},
-        "method": {"name": "tests.test_ingest.Soft", "ratio": COPIES}}))
+        "method": {"name": "tests.loader.test_feed.Soft", "ratio": COPIES}}))
     assert (totals.kept, totals.shards) == (48, 4)
     return made
 
@@ -112,7 +116,7 @@ def listed(chunks: Sequence[int], real: int = 0, n_classes: int = 3, labels: np.
     if real:
         parts.append(SetPart(0, real, 0, fields.pop("weight", 1.0), "", "", data={"source": "digits"}))
     if n > real:
-        parts.append(SetPart(real, n, 0, 1.0, "", "", run="nowhere", method={"name": "tests.test_ingest.Soft"}))
+        parts.append(SetPart(real, n, 0, 1.0, "", "", run="nowhere", method={"name": "tests.loader.test_feed.Soft"}))
     return TrainingSet(table, (pa.table({}),) if real else (), tuple(parts), ClassTable.of(NAMES[:n_classes]), **fields)
 
 
@@ -248,21 +252,21 @@ def test_chunks_that_straddle_lanes_are_read_by_two_workers_at_most_once_per_cut
 
 def test_windows_are_permuted() -> None:
     order = Loader(listed([100] * 16), recipe(batch=16), 0, shuffle_rows=800).order(0)
-    lane = order[:, [0, 15]].ravel()
-    assert np.abs(np.diff(lane)).mean() > 20
-    assert len(set((lane[:100] // 100).tolist())) == 1
+    stream = order[:, [0, 15]].ravel()
+    assert np.abs(np.diff(stream)).mean() > 20
+    assert len(set((stream[:100] // 100).tolist())) == 1
 
 
-@pytest.mark.parametrize(("batch", "lanes"), [(32, 8), (24, 6), (20, 5), (2, 1), (7, 1)])
-def test_lanes_divide_the_batch(batch: int, lanes: int) -> None:
+@pytest.mark.parametrize(("batch", "streams"), [(32, 8), (24, 6), (20, 5), (2, 1), (7, 1)])
+def test_lanes_divide_the_batch(batch: int, streams: int) -> None:
     feed = Loader(listed([10] * 50), recipe(batch=batch), 0, shuffle_rows=100)
-    assert feed.lanes == lanes
+    assert feed.streams == streams
     assert len(np.unique(feed.order(0))) == feed.epoch_steps * batch
 
 
 @pytest.mark.parametrize(("world", "shuffle_rows", "message"), [
     (3, 1000, r"recipe.batch: 32 images cannot be cut into 3 equal slices .* multiple of 6"),
-    (16, 100, r"training.lanes: 8 lanes cannot be dealt to 16 workers equally; set it to a multiple of 16")])
+    (16, 100, r"training.streams: 8 streams cannot be dealt to 16 workers equally; set it to a multiple of 16")])
 def test_a_batch_that_cannot_be_dealt_is_refused(world: int, shuffle_rows: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Loader(listed([10] * 50), recipe(batch=32), 0, shuffle_rows=shuffle_rows).slots(0, 0, world)
@@ -355,7 +359,7 @@ def test_lists_that_do_not_fit_together_are_refused_with_all_that_is_wrong(real:
     digits = DataConfig(source="digits")
     other = RowSource(seeds=(build_index(digits), digits))
     for parts, fields, messages in (
-        ([other, samples(run)], {}, [r"run .*soft: its classes 3 \(ant, bee, cat\) are not those of the seeds, 10"]),
+        ([other, samples(run)], {}, [r"run .*soft: its 3 classes \('ant', 'bee', 'cat'\) are not the 10 of the seeds"]),
         ([], {}, ["no rows at all"]),
         ([RowSource()], {}, ["give either seeds or a run"]),
         ([replace(real, weight=0), samples(run, weight=-1)], {}, ["seeds: weight is 0", "soft: weight is -1"]),
@@ -377,7 +381,7 @@ def test_lists_that_do_not_fit_together_are_refused_with_all_that_is_wrong(real:
 def test_a_run_that_is_not_complete_is_refused(folder: Path, data: DataConfig, real: RowSource) -> None:
     run = runs.prepare(runs.parse({
         "name": "half", "out": str(folder), "data": data.model_dump(), "sampler": {"batch": 4, "shard_images": 12},
-        "method": {"name": "tests.test_ingest.Soft", "ratio": COPIES}}))
+        "method": {"name": "tests.loader.test_feed.Soft", "ratio": COPIES}}))
     expander = runs.start(run)
     expander(0)
     expander.close()
@@ -405,12 +409,12 @@ def test_replacement_with_probability_0_trains_on_the_very_bytes_of_the_real_row
 def test_batches_are_the_same_for_any_workers_and_any_start(shuffle_rows: int, fields: dict[str, Any], real: RowSource,
                                                             run: runs.Run) -> None:
     rows = training_set([replace(real, weight=2.0), samples(run)])
-    whole = list(Loader(rows, recipe(**fields), 1, shuffle_rows=shuffle_rows, lanes=4).batches(0, 12))
+    whole = list(Loader(rows, recipe(**fields), 1, shuffle_rows=shuffle_rows, streams=4).batches(0, 12))
 
     for world in (2, 4):
         half = 8 // (2 * world)
         for rank in range(world):
-            feed = Loader(rows, recipe(**fields), 1, shuffle_rows=shuffle_rows, lanes=4,
+            feed = Loader(rows, recipe(**fields), 1, shuffle_rows=shuffle_rows, streams=4,
                           cache_bytes=1 if shuffle_rows == 1000 else 1 << 20)
             for step, part in enumerate(feed.batches(5, 12, rank, world), 5):
                 for name in ("x_BHWC", "y_BK"):
@@ -560,8 +564,8 @@ def test_each_chunk_is_read_once_while_it_fits(real: RowSource, run: runs.Run, m
     assert len(read) > 2 * n_chunks
 
     read.clear()
-    list(Loader(rows, recipe(), 0, shuffle_rows=16, lanes=4).batches(0, feed.epoch_steps))
-    assert n_chunks <= len(read) <= n_chunks + 3  # three cuts between lanes
+    list(Loader(rows, recipe(), 0, shuffle_rows=16, streams=4).batches(0, feed.epoch_steps))
+    assert n_chunks <= len(read) <= n_chunks + 3  # three cuts between streams
 
 
 class Counting:
@@ -623,7 +627,7 @@ def test_each_lane_reads_its_share_of_a_chunk_and_drops_it_after_the_last_use() 
 
     assert found == [*feed.order(0).tolist(), *feed.order(1).tolist()]
     assert len(storage.rows) <= 2 * 1024
-    assert len(storage.chunks) <= 2 * (len(chunks) + 7)  # a chunk in which a lane begins is read by both
+    assert len(storage.chunks) <= 2 * (len(chunks) + 7)  # a chunk in which a stream begins is read by both
     window = feed._window[1]  # type: ignore[index]
     assert set(window._due) == {feed.epoch_steps - 1}  # what the last step used is all that is left
 
@@ -635,7 +639,7 @@ def test_an_image_shown_twice_is_held_until_its_second_use() -> None:
     found, _ = fed(feed, 0, 1)
 
     assert found == feed.order(0).tolist()
-    assert len(storage.rows) <= 400 + 7  # an image between two lanes is read by both
+    assert len(storage.rows) <= 400 + 7  # an image between two streams is read by both
 
 
 def test_steps_left_out_by_a_resumed_or_shared_epoch_cost_no_memory_for_long() -> None:
@@ -726,7 +730,7 @@ def test_seeds_that_the_index_refuses_are_left_out(tmp_path: Path) -> None:
 def test_a_data_file_that_is_gone_is_named(tmp_path: Path, data: DataConfig) -> None:
     run, _ = complete(runs.parse({
         "name": "lost", "out": str(tmp_path), "data": data.model_dump(), "sampler": {"batch": 4, "shard_images": 12},
-        "method": {"name": "tests.test_ingest.Soft", "ratio": 1}}))
+        "method": {"name": "tests.loader.test_feed.Soft", "ratio": 1}}))
     feed = Loader(training_set([samples(run)]), recipe(), 0)
     (tmp_path / "lost" / "data" / "train-000000.parquet").unlink()
 

@@ -11,6 +11,7 @@ from rayexpand.contract.rng import RowRng
 from rayexpand.contract.schema import ClassTable
 from rayexpand.diffusion.prototypes import fit_prototypes
 from rayexpand.models.guides import load_guide
+from rayexpand.models.latent import TextCond
 from rayexpand.models.prior import load_prior
 from tests.tiny import tiny_clip, tiny_pipeline
 
@@ -30,6 +31,36 @@ def tools(tmp_path_factory):
     prototypes = fit_prototypes(features, np.arange(12) % 3, 3, 2, guide_hash="g", class_keys=CLASSES.key)
     return Tools(CLASSES, load_prior(str(folder / "prior"), device="cpu"), guide, prototypes,
                  torch.from_numpy(prototypes.class_KD), SeedFeatures())
+
+
+class SmallestPrior:
+    """Latents are images of half the size; each prediction depends on its own latent, text and timestep, and a call
+    costs a few sums instead of three networks."""
+
+    space, decode_needs_grad, device = "halves", True, torch.device("cpu")
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
+    def latent_shape(self, height, width):
+        return 3, height // 2, width // 2
+
+    def embed(self, prompts, negatives):
+        tokens, negative_tokens = (torch.from_numpy(np.stack([
+            RowRng(0, "test", text, 0).normals("text", (4, 16)) for text in texts])) for texts in (prompts, negatives))
+        return TextCond(tokens, negative_tokens)
+
+    def encode(self, x, noise):
+        mean = torch.nn.functional.avg_pool2d(x, 2) * 2 - 1
+        return mean if noise is None else mean + 0.1 * noise
+
+    def decode(self, z, cond=None):
+        return torch.sigmoid(torch.nn.functional.interpolate(z, scale_factor=2.0))  # neither black nor white
+
+    def predict(self, z_t, t, cond, guidance_scale):
+        texts_BTE = torch.lerp(cond.negative_tokens_BTE, cond.tokens_BTE, guidance_scale)
+        told_B111 = z_t.mean((1, 2, 3), keepdim=True) + texts_BTE.mean((1, 2))[:, None, None, None]
+        return torch.sin(z_t + 0.001 * t) + 0.1 * told_B111
 
 
 class SeedFeatures:

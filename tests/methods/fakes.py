@@ -66,6 +66,19 @@ class Fake(BaseModel):
         return np.eye(n_classes, dtype=np.float32)[target]
 
 
+class Mixes(Fake):
+    """Every second copy is painted as the next class, and labelled as Diff-Mix would."""
+
+    def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
+        draw = super().draw(seed_id, label, copy, row, classes, rng)
+        return replace(draw, target_label=(label + copy % 2) % len(classes), strength=0.25)
+
+    def soft_label(self, source: np.ndarray, target: np.ndarray, strength: np.ndarray, n_classes: int,
+                   gamma: float = 0.5, **recipe: float) -> np.ndarray:
+        weight, one = (strength ** gamma)[:, None], np.eye(n_classes)
+        return (weight * one[target] + (1 - weight) * one[source]).astype(np.float32)
+
+
 class FractionalRatio(Fake):
     ratio: float = 2.5
 
@@ -222,6 +235,17 @@ class Sleeping(Fake):
 
     def expand(self, batch: Batch, tools: Tools) -> Expansion:
         time.sleep(self.seconds * len(batch))
+        return super().expand(batch, tools)
+
+
+class Gated(Fake):
+    """Rows of the first class are made at once, the others when the file `gate` is there."""
+
+    gate: str = ""
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        while self.gate and all(draw.source_label for draw in batch.draws) and not os.path.exists(self.gate):
+            time.sleep(0.01)
         return super().expand(batch, tools)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from pydantic import ValidationError
 from torchvision.transforms import v2
 
@@ -91,6 +93,44 @@ def test_autoaugment_keeps_to_its_probabilities(monkeypatch):
     assert len(applied) / 2000 == pytest.approx(expected, abs=0.05)
     assert {op for op, _ in applied} == {op for pair in augment.AUTOAUGMENT_IMAGENET for op, _, _ in pair}
     assert {s for op, s in applied if op == "ShearX"} == {-0.3 * 5 / 9, 0.3 * 5 / 9}
+
+
+def line_drawings(n, size=105):
+    """Binary images: a black line on white, another one each."""
+    images = []
+    for i in range(n):
+        picture = Image.new("1", (size, size), 1)
+        ImageDraw.Draw(picture).line([(5 + i % 40, 10), (90 - i % 30, 80)], fill=0, width=3)
+        images.append(np.array(picture.convert("RGB")))
+    return images
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_binary_image_is_not_destroyed(policy):
+    images = line_drawings(60)
+    method = Classical(policy=policy)
+    rows = batch_of(method, CLASSES, [(f"s{i}", 0, 0) for i in range(60)])
+    batch = replace(rows, images=tuple(images))
+    whole = method.expand(batch, Tools(CLASSES)).images
+    assert not any(augment.is_blank(image) for image in whole)
+    again = method.expand(batch, Tools(CLASSES)).images
+    assert all(np.array_equal(one, other) for one, other in zip(whole, again, strict=True))
+
+
+def test_only_a_copy_that_would_be_blank_is_drawn_again():
+    method, image = Classical(), line_drawings(1)[0]
+    blank = 0
+    for rng, same in zip(streams(200), streams(200), strict=True):
+        same.random()  # the coin of `probability`
+        plain, made = augment.randaugment(image, same), method._augment(image, rng)
+        blank += augment.is_blank(plain)
+        assert augment.is_blank(plain) or np.array_equal(plain, made)
+        assert not augment.is_blank(made)
+    assert blank > 5
+    white = np.full((16, 16, 3), 255, np.uint8)  # a seed that is blank itself stays a fault of the seed
+    same, rng = streams(1)[0], streams(1)[0]
+    same.random()
+    assert np.array_equal(method._augment(white, rng), augment.randaugment(white, same))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

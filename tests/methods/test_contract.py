@@ -18,7 +18,7 @@ from rayexpand.contract.schema import DRAW_FIELDS, SEED_INDEX, Reason, SeedIndex
 from rayexpand.methods import load_method, method_class, names
 from rayexpand.methods._copies import MAX_COPIES
 from tests.methods import fakes
-from tests.methods.conftest import CLASSES
+from tests.methods.conftest import CLASSES, SmallestPrior
 from tests.methods.fakes import batch_of
 
 ROWS = [("a/1.png", 0, 0), ("b", 1, 0), ("a/1.png", 0, 1), ("ü n", 2, 3)]
@@ -146,11 +146,13 @@ def variants():
     for name in names():
         for settings in SETTINGS:
             with suppress(ValidationError):
-                yield pytest.param(small(name, **settings), id=f"{name}-{settings}")
+                yield pytest.param(small(name, **settings), not settings, id=f"{name}-{settings}")
 
 
-@pytest.mark.parametrize("method", variants())
-def test_batch_mates_never_change_a_row(method, tools):
+@pytest.mark.parametrize(("method", "on_real_models"), variants())
+def test_batch_mates_never_change_a_row(method, on_real_models, tools):
+    """Each method on models of the real classes once; with its other settings on the smallest prior there is."""
+    tools = tools if on_real_models else replace(tools, prior=SmallestPrior(tools.prior.scheduler))
     batch = batch_of(method, CLASSES, ROWS)
     others = batch_of(method, CLASSES, OTHERS)
     fillers = replace(batch, images=(np.full((16, 16, 3), 128, np.uint8),) * 4, filler=(True,) * 4)

@@ -396,7 +396,7 @@ def test_through_the_expander_mix_of_the_own_class_is_aug(make_config, tools, tm
                          ("mix", {"variant": "diff_mix"}),
                          ("real", {"variant": "real_aug", "prompt": "a {name}", "sections": plain})):
         run = runs.prepare(make_config("diffmix", name=name, **{**common, **fields}))
-        expander = runs.start(run, loaded if name != "real" else None)
+        expander = runs.start(run, (lambda tools=loaded: tools) if loaded and name != "real" else None)
         for shard in range(run.plan.n_shards):
             expander(shard)
             drawn |= {(name, draw.sample_id): draw for unit in run.plan.units(shard) for draw in unit}

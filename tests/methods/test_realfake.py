@@ -12,11 +12,11 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from pydantic import ValidationError
 
+from rayexpand.artifacts.columns import open_image_features, write_captions, write_image_features
 from rayexpand.contract.errors import ModelError, UsageError
 from rayexpand.contract.protocols import Batch, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import SEED_INDEX, ClassTable, SeedIndex, Start
-from rayexpand.data.captions_features import open_image_features, write_captions, write_image_features
 from rayexpand.diffusion import sampling
 from rayexpand.methods import load_method
 from rayexpand.methods.realfake import RealFake

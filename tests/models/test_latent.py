@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from rayexpand.artifacts.adapter import load_lora, read_adapter, write_adapter
 from rayexpand.contract.errors import ModelError
 from rayexpand.contract.rng import RowRng
 from rayexpand.models import latent
-from rayexpand.models.adapters import load_lora, read_adapter, write_adapter
 from rayexpand.models.folders import folder_hash
 from rayexpand.models.latent import StableDiffusionPrior, TextCond
 from rayexpand.models.prior import check_size, inspect_prior, load_prior, prior_hash

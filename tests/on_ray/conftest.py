@@ -22,7 +22,6 @@ from tests.commands import ROOT
 os.environ["RAY_AUTH_MODE"] = "token"  # before ray is imported
 
 
-
 @dataclass(frozen=True)
 class Head:
     address: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,9 @@ def test_a_captioner_is_copied_to_a_node_without_it_and_a_broken_one_is_said(
     sha256, model = folder_hash(folder), captioner_model(folder)
     ray.init(address=head.address, log_to_driver=False)
     try:
-        shelf = stage.open_model_server({sha256: model})
+        server = stage.open_model_server({sha256: model})
         monkeypatch.setenv("RAYEXPAND_CACHE", str(tmp_path / "cache"))
-        copy = stage.local(stage.Model(model.source, lambda: None, model.hash), sha256, shelf)
+        copy = stage.local(replace(model, present=lambda: None), sha256, server)
         assert copy.parent == tmp_path / "cache/staged"
         assert {file.name for file in folder.iterdir()} == {file.name for file in copy.iterdir()}
     finally:

@@ -22,6 +22,9 @@ from rayexpand.evaluation import evaluate as evaluation
 from rayexpand.evaluation.evaluate import EvaluateConfig, Found, in_process, parse, reference_of, samples_of
 from rayexpand.evaluation.features import extractor_hash
 from rayexpand.on_ray import evaluate as on_ray
+from rayexpand.on_ray import stage
+from rayexpand.on_ray.pool import choose_pool
+from rayexpand.on_ray.stage import ModelServer
 from rayexpand.runs.config import ClusterConfig
 from rayexpand.runs.run import Run, open_run
 from tests.conftest import complete
@@ -72,7 +75,7 @@ def test_the_same_scores_with_any_number_of_actors(head: Head, job: dict[str, An
     file.write_text(yaml.safe_dump({**job, "name": f"ray{actors}", "cluster": {"address": head.address,
                                                                              "actors": actors}}))
     done = subprocess.run([sys.executable, "-m", "rayexpand", "evaluate", str(file), "--json"], cwd=ROOT, env=head.env,
-                          capture_output=True, text=True, timeout=200)
+                          capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -99,7 +102,7 @@ def gpu_cluster() -> Iterator[None]:
 def test_decoding_beside_gpus_changes_nothing(job: dict[str, Any]) -> None:
     config = parse(job)
     sha256 = extractor_hash(config.extractor)
-    pool = on_ray.choose_pool(config.cluster, models=True)
+    pool = choose_pool(config.cluster, models=True)
 
     assert (pool.gpus, pool.actors, on_ray._readers(pool, 100)) == (1.0, 1, 2)
     assert same(extracted(config, sha256), in_process(config, sha256, sides_of(config), lambda *said: None))
@@ -118,19 +121,20 @@ def test_a_node_without_the_extractor_gets_it(job: dict[str, Any], tmp_path: Pat
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     extractor = parse(job).extractor
     sha256 = extractor_hash(extractor)
-    monkeypatch.setattr(on_ray, "staged_folder", lambda content: tmp_path / content[:16])
+    monkeypatch.setattr(stage, "staged_folder", lambda content: tmp_path / content[:16])
     folder = Path(str(extractor.guide))
-    stock = on_ray.Stock.remote({file.name: str(file) for file in folder.iterdir()})
+    server = ModelServer.remote({sha256: {file.name: file for file in folder.iterdir()}})
     elsewhere = extractor.model_copy(update={"guide": str(tmp_path / "not-here")})
 
-    assert on_ray.here_or_staged(extractor, sha256, stock) == extractor, "no copy where it is"
+    assert on_ray.here_or_staged(extractor, sha256, server) == extractor, "no copy where it is"
     assert not list(tmp_path.iterdir())
-    staged = on_ray.here_or_staged(elsewhere, sha256, stock)
+    staged = on_ray.here_or_staged(elsewhere, sha256, server)
     assert extractor_hash(staged) == sha256
     assert Path(str(staged.guide)).parent == tmp_path
-    assert on_ray.here_or_staged(elsewhere, sha256, stock) == staged
+    assert on_ray.here_or_staged(elsewhere, sha256, server) == staged
+    other = ModelServer.remote({"0" * 64: {file.name: file for file in folder.iterdir()}})
     with pytest.raises(EnvironmentFault, match="does not have the hash"):
-        on_ray.here_or_staged(elsewhere, "0" * 64, stock)
+        on_ray.here_or_staged(elsewhere, "0" * 64, other)
     assert sorted(file.name.split(".")[0] for file in tmp_path.iterdir()) == ["0" * 16, sha256[:16], sha256[:16]]
 
 

@@ -20,12 +20,14 @@ from rayexpand.contract.errors import (
     RayexpandError,
     StorageError,
     UsageError,
+    packed,
 )
 from rayexpand.fitting.adapter import train as finetune_run
 from rayexpand.on_ray import finetune as spread
-from rayexpand.on_ray import fit as on_ray_fit
-from rayexpand.on_ray.expand import NO_PROGRESS_S, Pool
+from rayexpand.on_ray import spans as spans_on_ray
+from rayexpand.on_ray.features import FeatureActor
 from rayexpand.on_ray.loaders import LoaderTime, loaded_steps
+from rayexpand.on_ray.pool import NO_PROGRESS_S, Pool
 
 
 def test_loaders_wait_for_a_slow_step_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +48,7 @@ class Gone(ray.exceptions.RayError):
 
 
 @pytest.mark.parametrize(("written", "failure", "expected", "exit_code"), [
-    (ConfigError("x", ["batch: too small"]), None, UsageError, 2),
+    (ConfigError("x", ["batch: too small"]), None, ConfigError, 2),
     (ModelError("batch: too small"), Gone(Interrupted("killed")), ModelError, 2),
     (StorageError("batch: too small"), None, StorageError, 2), (OverBudget("batch: too small"), None, OverBudget, 3),
     (RayexpandError("batch: too small"), None, RayexpandError, 1),
@@ -58,11 +60,11 @@ def test_what_ends_a_fine_tuning_says_whether_to_go_on(written: RayexpandError |
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     def ended(_: Any) -> None:
         if written is not None:
-            spread._replace(tmp_path / spread.REFUSED, spread.refused(written))
+            spread._replace(tmp_path / spread.REFUSED, packed(written))
         if failure is not None:
             raise failure
 
-    for name in ("_gpus", "_check_device", "_check_room", "open_shelf"):
+    for name in ("_gpus", "_check_device", "_check_room", "open_model_server"):
         monkeypatch.setattr(spread, name, lambda *_: None)
     monkeypatch.setattr(spread, "_parts", lambda job: {})
     monkeypatch.setattr(spread, "_drive", SimpleNamespace(remote=lambda *_: "run"))
@@ -118,20 +120,29 @@ def test_a_span_that_a_node_spoils_is_made_once_more(faults: list[dict[int, str]
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     passes = iter(faults)
 
-    def pool_rows(actor: Any, arguments: Any, pool: Pool, spans: list[range]) -> Iterator[dict[str, Any]]:
-        bad = next(passes)
-        for span in spans:
-            fault = bad.get(span.start, "")
-            yield {"span_start": span.start, "span_stop": span.stop, "fault": fault, "is_model": fault == "model",
-                   "device": "" if fault else "cpu", "cpu_seconds": 1.0, "seconds": 1.0}
+    class Rows:
+        """What a pool makes, or not."""
 
-    monkeypatch.setattr(on_ray_fit, "choose_pool", lambda *_, **__: Pool(2, 1.0, 0.0, {}, {}))
-    monkeypatch.setattr(on_ray_fit, "open_shelf", lambda *_, **__: None)
-    monkeypatch.setattr(on_ray_fit, "_pool_rows", pool_rows)
+        def __init__(self, spans: list[dict[str, int]]) -> None:
+            self.spans = spans
+
+        def iter_rows(self) -> Iterator[dict[str, Any]]:
+            bad = next(passes)
+            for span in self.spans:
+                kind = {"disk": EnvironmentFault, "model": ModelError}.get(bad.get(span["first"], ""))
+                yield {"span_start": span["first"], "span_stop": span["stop"], "cpu_seconds": 1.0, "seconds": 1.0,
+                       "fault": packed(kind("spoilt")) if kind else "", "device": "" if kind else "cpu"}
+
+    class TwoActors(Pool):
+        def map(self, items: Any, actor: Any, arguments: Any, **options: Any) -> Any:
+            return Rows(items)
+
+    monkeypatch.setattr(spans_on_ray, "choose_pool", lambda *_, **__: TwoActors(2, 1.0, 0.0, {}, {}))
+    monkeypatch.setattr(spans_on_ray, "open_model_server", lambda *_, **__: None)
     costs: dict[str, Any] = {}
     config: Any = SimpleNamespace(cluster=None, device="cpu")
     index: Any = range(6)
-    found = on_ray_fit.over_spans(on_ray_fit.FeatureActor, {}, config, {}, index, 2, costs,
+    found = spans_on_ray.over_spans(FeatureActor, {}, config, {}, index, 2, costs,
                                   [range(2), range(2, 4), range(4, 6)])
     if isinstance(expected, type):
         with pytest.raises(expected):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,22 @@ import pytest
 import ray
 import yaml
 
+from rayexpand.artifacts import KINDS
+from rayexpand.artifacts.columns import write_class_features, write_image_features
 from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import ModelError
-from rayexpand.data.captions_features import write_class_features, write_image_features
 from rayexpand.fitting import fit as fits
-from rayexpand.models.guides import guide_hash
+from rayexpand.fitting.config import parse_fit
+from rayexpand.models.guides import guide_hash, guide_model
 from rayexpand.models.prior import prior_hash
 from rayexpand.on_ray import fit as on_ray
 from rayexpand.on_ray import stage
-from rayexpand.on_ray.expand import connected
+from rayexpand.on_ray.pool import connected
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import GuideConfig, parse
-from rayexpand.runs.inputs import artifact_hash, prototypes_hash
 from tests.conftest import complete, hashes
 from tests.on_ray.conftest import ROOT, Head
-from tests.on_ray.test_nodes import add, cluster, expand_with, on  # noqa: F401  (cluster is a fixture)
+from tests.on_ray.test_nodes import add, expand_with, on
 from tests.tiny import tiny_adapter, tiny_clip, tiny_pipeline
 
 pytestmark = pytest.mark.cluster
@@ -53,7 +55,7 @@ def test_prototypes_are_the_same_bytes_for_any_number_of_actors(head: Head, raw:
         file.write_text(yaml.safe_dump({**raw, "out": str(tmp_path / str(actors)),
                                         "cluster": {"address": head.address, "actors": actors}}))
         done = subprocess.run([sys.executable, "-m", "rayexpand", "fit", str(file), "--json"], cwd=ROOT, env=head.env,
-                              text=True, capture_output=True, timeout=180)
+                              text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
         made = json.loads(done.stdout)["prototypes"]
         assert made["actors"] == actors
@@ -72,7 +74,7 @@ def test_a_guide_that_cannot_be_loaded_is_said(head: Head, raw: dict[str, Any], 
     (weights / "model.safetensors").write_bytes(b"")
     file.write_text(yaml.safe_dump({**raw, "cluster": {"address": head.address, "actors": 1}}))
     done = subprocess.run([sys.executable, "-m", "rayexpand", "fit", str(file), "--json"], cwd=ROOT, env=head.env,
-                          text=True, capture_output=True, timeout=180)
+                          text=True, capture_output=True)
 
     assert done.returncode == 2
     assert "class 3 is 'wolf' there and 'dog' here" in json.loads(done.stdout)["error"]["message"]
@@ -80,7 +82,7 @@ def test_a_guide_that_cannot_be_loaded_is_said(head: Head, raw: dict[str, Any], 
     assert not list((tmp_path / "here").glob("[!.]*"))
 
 
-def test_guide_and_prototypes_reach_nodes_with_empty_caches(cluster: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_guide_and_prototypes_reach_nodes_with_empty_caches(cluster: Any, tmp_path: Path) -> None:
     """The driver has all; two nodes have nothing, and what the driver names lies where they do not look."""
     caches = [tmp_path / f"node{i}" for i in range(2)]
     for cache in caches:
@@ -124,9 +126,9 @@ def test_every_kind_of_model_is_copied_and_checked(head: Head, raw: dict[str, An
     (tmp_path / "tiny-staged-clip.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / "tiny-staged-clip.json")
     named = GuideConfig(weights="tiny-staged-clip", checkpoint=str(clip / "open_clip_model.safetensors"))
-    models = {"folder": (stage.guide_model(GuideConfig(weights=str(clip))), guide_hash(str(clip), None)),
-              "checkpoint": (stage.guide_model(named), guide_hash(named.weights, named.checkpoint)),
-              "prototypes": (stage.artifact_model(folder, "prototypes"), prototypes_hash(folder))}
+    models = {"folder": (guide_model(str(clip), None), guide_hash(str(clip), None)),
+              "checkpoint": (guide_model(named.weights, named.checkpoint), guide_hash(named.weights, named.checkpoint)),
+              "prototypes": (stage.artifact_model(folder, "prototypes"), KINDS["prototypes"].sha256(folder))}
     for kind in ("class_features", "image_features"):
         (tmp_path / kind).mkdir()
     features = np.ones((2, 3), np.float32)
@@ -135,26 +137,51 @@ def test_every_kind_of_model_is_copied_and_checked(head: Head, raw: dict[str, An
     write_image_features(tmp_path / "image_features", ["a/0", "b/0"], features, encoder_sha256="e")
     tiny_adapter(tmp_path / "adapter", tiny_pipeline(tmp_path / "base"), ["a", "b"])
     for kind in ("class_features", "image_features", "adapter"):
-        models[kind] = (stage.artifact_model(tmp_path / kind, kind), artifact_hash(tmp_path / kind, kind))
+        models[kind] = (stage.artifact_model(tmp_path / kind, kind), KINDS[kind].sha256(tmp_path / kind))
     for name, value in head.env.items():
         monkeypatch.setenv(name, value)
     ray.init(address=head.address, log_to_driver=False)
     try:
-        shelf = stage.open_model_server({sha256: model for model, sha256 in models.values()})
+        server = stage.open_model_server({sha256: model for model, sha256 in models.values()})
         monkeypatch.setenv("RAYEXPAND_CACHE", str(tmp_path / "cache"))
         for model, sha256 in models.values():
-            assert stage.local(model, sha256, shelf) == model.source()[0], "what is here is used"
-            away = stage.Model(model.source, lambda: None, model.hash)
-            copy = stage.local(away, sha256, shelf)
+            assert stage.local(model, sha256,
+                               server) == next(iter(model.find().values())).parent, "what is here is used"
+            away = replace(model, present=lambda: None)
+            copy = stage.local(away, sha256, server)
             assert copy == tmp_path / "cache/staged" / sha256[:16]
             assert model.hash(copy) == sha256
-            assert stage.local(away, sha256, shelf) == copy
+            assert stage.local(away, sha256, server) == copy
         moved = stage.guide_at(named, str(tmp_path / "cache/staged" / models["checkpoint"][1][:16]))
         assert load_file(str(moved.checkpoint)).keys() == load_file(str(named.checkpoint)).keys()
-        wrong = stage.Model(models["folder"][0].source, lambda: None, lambda folder: "another")
+        wrong = replace(models["folder"][0], present=lambda: None, hash=lambda folder: "another")
         with pytest.raises(Exception, match="its files changed while the run was on"):
             stage.local(wrong, "f" * 64, stage.open_model_server({"f" * 64: wrong}))
         with pytest.raises(ModelError, match=r"has no prototypes\.safetensors"):
-            prototypes_hash(tmp_path)
+            KINDS["prototypes"].sha256(tmp_path)
     finally:
         ray.shutdown()
+
+
+def test_what_trains_in_one_process_is_a_task_of_the_cluster_for_a_study(
+        head: Head, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver on a head without GPU trains nothing itself: here it could not."""
+    for name, value in head.env.items():
+        monkeypatch.setenv(name, value)
+    recipe = {"preset": "tiny", "strategy": "db", "rank": 2, "steps": 2, "batch": 4, "prompt": "a {name}"}
+    raw = {"name": "ants", "data": {"source": "imagefolder", "path": str(image_folder)}, "device": "cpu",
+           "prior": {"weights": str(tiny_pipeline(tmp_path / "base"))}, "cluster": {"address": head.address},
+           "fit": {"guide": {"recipe": {"backbone_args": {"width": 4}, "updates": 3, "batch": 8}},
+                   "adapter": {"recipe": recipe, "sheet": None, "tensorboard": False}}}
+    here = fits.fit(parse_fit({**raw, "out": str(tmp_path / "here")}), quiet)
+
+    def trained(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained by the driver")
+
+    monkeypatch.setattr("rayexpand.classifier.classifier.Classifier.update", trained)
+    monkeypatch.setattr("rayexpand.fitting.adapter.train.tune", trained)
+    made = on_ray.fit(parse_fit({**raw, "out": str(tmp_path / "task")}), quiet, on_workers=True)
+
+    assert {role: folder.name for role, folder in made.items()} == {role: one.name for role, one in here.items()}
+    for role, file in (("guide", "model.safetensors"), ("adapter", "pytorch_lora_weights.safetensors")):
+        assert (made[role] / file).read_bytes() == (here[role] / file).read_bytes()

@@ -50,7 +50,7 @@ def decided(job: dict[str, Any], folder: Path, head: Head, actors: int) -> bytes
     file = folder / "select.yaml"
     file.write_text(yaml.safe_dump({**job, "run": str(run), "cluster": {"address": head.address, "actors": actors}}))
     done = subprocess.run([sys.executable, "-m", "rayexpand", "select", str(file), "--json"], cwd=ROOT, env=head.env,
-                          capture_output=True, text=True, timeout=200)
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return _lines(json.loads(done.stdout)["file"])
 

@@ -54,12 +54,8 @@ def start(head: Head | None, sweep: dict[str, Any], **environment: str) -> subpr
                             stderr=subprocess.PIPE)
 
 
-def finish(child: subprocess.Popen[str], timeout_s: float = 400) -> dict[str, Any]:
-    try:
-        stdout, stderr = child.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        raise
+def finish(child: subprocess.Popen[str]) -> dict[str, Any]:
+    stdout, stderr = child.communicate()
     assert child.returncode == 0, stderr
     return json.loads(stdout)
 
@@ -76,8 +72,8 @@ def test_a_killed_sweep_goes_on_and_its_best_can_be_trained_again(head: Head, tm
     sweep = img2img(out, search="optuna", samples=5, scheduler={"asha": {"grace": 2, "reduction_factor": 2}}, space={
         STRENGTH: {"uniform": [0.3, 0.9], "step": 0.2}, GUIDANCE: {"uniform": [1.0, 3.0], "step": 1.0}})
     child = start(head, sweep, TMPDIR=str(tmp_path))
-    trials, deadline = out / "sweep/trials", time.monotonic() + 300
-    while child.poll() is None and len(list(trials.glob("*.json"))) < 1 and time.monotonic() < deadline:
+    trials = out / "sweep/trials"
+    while child.poll() is None and len(list(trials.glob("*.json"))) < 1:
         time.sleep(0.1)
     child.kill()
     child.communicate()
@@ -95,7 +91,7 @@ def test_a_killed_sweep_goes_on_and_its_best_can_be_trained_again(head: Head, tm
     assert all(one["state"] == "finished" or one["epochs"] < one["of_epochs"] for one in found["trials"])
     again = subprocess.run([sys.executable, "-m", "rayexpand", "train", str(out / "sweep/best.yaml"), "--no-ray",
                             "--json", "--set", f"out={tmp_path / 'again'}"], cwd=ROOT, env=head.env, text=True,
-                           capture_output=True, check=True, timeout=300)
+                           capture_output=True, check=True)
     arm = json.loads(again.stdout)["arms"][0]
     assert arm["last"]["top1"]["values"] == found["scores"]
     with unchanged(sorted(trials.glob("*.json"))):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -12,8 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from rayexpand.contract.errors import UsageError
 from rayexpand.contract.schema import Reason
+from rayexpand.data.seeds import DataConfig
 from rayexpand.reports.card import PROMISE, write_card
+from rayexpand.reports.licenses import license_identifier
+from rayexpand.reports.run import write_report
 from rayexpand.runs.export import markdown_cell, size_category
 from rayexpand.runs.status import view_run
 from tests.runfolder import Builder, sample_run
@@ -69,13 +74,55 @@ def test_license_only_if_given(run: Builder) -> None:
     write_card(run.folder)
 
 
+@pytest.mark.parametrize(("given", "stated"), [("CC-BY-4.0", "cc-by-4.0"), ("ODbL-1.0", "odbl"),
+                                               ("GPL-3.0-or-later", "gpl-3.0"), ("creativeml-openrail-m",) * 2])
+def test_licenses_by_any_spelling(given: str, stated: str) -> None:
+    assert license_identifier(given) == stated
+
+
+@pytest.mark.parametrize(("given", "says"), [("nonsense", "give an SPDX identifier"), ("cc-by-4", "cc-by-4.0"),
+                                             ("apache 2.0", "did you mean apache-2.0")])
+def test_an_unknown_license_is_refused(run: Builder, given: str, says: str) -> None:
+    before = (run.folder / "README.md").read_text()
+    with pytest.raises(UsageError, match=re.escape(says)):
+        write_card(run.folder, license_id=given)
+    assert (run.folder / "README.md").read_text() == before
+
+
+def test_no_path_of_this_machine(tmp_path: Path) -> None:
+    data = DataConfig(source="imagefolder", path="/home/somebody/birds")
+    run = Builder(tmp_path / "run", shards=1).start()
+    facts = json.loads((run.folder / "run.json").read_text())
+    facts["config"]["data"] = data.model_dump(mode="json")
+    facts["config"]["prior"] = {"weights": "/home/somebody/models/sd15"}
+    (run.folder / "run.json").write_text(json.dumps(facts))
+    text = write_card(run.folder).read_text()
+    assert "somebody" not in text
+    assert "&lt;path&gt;/birds" in text
+    assert "&lt;path&gt;/sd15" in text
+
+
+@pytest.mark.parametrize(("method", "mixed"), [
+    ({"name": "diffmix"}, True), ({"name": "diffmix", "variant": "real_mix"}, True),
+    ({"name": "diffmix", "variant": "diff_aug"}, False), ({"name": "diffmix", "strengths": [1.0]}, False),
+    ({"name": "diffmix", "targets": "reference"}, False), ({"name": "img2img"}, False),
+    ({"name": "no.such.Method"}, False), ({"name": "diffmix", "old": 1}, False)])
+def test_mixed_labels_are_explained(method: dict, mixed: bool, tmp_path: Path) -> None:
+    run = Builder(tmp_path / "run", shards=1).start()
+    facts = json.loads((run.folder / "run.json").read_text())
+    facts["config"]["method"] = method
+    (run.folder / "run.json").write_text(json.dumps(facts))
+    for text in (write_card(run.folder).read_text(), write_report(run.folder).read_text()):
+        assert ("s^gamma" in text and "gamma = 0.5" in text and "soft_label" in text) == mixed
+
+
 def test_datasets_reads_the_data_files_only(run: Builder, tmp_path: Path) -> None:
     run = replace(run, folder=shutil.copytree(run.folder, tmp_path / "run"))
     run.commit(4, run.samples(4, dict.fromkeys(range(30), (Reason.NAN_LATENT, ""))))  # a data file without rows
     write_card(run.folder)
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", LOAD, str(run.folder)], env=environment, capture_output=True,
-                          text=True, check=False, timeout=120)
+                          text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows, image, name, side, first = done.stdout.strip().split("|")
     kept = [i for r in view_run(run.folder).receipts for i in run.store.data(r, ["sample_id"])["sample_id"].to_pylist()]

@@ -43,9 +43,13 @@ def looks(made: dict[str, runs.Run]) -> dict[str, Look]:
     return {name: look(str(run.folder), 12) for name, run in made.items()}
 
 
+def picture_of(encoded: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(encoded)) as image:
+        return np.asarray(image)
+
+
 def pixels(picture: Picture) -> np.ndarray:
-    with Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2]))) as image:
-        return np.asarray(image).astype(int)
+    return picture_of(base64.b64decode(picture.uri.partition(",")[2])).astype(int)
 
 
 def scores(run: runs.Run) -> dict[str, np.ndarray]:
@@ -80,7 +84,9 @@ def test_plain_samples_have_the_noise_of_the_guided_ones(made: dict[str, runs.Ru
     method = load_method(name, {**settings(name, ratio=COPIES[name]), "eps": 0.0, "measure": False})
     without = method.expand(batch, replace(tools)).images
     plain = plain_twin(run.config.method).expand(batch, tools).images
-    guided = run.config.method.expand(batch, tools).images
+    stored = {row["sample_id"]: picture_of(row["image"]["bytes"]) for receipt in run.store.receipts()
+              for row in run.store.data(receipt, ["sample_id", "image"]).to_pylist()}
+    guided = [stored[draw.sample_id] for draw in batch.draws]
 
     assert all(np.array_equal(a, b) for a, b in zip(plain, without, strict=True))
     assert not any(np.array_equal(a, b) for a, b in zip(plain, guided, strict=True))

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from rayexpand.contract.errors import ConfigError, SeedDataError, UsageError
@@ -28,7 +27,6 @@ from tests.corpus import (
     write_bad_parquet,
     write_bad_tar,
     write_corpus,
-    write_parquet,
 )
 
 COPIES = 2
@@ -272,8 +270,10 @@ def test_adapter_that_cannot_work_ends_with_code_2_and_nothing_created(
 @pytest.mark.parametrize("kind", ["empty class", "cut tar"])
 def test_fault_that_only_the_listing_shows_creates_no_run(tmp_path: Path, make_config: MakeConfig, kind: str) -> None:
     if kind == "empty class":
-        write_parquet(tmp_path / "a.parquet", [encoded(photo())] * 2, pa.array([0, 0]), ["cat", "dog"])
-        data = {"source": "parquet", "path": str(tmp_path)}
+        for name in ("cat", "dog"):
+            (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set/cat/0.png").write_bytes(encoded(photo()))
+        data = {"source": "imagefolder", "path": str(tmp_path / "set")}
     else:
         write_bad_tar(tmp_path / "set")
         torn = tmp_path / "set/train-000001.tar"

@@ -318,11 +318,140 @@ def test_wrong_arguments_are_named(run: runs.Run, tmp_path: Path) -> None:
     (("Ant", "ant"), ["0-Ant", "1-ant"]),  # one folder where file names ignore case
     (("a/b", "a:b"), ["0-a_b", "1-a_b"]),
     (("..", ".git"), ["class", "git"]),
+    (("-x", "=y"), ["0-x", "1-_y"]),  # nothing that a shell takes for an option, or a spreadsheet for a formula
+    (("\u00c5", "\u212b"), ["0-\u00c5", "1-\u212b"]),  # one folder where file names are normalised
     (tuple(f"{i}" for i in range(11)), [f"{i:02d}-{i}" for i in range(11)])])
 def test_class_folders_are_safe_unique_and_sorted(keys: tuple[str, ...], folders: list[str]) -> None:
     found = class_folders(ClassTable.of(keys))
 
     assert found == sorted(found) == folders
+
+
+def test_names_longer_than_a_file_system_takes(tmp_path: Path) -> None:
+    keys = ("\u9d89" * 156, "\u9d89" * 157, "a" * 300)
+    folders = class_folders(ClassTable.of(keys))
+
+    assert all(len(name.encode()) <= 143 for name in folders)
+    assert len({name.casefold() for name in folders}) == 3
+    for name in folders:
+        (tmp_path / name).mkdir()
+
+
+def _complete(tmp_path: Path, images: list[bytes], labels: list[int], names: list[str],
+              method: Mapping[str, Any], **sections: Any) -> runs.Run:
+    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    table = pa.table({"image": [{"bytes": one, "path": f"{i}.png"} for i, one in enumerate(images)], "label": labels})
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    (tmp_path / "seeds.parquet").write_bytes(parquet_bytes(table, metadata))
+    data = {"source": "parquet", "path": str(tmp_path / "seeds.parquet"), **sections.pop("data", {})}
+    run, totals = complete(runs.parse({"name": "run", "out": str(tmp_path), "method": dict(method), "data": data,
+                                       **sections}))
+    assert totals.kept == totals.planned
+    return run
+
+
+def _load(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    return datasets.load_dataset(str(folder), split="train", cache_dir=str(cache))
+
+
+def _noise(count: int, side: int = 16) -> list[bytes]:
+    rng = np.random.Generator(np.random.Philox(key=13))
+    return [_png(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_small_and_large_images_in_one_run(layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _complete(tmp_path, [*_noise(3, 100), *_noise(2, 32)], [0, 0, 1, 1, 1], ["ant", "bee"],
+                    {"name": "classical", "policy": "randaugment", "ratio": 1}, image={"fit": "none"})
+    assert {row["image"]["path"][-4:] for receipt in run.store.receipts()
+            for row in run.store.data(receipt).to_pylist()} == {".png", ".jpg"}
+    export(str(run.folder), str(tmp_path / "out"), layout)
+
+    rows = list(_load(tmp_path / "out", tmp_path / "cache", monkeypatch))
+    field = "png" if layout == "webdataset" else "image"
+    facts = [{**row.get("json", row), "image": row[field]} for row in rows]
+    assert {row["sample_id"]: _hash(row["image"], row) for row in facts} == hashes(run)
+    assert ("here all are PNG" in (tmp_path / "out" / "README.md").read_text()) == (layout == "webdataset")
+
+
+@pytest.mark.parametrize("layout", ["run", *LAYOUTS])
+def test_two_classes_of_one_name(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "names.csv").write_text("key,name\nn02012849,crane\nn03126707,crane\nn03710637,maillot\n")
+    run = _complete(tmp_path, _noise(6), [0, 0, 1, 1, 2, 2], ["n02012849", "n03126707", "n03710637"],
+                    {"name": "tests.methods.fakes.Fake"}, data={"classes": str(tmp_path / "names.csv")})
+    folder = Path(run.folder)
+    if layout == "run":
+        from rayexpand.reports.card import write_card
+        write_card(folder)
+    else:
+        folder = tmp_path / "out"
+        export(str(run.folder), str(folder), layout)  # type: ignore[arg-type]
+
+    rows = _load(folder, tmp_path / "cache", monkeypatch)
+    assert len(rows) == 12
+    if layout in ("run", "huggingface"):
+        assert rows.features["label"].names == ["crane (n02012849)", "crane (n03126707)", "maillot"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mixed_labels_travel_with_their_samples(layout: Layout, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _complete(tmp_path, _noise(6), [0, 0, 1, 1, 2, 2], ["ant", "bee", "cat"],
+                    {"name": "tests.methods.fakes.Mixes"})
+    export(str(run.folder), str(tmp_path / "out"), layout)
+
+    rows = [row.get("json", row) for row in _load(tmp_path / "out", tmp_path / "cache", monkeypatch)]
+    for row in rows:
+        found = json.loads(row["soft_label"]) if layout == "imagefolder" else row["soft_label"]
+        wanted = np.zeros(3)
+        wanted[row["target_label"]] += 0.25 ** 0.5
+        wanted[row["source_label"]] += 1 - 0.25 ** 0.5
+        assert np.allclose(found, wanted)
+    assert any(row["target_label"] != row["source_label"] for row in rows)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "Labels are mixtures" in text
+    assert "soft_label" in text
+
+
+def test_plain_labels_have_no_further_column(exports: Mapping[str, Path]) -> None:
+    assert "soft_label" not in _lines(exports["imagefolder"])[0]
+    assert "soft_label" not in pq.read_table(exports["huggingface"] / "data").column_names
+
+
+@pytest.mark.parametrize("prompt", ["=1+1", "+1", "-1", "@a", "\ta", "'a", "a=b"])
+def test_cells_are_no_formulas(prompt: str, tmp_path: Path) -> None:
+    run = _complete(tmp_path, _noise(2), [0, 1], [prompt, "bee"], {"name": "tests.methods.fakes.Fake"})
+    export(str(run.folder), str(tmp_path / "out"), "imagefolder")
+
+    lines = _lines(tmp_path / "out")
+    texts = {line["prompt"] for line in lines}
+    assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) for line in lines for cell in line.values())
+    assert {text[1:] if text.startswith("'") else text for text in texts} == {prompt, "bee"}
+    assert {line["class_key"] for line in lines} == texts
+    assert all((tmp_path / "out" / "train" / line["file_name"]).exists() for line in lines)
+
+
+def test_nothing_of_this_machine_is_published(run: runs.Run, exports: Mapping[str, Path]) -> None:
+    for folder in exports.values():
+        text = (folder / "README.md").read_text()
+        assert str(Path(run.folder).parent) not in text
+        assert "path: <path>/seeds.parquet" in text
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("/home/a/birds/", "<path>/birds"), ("~/birds", "<path>/birds"), ("C:\\data\\birds", "<path>/birds"),
+    ("file:///home/a/birds", "<path>/birds"), ("zip://train::/home/a/b.zip", "zip://train::<path>/b.zip"),
+    ("https://me:secret@host/x?sig=1", "https://host/x"), ("s3://key:secret@bucket/x", "s3://bucket/x"),
+    ("abfs://container@account/x", "abfs://container@account/x"),
+    ("data/birds", "data/birds"), ("org/name@revision", "org/name@revision"), ("a photo of a {name}",) * 2])
+def test_published_texts(text: str, shown: str) -> None:
+    config = {"data": {"path": text, "more": [text]}, "cluster": {"address": "head:6379"}}
+    wanted = {"data": {"path": shown, "more": [shown]}, "cluster": {"address": "<address>"}}
+
+    assert exporting.published(config) == wanted
 
 
 def test_jpeg_keeps_its_extension(image_folder: Path, make_config: Callable[..., Any], tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from rayexpand.artifacts.columns import write_captions
 from rayexpand.contract.errors import UsageError
 from rayexpand.contract.rng import RowRng
 from rayexpand.contract.schema import SEED_INDEX, ClassTable, SeedIndex
-from rayexpand.data.captions_features import write_captions
 from rayexpand.runs.config import RunConfig
 from rayexpand.runs.plan import make_plan, pack, plan_digest, read_plan, write_plan
 from rayexpand.storage.files import LocalFiles

@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rayexpand.artifacts.adapter import read_adapter
+from rayexpand.artifacts.columns import write_captions, write_class_features, write_image_features
 from rayexpand.contract.errors import ConfigError, DigestMismatch, EnvironmentFault, ModelError, OverBudget, UsageError
 from rayexpand.contract.schema import ClassTable, Receipt
-from rayexpand.data.captions_features import write_captions, write_class_features, write_image_features
 from rayexpand.data.seeds import build_index
-from rayexpand.models.adapters import read_adapter
+from rayexpand.methods import trust
 from rayexpand.models.folders import folder_hash
 from rayexpand.models.latent import StableDiffusionPrior
 from rayexpand.runs import inputs as artifacts
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import RunConfig, parse, semantic
+from rayexpand.runs.driving import Here, prior_key
 from rayexpand.runs.store import Tally, Totals, data_name
 from rayexpand.runs.tools import load_tools
 from rayexpand.runs.verify import verify
-from rayexpand.studies.expansions import models_key, shared_tools
 from tests.conftest import MakeConfig, complete, hashes
 from tests.methods.fakes import Fake
 from tests.tiny import tiny_adapter, tiny_pipeline
@@ -315,7 +316,7 @@ def test_the_scale_of_a_lora_is_that_of_the_method(fitted: Callable[..., RunConf
 def test_runs_share_a_prior_only_with_the_same_adapter(fitted: Callable[..., RunConfig], make_config: MakeConfig,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     def key(name: str, *adapter: Any, **fields: Any) -> str:
-        return models_key(runs.prepare(fitted(*adapter, name=name, **fields)))
+        return prior_key(runs.prepare(fitted(*adapter, name=name, **fields)))
 
     own = key("own")
     assert key("same", "adapter", variant="diff_mix") == own, "another plan, the same models"
@@ -324,7 +325,7 @@ def test_runs_share_a_prior_only_with_the_same_adapter(fitted: Callable[..., Run
     assert len(others | {own}) == 4
     run = runs.prepare(fitted(name="own"))
     monkeypatch.setattr(type(run.config.method), "lora_scale", 0.5, raising=False)
-    assert models_key(run) not in others | {own}
+    assert prior_key(run) not in others | {own}
 
 
 @pytest.mark.parametrize(("encoder", "problems"), [("e" * 64, 0), ("f" * 64, 1)])
@@ -410,10 +411,13 @@ def test_a_base_that_is_not_here_yet_is_compared_when_it_is(fitted: Callable[...
 # -------------------------------------------------------------------------------------------- features and captions
 
 
+trust("tests.runs.test_run.Featured")
+
+
 class Featured(Fake):
     """Needs what `wants` says."""
 
-    name: str = "tests.test_run.Featured"
+    name: str = "tests.runs.test_run.Featured"
     wants: tuple[str, ...] = ()
 
     def needs(self) -> frozenset[str]:
@@ -444,8 +448,7 @@ def test_features_reach_the_tools_and_their_content_the_run(make_config: MakeCon
     tools = load_tools(config, run.plan.index.classes)
     assert tools.class_features.tolist() == np.arange(16).reshape(4, 4).tolist()
     assert tools.image_features.rows([ids[2], "filler"]).tolist() == [[8, 9, 10, 11], [0, 0, 0, 0]]
-    shared = shared_tools(run, {models_key(run): replace(tools, class_features=None, prototypes="of another run")})
-    assert shared is not None
+    shared = Here().tools(run)
     assert shared.class_features.tolist() == tools.class_features.tolist()
     assert shared.prototypes is None
 
@@ -474,8 +477,9 @@ def test_features_of_other_classes_or_seeds_are_refused_before_anything_is_made(
             runs.prepare(config)
         assert not Path(config.folder, "run.json").exists()
     (tmp_path / "made/image_features/ids.parquet").unlink()
-    gone = config.model_copy(update={"artifacts": config.artifacts.model_copy(update={"captions": None})})
+    gone = config.model_copy(update={"artifacts": {
+        kind: folder for kind, folder in config.artifacts.items() if kind != "captions"}})
     found = "\n".join(runs.preflight(gone))
-    for words in ("artifacts.captions: tests.test_run.Featured needs captions of the seeds and none are named",
+    for words in ("artifacts.captions: tests.runs.test_run.Featured needs captions of the seeds and none are named",
                   "has no ids.parquet, so it holds no image features"):
         assert words in found, words

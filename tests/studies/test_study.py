@@ -166,13 +166,13 @@ def test_training_images_among_the_test_images_are_refused(tmp_path: Path) -> No
     ({"test": {"split": "seeds", "digits_background": "all"}}, "test: 594 of its images are training images"),
     ({"data": {"digits_background": "correlated"}, "test": {"split": "seeds"}}, "test: 297 of its"),
     ({"validation": {"split": "seeds", "digits_background": "correlated"}}, "validation: 297 of its"),
-    ({"also": {"split": "seeds", "digits_background": "all"}}, r"also\.other: 594 of its"),
-    ({"also": {"split": "test", "digits_background": "all"}}, None)])
+    ({"extra_tests": {"split": "seeds", "digits_background": "all"}}, r"extra_tests\.other: 594 of its"),
+    ({"extra_tests": {"split": "test", "digits_background": "all"}}, None)])
 def test_a_digit_is_one_image_on_every_background(tmp_path: Path, sections: dict[str, Any], words: str | None) -> None:
     given = {name: {"source": "digits", **one} for name, one in {
         "data": {}, "test": {"split": "test"}, **sections}.items()}
-    if "also" in given:
-        given["also"] = {"other": {"data": given["also"]}}
+    if "extra_tests" in given:
+        given["extra_tests"] = {"other": {"data": given["extra_tests"]}}
     config = parse_study(raw_study(tmp_path, subset={"kind": "full"}, arms=[{"name": "original"}], **given))
     with pytest.raises(UsageError, match=words) if words else contextlib.nullcontext():
         prepare_study(config)
@@ -486,20 +486,22 @@ ALSO = {"data": {"source": "digits", "split": "test", "per_class": 2}}
 
 
 @pytest.mark.parametrize(("also", "error", "words"), [
-    ({"a b": ALSO}, ConfigError, "also.a b: a name is letters"),
+    ({"a b": ALSO}, ConfigError, "extra_tests.a b: a name is letters"),
     ({"other": {**ALSO, "group": "x.csv"}}, ConfigError, "did you mean 'groups'"),
-    ({"other": {**ALSO, "groups": "x.csv"}}, ConfigError, r"also.other.groups: 'x.csv' does not exist"),
-    ({"other": {"data": {"source": "imagefolder", "path": "nowhere"}}}, ConfigError, "also.other.data.path"),
-    ({"other": {**ALSO, "group_of": "(low|high)"}}, UsageError, "also.other: 20 of its 20 images are in no group"),
-    ({"other": {"data": {"source": "digits"}}}, UsageError, "also.other: 20 of its images are training images of seed"),
+    ({"other": {**ALSO, "groups": "x.csv"}}, ConfigError, r"extra_tests.other.groups: 'x.csv' does not exist"),
+    ({"other": {"data": {"source": "imagefolder", "path": "nowhere"}}}, ConfigError, "extra_tests.other.data.path"),
+    ({"other": {**ALSO, "group_of": "(low|high)"}}, UsageError,
+     "extra_tests.other: 20 of its 20 images are in no group"),
+    ({"other": {"data": {"source": "digits"}}}, UsageError,
+     "extra_tests.other: 20 of its images are training images of seed"),
     ({"other": {"data": {"source": "imagefolder", "path": "{greys}/test"}}}, UsageError,
-     "also.other: its classes 'a', 'b' are none of those that are trained"),
+     "extra_tests.other: its classes 'a', 'b' are none of those that are trained"),
 ])
 def test_further_test_sets_are_checked_before_anything_is_made(
         tmp_path: Path, greys: Path, also: dict[str, Any], error: type[Exception], words: str) -> None:
     text = json.dumps(also).replace("{greys}", str(greys))
     with pytest.raises(error, match=words):
-        prepare_study(parse_study(raw_study(tmp_path, also=json.loads(text), arms=[{"name": "original"}])))
+        prepare_study(parse_study(raw_study(tmp_path, extra_tests=json.loads(text), arms=[{"name": "original"}])))
 
 
 def test_what_is_tested_also_decides_the_digest_of_a_trial(tmp_path: Path) -> None:
@@ -508,14 +510,15 @@ def test_what_is_tested_also_decides_the_digest_of_a_trial(tmp_path: Path) -> No
     grouped = {**ALSO, "groups": str(tmp_path / "groups.csv")}
 
     def trial() -> Trial:
-        raw = raw_study(tmp_path, arms=[{"name": "original"}], seeds=[0], also={"one": grouped})
+        raw = raw_study(tmp_path, arms=[{"name": "original"}], seeds=[0], extra_tests={"one": grouped})
         return make_trials(prepare_study(parse_study(raw)))[0]
 
     first = trial()
     (tmp_path / "groups.csv").write_text((tmp_path / "groups.csv").read_text().replace(",0", ",zero"))
     one = first.also["one"]
     found = [first, trial(), replace(first, also={}), replace(first, also={"two": one}),
-             replace(first, also={"one": {**one, "restrict": True}}), replace(first, also={"one": one, "two": one}),
+             replace(first, also={"one": {**one, "restrict": True}}),
+             replace(first, also={"one": one, "two": one}),
              replace(first, frequency=[9, 9])]
     assert len({one.digest for one in found}) == len(found)
     assert replace(first, also={"one": {**one, "groups": "moved.csv"}}).digest == first.digest
@@ -595,7 +598,7 @@ def test_a_generator_is_fine_tuned_on_the_rows_of_each_seed(tmp_path: Path) -> N
     variants = {name: {"method": {**method, "variant": name}, "fit": fit} for name in ("diff_mix", "diff_gen")}
     raw = raw_study(tmp_path, expansions=variants, arms=[{"name": name, "use": name} for name in variants])
     made = list(pending_runs(prepare_study(parse_study(raw))))
-    adapters = {(run.config.method.variant, run.config.seed): Path(str(run.config.artifacts.adapter)).resolve()
+    adapters = {(run.config.method.variant, run.config.seed): Path(str(run.config.artifacts["adapter"])).resolve()
                 for run in made}
 
     assert adapters["diff_mix", 0] == adapters["diff_gen", 0] != adapters["diff_mix", 1] == adapters["diff_gen", 1]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +24,6 @@ from rayexpand.studies.parts import Study, Trial, read_result
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.trial import make_classifier, open_work, run_trial, run_trials
 from rayexpand.studies.trials import make_trials
-from tests.commands import ROOT
 from tests.studies.test_study import SMALL, raw_study
 
 if TYPE_CHECKING:
@@ -117,7 +114,7 @@ def test_what_decides_a_result_decides_its_digest(tmp_path: Path) -> None:
 
     same = trial().digest
     others = [trial(train=1), trial(test=3), trial(order=-1), trial(start=1.0), trial(workers=2),
-              trial(shuffle_rows=4), trial(shuffle_rows=4, lanes=2)]
+              trial(shuffle_rows=4), trial(shuffle_rows=4, streams=2)]
 
     assert trial().digest == same
     assert len({same, *(one.digest for one in others)}) == len(others) + 1
@@ -175,32 +172,39 @@ def image_folder_of(tmp_path: Path, key: int = 0) -> Path:
     return root
 
 
+def killed_at_step_15(out: Path) -> None:
+    """Trains up to there and says so, and is never done with that step."""
+    study, trial = one_trial(out, updates=30, epochs=3)
+    update = Classifier.update
+
+    def stop(self: Classifier, batch: Any) -> float:
+        if self.step == 15:
+            (out / "there").touch()
+            signal.pause()
+        return update(self, batch)
+
+    Classifier.update = stop  # type: ignore[method-assign]
+    run_trial(study.files, trial, interval_of_10(study))
+
+
 def test_a_process_killed_in_the_middle_costs_one_interval(tmp_path: Path) -> None:
-    """SIGKILL, then the same command; the curve equals the undisturbed one bit for bit."""
-    code = ("import sys, time\nfrom pathlib import Path\nfrom tests.test_training import interval_of_10, one_trial\n"
-            "from rayexpand.classifier.classifier import Classifier\n"
-            "from rayexpand.studies.trial import run_trial\n"
-            "study, trial = one_trial(Path(sys.argv[1]), updates=80, epochs=4)\n"
-            "update = Classifier.update\n"
-            "Classifier.update = lambda *given: time.sleep(0.02) or update(*given)\n"  # the end is never near
-            "run_trial(study.files, trial, interval_of_10(study))\n")
-    killed = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "killed")], cwd=ROOT,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-    kept = tmp_path / "killed/small/checkpoints/original-s0.pt"
-    while not kept.exists():
-        assert killed.poll() is None
+    """SIGKILL, then the same trial; the curve equals the undisturbed one bit for bit."""
+    (tmp_path / "killed").mkdir()
+    killed = multiprocessing.get_context("fork").Process(target=killed_at_step_15, args=(tmp_path / "killed",))
+    killed.start()
+    while not (tmp_path / "killed/there").exists():
+        assert killed.is_alive()
         time.sleep(0.005)
-    time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    reached = torch.load(kept, weights_only=True)["classifier"]["step"]
+    killed.kill()
+    killed.join()
+    reached = torch.load(tmp_path / "killed/small/checkpoints/original-s0.pt", weights_only=True)["classifier"]["step"]
     results = []
     for name in ("killed", "whole"):
-        study, trial = one_trial(tmp_path / name, updates=80, epochs=4)
+        study, trial = one_trial(tmp_path / name, updates=30, epochs=3)
         results.append(run_trial(study.files, trial, interval_of_10(study)))
 
     assert results[0]["starts"] == [0, reached]
-    assert 0 < reached < 80
+    assert reached == 10
     assert curve(results[0]) == curve(results[1])
 
 
@@ -228,7 +232,7 @@ def test_a_finished_classifier_is_also_tested_elsewhere(tmp_path: Path) -> None:
     also = {"backgrounds": {"data": {"source": "digits", "split": "test", "digits_background": "all", "per_class": 4},
                             "group_of": "/([a-z-]+)$"}, "four": {**four, "restrict": True}, "among-ten": four}
     recipe = {**SMALL, "updates": 20, "cmo": 0.5, "cmo_span": [0, 1], "drw": 0.99}
-    study = prepare_study(parse_study(raw_study(tmp_path, arms=[{"name": "original"}], seeds=[0], also=also,
+    study = prepare_study(parse_study(raw_study(tmp_path, arms=[{"name": "original"}], seeds=[0], extra_tests=also,
                                                 recipe=recipe, frequency=[3, 5], subset={
                                                     "kind": "counts", "counts": [8, 8, 8, 4, 4, 4, 2, 2, 2, 2]})))
     trial = make_trials(study)[0]

@@ -7,7 +7,7 @@ the place it lies in an EnvironmentFault (try again later).
     source.py     the configuration section `data`
     places.py     files and folders, local or behind fsspec, and what their errors mean
     listing.py    what every layout's listing looks like; labels and unique ids
-    layouts.py    which module reads which source; all have the same four functions
+    layouts.py    which module reads which source; all have the same five functions
     digits.py folder.py parquet.py tars.py manifest.py npz.py
     index.py      mistakes, selection, the index
     reader.py     index rows -> encoded images
@@ -15,10 +15,11 @@ the place it lies in an EnvironmentFault (try again later).
 """
 
 from rayexpand.data.seeds.digits import digits_split
-from rayexpand.data.seeds.index import build_index, check
+from rayexpand.data.seeds.index import build_index, check, survey
 from rayexpand.data.seeds.listing import EXTENSIONS
 from rayexpand.data.seeds.reader import SeedReader
 from rayexpand.data.seeds.source import DataConfig
 from rayexpand.data.seeds.texts import text_problem, texts
 
-__all__ = ["EXTENSIONS", "DataConfig", "SeedReader", "build_index", "check", "digits_split", "text_problem", "texts"]
+__all__ = ["EXTENSIONS", "DataConfig", "SeedReader", "build_index", "check", "digits_split", "survey", "text_problem",
+           "texts"]

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 import pyarrow as pa
 
 from rayexpand.contract.errors import SeedDataError, few
-from rayexpand.data.seeds.listing import is_text
+from rayexpand.data.seeds.labels import is_text
 
 
 def require(columns: Mapping[str, str | None], names: Sequence[str], file: str) -> None:

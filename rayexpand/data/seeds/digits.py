@@ -55,6 +55,10 @@ def check(data: DataConfig) -> None:
         raise SeedDataError(f"data.split: the digits have no part '{data.split}'; choose one of {', '.join(SPLITS)}")
 
 
+def splits(data: DataConfig) -> list[str]:
+    return list(SPLITS)
+
+
 def digit_of(seed_id: str) -> str:
     """The id of a digit as it is, whatever background a seed id puts behind it."""
     return "/".join(seed_id.split("/")[:2])

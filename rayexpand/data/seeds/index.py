@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from rayexpand.contract.schema import SEED_INDEX, ClassTable, SeedIndex
 from rayexpand.data.seeds.layouts import LAYOUTS
 from rayexpand.data.seeds.listing import INDEX_FAULTS, Listing
 from rayexpand.data.seeds.source import DataConfig, class_mapping, wanted_ids
+
+SHOWN = 10  # classes of each end in a survey
 
 
 def check(data: DataConfig) -> list[str]:
@@ -52,11 +55,31 @@ def build_index(data: DataConfig) -> SeedIndex:
     b"layout" (the source). Paths are kept as they are, without Unicode normalisation.
     Raises SeedDataError (all problems of `check`, empty classes, unknown ids), EnvironmentFault.
     """
+    return _indexed(data)[0]
+
+
+def survey(data: DataConfig) -> dict[str, Any]:
+    """What the dataset holds, for people: seeds, classes with the most and the fewest seeds, splits, skipped files by
+    suffix, faults known from listing. Raises as `build_index`, whose work it does."""
+    index, listing = _indexed(data)
+    sizes = sorted(zip(index.classes.key, index.classes.count, strict=True), key=lambda one: -one[1])
+    faults = Counter(fault for fault in index.table["fault"].to_pylist() if fault)
+    split = LAYOUTS[data.source].splits(data)
+    found: dict[str, Any] = {
+        "seeds": len(index), "classes": len(index.classes), "largest_classes": dict(sizes[:SHOWN]),
+        "smallest_classes": dict(sizes[max(SHOWN, len(sizes) - SHOWN):]), "splits": split,
+        "skipped": {suffix: {"files": count, "examples": listing.skipped.examples[suffix]}
+                    for suffix, count in listing.skipped.most_common()},
+        "same_names": index.classes.same_names(), "faults": dict(sorted(faults.items()))}
+    return {name: value for name, value in found.items() if value not in ({}, [])}
+
+
+def _indexed(data: DataConfig) -> tuple[SeedIndex, Listing]:
     if problems := check(data):
         raise SeedDataError("\n  ".join([f"seeds ({data.source}): {len(problems)} problem(s)", *problems]))
     listing = LAYOUTS[data.source].list_seeds(data)
     if data.ids is None or data.source == "imagefolder":
-        _refuse_empty_classes(listing)
+        _refuse_empty_classes(listing, named=listing.named or data.classes is not None)
     rows = _selected(listing, data)
     labels = listing.labels[rows]
     counts = np.bincount(labels[labels >= 0], minlength=len(listing.keys))
@@ -67,16 +90,23 @@ def build_index(data: DataConfig) -> SeedIndex:
     if len(rows) < len(table):
         table = table.take(pa.array(rows))
     metadata = {b"files": json.dumps(listing.files).encode(), b"layout": data.source.encode()}
-    return SeedIndex(table.replace_schema_metadata(metadata), _class_table(listing, class_mapping(data), counts))
+    classes = _class_table(listing, class_mapping(data), counts)
+    return SeedIndex(table.replace_schema_metadata(metadata), classes), listing
 
 
-def _refuse_empty_classes(listing: Listing) -> None:
+def _refuse_empty_classes(listing: Listing, named: bool) -> None:
+    """Classes that a table names may lie in another part of the dataset; a class folder without an image is a fault."""
     counts = np.bincount(listing.labels[listing.labels >= 0], minlength=len(listing.keys))
     bad = int((listing.labels < 0).sum())
     also = f"; {bad} rows have a null or out-of-range label" if bad else ""
-    if empty := [listing.keys[c] for c in np.flatnonzero(counts == 0)]:
+    if named and len(listing.keys) and not counts.any():
+        raise SeedDataError(f"data.path: no image has a label of the {len(listing.keys)} classes{also}; correct "
+                            "data.path, data.classes or the labels")
+    if not named and (empty := [listing.keys[c] for c in np.flatnonzero(counts == 0)]):
         raise SeedDataError(f"data.path: {len(empty)} of {len(listing.keys)} classes have no image ({few(empty)})"
-                            f"{also}; remove these classes, or add images to them")
+                            f"{also}; remove these classes, or add images to them" + (
+                                f". Files of other kinds were skipped: {listing.skipped}" if listing.skipped.count
+                                else ""))
     if not listing.keys:
         raise SeedDataError(f"data.path: the dataset has no class{also}; correct data.path or the labels")
 

@@ -1,4 +1,4 @@
-"""Which module reads which source. All have the same four functions."""
+"""Which module reads which source. All have the same five functions."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ class Layout(Protocol):
         """The folder that nothing may leave; its absence is a fault of the storage, not of a row."""
 
     def list_seeds(self, data: DataConfig) -> Listing: ...
+
+    def splits(self, data: DataConfig) -> list[str]:
+        """What data.split may be; none where the dataset is not divided."""
 
     def reader(self, folder: Place, files: list[str], data: DataConfig) -> Read:
         """How to read rows of an index; `folder` is `root`, `files` those of the listing."""

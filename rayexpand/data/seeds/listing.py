@@ -1,30 +1,55 @@
-"""What every layout's listing looks like, and what layouts share: labels, unique ids, paths by convention."""
+"""What every layout's listing looks like, and what layouts share: unique ids, words of splits."""
 
 from __future__ import annotations
 
 import io
-import json
+import posixpath
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from PIL import Image
+from PIL import Image, features
 
-from rayexpand.contract.errors import SeedDataError
 from rayexpand.contract.schema import Reason
-from rayexpand.data.seeds.source import DataConfig, class_mapping
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "dev", "test"})
+COMMON = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+EXTENSIONS = (*COMMON, ".ppm", ".pgm", ".pbm", ".pnm", ".jfif", ".jpe", ".tga",
+              *([".jp2"] if features.check("jpg_2000") else []), *([".avif"] if features.check("avif") else []))
+SPLIT_NAMES = frozenset({"train", "training", "trainval", "val", "valid", "validation", "dev", "test", "testing",
+                         "eval", "evaluation"})
 INDEX_FAULTS = ("", Reason.BAD_LABEL, Reason.DUPLICATE_ID, Reason.MISSING, Reason.UNSAFE_PATH, Reason.UNREADABLE,
                 Reason.TOO_LARGE)
-_INTEGER = re.compile(r"-?[0-9]{1,18}")
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
 Read = Callable[[dict[str, Any]], bytes]  # a row of the index -> its encoded image; raises RowFault or an OSError
+
+
+@dataclass(slots=True)
+class Skipped:
+    """Files that lie among the images and are not used, by suffix."""
+
+    count: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            suffix = posixpath.splitext(path)[1].lower() or "no suffix"
+            self.count[suffix] += 1
+            shown = self.examples.setdefault(suffix, [])
+            self.examples[suffix] = sorted([*shown, path])[:3]  # whatever the order of the listing
+
+    def __str__(self) -> str:
+        """Such as `40 .heic ('a/0.heic', 'a/1.heic', ...), 1 no suffix ('LICENSE')`; "" for none."""
+        return ", ".join(
+            f"{count} {suffix} ({', '.join(map(repr, self.examples[suffix]))}{', ...' if count > 3 else ''})"
+            for suffix, count in self.most_common())
+
+    def most_common(self) -> list[tuple[str, int]]:
+        return sorted(self.count.items(), key=lambda one: (-one[1], one[0]))
 
 
 @dataclass(slots=True)
@@ -41,6 +66,13 @@ class Listing:
     member: pa.Array  # string, "" where the layout needs none
     group: np.ndarray  # int32; group and offset find the row inside its file, each layout in its way
     offset: np.ndarray  # int32
+    named: bool = False  # a class table of the dataset names the classes, also those without an image
+    skipped: Skipped = field(default_factory=Skipped)
+
+
+def split_words(name: str) -> frozenset[str]:
+    """The words in the name of a file or folder that say which split it is: {"train"} of imagenet1k-Train-0000."""
+    return frozenset(word.lower() for word in _WORD.findall(name)) & SPLIT_NAMES
 
 
 def fault_code(fault: str) -> int:
@@ -76,59 +108,3 @@ def encode_png(pixels: np.ndarray) -> bytes:
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, "PNG")
     return sink.getvalue()
-
-
-# --- labels
-
-
-def is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def label_array(column: pa.ChunkedArray, text: bool) -> pa.Array:
-    """A label column as string (`text`) or int64."""
-    return column.cast(pa.string() if text else pa.int64(), safe=False).combine_chunks()
-
-
-def parsed_labels(texts: Sequence[str | None], data: DataConfig) -> pa.ChunkedArray:
-    """Labels written as text: int64 where they are numbers, else string; null where one of them is not.
-
-    The mapping data.classes decides which; without it, numbers are what at least half of the labels are, so one
-    damaged label cannot turn numbers into names.
-    """
-    texts = [text.strip() or None if text else None for text in texts]
-    mapping = class_mapping(data)
-    numbers = [text is not None and _INTEGER.fullmatch(text) is not None for text in texts]
-    known = sum(text is not None for text in texts)
-    if all(map(str.isdecimal, mapping)) if mapping is not None else 2 * sum(numbers) >= known:
-        return pa.chunked_array([pa.array([int(text or 0) if ok else None
-                                           for text, ok in zip(texts, numbers, strict=True)], pa.int64())])
-    return pa.chunked_array([pa.array(texts, pa.string())])
-
-
-def encode_labels(labels: pa.ChunkedArray, data: DataConfig, schema: pa.Schema | None = None
-                  ) -> tuple[np.ndarray, list[str]]:
-    """int32 labels (-1 where bad) and class keys of string or int64 labels."""
-    if pa.types.is_string(labels.type):
-        keys = sorted(pc.unique(labels).drop_null().to_pylist())
-        codes = pc.index_in(labels, value_set=pa.array(keys, pa.string()))
-        return pc.fill_null(codes, -1).to_numpy().astype(np.int32), keys
-    values = pc.fill_null(labels, -1).to_numpy()
-    names = None if schema is None else _class_label_names(schema, data.label_column)
-    if names is None:
-        mapping = class_mapping(data)
-        count = len(mapping) if mapping and all(map(str.isdecimal, mapping)) else int(values.max(initial=-1)) + 1
-        if count > max(len(values), len(mapping or ())):
-            raise SeedDataError(f"data.label_column: labels reach {count - 1} in {len(values)} rows, so they are not "
-                                "0..K-1; give data.classes, or store them as strings")
-        names = [str(label) for label in range(count)]
-    return np.where((values >= 0) & (values < len(names)), values, -1).astype(np.int32), names
-
-
-def _class_label_names(schema: pa.Schema, column: str) -> list[str] | None:
-    try:
-        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
-        return [str(name) for name in feature["names"]] if feature["_type"] == "ClassLabel" else None
-    except (KeyError, TypeError, ValueError):
-        return None

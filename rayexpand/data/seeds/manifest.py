@@ -19,16 +19,8 @@ import pyarrow.parquet as pq
 from rayexpand.contract.errors import SeedDataError, few
 from rayexpand.contract.schema import Reason
 from rayexpand.data.seeds.columns import require, require_label
-from rayexpand.data.seeds.listing import (
-    Listing,
-    Read,
-    encode_labels,
-    fault_code,
-    is_text,
-    label_array,
-    parsed_labels,
-    unique_ids,
-)
+from rayexpand.data.seeds.labels import encode_labels, is_text, label_array, parsed_labels
+from rayexpand.data.seeds.listing import Listing, Read, fault_code, unique_ids
 from rayexpand.data.seeds.places import Place, blaming, place, read_below, read_bytes, read_text
 from rayexpand.data.seeds.source import DataConfig
 
@@ -60,13 +52,14 @@ def schema(data: DataConfig) -> pa.Schema:
 
 
 def _is_parquet(data: DataConfig) -> bool:
-    return str(data.path).lower().endswith(".parquet")
+    return str(data.path).split("::")[0].lower().endswith(".parquet")
 
 
 def _header(data: DataConfig) -> list[str]:
     """Column names of a CSV."""
     assert data.path is not None
-    with place("data.path", data.path).open() as raw:
+    where = place("data.path", data.path)  # kept: a zip closes with its last reference
+    with where.open() as raw:
         start = raw.read(1 << 16).decode("utf-8-sig", errors="replace")
     return next(csv.reader(io.StringIO(start)), [])
 
@@ -76,14 +69,17 @@ def _columns(data: DataConfig, schema: pa.Schema, text: str | None = None) -> di
     name, image = posixpath.basename(str(data.path)), data.image_column
     if image not in schema.names and image == DataConfig.model_fields["image_column"].default:
         image = next((column for column in _PATH_COLUMNS if column in schema.names), image)
-    split = data.split_column if data.split or data.split_column in schema.names else None
+    split = data.split_column
+    if split not in schema.names and split == DataConfig.model_fields["split_column"].default:
+        split = next((column for column in schema.names if column.lower() == split), split)
+    split_used = split if data.split or split in schema.names else None
     require({"image_column": image, "label_column": data.label_column, "id_column": data.id_column,
-             "split_column": split}, schema.names, name)
+             "split_column": split_used}, schema.names, name)
     require_label(data.label_column, schema.field(data.label_column).type)
     if not is_text(schema.field(image).type):
         raise SeedDataError(f"data.image_column: '{image}' is {schema.field(image).type}; a manifest holds image paths "
                             "as strings (use source: parquet for embedded images)")
-    roles = {"image": image, "label": data.label_column, "id": data.id_column, "split": split, "text": text}
+    roles = {"image": image, "label": data.label_column, "id": data.id_column, "split": split_used, "text": text}
     return {role: column for role, column in roles.items() if column is not None}
 
 
@@ -97,13 +93,14 @@ def list_seeds(data: DataConfig) -> Listing:
     label = table["label"]
     if not _is_parquet(data):
         label = parsed_labels(label.to_pylist(), data)
-    labels, keys = encode_labels(label, data, table.schema)
+    encoded = encode_labels(label, data, table.schema)
+    labels, keys = encoded.codes, encoded.keys
     faults = np.fromiter((fault_code(fault) for _, fault in resolved), np.int8)
     faults[(faults == 0) & (labels < 0)] = fault_code(Reason.BAD_LABEL)
     faults[repeated & (faults != fault_code(Reason.UNSAFE_PATH))] = fault_code(Reason.DUPLICATE_ID)
     nowhere = np.full(len(ids), -1, np.int32)
     return Listing(ids, labels, faults, keys, keys, [""], np.zeros(len(ids), np.int32),
-                   pa.array([member for member, _ in resolved], pa.string()), nowhere, nowhere)
+                   pa.array([member for member, _ in resolved], pa.string()), nowhere, nowhere, encoded.named)
 
 
 def texts(data: DataConfig, column: str) -> tuple[pa.Array, pa.Array]:
@@ -154,8 +151,17 @@ def _read_parquet(data: DataConfig, text: str | None) -> pa.Table:
     return pa.table(cast).replace_schema_metadata(table.schema.metadata)
 
 
+def splits(data: DataConfig) -> list[str]:
+    table = _read_parquet(data, None) if _is_parquet(data) else _read_csv(data, None)
+    return _values(table["split"]) if "split" in table.column_names else []
+
+
+def _values(split: pa.ChunkedArray) -> list[str]:
+    return sorted(pc.unique(split).drop_null().to_pylist())
+
+
 def _rows_of_split(data: DataConfig, split: pa.ChunkedArray) -> pa.ChunkedArray:
-    there = sorted(pc.unique(split).drop_null().to_pylist())
+    there = _values(split)
     if data.split is None and len(there) > 1:
         raise SeedDataError(f"data.split: missing, '{data.path}' holds several splits; set it to one of {few(there)}")
     if data.split is not None and data.split not in there:
@@ -168,7 +174,7 @@ def _full_starts(data: DataConfig) -> tuple[str, ...]:
     """How a full path or URL of something in the manifest's folder begins."""
     folder, given = root(data).root, posixpath.dirname(str(data.path))
     starts = [folder, f"file://{folder}", *([given] if given.startswith("/") or "://" in given else [])]
-    return tuple(f"{start}/" for start in starts)
+    return tuple(f"{start.rstrip('/')}/" for start in starts)
 
 
 def _resolve(path: str | None, starts: tuple[str, ...]) -> tuple[str, str]:

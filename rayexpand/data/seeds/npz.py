@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from rayexpand.contract.errors import EnvironmentFault, SeedDataError, few
 from rayexpand.contract.schema import Reason
-from rayexpand.data.seeds.listing import Listing, Read, blanks, encode_labels, encode_png, fault_code
+from rayexpand.data.seeds.labels import encode_labels
+from rayexpand.data.seeds.listing import Listing, Read, blanks, encode_png, fault_code
 from rayexpand.data.seeds.places import Place, blaming, place
 from rayexpand.data.seeds.source import DataConfig
 
@@ -33,13 +34,12 @@ def root(data: DataConfig) -> Place:
 def check(data: DataConfig) -> int:
     """Number of images; looks at the headers of the arrays only. Raises SeedDataError."""
     with _opened(data) as archive:
-        splits = sorted(name.removesuffix("_images.npy") for name in archive.namelist()
-                        if name.endswith("_images.npy"))
+        there = _splits(archive)
         if data.split is None:
-            raise SeedDataError(f"data.split: missing, choose one of the splits of '{data.path}': {few(splits)}")
+            raise SeedDataError(f"data.split: missing, choose one of the splits of '{data.path}': {few(there)}")
         if absent := [name for name in (f"{data.split}_images", f"{data.split}_labels")
                       if f"{name}.npy" not in archive.namelist()]:
-            raise SeedDataError(f"data.split: no array {few(absent)} in '{data.path}'; it has splits {few(splits)}")
+            raise SeedDataError(f"data.split: no array {few(absent)} in '{data.path}'; it has splits {few(there)}")
         images, kind = _head(archive, f"{data.split}_images")
         labels, label_kind = _head(archive, f"{data.split}_labels")
     name = f"data.path: {data.split}_images of '{data.path}'"
@@ -51,6 +51,15 @@ def check(data: DataConfig) -> int:
         raise SeedDataError(f"data.path: {data.split}_labels of '{data.path}' is {label_kind} of shape {labels}; "
                             f"labels are one integer for each of the {images[0]} images")
     return images[0]
+
+
+def splits(data: DataConfig) -> list[str]:
+    with _opened(data) as archive:
+        return _splits(archive)
+
+
+def _splits(archive: zipfile.ZipFile) -> list[str]:
+    return sorted(name.removesuffix("_images.npy") for name in archive.namelist() if name.endswith("_images.npy"))
 
 
 @contextmanager
@@ -89,12 +98,13 @@ def list_seeds(data: DataConfig) -> Listing:
     count = check(data)
     with _opened(data) as archive:
         values = _array(archive, f"{data.split}_labels").reshape(count).astype(np.int64)
-    labels, keys = encode_labels(pa.chunked_array([pa.array(values)]), data)
+    encoded = encode_labels(pa.chunked_array([pa.array(values)]), data)
+    labels, keys = encoded.codes, encoded.keys
     stem = posixpath.splitext(posixpath.basename(str(data.path)))[0]
     faults = np.where(labels < 0, fault_code(Reason.BAD_LABEL), 0).astype(np.int8)
     return Listing(pa.array([f"{stem}/{data.split}/{row}" for row in range(count)], pa.string()), labels, faults, keys,
                    keys, [posixpath.basename(str(data.path))], np.zeros(count, np.int32), blanks(count),
-                   np.full(count, -1, np.int32), np.arange(count, dtype=np.int32))
+                   np.full(count, -1, np.int32), np.arange(count, dtype=np.int32), encoded.named)
 
 
 def reader(folder: Place, files: list[str], data: DataConfig) -> Read:

@@ -21,6 +21,13 @@ _MISSING_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
 _UNREADABLE_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENXIO})
 
 
+class NotRegular(OSError):
+    """A pipe, socket or device, which would wait for a writer, or never end."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(errno.ENXIO, "a pipe, socket or device, not a regular file", path)
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A file or folder, local (`fs` None) or behind fsspec."""
@@ -29,10 +36,14 @@ class Place:
     fs: Any = None
 
     def at(self, *parts: str) -> Place:
-        return Place("/".join([self.root, *filter(None, parts)]), self.fs)
+        return Place("/".join([self.root.rstrip("/") if any(parts) else self.root, *filter(None, parts)]), self.fs)
 
     def parent(self) -> Place:
-        return Place(self.root.rpartition("/")[0], self.fs)
+        return Place(self.root.rpartition("/")[0] or ("/" if self.fs is None else ""), self.fs)
+
+    def relative(self, path: str) -> str:
+        """A path that the file system lists below this folder, from here; a zip has no slash before its names."""
+        return path.lstrip("/").removeprefix(f"{self.root.strip('/')}/" if self.root.strip("/") else "")
 
     def kind(self) -> str:
         """"file", "folder" or "" when there is nothing."""
@@ -55,7 +66,8 @@ class Place:
         return [name for name, is_dir in seen if is_dir], [name for name, is_dir in seen if not is_dir]
 
     def open(self) -> IO[bytes]:
-        return open(self.root, "rb") if self.fs is None else self.fs.open(self.root, "rb")
+        """Raises NotRegular at once for a local file that cannot be read to its end."""
+        return _open_regular(self.root) if self.fs is None else self.fs.open(self.root, "rb")
 
     def read(self) -> bytes:
         with self.open() as file:
@@ -81,7 +93,18 @@ def place(field: str, path: str) -> Place:
     except (ImportError, ValueError) as error:
         raise SeedDataError(f"{field}: '{path}' cannot be opened ({error}); install the storage package it names, for "
                             "example rayexpand[s3], or correct the URL") from error
-    return Place(root.rstrip("/"), None if "file" in np.atleast_1d(fs.protocol) else fs)
+    if "file" in np.atleast_1d(fs.protocol):
+        return Place(root.rstrip("/") or "/")
+    return Place(root.rstrip("/"), fs)
+
+
+def _open_regular(path: str) -> IO[bytes]:
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without O_NONBLOCK a pipe waits for a writer
+    mode = os.fstat(file).st_mode
+    if stat.S_ISREG(mode):
+        return open(file, "rb")
+    os.close(file)
+    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path) if stat.S_ISDIR(mode) else NotRegular(path)
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

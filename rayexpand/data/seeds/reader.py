@@ -12,14 +12,15 @@ import pyarrow as pa
 from rayexpand.contract.errors import EnvironmentFault, RowFault, UsageError
 from rayexpand.contract.schema import Reason, Seed, SeedIndex
 from rayexpand.data.seeds.layouts import LAYOUTS
-from rayexpand.data.seeds.places import reason_of
+from rayexpand.data.seeds.places import NotRegular, reason_of
 from rayexpand.data.seeds.source import DataConfig
 
 _WHY = {Reason.BAD_LABEL: "its label is null or not a label of the dataset",
         Reason.DUPLICATE_ID: "its id was already taken by an earlier row (in a tar, the files of a sample must lie "
-                             "together)",
+                             "together, and a key ends at the first dot of the file name: write 1_8t for 1.8t)",
         Reason.MISSING: "it has no image: a link to nothing, or a row without one",
-        Reason.UNSAFE_PATH: "it leaves the dataset folder; keep images, and the manifest, below one folder",
+        Reason.UNSAFE_PATH: "it leaves the dataset folder, or is a link to a folder that holds the link itself; keep "
+                            "images, and the manifest, below one folder",
         Reason.UNREADABLE: "it is not a regular file, or its name is not valid UTF-8",
         Reason.TOO_LARGE: "its file has 2 GiB or more"}
 
@@ -66,7 +67,9 @@ class SeedReader:
             raise EnvironmentFault(f"data.path: reading seed '{seed_id}' from '{self._data.path}' failed: {error!r}; "
                                    "check that the storage is mounted and reachable, then run the same command again"
                                    ) from error
-        what = "the file is gone" if reason is Reason.MISSING else f"cannot be read ({type(error).__name__})"
+        what = ("the file is gone" if reason is Reason.MISSING else
+                "it is a pipe, socket or device; put the image itself there" if isinstance(error, NotRegular) else
+                f"cannot be read ({type(error).__name__})")
         return RowFault(reason, f"{seed_id}: {what}")
 
 

@@ -63,7 +63,7 @@ def class_mapping(data: DataConfig) -> dict[str, dict[str, str]] | None:
     if data.classes is None:
         return None
     text = read_text("data.classes", data.classes)
-    suffix = posixpath.splitext(data.classes)[1].lower()
+    suffix = posixpath.splitext(data.classes.split("::")[0])[1].lower()
     try:
         if suffix == ".json":
             entries = {key: value if isinstance(value, dict) else {"name": value}
@@ -88,7 +88,7 @@ def wanted_ids(data: DataConfig) -> list[str] | None:
     """Seed ids of the file data.ids, in its order, each once."""
     if data.ids is None:
         return None
-    suffix = posixpath.splitext(data.ids)[1].lower()
+    suffix = posixpath.splitext(data.ids.split("::")[0])[1].lower()
     try:
         if suffix == ".parquet":
             content = pa.BufferReader(read_bytes("data.ids", data.ids))

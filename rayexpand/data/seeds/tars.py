@@ -20,13 +20,14 @@ import pyarrow as pa
 
 from rayexpand.contract.errors import RowFault, SeedDataError, few
 from rayexpand.contract.schema import Reason
-from rayexpand.data.seeds.files import dataset_files, root
-from rayexpand.data.seeds.listing import EXTENSIONS, Listing, Read, encode_labels, fault_code, parsed_labels, unique_ids
+from rayexpand.data.seeds.files import DatasetFiles, dataset_files, root
+from rayexpand.data.seeds.labels import encode_labels, parsed_labels
+from rayexpand.data.seeds.listing import COMMON, EXTENSIONS, Listing, Read, Skipped, fault_code, unique_ids
 from rayexpand.data.seeds.places import Place, blaming
 from rayexpand.data.seeds.source import DataConfig
 from rayexpand.data.seeds.tarscan import BLOCK, DamagedTar, Member, header_size, members
 
-__all__ = ["check", "list_seeds", "reader", "root"]
+__all__ = ["check", "list_seeds", "reader", "root", "splits"]
 
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _LABEL_BYTES = {"cls": 1 << 12, "json": 1 << 20}  # longer files are no labels
@@ -38,13 +39,33 @@ class _Sample:
     key: str
     suffixes: set[str] = field(default_factory=set)
     image: Member | None = None
-    exact: bool = False  # the image's suffix is nothing but an image extension
+    images: list[tuple[str, str]] = field(default_factory=list)  # part of `compound` and name of each
+    rank: int = 0  # of the image: a common extension goes before others, then one alone before one behind a part
     label: str | None = None
     unsafe: bool = False
+    compound: dict[str, set[str]] = field(default_factory=dict)  # what lies between key and last suffix -> kinds
+    image_part: str = ""  # of the image: its part of `compound`, "" for an exact one
+    collided: bool = False  # this is one of the `collisions` of a sample
+
+    def collisions(self) -> list[_Sample]:
+        """Samples whose names go on after the first dot, where a key ends, so that they fell to the key of this one:
+        images with a label file of their own. Beside a label of `mask`, `mask.seg.png` and `mask.seg.json` are none."""
+        own = {"cls"} if self.suffixes & {"cls", "json"} else {"cls", "json"}
+        return [_Sample(f"{self.key}.{part}", collided=True, unsafe=self.unsafe) for part, kinds in
+                self.compound.items() if part != self.image_part and "image" in kinds and kinds & own]
+
+    def unused(self) -> list[str]:
+        """Images that no row stands for, and all files of what is no seed."""
+        if not self.is_seed():
+            return [f"{self.key}.{suffix}" for suffix in sorted(self.suffixes)]
+        rows = {one.key.removeprefix(f"{self.key}.") for one in self.collisions()}
+        return [name for part, name in self.images if part not in rows and self.image and name != self.image.name]
 
     def fault(self) -> str:
         if self.unsafe:
             return Reason.UNSAFE_PATH
+        if self.collided:
+            return Reason.DUPLICATE_ID
         if self.image is None:
             return Reason.MISSING
         if not self.image.is_file:
@@ -66,11 +87,13 @@ class _Shard:
     names: pa.Array
     blocks: np.ndarray
     sizes: np.ndarray
+    skipped: list[str]  # members that belong to no seed, and further images of one
 
 
-def check(data: DataConfig) -> tuple[Place, list[str]]:
-    """Folder and tar files, the first of which begins like one. Raises SeedDataError."""
-    place, files = dataset_files(data, ".tar", *_PACKED)
+def check(data: DataConfig) -> DatasetFiles:
+    """The tar files, the first of which begins like one. Raises SeedDataError."""
+    found = dataset_files(data, ".tar", *_PACKED)
+    place, files = found.folder, found.names
     if packed := [name for name in files if name.endswith(_PACKED)]:
         raise SeedDataError(f"data.path: {len(packed)} of {len(files)} tar files are compressed ({few(packed)}), so "
                             "single images cannot be read from them; uncompress them, for example with gunzip")
@@ -79,24 +102,34 @@ def check(data: DataConfig) -> tuple[Place, list[str]]:
             next(members(file), None)
         except DamagedTar as error:
             raise SeedDataError(f"data.path: '{files[0]}' {error}; copy it again, or leave it out") from error
-    return place, files
+    return found
+
+
+def splits(data: DataConfig) -> list[str]:
+    return dataset_files(data, ".tar", *_PACKED).splits
 
 
 def list_seeds(data: DataConfig) -> Listing:
     """Reads headers and label files only, several tars at a time. Ids are `<tar stem>/<key>`."""
-    place, files = check(data)
+    listed = check(data)
+    place, files = listed.folder, listed.names
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda name: _scan(data, place, name), files))
     if damaged := [shard for shard in found if isinstance(shard, str)]:
         raise SeedDataError(f"data.path: {len(damaged)} of {len(files)} tar files cannot be listed: "
                             f"{'; '.join(damaged[:5])}; copy them again, or leave them out")
     shards = [shard for shard in found if not isinstance(shard, str)]
+    skipped = Skipped()
+    skipped.add(listed.others)
+    for name, shard in zip(files, shards, strict=True):
+        skipped.add(f"{name}/{member}" for member in shard.skipped)
     stems = [posixpath.basename(name).removesuffix(".tar") for name in files]
     if len(set(stems)) < len(stems):
         stems = [name.removesuffix(".tar") for name in files]
     ids, repeated = unique_ids(pa.array([f"{stem}/{key}" for stem, shard in zip(stems, shards, strict=True)
                                          for key in shard.keys.to_pylist()], pa.string()))
-    labels, classes = encode_labels(parsed_labels([text for shard in shards for text in shard.labels], data), data)
+    encoded = encode_labels(parsed_labels([text for shard in shards for text in shard.labels], data), data)
+    labels, classes = encoded.codes, encoded.keys
     faults = np.concatenate([shard.faults for shard in shards])
     faults[(faults == 0) & (labels < 0)] = fault_code(Reason.BAD_LABEL)
     faults[repeated & (faults != fault_code(Reason.UNSAFE_PATH))] = fault_code(Reason.DUPLICATE_ID)
@@ -104,14 +137,17 @@ def list_seeds(data: DataConfig) -> Listing:
     return Listing(ids, labels, faults, classes, classes, files, number,
                    pa.concat_arrays([shard.names for shard in shards]),
                    np.concatenate([shard.blocks for shard in shards]),
-                   np.concatenate([shard.sizes for shard in shards]))
+                   np.concatenate([shard.sizes for shard in shards]), encoded.named, skipped)
 
 
 def _scan(data: DataConfig, place: Place, name: str) -> _Shard | str:
     """The samples of one tar, or a text that names it and says what is wrong."""
     try:
         with blaming("data.path", name, place), place.at(name).open() as file:
-            samples = [sample for sample in _samples(file, data.label_column) if sample.is_seed()]
+            skipped: list[str] = []
+            everything = [*_samples(file, data.label_column, skipped)]
+            samples = [one for sample in everything if sample.is_seed() for one in (sample, *sample.collisions())]
+            skipped += [name for sample in everything for name in sample.unused()]
     except DamagedTar as error:
         return f"'{name}' {error}"
     images = [sample.image if sample.image and not sample.fault() else None for sample in samples]
@@ -119,16 +155,19 @@ def _scan(data: DataConfig, place: Place, name: str) -> _Shard | str:
                   np.fromiter((fault_code(sample.fault()) for sample in samples), np.int8),
                   pa.array([sample.image.name if sample.image else "" for sample in samples], pa.string()),
                   np.fromiter((image.block if image else -1 for image in images), np.int32),
-                  np.fromiter((image.size if image else -1 for image in images), np.int32))
+                  np.fromiter((image.size if image else -1 for image in images), np.int32), skipped)
 
 
-def _samples(file: IO[bytes], label_field: str) -> Iterator[_Sample]:
-    """Runs of members with one key. A key that comes back, or repeats a suffix, starts another sample."""
+def _samples(file: IO[bytes], label_field: str, skipped: list[str]) -> Iterator[_Sample]:
+    """Runs of members with one key. A key that comes back, or repeats a suffix, starts another sample. Files without a
+    key go to `skipped`."""
     sample: _Sample | None = None
     for member in members(file):
         folder, _, base = re.sub(r"^(\./+)+", "", member.name).rpartition("/")
         stem, dot, suffix = base.partition(".")
         if not stem or not dot or member.name.endswith("/"):  # folders, hidden files, files without a suffix
+            if stem and not dot and member.is_file:
+                skipped.append(member.name)
             continue
         key, suffix = f"{folder}/{stem}" if folder or member.name.startswith("/") else stem, suffix.lower()
         if sample is None or sample.key != key or suffix in sample.suffixes:
@@ -137,9 +176,15 @@ def _samples(file: IO[bytes], label_field: str) -> Iterator[_Sample]:
             sample = _Sample(key)
         sample.suffixes.add(suffix)
         sample.unsafe |= _leaves(member.name)
-        exact = f".{suffix}" in EXTENSIONS
-        if (exact and not sample.exact) or (sample.image is None and f".{suffix}".endswith(EXTENSIONS)):
-            sample.image, sample.exact = member, exact
+        part, _, last = suffix.rpartition(".")
+        kind = "image" if f".{last}" in EXTENSIONS else last
+        if part and kind in ("image", "cls", "json"):
+            sample.compound.setdefault(part, set()).add(kind)
+        rank = 2 * (f".{last}" in COMMON) + (not part) + 1 if kind == "image" else 0
+        if rank:
+            sample.images.append((part, member.name))
+        if rank > sample.rank:
+            sample.image, sample.rank, sample.image_part = member, rank, part
         elif suffix == "cls" or (suffix == "json" and "cls" not in sample.suffixes):
             sample.label = _label(file, member, suffix, label_field)
     if sample is not None:

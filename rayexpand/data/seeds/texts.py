@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from rayexpand.contract.errors import SeedDataError, few
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.data.seeds import manifest, parquet
-from rayexpand.data.seeds.listing import is_text
+from rayexpand.data.seeds.labels import is_text
 from rayexpand.data.seeds.places import blaming
 from rayexpand.data.seeds.source import DataConfig
 
@@ -23,7 +23,7 @@ def text_problem(data: DataConfig, column: str) -> str:
         return (f"data.source '{data.source}' has no columns; use source parquet or manifest, or give texts in a file "
                 "by seed id")
     try:
-        schema = parquet.check(data)[2] if data.source == "parquet" else manifest.schema(data)
+        schema = parquet.check(data)[1] if data.source == "parquet" else manifest.schema(data)
     except SeedDataError:
         return ""  # said by the check of `data` itself
     if column not in schema.names:

@@ -19,11 +19,11 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
+from rayexpand.artifacts.columns import CAPTIONS, CLASS_FEATURES, IMAGE_FEATURES, columns_problem
 from rayexpand.contract.errors import ModelError
 from rayexpand.contract.prompts import CLASS_WORDS, placeholders
 from rayexpand.contract.schema import ClassTable
 from rayexpand.contract.settings import Section, mistakes
-from rayexpand.data.captions_features import CAPTIONS, CLASS_FEATURES, IMAGE_FEATURES, columns_problem
 from rayexpand.diffusion.sampling import Solver
 from rayexpand.fitting.adapter.latents import LatentsConfig, Views
 from rayexpand.fitting.adapter.recipe import FinetuneConfig, make_finetune

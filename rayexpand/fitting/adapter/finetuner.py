@@ -28,7 +28,7 @@ from rayexpand.contract.errors import ConfigError, ModelError, RayexpandError
 from rayexpand.fitting.adapter.denoiser import Denoiser, add_lora, init_token_id, insert_rows
 from rayexpand.fitting.adapter.objective import Reduce, all_reduce, l_simple, min_snr, mmd, noised
 from rayexpand.fitting.adapter.recipe import PRESETS, FinetuneConfig, make_finetune
-from rayexpand.fitting.adapter.visit import TrainingDraw, draw_visit
+from rayexpand.fitting.adapter.training_draw import TrainingDraw, draw_visit
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

@@ -19,13 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayexpand.artifacts.columns import columns_hash
 from rayexpand.artifacts.store import artifact_digest, publish, read_facts
 from rayexpand.contract.protocols import Progress
-from rayexpand.contract.schema import SeedIndex
-from rayexpand.data.captions_features import columns_hash
+from rayexpand.contract.schema import ClassTable, SeedIndex
 from rayexpand.data.seeds import DataConfig
-from rayexpand.fitting.adapter.config import AdapterFit
-from rayexpand.fitting.adapter.feed import Sources
+from rayexpand.fitting.adapter.config import AdapterFit, adapter_problems, word_problems
 from rayexpand.fitting.adapter.latents import VERSION as LATENTS_VERSION
 from rayexpand.fitting.adapter.latents import (
     LatentMaker,
@@ -37,7 +36,9 @@ from rayexpand.fitting.adapter.latents import (
     spans,
     write_part,
 )
+from rayexpand.fitting.adapter.loader import Sources
 from rayexpand.fitting.adapter.train import TRAINING, Base, TuneJob, train_here
+from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
 from rayexpand.models.prior import check_size, inspect_prior, load_prior, prior_hash
 from rayexpand.runs.config import RuntimeConfig
 
@@ -196,3 +197,29 @@ def open_maker(task: LatentTask, index: SeedIndex) -> LatentMaker:
 
 
 TUNE_HERE = TuneEngine(parts_here, train_here)
+
+
+class AdapterMaker(Maker):
+    kind = "adapter"
+    text = "fine-tune the generator"
+    section = AdapterFit
+
+    def make(self, section: AdapterFit, config: FitBase, world: World) -> Path:
+        data = Data(config.data, world.index, data_facts(config, world.index))
+        return fit_adapter(section, data, out=config.out, weights=config.prior.weights, seed=config.seed,
+                           device=config.device, runtime=config.runtime, here=world.made, progress=world.progress,
+                           engine=world.engine.tuning)
+
+    def problems(self, section: AdapterFit, config: FitBase, *, on_ray: bool) -> list[str]:
+        named = [name for name, one in config.fit if one is not None]
+        weights = None if "pretrain" in named else config.prior.weights
+        return adapter_problems(section, weights, config.device, named, on_ray=on_ray)
+
+    def class_problems(self, section: AdapterFit, classes: ClassTable) -> list[str]:
+        return word_problems(section, classes)
+
+    def is_here(self, section: AdapterFit) -> bool:
+        return not section.workers
+
+    def role(self, section: AdapterFit) -> str:
+        return "generator" if section.finetune.strategy == "full" else "adapter"

@@ -20,14 +20,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayexpand.artifacts.columns import feature_facts
 from rayexpand.contract.errors import Interrupted, ModelError
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import ClassTable
-from rayexpand.data.captions_features import feature_facts
 from rayexpand.fitting.adapter.config import AdapterFit
-from rayexpand.fitting.adapter.feed import LatentLoader, LatentRows, Sources
+from rayexpand.fitting.adapter.loader import LatentLoader, LatentRows, Sources
 from rayexpand.fitting.adapter.recipe import TARGETS
-from rayexpand.fitting.adapter.sheet import draw_sheet
+from rayexpand.fitting.adapter.sample_grid import draw_sheet
 from rayexpand.models.folders import quiet_libraries
 from rayexpand.models.prior import load_prior
 
@@ -276,7 +276,7 @@ def thinned(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def write_trained(tuning: Tuning, folder: Path) -> None:
     """The adapter, or for strategy full a complete pipeline."""
-    from rayexpand.models.adapters import AdapterFacts, write_adapter
+    from rayexpand.artifacts.adapter import AdapterFacts, write_adapter
 
     job, prior, tuner = tuning.job, tuning.prior, tuning.tuner
     recipe = job.made.finetune

@@ -96,8 +96,6 @@ def texts() -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(caption.format(name) for caption in CAPTIONS) for name in CLASS_NAMES)
 
 
-
-
 def cache_name(recipe: DigitsRecipe = RECIPE) -> str:
     """`digits-` and eight hex digits over recipe, captions and the library versions that shape the training."""
     stack = {name: version(name).split("+")[0].split(".")[:2] for name in ("torch", "diffusers", "open_clip_torch")}

@@ -152,7 +152,8 @@ def study_with(base: Mapping[str, Any], config: SweepConfig, values: Mapping[str
             "training": {**(raw.get("training") or {}), "workers": 0}}
     raw.pop("baseline", None)
     raw.pop("validation", None)  # they are the test images of a trial
-    raw.pop("also", None)  # nothing is chosen by them
+    for name in ("extra_tests", "also"):
+        raw.pop(name, None)  # nothing is chosen by them
     study = parse_study(raw)
     arm = next(one for one in study.arms if one.name == config.arm).model_copy(update={"control": False})
     return study.model_copy(update={"arms": [arm], "expansions": {
@@ -167,7 +168,7 @@ def identity(study: StudyConfig) -> dict[str, Any]:
              "recipe": make_recipe({**study.recipe, **arm.recipe}).model_dump(mode="json"),
              **study.model_dump(mode="json", include={"subset", "seeds", "resample"}),
              "data": data, "test": by_content(study.test),
-             "order": [study.training.shuffle_rows, study.training.lanes]}
+             "order": [study.training.shuffle_rows, study.training.streams]}
     if arm.use is not None:
         one = study.expansions[arm.use]
         found["expansion"] = one.run if one.run is not None else semantic(pilot_run(one, data))

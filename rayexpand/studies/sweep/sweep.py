@@ -58,10 +58,6 @@ from rayexpand.studies.sweep.space import Dimension
 FOLDERS = ("ids", "suggestions", "pilots", "studies", "trials", ".tmp")
 
 
-
-
-
-
 @dataclass(frozen=True)
 class Sweep:
     config: SweepConfig
@@ -82,10 +78,6 @@ class Candidate:
     @property
     def key(self) -> str:
         return self.digest[:8]
-
-
-
-
 
 
 def open_sweep(config: SweepConfig, on_model: Callable[[str, int, int], None] | None = None) -> Sweep:
@@ -173,34 +165,10 @@ def write_best(sweep: Sweep, best: Mapping[str, Any]) -> None:
         sweep.files.replace(f"{name}.yaml", text.encode())
 
 
-
-
-
-
-
-
-
-
-
-
-
-
 def _models(study: StudyConfig, on_model: Callable[[str, int, int], None] | None) -> dict[str, dict[str, str]]:
     """Content hashes of the models of the tuned arm's expansion."""
     return {name: runs.model_hashes(pilot_run(one, by_content(study.data)), on_model, fitted=one.fit is not None)
             for name, one in study.expansions.items() if one.run is None}
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def _fixed(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,15 +178,5 @@ def _fixed(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------------
-
-
-
-
-
-
-
-
-
-
 
 

@@ -22,14 +22,13 @@ from typing import Any
 
 import filelock
 
-from rayexpand.contract.protocols import Tools
 from rayexpand.contract.settings import digest
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.subsets import ids_file, ids_hash
-from rayexpand.runs import run as runs
 from rayexpand.runs.config import RunConfig, semantic
+from rayexpand.runs.driving import Here
 from rayexpand.storage.files import Files
-from rayexpand.studies.expansions import models_key, pending_runs, shared_tools
+from rayexpand.studies.expansions import pending_runs
 from rayexpand.studies.parts import Study, Trial, read_result
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.sweep.sweep import Candidate, Sweep, read_test
@@ -178,20 +177,13 @@ def _with_pilots(sweep: Sweep, study: Study) -> Study:
 
 def _expand(study: Study) -> tuple[int, float]:
     """Makes what is pending of the pilots; returns rows made here and seconds."""
-    begun, rows, loaded = time.perf_counter(), 0, dict[str, Tools]()
+    begun, rows, drive = time.perf_counter(), 0, Here()
     pilots = {one.folder: (key, one) for key, one in study.expansions.items() if isinstance(one, RunConfig)}
     for key, pilot in pilots.values():
         with _alone(pilot):  # of the trials of this machine, one makes a pilot while the others wait for it
             for run in pending_runs(replace(study, expansions={key: pilot})):
                 before = run.totals()
-                expander = runs.start(run, shared_tools(run, loaded))
-                try:
-                    after = runs.drive(run, runs.in_process(expander), lambda run=run: runs.pending_jobs(run))  # type: ignore[misc]
-                finally:
-                    expander.close()
-                rows += before.pending - after.pending
-                if expander.tools is not None:
-                    loaded[models_key(run)] = expander.tools
+                rows += before.pending - drive(run, lambda *_: None).pending
     return rows, time.perf_counter() - begun
 
 

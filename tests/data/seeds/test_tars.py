@@ -71,6 +71,38 @@ def test_duplicate_says_that_files_of_a_sample_lie_together(tmp_path: Path) -> N
     assert "must lie together" in fault.detail
 
 
+@pytest.mark.parametrize("label", ["cls", "json"])
+def test_keys_with_a_dot_collide_and_every_one_is_a_refused_row(tmp_path: Path, label: str) -> None:
+    text = {"cls": b"0", "json": b'{"label": 0}'}[label]
+    names = [f"bmw_{i:03d}" for i in range(5)] + [f"audi_1.8t_{i:03d}" for i in range(4)]
+    write_tar(tmp_path / "a.tar", [member for i, name in enumerate(names) for member in (
+        (f"{name}.jpg", encoded(photo(i), "JPEG")), (f"{name}.{label}", text))])
+    data = tars(tmp_path)
+    found = reasons(index := build_index(data), data)
+    assert found == {f"a/bmw_{i:03d}": "" for i in range(5)} | {"a/audi_1": "bad_label"} | {
+        f"a/audi_1.8t_{i:03d}": "duplicate_id" for i in (1, 2, 3)}
+    assert index.classes.count == (5,)
+    fault = SeedReader(index, data).read([6])[0]
+    assert isinstance(fault, RowFault)
+    assert "first dot" in fault.detail
+
+
+def test_colliding_samples_beside_a_sound_one(tmp_path: Path) -> None:
+    one, two = encoded(photo(0)), encoded(photo(1))
+    write_tar(tmp_path / "a.tar", [("d/x.png", one), ("d/x.cls", b"0"), ("d/x.1.png", two), ("d/x.1.cls", b"1")])
+    data = tars(tmp_path)
+    assert reasons(build_index(data), data) == {"a/d/x": "", "a/d/x.1": "duplicate_id"}
+
+
+def test_further_files_of_one_sample_are_no_collisions(tmp_path: Path) -> None:
+    good = encoded(photo())
+    write_tar(tmp_path / "a.tar", [
+        ("a.left.png", good), ("a.right.png", good), ("a.cls", b"0"), ("b.png", good), ("b.seg.png", good),
+        ("b.seg.json", b"{}"), ("b.json", b'{"label": 0}'), ("c.v1.png", good), ("c.v1.json", b"{}"), ("c.cls", b"0")])
+    data = tars(tmp_path)
+    assert reasons(build_index(data), data) == {"a/a": "", "a/b": "", "a/c": ""}
+
+
 @pytest.mark.parametrize(("labels", "keys", "want"), [
     (["2", "0", "1", "oops"], ("0", "1", "2"), [2, 0, 1, 0]),  # one damaged label does not make names of numbers
     (["dog", "cat", "cat"], ("cat", "dog"), [1, 0, 0])])

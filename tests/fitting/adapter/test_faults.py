@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from rayexpand.artifacts.adapter import adapter_fits
+from rayexpand.artifacts.columns import write_captions, write_image_features
 from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import ConfigError, Interrupted, ModelError, UsageError
-from rayexpand.data.captions_features import write_captions, write_image_features
 from rayexpand.fitting.adapter import fit as artifact
 from rayexpand.fitting.adapter import latents
 from rayexpand.fitting.adapter import train as finetune_run
@@ -23,10 +24,9 @@ from rayexpand.fitting.config import parse_fit, preflight
 from rayexpand.methods.lecf import Lecf
 from rayexpand.models.prior import load_prior
 from rayexpand.runs import run as runs
-from rayexpand.runs.inputs import adapter_fits
 from rayexpand.storage.checkpoints import Checkpoints
 from tests.conftest import MakeConfig
-from tests.fitting.adapter.test_train import KEYS, PLAIN, SHEET, SHORT, feed_of, fit, prior, raw  # noqa: F401  (fixtures)
+from tests.fitting.adapter.test_train import KEYS, PLAIN, SHEET, SHORT, feed_of, fit
 
 torch.set_num_threads(1)
 IDS = [f"{key}/{i}.png" for key in KEYS for i in range(5)]
@@ -35,7 +35,7 @@ IDS = [f"{key}/{i}.png" for key in KEYS for i in range(5)]
 # -------------------------------------------------------------------------------------------------- checkpoints, sheets
 
 
-def test_a_sheet_that_fails_costs_no_checkpoint(raw: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+def test_a_sheet_that_fails_costs_no_checkpoint(raw: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,
                                                 caplog: pytest.LogCaptureFixture) -> None:
     seen = list[int]()
 
@@ -54,7 +54,7 @@ def test_a_sheet_that_fails_costs_no_checkpoint(raw: Callable[..., Any], monkeyp
     assert "no picture of step 2 could be drawn (OutOfMemoryError: no memory left)" in caplog.text
 
 
-def test_the_models_of_a_fine_tuning_and_of_its_sheet(raw: Callable[..., Any],  # noqa: F811
+def test_the_models_of_a_fine_tuning_and_of_its_sheet(raw: Callable[..., Any],
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights come in float32, and the Finetuner casts; the autoencoder of a sheet computes in float32."""
     loaded, decoded = [], []
@@ -71,7 +71,7 @@ def test_the_models_of_a_fine_tuning_and_of_its_sheet(raw: Callable[..., Any],  
     assert decoded == [torch.float32]
 
 
-def test_a_scheduler_that_ends_in_noise_draws_no_sheet(raw: Callable[..., Any], prior: Path,  # noqa: F811
+def test_a_scheduler_that_ends_in_noise_draws_no_sheet(raw: Callable[..., Any], prior: Path,
                                                        tmp_path: Path) -> None:
     base = Path(shutil.copytree(prior, tmp_path / "base"))
     file = base / "scheduler/scheduler_config.json"
@@ -89,7 +89,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     assert sorted(one.name for one in tmp_path.iterdir()) == [".other.partial-0a0a0a0a", "finetune.safetensors"]
 
 
-def test_latents_survive_a_kill_before_they_are_published(raw: Callable[..., Any], tmp_path: Path,  # noqa: F811
+def test_latents_survive_a_kill_before_they_are_published(raw: Callable[..., Any], tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     config, made = raw({**SHORT, "strategy": "ti", "steps": 1}), list[int]()
 
@@ -108,7 +108,7 @@ def test_latents_survive_a_kill_before_they_are_published(raw: Callable[..., Any
     assert made == [0, 8, 16]
 
 
-def test_weights_that_are_not_finite_are_no_generator(prior: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_weights_that_are_not_finite_are_no_generator(prior: Path, tmp_path: Path) -> None:
     model = load_prior(str(prior), device="cpu")
     model.text_encoder.get_input_embeddings().weight.data[3, 1] = float("nan")
     with pytest.raises(ModelError, match="not finite: training diverged"):
@@ -127,7 +127,7 @@ def test_only_fp16_leaves_steps_out(precision: str, norm: float, shown: float) -
 # ---------------------------------------------------------------------------------------------------------------- feed
 
 
-def test_a_class_without_an_image_to_learn_from_is_named(tmp_path: Path, raw: Callable[..., Any],  # noqa: F811
+def test_a_class_without_an_image_to_learn_from_is_named(tmp_path: Path, raw: Callable[..., Any],
                                                          image_folder: Path) -> None:
     said = {"db": "{name}, {caption}", "ti": "a {token} {caption}"}
     for strategy, prompt in said.items():
@@ -141,7 +141,7 @@ def test_a_class_without_an_image_to_learn_from_is_named(tmp_path: Path, raw: Ca
         fit(config)
 
 
-def test_blank_captions_are_counted(tmp_path: Path, raw: Callable[..., Any]) -> None:  # noqa: F811
+def test_blank_captions_are_counted(tmp_path: Path, raw: Callable[..., Any]) -> None:
     write_captions(tmp_path, IDS, ["", *["text"] * 18, " "])
     folder = fit(raw({**PLAIN, "steps": 1, "prompt": "{name}, {caption}"}, captions=str(tmp_path)))
     assert [read_facts(folder)[name] for name in ("images", "refused", "blank_captions")] == [18, 0, 2]
@@ -158,7 +158,7 @@ def test_images_without_features_are_known_before_the_first_step(tmp_path: Path)
         feed_of(tmp_path / "l", (2, 2), captions, tmp_path, **recipe)
 
 
-def test_a_home_folder_is_one_place_for_every_check(raw: Callable[..., Any], tmp_path: Path,  # noqa: F811
+def test_a_home_folder_is_one_place_for_every_check(raw: Callable[..., Any], tmp_path: Path,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "texts").mkdir()

@@ -24,7 +24,7 @@ from rayexpand.contract.rng import generator, row_key
 from rayexpand.fitting.adapter.denoiser import ClassEmbedding, add_lora, init_token_id, insert_rows
 from rayexpand.fitting.adapter.finetuner import Finetuner, LatentBatch
 from rayexpand.fitting.adapter.recipe import PRESETS, FinetuneConfig, make_finetune
-from rayexpand.fitting.adapter.visit import draw_visit
+from rayexpand.fitting.adapter.training_draw import draw_visit
 from rayexpand.models.tiny import digits
 from tests.fitting.adapter.ranks import run_processes
 

@@ -27,7 +27,7 @@ from rayexpand.data.seeds import DataConfig, build_index, digits_split
 from rayexpand.fitting import fit as fits
 from rayexpand.fitting.adapter import train as finetune_run
 from rayexpand.fitting.config import parse_fit
-from rayexpand.loader.feed import Loader
+from rayexpand.loader.loader import Loader
 from rayexpand.loader.training_set import TrainingSet
 from rayexpand.runs.config import parse
 from tests.conftest import complete

@@ -18,12 +18,12 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
+from rayexpand.artifacts.columns import write_captions, write_class_features, write_image_features
 from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import ConfigError, Interrupted, ModelError, RayexpandError, UsageError
 from rayexpand.contract.rng import RowRng, generator, row_key
 from rayexpand.contract.schema import ClassTable, SeedIndex
 from rayexpand.data import pixels, seeds
-from rayexpand.data.captions_features import write_captions, write_class_features, write_image_features
 from rayexpand.data.seeds import DataConfig
 from rayexpand.diffusion.sampling import to_tensor
 from rayexpand.fitting import fit as fits
@@ -31,38 +31,21 @@ from rayexpand.fitting.adapter import fit as artifact
 from rayexpand.fitting.adapter import latents
 from rayexpand.fitting.adapter import train as finetune_run
 from rayexpand.fitting.adapter.config import SheetConfig
-from rayexpand.fitting.adapter.feed import LatentLoader, Sources
 from rayexpand.fitting.adapter.finetuner import Finetuner
 from rayexpand.fitting.adapter.fit import TUNE_HERE, Data
 from rayexpand.fitting.adapter.latents import Latents, Views
+from rayexpand.fitting.adapter.loader import LatentLoader, Sources
 from rayexpand.fitting.adapter.recipe import FinetuneConfig, make_finetune
-from rayexpand.fitting.adapter.sheet import draw_sheet
-from rayexpand.fitting.artifacts import data_facts
+from rayexpand.fitting.adapter.sample_grid import draw_sheet
 from rayexpand.fitting.config import parse_fit
+from rayexpand.fitting.maker import data_facts
 from rayexpand.models.prior import load_prior, prior_hash
 from tests.commands import rayexpand
-from tests.tiny import tiny_pipeline
 
 torch.set_num_threads(1)
 KEYS = ("ant", "bee", "cat", "dog")
 SHORT = {"steps": 5, "batch": 4, "lr": 1e-2, "token_lr": 1e-2, "init_token": "digit", "prompt": "a {token} shape"}
 PLAIN = {**SHORT, "strategy": "db", "rank": 2, "prompt": "a {name}"}
-
-
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
-
-
-@pytest.fixture
-def raw(image_folder: Path, tmp_path: Path, prior: Path) -> Callable[..., dict[str, Any]]:
-    def make(recipe: dict[str, Any], **fields: Any) -> dict[str, Any]:
-        adapter = {"recipe": recipe, "checkpoint_every": 2, "log_every": 2, "sheet": None, "tensorboard": False,
-                   "latents": {"dtype": "float32"}, **fields}
-        return {"name": "ants", "out": str(tmp_path / "artifacts"), "prior": {"weights": str(prior)}, "device": "cpu",
-                "data": {"source": "imagefolder", "path": str(image_folder)}, "fit": {"adapter": adapter}}
-
-    return make
 
 
 def fit(raw: dict[str, Any]) -> Path:

@@ -91,7 +91,9 @@ def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path):
         digits.ensure(None, tmp_path / "file/cache", SHORT)
 
 
-def test_training_is_repeatable_and_leaves_global_state_alone(tmp_path):
+def test_training_is_repeatable_and_leaves_global_state_alone(tmp_path, monkeypatch):
+    few = {part: (x_nHWC[:64], labels[:64]) for part, (x_nHWC, labels) in digits_split().items()}
+    monkeypatch.setattr(digits, "digits_split", lambda split: few)
     before, threads, calls = torch.get_rng_state(), torch.get_num_threads(), []
     first = digits.ensure(lambda *call: calls.append(call), tmp_path / "a", SHORT)
     assert torch.equal(torch.get_rng_state(), before)
@@ -147,10 +149,8 @@ def asking(root: Path, seconds: float) -> multiprocessing.Process:
     return child
 
 
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition) -> None:
     while not condition():
-        assert time.monotonic() < end
         time.sleep(0.02)
 
 
@@ -163,7 +163,7 @@ def test_of_three_processes_one_trains_and_after_a_kill_another_does(tmp_path):
     assert len((tmp_path / "trainers").read_text().split()) == 1  # the others wait
     killed.kill()
     for other in others:
-        other.join(60)
+        other.join()
     said = [(tmp_path / f"said-{other.pid}").read_text() for other in others]
     assert [other.exitcode for other in others] == [0, 0], said
     assert any("waiting for another process" in text for text in said)

@@ -1,0 +1,38 @@
+"""Every use case as a plain function: what the command line calls, and what a notebook calls.
+
+A job is the path of a YAML file, a mapping with the same content, or a configuration object. `set` overrides dotted
+fields; `machine` names a YAML file, or is a mapping, of the sections that say where and how fast. `ray` is False (this
+machine), True (the cluster of `cluster.address` or RAY_ADDRESS, else one of its own), or an address.
+
+`on(event)` hears how far the work is. Ctrl-C, or any exception it raises, cancels after the current call; what is
+committed stays, and the same call continues. Nothing here prints, exits, redirects stdout, installs signal handlers or
+changes the folder. Errors are RayexpandError with `.exit_code`.
+"""
+
+from rayexpand.api.files import first_file, job_files, job_text, schema, write_new
+from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, open
+from rayexpand.api.results import Artifact, Checked, ClusterJob, Event, Planned, Scores, Selected
+from rayexpand.api.verbs import (
+    bench,
+    cluster_jobs,
+    dataset,
+    demo,
+    evaluate,
+    expand,
+    fit,
+    follow,
+    plan,
+    select,
+    stop,
+    submit,
+    sweep,
+    train,
+    validate,
+)
+from rayexpand.contract.errors import RayexpandError
+from rayexpand.methods import trust
+
+__all__ = ["Artifact", "Checked", "ClusterJob", "Event", "Planned", "RayexpandError", "RunFolder", "Scores", "Selected",
+           "StudyFolder", "SweepFolder", "bench", "cluster_jobs", "dataset", "demo", "evaluate", "expand", "first_file",
+           "fit", "follow", "job_files", "job_text", "open", "plan", "schema", "select", "stop", "submit", "sweep",
+           "train", "trust", "validate", "write_new"]

@@ -1,0 +1,140 @@
+"""Where runs are driven, artifacts fitted and trials trained: on this machine, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rayexpand.api.results import Event
+from rayexpand.contract.errors import OverBudget
+
+if TYPE_CHECKING:
+    from rayexpand.runs.config import ClusterConfig
+    from rayexpand.runs.driving import Driver
+    from rayexpand.runs.run import Run
+    from rayexpand.studies.expansions import Fit
+    from rayexpand.studies.parts import Study, Trial
+
+
+class Relay:
+    """Hands progress to `on`. What `on` raises in another thread is raised here at the next word of this one."""
+
+    def __init__(self, on: Callable[[Event], None] | None) -> None:
+        self._on, self._thread = on, threading.get_ident()
+        self._raised: BaseException | None = None
+
+    def __call__(self, task: str, done: int, total: int, facts: dict[str, int] | None = None) -> None:
+        here = threading.get_ident() == self._thread
+        if here and self._raised is not None:
+            raise self._raised
+        if self._on is None or self._raised is not None:
+            return
+        try:
+            self._on(Event(task, done, total, dict(facts or {})))
+        except BaseException as error:
+            if here:
+                raise
+            self._raised = error
+
+
+def address_override(ray: bool | str) -> list[str]:
+    return [f"cluster.address={ray}"] if isinstance(ray, str) else []
+
+
+def at(config: Any, ray: bool | str) -> Any:
+    """The configuration with the address that `ray` gives."""
+    if not isinstance(ray, str):
+        return config
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": ray})})
+
+
+@contextlib.contextmanager
+def driver(ray: bool | str, cluster: ClusterConfig, *, same_process: bool) -> Iterator[Driver]:
+    """What drives runs, with one cluster, or one set of loaded models, for all of them."""
+    if ray:
+        from rayexpand.on_ray.expand import drive_on_ray
+        from rayexpand.on_ray.pool import connected
+
+        with connected(cluster):
+            yield drive_on_ray
+        return
+    from rayexpand.runs.driving import Child, Here
+
+    if same_process:
+        yield Here()
+        return
+    with Child() as child:
+        yield child
+
+
+def fit_with(ray: bool | str, *, on_workers: bool = False) -> Fit:
+    """What makes artifacts. `on_workers`: what trains in one process does so on a worker of the cluster, too."""
+    if ray:
+        from rayexpand.on_ray.fit import fit as fit_on_ray
+
+        return partial(fit_on_ray, on_workers=on_workers)
+    from rayexpand.fitting.fit import fit
+
+    return fit
+
+
+def drive_run(run: Run, progress: Relay, *, ray: bool | str, same_process: bool, retry: bool = False,
+              ) -> dict[str, float]:
+    """Drives a run to its end, and writes page and card whatever the end; rows made, seconds and images/s of
+    this call."""
+    from rayexpand.reports.card import write_card
+    from rayexpand.reports.run import write_report
+    from rayexpand.runs.driving import jobs_of
+    from rayexpand.runs.run import check_budget, tally_of
+
+    started, before = time.perf_counter(), run.totals()
+    folder = str(run.folder)
+    try:
+        if jobs_of(run, retry=retry)():
+            with driver(ray, run.config.cluster, same_process=same_process) as drive:
+                drive(run, progress, retry=retry)
+        else:
+            check_budget(run, tally_of(run))
+    except OverBudget:
+        write_card(folder)
+        write_report(folder)
+        raise
+    after, seconds = run.totals(), time.perf_counter() - started
+    made = after.kept + after.rejected + after.failed - before.kept - before.rejected - before.failed
+    write_card(folder)
+    write_report(folder)
+    return {"made": made, "seconds": round(seconds, 3), "images_per_second": round(made / seconds, 3)}
+
+
+def train_trials(study: Study, trials: Sequence[Trial], progress: Relay, *, ray: bool | str) -> list[str]:
+    """Trains the trials without a result; one line for each that failed."""
+    from rayexpand.studies.trial import check_recipes, run_trials
+    from rayexpand.studies.trials import pending_trials
+
+    todo = pending_trials(study, trials)
+    done = len(trials) - len(todo)
+    if not todo:
+        return []
+    check_recipes(todo, len(study.subsets[study.config.seeds[0]][1].classes))
+
+    def heard(trial: Trial) -> None:
+        nonlocal done
+        done += 1
+        show(trial)
+
+    def show(trial: Trial) -> None:
+        progress(f"training {study.config.name}", done, len(trials))
+
+    if ray:
+        from rayexpand.on_ray.train import train_study
+
+        return train_study(study, todo, on_done=heard)
+    failed = []
+    for trial, problem in run_trials(study.files, todo, study.config.training, show):
+        failed += [f"{trial.name}: {problem}"] if problem else []
+        heard(trial)
+    return failed

@@ -1,0 +1,210 @@
+"""Folders of runs, studies and sweeps, opened: what they hold, and what can be done with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rayexpand.api.driving import Relay, address_override, drive_run
+from rayexpand.api.files import Set, as_overrides
+from rayexpand.api.results import Event, Result, Table, text
+from rayexpand.contract.errors import OverBudget
+
+if TYPE_CHECKING:
+    from rayexpand.runs.run import Run
+    from rayexpand.runs.store import Totals
+
+
+@dataclass(frozen=True)
+class RunFolder(Result):
+    """A run. `last` says what the call that returned it did: seconds, images_per_second."""
+
+    folder: str
+    last: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**_counts(self._run().totals()), **self.last, "run": self.folder}
+
+    def table(self) -> Table:
+        return (f"run {Path(self.folder).name}", ""), [
+            (name.replace("_", " "), text(value)) for name, value in self.to_dict().items()]
+
+    def status(self) -> Any:
+        """How far it is, also while it runs; see runs.status.RunStatus."""
+        from rayexpand.runs.status import read_status
+
+        return read_status(self.folder)
+
+    def verify(self, pixels: bool = False) -> Any:
+        """Checks every file against the plan, with `pixels` every image too; see runs.verify.Findings."""
+        from rayexpand.runs.verify import verify
+
+        return verify(self._run(), pixels=pixels)
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """The kept samples in planned order: `image` (PIL), `label`, `class_name`, and every column of its draw."""
+        import io
+
+        from PIL import Image
+
+        run = self._run()
+        names = run.plan.index.classes.display
+        for receipt in sorted(run.store.receipts(), key=lambda one: (one.shard_id, one.generation)):
+            for row in run.store.data(receipt).to_pylist() if receipt.kept else ():
+                yield {**row, "image": Image.open(io.BytesIO(row["image"]["bytes"])), "class_name": names[row["label"]]}
+
+    def retry(self, *, set: Set = (), ray: bool | str = False, on: Callable[[Event], None] | None = None,
+              same_process: bool = False) -> RunFolder:
+        """Makes once more what failed. Raises OverBudget where too much fails again."""
+        from rayexpand.runs.run import open_run
+
+        overrides = [*as_overrides(set), *address_override(ray)]
+        return drive_to_end(open_run(self.folder, overrides, check_models=True), on, ray=ray,
+                            same_process=same_process, retry=True)
+
+    def regen(self, sample_id: str) -> dict[str, Any]:
+        """Makes one sample again, alone: `image` (encoded bytes), `sample_sha256`, `committed_sha256`, `equal`, ..."""
+        from rayexpand.runs import run as runs
+
+        run = runs.open_run(self.folder, check_models=True)
+        expander = runs.expander_of(run, attempt=0)
+        try:
+            sample = expander.regenerate(sample_id)
+        finally:
+            expander.close()
+        committed = runs.committed_hash(run, sample_id)
+        return {"sample_id": sample_id, "status": sample.status.value, "reason": sample.reason and sample.reason.value,
+                "detail": sample.detail, "sample_sha256": sample.sample_sha256, "committed_sha256": committed,
+                "equal": committed == sample.sample_sha256 if committed else None, "image": sample.image}
+
+    def export(self, out: str | os.PathLike[str], layout: Literal["webdataset", "huggingface", "imagefolder"] =
+               "webdataset", *, shard_images: int = 1000, selection: str | None = None,
+               on: Callable[[Event], None] | None = None) -> Any:
+        """Copies the kept samples into a new folder; see runs.export.Exported."""
+        from rayexpand.runs.export import export
+
+        return export(self.folder, os.fspath(out), layout, shard_images=shard_images, selection=selection,
+                      on_rows=Relay(on))
+
+    def report(self, strips: int = 0) -> str:
+        """Writes the page and returns where. `strips`: of a guided run, so many samples beside plain ones."""
+        from rayexpand.reports.guided import look
+        from rayexpand.reports.run import write_report
+
+        return str(write_report(self.folder, look=look(self.folder, strips) if strips else None))
+
+    def card(self, license_id: str | None = None) -> str:
+        """Writes the dataset card and returns where."""
+        from rayexpand.reports.card import write_card
+
+        return str(write_card(self.folder, license_id=license_id))
+
+    def _run(self) -> Run:
+        from rayexpand.runs.run import open_run
+
+        return open_run(self.folder)
+
+
+@dataclass(frozen=True)
+class StudyFolder(Result):
+    """A study. `failed`: one line for each trial that the call could not train."""
+
+    folder: str
+    failed: tuple[str, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """Every number of the page."""
+        from rayexpand.studies.summary import summary
+
+        return summary(self.folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.summary(), "study": self.folder, "failed": list(self.failed)}
+
+    def table(self) -> Table:
+        """Arms with their accuracy, and what each is compared with the baseline and with its control."""
+        found = self.summary()
+        against = {(one["arm"], one["kind"]): "{:+.1f} [{:+.1f}, {:+.1f}]".format(
+                       *(100 * one[name] for name in ("mean", "low", "high")))
+                   for one in found["comparisons"] if one.get("mean") is not None}
+        rows: list[tuple[str, ...]] = []
+        for arm in found["arms"]:
+            top1 = arm["last"]["top1"]
+            spread = "" if top1["std"] is None else f" ± {100 * top1['std']:.1f}"
+            rows.append((arm["arm"], f"{100 * top1['mean']:.1f}{spread}", str(top1["n"]),
+                         against.get((arm["arm"], "baseline"), ""), against.get((arm["arm"], "control"), "")))
+        return ("arm", "top-1 %", "seeds", "against baseline", "against its control"), rows
+
+    def further(self) -> Table | None:
+        """The scores on further test sets, where there are any."""
+        from rayexpand.studies.summary import further_scores
+
+        return further_scores(self.summary())
+
+    def report(self) -> str:
+        """Writes the page and returns where."""
+        from rayexpand.reports.study import write_study_report
+
+        return str(write_study_report(self.folder))
+
+
+@dataclass(frozen=True)
+class SweepFolder(Result):
+    """A sweep. `failed`: one line for each trial that the call could not run."""
+
+    folder: str
+    failed: tuple[str, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """Every number of the page, which is written too, as are best.yaml and final.yaml."""
+        from rayexpand.reports.sweep import write_sweep_report
+        from rayexpand.studies.sweep.sweep import sweep_in
+
+        return write_sweep_report(sweep_in(self.folder), self.failed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.summary()
+
+    def table(self) -> Table:
+        from rayexpand.studies.sweep.search import describe
+
+        found = self.summary()
+        return ("configuration", found["metric"], "epochs", ""), [
+            (describe(one["values"]), f"{100 * one['score']:.1f}", f"{one['epochs']}/{one['of_epochs']}",
+             "best" if one["key"] == found["best"] else one["state"]) for one in found["trials"]]
+
+    def report(self) -> str:
+        """Writes the page and returns where."""
+        return str(self.summary()["report"])
+
+
+def open(folder: str | os.PathLike[str]) -> RunFolder | StudyFolder | SweepFolder:
+    """What a folder holds. Raises UsageError where it is none of these."""
+    from rayexpand.runs.store import read_facts
+    from rayexpand.storage.places import open_files
+
+    files = open_files(os.fspath(folder))
+    for name, kind in (("study.json", StudyFolder), ("sweep.json", SweepFolder)):
+        if files.read(name) is not None:
+            return kind(os.fspath(folder))
+    read_facts(files)
+    return RunFolder(os.fspath(folder))
+
+
+def drive_to_end(run: Run, on: Callable[[Event], None] | None, *, ray: bool | str, same_process: bool,
+                 retry: bool = False) -> RunFolder:
+    """Drives a run. Raises what `driving.drive_run` raises; an OverBudget carries the run."""
+    try:
+        last = drive_run(run, Relay(on), ray=ray, same_process=same_process, retry=retry)
+    except OverBudget as error:
+        error.result = RunFolder(str(run.folder))
+        raise
+    return RunFolder(str(run.folder), last)
+
+
+def _counts(totals: Totals) -> dict[str, int]:
+    return {"planned": totals.planned, "kept": totals.kept, "rejected": totals.rejected, "failed": totals.failed,
+            "pending": totals.pending, "shards": totals.shards}

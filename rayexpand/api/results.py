@@ -1,0 +1,142 @@
+"""What calls of the API return: plain data, a table, and that table in a notebook."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+@dataclass(frozen=True)
+class Event:
+    """How far a task is: `done` of `total`, and counts such as rows kept or actors alive."""
+
+    task: str
+    done: int
+    total: int
+    facts: Mapping[str, int] = field(default_factory=dict)
+
+
+class Result:
+    """What a call found: plain data, a table, and that table in a notebook."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload]
+
+    def table(self) -> Table:
+        """(titles, rows of text)."""
+        rows: list[tuple[str, ...]] = [(name.replace("_", " "), text(value)) for name, value in self.to_dict().items()]
+        return (type(self).__name__, ""), rows
+
+    def _repr_html_(self) -> str:
+        titles, rows = self.table()
+        lines = ["".join(f"<th>{html.escape(one)}</th>" for one in titles)]
+        lines += ["".join(f"<td>{html.escape(one)}</td>" for one in row) for row in rows]
+        return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+@dataclass(frozen=True)
+class Checked(Result):
+    """A file with every default filled in, what its dataset holds, and what is wrong with the world around it."""
+
+    kind: str
+    config: dict[str, Any]
+    problems: list[str]
+    dataset: dict[str, Any] | None = None  # see data.seeds.survey; None where it cannot be listed
+
+    def table(self) -> Table:
+        data = self.dataset or {}
+        rows: list[tuple[str, ...]] = [(name.replace("_", " "), said(value)) for name, value in data.items()]
+        rows += [("problem", one) for one in self.problems]
+        return (self.kind, str(self.config.get("name", ""))), rows
+
+
+@dataclass(frozen=True)
+class Planned(Result):
+    """What a run would make, and what still keeps it from starting. `estimate` is a runs.estimate.Estimate."""
+
+    estimate: Any
+    problems: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.estimate.to_json(), "problems": self.problems}
+
+    def table(self) -> Table:
+        return ("what", "estimate", "how it is known"), [
+            *self.estimate.table(), *(("not yet ready to expand", one, "") for one in self.problems)]
+
+
+@dataclass(frozen=True)
+class Artifact(Result):
+    """A folder that `fit` made, or found made, and how that was."""
+
+    folder: str
+    facts: dict[str, Any]
+    link: str = ""  # <out>/<name>-<role>, which leads to what was made last under that name
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"folder": self.folder, **self.facts}
+
+
+@dataclass(frozen=True)
+class Selected(Result):
+    """A decision beside a run."""
+
+    facts: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.facts
+
+    def table(self) -> Table:
+        found = self.facts
+        rows: list[tuple[str, ...]] = [(name, f"{found[name]:,}") for name in ("planned", "kept", "rejected", "failed")]
+        rows += [(f"dropped: {reason}", f"{count:,}") for reason, count in found["reasons"].items()]
+        rows.append(("expansion ratio", f"{found['ratio_before']:.3g} -> {found['ratio']:.3g}"))
+        if found.get("threshold") is not None:
+            rows.append(("threshold", f"{found['threshold']:.6g}"))
+        return (f"selection {found['name']}", str(found["run"])), rows
+
+
+@dataclass(frozen=True)
+class Scores(Result):
+    """How far samples are from real images."""
+
+    facts: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.facts
+
+    def table(self) -> Table:
+        found = self.facts
+        return ((f"{found['n_samples']:,} samples, {found['n_reference']:,} real", found["extractor"]["name"]),
+                [(name, f"{one['value']:.6g}") for name, one in found["scores"].items()])
+
+
+@dataclass(frozen=True)
+class ClusterJob(Result):
+    """A job on a cluster: how it ended, or stands where it was not waited for."""
+
+    submission_id: str
+    status: str
+    exit_code: int
+    message: str = ""
+    attempts: int = 1
+
+    def table(self) -> Table:
+        return ("job", ""), [(name.replace("_", " "), text(value)) for name, value in self.to_dict().items()
+                             if value != ""]
+
+
+def said(value: Any) -> str:
+    """A part of a survey in words: numbers by name, names in a row."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {said(one)}" for name, one in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else text(value)
+
+
+def text(value: Any) -> str:
+    """A value as a table shows it."""
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

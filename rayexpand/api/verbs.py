@@ -1,0 +1,231 @@
+"""One function for each verb."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rayexpand.api.driving import Relay, at, driver, fit_with, train_trials
+from rayexpand.api.files import KINDS, Job, Set, as_overrides, config_of, parsed, preflight, read_job, where_of
+from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, drive_to_end
+from rayexpand.api.results import Artifact, Checked, ClusterJob, Event, Planned, Scores, Selected
+from rayexpand.contract.errors import UsageError
+
+if TYPE_CHECKING:
+    from rayexpand.loader.dataset import SampleDataset
+
+
+def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
+    """Checks a job of any kind without loading a model. Raises ConfigError for mistakes in the file itself."""
+    from rayexpand.data import seeds
+
+    kind, raw, where = read_job(job, set, machine)
+    config, problems = parsed(kind, raw, where), preflight(kind, raw, where)
+    data = getattr(config, "data", None) or getattr(config, "reference", None)
+    listed = None
+    if data is not None and not seeds.check(data):
+        listed = seeds.survey(data)
+    return Checked(kind, config.model_dump(mode="json"), problems, listed)
+
+
+def plan(job: Job, *, set: Set = (), machine: Job | None = None) -> Planned:
+    """Images, bytes, hours and cost of a run, and what still keeps it from starting, without loading a model."""
+    from rayexpand.runs.estimate import estimate_config
+    from rayexpand.runs.run import measured
+    from rayexpand.runs.run import preflight as run_preflight
+
+    config = config_of("run", job, set, machine)
+    return Planned(estimate_config(config, measured(config)), run_preflight(config))
+
+
+def bench(job: Job, *, rows: int = 0, set: Set = (), machine: Job | None = None) -> Any:
+    """How fast a run is on this machine; see runs.bench.Bench."""
+    from rayexpand.runs.bench import bench
+
+    return bench(config_of("run", job, set, machine), rows)
+
+
+def fit(job: Job, *, set: Set = (), machine: Job | None = None, out: str | None = None, ray: bool | str = False,
+        on: Callable[[Event], None] | None = None) -> dict[str, Artifact]:
+    """Makes what methods need of a dataset, by what it is for: of a fit file, or what the method of a run needs. What
+    is there already is found, not made again."""
+    from rayexpand.artifacts.store import read_facts
+    from rayexpand.fitting import config as fits
+    from rayexpand.fitting.maker import ARTIFACTS
+
+    kind, raw, where = read_job(job, set, machine)
+    if kind == "run":
+        run = parsed("run", raw, where)
+        fits.refuse_untold_adapter(run, where)
+        config = fits.fit_config(run, out=out or ARTIFACTS)
+        if config is None:
+            raise UsageError(f"{where}: method {run.method.name} needs neither guide nor prototypes fitted; expand it")
+    else:
+        config = parsed("fit", {**raw, "out": out} if out else raw, where, wanted="fit")
+    config = at(config, ray)
+    made = fit_with(ray)(config, Relay(on))
+    return {role: Artifact(str(folder), read_facts(folder), f"{config.out}/{config.name}-{role}")
+            for role, folder in made.items()}
+
+
+def expand(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,
+           on: Callable[[Event], None] | None = None, same_process: bool = False) -> RunFolder:
+    """Makes every planned sample of a run, once, and writes its page and card.
+
+    Without Ray samplers run in one child process, so that one that hangs can be ended; `same_process` keeps them here,
+    for a debugger. Raises ConfigError (all problems), DigestMismatch for a folder that holds another run, OverBudget
+    (whose `.result` is the run) where more rows failed than limits.max_failed allows, EnvironmentFault.
+    """
+    from rayexpand.runs.run import prepare
+
+    config = at(config_of("run", job, set, machine), ray)
+    return drive_to_end(prepare(config, Relay(on), device_here=not ray, where=where_of(job)), on, ray=ray,
+                        same_process=same_process)
+
+
+def select(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,
+           on: Callable[[Event], None] | None = None) -> Selected:
+    """Decides which samples of a run stay; its data files are not touched."""
+    from rayexpand.evaluation import select_scores
+    from rayexpand.evaluation.select import select
+
+    config = at(config_of("select", job, set, machine), ray)
+    score: Any = select_scores.in_process
+    if ray:
+        from rayexpand.on_ray.select import score as score_on_ray
+
+        score = partial(score_on_ray, cluster=config.cluster)
+    return Selected(select(config, score, Relay(on)))
+
+
+def evaluate(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,
+             on: Callable[[Event], None] | None = None) -> Scores:
+    """How far the samples of a run are from real images."""
+    from rayexpand.evaluation import evaluate as evaluation
+
+    config = at(config_of("evaluate", job, set, machine), ray)
+    extract: Any = evaluation.in_process
+    if ray:
+        from rayexpand.on_ray.evaluate import extract
+    return Scores(evaluation.evaluate(config, extract, Relay(on)))
+
+
+def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,
+          on: Callable[[Event], None] | None = None, same_process: bool = False) -> StudyFolder:
+    """Expands what the arms of a study need, trains every arm with every seed, and writes the page. Trials that failed
+    are lines of `.failed`; the same call tries them again."""
+    from rayexpand.studies.expansions import pending_runs
+    from rayexpand.studies.study import prepare_study
+    from rayexpand.studies.trials import make_trials
+
+    config, progress = at(config_of("study", job, set, machine), ray), Relay(on)
+    with driver(ray, config.cluster, same_process=same_process) as drive:
+        study = prepare_study(config)
+        for run in pending_runs(study, progress, fit_with(ray, on_workers=True)):
+            drive(run, progress)
+        failed = train_trials(study, make_trials(study), progress, ray=ray)
+    found = StudyFolder(config.folder, tuple(failed))
+    found.report()
+    return found
+
+
+def sweep(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,
+          on: Callable[[Event], None] | None = None) -> SweepFolder:
+    """Searches the fields of a study for the best classifier, and writes the page and the best as a study file."""
+    from rayexpand.studies.sweep import search as searching
+    from rayexpand.studies.sweep.sweep import open_sweep
+
+    config, progress = at(config_of("sweep", job, set, machine), ray), Relay(on)
+    if not ray and config.scheduler is not None:
+        raise UsageError("scheduler: without Ray one configuration is tried after the other, so there is none to "
+                         "compare with while it trains; use Ray, or set scheduler to none")
+    search = searching.Search(open_sweep(config, progress))
+
+    def show() -> None:
+        states = [one["state"] for one in search.results.values()]
+        progress(f"sweeping {config.name}", search.decided, search.total,
+                 {state: states.count(state) for state in ("finished", "stopped")})
+
+    show()
+    run: Any = searching.run_here
+    if ray:
+        from rayexpand.on_ray.sweep import run_sweep as run
+    run(search, show)
+    found = SweepFolder(config.folder, tuple(search.failed))
+    found.report()
+    return found
+
+
+def dataset(run: str | os.PathLike[str] | RunFolder, selection: str | None = None,
+            real: bool | Mapping[str, Any] | None = None, *, copies: int | None = None) -> SampleDataset:
+    """Samples of a finished run as a torch dataset of (image uint8 (3, H, W), soft label float32 (K,), facts).
+
+    `selection`: only what this decision keeps; `copies`: the first so many of each seed; `real`: True puts the run's
+    own seeds before them, a mapping any `data` section with the same classes.
+    """
+    from rayexpand.data import seeds
+    from rayexpand.loader.dataset import SampleDataset
+    from rayexpand.loader.training_set import RowSource
+    from rayexpand.runs.run import open_run
+    from rayexpand.studies.samples import training_set
+
+    folder = run.folder if isinstance(run, RunFolder) else os.fspath(run)
+    parts = [RowSource(run=folder, selection=selection, copies=copies)]
+    if real is not None and real is not False:
+        data = open_run(folder).config.data if real is True else seeds.DataConfig(**real)
+        parts.append(RowSource(seeds=(seeds.build_index(data), data)))
+    return SampleDataset(training_set(parts))
+
+
+def demo(out: str = "", method: str = "img2img", *, on: Callable[[Event], None] | None = None) -> dict[str, Any]:
+    """Expands real digits, trains with and without them, and says what the gain means: numbers, and the two pages."""
+    from rayexpand.reports.guided import look
+    from rayexpand.reports.run import write_report
+    from rayexpand.reports.study import write_study_report
+    from rayexpand.studies.demo import demo as run_demo
+
+    found = run_demo(out or ("runs/demo" if method == "img2img" else f"runs/demo-{method}"), Relay(on), method)
+    summary = found.summary()
+    sheet = write_report(found.runs[0], demo=summary, look=look(found.runs[0], 10) if found.guided else None)
+    fitted = {f"CPU seconds of fitting {kind}": seconds for kind, seconds in found.fitted.items()}
+    page = write_study_report(found.folder, demo={**summary, **fitted})
+    return {**summary, "report": str(page), "samples": str(sheet)}
+
+
+def submit(job: str | os.PathLike[str], address: str | None = None, *, verb: str = "", set: Set = (),
+           on_log: Callable[[str], None] = lambda text: None, say: Callable[[str], None] = lambda line: None,
+           **options: Any) -> ClusterJob:
+    """Runs a file (by the verb of its kind) or a run folder (with `verb`) as a job on a cluster, and follows it.
+
+    `options`: working_dir, wait, retries, env, num_cpus, python, trust; see on_ray.submit.submit.
+    """
+    from rayexpand.on_ray import submit as on_cluster
+
+    overrides = as_overrides(set)
+    ended = on_cluster.submit(verb or KINDS[read_job(job, set, None)[0]][1], os.fspath(job), overrides, address=address,
+                              on_log=on_log, say=say, **options)
+    return ClusterJob(**asdict(ended))
+
+
+def follow(submission_id: str, address: str | None = None, *, on_log: Callable[[str], None]) -> ClusterJob:
+    """Follows the log of a job to its end."""
+    from rayexpand.on_ray import submit as on_cluster
+
+    return ClusterJob(**asdict(on_cluster.logs(submission_id, address=address, on_log=on_log)))
+
+
+def stop(submission_id: str, address: str | None = None) -> ClusterJob:
+    """Ends a job; the same command continues it."""
+    from rayexpand.on_ray import submit as on_cluster
+
+    return ClusterJob(**asdict(on_cluster.stop(submission_id, address=address)))
+
+
+def cluster_jobs(address: str | None = None) -> list[dict[str, Any]]:
+    """The jobs of this package on a cluster."""
+    from rayexpand.on_ray import submit as on_cluster
+
+    return on_cluster.jobs(address=address)

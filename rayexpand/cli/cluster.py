@@ -1,0 +1,66 @@
+"""submit: the same file as a job on a Ray cluster."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from rayexpand.cli.app import app
+from rayexpand.cli.options import Json, Set, Trust
+from rayexpand.cli.show import show, show_json, show_table
+from rayexpand.contract.errors import UsageError
+
+
+@app.command()
+def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, train, fit, evaluate, select, sweep, "
+                                               "plan, validate or bench with a FILE; retry, verify, report or card "
+                                               "with a RUN")] = "",
+           target: Annotated[str, typer.Argument(metavar="FILE|RUN")] = "",
+           set_: Set = None, trust: Trust = None,
+           address: Annotated[str, typer.Option(help="dashboard of the cluster; else RAY_API_SERVER_ADDRESS, else "
+                                                "http://127.0.0.1:8265")] = "",
+           working_dir: Annotated[str, typer.Option(help="folder that is sent and where the job starts")] = ".",
+           env: Annotated[list[str] | None, typer.Option(
+               metavar="NAME[=VALUE]", help="NAME must be set on the cluster; NAME=VALUE is sent in the open")] = None,
+           retries: Annotated[int, typer.Option(help="new attempts after exit code 75 or a lost node")] = 3,
+           wait: Annotated[bool, typer.Option(help="follow the log until the job ends")] = True,
+           num_cpus: Annotated[float, typer.Option(help="CPUs the job's driver reserves")] = 0.0,
+           python: Annotated[str, typer.Option(help="interpreter on the cluster; else its `python`")] = "",
+           logs: Annotated[str, typer.Option(metavar="ID", help="follow the log of a job")] = "",
+           stop: Annotated[str, typer.Option(metavar="ID", help="end a job; the same command continues it")] = "",
+           list_: Annotated[bool, typer.Option("--list", help="list the jobs of this package")] = False,
+           as_json: Json = False) -> None:
+    """Run a verb as a job on a Ray cluster, with the same FILE; or follow, stop and list jobs.
+
+    Example: rayexpand submit expand my.yaml --set out=s3://bucket/runs --address http://head:8265
+    """
+    from rayexpand import api
+
+    def on_log(text: str) -> None:
+        print(text, end="", file=sys.stderr, flush=True)
+
+    where = address or None
+    if list_:
+        found = api.cluster_jobs(where)
+        show_json(found) if as_json else show_table(
+            ("job", "run", "verb", "status", "exit code"),
+            [(one["submission_id"], one["run"], one["verb"], one["status"],
+              "" if one["exit_code"] is None else one["exit_code"]) for one in found])
+        return
+    if logs:
+        ended = api.follow(logs, where, on_log=on_log)
+    elif stop:
+        ended = api.stop(stop, where)
+    elif verb and target:
+        ended = api.submit(target, where, verb=verb, set=set_ or [], working_dir=working_dir, wait=wait,
+                           retries=retries, env=env or [], num_cpus=num_cpus, python=python or None, trust=trust or [],
+                           on_log=on_log,
+                           say=lambda line: print(line, file=sys.stderr, flush=True))
+    else:
+        raise UsageError("submit needs a verb and what it works on, for example `rayexpand submit expand my.yaml`, or "
+                         "one of --logs ID, --stop ID, --list")
+    show(ended, as_json)
+    if not stop:
+        raise typer.Exit(ended.exit_code)

@@ -1,0 +1,131 @@
+"""expand, retry, status, verify, regen: one run, from its first sample to its last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rayexpand.cli.app import app
+from rayexpand.cli.options import File, Folder, Json, LogJson, Machine, NoRay, Set, Trust
+from rayexpand.cli.show import quiet_stdout, show, show_json, show_table, warn
+from rayexpand.contract.errors import UsageError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@app.command()
+def expand(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None, no_ray: NoRay = False,
+           log_json: LogJson = False, as_json: Json = False) -> None:
+    """Make every planned sample, once. Killed or stopped anywhere, the same command continues.
+
+    Examples:
+
+        rayexpand expand my.yaml
+
+        rayexpand expand my.yaml --no-ray --set method.ratio=2
+
+        rayexpand expand my.yaml --machine cluster.yaml
+    """
+    from rayexpand import api
+    from rayexpand.cli.progress import Progress
+
+    with Progress(log_json) as progress, quiet_stdout():
+        found = api.expand(file, set=set_ or [], machine=machine, ray=not no_ray, on=progress, same_process=True)
+    _ended(found, as_json)
+
+
+@app.command()
+def retry(folder: Folder, set_: Set = None, trust: Trust = None, no_ray: NoRay = False, log_json: LogJson = False,
+          as_json: Json = False) -> None:
+    """Make once more only the rows of a run that failed.
+
+    Example: rayexpand retry runs/birds
+    """
+    from rayexpand import api
+    from rayexpand.cli.progress import Progress
+
+    with Progress(log_json) as progress, quiet_stdout():
+        found = api.RunFolder(folder).retry(set=set_ or [], ray=not no_ray, on=progress, same_process=True)
+    _ended(found, as_json)
+
+
+def _ended(found: Any, as_json: bool) -> None:
+    if not found.last["made"]:
+        warn(["nothing to do: every planned row is decided"], "")
+    show(found, as_json)
+    if not as_json:
+        print(f"report: {found.report()}")
+
+
+@app.command()
+def status(folder: Folder, as_json: Json = False) -> None:
+    """Say how far a run is; works while it runs and after it died.
+
+    Example: rayexpand status runs/birds
+    """
+    from rayexpand import api
+
+    found = api.RunFolder(folder).status()
+    show_json(found.to_json()) if as_json else show_table((f"run {found.name}", ""), found.table())
+
+
+@app.command()
+def verify(folder: Folder, trust: Trust = None,
+           pixels: Annotated[bool, typer.Option(help="also decode every image and check its hash")] = False,
+           as_json: Json = False) -> None:
+    """Check every file of a run against its plan, and rebuild missing receipts.
+
+    Example: rayexpand verify runs/birds --pixels
+    """
+    from rayexpand import api
+
+    found = api.RunFolder(folder).verify(pixels)
+    if as_json:
+        show_json(found.to_json())
+    else:
+        show_table(("verify", folder), found.table())
+        for problem in found.problems:
+            print(problem)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def regen(folder: Folder,
+          sample_id: Annotated[str, typer.Argument(help="<seed id>/<copy>, as in the sample_id column")],
+          to: Annotated[str, typer.Option(help="file to write the image to; its folder must exist")] = "",
+          trust: Trust = None, as_json: Json = False) -> None:
+    """Make one sample again, alone, and compare it with the committed one.
+
+    Example: rayexpand regen runs/birds ant/3.png/1 --to one.png
+    """
+    from rayexpand import api
+
+    if to and (Path(to).suffix.lower() not in PICTURES or not Path(to).parent.is_dir()):
+        raise UsageError(f"--to {to}: give a file ending in {', '.join(PICTURES)} in a folder that exists")
+    found = api.RunFolder(folder).regen(sample_id)
+    image = found.pop("image")
+    if to and image:
+        _save(image, Path(to))
+    found["image"] = to or None
+    if as_json:
+        show_json(found)
+    else:
+        for key, value in found.items():
+            print(f"{key.replace('_', ' ')}: {'none' if value is None else value}")
+    if found["equal"] is False:
+        raise typer.Exit(1)
+
+
+def _save(encoded: bytes, path: Path) -> None:
+    import io
+
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded)) as image:
+        if path.suffix.lower() in (".jpg", ".jpeg") and image.format == "JPEG":
+            path.write_bytes(encoded)
+        else:
+            image.save(path)

@@ -1,0 +1,43 @@
+"""evaluate, select: what finished samples are worth, and which stay."""
+
+from __future__ import annotations
+
+from rayexpand.cli.app import app
+from rayexpand.cli.options import File, Json, LogJson, Machine, NoRay, Set, Trust
+from rayexpand.cli.show import quiet_stdout, show, warn
+
+
+@app.command()
+def evaluate(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None, no_ray: NoRay = False,
+             log_json: LogJson = False, as_json: Json = False) -> None:
+    """Say how far the samples of a run are from real images: FID, KID, MMD, precision, recall, density, coverage.
+
+    Example: rayexpand evaluate jobs/digits/evaluate-img2img.yaml
+    """
+    from rayexpand import api
+    from rayexpand.cli.progress import Progress
+
+    with Progress(log_json) as progress, quiet_stdout():
+        found = api.evaluate(file, set=set_ or [], machine=machine, ray=not no_ray, on=progress)
+    show(found, as_json)
+    if not as_json:
+        print(f"written: {found.facts['file']}")
+    warn(found.facts["warnings"])
+
+
+@app.command()
+def select(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None, no_ray: NoRay = False,
+           log_json: LogJson = False, as_json: Json = False) -> None:
+    """Decide which samples of a run stay: by a guide's confidence, a score, chance, for each seed or class.
+
+    Example: rayexpand select jobs/digits/select-quantile.yaml
+    """
+    from rayexpand import api
+    from rayexpand.cli.progress import Progress
+
+    with Progress(log_json) as progress, quiet_stdout():
+        found = api.select(file, set=set_ or [], machine=machine, ray=not no_ray, on=progress)
+    show(found, as_json)
+    if not as_json:
+        print(f"{'written' if found.facts['made'] else 'there already'}: {found.facts['file']}")
+    warn(found.facts["warnings"])

@@ -1,0 +1,47 @@
+"""What every command shares: exit codes, error messages, signals.
+
+Results go to stdout (with --json one object and nothing else), everything else to stderr. Nothing heavy is imported
+before a command needs it, so help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import tempfile
+import traceback
+from typing import Any
+
+from rayexpand.cli import cluster, expand, fit, jobs, judge, pages, start, study, validate
+from rayexpand.cli.app import app
+from rayexpand.contract.errors import EXIT_FAULT, Interrupted, RayexpandError
+
+COMMANDS = (start, jobs, validate, fit, expand, judge, study, pages, cluster)  # each joins the app when it is imported
+
+
+def main() -> None:
+    """Runs a command and ends with its exit code."""
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _stopped)
+    try:
+        app()
+    except RayexpandError as error:
+        _fail(type(error).__name__, str(error), error.exit_code)
+    except Exception as error:
+        with tempfile.NamedTemporaryFile("w", prefix="rayexpand-", suffix=".txt", delete=False) as file:
+            file.write(traceback.format_exc())
+        _fail(type(error).__name__, f"{type(error).__name__}: {error}. This should have been a clear message and is a "
+              f"fault of rayexpand; the traceback is in {file.name}", EXIT_FAULT)
+
+
+def _stopped(number: int, frame: Any) -> None:
+    raise Interrupted(f"{signal.Signals(number).name} received; the same command continues where this one was")
+
+
+def _fail(kind: str, message: str, exit_code: int) -> None:
+    if "--json" in sys.argv:
+        print(json.dumps({"error": {"type": kind, "message": message, "exit_code": exit_code}}))
+    print(f"rayexpand: {message}", file=sys.stderr)
+    sys.exit(exit_code)

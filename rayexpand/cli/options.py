@@ -1,0 +1,27 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def _trusted(names: list[str] | None) -> list[str] | None:
+    if names:
+        from rayexpand import api
+
+        api.trust(*names)
+    return names
+
+
+File = Annotated[str, typer.Argument(metavar="FILE", help="YAML file, for example jobs/digits/expand-img2img.yaml")]
+Folder = Annotated[str, typer.Argument(metavar="RUN", help="run folder, <out>/<name>")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override a field; repeatable")]
+Machine = Annotated[str | None, typer.Option(metavar="FILE", help="YAML file of the sections that say where and how "
+                                             "fast: cluster, runtime, store, estimate, device")]
+Trust = Annotated[list[str] | None, typer.Option(metavar="PACKAGE.MODULE.CLASS", callback=_trusted, help="import this "
+                                                 "method of your own, which a file names; repeatable")]
+NoRay = Annotated[bool, typer.Option("--no-ray", help="run in this process instead of on Ray (one machine, debugger)")]
+LogJson = Annotated[bool, typer.Option("--log-json", help="progress on stderr as JSON lines, one every 30 s")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, everything else on stderr")]

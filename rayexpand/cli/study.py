@@ -1,0 +1,64 @@
+"""train, sweep: does it help."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from rayexpand.cli.app import app
+from rayexpand.cli.options import File, Json, LogJson, Machine, NoRay, Set, Trust
+from rayexpand.cli.show import quiet_stdout, show_json, show_table, warn
+from rayexpand.contract.errors import EXIT_FAILURE
+
+
+@app.command()
+def train(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None, no_ray: NoRay = False,
+          log_json: LogJson = False, as_json: Json = False) -> None:
+    """Train the same classifier on every arm of a study and compare them; expands first what the arms need.
+
+    Example: rayexpand train jobs/digits/study.yaml
+    """
+    from rayexpand import api
+    from rayexpand.cli.progress import Progress
+
+    with Progress(log_json) as progress, quiet_stdout():
+        found = api.train(file, set=set_ or [], machine=machine, ray=not no_ray, on=progress, same_process=True)
+    if as_json:
+        show_json({**found.to_dict(), "report": found.report()})
+    else:
+        print("test accuracy after the last epoch, mean ± standard deviation; differences to "
+              f"{found.summary()['baseline']} and to the originals repeated, with 95 % intervals\n")
+        show_table(*found.table())
+        if further := found.further():
+            print()
+            show_table(*further)
+        print(f"\nreport: {found.report()}")
+    _failures(found)
+
+
+@app.command()
+def sweep(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None, no_ray: NoRay = False,
+          log_json: LogJson = False, as_json: Json = False) -> None:
+    """Find the values of a study's fields that give the best classifier; killed anywhere, the same command goes on.
+
+    Example: rayexpand sweep jobs/digits/sweep-img2img.yaml
+    """
+    from rayexpand import api
+    from rayexpand.cli.progress import Progress
+
+    with Progress(log_json) as progress, quiet_stdout():
+        found = api.sweep(file, set=set_ or [], machine=machine, ray=not no_ray, on=progress)
+    if as_json:
+        show_json(found.to_dict())
+    else:
+        show_table(*found.table())
+        for line in found.summary()["words"]:
+            print(line)
+    _failures(found)
+
+
+def _failures(found: Any) -> None:
+    warn(found.failed, "rayexpand: a trial failed, the same command tries it again: ")
+    if found.failed:
+        raise typer.Exit(EXIT_FAILURE)

@@ -1,0 +1,61 @@
+"""A picture of what a generator in training draws: one row for each of a few classes, one column for each noise."""
+
+# B samples, T tokens, E text embedding
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from PIL import Image
+
+from rayexpand.contract.protocols import LatentPrior
+from rayexpand.contract.rng import generator, row_key
+from rayexpand.diffusion import sampling
+from rayexpand.fitting.adapter.config import SheetConfig
+
+if TYPE_CHECKING:
+    from rayexpand.fitting.adapter.finetuner import Finetuner
+    from rayexpand.fitting.adapter.loader import LatentLoader
+    from rayexpand.models.latent import StableDiffusionPrior
+
+GAP = 2  # pixels between samples
+
+
+def draw_sheet(sheet: SheetConfig, prior: StableDiffusionPrior, tuner: Finetuner, feed: LatentLoader,
+               seed: int) -> Image.Image:
+    """Samples of the weights as they are now, always from the same noises. `prior` holds the models in training."""
+    import torch
+
+    from rayexpand.models.latent import TextCond
+
+    texts, visual_BD = feed.shown(sheet.classes)
+    rows = len(texts)
+    noise = [generator(row_key(seed, "finetune", "", column, 0, "sheet")).standard_normal(
+        feed.latents.shape, dtype=np.float32) for column in range(sheet.images)]
+    plan = sampling.schedule(prior.scheduler, sheet.solver, sheet.steps)
+    columns, sampled = [], cast(LatentPrior, prior)
+    with torch.no_grad():
+        text_BTE, empty_BTE = (tuner.module.text(tuner.ids(lines).to(prior.device))
+                               for lines in (texts, [""] * rows))
+        cond = TextCond(text_BTE, empty_BTE)
+        if visual_BD is not None:
+            cond = cond.with_last_slot(torch.from_numpy(visual_BD).to(prior.device))
+        for one in noise:
+            z_BCHW = torch.from_numpy(np.broadcast_to(one, (rows, *one.shape)).copy()).to(prior.device)
+            z_BCHW = sampling.denoise(sampled, z_BCHW, plan, cond, sheet.guidance_scale)
+            with torch.autocast(prior.device.type, enabled=False):  # in float16 the autoencoder overflows
+                columns.append(sampling.to_images(prior.decode(z_BCHW))[0])
+    return _tiled(columns)
+
+
+def _tiled(columns: list[list[Any]]) -> Image.Image:
+    """Columns of uint8 (H, W, 3) images beside each other; a sample that is not finite is black."""
+    height, width = next(image.shape[:2] for column in columns for image in [*column, np.zeros((1, 1, 3))]
+                         if image is not None)
+    page = np.full((len(columns[0]) * (height + GAP) - GAP, len(columns) * (width + GAP) - GAP, 3), 255, np.uint8)
+    for x, column in enumerate(columns):
+        for y, image in enumerate(column):
+            top, left = y * (height + GAP), x * (width + GAP)
+            page[top:top + height, left:left + width] = 0 if image is None else image
+    return Image.fromarray(page)

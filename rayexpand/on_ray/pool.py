@@ -1,0 +1,201 @@
+"""Ray, connected, and pools of actors: what every verb on Ray is built from.
+
+Workers start in the folder of the driver, where it exists on their node, so that relative paths of a configuration
+mean the same everywhere. An error crosses to the driver with its class, as one JSON line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rayexpand.contract.errors import Interrupted, RayexpandError, UsageError
+from rayexpand.methods import TRUSTED
+from rayexpand.runs.config import ClusterConfig
+from rayexpand.storage.files import process_token, token_alive
+
+NO_PROGRESS_S = -1  # never; Ray's default ends a run that waits half an hour for spot GPUs
+WAVE = 10_000  # items handed to Ray Data at once
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """How many actors of which size."""
+
+    actors: int
+    cpus: float
+    gpus: float
+    resources: dict[str, float]
+    labels: dict[str, str]
+
+    def map(self, items: Sequence[Mapping[str, Any]] | ray.data.Dataset, actor: type, arguments: Mapping[str, Any], *,
+            in_flight: int = 2) -> ray.data.Dataset:
+        """What `actor(**arguments, cwd=...)` makes of each item, one item a task, in any order. `in_flight`: tasks an
+        actor holds at a time; a dead node loses so many."""
+        rows = items if isinstance(items, ray.data.Dataset) else of_items(items)
+        size = self.actors if isinstance(items, ray.data.Dataset) else min(self.actors, len(items))
+        return rows.map_batches(
+            actor, batch_size=1, num_cpus=self.cpus, num_gpus=self.gpus or None, resources=self.resources or None,
+            label_selector=self.labels or None,
+            compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=in_flight),
+            fn_constructor_kwargs={**arguments, "cwd": os.getcwd()})
+
+
+def of_items(items: Sequence[Mapping[str, Any]]) -> ray.data.Dataset:
+    """A dataset of one block for each item: by default 65 of them would share a task."""
+    return ray.data.from_items([dict(one) for one in items], override_num_blocks=len(items))
+
+
+def waves(items: Sequence[Any]) -> Iterator[tuple[int, Sequence[Any]]]:
+    """(position, items) of what is handed to Ray Data at once."""
+    for start in range(0, len(items), WAVE):
+        yield start, items[start:start + WAVE]
+
+
+def enter(cwd: str) -> None:
+    """Makes relative paths mean what they mean to the driver, in every process that has its folder."""
+    if os.path.isdir(cwd):
+        os.chdir(cwd)
+
+
+def check_shared(folder: Path | str) -> None:
+    """Raises UsageError where this node does not see a folder of artifacts that the driver works in."""
+    if not os.path.isdir(folder):
+        raise UsageError(f"out: {os.path.dirname(folder)} is not seen by {socket.gethostname()}; give a folder that "
+                         "all nodes share")
+
+
+def beside_driver(actor: Any, *arguments: Any) -> Any:
+    """An actor on the node of the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return actor.options(scheduling_strategy=here).remote(*arguments)
+
+
+def cause_of(error: Exception) -> str:
+    """One line for people: the message of an error of ours, else the last lines of what went wrong."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, RayexpandError):
+        return str(cause)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {' / '.join(lines[-3:])}"
+
+
+def mean_over_workers(values: Sequence[float], device: Any) -> list[float]:
+    """The mean over the workers of a training of each number; every worker must call it."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(values)
+    total = torch.tensor(list(values), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return [float(one) / dist.get_world_size() for one in total]
+
+
+@contextlib.contextmanager
+def connected(cluster: ClusterConfig) -> Iterator[None]:
+    """Ray, connected: to `cluster.address`, to the cluster of the job this runs in, else to one of our own.
+
+    A local cluster of our own has its own folder and no dashboard, so that two on one machine do not meet. Raises
+    UsageError when the cluster does not answer.
+    """
+    for name in ("ray.data", "ray._private.authentication"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = NO_PROGRESS_S
+    if ray.is_initialized():
+        yield
+        return
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    temporary = None
+    if address:
+        try:
+            _reach(address)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, runtime_env=_environment())
+        except (OSError, ray.exceptions.RayError) as error:
+            raise UsageError(
+                f"cluster.address: no Ray cluster answers at {address} ({type(error).__name__}: {error}). Start one "
+                "with `ray start --head`, correct the address, give this user the cluster's token "
+                "(RAY_AUTH_MODE=token and ~/.ray/auth_token), or add --no-ray to run in this process.") from error
+    else:
+        temporary = _own_folder()
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING,
+                 _temp_dir=f"{temporary}/r")  # Ray lets everybody write into this one
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # ray.init sets its own, which would lose our exit code
+    try:
+        yield
+    except SystemError as error:
+        raise _stopped(error) or error from error
+    finally:
+        ray.shutdown()
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _own_folder() -> str:
+    """A new folder for a cluster of our own that only this user can enter; those of dead processes are removed."""
+    for stale in Path(tempfile.gettempdir()).glob("rx-*"):
+        with contextlib.suppress(OSError):
+            if stale.stat().st_uid == os.getuid() and not token_alive((stale / "owner").read_text()):
+                shutil.rmtree(stale, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix="rx-")  # short: sockets below it have a length limit
+    Path(folder, "owner").write_text(process_token())
+    return folder
+
+
+def _stopped(error: SystemError) -> Interrupted | None:
+    """The Interrupted of a signal handler, which leaves Ray's compiled code wrapped in a SystemError."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, Interrupted):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+def choose_pool(cluster: ClusterConfig, *, models: bool) -> Pool:
+    """How many actors of which size. What is not configured follows from the cluster as it is now; `models`: the
+    actors hold models, so they want GPUs where there are any.
+
+    Raises UsageError when no number is given and the cluster has no room for a single actor yet.
+    """
+    total = ray.cluster_resources()
+    on_gpu = models and total.get("GPU", 0) > 0
+    gpus = float(on_gpu) if cluster.gpus_per_actor is None else cluster.gpus_per_actor
+    wants = {"CPU": cluster.cpus_per_actor, "GPU": gpus, **cluster.resources}
+    room = min((int(total.get(name, 0) / amount) for name, amount in wants.items() if amount), default=1)
+    actors = cluster.actors or room
+    if actors < 1:
+        raise UsageError(f"cluster.actors: this cluster has no room for an actor of {wants} yet ({dict(total)}). Set "
+                         "cluster.actors to the number you want an autoscaler to bring, or ask for less per actor.")
+    return Pool(actors, cluster.cpus_per_actor, gpus, dict(cluster.resources), dict(cluster.label_selector))
+
+
+def _reach(address: str) -> None:
+    """Raises OSError at once where nothing listens; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def _environment() -> dict[str, Any]:
+    """What actors of a cluster that is already up must know of this process: the methods it trusts, and failpoints."""
+    found = {name: value for name, value in os.environ.items()
+             if name == TRUSTED or name.startswith("RAYEXPAND_FAILPOINT")}
+    return {"env_vars": found} if found else {}

@@ -1,0 +1,189 @@
+"""Driving runs to their end on this machine: in this process, or in a child of it. on_ray/expand.py drives them on Ray.
+
+A driver is called with a run and keeps its models for the next run that needs the same ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from rayexpand.contract.errors import EnvironmentFault, Interrupted, unpacked
+from rayexpand.contract.protocols import Tools
+from rayexpand.contract.settings import digest
+from rayexpand.runs.config import resolved
+from rayexpand.runs.run import Job, Run, drive, in_process, pending_jobs, retry_jobs, start
+from rayexpand.runs.store import Totals
+from rayexpand.runs.tools import load_tools
+
+DEATHS = 6  # of a child in a row without a commit between them, before its run is given up for now
+
+
+class Listener(Protocol):
+    """What a driver tells while it works."""
+
+    def __call__(self, task: str, done: int, total: int, facts: dict[str, int] | None = None) -> None: ...
+
+
+class Driver(Protocol):
+    """Drives what is pending of a run, or with `retry` what failed, and returns its totals. Raises what `run.drive`
+    raises."""
+
+    def __call__(self, run: Run, progress: Listener, *, retry: bool = False) -> Totals: ...
+
+
+class RunProgress:
+    """Puts together what is known of a run: rows decided between commits, counts at commits, actors alive."""
+
+    def __init__(self, run: Run, progress: Listener, *, retry: bool = False) -> None:
+        before = run.totals()
+        self._task, self._planned, self._progress = f"expanding {run.config.name}", run.plan.planned, progress
+        self._decided = before.kept + before.rejected + (0 if retry else before.failed)
+        self._facts, self._shown = dict[str, int](), self._decided
+
+    def rows(self, made: int) -> None:
+        self._decided += made
+        self._show(self._decided)
+
+    def counts(self, totals: Totals) -> None:
+        self._facts |= {"kept": totals.kept, "rejected": totals.rejected, "failed": totals.failed}
+        self._show(self._shown)
+
+    def actors(self, alive: int, hosts: int, rows: int) -> None:
+        """`rows`: decided since the start by all actors."""
+        self._facts |= {"actors": alive, "nodes": hosts}
+        self._show(self._decided + rows)
+
+    def _show(self, done: int) -> None:
+        self._shown = done
+        self._progress(self._task, min(done, self._planned), self._planned, self._facts)
+
+
+def jobs_of(run: Run, *, retry: bool) -> Callable[[], list[Job]]:
+    """What is left to do, asked again before each wave."""
+    return retry_jobs(run) if retry else lambda: pending_jobs(run)
+
+
+class Here:
+    """Drives in this process. A sampler call past its deadline ends the process; see `Child`."""
+
+    def __init__(self) -> None:
+        self._priors, self._guides = dict[str, Any](), dict[str, Any]()
+
+    def __call__(self, run: Run, progress: Listener, *, retry: bool = False) -> Totals:
+        heard = RunProgress(run, progress, retry=retry)
+        return self.drive(run, heard.rows, heard.counts, retry=retry)
+
+    def drive(self, run: Run, on_rows: Callable[[int], None], on_counts: Callable[[Totals], None], *,
+              retry: bool) -> Totals:
+        expander = start(run, lambda: self.tools(run), on_rows)
+        try:
+            return drive(run, in_process(expander), jobs_of(run, retry=retry), to_the_end=retry, on_counts=on_counts)
+        finally:
+            expander.close()
+
+    def tools(self, run: Run) -> Tools:
+        """What a run needs, with the prior and guide of an earlier one where they are the same."""
+        own, guide = prior_key(run), guide_key(run)
+        found = load_tools(run.config, run.plan.index.classes, prior=self._priors.get(own),
+                           guide=self._guides.get(guide))
+        if found.prior is not None:
+            self._priors[own] = found.prior
+        if found.guide is not None:
+            self._guides[guide] = found.guide
+        return found
+
+
+def prior_key(run: Run) -> str:
+    """Runs with one key have the same prior, loaded the same way; an adapter is in it."""
+    models, has_adapter = run.facts["models"], "adapter" in run.facts["models"]
+    return digest([models.get("prior"), models.get("adapter"), run.config.prior.model_dump(mode="json"),
+                   getattr(run.config.method, "lora_scale", 1.0) if has_adapter else None])
+
+
+def guide_key(run: Run) -> str:
+    """Runs with one key have the same guide, asked about the same classes."""
+    classes = run.plan.index.classes
+    return digest([run.facts["models"].get("guide"), classes.key, classes.asked, run.config.prior.device])
+
+
+class Child:
+    """Drives in one child process (child.py), so that a sampler that hangs or crashes ends that process and not this
+    one; the next child goes on, and what two of them died of is found out and refused. Any exception that `progress`
+    raises, and Ctrl-C, ends the child after its current call; then it is raised here."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def __call__(self, run: Run, progress: Listener, *, retry: bool = False) -> Totals:
+        deaths = 0
+        while True:
+            heard = RunProgress(run, progress, retry=retry)
+            found, committed = self._driven(run, heard, retry)
+            if found is not None:
+                return found
+            deaths = 0 if committed else deaths + 1
+            if deaths == DEATHS:
+                raise EnvironmentFault(f"{DEATHS} sampler processes ended one after the other without a commit; their "
+                                       "last words are on stderr. The same call tries again")
+
+    def close(self) -> None:
+        """Ends the child after its current call."""
+        if (process := self._process) is not None:
+            self._process = None
+            with contextlib.suppress(OSError):
+                process.stdin.close()  # type: ignore[union-attr]
+            process.wait()
+            process.stdout.close()  # type: ignore[union-attr]
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _driven(self, run: Run, heard: RunProgress, retry: bool) -> tuple[Totals | None, bool]:
+        """(totals, or None where the child died; whether it had committed anything)."""
+        process = self._started()
+        committed = False
+        try:
+            process.stdin.write(json.dumps({"config": resolved(run.config), "retry": retry}) + "\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+            for said in _lines(process):
+                if "rows" in said:
+                    heard.rows(said["rows"])
+                elif "counts" in said:
+                    committed = True
+                    heard.counts(Totals(**said["counts"]))
+                elif "totals" in said:
+                    return Totals(**said["totals"]), True
+                else:
+                    raise unpacked(json.dumps(said))
+        except BrokenPipeError:
+            pass
+        except BaseException:
+            self.close()
+            raise
+        self.close()
+        return None, committed
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rayexpand.runs.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                text=True, start_new_session=True)  # Ctrl-C is for this process, which tells the child
+        return self._process
+
+
+def _lines(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    for line in process.stdout or ():
+        yield json.loads(line)
+
+
+def stopped() -> Interrupted:
+    """What ends a child whose parent is gone, or wants it to end."""
+    return Interrupted("the process that started this one is gone or wants it to stop; the same command continues")

@@ -1,0 +1,204 @@
+"""The command line as a user meets it: exit codes, stdout and stderr. One command of each kind of end is a process of
+its own (`process`, or `forked` where a signal ends it); the others run `main` in this one (`rayexpand`), which saves
+their imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tests.commands import ROOT, forked, process, rayexpand
+
+VERBS = ["demo", "validate", "plan", "expand", "evaluate", "select", "sweep", "fit", "status", "verify", "retry",
+         "regen", "bench", "report", "card", "export", "submit"]
+
+
+@pytest.fixture
+def job(tmp_path: Path, image_folder: Path) -> Path:
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump({
+        "name": "run", "out": str(tmp_path / "out"), "data": {"source": "imagefolder", "path": str(image_folder)},
+        "method": {"name": "classical", "ratio": 2}, "sampler": {"batch": 8, "shard_images": 10}}))
+    return file
+
+
+def test_help_lists_every_verb_and_loads_nothing_heavy() -> None:
+    code = ("import sys; sys.argv = ['rayexpand', '--help']\n"
+            "from rayexpand.cli.main import main\n"
+            "try: main()\nexcept SystemExit: pass\n"
+            "print(sorted({'torch', 'ray', 'pyarrow', 'numpy', 'pydantic'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+    assert all(f"  {verb} " in done.stdout for verb in VERBS)
+    assert done.stdout.rstrip().endswith("[]")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_takes_json(verb: str) -> None:
+    assert "--json" in rayexpand(verb, "--help").stdout
+
+
+def test_the_life_of_a_run(job: Path, tmp_path: Path) -> None:
+    made = process("expand", job, "--json")
+    summary = json.loads(made.stdout)
+    folder = summary["run"]
+
+    assert made.returncode == 0
+    assert summary.keys() >= {"planned", "kept", "rejected", "failed", "shards", "seconds", "images_per_second", "run"}
+    assert (summary["planned"], summary["kept"], summary["failed"], summary["shards"]) == (40, 40, 0, 4)
+    again = json.loads(rayexpand("expand", job, "--json").stdout)
+    assert again["kept"] == 40
+    assert again["images_per_second"] == 0
+    assert "nothing to do" in rayexpand("expand", job).stderr
+
+    status = json.loads(rayexpand("status", folder, "--json").stdout)
+    assert (status["kept"], status["pending"], status["complete"]) == (40, 0, True)
+    verified = json.loads(rayexpand("verify", folder, "--pixels", "--json").stdout)
+    assert verified["problems"] == []
+    one = json.loads(rayexpand("regen", folder, "cat/3.png/1", "--to", tmp_path / "one.png", "--json").stdout)
+    assert one["equal"] is True
+    with Image.open(tmp_path / "one.png") as image:
+        assert (image.size, image.format) == ((16, 16), "PNG")
+    assert len(list(Path(folder, "attempts").iterdir())) == 1, "neither doing nothing nor regen is a start"
+    assert rayexpand("regen", folder, "cat/3.png/1", "--to", tmp_path / "nowhere/one.png").returncode == 2
+    page = json.loads(rayexpand("report", folder, "--json").stdout)["report"]
+    assert "<html" in Path(page).read_text()
+    assert "configs:" in Path(json.loads(rayexpand("card", folder, "--json").stdout)["card"]).read_text()
+    for verb in ("status", "verify"):
+        assert "40" in rayexpand(verb, folder).stdout
+
+
+def test_the_same_folder_refuses_another_run_with_the_difference(job: Path) -> None:
+    assert rayexpand("expand", job).returncode == 0
+    other = process("expand", job, "--set", "method.ratio=3", "--set", "seed=1")
+
+    assert other.returncode == 4
+    assert "method.ratio: 2.0 -> 3.0" in other.stderr
+    assert "seed: 0 -> 1" in other.stderr
+
+
+def test_retry_from_the_command_line(job: Path, tmp_path: Path, image_folder: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(image_folder, broken)
+    (broken / "bee/2.png").write_bytes(b"")
+    over = rayexpand("expand", job, "--set", f"data.path={broken}", "--json")
+    assert over.returncode == 3
+    assert "decode_error" in json.loads(over.stdout)["error"]["message"]
+    assert "decode_error" in (tmp_path / "out/run/report.html").read_text(), "the report of an over-budget run"
+    assert rayexpand("expand", job, "--set", f"data.path={broken}", "--set", "limits.max_failed=1").returncode == 0
+    shutil.copy(image_folder / "bee/2.png", broken / "bee/2.png")
+    retried = json.loads(rayexpand("retry", tmp_path / "out/run", "--json").stdout)
+
+    assert (retried["kept"], retried["failed"], retried["pending"]) == (40, 0, 0)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"method.ratoi": 3}, "method.ratoi: unknown field, did you mean 'ratio'?"),
+    ({"data.path": "/nowhere/at/all"}, "data.path: '/nowhere/at/all' does not exist"),
+    ({"out": "README.md/runs"}, "out: README.md/runs/run cannot be created, because README.md is not a folder"),
+    ({"method.name": "img2img", "prior.weights": "/nowhere/model"}, "prior.weights: there is no folder /nowhere/model"),
+    ({"method.name": "img2img", "method.strength": 0.001, "method.steps": 10}, "strength"),
+    ({"method.name": "img2img", "image.size": 20}, "20"),
+])
+def test_bad_input_is_refused_before_anything_is_made(job: Path, tmp_path: Path, change: dict[str, Any],
+                                                      words: str) -> None:
+    sets = [part for field, value in change.items() for part in ("--set", f"{field}={value}")]
+    done = (process if "method.ratoi" in change else rayexpand)("expand", job, *sets, "--json")
+
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert json.loads(done.stdout)["error"]["exit_code"] == 2
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_validate_prints_every_field(job: Path) -> None:
+    shown = yaml.safe_load(rayexpand("validate", job).stdout)
+
+    assert shown["method"]["policy"] == "randaugment"
+    assert shown["limits"]["max_failed"] == 0.01
+    assert rayexpand("validate", job, "--set", "data.path=/nowhere").returncode == 2
+
+
+def test_the_imagenet_estimate_needs_neither_data_nor_model() -> None:
+    done = rayexpand("plan", "jobs/imagenet/expand-img2img.yaml", "--json", "--set", "estimate.images_per_second=4",
+                     "--set", "estimate.gpu_hour_usd=2")
+    estimate = json.loads(done.stdout)
+
+    assert estimate["images"] == 12_811_670
+    assert 850 < estimate["gpu_hours"] < 950
+    assert any("data.path" in problem for problem in estimate["problems"])
+
+
+def test_a_place_that_is_no_run_says_so(tmp_path: Path) -> None:
+    for verb in ("status", "verify", "report", "card", "retry"):
+        done = rayexpand(verb, tmp_path)
+        assert done.returncode == 2
+        assert "run" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert "is not in this plan" in rayexpand("regen", _made(tmp_path), "nobody/0").stderr
+
+
+def _made(tmp_path: Path) -> Path:
+    seeds = tmp_path / "seeds/a"
+    seeds.mkdir(parents=True)
+    Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)).save(seeds / "1.png")
+    job = tmp_path / "one.yaml"
+    job.write_text(yaml.safe_dump({"name": "one", "out": str(tmp_path), "method": {"name": "classical", "ratio": 1},
+                                   "data": {"source": "imagefolder", "path": str(seeds.parent)}}))
+    assert rayexpand("expand", job).returncode == 0
+    return tmp_path / "one"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_resumably(job: Path, tmp_path: Path, number: signal.Signals) -> None:
+    config = yaml.safe_load(job.read_text())
+    config["method"] = {"name": "tests.methods.fakes.Gated", "gate": str(tmp_path / "gate"), "ratio": 2}
+    job.write_text(yaml.safe_dump(config))
+    child = forked("expand", job, said=tmp_path / "said.txt")
+    while not list((tmp_path / "out").glob("run/data/*.parquet")):
+        assert child.is_alive(), (tmp_path / "said.txt").read_text()
+        time.sleep(0.02)
+    os.kill(child.pid, number)  # type: ignore[arg-type]
+    (tmp_path / "gate").touch()
+    child.join()
+    said = (tmp_path / "said.txt").read_text()
+
+    assert child.exitcode == 75
+    assert f"{number.name} received; the same command continues" in said
+    assert "Traceback" not in said
+    assert rayexpand("expand", job).returncode == 0
+    assert json.loads(rayexpand("verify", tmp_path / "out/run", "--json").stdout)["pending"] == 0
+
+
+def test_bench_measures_and_plan_uses_it(job: Path, tmp_path: Path) -> None:
+    found = json.loads(rayexpand("bench", job, "--json").stdout)
+
+    assert found["rows"] == 10
+    assert 0 < found["efficiency"] < 1.5
+    assert found["seconds"]["sample"] > 0
+    planned = json.loads(rayexpand("plan", job, "--json").stdout)
+    assert planned["images_per_second"] == pytest.approx(found["images_per_second"])
+    assert not (tmp_path / "out/run").exists()
+
+
+def test_a_fault_of_ours_is_one_line_and_a_file(job: Path, tmp_path: Path) -> None:
+    assert rayexpand("expand", job).returncode == 0
+    (tmp_path / "out/run/plan").rename(tmp_path / "elsewhere")
+    (tmp_path / "out/run/plan").write_text("")
+    done = rayexpand("expand", job)
+
+    assert done.returncode in (2, 70)
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,91 @@
+"""Files of YAML as they are read: merge keys, bounded sizes, and old names of fields."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from rayexpand.contract.errors import (
+    ConfigError,
+    EnvironmentFault,
+    ModelError,
+    OverBudget,
+    RayexpandError,
+    packed,
+    unpacked,
+)
+from rayexpand.contract.settings import Section, put, read
+from rayexpand.runs.blame import ProcessFault
+
+
+def written(folder: Path, text: str) -> Path:
+    (folder / "x.yaml").write_text(text)
+    return folder / "x.yaml"
+
+
+def test_merge_keys_are_read(tmp_path: Path) -> None:
+    file = written(tmp_path, "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
+
+    assert read(file)["b"] == {"x": 1, "y": 3}
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("a: 1\na: 2\n", "a is given twice"), ("x: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+    ("x: " + "9" * 6000, "is not YAML: .*digits"), ("- 1\n", "holds no mapping"),
+    ("a: &a [*a]\n", "is not YAML|expands to more"), ("a: {<<: 3}\n", "is not YAML")])
+def test_what_cannot_be_a_job_is_one_clear_error(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read(written(tmp_path, text))
+
+
+def test_a_file_that_grows_through_aliases_is_refused_at_once(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    begun = time.process_time()
+    with pytest.raises(ConfigError, match=r"expands to more than 1,000,000 values through its aliases"):
+        read(written(tmp_path, "\n".join(lines)))
+
+    assert time.process_time() - begun < 5
+
+
+class Renamed(Section):
+    OLD_NAMES: ClassVar = {"before": "now"}
+
+    now: int = 1
+
+
+def test_an_old_name_is_read_with_a_message_and_beside_the_new_one_refused(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert Renamed(before=3).now == 3  # type: ignore[call-arg]
+    assert "before is now called now" in caplog.text
+    assert Renamed(before=3).model_dump() == {"now": 3}  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="before is the old name of now; give one of them"):
+        Renamed(before=3, now=4)  # type: ignore[call-arg]
+
+
+def test_put_makes_the_sections_on_the_way() -> None:
+    raw = {"a": {"b": 1}, "c": 3}
+    put(raw, "a.d.e", 2)
+    assert raw == {"a": {"b": 1, "d": {"e": 2}}, "c": 3}
+    with pytest.raises(ConfigError, match=r"c\.d: .c. is not a section"):
+        put(raw, "c.d", 1)
+
+
+@pytest.mark.parametrize("error", [ModelError("no"), EnvironmentFault("disk"), OverBudget("3 rows"),
+                                   RayexpandError("plain"), ProcessFault("cuda")])
+def test_an_error_keeps_its_class_on_the_way_to_another_process(error: RayexpandError) -> None:
+    found = unpacked(packed(error, "on a node"))
+
+    assert (type(found), str(found), found.exit_code) == (type(error), f"{error} (on a node)", error.exit_code)
+
+
+def test_mistakes_of_a_configuration_stay_apart_and_what_is_not_ours_is_a_fault_of_the_place() -> None:
+    found = unpacked(packed(ConfigError("x.yaml", ["a: wrong", "b: wrong"])))
+    assert isinstance(found, ConfigError)
+    assert found.problems == ["a: wrong", "b: wrong"]
+    other = unpacked(packed(KeyError("x")))
+    assert (type(other), str(other)) == (EnvironmentFault, "KeyError: 'x'")
