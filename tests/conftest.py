@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 FAKES = "tests.methods.fakes."
 # Methods of the tests' own, as a user would trust his; the last ones are made by tests, or not at all.
-methods.trust(*(FAKES + name for name in (*re.findall(r"^class (\w+)", (ROOT / "tests/methods/fakes.py").read_text(), re.M),
-                                          "Pieces", "Late", "Holding", "Looking", "NoSuchMethod")))
+methods.trust(*(FAKES + name for name in (
+    *re.findall(r"^class (\w+)", (ROOT / "tests/methods/fakes.py").read_text(), re.M),
+    "Holding", "Late", "Looking", "NoSuchMethod", "Pieces")))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -120,6 +120,19 @@ class ClassTable:
         """The names as a guide is asked for them."""
         return tuple(map(spoken, self.name))
 
+    @property
+    def display(self) -> tuple[str, ...]:
+        """One text for each class that no other class has: its name, or "name (key)" where another has that name."""
+        taken, shown, times = set(self.name), [], Counter(self.name)
+        for key, name in zip(self.key, self.name, strict=True):
+            if times[name] > 1:
+                name = f"{name} ({key})"
+                while name in taken:
+                    name = f"{name} ({key})"
+            taken.add(name)
+            shown.append(name)
+        return tuple(shown)
+
     def same_names(self) -> dict[str, list[str]]:
         """Name -> keys of the classes that prompts and guides cannot tell apart by it, whatever the case."""
         keys: dict[str, list[str]] = {}
@@ -150,19 +163,6 @@ class _AsWritten(ClassTable):
 
 
 ASKED = {b"asked": b"spoken"}  # schema metadata of a class table whose guide is asked for spoken names
-
-    @property
-    def display(self) -> tuple[str, ...]:
-        """One text for each class that no other class has: its name, or "name (key)" where another has that name."""
-        taken, shown, times = set(self.name), [], Counter(self.name)
-        for key, name in zip(self.key, self.name, strict=True):
-            if times[name] > 1:
-                name = f"{name} ({key})"
-                while name in taken:
-                    name = f"{name} ({key})"
-            taken.add(name)
-            shown.append(name)
-        return tuple(shown)
 
 
 # The seed index: one row per seed, made once per run. `file` indexes the list of files kept in the schema metadata
