@@ -266,8 +266,11 @@ def test_a_pretraining_goes_on_from_its_checkpoint(unpack: Unpack) -> None:
     project = unpack("models")
     (steps,) = (project / "artifacts").glob(".prior-*.steps")
 
-    made = done("fit", "fit-small.yaml", "--no-ray")
+    ended = commands.rayexpand("fit", "fit-small.yaml", "--no-ray", "--json", "--log-json")
 
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    made, told = json.loads(ended.stdout), [json.loads(line) for line in ended.stderr.splitlines()]
+    assert next(one["done"] for one in told if one["task"] == "guide") == 4, "the steps before were not done again"
     assert steps.name == f".prior-{made['prior']['training_sha256'][:8]}.steps"
     assert not steps.exists(), "another pretraining was done instead"
     assert_artifact(project, made["prior"])
