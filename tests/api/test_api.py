@@ -203,7 +203,8 @@ def test_the_plan_of_a_run_and_a_file_as_a_path(tmp_path: Path) -> None:
 def test_ctrl_c_in_a_script_ends_after_the_current_call(make_config: MakeConfig) -> None:
     run, _ = complete(make_config("Fake", ratio=1))
     config = make_config("Sleeping", name="slow", ratio=15, seconds=0.5)
-    code = ("import json, sys\nfrom rayexpand import api\n"
+    code = ("import json, signal, sys\nfrom rayexpand import api\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
             "try:\n    api.expand(json.loads(sys.argv[1]), on=lambda event: print(event.done, flush=True))\n"
             "except KeyboardInterrupt:\n    print('stopped', flush=True)\n")
     script = subprocess.Popen([sys.executable, "-c", code, json.dumps(config.model_dump(mode="json"))], cwd=ROOT,
