@@ -56,8 +56,7 @@ def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, tra
     elif verb and target:
         ended = api.submit(target, where, verb=verb, set=set_ or [], working_dir=working_dir, wait=wait,
                            retries=retries, env=env or [], num_cpus=num_cpus, python=python or None, trust=trust or [],
-                           on_log=on_log,
-                           say=lambda line: print(line, file=sys.stderr, flush=True))
+                           on_log=on_log, say=lambda line: print(line, file=sys.stderr, flush=True))
     else:
         raise UsageError("submit needs a verb and what it works on, for example `rayexpand submit expand my.yaml`, or "
                          "one of --logs ID, --stop ID, --list")

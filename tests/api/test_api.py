@@ -107,6 +107,7 @@ def test_what_on_raises_cancels_and_the_same_call_continues(job: dict[str, Any],
     assert min(event.done for event in heard) >= committed.kept
 
 
+@pytest.mark.chaos
 def test_a_sampler_that_hangs_ends_its_child_and_not_the_notebook(make_config: MakeConfig) -> None:
     config = make_config("Hang", ratio=1, bad="bee/2.png/0", sections={
         "limits": {"deadline_s": 1, "first_deadline_s": 1, "max_failed": 1}})
@@ -118,6 +119,7 @@ def test_a_sampler_that_hangs_ends_its_child_and_not_the_notebook(make_config: M
     assert reasons == ["timeout"]
 
 
+@pytest.mark.chaos
 def test_the_child_ends_with_a_killed_parent(make_config: MakeConfig) -> None:
     config = make_config("Sleeping", ratio=5, seconds=0.2)
     code = ("import json, sys\nfrom rayexpand import api\n"
@@ -199,6 +201,7 @@ def test_the_plan_of_a_run_and_a_file_as_a_path(tmp_path: Path) -> None:
     assert "<td>" in found._repr_html_()
 
 
+@pytest.mark.chaos
 @pytest.mark.skipif(not hasattr(os, "setsid"), reason="process groups")
 def test_ctrl_c_in_a_script_ends_after_the_current_call(make_config: MakeConfig) -> None:
     run, _ = complete(make_config("Fake", ratio=1))
