@@ -35,7 +35,7 @@ methods.trust(*(FAKES + name for name in (
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `-n` alone a file stays on one worker, so that what its tests share is made once and not on each of them.
-    Files come in their order: the slow ones (api, cli, compat) are begun early, not last, though they have few tests."""
+    Files come in their order: slow ones (api, cli, compat) are begun early, not last, though they have few tests."""
     from xdist.scheduler import LoadFileScheduling
 
     config.option.loadscopereorder = False
