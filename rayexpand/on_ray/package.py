@@ -38,7 +38,7 @@ def write_package(path: Path, working_dir: Path, file: Path | None) -> tuple[str
         assert spec is not None
         assert spec.origin is not None
         package = Path(spec.origin).parent
-        contents |= {f"rayexpand/{name}": package / name for name in _names(package)}
+        contents |= {f"rayexpand/{name}": package / name for name in _names(package, "rayexpand/")}
     if file is not None:
         at = file.resolve()
         inside = str(at.relative_to(root)) if at.is_relative_to(root) else f"job/{at.name}"
@@ -54,13 +54,13 @@ def write_package(path: Path, working_dir: Path, file: Path | None) -> tuple[str
     return inside, left_out
 
 
-def _names(root: Path) -> list[str]:
-    """Files below `root` that belong to its code."""
-    return sorted(name for name in _listed(root) if _wanted(name) and (root / name).is_file()
+def _names(root: Path, inside: str = "") -> list[str]:
+    """Files below `root` that belong to its code; `inside` comes before their names where they are sent."""
+    return sorted(name for name in _listed(root, inside) if _wanted(inside + name) and (root / name).is_file()
                   and not (root / name).is_symlink())
 
 
-def _listed(root: Path) -> Iterator[str]:
+def _listed(root: Path, inside: str) -> Iterator[str]:
     with contextlib.suppress(FileNotFoundError):  # no git here
         git = subprocess.run(["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
                              capture_output=True, text=True, check=False)
@@ -70,7 +70,7 @@ def _listed(root: Path) -> Iterator[str]:
     for folder, folders, files in os.walk(root):
         at = Path(folder).relative_to(root)
         folders[:] = [one for one in folders
-                      if _wanted(str(at / one)) and not (root / at / one / "pyvenv.cfg").exists()]
+                      if _wanted(inside + str(at / one)) and not (root / at / one / "pyvenv.cfg").exists()]
         yield from (str(at / one) for one in files)
 
 

@@ -240,6 +240,17 @@ def test_git_decides_what_belongs_to_a_tree(tmp_path: Path) -> None:
     assert [name for name in names if "/" not in name] == ["new.py"]
 
 
+def test_every_module_of_the_package_is_sent(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    package.write_package(tmp_path / "out.zip", tmp_path / "work", None)
+
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        sent = {name for name in archive.namelist() if name.endswith(".py")}
+    here = {str(file.relative_to(ROOT)) for file in (ROOT / "rayexpand").rglob("*.py")}
+    assert sent == here
+    assert {"rayexpand/runs/run.py", "rayexpand/data/pixels.py"} <= sent
+
+
 def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package, "PACKAGE_BYTES", 1000)
     with pytest.raises(UsageError, match="files would be sent"):
