@@ -6,33 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rayexpand.artifacts.columns import (
-    CLASS_FEATURES,
-    FILES,
-    columns_hash,
-    columns_problem,
-    feature_facts,
-    read_class_features,
-)
-from rayexpand.artifacts.kinds import ArtifactKind, RunInputs
+from rayexpand.artifacts.columns import CLASS_FEATURES, ColumnsKind, feature_facts, read_class_features
+from rayexpand.artifacts.kinds import RunInputs
 from rayexpand.contract.protocols import Method
 
 
-class ClassFeaturesKind(ArtifactKind):
+class ClassFeaturesKind(ColumnsKind):
     name = CLASS_FEATURES
     wants = "image features of each class and none are"
 
     def unused(self, method: Method) -> tuple[str, str]:
         return "has no visual token of each class", "set method.visual_token: class_mean"
-
-    def problems(self, folder: Path, run: RunInputs) -> list[str]:
-        return [problem] if (problem := columns_problem(folder, self.name)) else []
-
-    def files(self, folder: Path) -> list[str]:
-        return list(FILES[self.name])
-
-    def sha256(self, folder: Path) -> str:
-        return columns_hash(folder, self.name)
 
     def load(self, folder: Path, run: RunInputs, class_keys: Sequence[str]) -> Any:
         import torch

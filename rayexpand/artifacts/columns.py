@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rayexpand.artifacts.kinds import ArtifactKind, RunInputs
 from rayexpand.artifacts.store import files_hash
 from rayexpand.contract.errors import ModelError
 
@@ -56,6 +57,19 @@ def columns_problem(folder: Path | str, kind: str) -> str:
         return (f"{path} has no {', '.join(absent)}, so it holds no {kind.replace('_', ' ')}; give a folder that "
                 f"`rayexpand fit` made with kind {kind}")
     return ""
+
+
+class ColumnsKind(ArtifactKind):
+    """A kind of FILES: it is whole where its files are there, and readers check what they hold."""
+
+    def problems(self, folder: Path, run: RunInputs) -> list[str]:
+        return [problem] if (problem := columns_problem(folder, self.name)) else []
+
+    def files(self, folder: Path) -> list[str]:
+        return list(FILES[self.name])
+
+    def sha256(self, folder: Path) -> str:
+        return columns_hash(folder, self.name)
 
 
 # ------------------------------------------------------------------------------------------------------------- captions
