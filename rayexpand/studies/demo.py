@@ -74,7 +74,7 @@ class DemoResult:
     guide_zero_shot: float
     gain: float  # expanded - original, mean over subsets
     gain_se: float  # standard error of the paired difference
-    images_per_second: float
+    images_per_second: float | None  # of the expansions; None where all were there already
     seconds: float
     folder: str  # of the study
     runs: list[str]  # folders of the expanded arm
@@ -184,7 +184,7 @@ def _demo(out: Path, progress: Progress, method: str) -> DemoResult:
     folders = [f"{study.config.folder}/runs/expanded-{seed}" for seed in study.config.seeds]
     note = NO_PRIOR_NOTE if CONTROL not in accuracies else NOTE + GUIDED_NOTE * (RANDOM in accuracies)
     return DemoResult(accuracies, zero_shot, float(np.mean(differences)), standard_error(differences),
-                      made / making if making else 0.0, time.perf_counter() - started, study.config.folder, folders,
+                      made / making if made else None, time.perf_counter() - started, study.config.folder, folders,
                       measured, method, note, _fitted(folders), time.process_time() - cpu)
 
 
