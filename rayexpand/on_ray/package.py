@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,17 +28,14 @@ def write_package(path: Path, working_dir: Path, file: Path | None) -> tuple[str
     if not working_dir.is_dir():
         raise UsageError(f"--working-dir {working_dir}: is not a folder; give the one a job should start in")
     root, inside, contents, left_out = working_dir.resolve(), "", {}, []
-    for name in _names(root):
+    for name in _code(root, _listed(root)):
         if (root / name).stat().st_size > LARGE_BYTES:
             left_out.append(name)
         else:
             contents[name] = root / name
-    if "rayexpand/__init__.py" not in contents:
-        spec = find_spec("rayexpand")
-        assert spec is not None
-        assert spec.origin is not None
-        package = Path(spec.origin).parent
-        contents |= {f"rayexpand/{name}": package / name for name in _names(package, "rayexpand/")}
+    contents = {name: file for name, file in contents.items() if not name.startswith("rayexpand/")}
+    package = _package(root)
+    contents |= {f"rayexpand/{name}": package / name for name in _code(package, _walked(package, "rayexpand/"))}
     if file is not None:
         at = file.resolve()
         inside = str(at.relative_to(root)) if at.is_relative_to(root) else f"job/{at.name}"
@@ -54,24 +51,40 @@ def write_package(path: Path, working_dir: Path, file: Path | None) -> tuple[str
     return inside, left_out
 
 
-def _names(root: Path, inside: str = "") -> list[str]:
-    """Files below `root` that belong to its code; `inside` comes before their names where they are sent."""
-    return sorted(name for name in _listed(root, inside) if _wanted(inside + name) and (root / name).is_file()
-                  and not (root / name).is_symlink())
+def _package(root: Path) -> Path:
+    """The package in the folder that is sent, else the one that runs here. What git ignores for its user (`data/`,
+    `runs/`) are rooms of the package, so git is not asked about it."""
+    if (root / "rayexpand/__init__.py").is_file():
+        return root / "rayexpand"
+    spec = find_spec("rayexpand")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
 
 
-def _listed(root: Path, inside: str) -> Iterator[str]:
+def _code(root: Path, names: Iterable[str]) -> list[str]:
+    """Those that are files below `root`."""
+    return sorted(name for name in names if (root / name).is_file() and not (root / name).is_symlink())
+
+
+def _listed(root: Path) -> Iterator[str]:
+    """Files below a user's folder that belong to his code."""
     with contextlib.suppress(FileNotFoundError):  # no git here
         git = subprocess.run(["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
                              capture_output=True, text=True, check=False)
         if git.returncode == 0 and git.stdout:
-            yield from filter(None, git.stdout.split("\0"))
+            yield from filter(_wanted, filter(None, git.stdout.split("\0")))
             return
+    yield from _walked(root)
+
+
+def _walked(root: Path, inside: str = "") -> Iterator[str]:
+    """Wanted files below `root`; `inside` comes before their names where they are sent."""
     for folder, folders, files in os.walk(root):
         at = Path(folder).relative_to(root)
         folders[:] = [one for one in folders
                       if _wanted(inside + str(at / one)) and not (root / at / one / "pyvenv.cfg").exists()]
-        yield from (str(at / one) for one in files)
+        yield from (str(at / one) for one in files if _wanted(inside + str(at / one)))
 
 
 def _wanted(name: str) -> bool:

@@ -119,6 +119,7 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = NO_PROGRESS_S
     if ray.is_initialized():
+        _check_trust()
         yield
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS")
@@ -148,6 +149,18 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_trust() -> None:
+    """Raises UsageError where workers of a Ray that somebody else connected do not trust what this process trusts."""
+    here = set(filter(None, os.environ.get(TRUSTED, "").split(",")))
+    if not here:
+        return
+    there: str = ray.get(ray.remote(num_cpus=0)(lambda: os.environ.get(TRUSTED, "")).remote())
+    if lacking := sorted(here - set(there.split(","))):
+        raise UsageError(f"Ray was connected before {', '.join(lacking)} was trusted, so its workers do not import it. "
+                         "Call ray.shutdown() first (rayexpand connects by itself), or connect with ray.init("
+                         f"runtime_env={{'env_vars': {{'{TRUSTED}': '{','.join(sorted(here))}'}}}})")
 
 
 def _own_folder() -> str:

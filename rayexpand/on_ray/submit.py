@@ -35,7 +35,7 @@ from rayexpand.contract.errors import (
 )
 from rayexpand.contract.settings import read
 from rayexpand.on_ray.package import LARGE_BYTES, write_package
-from rayexpand.runs.config import load
+from rayexpand.runs.config import parse
 
 LOCAL = "http://127.0.0.1:8265"
 FILE_VERBS = ("expand", "train", "fit", "evaluate", "select", "sweep", "plan", "validate", "bench")
@@ -293,16 +293,17 @@ def _run_name(verb: str, target: str, overrides: Sequence[str]) -> str:
 
 
 def _name_and_out(verb: str, target: str, overrides: Sequence[str]) -> tuple[str, str]:
-    """Of a checked configuration; a run's for all verbs but those with a file of their own."""
+    """Of a checked configuration where the verb takes a run or a study; the job checks the others."""
+    raw = read(target, overrides)
+    raw.pop("kind", None)
     if verb == "train":
-        from rayexpand.studies.config import load_study
+        from rayexpand.studies.config import parse_study
 
-        study = load_study(target, overrides)
+        study = parse_study(raw, target)
         return study.name, study.out
-    if verb in ("fit", "evaluate", "select", "sweep"):
-        raw = read(target, overrides)
+    if verb in ("fit", "evaluate", "select", "sweep", "validate"):
         return str(raw.get("name", Path(target).stem)), str(raw.get("out", "runs"))
-    config = load(target, overrides)
+    config = parse(raw, target)
     return config.name, config.out
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -137,6 +138,8 @@ class Child:
             self._process = None
             with contextlib.suppress(OSError):
                 process.stdin.close()  # type: ignore[union-attr]
+            for _ in process.stdout or ():  # a full pipe would keep it from ending
+                pass
             process.wait()
             process.stdout.close()  # type: ignore[union-attr]
 
@@ -151,8 +154,9 @@ class Child:
         process = self._started()
         committed = False
         try:
-            process.stdin.write(json.dumps({"config": resolved(run.config), "retry": retry}) + "\n")  # type: ignore[union-attr]
-            process.stdin.flush()  # type: ignore[union-attr]
+            with contextlib.suppress(BrokenPipeError):  # a dead one says nothing, which ends the loop
+                process.stdin.write(json.dumps({"config": resolved(run.config), "retry": retry}) + "\n")  # type: ignore[union-attr]
+                process.stdin.flush()  # type: ignore[union-attr]
             for said in _lines(process):
                 if "rows" in said:
                     heard.rows(said["rows"])
@@ -163,8 +167,6 @@ class Child:
                     return Totals(**said["totals"]), True
                 else:
                     raise unpacked(json.dumps(said))
-        except BrokenPipeError:
-            pass
         except BaseException:
             self.close()
             raise
@@ -175,7 +177,8 @@ class Child:
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rayexpand.runs.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True, start_new_session=True)  # Ctrl-C is for this process, which tells the child
+                text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # own methods
+                start_new_session=True)  # Ctrl-C is for this process, which tells the child
         return self._process
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from rayexpand.contract.errors import UsageError
 from rayexpand.on_ray import pool
+from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.files import process_token
 
 
@@ -25,3 +27,18 @@ def test_folders_of_dead_processes_are_swept_and_none_is_open_to_others(tmp_path
     assert {one.name for one in tmp_path.iterdir()} == {"rx-here", "rx-far", "rx-other", made.name}
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
     assert (made / "owner").read_text() == process_token()
+
+
+@pytest.mark.cluster
+def test_code_that_the_workers_of_a_connected_ray_do_not_trust(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.delenv(pool.TRUSTED, raising=False)
+    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR")
+    try:
+        with pool.connected(ClusterConfig()):
+            pass
+        monkeypatch.setenv(pool.TRUSTED, "mine.methods")
+        with pytest.raises(UsageError, match=r"before mine\.methods was trusted"), pool.connected(ClusterConfig()):
+            pass
+    finally:
+        ray.shutdown()

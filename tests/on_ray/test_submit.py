@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -249,6 +250,29 @@ def test_every_module_of_the_package_is_sent(tmp_path: Path) -> None:
     here = {str(file.relative_to(ROOT)) for file in (ROOT / "rayexpand").rglob("*.py")}
     assert sent == here
     assert {"rayexpand/runs/run.py", "rayexpand/data/pixels.py"} <= sent
+
+
+def test_git_is_not_asked_about_the_package(tmp_path: Path) -> None:
+    tree = tmp_path / "checkout"
+    shutil.copytree(ROOT / "rayexpand", tree / "rayexpand", ignore=shutil.ignore_patterns("__pycache__"))
+    (tree / ".gitignore").write_text("data/\nruns/\n")  # what a user of the package ignores are rooms of it
+    (tree / "mine.py").write_text("")
+    subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
+    package.write_package(tmp_path / "out.zip", tree, None)
+
+    names = zipfile.ZipFile(tmp_path / "out.zip").namelist()
+    assert {"mine.py", "rayexpand/runs/run.py", "rayexpand/data/pixels.py"} <= set(names)
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(("verb", "fields"), [
+    ("expand", {"method": {"name": "classical"}}), ("validate", {"rule": {"kind": "random"}})])
+def test_a_file_that_says_its_kind_is_submitted(verb: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    kind = "run" if verb == "expand" else "select"
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump({"kind": kind, "name": "mine", "out": "/runs", "data": {"source": "digits"},
+                                    **fields}))
+    assert submit._name_and_out(verb, str(file), []) == ("mine", "/runs")
 
 
 def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
