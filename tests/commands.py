@@ -25,9 +25,9 @@ def _command(arguments: tuple[object, ...], on_ray: bool = False) -> list[str]:
     return [str(one) for one in arguments]
 
 
-def process(*arguments: object) -> Done:
+def process(*arguments: object, cwd: Path = ROOT) -> Done:
     return subprocess.run([sys.executable, "-m", "rayexpand", *_command(arguments)], capture_output=True, text=True,
-                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
 
 def forked(*arguments: object, said: Path) -> multiprocessing.Process:

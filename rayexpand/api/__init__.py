@@ -9,7 +9,7 @@ committed stays, and the same call continues. Nothing here prints, exits, redire
 changes the folder. Errors are RayexpandError with `.exit_code`.
 """
 
-from rayexpand.api.files import first_file, job_files, job_text, schema, write_new
+from rayexpand.api.files import first_file, job_files, job_text, jobs_named_by, schema, write_new
 from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, open
 from rayexpand.api.results import Artifact, Checked, ClusterJob, Event, Planned, Scores, Selected
 from rayexpand.api.verbs import (
@@ -32,7 +32,7 @@ from rayexpand.api.verbs import (
 from rayexpand.contract.errors import RayexpandError
 from rayexpand.methods import trust
 
-__all__ = ["Artifact", "Checked", "ClusterJob", "Event", "Planned", "RayexpandError", "RunFolder", "Scores", "Selected",
-           "StudyFolder", "SweepFolder", "bench", "cluster_jobs", "dataset", "demo", "evaluate", "expand", "first_file",
-           "fit", "follow", "job_files", "job_text", "open", "plan", "schema", "select", "stop", "submit", "sweep",
-           "train", "trust", "validate", "write_new"]
+__all__ = ["Artifact", "Checked", "ClusterJob", "Event", "Planned", "RayexpandError", "RunFolder", "Scores",
+           "Selected", "StudyFolder", "SweepFolder", "bench", "cluster_jobs", "dataset", "demo", "evaluate", "expand",
+           "first_file", "fit", "follow", "job_files", "job_text", "jobs_named_by", "open", "plan", "schema", "select",
+           "stop", "submit", "sweep", "train", "trust", "validate", "write_new"]

@@ -94,7 +94,7 @@ def drive_run(run: Run, progress: Relay, *, ray: bool | str, same_process: bool,
     started, before = time.perf_counter(), run.totals()
     folder = str(run.folder)
     try:
-        if jobs_of(run, retry=retry)():
+        if todo := jobs_of(run, retry=retry)():
             with driver(ray, run.config.cluster, same_process=same_process) as drive:
                 drive(run, progress, retry=retry)
         else:
@@ -104,7 +104,7 @@ def drive_run(run: Run, progress: Relay, *, ray: bool | str, same_process: bool,
         write_report(folder)
         raise
     after, seconds = run.totals(), time.perf_counter() - started
-    made = after.kept + after.rejected + after.failed - before.kept - before.rejected - before.failed
+    made = before.failed * bool(todo) if retry else before.pending - after.pending
     write_card(folder)
     write_report(folder)
     return {"made": made, "seconds": round(seconds, 3), "images_per_second": round(made / seconds, 3)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
@@ -23,6 +24,7 @@ Set = Mapping[str, Any] | Sequence[str]
 KINDS = {"study": ("arms", "train"), "sweep": ("space", "sweep"), "fit": ("fit", "fit"), "select": ("rule", "select"),
          "evaluate": ("reference", "evaluate"), "run": ("method", "expand")}
 MACHINE = ("cluster", "runtime", "store", "estimate")  # sections of a machine file, beside `device`
+LISTS = (".csv", ".txt")  # suffixes of ready files beside the YAML
 DEVICE = {"run": "prior.device", "fit": "device", "study": "training.device", "sweep": "study.training.device",
           "select": "device", "evaluate": "extractor.device"}
 
@@ -30,8 +32,8 @@ DEVICE = {"run": "prior.device", "fit": "device", "study": "training.device", "s
 def kind_of(raw: Mapping[str, Any], where: str) -> str:
     """The kind of a file: what `kind` says, else the key that only one kind has. Raises ConfigError."""
     said = raw.get("kind")
-    if said is not None and said not in KINDS:
-        raise ConfigError(where, [f"kind: '{said}' is none; kinds are {', '.join(KINDS)}"])
+    if said is not None and (not isinstance(said, str) or said not in KINDS):
+        raise ConfigError(where, [f"kind: {said!r} is none; kinds are {', '.join(KINDS)}"])
     found = next((kind for kind, (key, _) in KINDS.items() if key in raw), "run")
     if said is not None and said != found and KINDS[said][0] not in raw:
         raise ConfigError(where, [f"kind: {said} needs the section '{KINDS[said][0]}', which is missing"])
@@ -70,10 +72,17 @@ def _apply_machine(raw: dict[str, Any], kind: str, machine: Job) -> None:
         raise ConfigError(where_of(machine), [f"{one}: a machine file has only {', '.join(MACHINE)} and device; what "
                                               "is made belongs into the job" for one in unknown])
     known = _loader(kind)[0].model_fields
-    for name in MACHINE:
-        if name in said and name in known:
-            raw[name] = {**(raw.get(name) or {}), **(said[name] or {})}
+    sections = [name for name in MACHINE if name in said and name in known]
+    for where, found in ((where_of(machine), said), ("the job", raw)):
+        if wrong := [name for name in sections if not isinstance(found.get(name) or {}, Mapping)]:
+            raise ConfigError(where, [f"{name}: must be a section with fields, got {found[name]!r}" for name in wrong])
+    for name in sections:
+        raw[name] = {**(raw.get(name) or {}), **(said[name] or {})}
     if "device" in said:
+        if kind == "sweep" and isinstance(raw.get("study"), str):
+            from rayexpand.studies.sweep.config import study_in
+
+            raw["study"] = study_in(raw["study"])
         put(raw, DEVICE[kind], said["device"])
 
 
@@ -110,8 +119,11 @@ def _loader(kind: str) -> tuple[type[BaseModel], Callable[[Mapping[str, Any], st
 def parsed(kind: str, raw: Mapping[str, Any], where: str, wanted: str = "") -> Any:
     """The configuration of a kind. Raises ConfigError with every mistake, also for a file of another kind."""
     if wanted and kind != wanted:
+        key, verb = KINDS[wanted]
+        if KINDS[kind][0] not in raw:
+            raise ConfigError(where, [f"{key}: `rayexpand {verb}` needs this section, and it is missing"])
         raise ConfigError(where, [f"this is a file for `rayexpand {KINDS[kind][1]}` (kind {kind}, for it has "
-                                  f"'{KINDS[kind][0]}'), not for `rayexpand {KINDS[wanted][1]}`"])
+                                  f"'{KINDS[kind][0]}'), not for `rayexpand {verb}`"])
     return _loader(kind)[1](raw, where)
 
 
@@ -120,13 +132,19 @@ def config_of(wanted: str, job: Job, set: Set, machine: Job | None) -> Any:
     return parsed(kind, raw, where, wanted)
 
 
-def preflight(kind: str, raw: Mapping[str, Any], where: str) -> list[str]:
-    """What is wrong with the world around a file, one line each."""
+def data_of(kind: str, config: Any) -> Any:
+    """The `data` of a file, of an evaluation its reference; None where the file has none."""
+    if kind == "sweep":
+        return _study_of(config).data
+    return getattr(config, "reference" if kind == "evaluate" else "data", None)
+
+
+def preflight(kind: str, config: Any) -> list[str]:
+    """What is wrong with the world around a parsed file, one line each."""
     from rayexpand.fitting.config import preflight as of_fit
     from rayexpand.runs.run import preflight as of_run
-    from rayexpand.studies.config import parse_study, study_preflight
+    from rayexpand.studies.config import study_preflight
 
-    config = parsed(kind, raw, where)
     if kind == "run":
         return of_run(config)
     if kind == "fit":
@@ -134,8 +152,14 @@ def preflight(kind: str, raw: Mapping[str, Any], where: str) -> list[str]:
     if kind == "study":
         return study_preflight(config)
     if kind == "sweep":
-        return study_preflight(parse_study({**config.study, "name": config.name, "out": config.out}))
+        return study_preflight(_study_of(config))
     return []
+
+
+def _study_of(sweep: Any) -> Any:
+    from rayexpand.studies.config import parse_study
+
+    return parse_study({**sweep.study, "name": sweep.name, "out": sweep.out})
 
 
 def as_overrides(set: Set) -> list[str]:
@@ -169,9 +193,14 @@ def first_file(images: str, *, model: str = "", ratio: float = 5) -> str:
     method: dict[str, Any] = {"name": "classical", "policy": "randaugment", "ratio": ratio}
     if model:
         method = {"name": "img2img", "ratio": ratio, "prompt": "a photo of a {name}.", "strength": 0.5}
-    raw = {"kind": "run", "name": folder.absolute().name, "data": data,
+    raw = {"kind": "run", "name": _run_name(folder), "data": data,
            **({"prior": {"weights": model}} if model else {}), "method": method}
     return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+
+
+def _run_name(folder: Path) -> str:
+    """The name of a folder with `-` for what the name of a run may not have."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.absolute().name).strip("-._") or "run"
 
 
 def write_new(file: Path, text: str) -> None:
@@ -199,12 +228,25 @@ def job_files(word: str = "") -> list[tuple[str, str, str]]:
 
 def job_text(name: str) -> str:
     """A ready file by its name, as text. Raises UsageError where there is none."""
-    file = (_jobs() / f"{name.removeprefix('jobs/').removesuffix('.yaml')}.yaml").resolve()
+    short = name.removeprefix("jobs/")
+    file = (_jobs() / (short if short.endswith((*LISTS, ".yaml")) else f"{short}.yaml")).resolve()
     if not file.is_relative_to(_jobs().resolve()) or not file.is_file():
         near = get_close_matches(name, [one for one, _, _ in job_files()], n=1, cutoff=0.4)
         raise UsageError(f"there is no ready file '{name}'" + (f"; did you mean '{near[0]}'?" if near else "")
                          + " `rayexpand jobs ls` lists them")
     return file.read_text(encoding="utf-8")
+
+
+def jobs_named_by(name: str) -> list[str]:
+    """Other ready files that one names (`jobs/...`): lists of classes, and studies of a sweep with theirs."""
+    found, todo = list[str](), [name]
+    while todo:
+        lines = [line.partition("#")[0] for line in job_text(todo.pop()).splitlines()]
+        for other in re.findall(r"\bjobs/[\w./-]+\.(?:csv|txt|yaml)\b", "\n".join(lines)):
+            if other not in found:
+                found.append(other)
+                todo += [other] if other.endswith(".yaml") else []
+    return found
 
 
 def _jobs() -> Path:

@@ -18,8 +18,21 @@ if TYPE_CHECKING:
     from rayexpand.runs.store import Totals
 
 
+class _Paged(Result):
+    """A folder with a page, which the verb that made it has written."""
+
+    folder: str
+
+    @property
+    def page(self) -> str:
+        """Where the page is."""
+        from rayexpand.storage.places import open_files
+
+        return str(open_files(self.folder).at("report.html"))
+
+
 @dataclass(frozen=True)
-class RunFolder(Result):
+class RunFolder(_Paged):
     """A run. `last` says what the call that returned it did: seconds, images_per_second."""
 
     folder: str
@@ -45,7 +58,8 @@ class RunFolder(Result):
         return verify(self._run(), pixels=pixels)
 
     def samples(self) -> Iterator[dict[str, Any]]:
-        """The kept samples in planned order: `image` (PIL), `label`, `class_name`, and every column of its draw."""
+        """The kept samples: `image` (PIL), `label`, `class_name`, and every column of its draw. They come in planned
+        order, but what `retry` made comes after the others of its shard."""
         import io
 
         from PIL import Image
@@ -109,7 +123,7 @@ class RunFolder(Result):
 
 
 @dataclass(frozen=True)
-class StudyFolder(Result):
+class StudyFolder(_Paged):
     """A study. `failed`: one line for each trial that the call could not train."""
 
     folder: str
@@ -121,12 +135,13 @@ class StudyFolder(Result):
 
         return summary(self.folder)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.summary(), "study": self.folder, "failed": list(self.failed)}
+    def to_dict(self, summary: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        return {**(summary or self.summary()), "study": self.folder, "failed": list(self.failed)}
 
-    def table(self) -> Table:
-        """Arms with their accuracy, and what each is compared with the baseline and with its control."""
-        found = self.summary()
+    def table(self, summary: Mapping[str, Any] | None = None) -> Table:
+        """Arms with their accuracy, and what each is compared with the baseline and with its control. `summary`: what
+        the method of this name gave, so that it need not be counted again."""
+        found = summary or self.summary()
         against = {(one["arm"], one["kind"]): "{:+.1f} [{:+.1f}, {:+.1f}]".format(
                        *(100 * one[name] for name in ("mean", "low", "high")))
                    for one in found["comparisons"] if one.get("mean") is not None}
@@ -138,11 +153,11 @@ class StudyFolder(Result):
                          against.get((arm["arm"], "baseline"), ""), against.get((arm["arm"], "control"), "")))
         return ("arm", "top-1 %", "seeds", "against baseline", "against its control"), rows
 
-    def further(self) -> Table | None:
+    def further(self, summary: Mapping[str, Any] | None = None) -> Table | None:
         """The scores on further test sets, where there are any."""
         from rayexpand.studies.summary import further_scores
 
-        return further_scores(self.summary())
+        return further_scores(summary or self.summary())
 
     def report(self) -> str:
         """Writes the page and returns where."""
@@ -152,7 +167,7 @@ class StudyFolder(Result):
 
 
 @dataclass(frozen=True)
-class SweepFolder(Result):
+class SweepFolder(_Paged):
     """A sweep. `failed`: one line for each trial that the call could not run."""
 
     folder: str
@@ -168,10 +183,10 @@ class SweepFolder(Result):
     def to_dict(self) -> dict[str, Any]:
         return self.summary()
 
-    def table(self) -> Table:
+    def table(self, summary: Mapping[str, Any] | None = None) -> Table:
         from rayexpand.studies.sweep.search import describe
 
-        found = self.summary()
+        found = summary or self.summary()
         return ("configuration", found["metric"], "epochs", ""), [
             (describe(one["values"]), f"{100 * one['score']:.1f}", f"{one['epochs']}/{one['of_epochs']}",
              "best" if one["key"] == found["best"] else one["state"]) for one in found["trials"]]

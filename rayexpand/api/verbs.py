@@ -9,10 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rayexpand.api.driving import Relay, at, driver, fit_with, train_trials
-from rayexpand.api.files import KINDS, Job, Set, as_overrides, config_of, parsed, preflight, read_job, where_of
+from rayexpand.api.files import KINDS, Job, Set, as_overrides, config_of, data_of, parsed, preflight, read_job, where_of
 from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, drive_to_end
 from rayexpand.api.results import Artifact, Checked, ClusterJob, Event, Planned, Scores, Selected
-from rayexpand.contract.errors import UsageError
+from rayexpand.contract.errors import RayexpandError, UsageError
 
 if TYPE_CHECKING:
     from rayexpand.loader.dataset import SampleDataset
@@ -23,11 +23,14 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
     from rayexpand.data import seeds
 
     kind, raw, where = read_job(job, set, machine)
-    config, problems = parsed(kind, raw, where), preflight(kind, raw, where)
-    data = getattr(config, "data", None) or getattr(config, "reference", None)
-    listed = None
+    config = parsed(kind, raw, where)
+    problems, listed = preflight(kind, config), None
+    data = data_of(kind, config)
     if data is not None and not seeds.check(data):
-        listed = seeds.survey(data)
+        try:
+            listed = seeds.survey(data)
+        except RayexpandError as error:
+            problems = list(dict.fromkeys([*problems, *getattr(error, "problems", [str(error)])]))
     return Checked(kind, config.model_dump(mode="json"), problems, listed)
 
 

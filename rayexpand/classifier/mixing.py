@@ -3,7 +3,7 @@
 One draw of MixUp or CutMix per optimiser step, keyed by (seed, step), mixes image i of the global batch of B with image
 B-1-i (timm's pairing). A worker's slice holds every image together with its partner, in an order in which flipping the
 slice gives the partners, so W workers mix exactly what one process mixes and exchange nothing. The partners of CMO come
-from a second batch, which the feed draws and pastes.
+from a second batch, which the loader draws and pastes.
 
     here              meaning, unit
     lam               share of the image itself, and of its label; 1 - lam is the partner's

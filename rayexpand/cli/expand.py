@@ -56,7 +56,7 @@ def _ended(found: Any, as_json: bool) -> None:
         warn(["nothing to do: every planned row is decided"], "")
     show(found, as_json)
     if not as_json:
-        print(f"report: {found.report()}")
+        print(f"report: {found.page}")
 
 
 @app.command()
@@ -109,7 +109,7 @@ def regen(folder: Folder,
     image = found.pop("image")
     if to and image:
         _save(image, Path(to))
-    found["image"] = to or None
+    found["image"] = to if to and image else None
     if as_json:
         show_json(found)
     else:

@@ -44,7 +44,7 @@ def show_one(name: Name) -> None:
 
 @jobs.command()
 def cp(name: Name, to: Annotated[str, typer.Argument(metavar="[FILE]", help="else its own name, here")] = "") -> None:
-    """Copy a ready file, to change it.
+    """Copy a ready file, to change it, and into jobs/ here the ready files that it names.
 
     Example: rayexpand jobs cp digits/expand-img2img my.yaml
     """
@@ -53,3 +53,8 @@ def cp(name: Name, to: Annotated[str, typer.Argument(metavar="[FILE]", help="els
     file = Path(to or f"{name.rpartition('/')[2]}.yaml")
     api.write_new(file, api.job_text(name))
     print(f"{file} written")
+    for other in api.jobs_named_by(name):
+        if not Path(other).exists():
+            Path(other).parent.mkdir(parents=True, exist_ok=True)
+            api.write_new(Path(other), api.job_text(other))
+            print(f"{other} written")

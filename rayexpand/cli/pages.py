@@ -37,7 +37,7 @@ def report(folder: Folder,
 
 @app.command()
 def card(folder: Folder, license_id: Annotated[str | None, typer.Option("--license", help="e.g. cc-by-4.0")] = None,
-         as_json: Json = False) -> None:
+         trust: Trust = None, as_json: Json = False) -> None:
     """Write the dataset card of a run (README.md in its folder).
 
     Example: rayexpand card runs/birds --license cc-by-4.0

@@ -15,7 +15,7 @@ from rayexpand.cli.show import show_json, show_table
 @app.command()
 def demo(out: Annotated[str, typer.Option(help="folder for the runs and the report; else runs/demo, or "
                                           "runs/demo-METHOD")] = "",
-         method: Annotated[str, typer.Option(help="what expands: img2img, or any other method (by its name)")] =
+         method: Annotated[str, typer.Option(help="what expands: img2img, or another one that fine-tunes nothing")] =
          "img2img", as_json: Json = False) -> None:
     """Expand real digits on this machine, train classifiers, and show the gain with its controls.
 

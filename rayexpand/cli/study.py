@@ -24,16 +24,17 @@ def train(file: File, set_: Set = None, machine: Machine = None, trust: Trust = 
 
     with Progress(log_json) as progress, quiet_stdout():
         found = api.train(file, set=set_ or [], machine=machine, ray=not no_ray, on=progress, same_process=True)
+    numbers = found.summary()
     if as_json:
-        show_json({**found.to_dict(), "report": found.report()})
+        show_json({**found.to_dict(numbers), "report": found.page})
     else:
         print("test accuracy after the last epoch, mean ± standard deviation; differences to "
-              f"{found.summary()['baseline']} and to the originals repeated, with 95 % intervals\n")
-        show_table(*found.table())
-        if further := found.further():
+              f"{numbers['baseline']} and to the originals repeated, with 95 % intervals\n")
+        show_table(*found.table(numbers))
+        if further := found.further(numbers):
             print()
             show_table(*further)
-        print(f"\nreport: {found.report()}")
+        print(f"\nreport: {found.page}")
     _failures(found)
 
 
@@ -49,11 +50,12 @@ def sweep(file: File, set_: Set = None, machine: Machine = None, trust: Trust = 
 
     with Progress(log_json) as progress, quiet_stdout():
         found = api.sweep(file, set=set_ or [], machine=machine, ray=not no_ray, on=progress)
+    numbers = found.summary()
     if as_json:
-        show_json(found.to_dict())
+        show_json(numbers)
     else:
-        show_table(*found.table())
-        for line in found.summary()["words"]:
+        show_table(*found.table(numbers))
+        for line in numbers["words"]:
             print(line)
     _failures(found)
 

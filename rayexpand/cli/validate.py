@@ -29,10 +29,10 @@ def validate(file: File, set_: Set = None, machine: Machine = None, trust: Trust
         raise ConfigError(file, found.problems)
     if as_json:
         show_json(found.config)
-        return
-    import yaml
+    else:
+        import yaml
 
-    print(yaml.safe_dump(found.config, sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(found.config, sort_keys=False, allow_unicode=True), end="")
     warn((f"{name}: {value}" for name, value, *_ in found.table()[1]), "data: ")
 
 

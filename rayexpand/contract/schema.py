@@ -1,4 +1,4 @@
-"""The nouns of the system, their Arrow schemas, and the protocols of models and methods.
+"""The nouns of the system, and their Arrow schemas.
 
 One seed dataset becomes a plan of draws; a shard of draws becomes one data file of samples and one receipt.
 No torch here: arrays of the protocols are torch tensors, named with a shape suffix (B rows, C channels, H, W pixels,
@@ -13,13 +13,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-
-if TYPE_CHECKING:
-    pass
 
 
 class Status(StrEnum):

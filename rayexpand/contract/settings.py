@@ -123,7 +123,7 @@ def _apply(raw: dict[str, Any], one: str) -> None:
         raise ConfigError("--set", [f"{one!r}: expected a.b=value, for example --set method.strength=0.7"])
     try:
         found = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise ConfigError("--set", [f"{dotted}: the value is not YAML ({error})"]) from error
     put(raw, dotted, found)
 

@@ -54,7 +54,7 @@ class SeedBatches:
 
 
 def resized(pixels: np.ndarray, size: tuple[int, int], how: Resize) -> np.ndarray:
-    """uint8 (height, width, 3) of `size`; see Intake."""
+    """uint8 (height, width, 3) of `size`; see fitting.features.Intake."""
     height, width = size
     if pixels.shape[:2] == (height, width):
         return pixels

@@ -31,7 +31,7 @@ CLIP_RECIPE: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.1, "smoothing": 0.0
 
 class GuideFit(Section):
     kind: Literal["classifier", "clip_head", "random", "pretrained"] = "classifier"
-    recipe: dict[str, Any] = Field({}, description="preset and fields of the training recipe (core/recipe.py)")
+    recipe: dict[str, Any] = Field({}, description="preset and fields of the training recipe, docs/studies.md")
 
     @field_validator("recipe")
     @classmethod

@@ -1,7 +1,7 @@
 """The encoded and decoded images of a training set, and their labels.
 
-Two ways to hold what was read. `Images` itself keeps whole chunks (what storage reads at once) until `cache_bytes` are
-full; then the chunk that was not used for longest goes. `Windowed` knows the order of an epoch and holds a row from
+Two ways to hold what was read. `ImageReader` itself keeps whole chunks (what storage reads at once) until `cache_bytes`
+are full; then the chunk that was not used for longest goes. `Windowed` knows the order of an epoch and holds a row from
 the first use of its chunk to its own last use, and nothing else.
 """
 

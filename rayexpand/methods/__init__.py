@@ -21,6 +21,8 @@ from pydantic import BaseModel
 
 from rayexpand.contract.errors import ConfigError, RayexpandError
 from rayexpand.contract.protocols import Method
+from rayexpand.methods._copies import quota_copies as quota_copies
+from rayexpand.methods._copies import ratio_copies as ratio_copies
 
 GROUP = "rayexpand.methods"
 TRUSTED = "RAYEXPAND_TRUSTED_METHODS"  # environment variable: dotted names, which child processes and actors inherit
@@ -68,22 +70,31 @@ def load_method(name: str, fields: Mapping[str, Any]) -> Method:
     return method_class(name)(**{**fields, "name": name})
 
 
-def label_words(method: Method) -> str:
-    """What the label of a sample is, in words, where it is a mixture of classes; "" where it is one class."""
-    if (own := getattr(method, "label_words", None)) is not None:
-        return str(own())
-    at = np.arange(2, dtype=np.int64)
-    label = method.soft_label(at[:1], at[1:], np.array([0.5]), 2)
-    return "" if np.array_equal(label, [[0, 1]]) else (
-        "They follow from `source_label`, `label` and `strength` by the method's `soft_label`.")
+def label_words(method: Method, n_classes: int) -> str:
+    """What the label of a sample is, in words, where it is a mixture of classes; "" where it is one class.
 
-
-def label_words_of(config: Mapping[str, Any]) -> str:
-    """`label_words` of the section `method` of a run.json; "" where its method cannot be had here."""
+    Raises ConfigError where the method's own code fails.
+    """
     try:
-        return label_words(load_method(str(config["name"]), config))
+        if (own := getattr(method, "label_words", None)) is not None:
+            return str(own())
+        if not hasattr(method, "soft_label"):
+            return ""
+        source, target = np.array([0]), np.array([n_classes - 1])
+        label = method.soft_label(source, target, np.array([0.5]), n_classes)
+        alone = np.array_equal(label, np.eye(n_classes)[target])
+    except Exception as error:
+        raise ConfigError("method", [f"method: soft_label of {method.name} failed for class 0 painted as class "
+                                     f"{n_classes - 1} ({type(error).__name__}: {error}); mend it"]) from error
+    return "" if alone else "They follow from `source_label`, `label` and `strength` by the method's `soft_label`."
+
+
+def label_words_of(config: Mapping[str, Any], n_classes: int) -> str | None:
+    """`label_words` of the section `method` of a run.json; None where its method cannot be asked here."""
+    try:
+        return label_words(load_method(str(config["name"]), config), n_classes)
     except (RayexpandError, ValueError, TypeError):
-        return ""
+        return None
 
 
 def _trusted() -> list[str]:
@@ -98,8 +109,9 @@ def _checked(name: str, load: Any) -> type:
     """The class that `load` imports, if it is one of a method; nothing of it has been called before that is known."""
     try:
         found = load()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError("method.name", [f"method.name: {name} cannot be imported ({error})"]) from error
+    except Exception as error:
+        what = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise ConfigError("method.name", [f"method.name: {name} cannot be imported ({what})"]) from error
     if not (isinstance(found, type) and issubclass(found, BaseModel)):
         raise ConfigError("method.name", [f"method.name: {name} is no method; a method is a class with settings "
                                           "(pydantic) and the functions of rayexpand.contract.protocols.Method"])

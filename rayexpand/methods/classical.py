@@ -86,8 +86,8 @@ class Classical(BaseModel):
             return changed
         for _ in range(_TRIES):
             if not augment.is_blank(changed := self._changed(image, rng, spare=True)):
-                return changed
-        return image
+                break
+        return changed  # blank after every try: the row fails and is counted
 
     def _changed(self, image: np.ndarray, rng: np.random.Generator, spare: bool = False) -> np.ndarray:
         if self.policy == "randaugment":

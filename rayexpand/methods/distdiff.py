@@ -6,10 +6,10 @@
     w                guidance_scale  classifier-free guidance, 1 = none
     M                guide_step      the guided step, counted from the last one (1 is the last; 20 of 50 is t = 381)
     L                lookahead       denoising steps rolled out from it, whose energies are averaged
-    e, b             e, b            multiplicative noise and bias of a row's latent channels (core/perturb.py)
+    e, b             e, b            multiplicative noise and bias of a row's latent channels (diffusion/perturb.py)
     eps              eps             radius of the box around z_t, latent units
     rho              rho             length of the one descent step in e and b, per unit of energy
-    p_c, p_g         class, group    prototypes (core/prototypes.py), feature units
+    p_c, p_g         class, group    prototypes (diffusion/prototypes.py), feature units
     D_c + l D_g      energy          lambda_c ||f - p_c|| + lambda_g ||f - p_g||, feature units
 
 Where the paper and its released code differ, the defaults take what makes the equations mean what they say: features

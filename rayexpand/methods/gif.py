@@ -4,7 +4,7 @@ and sees the copies differ (Zhang et al., "Expanding Small-Scale Datasets with G
     paper            here            meaning, unit
     K                group_size      copies of a seed that are pushed apart together
     f                z_BCHW          latent of a copy, clean: guidance comes after diffusion
-    e, b, eps        e, b, eps       perturbation and box of core/perturb.py
+    e, b, eps        e, b, eps       perturbation and box of diffusion/perturb.py
     s, s'            logits          class scores of the seed and of a copy, softmax over the guide's logits
     j                anchor          the class the guide sees in the seed; never its label
     S_inf            class_term + entropy_gain    s'_j + H(s') - H(s)

@@ -4,7 +4,7 @@ A guide is a folder, and what lies in it says of which kind:
 
     open_clip_config.json                          CLIP: classes are told apart by "a photo of a <class name>"
     the same and guide.json, head.safetensors      CLIP fine-tuned on a dataset, with a linear head of its own
-    guide.json and model.safetensors               a classifier: a backbone of core/backbones.py and its recipe
+    guide.json and model.safetensors               a classifier: a backbone of classifier/backbones.py and its recipe
 
 The last two know their classes (`classes` in guide.json, keys in label order) and serve no other dataset. Besides a
 folder, `digits`, `org/name@revision` and an open_clip architecture with a checkpoint name a CLIP guide.

@@ -47,7 +47,8 @@ def write_card(folder: str | Path, *, license_id: str | None = None) -> Path | s
         reasons=reasons, classes=lines,
         listed=lines if len(lines) <= ALL_CLASSES else [], license_id=license_id, promise=PROMISE,
         gpu_caveat=GPU_CAVEAT, stacks=view.stacks, source=_fields(config["data"]), settings=_fields(config["method"]),
-        label_words=label_words_of(view.run["config"]["method"]), config=yaml.safe_dump(config, sort_keys=False))
+        label_words=label_words_of(view.run["config"]["method"], len(classes)),
+        config=yaml.safe_dump(config, sort_keys=False))
     return write_page(view.files, "README.md", text)
 
 

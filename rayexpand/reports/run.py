@@ -86,7 +86,7 @@ def write_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None, l
         n_classes=len(classes),
         lowest=LOWEST_CLASSES if len(classes) > ALL_CLASSES else 0, sheet=_contact_sheet(view, classes),
         guidance=_guidance(view), look=look, refused=_refused_rows(view, classes),
-        label_words=label_words_of(view.run["config"]["method"]), config=_yaml(view.run["config"]),
+        label_words=label_words_of(view.run["config"]["method"], len(classes)), config=_yaml(view.run["config"]),
         stacks=_stacks(view),
         mixed=len(view.stacks) > 1, promise=PROMISE, gpu_caveat=GPU_CAVEAT, attempts=_attempts(view),
         commands=_commands(view, str(folder)), busy_seconds=sum(map(shard_seconds, view.receipts)),

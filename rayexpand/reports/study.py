@@ -313,7 +313,7 @@ def _class_names(study: StudyView) -> Sequence[str]:
     """Names from the first run of the study that can be read; without one, classes are numbers."""
     for run in dict.fromkeys(str(r["run"]) for r in study.results if r.get("run")):
         try:
-            return list(read_classes(view_run(_run_folder(study, run))).name)
+            return read_classes(view_run(_run_folder(study, run))).display
         except Exception:  # noqa: S112  # whatever is wrong with the run, numbers do
             continue
     return ()

@@ -84,7 +84,7 @@ def export(folder: str, out: str, layout: Layout, *, shard_images: int = 1000, s
     run = open_run(folder)
     totals = run.totals()
     chosen = read_selection(run, selection) if selection else None
-    words = label_words(run.config.method)
+    words = label_words(run.config.method, len(run.plan.index.classes))
     rows = _rows(run, chosen, totals.kept, on_rows)
     if words:
         rows = (_with_soft_labels(table, run) for table in rows)

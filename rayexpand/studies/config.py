@@ -159,7 +159,7 @@ def study_preflight(config: StudyConfig) -> list[str]:
         try:
             made = run_config(config, name, one, 0, config.data)
         except ConfigError:
-            continue  # parse_training sets its mistakes
+            continue  # parse_study lists its mistakes
         trained = one.fit is not None and one.fit.guide is not None and one.fit.guide.kind != "clip_head"
         given_later = ("data.", "out:", *(("artifacts.prototypes: ",) if one.fit else ()),
                        *(("artifacts.adapter: ", "artifacts.class_features: ", "artifacts.image_features: ")

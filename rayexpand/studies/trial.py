@@ -185,7 +185,8 @@ def also_answers(work: TrialWork, classifier: Classifier, name: str, rank: int =
     """Answers for this worker's share of a further test set."""
     test, index = work.also[name]
     among = extra_tests.classes_among(test, index)
-    share = TestSet(index, test.data, work.recipe, rank, world, TEST_BATCH, cache_bytes=0, section=f"also.{name}.data")
+    share = TestSet(index, test.data, work.recipe, rank, world, TEST_BATCH, cache_bytes=0,
+                    section=f"extra_tests.{name}.data")
     return Answers.concatenate([extra_tests.answer_among(items, classifier.logits(x_BHWC), labels, among)
                                 for x_BHWC, labels, items in share.batches()])
 

@@ -17,7 +17,9 @@ import torch
 import rayexpand
 from rayexpand import api
 from rayexpand.contract.errors import OverBudget, UsageError
+from rayexpand.methods import TRUSTED
 from rayexpand.runs import run as runs
+from rayexpand.runs.driving import Child
 from tests.commands import ROOT
 from tests.conftest import MakeConfig, complete, hashes
 
@@ -119,6 +121,31 @@ def test_a_sampler_that_hangs_ends_its_child_and_not_the_notebook(make_config: M
     assert reasons == ["timeout"]
 
 
+def test_a_child_that_says_much_ends_when_it_is_told_to(job: dict[str, Any]) -> None:
+    """What it says after the reader has gone away must not keep it in a full pipe."""
+    child = Child()
+    child._process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read(); print('x' * 10_000_000)"], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True)
+    process = child._process
+    child.close()
+
+    assert process.returncode == 0
+
+
+def test_the_child_finds_what_this_process_can_import(image_folder: Path, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_of_a_notebook.py").write_text(
+        "from rayexpand.methods.classical import Classical\n\n\nclass Mine(Classical):\n    name: str = 'x'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(TRUSTED, "mine_of_a_notebook.Mine")
+    run = rayexpand.expand({
+        "name": "own", "out": str(tmp_path), "data": {"source": "imagefolder", "path": str(image_folder)},
+        "method": {"name": "mine_of_a_notebook.Mine", "ratio": 1}})
+
+    assert run.status().kept == 20
+
+
 @pytest.mark.chaos
 def test_the_child_ends_with_a_killed_parent(make_config: MakeConfig) -> None:
     config = make_config("Sleeping", ratio=5, seconds=0.2)
@@ -182,7 +209,8 @@ def test_fit_select_train_and_open_return_results(tmp_path: Path) -> None:
 
     assert found.failed == ()
     assert [row[0] for row in found.table()[1]][:2] == ["a", "b"]
-    assert Path(found.report()).is_file()
+    assert found.page == found.report()
+    assert Path(found.page).is_file()
     assert isinstance(api.open(found.folder), api.StudyFolder)
     made = next(iter((tmp_path / "small/runs").iterdir()))
     chosen = rayexpand.select({"name": "half", "run": str(made),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rayexpand import api
 from rayexpand.api.files import KINDS, read_job
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.settings import read
-from tests.commands import ROOT, rayexpand
+from tests.commands import ROOT, process, rayexpand
 
 DIGITS = {"name": "x", "data": {"source": "digits", "per_class": 1}, "method": {"name": "classical", "ratio": 1}}
 VERBS = {"expand": "expand", "study": "train", "sweep": "sweep", "fit": "fit", "pretrain": "fit", "select": "select",
@@ -76,6 +77,24 @@ def test_validate_says_what_the_dataset_holds() -> None:
         "splits": ["seeds", "test", "pool"]}
 
 
+def test_validate_says_all_mistakes_at_once(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder, tmp_path / "seeds")
+    (tmp_path / "seeds/empty").mkdir()
+    problems = api.validate({
+        "name": "run", "data": {"source": "imagefolder", "path": str(tmp_path / "seeds")},
+        "prior": {"weights": "nowhere/sd15"}, "method": {"name": "img2img", "ratio": 1}}).problems
+
+    assert any("prior.weights" in one for one in problems)
+    assert any("empty" in one for one in problems)
+
+
+def test_an_old_name_of_a_key_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    api.validate({**read(ROOT / "jobs/digits/study.yaml"), "also": {
+        "pool": {"data": {"source": "digits", "split": "pool"}}}})
+
+    assert caplog.text.count("now called extra_tests") == 1
+
+
 def test_a_kind_may_be_said_and_must_be_true(tmp_path: Path) -> None:
     assert read_job({**DIGITS, "kind": "run"}, (), None)[0] == "run"
     assert "kind" not in read_job({**DIGITS, "kind": "run"}, (), None)[1]
@@ -116,6 +135,37 @@ def test_a_machine_file_says_nothing_of_what_is_made(tmp_path: Path) -> None:
         read_job(DIGITS, (), {"method": {"ratio": 3}})
 
 
+@pytest.mark.parametrize(("job", "set_", "machine", "says"), [
+    ({"kind": ["run"]}, (), None, "kind: \\['run'\\] is none"),
+    ({}, ("name=2024-13-45",), None, "name: the value is not YAML"),
+    ({}, (), {"cluster": 3}, "cluster: must be a section with fields, got 3"),
+    ({"cluster": 3}, (), {"cluster": {"actors": 2}}, "cluster: must be a section with fields, got 3")])
+def test_odd_values_are_refused_by_name(job: dict[str, Any], set_: Any, machine: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        read_job({**DIGITS, **job}, set_, machine)
+
+
+def test_a_file_without_the_section_that_makes_it_one() -> None:
+    with pytest.raises(ConfigError, match="arms: `rayexpand train` needs this section, and it is missing"):
+        api.train({"name": "mine", "data": {"source": "digits"}})
+
+
+def test_a_sweep_over_a_study_of_its_own_file_takes_a_machine(tmp_path: Path) -> None:
+    sweep = read(ROOT / "jobs/digits/sweep-img2img.yaml")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({"kind": "study", "name": "mine", **sweep["study"]}))
+    sweep["study"] = str(tmp_path / "study.yaml")
+
+    assert api.validate(sweep, machine={"device": "cpu"}).problems == []
+
+
+def test_a_copy_of_a_ready_file_comes_with_those_it_names(tmp_path: Path) -> None:
+    done = process("jobs", "cp", "papers/gif/study-pathmnist", "mine.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine.yaml").read_text() == api.job_text("papers/gif/study-pathmnist")
+    assert (tmp_path / "jobs/papers/pathmnist.csv").read_text() == api.job_text("papers/pathmnist.csv")
+    assert len(api.jobs_named_by("papers/gif/sweep-level")) == 1
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_the_schema_of_every_kind_knows_its_fields(kind: str) -> None:
     found = api.schema(kind)
@@ -136,3 +186,5 @@ def test_a_first_file_for_a_folder_of_images(image_folder: Path, tmp_path: Path)
         api.first_file("nowhere")
     with pytest.raises(UsageError):
         api.first_file(str(tmp_path))
+    shutil.copytree(image_folder, tmp_path / "photos" / "my birds")
+    assert "name: my-birds" in api.first_file(str(tmp_path / "photos" / "my birds"))

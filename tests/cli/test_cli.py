@@ -101,7 +101,9 @@ def test_retry_from_the_command_line(job: Path, tmp_path: Path, image_folder: Pa
     shutil.copy(image_folder / "bee/2.png", broken / "bee/2.png")
     retried = json.loads(rayexpand("retry", tmp_path / "out/run", "--json").stdout)
 
-    assert (retried["kept"], retried["failed"], retried["pending"]) == (40, 0, 0)
+    assert (retried["kept"], retried["failed"], retried["pending"], retried["made"]) == (40, 0, 0, 2)
+    again = rayexpand("retry", tmp_path / "out/run")
+    assert (again.returncode, "nothing to do" in again.stderr) == (0, True)
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -241,3 +241,12 @@ def test_fill_and_seed_pixels():
 def test_settings_that_cannot_work_are_refused(fields, message):
     with pytest.raises(ValidationError, match=message):
         Classical(**fields)
+
+
+def test_what_stays_blank_is_blank_and_not_the_seed():
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[8, 8] = 255
+    method = Classical(policy="cutout", cutout_size=0.99)
+    made = [method._augment(image, rng) for rng in streams(50)]
+    assert any(augment.is_blank(one) for one in made)
+    assert not any(np.array_equal(one, image) for one in made if augment.is_blank(one))

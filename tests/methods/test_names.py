@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rayexpand import methods
@@ -16,6 +18,7 @@ from rayexpand.methods import TRUSTED, load_method, method_class, trust
 from rayexpand.methods.img2img import Img2Img
 from tests.commands import ROOT, rayexpand
 from tests.conftest import MakeConfig, complete
+from tests.methods import fakes
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +98,31 @@ def test_a_file_with_a_method_of_ones_own_needs_the_flag(tmp_path: Path) -> None
 
     assert (refused.returncode, made.returncode) == (2, 0), made.stderr
     assert "--trust mine.Mine" in refused.stderr
+
+
+def test_what_labels_are_is_asked_of_a_method_with_the_classes_of_its_run() -> None:
+    class Table(fakes.Fake):
+        def soft_label(self, source: np.ndarray, target: np.ndarray, strength: np.ndarray, n_classes: int,
+                       **recipe: float) -> np.ndarray:
+            return np.full((3, 3), 1 / 3, np.float32)[target]
+
+    class Broken(fakes.Fake):
+        def soft_label(self, *columns: object, **recipe: float) -> np.ndarray:
+            raise AssertionError("mine")
+
+    assert methods.label_words(fakes.Fake(), 3) == ""
+    assert "soft_label" in methods.label_words(Table(), 3)
+    with pytest.raises(ConfigError, match="AssertionError: mine"):
+        methods.label_words(Broken(), 3)
+    assert methods.label_words_of({"name": "tests.methods.fakes.Fake"}, 3) is None, "it is not trusted here"
+
+
+def test_a_card_never_says_less_because_a_method_is_not_trusted(make_config: MakeConfig) -> None:
+    trust("tests.methods.fakes.Fake")
+    run, _ = complete(make_config("Fake", ratio=1))
+    hidden = {name: value for name, value in os.environ.items() if name != TRUSTED}
+    done = subprocess.run([sys.executable, "-m", "rayexpand", "card", str(run.folder)], cwd=ROOT, env=hidden,
+                          capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert "not known here" in Path(run.folder, "README.md").read_text()

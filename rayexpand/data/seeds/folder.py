@@ -53,7 +53,7 @@ def check(data: DataConfig) -> tuple[Place, list[str]]:
             raise SeedDataError(f"data.split: no folder '{data.split}' in '{data.path}'; it has {few(top.names()[0])}")
         folders, others = folder.names()
         if folder.fs is None:
-            _refuse_lost([name for name in others if _is_lost(os.path.join(folder.root, name))], folder.root)
+            _refuse_lost([name for name in others if _is_lost(os.path.join(folder.root, name), dots=True)], folder.root)
     if not folders:
         raise SeedDataError(f"data.path: no class folder in '{folder.root}'; put images into <class>/<image>")
     if not data.split and set(map(str.lower, folders)) <= SPLIT_NAMES:
@@ -153,9 +153,12 @@ def _walk(top: str, folder: str, boundary: str, above: frozenset[str], skipped: 
                 skipped.add([path])
 
 
-def _is_lost(path: str) -> bool:
-    """Whether it is a link to nothing whose name is no file's: a folder that is not mounted, or was moved."""
-    return "." not in os.path.basename(path) and os.path.islink(path) and not os.path.exists(path)
+def _is_lost(path: str, dots: bool = False) -> bool:
+    """Whether it is a link to nothing whose name is no file's: a folder that is not mounted, or was moved. `dots`: the
+    name of a class folder may have some, only that of an image is a file's."""
+    name = os.path.basename(path).lower()
+    is_file = name.endswith(EXTENSIONS) if dots else "." in name
+    return not is_file and os.path.islink(path) and not os.path.exists(path)
 
 
 def _refuse_lost(names: list[str], folder: str) -> None:

@@ -2,7 +2,7 @@
 
     fit:
       adapter:
-        recipe: {preset: diffmix, steps: 35000}     # core/finetune_config.py
+        recipe: {preset: diffmix, steps: 35000}     # fields of fitting/adapter/recipe.py
         resolution: 512
         workers: 8                                  # Ray Train workers; 0: this process
 
@@ -45,7 +45,7 @@ class SheetConfig(Section):
 
 
 class AdapterFit(Section):
-    recipe: dict[str, Any] = Field({}, description="preset and fields of the fine-tuning (core/finetune_config.py)")
+    recipe: dict[str, Any] = Field({}, description="preset and fields of the fine-tuning")
     resolution: int | None = Field(None, ge=8, description="side of the training images, pixels; null: the generator's "
                                    "own")
     crops: int = Field(1, ge=1, description="crops kept of each image that is not square")

@@ -29,6 +29,7 @@ TUNED = ("recipe", "expansions", "arms", "subset")  # sections of a study whose 
 
 # What may change between two starts of one sweep.
 OPERATIONAL = ("name", "out", "samples", "max_concurrent", "cpus_per_trial", "gpus_per_trial", "cluster")
+UNSWEPT = ("training", "cluster", "extra_tests", "also")  # of its study; `also` is what 0.1 called extra_tests
 
 
 class AshaConfig(Section):
@@ -90,12 +91,16 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
     return parse_sweep(settings.read(path, overrides), str(path))
 
 
+def study_in(file: str) -> dict[str, Any]:
+    """A study file as a sweep has it: name and folder are the sweep's."""
+    return {key: value for key, value in settings.read(file).items() if key not in ("name", "out", "kind")}
+
+
 def parse_sweep(raw: Mapping[str, Any], where: str = "sweep") -> SweepConfig:
     """Sweep of a mapping. Raises ConfigError with every mistake of every section; nothing heavy is loaded."""
     raw = {str(key): value for key, value in raw.items()}
     if isinstance(raw.get("study"), str):
-        study = settings.read(raw["study"])
-        raw["study"] = {key: value for key, value in study.items() if key not in ("name", "out")}
+        raw["study"] = study_in(raw["study"])
     try:
         config = SweepConfig(**raw)
     except ValidationError as error:

@@ -41,6 +41,7 @@ from rayexpand.storage.tables import create_once
 from rayexpand.studies.config import StudyConfig, parse_study, study_preflight
 from rayexpand.studies.sweep.config import (
     OPERATIONAL,
+    UNSWEPT,
     SweepConfig,
     arm_of,
     base_study,
@@ -173,7 +174,7 @@ def _models(study: StudyConfig, on_model: Callable[[str, int, int], None] | None
 
 def _fixed(facts: Mapping[str, Any]) -> dict[str, Any]:
     config = {key: value for key, value in facts["config"].items() if key not in OPERATIONAL}
-    study = {key: value for key, value in config["study"].items() if key not in ("training", "cluster")}
+    study = {key: value for key, value in config["study"].items() if key not in UNSWEPT}
     return {**facts, "config": {**config, "study": study}}
 
 

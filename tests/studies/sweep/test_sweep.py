@@ -357,6 +357,12 @@ def test_another_sweep_in_the_same_folder_is_refused(make: Make) -> None:
         open_sweep(make(metric="top5"))
 
 
+def test_extra_tests_play_no_part_whatever_their_key_is_called(make: Make, raw: dict[str, Any]) -> None:
+    study, more = raw["study"], {"pool": {"data": {"source": "digits", "split": "pool"}}}
+    open_sweep(make(study={**study, "also": more}))
+    open_sweep(make(study={**study, "extra_tests": more}))
+
+
 def test_too_few_images_to_hold_out(make: Make) -> None:
     with pytest.raises(UsageError, match="9 images of each class"):
         open_sweep(make(hold_out=9))
