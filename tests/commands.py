@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from rayexpand.cli.main import main
+from rayexpand.storage.tables import sealed, unsealed
 
 ROOT = Path(__file__).parents[1]
 Done = subprocess.CompletedProcess[str]
@@ -25,9 +29,10 @@ def _command(arguments: tuple[object, ...], on_ray: bool = False) -> list[str]:
     return [str(one) for one in arguments]
 
 
-def process(*arguments: object, cwd: Path = ROOT) -> Done:
+def process(*arguments: object, cwd: Path | None = None) -> Done:
     return subprocess.run([sys.executable, "-m", "rayexpand", *_command(arguments)], capture_output=True, text=True,
-                          cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+                          cwd=cwd or ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(
+                              Path(__file__).parents[1])})
 
 
 def forked(*arguments: object, said: Path) -> multiprocessing.Process:
@@ -57,3 +62,11 @@ def rayexpand(*arguments: object, on_ray: bool = False) -> Done:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return subprocess.CompletedProcess(command, code, stdout.getvalue(), stderr.getvalue())
+
+
+def rewrite_json(file: Path, change: Callable[[dict[str, Any]], Any], name: str = "", *, is_old: bool = False) -> None:
+    """Changes the content of a JSON file of ours as whoever wrote it would have; `is_old`: without a seal. `name`: as
+    the folder knows it, where that is not the name of the file alone."""
+    found = unsealed(name or file.name, file.read_bytes(), file)
+    change(found)
+    file.write_bytes(json.dumps(found).encode() if is_old else sealed(name or file.name, found))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -15,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from rayexpand import __version__
-from rayexpand.contract.errors import StorageError
+from rayexpand.contract.errors import DamagedFile, StorageError
 from rayexpand.contract.settings import digest
 from rayexpand.storage.places import is_url
+from rayexpand.storage.tables import sealed, unsealed
 
 MAKING_OF = "artifact.json"  # how `rayexpand fit` made a folder, seconds among it: no part of the model
+
+
+AGAIN = "Restore it from a copy, or move the folder away: `rayexpand fit` makes the same one again"
 
 
 def content_files(folder: Path) -> list[str]:
@@ -29,12 +32,20 @@ def content_files(folder: Path) -> list[str]:
 
 
 def files_hash(folder: Path, names: Iterable[str]) -> str:
-    """sha256 over (name, sha256) of these files, in this order."""
-    hasher = hashlib.sha256()
+    """sha256 over (name, sha256) of these files, in this order. Raises DamagedFile where the artifact.json beside them
+    says that one is not what was written."""
+    hasher, stated = hashlib.sha256(), read_facts(folder).get("files", {})
     for name in names:
-        with open(folder / name, "rb") as stream:
-            hasher.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        found = _sha256(folder / name)
+        if stated.get(name, found) != found:
+            raise DamagedFile(f"{folder / name}: is damaged, or was changed by hand. {AGAIN}")
+        hasher.update(f"{name}\0{found}\n".encode())
     return hasher.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def publish(out: str, kind: str, made_from: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Path:
@@ -62,7 +73,9 @@ def publish(out: str, kind: str, made_from: dict[str, Any], make: Callable[[Path
         try:
             facts = {"kind": kind, "digest": identity, "made_from": made_from, **_timed(make, partial)}
             with _writing(folder):
-                (partial / MAKING_OF).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+                facts["files"] = {str(file.relative_to(partial)): _sha256(file) for file in sorted(partial.rglob("*"))
+                                  if file.is_file()}
+                (partial / MAKING_OF).write_bytes(sealed(MAKING_OF, facts))
                 os.rename(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -96,14 +109,21 @@ def _known(folder: Path, identity: str) -> Path:
     if read_facts(folder).get("digest") != identity:
         raise StorageError(f"out: {folder} holds another artifact whose digest begins alike, or was changed by hand; "
                            "move it away and run the same command again")
+    if gone := [name for name in read_facts(folder).get("files", {}) if not (folder / name).is_file()]:
+        raise DamagedFile(f"{folder / gone[0]}: is gone. {AGAIN}")
+    files_hash(folder, read_facts(folder).get("files", {}))
     return folder
 
 
 def read_facts(folder: Path | str) -> dict[str, Any]:
-    """artifact.json of a folder, {} where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        return dict(json.loads((Path(folder) / MAKING_OF).read_text()))
-    return {}
+    """artifact.json of a folder, {} where there is none. Raises DamagedFile where it is not what was written."""
+    file = Path(folder) / MAKING_OF
+    try:
+        return unsealed(MAKING_OF, file.read_bytes(), file)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except DamagedFile as error:
+        raise DamagedFile(f"{error}. {AGAIN}") from error
 
 
 def point(out: str, name: str, folder: Path) -> Path:

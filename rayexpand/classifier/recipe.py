@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
+
+from rayexpand.contract.settings import Later, Section
 
 
-class Recipe(BaseModel):
+class Recipe(Section):
     """One way to train a classifier. The defaults are ours, measured on 16-pixel digits with 20 to 200 images."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     backbone: str = Field("small_resnet", description="small_resnet, preact_resnet18, preact_resnet34, or a timm name")
     backbone_args: dict[str, int | float | str | bool] = Field({}, description="arguments of the backbone, such as "
@@ -49,8 +49,8 @@ class Recipe(BaseModel):
     crop_scale: tuple[float, float] = Field((0.08, 1.0), description="share of the area a resized crop takes")
     resize: int | None = Field(None, ge=8, description="side before cropping, training (square_pad) and tests; null: "
                                "test_size, no crop")
-    filter: Literal["bicubic", "bilinear"] = Field("bicubic", description="how images are resized, antialiased "
-                                                   "(bilinear: torchvision's default, Diff-Mix)")
+    filter: Annotated[Literal["bicubic", "bilinear"], Later("bicubic")] = Field(
+        "bicubic", description="how images are resized, antialiased (bilinear: torchvision's default, Diff-Mix)")
     rotation: float = Field(0.0, ge=0, le=180, description="random rotation within +- degrees, before the crop")
     hflip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip")
     colour_jitter: float = Field(0.0, ge=0, le=1, description="brightness, contrast, saturation, each 1 +- this")
@@ -100,11 +100,6 @@ class Recipe(BaseModel):
     drw_from: float = Field(0.8, ge=0, description="first epoch (0-based) with these weights, below 1 as a share of "
                             "the training; ones before. Diff-Mix: 160 of 200")
     amp: bool = Field(False, description="autocast to bfloat16 on a GPU")
-
-    @model_serializer(mode="wrap")
-    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `filter` where it is what it was before there was a choice, so that digests stay."""
-        return {name: value for name, value in handler(self).items() if (name, value) != ("filter", "bicubic")}
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:

@@ -53,7 +53,9 @@ def retry(folder: Folder, set_: Set = None, trust: Trust = None, no_ray: NoRay =
 
 def _ended(found: Any, as_json: bool) -> None:
     if not found.last["made"]:
-        warn(["nothing to do: every planned row is decided"], "")
+        pending = found.to_dict()["pending"]
+        warn([f"nothing to retry: no row has failed; {pending:,} are pending, which `rayexpand expand` makes" if pending
+              else "nothing to do: every planned row is decided"], "")
     show(found, as_json)
     if not as_json:
         print(f"report: {found.page}")

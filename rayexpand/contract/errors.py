@@ -6,6 +6,7 @@
     │   ├── SeedDataError           exit 2   the seed dataset as a whole (no label column, empty class, ...)
     │   ├── ModelError              exit 2   a model folder that cannot be loaded
     │   └── StorageError            exit 2   an output place that cannot hold a run
+    │       └── DamagedFile         exit 2   a file of ours does not hold what was written
     ├── OverBudget                  exit 3   more rows failed than the budget allows; outputs are kept
     ├── DigestMismatch              exit 4   the output belongs to another plan, configuration or model
     ├── Interrupted                 exit 75  stopped or starved; the same command continues
@@ -57,6 +58,10 @@ class ModelError(UsageError):
 
 class StorageError(UsageError):
     pass
+
+
+class DamagedFile(StorageError):
+    """A file that this package wrote does not hold what was written, or is another one. The message names the file."""
 
 
 class OverBudget(RayexpandError):

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -232,8 +232,11 @@ class Sample:
 
 
 def sample_sha256(pixels: np.ndarray, draw: Draw) -> str:
-    """Hash of decoded uint8 (H, W, 3) pixels, label and draw: equal hashes mean the same sample."""
-    hasher = hashlib.sha256(json.dumps([pixels.shape, asdict(draw)], sort_keys=True).encode())
+    """Hash of decoded uint8 (H, W, 3) pixels, label and draw: equal hashes mean the same sample. A field of a draw that
+    came later has a default, and does not count while it is that."""
+    default = {one.name: one.default for one in fields(draw) if one.default is not MISSING}
+    drawn = {name: value for name, value in asdict(draw).items() if name not in default or value != default[name]}
+    hasher = hashlib.sha256(json.dumps([pixels.shape, drawn], sort_keys=True).encode())
     hasher.update(pixels.tobytes())
     return hasher.hexdigest()
 

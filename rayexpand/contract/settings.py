@@ -6,12 +6,20 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from rayexpand.contract.errors import ConfigError
 
@@ -22,7 +30,17 @@ MOST_VALUES = 1_000_000  # of one file
 _MERGE = "tag:yaml.org,2002:merge"  # the key <<
 
 
+@dataclass(frozen=True)
+class Later:
+    """In the annotation of a field that came later: while it is `before`, which is what was done without it, it is not
+    written, so that no digest of an older configuration changes."""
+
+    before: Any
+
+
 class Section(BaseModel):
+    """A section of a file, and a method. A new field is `Annotated[float, Later(0.5)] = 0.5`."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {}  # old name of a field -> its name, read for as long as old files are
@@ -38,6 +56,15 @@ class Section(BaseModel):
             log.warning("%s is now called %s; the old name is still read, please change the file", name,
                         cls.OLD_NAMES[name])
         return {cls.OLD_NAMES.get(name, name): one for name, one in value.items()}
+
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written = handler(self)
+        for name, field in type(self).model_fields.items():
+            if any(isinstance(one, Later) and getattr(self, name) == one.before for one in field.metadata):
+                written.pop(name, None)
+        return written
 
 
 class _Loader(yaml.SafeLoader):

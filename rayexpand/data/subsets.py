@@ -16,11 +16,12 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from rayexpand.contract.errors import RowFault, UsageError
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import SeedIndex
+from rayexpand.contract.settings import Section
 from rayexpand.data.seeds import DataConfig, SeedReader
 from rayexpand.data.seeds.digits import digit_of
 from rayexpand.data.seeds.index import subset_rank
@@ -30,10 +31,8 @@ _COMPARED = 20_000  # images that are read to compare two datasets
 SAMPLED = 16  # images of a fingerprint
 
 
-class SubsetConfig(BaseModel):
+class SubsetConfig(Section):
     """Which of the seeds a study trains on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["full", "per_class", "few_shot", "long_tail", "counts"] = Field(
         "full", description="per_class: exactly n images of each class; few_shot: n, or all of a smaller class; "

@@ -35,7 +35,7 @@ from rayexpand.runs.run import Run
 from rayexpand.runs.selections import read_selection
 from rayexpand.storage.files import each
 from rayexpand.storage.places import open_files
-from rayexpand.storage.tables import read_table
+from rayexpand.storage.tables import read_table, replace_json
 
 CHUNK = 2048  # seeds read, and held encoded, at once
 
@@ -142,7 +142,7 @@ def evaluate(config: EvaluateConfig, extract: Extract, on_rows: OnRows = lambda 
                     "scores": time.perf_counter() - extracted}}
     for folder in ("scores", ".tmp"):
         run.files.make_folder(folder)
-    run.files.replace(f"scores/{config.name}.json", json.dumps(result, indent=1).encode())
+    replace_json(run.files, f"scores/{config.name}.json", result)
     return {**result, "file": str(run.files.at(f"scores/{config.name}.json"))}
 
 

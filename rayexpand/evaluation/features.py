@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from rayexpand.contract.errors import ModelError, RowFault
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.rng import RowRng
+from rayexpand.contract.settings import Section
 from rayexpand.data.pixels import PILLOW_PIXELS, decode, prepare
 from rayexpand.models.folders import DIGITS, HUB_NAME, PICKLES, ModelFiles, folder_hash, loaded_files
 from rayexpand.models.guide_files import present_guide
@@ -30,10 +31,8 @@ if TYPE_CHECKING:
 RESIZE = "shorter side to size, bilinear, antialiased (Pillow), middle square"
 
 
-class ExtractorConfig(BaseModel):
+class ExtractorConfig(Section):
     """Which model's features are compared."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     guide: str | None = Field(None, description="'digits', an open_clip folder, org/name@revision, or an open_clip "
                               "model name with a checkpoint; null: the guide the run is configured with")

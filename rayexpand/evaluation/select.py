@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field, SerializeAsAny, ValidationError
 
 from rayexpand import __version__
@@ -55,7 +54,7 @@ from rayexpand.runs.config import ClusterConfig, GuideConfig, RuntimeConfig
 from rayexpand.runs.run import Run
 from rayexpand.runs.store import FOOTER, Totals, totals
 from rayexpand.storage.files import each
-from rayexpand.storage.tables import parquet_bytes, read_table
+from rayexpand.storage.tables import parquet_bytes, parquet_facts
 
 _COLUMNS = ["sample_id", "row", "label", "strength"]
 
@@ -184,14 +183,12 @@ def _sha256(value: Any) -> str:
 def _there(run: Run, name: str, settings: dict[str, Any], content: str) -> dict[str, Any] | None:
     """The decision of that name if it is this one, None without any. Raises DigestMismatch for another."""
     try:
-        with run.files.open(name) as reader:
-            raw = (pq.ParquetFile(reader, pre_buffer=False).schema_arrow.metadata or {}).get(FOOTER)
+        facts = parquet_facts(run.files, name, FOOTER)
     except FileNotFoundError:
         return None
     where = run.files.at(name)
-    if raw is None:
+    if facts is None:
         raise DigestMismatch(f"{where} was not made by `select`; give this decision another `name`, or move that file")
-    facts = json.loads(raw)
     if changed := differences(facts["settings"], settings):
         raise DigestMismatch("\n  ".join([f"{where} is another decision. What differs (there -> here):", *changed,
                                           "Give this one another `name`, or delete that file if nothing uses it."]))
@@ -217,8 +214,8 @@ def _rows(run: Run, receipts: Sequence[Receipt], columns: frozenset[str]) -> _Sa
     """The kept samples in the order of the plan with the scores of the run that a rule looks at. Raises UsageError."""
     names: set[str] = set()
 
-    def one(name: str) -> pa.Table:
-        table = read_table(run.files, f"data/{name}", [*_COLUMNS, "scores"] if columns else _COLUMNS)
+    def one(receipt: Receipt) -> pa.Table:
+        table = run.store.data(receipt, [*_COLUMNS, "scores"] if columns else [*_COLUMNS])
         if not columns:
             return table
         scores = table["scores"].combine_chunks()
@@ -233,7 +230,7 @@ def _rows(run: Run, receipts: Sequence[Receipt], columns: frozenset[str]) -> _Sa
             table = table.append_column(f"score {column}", pa.array(values_N))
         return table
 
-    parts = list(each(run.files, one, [receipt.data_file for receipt in receipts if receipt.kept]))
+    parts = list(each(run.files, one, [receipt for receipt in receipts if receipt.kept]))
     if not parts:
         raise UsageError(f"{run.folder} has no kept sample to choose from")
     if missing := sorted(columns - names):

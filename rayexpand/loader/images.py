@@ -13,7 +13,6 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from rayexpand.contract.errors import RowFault, UsageError
 from rayexpand.contract.schema import SeedIndex
@@ -23,6 +22,7 @@ from rayexpand.loader.training_set import SetPart, TrainingSet
 from rayexpand.methods import load_method
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
+from rayexpand.storage.tables import open_parquet, reading
 
 CACHE_BYTES = 4 << 30  # encoded images one process keeps
 _PIECE = 1024  # rows read between two looks at how much is held
@@ -245,12 +245,14 @@ class _RunSource:
         return self._opened
 
     def _group(self, name: str, group: int, rows: np.ndarray) -> list[bytes]:
+        where = self._files.at(f"data/{name}")
         try:
             with self._files.open(f"data/{name}") as reader:
-                file = pq.ParquetFile(reader, pre_buffer=False)
-                table = file.read_row_group(group, columns=["image.bytes"], use_threads=False)
+                file = open_parquet(reader, where)
+                with reading(where):
+                    table = file.read_row_group(group, columns=["image.bytes"], use_threads=False)
         except FileNotFoundError as error:
-            raise UsageError(f"{self._files.at(f'data/{name}')} is gone, but the training set was made with it; "
+            raise UsageError(f"{where} is gone, but the training set was made with it; "
                              "restore it, or run `rayexpand expand` and start the study again") from error
         return pc.struct_field(table["image"], "bytes").take(rows).to_pylist()
 

@@ -28,7 +28,7 @@ from typing import IO, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from rayexpand.contract.errors import UsageError
+from rayexpand.contract.errors import DamagedFile, UsageError
 from rayexpand.contract.rng import generator, row_key
 from rayexpand.contract.schema import ClassTable, SeedIndex
 from rayexpand.data.seeds import DataConfig
@@ -200,13 +200,10 @@ class TrainingSet:
         return items
 
     def to_bytes(self) -> bytes:
+        """What `load` reads, with its hash at the end."""
         sink = io.BytesIO()
         self._write(sink)
-        return sink.getvalue()
-
-    def save(self, path: str | Path) -> None:
-        with Path(path).open("wb") as sink:
-            self._write(sink)
+        return sink.getvalue() + hashlib.sha256(sink.getbuffer()).digest()
 
     def _write(self, sink: IO[bytes]) -> None:
         """Arrow IPC streams one behind the other: the table, then the seed index of every real part."""
@@ -219,17 +216,20 @@ class TrainingSet:
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingSet:
-        """The set in a file, mapped and not read. Raises UsageError where it is not one."""
+        """The set in a file, mapped. Raises DamagedFile where it does not hold what was written."""
         try:
             with pa.memory_map(str(path)) as source:
+                if (content := source.read_buffer()) and hashlib.sha256(content[:-32]).digest() != content[-32:]:
+                    raise ValueError("its content does not match its hash")
+                source.seek(0)
                 tables = [pa.ipc.open_stream(source).read_all()]
                 facts = json.loads((tables[0].schema.metadata or {})[b"study"])
                 parts = tuple(SetPart(**{**one, "chunks": tuple((name, group) for name, group in one["chunks"])})
                               for one in facts.pop("parts"))
                 tables += [pa.ipc.open_stream(source).read_all() for part in parts if part.is_real]
-        except (pa.ArrowInvalid, KeyError, OSError) as error:
-            raise UsageError(f"{path}: is no training set ({error!r}); delete it and run `rayexpand train` again") \
-                from error
+        except (pa.ArrowInvalid, KeyError, OSError, ValueError) as error:
+            raise DamagedFile(f"{path}: is no training set, or damaged ({error}). Run `rayexpand train` again, which "
+                              "writes it anew") from error
         classes = ClassTable(**{name: tuple(values) for name, values in facts.pop("classes").items()})
         return cls(tables[0], tuple(tables[1:]), parts, classes, **facts)
 

@@ -24,12 +24,13 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from rayexpand.classifier import augment
 from rayexpand.contract.protocols import Batch, Expansion, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
+from rayexpand.contract.settings import Section
 from rayexpand.methods._copies import quota_copies, ratio_copies
 
 Policy = Literal["randaugment", "autoaugment", "cutout", "random_erasing", "gridmask", "standard"]
@@ -37,10 +38,8 @@ Colour = tuple[int, int, int]
 _TRIES = 10  # of drawing a copy again that had one colour only; then it is its seed
 
 
-class Classical(BaseModel):
+class Classical(Section):
     """Settings of classical augmentation. A field that names a policy in its description has no effect on others."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["classical"] = "classical"
     policy: Policy = Field("randaugment", description="which augmentation")

@@ -23,12 +23,13 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from rayexpand.contract.prompts import Template
 from rayexpand.contract.protocols import Batch, Expansion, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import ClassTable, Draw, SeedIndex
+from rayexpand.contract.settings import Section
 from rayexpand.diffusion import sampling
 from rayexpand.methods._copies import MAX_COPIES
 from rayexpand.methods.diffmix import DiffMix, Strengths
@@ -39,10 +40,10 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-class DaFusion(BaseModel):
+class DaFusion(Section):
     """Settings of DA-Fusion. Defaults are those of the paper unless noted; `mode` sets four of them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(validate_default=True)
 
     name: Literal["dafusion"] = "dafusion"
     mode: Literal["per_class", "joint_ti"] = Field("joint_ti", description="per_class (paper) or joint_ti (Diff-Mix's "

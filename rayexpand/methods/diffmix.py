@@ -31,22 +31,14 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from rayexpand.contract.errors import UsageError
 from rayexpand.contract.prompts import Template, format_prompt, placeholders, prompt_needs
 from rayexpand.contract.protocols import Batch, Expansion, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
+from rayexpand.contract.settings import Section
 from rayexpand.diffusion import sampling
 from rayexpand.methods._copies import MAX_COPIES, quota_copies, rank_in_class
 from rayexpand.methods.img2img import Img2Img
@@ -65,10 +57,10 @@ def _one_or_more(strengths: tuple[float, ...]) -> tuple[float, ...]:
 Strengths = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], AfterValidator(_one_or_more)]
 
 
-class DiffMix(BaseModel):
+class DiffMix(Section):
     """Settings of Diff-Mix and its relatives. Defaults are those of the paper unless noted."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(validate_default=True)
 
     name: Literal["diffmix"] = "diffmix"
     variant: Variant = Field("diff_mix", description="real_: weights as they are; diff_: with the adapter. gen: from "

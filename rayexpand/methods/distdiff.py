@@ -26,12 +26,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from rayexpand.contract.prompts import Template, format_prompt, prompt_needs
 from rayexpand.contract.protocols import Batch, Cond, Expansion, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
+from rayexpand.contract.settings import Section
 from rayexpand.diffusion import energy, perturb, sampling
 from rayexpand.methods._copies import quota_copies, ratio_copies
 from rayexpand.methods._guided import Guided
@@ -44,10 +45,10 @@ if TYPE_CHECKING:
 LOSS_SCALE = 2.0**10
 
 
-class DistDiff(BaseModel):
+class DistDiff(Section):
     """Settings of DistDiff. Defaults are those of the paper unless noted."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(validate_default=True)
     PIECES: ClassVar = ("guide_batch",)  # rows at once; halved in this order when memory runs out
 
     name: Literal["distdiff"] = "distdiff"

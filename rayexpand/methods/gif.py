@@ -30,12 +30,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from rayexpand.contract.prompts import Template, format_prompt, prompt_needs
 from rayexpand.contract.protocols import Batch, Expansion, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
+from rayexpand.contract.settings import Section
 from rayexpand.diffusion import energy, perturb, sampling
 from rayexpand.methods._copies import quota_copies, ratio_copies
 from rayexpand.methods._guided import Guided
@@ -50,10 +51,10 @@ ADJECTIVES = ("", "colorful", "stylized", "high-contrast", "low-contrast", "post
               "bright", "dark")
 
 
-class Gif(BaseModel):
+class Gif(Section):
     """Settings of GIF-SD. Defaults are those of the released code for CIFAR100-S unless noted."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(validate_default=True)
     PIECES: ClassVar = ("chunk", "forward_chunk")  # rows at once; halved in this order when memory runs out
 
     name: Literal["gif"] = "gif"

@@ -15,20 +15,19 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from rayexpand.contract.prompts import Template, format_prompt, prompt_needs
 from rayexpand.contract.protocols import Batch, Expansion, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
+from rayexpand.contract.settings import Section
 from rayexpand.diffusion import sampling
 from rayexpand.methods._copies import quota_copies, ratio_copies
 
 
-class Img2Img(BaseModel):
+class Img2Img(Section):
     """Settings of img2img. Defaults are those of DistDiff's plain Stable Diffusion baseline unless noted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["img2img"] = "img2img"
     ratio: float = Field(5.0, gt=0, le=65535, description="copies of each seed; 2.5 gives half of each class a third "

@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from rayexpand.contract.errors import UsageError
 from rayexpand.contract.prompts import check_template, format_prompt, prompt_needs
 from rayexpand.contract.protocols import Batch, Expansion, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import ClassTable, Draw, SeedIndex
+from rayexpand.contract.settings import Section
 from rayexpand.diffusion import sampling
 from rayexpand.methods.img2img import Img2Img
 from rayexpand.methods.text2img import Text2Img
@@ -39,10 +40,8 @@ ANY = "*"  # the entry of `prompts` that serves every class without one of its o
 FILE = "prompts.json"
 
 
-class Lecf(BaseModel):
+class Lecf(Section):
     """Settings of LECF's generator. Defaults are those of Stable Diffusion's text-to-image pipeline unless noted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["lecf"] = "lecf"
     ratio: float = Field(5.0, gt=0, le=65535, description="samples for each seed; 2.5 gives half of each class a third "

@@ -30,13 +30,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from rayexpand.contract.errors import UsageError
 from rayexpand.contract.prompts import Template, format_prompt, placeholders, prompt_needs
 from rayexpand.contract.protocols import Batch, Expansion, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
+from rayexpand.contract.settings import Section
 from rayexpand.diffusion import sampling
 from rayexpand.methods._copies import MAX_COPIES, quota_copies, ratio_copies
 
@@ -48,10 +49,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class RealFake(BaseModel):
+class RealFake(Section):
     """Settings of Real-Fake. Defaults are those of the paper unless noted; `preset` sets three of them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(validate_default=True)
 
     name: Literal["realfake"] = "realfake"
     preset: Literal["paper", "official_code"] = Field("paper", description="defaults of prompt, negative and "

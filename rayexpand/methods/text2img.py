@@ -22,12 +22,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from rayexpand.contract.prompts import Template, format_prompt, prompt_needs
 from rayexpand.contract.protocols import Batch, Expansion, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
+from rayexpand.contract.settings import Section
 from rayexpand.diffusion import sampling
 from rayexpand.methods._copies import quota_copies, ratio_copies
 
@@ -38,10 +39,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class Text2Img(BaseModel):
+class Text2Img(Section):
     """Settings of text2img. Defaults are those of Stable Diffusion's text-to-image pipeline unless noted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["text2img"] = "text2img"
     preset: Literal["fakeit", "cip"] | None = Field(None, description="a published baseline; sets ratio, prompt, "

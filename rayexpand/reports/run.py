@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
@@ -40,7 +38,7 @@ from rayexpand.runs.status import (
     write_page,
 )
 from rayexpand.runs.store import FOOTER
-from rayexpand.storage.tables import find_rows, read_table
+from rayexpand.storage.tables import find_rows, parquet_facts, read_table
 
 SHEET_CLASSES, SHEET_SAMPLES = 8, 8
 REFUSED_ROWS, REFUSED_PER_REASON = 12, 4
@@ -154,10 +152,8 @@ def _selections(view: RunView) -> list[dict[str, Any]]:
     """What `select` has decided, as the files state it."""
     lines = []
     for name in sorted(view.files.list("selections")):
-        with view.files.open(f"selections/{name}") as reader:
-            stated = (pq.ParquetFile(reader, pre_buffer=False).schema_arrow.metadata or {}).get(FOOTER)
-        if stated is not None:
-            lines.append(json.loads(stated))
+        if (stated := parquet_facts(view.files, f"selections/{name}", FOOTER)) is not None:
+            lines.append(stated)
     return lines
 
 
@@ -240,8 +236,7 @@ def _refused_rows(view: RunView, classes: ClassTable) -> list[dict[str, Any]]:
     latest = {receipt.shard_id: receipt.generation for receipt in view.receipts}
     by_reason: dict[str, list[tuple[str, Receipt]]] = {}
     for receipt in spread([r for r in view.receipts if r.side_file], FILES_SEARCHED):
-        side = read_table(view.files, f"rejected/{receipt.side_file}", ["sample_id", "status", "reason"])
-        for row in side.to_pylist():
+        for row in view.store.refused(receipt).select(["sample_id", "status", "reason"]).to_pylist():
             retried = row["status"] == Status.FAILED and receipt.generation < latest[receipt.shard_id]
             if not retried and len(rows := by_reason.setdefault(row["reason"], [])) < REFUSED_PER_REASON:
                 rows.append((row["sample_id"], receipt))

@@ -24,6 +24,7 @@ from rayexpand.reports import figures
 from rayexpand.reports.templates import render
 from rayexpand.runs.status import duration, read_classes, view_run
 from rayexpand.storage.places import open_files
+from rayexpand.storage.tables import read_json
 from rayexpand.studies.results import Predicted, StudyView, number, read_study
 from rayexpand.studies.summary import MIN_SEEDS, frequencies, points, summarised, summary, write, write_numbers
 
@@ -107,7 +108,7 @@ def _scores(study: StudyView) -> dict[str, Any] | None:
         try:
             files = open_files(_run_folder(study, run))
             for name in sorted(name for name in files.list("scores") if name.endswith(".json")):
-                found = json.loads(files.read(f"scores/{name}") or b"{}")
+                found = read_json(files, f"scores/{name}") or {}
                 lines.append({"run": run, "group": group, "file": name, "values": _score_values(found)})
                 warnings += [f"{run}, {name}: {line}" for line in found.get("warnings") or ()]
         except (OSError, ValueError, AttributeError, KeyError, RayexpandError) as error:

@@ -45,7 +45,7 @@ from rayexpand.methods import label_words
 from rayexpand.runs.run import Run, open_run
 from rayexpand.runs.selections import Selection, read_selection
 from rayexpand.storage.files import process_token, token_alive
-from rayexpand.storage.tables import csv_cell
+from rayexpand.storage.tables import batches, csv_cell
 
 Layout = Literal["webdataset", "imagefolder", "huggingface"]
 OnRows = Callable[[str, int, int], None]  # task, done, total
@@ -154,9 +154,8 @@ def _rows(run: Run, chosen: Selection | None, kept: int, on_rows: OnRows) -> Ite
     for receipt in run.store.receipts():
         if not receipt.kept:
             continue
-        with run.store.files.open(f"data/{receipt.data_file}") as reader:
-            for batch in pq.ParquetFile(reader, pre_buffer=False).iter_batches(BATCH, use_threads=False):
-                table = pa.Table.from_batches([batch])
+        with run.store.open(receipt) as parquet:
+            for table in batches(parquet, run.files.at(f"data/{receipt.data_file}"), BATCH):
                 numbers = table["row"].to_numpy()
                 if seen[numbers].any() or len(np.unique(numbers)) < len(numbers):
                     raise UsageError(f"{run.folder}: data/{receipt.data_file} repeats samples of another file; "

@@ -12,7 +12,6 @@ of keyed streams, so they are derived when a shard runs: 13 million draws are pl
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,14 +21,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayexpand.artifacts.columns import captions_for
-from rayexpand.contract.errors import UsageError
+from rayexpand.contract.errors import DamagedFile, UsageError
 from rayexpand.contract.protocols import Method
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import ASKED, CAPTION_SLOT, SEED_INDEX, ClassTable, Draw, SeedIndex
 from rayexpand.contract.settings import digest
 from rayexpand.runs.config import RunConfig
 from rayexpand.storage.files import Files
-from rayexpand.storage.tables import create_once, parquet_bytes, read_table
+from rayexpand.storage.tables import parquet_bytes, read_json, reading, sealed, table_of
 
 MAX_SHARDS = 50_000  # more small files than this make listing and the Ray driver slow
 
@@ -232,27 +231,41 @@ def plan_digest(plan: Plan) -> str:
 
 
 def write_plan(plan: Plan, files: Files, folder: str) -> None:
-    """Publishes a plan below `folder`; two writers of one plan write the same things."""
+    """Publishes a plan below `folder`; two writers of one plan write the same things. What is there already and does
+    not hold this plan is replaced."""
     files.make_folder(folder)
     table = plan.index.table.append_column("copies", pa.array(plan.copies)).append_column("shard", pa.array(plan.shard))
     if plan.captions is not None:
         table = table.append_column("caption", plan.captions)
-    content = parquet_bytes(table, plan.index.table.schema.metadata or {}, row_group=1 << 18)
-    files.publish(f"{folder}/seeds.parquet", content, "index")
-    files.publish(f"{folder}/classes.parquet", parquet_bytes(plan.index.classes.to_arrow(), ASKED), "classes")
-    create_once(files, f"{folder}/plan.json", {"planned": plan.planned, "shards": plan.n_shards,
-                                               "seeds": len(plan.index)}, "plan")
+    contents = {"seeds.parquet": parquet_bytes(table, plan.index.table.schema.metadata or {}, row_group=1 << 18),
+                "classes.parquet": parquet_bytes(plan.index.classes.to_arrow(), ASKED)}
+    counts = {"planned": plan.planned, "shards": plan.n_shards, "seeds": len(plan.index),
+              "files": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}}
+    contents["plan.json"] = sealed(f"{folder}/plan.json", counts)
+    for (name, content), step in zip(contents.items(), ("index", "classes", "plan"), strict=True):
+        if not files.publish(f"{folder}/{name}", content, step) and files.read(f"{folder}/{name}") != content:
+            files.replace(f"{folder}/{name}", content)
 
 
-def read_plan(config: RunConfig, files: Files, folder: str) -> Plan | None:
-    """The plan below `folder`, None where it was never finished."""
-    if files.read(f"{folder}/plan.json") is None:
+def read_plan(config: RunConfig, files: Files, folder: str, plan_sha256: str) -> Plan | None:
+    """The plan below `folder`, None where it was never finished. `plan_sha256`: its digest, as run.json has it. Raises
+    DamagedFile where a file is not what was written."""
+    if (counts := read_json(files, f"{folder}/plan.json")) is None:
         return None
-    table = read_table(files, f"{folder}/seeds.parquet")
-    classes = ClassTable.from_arrow(read_table(files, f"{folder}/classes.parquet"))
-    index = SeedIndex(table.select(SEED_INDEX.names), classes)
-    counts = json.loads(files.read(f"{folder}/plan.json") or b"{}")
-    plan = Plan(index, config.method, config.seed, config.sampler.batch, table["copies"].to_numpy(),
-                table["shard"].to_numpy(), table["caption"] if "caption" in table.column_names else None)
-    assert counts["planned"] == plan.planned, f"{folder} does not hold the plan its plan.json counts"
+    stated, tables = counts.get("files", {}), []
+    for name in ("seeds.parquet", "classes.parquet"):
+        content, where = files.read(f"{folder}/{name}"), files.at(f"{folder}/{name}")
+        if content is None:
+            raise DamagedFile(f"{where}: is gone")
+        if stated and hashlib.sha256(content).hexdigest() != stated.get(name):
+            raise DamagedFile(f"{where}: is damaged")
+        tables.append(table_of(content, where))
+    with reading(files.at(folder)):
+        table, classes = tables[0], ClassTable.from_arrow(tables[1])
+        index = SeedIndex(table.select(SEED_INDEX.names), classes)
+        plan = Plan(index, config.method, config.seed, config.sampler.batch, table["copies"].to_numpy(),
+                    table["shard"].to_numpy(), table["caption"] if "caption" in table.column_names else None)
+    if counts["planned"] != plan.planned or not (stated or plan_digest(plan) == plan_sha256):
+        raise DamagedFile(f"{files.at(folder)}: is damaged, or was changed by hand: seeds.parquet and classes.parquet "
+                          "do not hold the plan that run.json names")
     return plan

@@ -21,13 +21,13 @@ from rayexpand import __version__
 from rayexpand.artifacts import KINDS
 from rayexpand.contract.errors import (
     ConfigError,
+    DamagedFile,
     DigestMismatch,
     EnvironmentFault,
     ModelError,
     OverBudget,
     SeedDataError,
     StorageError,
-    UsageError,
 )
 from rayexpand.contract.protocols import Tools
 from rayexpand.contract.schema import SEED_REASONS, Reason, Receipt
@@ -189,6 +189,8 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
         facts = _facts(config, plan, models)
         write_plan(plan, files, facts["plan"])
         create_once(files, "run.json", facts, "run")
+    elif not seeds.check(config.data):
+        _heal_plan(config, files)
     return _open(config, files, models)
 
 
@@ -415,7 +417,7 @@ def _comparable(config: RunConfig, files: Files, facts: dict[str, Any]) -> tuple
         return before, now
     then = facts.get("ids_sha256")
     if then is None and created.data.per_class is None and before["data"]["ids"] == created.data.ids:
-        plan = read_plan(config, files, facts["plan"])  # it holds just the seeds that were listed
+        plan = read_plan(config, files, facts["plan"], facts["plan_digest"])  # it holds just the seeds that were listed
         then = None if plan is None else digest(sorted(set(plan.index.seed_ids)))
     before["data"]["ids"] = then or before["data"]["ids"]
     if now["data"]["ids"] == created.data.ids:
@@ -424,9 +426,25 @@ def _comparable(config: RunConfig, files: Files, facts: dict[str, Any]) -> tuple
 
 
 def _read_plan(config: RunConfig, files: Files, facts: dict[str, Any]) -> Plan:
-    plan = read_plan(config, files, facts["plan"])
+    remedy = (f"The same job file makes it again where its dataset is still as it was (`rayexpand expand`); else "
+              f"restore {facts['plan']} of the run from a copy")
+    try:
+        plan = read_plan(config, files, facts["plan"], facts["plan_digest"])
+    except DamagedFile as error:
+        raise DamagedFile(f"{error}. {remedy}") from error
     if plan is None:
-        raise UsageError(f"{files.root}/{facts['plan']} is missing or incomplete, so the run cannot go on. Restore "
-                         "that folder, or start under another `name`.")
+        raise DamagedFile(f"{files.root}/{facts['plan']} is missing or incomplete, so the run cannot go on. {remedy}")
     return plan
+
+
+def _heal_plan(config: RunConfig, files: Files) -> None:
+    """Writes the plan of a run anew where it is damaged and its dataset still gives the same one."""
+    facts = read_facts(files)
+    with contextlib.suppress(DamagedFile):
+        _read_plan(config, files, facts)
+        return
+    with contextlib.suppress(SeedDataError):
+        plan = make_plan(seeds.build_index(config.data), config)
+        if plan_digest(plan) == facts["plan_digest"]:
+            write_plan(plan, files, facts["plan"])
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from rayexpand.contract.errors import UsageError
+from rayexpand.contract.errors import DamagedFile, UsageError
 from rayexpand.runs.run import Run
+from rayexpand.storage.tables import read_table
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,17 @@ class Selection:
 
 def read_selection(run: Run, name: str) -> Selection:
     """The decision selections/<name>.parquet. Raises UsageError where there is none, or it is empty or ambiguous."""
-    content = run.files.read(f"selections/{name}.parquet") if re.fullmatch(r"[\w.-]+", name) else None
-    if content is None:
+    file = f"selections/{name}.parquet"
+    try:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise FileNotFoundError(name)
+        table = read_table(run.files, file).select(["sample_id", "keep"])
+    except FileNotFoundError as error:
         known = sorted(file.removesuffix(".parquet") for file in run.files.list("selections"))
         raise UsageError(f"{run.folder} has no selection {name!r}; it has {', '.join(known) or 'none'}. Make it with "
-                         f"`rayexpand select` and a file with name: {name} and run: {run.folder}")
-    table = pq.read_table(pa.BufferReader(content), columns=["sample_id", "keep"])
+                         f"`rayexpand select` and a file with name: {name} and run: {run.folder}") from error
+    except DamagedFile as error:
+        raise DamagedFile(f"{error}. Delete it and select again") from error
     if not table.num_rows:
         raise UsageError(f"selection {name!r} of {run.folder} decides nothing; select again")
     ids = _digests(table["sample_id"].to_pylist())

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from rayexpand.contract.errors import EnvironmentFault, UsageError
+from rayexpand.contract.errors import DamagedFile, EnvironmentFault, UsageError
 from rayexpand.contract.schema import ClassTable, Reason, Receipt, Status
 from rayexpand.runs.blame import running_here
-from rayexpand.runs.store import Store, Totals, read_facts, totals
+from rayexpand.runs.store import Store, Totals, attempt_names, read_facts, totals
 from rayexpand.storage.files import Files, each
 from rayexpand.storage.places import open_files
-from rayexpand.storage.tables import read_table
+from rayexpand.storage.tables import read_json, read_table
 
 _WINDOW_SHARDS = 5  # the rate looks back over five typical shard times
 
@@ -43,10 +43,18 @@ class RunView:
         return self.store.files
 
     def attempts(self) -> list[dict[str, Any]]:
-        """Every start of the run in order; reads one small file for each."""
-        names = sorted(name for name in self.files.list("attempts") if name.endswith(".json"))
-        texts = each(self.files, self.files.read, [f"attempts/{name}" for name in names])
-        return [json.loads(text) for text in texts if text is not None]
+        """Every start of the run in order; reads one small file for each. Of one that is gone or damaged the number is
+        known, and that it is."""
+        def one(number: int) -> dict[str, Any]:
+            name = f"attempts/{number:04d}.json"
+            try:
+                found = read_json(self.files, name)
+            except DamagedFile:
+                return {"attempt": number, "started": None, "host": f"{name} is damaged", "pid": None}
+            return found or {"attempt": number, "started": None, "host": f"{name} is gone", "pid": None}
+
+        last = max((int(name[:-5]) for name in attempt_names(self.files)), default=0)
+        return list(each(self.files, one, range(1, last + 1)))
 
     @property
     def totals(self) -> Totals:
@@ -135,7 +143,7 @@ def read_status(folder: str | Path, clock: Callable[[], float] = time.time) -> R
         pending=counts.pending, shards_done=counts.shards, shards=int(view.run["shards"]), reasons=view.reasons,
         images_per_second=rate, concurrency=concurrency, eta_seconds=eta,
         last_commit_age_seconds=max(0.0, clock() - max(committed.values())) if committed else None,
-        attempts=len(view.files.list("attempts")), processes=running_here(view.files),
+        attempts=len(attempt_names(view.files)), processes=running_here(view.files),
         mixed_stacks=len(view.stacks) > 1)
 
 

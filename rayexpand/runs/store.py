@@ -17,6 +17,7 @@ same run digest.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -27,8 +28,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from rayexpand.contract.errors import DigestMismatch, StorageError, UsageError
+from rayexpand.contract.errors import DamagedFile, DigestMismatch, StorageError, UsageError
 from rayexpand.contract.schema import (
     DATA_SCHEMA,
     REFUSED_SCHEMA,
@@ -41,13 +43,27 @@ from rayexpand.contract.schema import (
     samples_to_arrow,
 )
 from rayexpand.storage.files import Files, StorageDenied, each, process_token
-from rayexpand.storage.tables import open_parquet, parquet_bytes, read_table
+from rayexpand.storage.tables import (
+    NAMED,
+    open_parquet,
+    parquet_bytes,
+    parquet_facts,
+    read_columns,
+    sealed,
+    table_of,
+    unsealed,
+)
 
 FOOTER = b"rayexpand"
+MAKE_AGAIN = "Restore it from a copy, or delete it and run `expand` again: it makes the same samples."
 _DATA_NAME = re.compile(r"^train-(\d{6,})(?:\.r(\d+))?\.parquet$")
 _ROLL_UP_NAME = re.compile(r"^rollup-(\d+)-(\d+)\.json$")
 _NO_ROLL_UP = (-1, -1)
 _FULL_ROLL_UP = 5_000  # receipts; a smaller roll-up is folded into the next one
+
+
+_FACTS = {"config": dict, "run_digest": str, "plan_digest": str, "plan": str, "planned": int, "shards": int,
+          "models": dict, "name": str}  # what run.json always has
 
 
 def first_look(files: Files) -> bytes | None:
@@ -64,16 +80,20 @@ def first_look(files: Files) -> bytes | None:
 
 
 def read_facts(files: Files) -> dict[str, Any]:
-    """run.json. Raises UsageError if there is no run, StorageError if this user may not read it."""
+    """run.json. Raises UsageError if there is no run, StorageError if this user may not read it, DamagedFile if it does
+    not hold what was written."""
     where, text = files.at("run.json"), first_look(files)
     if text is None:
         raise UsageError(f"{files.root} is not a run folder (no run.json). Give the folder that `expand` printed, "
                          "<out>/<name>, or start a run with `rayexpand expand`.")
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"{where}: is not JSON ({error}). Restore it from a copy; the data files beside it are "
-                         "whole.") from error
+        facts = unsealed("run.json", text, where)
+        if lacking := [name for name in _FACTS if not isinstance(facts.get(name), _FACTS[name])]:
+            raise DamagedFile(f"{where}: is damaged: it has no {', '.join(lacking)}")
+    except DamagedFile as error:
+        raise DamagedFile(f"{error}. Restore it from a copy; the data files beside it are whole. A run with other "
+                          "settings needs another `name`") from error
+    return facts
 
 
 def data_name(shard_id: int, generation: int = 0) -> str:
@@ -133,14 +153,25 @@ class Store:
     def find(self, shard_id: int, generation: int = 0) -> Receipt | None:
         """Receipt rebuilt from the footer of a committed data file; None if there is none.
 
-        Raises DigestMismatch if the file belongs to another run.
+        Raises DigestMismatch if the file belongs to another run, DamagedFile if it does not hold what was written.
         """
         name = data_name(shard_id, generation)
         try:
-            with self.files.open(f"data/{name}") as reader:
-                footer = _footer(open_parquet(reader).schema_arrow, name)
+            footer = parquet_facts(self.files, f"data/{name}", FOOTER)
         except FileNotFoundError:
             return None
+        except DamagedFile as error:
+            raise DamagedFile(f"{error}. {MAKE_AGAIN}") from error
+        return self._receipt(footer, name)
+
+    def _receipt(self, footer: dict[str, Any] | None, name: str) -> Receipt:
+        """What the footer of a data file says, if it is of this place in this run."""
+        if footer is None:
+            raise UsageError(f"data/{name} is not a file of this package (no footer). Move it out of data/ and run "
+                             "again.")
+        if (footer["shard_id"], footer["generation"]) != parse_data_name(name):
+            raise DamagedFile(f"{self.files.at(f'data/{name}')}: is a copy of "
+                              f"{data_name(footer['shard_id'], footer['generation'])}. {MAKE_AGAIN}")
         if footer["run_digest"] != self.run_digest:
             raise DigestMismatch(f"data/{name} was written by run digest {footer['run_digest'][:8]}, this run is "
                                  f"{self.run_digest[:8]}. Use another `name`, or move that folder away.")
@@ -158,7 +189,7 @@ class Store:
         if refused:
             content = parquet_bytes(samples_to_arrow(refused, REFUSED_SCHEMA), {})
             side_sha256 = hashlib.sha256(content).hexdigest()
-            side_file = f"{shard:06d}-{side_sha256[:16]}.parquet"
+            side_file = f"{shard:06d}-{side_hash(content)}.parquet"
             self.files.publish(f"rejected/{side_file}", content, "side", shard)
         receipt = replace(receipt, data_file=data_name(shard, receipt.generation), side_file=side_file,
                           content_sha256=content_sha256((s.draw.sample_id, s.sample_sha256) for s in kept),
@@ -167,7 +198,8 @@ class Store:
                   "writer": self.token, "side_file": side_file, "side_sha256": side_sha256,
                   "content_sha256": receipt.content_sha256, "receipt": json.loads(receipt.to_json())}
         content = parquet_bytes(samples_to_arrow(kept, DATA_SCHEMA),
-                                {**huggingface_metadata(classes), FOOTER: json.dumps(footer).encode()})
+                                {**huggingface_metadata(classes), FOOTER: json.dumps(footer).encode(),
+                                 NAMED: f"data/{receipt.data_file}".encode()})
         if not self.files.publish(f"data/{receipt.data_file}", content, "data", shard):
             winner = self.find(shard, receipt.generation)
             assert winner is not None
@@ -179,7 +211,8 @@ class Store:
 
     def cache(self, receipt: Receipt) -> None:
         """Writes the receipt of a committed file; a lost or stale one costs a footer read, never a count."""
-        self.files.replace(receipt_name(receipt), receipt.to_json().encode(), "receipt", receipt.shard_id)
+        name = receipt_name(receipt)
+        self.files.replace(name, sealed(name, asdict(receipt)), "receipt", receipt.shard_id)
 
     def receipts(self, names: Iterable[str] | None = None) -> Iterator[Receipt]:
         """One receipt per committed file, in shard order: from the cache, or from the footer where that is gone.
@@ -203,7 +236,8 @@ class Store:
             texts = list(each(self.files, self.files.read, [f"receipts/{name}" for name in names]))
             if None not in texts:
                 break
-        return {(r.shard_id, r.generation): r for text in texts if text is not None for r in _receipts_in(text)}
+        return {(r.shard_id, r.generation): r for name, text in zip(names, texts, strict=True) if text is not None
+                for r in _receipts_in(f"receipts/{name}", text)}
 
     def forget_lost(self) -> None:
         """Drops the receipts of data files that are gone, or they would count what is made in their place."""
@@ -213,10 +247,7 @@ class Store:
             return
         listed = self.files.list("receipts")
         attempt = max(receipt.attempt for receipt in cached.values())
-        content = json.dumps([asdict(cached[key]) for key in sorted(cached) if key in committed], sort_keys=True)
-        number = 1
-        while not self.files.publish(f"receipts/rollup-{attempt:04d}-{number}.json", content.encode(), "rollup"):
-            number += 1
+        self._publish_roll_up(attempt, 1, {key: one for key, one in cached.items() if key in committed})
         self.files.delete(*(f"receipts/{name}" for name in listed if name.endswith(".json")))
 
     def roll_up(self, at_least: int = 1) -> int:
@@ -232,27 +263,72 @@ class Store:
         spent: list[str] = []
         names = [f"receipts/{name}" for name in _cache_order(listed)]
         for name, text in zip(names, each(self.files, self.files.read, names), strict=True):
-            found = _receipts_in(text or b"[]")
+            found = _receipts_in(name, text or b"[]")
             if len(found) < _FULL_ROLL_UP:
                 folded |= {(r.shard_id, r.generation): r for r in found}
                 spent.append(name)
         attempt = max((receipt.attempt for receipt in folded.values()), default=0)
-        content = json.dumps([asdict(folded[key]) for key in sorted(folded)], sort_keys=True).encode()
         number = 1 + max((n for a, n in map(_roll_up_number, listed) if a == attempt), default=0)
-        while not self.files.publish(f"receipts/rollup-{attempt:04d}-{number}.json", content, "rollup"):
-            number += 1
+        self._publish_roll_up(attempt, number, folded)
         self.files.delete(*spent)
         return len(singles)
 
+    def _publish_roll_up(self, attempt: int, number: int, receipts: dict[tuple[int, int], Receipt]) -> None:
+        """Under the first number from `number` that is free."""
+        content = {"receipts": [asdict(receipts[key]) for key in sorted(receipts)]}
+        while not self.files.publish(name := f"receipts/rollup-{attempt:04d}-{number}.json", sealed(name, content),
+                                     "rollup"):
+            number += 1
+
     def data(self, receipt: Receipt, columns: list[str] | None = None) -> pa.Table:
-        """Kept rows of a committed file (DATA_SCHEMA), or some of their columns."""
-        return read_table(self.files, f"data/{receipt.data_file}", columns)
+        """Kept rows of a committed file (DATA_SCHEMA), or some of their columns. Raises DamagedFile."""
+        with self.open(receipt) as parquet:
+            return read_columns(parquet, self.files.at(f"data/{receipt.data_file}"), columns or DATA_SCHEMA.names,
+                                DATA_SCHEMA)
+
+    @contextlib.contextmanager
+    def open(self, receipt: Receipt) -> Iterator[pq.ParquetFile]:
+        """The data file of a receipt, if it is still that. Raises FileNotFoundError, DamagedFile, DigestMismatch."""
+        name, where = receipt.data_file, self.files.at(f"data/{receipt.data_file}")
+        try:
+            opened = self.files.open(f"data/{name}")
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StorageError(f"{where}: cannot be read ({error.strerror or error}); give this user the right to read "
+                               "it, or repair the storage") from error
+        with self._advising(), opened as reader:
+            parquet = open_parquet(reader, where)
+            raw = (parquet.schema_arrow.metadata or {}).get(FOOTER)
+            found = self._receipt(None if raw is None else json.loads(raw), name)
+            if found.content_sha256 != receipt.content_sha256 or parquet.metadata.num_rows != receipt.kept:
+                raise DamagedFile(f"{where}: is not the file of its receipt")
+            yield parquet
 
     def refused(self, receipt: Receipt) -> pa.Table:
-        """Refused rows of a committed file (REFUSED_SCHEMA); no rows where it names no side file."""
+        """Refused rows of a committed file (REFUSED_SCHEMA); no rows where it names no side file. Raises
+        DamagedFile."""
         if not receipt.side_file:
             return REFUSED_SCHEMA.empty_table()
-        return read_table(self.files, f"rejected/{receipt.side_file}")
+        content, where = self.files.read(name := f"rejected/{receipt.side_file}"), self.files.at(name)
+        with self._advising():
+            if content is None or side_hash(content) not in receipt.side_file:
+                raise DamagedFile(f"{where}: is {'damaged' if content else 'gone'}, and data/{receipt.data_file} names "
+                                  "it, which is to be deleted with it")
+            return table_of(content, where)
+
+    @contextlib.contextmanager
+    def _advising(self) -> Iterator[None]:
+        """Says what to do about a damaged file."""
+        try:
+            yield
+        except DamagedFile as error:
+            raise (error if MAKE_AGAIN in str(error) else DamagedFile(f"{error}. {MAKE_AGAIN}")) from error
+
+
+def side_hash(content: bytes) -> str:
+    """What the name of a side file says of its content."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def receipt_name(receipt: Receipt) -> str:
@@ -271,12 +347,14 @@ def _roll_up_number(name: str) -> tuple[int, int]:
     return (int(match[1]), int(match[2])) if match else _NO_ROLL_UP
 
 
-def _receipts_in(text: bytes) -> list[Receipt]:
-    """Receipts of a cache file, one or a list; none of a file that is not one, for the footers replace it."""
+def _receipts_in(name: str, text: bytes) -> list[Receipt]:
+    """Receipts of a cache file, one or many; none of a damaged one, for the footers replace it."""
     try:
-        found = json.loads(text)
-        return [Receipt(**fields) for fields in (found if isinstance(found, list) else [found])]
-    except (ValueError, TypeError):
+        if text.startswith(b"["):  # as roll-ups once were
+            return [Receipt(**fields) for fields in json.loads(text)]
+        found = unsealed(name, text, name)
+        return [Receipt(**fields) for fields in found.get("receipts", [found])]
+    except (DamagedFile, ValueError, TypeError):
         return []
 
 
@@ -326,17 +404,15 @@ def content_sha256(rows: Any) -> str:
     return hashlib.sha256("\n".join(f"{i} {s}" for i, s in sorted(rows)).encode()).hexdigest()
 
 
-def _footer(schema: pa.Schema, name: str) -> dict[str, Any]:
-    raw = (schema.metadata or {}).get(FOOTER)
-    if raw is None:
-        raise UsageError(f"data/{name} is not a file of this package (no footer). Move it out of data/ and run again.")
-    return json.loads(raw)
-
-
 def new_attempt(files: Files, facts: dict[str, Any], clock: Callable[[], float] = time.time) -> int:
     """Registers a start as attempts/NNNN.json and returns its number, from 1."""
-    number = 1 + max((int(name[:-5]) for name in files.list("attempts") if name.endswith(".json")), default=0)
-    while not files.publish(f"attempts/{number:04d}.json",
-                            json.dumps({"attempt": number, "started": clock(), **facts}, indent=1).encode(), "attempt"):
+    number = 1 + max((int(name[:-5]) for name in attempt_names(files)), default=0)
+    while not files.publish(name := f"attempts/{number:04d}.json",
+                            sealed(name, {"attempt": number, "started": clock(), **facts}), "attempt"):
         number += 1
     return number
+
+
+def attempt_names(files: Files) -> list[str]:
+    """Files of attempts/ in order; what else lies there is not ours."""
+    return sorted(name for name in files.list("attempts") if re.fullmatch(r"\d{4,}\.json", name))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
-from rayexpand.contract.errors import RayexpandError
+from rayexpand.contract.errors import DamagedFile, RayexpandError
 from rayexpand.contract.schema import DRAW_FIELDS, Draw, Receipt, Status, sample_sha256
 from rayexpand.runs.plan import Plan
 from rayexpand.runs.run import Run
 from rayexpand.runs.store import Store, Totals, content_sha256, data_name, parse_data_name, totals
+from rayexpand.storage.tables import read_table
 
 
 @dataclass
@@ -40,7 +39,8 @@ class Findings:
 
 
 def verify(run: Run, *, pixels: bool = False) -> Findings:
-    """Checks every committed file and rebuilds missing receipts. `pixels` also decodes each image and its hash."""
+    """Checks every byte of every committed file, and rebuilds missing receipts. `pixels` also decodes each image and
+    checks its hash, so that a file of a version without seals is checked as well."""
     findings, receipts, named = Findings(), [], set()
     failed_before: dict[int, set[str]] = {}
     faulty: set[int] = set()
@@ -59,8 +59,8 @@ def verify(run: Run, *, pixels: bool = False) -> Findings:
             assert receipt is not None
             expected = (_planned_ids(run.plan, shard_id) if generation == 0 else failed_before.get(shard_id, set()))
             failed_before[shard_id] = _check_file(run.store, receipt, expected, pixels, findings.problems)
-        except (pa.ArrowException, OSError, RayexpandError, KeyError) as error:
-            findings.problems.append(f"{where}: cannot be read ({error}). Delete it and run `expand` again.")
+        except (OSError, RayexpandError) as error:
+            findings.problems.append(_problem(run, where, error))
             faulty.add(shard_id)
             continue
         if len(findings.problems) > before:
@@ -74,11 +74,20 @@ def verify(run: Run, *, pixels: bool = False) -> Findings:
     return findings
 
 
+def _problem(run: Run, where: str, error: OSError | RayexpandError) -> str:
+    if isinstance(error, DamagedFile):
+        text = str(error).replace(f"{run.files.root}/", "")
+        return text if text.startswith(f"{where}: ") else f"{where}: {text}"
+    if isinstance(error, OSError):
+        return (f"{where}: cannot be read ({error.strerror or error}), so nothing is known of it; make it readable for "
+                "this user and verify again. It is not said to be damaged: keep it.")
+    return f"{where}: {error}"
+
+
 def _check_file(store: Store, receipt: Receipt, expected: set[str], pixels: bool, problems: list[str]) -> set[str]:
     """Checks one committed file; returns the ids that failed in it."""
     where = f"data/{receipt.data_file}"
-    kept = store.data(receipt, None if pixels else ["sample_id", "sample_sha256"])
-    refused = store.refused(receipt)
+    kept, refused = read_table(store.files, where), store.refused(receipt)
     ids, others = kept["sample_id"].to_pylist(), refused["sample_id"].to_pylist()
     problem = None
     if len({*ids, *others}) != len(ids) + len(others):
@@ -90,8 +99,6 @@ def _check_file(store: Store, receipt: Receipt, expected: set[str], pixels: bool
         problem = "does not match the content hash of its footer"
     elif (receipt.kept, receipt.rejected + receipt.failed) != (len(ids), len(others)):
         problem = "does not match the counts of its footer"
-    elif receipt.side_file and not _side_matches(store, receipt):
-        problem = f"names rejected/{receipt.side_file}, whose hash differs"
     elif pixels and (bad := [row["sample_id"] for row in kept.to_pylist() if not _pixels_match(row)]):
         problem = f"holds images that do not match their hash: {bad[:3]}"
     if problem:
@@ -104,15 +111,11 @@ def _planned_ids(plan: Plan, shard_id: int) -> set[str]:
     return {draw.sample_id for unit in plan.units(shard_id) for draw in unit}
 
 
-def _side_matches(store: Store, receipt: Receipt) -> bool:
-    content = store.files.read(f"rejected/{receipt.side_file}")
-    return content is not None and receipt.side_file.endswith(f"-{hashlib.sha256(content).hexdigest()[:16]}.parquet")
-
-
 def _pixels_match(row: dict) -> bool:
     with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
         decoded = np.asarray(image)
-    return sample_sha256(decoded, Draw(**{name: row[name] for name in DRAW_FIELDS})) == row["sample_sha256"]
+    draw = Draw(**{name: row[name] for name in DRAW_FIELDS if name in row})
+    return sample_sha256(decoded, draw) == row["sample_sha256"]
 
 
 def _rebuild(store: Store, receipt: Receipt, cached: Receipt | None) -> bool:

@@ -6,11 +6,13 @@ the next step, the state of the random stream and the learning rate. A stage is 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import torch
 
 from rayexpand.contract.errors import UsageError
 from rayexpand.contract.protocols import Progress
+
+log = logging.getLogger(__name__)
 
 FINITE_STEPS = 50  # steps between two looks at the loss, which a GPU would wait for
 
@@ -30,13 +34,21 @@ class Checkpoints:
         self.folder, self.every = folder, every
 
     def load(self, stage: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        from safetensors import safe_open
+        """Tensors and state; None where there are none, or damaged ones, which it says."""
+        from safetensors import SafetensorError, safe_open
 
         path = self._path(stage)
         if not path.is_file():
             return None
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["state"])  # noqa: SIM118
+        try:
+            with safe_open(path, "pt") as file:
+                tensors, said = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+            if said.get("sha256", found := _sha256(tensors, said["state"])) != found:
+                raise ValueError("its content does not match its hash")
+            return tensors, json.loads(said["state"])
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            log.warning("the checkpoint %s is damaged (%s) and counts as none; %s begins anew", path, error, stage)
+            return None
 
     def save(self, stage: str, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         from safetensors.torch import save_file
@@ -45,14 +57,22 @@ class Checkpoints:
         for stale in self.folder.glob(f".{stage}.partial-*"):  # of attempts that were killed here; one process writes
             stale.unlink(missing_ok=True)
         partial = self.folder / f".{stage}.partial-{secrets.token_hex(4)}"
-        save_file({name: one.detach().cpu().contiguous() for name, one in tensors.items()}, partial,
-                  {"state": json.dumps(state)})
+        whole, said = {name: one.detach().cpu().contiguous() for name, one in tensors.items()}, json.dumps(state)
+        save_file(whole, partial, {"state": said, "sha256": _sha256(whole, said)})
         with open(partial, "rb") as stream:
             os.fsync(stream.fileno())
         os.replace(partial, self._path(stage))
 
     def _path(self, stage: str) -> Path:
         return self.folder / f"{stage}.safetensors"
+
+
+def _sha256(tensors: Mapping[str, torch.Tensor], state: str) -> str:
+    hasher = hashlib.sha256(state.encode())
+    for name, one in sorted(tensors.items()):
+        hasher.update(f"{name} {one.dtype} {list(one.shape)}\n".encode())
+        hasher.update(one.reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
 
 
 class Stage:

@@ -1,58 +1,240 @@
-"""Parquet tables and JSON files in a folder of any kind."""
+"""Parquet tables and JSON files in a folder of any kind, which say what they hold and are checked when they are read.
+
+    JSON      the field `seal` is a hash of the file's name and of every other field
+    Parquet   every page has a checksum, and a hash of the footer lies just before it, where other readers do not look
+
+Files of versions before this one have neither and are read as they are.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
-from typing import Any
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rayexpand.contract.errors import DamagedFile
+from rayexpand.contract.settings import digest
 from rayexpand.storage.files import Files
 
+log = logging.getLogger(__name__)
+
+SEAL = "seal"
+NAMED = b"name"  # schema metadata of a Parquet file that is known by its name: that name, as the folder has it
 _ROW_GROUP = 500  # images; viewers and readers load one row group at a time
+_MARK = b"rayexpand seal 1"  # before the two hashes: of the pages, and of those 32 bytes with the footer
+_END = 8  # bytes of a Parquet file after its footer: length of the footer, PAR1
+
+# ---------------------------------------------------------------------------------------------------------------- JSON
 
 
-def read_table(files: Files, name: str, columns: list[str] | None = None) -> pa.Table:
-    """A Parquet file, or some of its columns. Raises FileNotFoundError."""
-    if columns is not None:
-        with files.open(name) as reader:
-            return open_parquet(reader).read(columns, use_threads=False)
+def sealed(name: str, content: Mapping[str, Any]) -> bytes:
+    """A JSON file for `name` that says what it holds."""
+    plain = json.loads(json.dumps({key: value for key, value in content.items() if key != SEAL}))
+    return json.dumps({**plain, SEAL: digest([name, plain])}, indent=1).encode()
+
+
+def unsealed(name: str, content: bytes, where: object) -> dict[str, Any]:
+    """What `sealed` was given. Raises DamagedFile where that is not what is there."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{where}: is damaged: it is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise DamagedFile(f"{where}: is damaged: it holds a {type(found).__name__} and no object")
+    if (said := found.pop(SEAL, None)) is not None and said != digest([name, found]):
+        raise DamagedFile(f"{where}: is damaged, was changed by hand, or is a copy of another file: its content does "
+                          "not match its seal")
+    return found
+
+
+def read_json(files: Files, name: str) -> dict[str, Any] | None:
+    """The object of a JSON file of ours, None where there is none. Raises DamagedFile."""
     content = files.read(name)
-    if content is None:
-        raise FileNotFoundError(f"{files.at(name)}: no such file")
-    native = pa.BufferOutputStream()
-    native.write(content)
-    return pq.read_table(pa.BufferReader(native.getvalue()))
+    return None if content is None else unsealed(name, content, files.at(name))
 
 
-def find_rows(files: Files, name: str, column: str, value: str) -> pa.Table:
-    """Rows of a Parquet file where `column` is `value`; of row groups without one only that column is read."""
-    with files.open(name) as reader:
-        parquet = open_parquet(reader)
-        found = [parquet.schema_arrow.empty_table()]
-        for group in range(parquet.num_row_groups):
-            wanted = pc.equal(parquet.read_row_group(group, [column], use_threads=False)[column], value)
-            if pc.any(wanted).as_py():
-                found.append(parquet.read_row_group(group, use_threads=False).filter(wanted))
-        return pa.concat_tables(found)
+def healthy_json(files: Files, name: str) -> dict[str, Any] | None:
+    """`read_json` of a file that is made again where it is gone: a damaged one is said to be, and counts as none."""
+    try:
+        return read_json(files, name)
+    except DamagedFile as error:
+        log.warning("%s. It counts as none and is made again", error)
+        return None
 
 
-def open_parquet(reader: Any) -> pq.ParquetFile:
-    # Read ahead or decoded by Arrow's own threads, a Python file is let go of by one of them at any later time; if the
-    # interpreter ends just then, the process aborts (measured: 91 of 150 short processes).
-    return pq.ParquetFile(reader, pre_buffer=False)
+def replace_json(files: Files, name: str, content: Mapping[str, Any]) -> None:
+    files.replace(name, sealed(name, content))
+
+
+def create_once(files: Files, name: str, content: dict[str, Any], step: str) -> dict[str, Any]:
+    """Publishes JSON under `name`, or returns what is there already. Raises DamagedFile."""
+    files.publish(name, sealed(name, content), step)
+    found = read_json(files, name)
+    assert found is not None
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- Parquet
 
 
 def parquet_bytes(table: pa.Table, metadata: dict[bytes, bytes], row_group: int = _ROW_GROUP) -> bytes:
     sink = io.BytesIO()
     table = table.replace_schema_metadata(metadata)
-    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+    with pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True) as writer:
         if table.num_rows:  # `datasets` cannot read a row group of no rows
             writer.write_table(table, row_group)
-    return sink.getvalue()
+    content = sink.getbuffer()
+    start = len(content) - _END - int.from_bytes(content[-_END:-4], "little")
+    pages = hashlib.sha256(content[:start]).digest()
+    return b"".join([content[:start], _MARK, pages, _footer_hash(pages, content[start:]), content[start:]])
+
+
+def open_parquet(reader: BinaryIO | Any, where: object = "a Parquet file") -> pq.ParquetFile:
+    """A Parquet file of ours; what is read from it is checked. Raises DamagedFile for its footer; read pages inside
+    `reading`."""
+    # Read ahead or decoded by Arrow's own threads, a Python file is let go of by one of them at any later time; if the
+    # interpreter ends just then, the process aborts (measured: 91 of 150 short processes).
+    with reading(where):
+        _check_footer(reader)
+        found = pq.ParquetFile(reader, pre_buffer=False, page_checksum_verification=True)
+        _check_name(found.schema_arrow, where)
+        return found
+
+
+def _check_name(schema: pa.Schema, where: object) -> None:
+    named = (schema.metadata or {}).get(NAMED, b"").decode()
+    if not str(where).endswith(named):
+        raise ValueError(f"it is a copy of {named}")
+
+
+@contextlib.contextmanager
+def reading(where: object) -> Iterator[None]:
+    """Names the file in what Arrow says of its content. Raises DamagedFile."""
+    try:
+        yield
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise _damaged(where, error) from error
+    except OSError as error:
+        if error.errno is not None:  # of the system: the place is to blame, not the content
+            raise
+        raise _damaged(where, error) from error
+
+
+def _damaged(where: object, error: Exception) -> DamagedFile:
+    return DamagedFile(f"{where}: is damaged ({' '.join(str(error).split())})")
+
+
+def _check_footer(reader: BinaryIO | Any) -> None:
+    size = reader.seek(0, io.SEEK_END)
+    reader.seek(max(size - _END, 0))
+    end = reader.read(_END)
+    length = int.from_bytes(end[:4], "little")
+    start = size - _END - length - len(_MARK) - 64
+    if start >= 0:
+        reader.seek(start)
+        seal, footer = reader.read(len(_MARK) + 64), reader.read(length) + end
+        if seal.startswith(_MARK) and _footer_hash(seal[-64:-32], footer) != seal[-32:]:
+            raise ValueError("its footer does not match its seal")
+    reader.seek(0)
+
+
+def _footer_hash(pages: bytes, footer: Any) -> bytes:
+    return hashlib.sha256(pages + footer).digest()
+
+
+def pages_match(content: bytes) -> bool:
+    """Whether all bytes of a Parquet file before its footer are those that were written; True for one without a
+    seal."""
+    start = len(content) - _END - int.from_bytes(content[-_END:-4], "little") - len(_MARK) - 64
+    if start < 0 or content[start:start + len(_MARK)] != _MARK:
+        return True
+    return hashlib.sha256(memoryview(content)[:start]).digest() == content[start + len(_MARK):start + len(_MARK) + 32]
+
+
+def read_table(files: Files, name: str, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file of ours, or some of its columns. Raises FileNotFoundError, or DamagedFile."""
+    where = files.at(name)
+    if columns is not None:
+        with files.open(name) as reader:
+            return read_columns(open_parquet(reader, where), where, columns)
+    content = files.read(name)
+    if content is None:
+        raise FileNotFoundError(f"{where}: no such file")
+    return table_of(content, where)
+
+
+def table_of(content: bytes, where: object) -> pa.Table:
+    """The table in a whole Parquet file of ours. Raises DamagedFile."""
+    with reading(where):
+        if not pages_match(content):
+            raise ValueError("its content does not match its seal")
+        _check_footer(io.BytesIO(content))
+        native = pa.BufferOutputStream()
+        native.write(content)
+        found = pq.read_table(pa.BufferReader(native.getvalue()), page_checksum_verification=True)
+        _check_name(found.schema, where)
+        return found
+
+
+def read_columns(parquet: pq.ParquetFile, where: object, columns: Sequence[str],
+                 schema: pa.Schema | None = None) -> pa.Table:
+    """Columns of an open file. One that came later than the file, which `schema` has, is filled with its default: the
+    metadata `default` of its field as JSON, else null. Raises DamagedFile where one is not there."""
+    there = parquet.schema_arrow.names
+    with reading(where):
+        later = [name for name in columns if name.partition(".")[0] not in there]
+        if absent := [name for name in later if schema is None or name not in schema.names]:
+            raise KeyError(f"it has no column {absent[0]}")
+        table = parquet.read([name for name in columns if name not in later], use_threads=False)
+    for name in later:
+        assert schema is not None
+        field = schema.field(name)
+        default = json.loads((field.metadata or {}).get(b"default", b"null"))
+        table = table.append_column(field, pa.array([default] * parquet.metadata.num_rows, field.type))
+    return table
+
+
+def batches(parquet: pq.ParquetFile, where: object, rows: int) -> Iterator[pa.Table]:
+    """All rows of an open file, at most `rows` at once. Raises DamagedFile."""
+    found = parquet.iter_batches(rows, use_threads=False)
+    while True:
+        with reading(where):
+            batch = next(found, None)
+        if batch is None:
+            return
+        yield pa.Table.from_batches([batch])
+
+
+def find_rows(files: Files, name: str, column: str, value: str) -> pa.Table:
+    """Rows of a Parquet file where `column` is `value`; of row groups without one only that column is read."""
+    where = files.at(name)
+    with files.open(name) as reader:
+        parquet = open_parquet(reader, where)
+        with reading(where):
+            found = [parquet.schema_arrow.empty_table()]
+            for group in range(parquet.num_row_groups):
+                wanted = pc.equal(parquet.read_row_group(group, [column], use_threads=False)[column], value)
+                if pc.any(wanted).as_py():
+                    found.append(parquet.read_row_group(group, use_threads=False).filter(wanted))
+            return pa.concat_tables(found)
+
+
+def parquet_facts(files: Files, name: str, key: bytes) -> dict[str, Any] | None:
+    """The JSON object under `key` in the footer of a Parquet file of ours, None where it has none. Raises
+    FileNotFoundError, or DamagedFile."""
+    where = files.at(name)
+    with files.open(name) as reader:
+        raw = (open_parquet(reader, where).schema_arrow.metadata or {}).get(key)
+    with reading(where):
+        return None if raw is None else dict(json.loads(raw))
 
 
 def csv_cell(value: Any) -> Any:
@@ -60,11 +242,3 @@ def csv_cell(value: Any) -> Any:
     apostrophe, so that taking one away gives every text back."""
     is_risky = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "'"))
     return f"'{value}" if is_risky else value
-
-
-def create_once(files: Files, name: str, content: dict[str, Any], step: str) -> dict[str, Any]:
-    """Publishes JSON under `name`, or returns what is there already."""
-    files.publish(name, json.dumps(content, indent=1, sort_keys=True).encode(), step)
-    found = files.read(name)
-    assert found is not None
-    return json.loads(found)

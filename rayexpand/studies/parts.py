@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.runs.config import RunConfig
 from rayexpand.runs.run import Run, open_run
 from rayexpand.storage.files import Files
+from rayexpand.storage.tables import healthy_json
 from rayexpand.studies.config import ArmConfig, StudyConfig
 
 
@@ -93,13 +93,10 @@ class Study:
 
 
 def read_result(files: Files, name: str) -> dict[str, Any] | None:
-    text = files.read(f"results/{name}.json")
-    return None if text is None else json.loads(text)
+    """The result of a trial; None where there is none, or a damaged one, so that it is trained again."""
+    return healthy_json(files, f"results/{name}.json")
 
 
 def folder_of(expansion: RunConfig | str) -> str:
     return expansion if isinstance(expansion, str) else expansion.folder
 
-
-def json_bytes(value: Any) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True).encode()

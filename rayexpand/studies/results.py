@@ -8,7 +8,6 @@ not of this study each leave a line.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from rayexpand.contract.errors import UsageError
+from rayexpand.contract.errors import DamagedFile, UsageError
 from rayexpand.storage.files import Files, each
 from rayexpand.storage.places import open_files
-from rayexpand.storage.tables import read_table
+from rayexpand.storage.tables import read_table, unsealed
 
 Result = Mapping[str, Any]
 
@@ -89,12 +87,12 @@ def read_study(folder: str | Path) -> StudyView:
     if content is None and not names:
         raise UsageError(f"{folder}: no study is here (neither study.json nor results/*.json). Give the folder that "
                          "`rayexpand train` wrote, <out>/<name>.")
-    facts = _json(content or b"{}")
+    facts = _json(files, "study.json", content or b"{}")
     if isinstance(facts, str):
         raise UsageError(f"{folder}/study.json: {facts}. Start the study again; finished trials are kept.")
     expected = [str(trial) for trial in facts.get("trials") or ()]
-    planned = dict(zip(expected, each(files, lambda trial: _planned(files, trial), expected), strict=True))
     problems = [] if content is not None else ["study.json is missing, so trials that were not run cannot be named."]
+    planned = dict(zip(expected, each(files, lambda trial: _planned(files, trial, problems), expected), strict=True))
     results, failed = _read_results(files, names, planned, problems)
     done = {*failed, *(result["trial"] for result in results)}
     config = facts.get("config") if isinstance(facts.get("config"), dict) else facts
@@ -104,18 +102,21 @@ def read_study(folder: str | Path) -> StudyView:
     return study
 
 
-def _json(content: bytes) -> dict[str, Any] | str:
+def _json(files: Files, name: str, content: bytes | None) -> dict[str, Any] | str:
     """The object of a JSON file, or what is wrong with it."""
     try:
-        found = json.loads(content)
-    except ValueError as error:
-        return f"is not JSON ({error})"
-    return found if isinstance(found, dict) else f"expected an object, found {type(found).__name__}"
+        return unsealed(name, content or b"", "")
+    except DamagedFile as error:
+        return str(error).removeprefix(": ")
 
 
-def _planned(files: Files, trial: str) -> Result:
-    found = _json(files.read(f"trials/{trial}.json") or b"{}")
-    return {} if isinstance(found, str) else found
+def _planned(files: Files, trial: str, problems: list[str]) -> Result:
+    name = f"trials/{trial}.json"
+    found = _json(files, name, files.read(name) or b"{}")
+    if isinstance(found, str):
+        problems.append(f"{name} {found}, so its result cannot be compared with it; `rayexpand train` writes it anew.")
+        return {}
+    return found
 
 
 def _read_results(files: Files, names: Sequence[str], planned: Mapping[str, Result],
@@ -123,7 +124,7 @@ def _read_results(files: Files, names: Sequence[str], planned: Mapping[str, Resu
     """Usable results, and why the others are not; results that do not belong to the study go to `problems`."""
     results: dict[tuple[str, int], Result] = {}
     failed: dict[str, str] = {}
-    contents = each(files, lambda name: _json(files.read(f"results/{name}.json") or b""), names)
+    contents = each(files, lambda name: _json(files, f"results/{name}.json", files.read(f"results/{name}.json")), names)
     for trial, found in zip(names, contents, strict=True):
         wrong = found if isinstance(found, str) else _wrong(found)
         if planned and trial not in planned:
@@ -176,10 +177,10 @@ def number(result: Result, place: str) -> float | None:
 def _read_predicted(files: Files, trial: str) -> Predicted | str:
     name = f"predictions/{trial}.parquet"
     try:
-        table = read_table(files, name, ["item", "label", "predicted"]).sort_by("item")
+        table = read_table(files, name).select(["item", "label", "predicted"]).sort_by("item")
     except FileNotFoundError:
         return f"{name} is missing"
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (DamagedFile, OSError, KeyError) as error:
         return f"{name} cannot be read ({error})"
     if not table.num_rows:
         return f"{name} is empty"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rayexpand.contract.errors import ConfigError, UsageError, few
 from rayexpand.contract.rng import PlanRng
@@ -18,6 +17,7 @@ from rayexpand.loader.training_set import COLUMNS, DrawRule, Mode, RowSource, Se
 from rayexpand.runs.run import Run, open_run
 from rayexpand.runs.selections import Selection, read_selection
 from rayexpand.storage.files import each
+from rayexpand.storage.tables import read_columns
 
 _READ = ["label", "copy", "source_label", "strength"]  # of a data file
 
@@ -140,9 +140,8 @@ def _blocks(run: Run, receipts: Sequence[Receipt], rows: RowSource, chosen: Sele
     named = ["sample_id"] if chosen is not None or rows.limit is not None else []
 
     def block(receipt: Receipt) -> _Block:
-        with run.store.files.open(f"data/{receipt.data_file}") as reader:
-            file = pq.ParquetFile(reader, pre_buffer=False)
-            table = file.read(_READ + named, use_threads=False)
+        with run.store.open(receipt) as file:
+            table = read_columns(file, run.files.at(f"data/{receipt.data_file}"), _READ + named)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         keep = np.ones(len(table), bool) if rows.copies is None else table["copy"].to_numpy() < rows.copies
         if chosen is not None:

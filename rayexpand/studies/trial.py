@@ -8,8 +8,10 @@ the part of the history already written.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import io
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -32,7 +34,7 @@ from rayexpand.loader.loader import Loader, TestSet
 from rayexpand.loader.training_set import TrainingSet
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import is_url
-from rayexpand.storage.tables import parquet_bytes
+from rayexpand.storage.tables import NAMED, parquet_bytes, replace_json
 from rayexpand.studies import extra_tests
 from rayexpand.studies.config import TrainingConfig
 from rayexpand.studies.extra_tests import ExtraTest
@@ -41,7 +43,10 @@ from rayexpand.studies.parts import Trial
 if TYPE_CHECKING:
     from rayexpand.classifier.classifier import Classifier, TrainBatch
 
+log = logging.getLogger(__name__)
+
 TEST_BATCH = 256
+_ZIP = b"PK"  # how a file of torch.save begins
 
 
 @dataclass
@@ -192,18 +197,25 @@ def also_answers(work: TrialWork, classifier: Classifier, name: str, rank: int =
 
 
 def checkpoint(trial: Trial, classifier: Classifier, curve: TrainingCurve) -> bytes:
-    """A checkpoint as bytes that `torch.load(weights_only=True)` reads."""
+    """A checkpoint: what `torch.load(weights_only=True)` reads, behind the hash of it."""
     import torch
 
     buffer = io.BytesIO()
     torch.save({"digest": trial.digest, "classifier": classifier.state(), "curve": asdict(curve)}, buffer)
-    return buffer.getvalue()
+    return hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + buffer.getvalue()
 
 
 def restore(saved: bytes, trial: Trial, classifier: Classifier) -> TrainingCurve | None:
-    """Puts the classifier where a checkpoint left it; None where that was of another trial under this name."""
+    """Puts the classifier where a checkpoint left it; None where that was of another trial under this name, or is
+    damaged: then training begins anew, and says so."""
     import torch
 
+    if not saved.startswith(_ZIP):  # one of a version that wrote no hash
+        sha256, saved = saved[:64], saved[64:]
+        if hashlib.sha256(saved).hexdigest().encode() != sha256:
+            log.warning("the checkpoint of trial %s is damaged and counts as none; it is trained from the start",
+                        trial.name)
+            return None
     found = torch.load(io.BytesIO(saved), weights_only=True, map_location="cpu")
     if found["digest"] != trial.digest:
         return None
@@ -234,7 +246,7 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
         "gpu_seconds": curve.seconds * gpus * max(workers, 1),
         "expansion_seconds": trial.expansion_seconds, "device": device, "workers": workers,
         "ids_sha256": trial.ids_sha256, "list_sha256": trial.list_sha256, "recipe": trial.recipe, "stack": _stack()}
-    files.replace(f"results/{trial.name}.json", json.dumps(result, indent=1).encode())
+    replace_json(files, f"results/{trial.name}.json", result)
     return result
 
 
@@ -242,7 +254,8 @@ def _write_predictions(files: Files, name: str, answers: Answers) -> None:
     order = np.argsort(answers.item)
     table = pa.table({"item": answers.item[order], "label": answers.label[order],
                       "predicted": answers.predicted[order], "confidence": answers.confidence[order]})
-    files.replace(f"predictions/{name}.parquet", parquet_bytes(table, {}))
+    place = f"predictions/{name}.parquet"
+    files.replace(place, parquet_bytes(table, {NAMED: place.encode()}))
 
 
 def _also_scores(work: TrialWork, name: str, answers: Answers) -> dict[str, Any]:

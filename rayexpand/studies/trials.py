@@ -17,9 +17,10 @@ from rayexpand.data.subsets import fill_counts, fingerprint, ids_hash, real_coun
 from rayexpand.loader.training_set import RowSource
 from rayexpand.runs.run import Run
 from rayexpand.runs.status import shard_seconds
+from rayexpand.storage.tables import replace_json
 from rayexpand.studies import extra_tests
 from rayexpand.studies.config import REPEATED, ArmConfig
-from rayexpand.studies.parts import Arm, Study, Trial, folder_of, json_bytes, read_result
+from rayexpand.studies.parts import Arm, Study, Trial, folder_of, read_result
 from rayexpand.studies.samples import training_set
 
 
@@ -40,8 +41,8 @@ def make_trials(study: Study) -> list[Trial]:
     trials = [line[number][0] for number in range(len(study.config.seeds)) for line in made]
     names = [trial.name for trial in trials]
     for trial in trials:
-        study.files.replace(f"trials/{trial.name}.json", json_bytes({**vars(trial), "digest": trial.digest}))
-    study.files.replace("study.json", json_bytes({"config": study.config.model_dump(mode="json"), "trials": names}))
+        replace_json(study.files, f"trials/{trial.name}.json", {**vars(trial), "digest": trial.digest})
+    replace_json(study.files, "study.json", {"config": study.config.model_dump(mode="json"), "trials": names})
     return trials
 
 

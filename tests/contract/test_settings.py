@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import pytest
 
@@ -18,7 +18,7 @@ from rayexpand.contract.errors import (
     packed,
     unpacked,
 )
-from rayexpand.contract.settings import Section, put, read
+from rayexpand.contract.settings import Later, Section, digest, put, read
 from rayexpand.runs.blame import ProcessFault
 
 
@@ -50,6 +50,25 @@ def test_a_file_that_grows_through_aliases_is_refused_at_once(tmp_path: Path) ->
         read(written(tmp_path, "\n".join(lines)))
 
     assert time.process_time() - begun < 5
+
+
+class Earlier(Section):
+    x: int = 1
+
+
+class Now(Section):
+    x: int = 1
+    y: Annotated[float, Later(0.5)] = 0.5
+    z: Annotated[str, Later("old")] = "new"
+
+
+def test_a_field_that_came_later_changes_no_digest_of_what_was_there() -> None:
+    before = digest(Earlier().model_dump(mode="json"))
+
+    assert digest(Now(z="old").model_dump(mode="json")) == before
+    assert len({digest(one.model_dump(mode="json")) for one in (Now(z="old"), Now(), Now(z="old", y=0.6))}) == 3
+    assert Now(**Earlier().model_dump(), z="old").model_dump() == {"x": 1}
+    assert Now.model_validate_json(Now(y=0.7).model_dump_json()) == Now(y=0.7)
 
 
 class Renamed(Section):

@@ -16,7 +16,7 @@ from rayexpand.data.pixels import decode
 from rayexpand.evaluation import evaluate as evaluation
 from rayexpand.evaluation.evaluate import EvaluateConfig, Side, evaluate, in_process, parse, reference_of, samples_of
 from rayexpand.runs.run import Run
-from rayexpand.storage.tables import parquet_bytes
+from rayexpand.storage.tables import parquet_bytes, read_json
 from tests.conftest import MakeConfig, complete
 from tests.tiny import tiny_clip
 
@@ -57,7 +57,7 @@ def test_the_result_says_what_it_compared(run: Run, image_folder: Path, guide: s
     result = evaluate(config_of(run, image_folder, guide, name="first"), in_process, lambda *said: shown.append(said))
     file = Path(str(run.folder), "scores/first.json")
 
-    assert json.loads(file.read_text()) == {key: value for key, value in result.items() if key != "file"}
+    assert read_json(run.files, "scores/first.json") == {key: value for key, value in result.items() if key != "file"}
     assert result["file"] == str(file)
     assert (result["n_samples"], result["n_reference"], result["features"]) == (40, 20, 16)
     assert result["run_digest"] == run.facts["run_digest"]

@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 
 from rayexpand.artifacts import KINDS, store
-from rayexpand.contract.errors import ConfigError, DigestMismatch, ModelError, StorageError, UsageError
+from rayexpand.contract.errors import ConfigError, DamagedFile, DigestMismatch, ModelError, StorageError, UsageError
 from rayexpand.data import seeds
 from rayexpand.diffusion.prototypes import fit_prototypes, load_prototypes
 from rayexpand.fitting import fit as fits
@@ -66,6 +66,28 @@ def pixels_of(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     files = sorted(folder.glob("*/*.png"))
     return (np.stack([np.asarray(Image.open(file)) for file in files]),
             np.array([KEYS.index(file.parent.name) for file in files]))
+
+
+# ------------------------------------------------------------------------------------------------------------ damage
+
+
+@pytest.mark.parametrize("name", ["prototypes.safetensors", "artifact.json"])
+def test_a_damaged_artifact_is_refused_before_anything_is_made(raw: dict[str, Any], name: str, clip: Path, prior: Path,
+                                                               image_folder: Path) -> None:
+    folder = fit(raw)["prototypes"]
+    file = folder / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DamagedFile, match=rf"{name}: is damaged.*move the folder away: `rayexpand fit` makes"):
+        fit(raw)
+    config = parse({"name": "x", "out": raw["out"], "data": raw["data"], "guide": {"weights": str(clip)},
+                    "prior": {"weights": str(prior)}, "artifacts": {"prototypes": str(folder)},
+                    "method": {"name": "distdiff", "prompt": "a photo of a {name}"}})
+    with pytest.raises(DamagedFile, match=rf"{name}: is damaged"):
+        runs.prepare(config)
+    shutil.rmtree(folder)
+    assert fit(raw)["prototypes"] == folder
 
 
 # -------------------------------------------------------------------------------------------------------- prototypes

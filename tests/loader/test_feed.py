@@ -335,7 +335,7 @@ def test_seeds_run_and_list_are_proved_to_share_their_ids(folder: Path, real: Ro
 @pytest.mark.parametrize("name", ["list.arrow", "copy of a list"])
 def test_a_saved_list_is_mapped_and_the_same(name: str, tmp_path: Path, real: RowSource, run: runs.Run) -> None:
     rows = training_set([real, samples(run)], mode="replace", p=0.5, soft_label={"gamma": 0.5})
-    rows.save(tmp_path / name)
+    (tmp_path / name).write_bytes(rows.to_bytes())
     found = TrainingSet.load(tmp_path / name)
 
     assert (found.digest, found.parts, found.classes) == (rows.digest, rows.parts, rows.classes)
@@ -786,7 +786,7 @@ def test_test_images_are_those_of_their_rows(data: DataConfig) -> None:
 def test_a_list_of_many_rows_is_cheap(tmp_path: Path) -> None:
     """1.3 million rows in 2,600 chunks, saved, mapped and ordered, none of them a Python object."""
     rows = listed([500] * 2600)
-    rows.save(tmp_path / "list.arrow")
+    (tmp_path / "list.arrow").write_bytes(rows.to_bytes())
     feed = Loader(TrainingSet.load(tmp_path / "list.arrow"), recipe(batch=256), 0)
 
     assert (tmp_path / "list.arrow").stat().st_size < 21 * len(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from rayexpand import methods
 from rayexpand.contract.errors import ConfigError
 from rayexpand.methods import TRUSTED, load_method, method_class, trust
 from rayexpand.methods.img2img import Img2Img
-from tests.commands import ROOT, rayexpand
+from tests.commands import ROOT, rayexpand, rewrite_json
 from tests.conftest import MakeConfig, complete
 from tests.methods import fakes
 
@@ -69,9 +68,8 @@ def test_a_run_folder_from_somebody_runs_none_of_its_code(verb: str, make_config
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     trust("tests.methods.fakes.Fake")
     run, _ = complete(make_config(ratio=1))
-    facts = json.loads(Path(run.folder, "run.json").read_text())
-    facts["config"]["method"] = {"name": "evil.Method", "ratio": 1}
-    Path(run.folder, "run.json").write_text(json.dumps(facts))
+    rewrite_json(Path(run.folder, "run.json"), lambda facts: facts["config"].update(
+        method={"name": "evil.Method", "ratio": 1}))
     for place in (Path(run.folder), tmp_path):
         (place / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
     monkeypatch.chdir(run.folder)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from rayexpand.reports.licenses import license_identifier
 from rayexpand.reports.run import write_report
 from rayexpand.runs.export import markdown_cell, size_category
 from rayexpand.runs.status import view_run
+from tests.commands import rewrite_json
 from tests.runfolder import Builder, sample_run
 
 LOAD = """
@@ -92,10 +92,8 @@ def test_an_unknown_license_is_refused(run: Builder, given: str, says: str) -> N
 def test_no_path_of_this_machine(tmp_path: Path) -> None:
     data = DataConfig(source="imagefolder", path="/home/somebody/birds")
     run = Builder(tmp_path / "run", shards=1).start()
-    facts = json.loads((run.folder / "run.json").read_text())
-    facts["config"]["data"] = data.model_dump(mode="json")
-    facts["config"]["prior"] = {"weights": "/home/somebody/models/sd15"}
-    (run.folder / "run.json").write_text(json.dumps(facts))
+    rewrite_json(run.folder / "run.json", lambda facts: facts["config"].update(
+        data=data.model_dump(mode="json"), prior={"weights": "/home/somebody/models/sd15"}))
     text = write_card(run.folder).read_text()
     assert "somebody" not in text
     assert "&lt;path&gt;/birds" in text
@@ -109,9 +107,7 @@ def test_no_path_of_this_machine(tmp_path: Path) -> None:
     ({"name": "no.such.Method"}, False), ({"name": "diffmix", "old": 1}, False)])
 def test_mixed_labels_are_explained(method: dict, mixed: bool, tmp_path: Path) -> None:
     run = Builder(tmp_path / "run", shards=1).start()
-    facts = json.loads((run.folder / "run.json").read_text())
-    facts["config"]["method"] = method
-    (run.folder / "run.json").write_text(json.dumps(facts))
+    rewrite_json(run.folder / "run.json", lambda facts: facts["config"].update(method=method))
     for text in (write_card(run.folder).read_text(), write_report(run.folder).read_text()):
         assert ("s^gamma" in text and "gamma = 0.5" in text and "soft_label" in text) == mixed
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +15,7 @@ from rayexpand.data.seeds import DataConfig
 from rayexpand.reports.card import PROMISE
 from rayexpand.reports.run import write_report
 from rayexpand.runs.status import view_run
+from tests.commands import rewrite_json
 from tests.runfolder import CPU_STACK, NAMES, Builder, sample_run
 
 DEMO = {"arms": {"original": {"accuracies": [0.5, 0.6, 0.7], "mean": 0.6, "se": 0.058},
@@ -117,9 +117,7 @@ def test_seeds_that_are_gone_are_grey_boxes(tmp_path: Path) -> None:
 
 def test_a_method_or_data_section_unknown_here_still_reports(tmp_path: Path) -> None:
     run = Builder(tmp_path / "new", shards=1).start()
-    facts = json.loads((run.folder / "run.json").read_text())
-    facts["config"]["data"] = {"source": "hologram"}
-    (run.folder / "run.json").write_text(json.dumps(facts))
+    rewrite_json(run.folder / "run.json", lambda facts: facts["config"].update(data={"source": "hologram"}))
     run.commit(0)
     assert write_report(run.folder).read_text().count("nopicture\"") == 5
 

@@ -269,7 +269,8 @@ def test_missing_failed_and_foreign_results_are_named(tmp_path: Path) -> None:
     assert found["trials"] == {"done": 5, "expected": 11, "missing": ["made-s2", "made-s3", "absent-s0"],
                                "failed": {name: found["trials"]["failed"][name]
                                           for name in ("broken-s0", "crashed-s0", "diverged-s0")}}
-    for piece in ("Not finished: made-s2, made-s3, absent-s0.", "broken-s0: results/broken-s0.json: is not JSON",
+    for piece in ("Not finished: made-s2, made-s3, absent-s0.",
+                  "broken-s0: results/broken-s0.json: is damaged: it is not JSON",
                   "last.top1 is not a share in [0, 1]", "the trial failed: out of <memory>",
                   "results/made-s2.json was made with another training set",
                   "results/made-s3.json was made with another dataset, test set, further test set, pair of frequency "
@@ -437,7 +438,7 @@ def test_no_study_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no study is here"):
         write_study_report(tmp_path)
     (tmp_path / "study.json").write_text("[]")
-    with pytest.raises(UsageError, match="expected an object, found list"):
+    with pytest.raises(UsageError, match="is damaged: it holds a list and no object"):
         summary(tmp_path)
 
 

@@ -16,6 +16,7 @@ from rayexpand.models import guides
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import parse
 from rayexpand.runs.tools import load_tools
+from tests.commands import rewrite_json
 from tests.corpus import encoded, photo
 
 CLASSES = ClassTable.of(("n1", "n2"), ("great_auk", "emu"), metaclasses=("sea_bird", ""))
@@ -62,6 +63,8 @@ def test_the_guide_of_a_run_is_asked_for_spoken_names(tmp_path: Path, monkeypatc
         table = pq.read_table(file).replace_schema_metadata({})
         file.unlink()
         pq.write_table(table, file)
+        name = f"plan/{file.parent.name}/plan.json"
+        rewrite_json(tmp_path / "x" / name, lambda counts: counts.pop("files"), name, is_old=True)
     classes = runs.open_run(str(tmp_path / "x")).plan.index.classes
     asked: list[Any] = []
     monkeypatch.setattr(guides, "load_guide", lambda *given, **_: asked.append(given[2]))

@@ -22,7 +22,7 @@ from rayexpand.runs import export as exporting
 from rayexpand.runs import run as runs
 from rayexpand.runs.export import Layout, class_folders, export
 from rayexpand.storage.tables import parquet_bytes
-from tests.conftest import complete, hashes
+from tests.conftest import MakeConfig, complete, hashes
 
 LAYOUTS = get_args(Layout)
 KEYS = ("n02/../cat", "Bee", "10", "ant")  # not in sorted order, one unsafe as a folder
@@ -89,6 +89,17 @@ def _labels(run: runs.Run) -> dict[str, int]:
 def _lines(folder: Path) -> list[dict[str, Any]]:
     with (folder / "train" / "metadata.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_a_data_file_that_cannot_be_read_is_named_and_not_the_new_folder(make_config: MakeConfig,
+                                                                        tmp_path: Path) -> None:
+    run, _ = complete(make_config("Fake"))
+    file = Path(run.folder, "data/train-000001.parquet")
+    file.unlink()
+    file.mkdir()  # as a file that this user may not read, whoever he is
+    with pytest.raises(StorageError, match=r"train-000001\.parquet: cannot be read"):
+        export(str(run.folder), str(tmp_path / "new"), "imagefolder")
+    assert not (tmp_path / "new").exists()
 
 
 def test_webdataset_reads_it_back(run: runs.Run, exports: Mapping[str, Path]) -> None:

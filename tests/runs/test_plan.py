@@ -116,9 +116,9 @@ def test_a_plan_is_read_back_as_written(make_config: MakeConfig, tmp_path) -> No
     plan = make_plan(index_of([0, 1, 2] * 5), config)
     files = LocalFiles(tmp_path)
     files.probe()
-    assert read_plan(config, files, "plan/x") is None
+    assert read_plan(config, files, "plan/x", plan_digest(plan)) is None
     write_plan(plan, files, "plan/x")
-    again = read_plan(config, files, "plan/x")
+    again = read_plan(config, files, "plan/x", plan_digest(plan))
 
     assert again is not None
     assert plan_digest(again) == plan_digest(plan)
@@ -167,7 +167,7 @@ def test_captions_of_seeds_are_in_the_prompts_and_in_the_plan(make_config: MakeC
     config = captioned(make_config, tmp_path / "captions", index, words)
     write_plan(plan, files, "plan/x")
     (tmp_path / "captions/captions.parquet").unlink()
-    again = read_plan(config, files, "plan/x")
+    again = read_plan(config, files, "plan/x", plan_digest(plan))
     assert again is not None
     assert again.units(0) == plan.units(0), "what samples needs no captions beside the plan"
     assert plan_digest(again) == plan_digest(plan)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -7,11 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from rayexpand import api
 from rayexpand.artifacts.adapter import read_adapter
 from rayexpand.artifacts.columns import write_captions, write_class_features, write_image_features
-from rayexpand.contract.errors import ConfigError, DigestMismatch, EnvironmentFault, ModelError, OverBudget, UsageError
+from rayexpand.contract.errors import (
+    ConfigError,
+    DamagedFile,
+    DigestMismatch,
+    EnvironmentFault,
+    ModelError,
+    OverBudget,
+    UsageError,
+)
 from rayexpand.contract.schema import ClassTable, Receipt
 from rayexpand.data.seeds import build_index
 from rayexpand.methods import trust
@@ -21,9 +32,11 @@ from rayexpand.runs import inputs as artifacts
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import RunConfig, parse, semantic
 from rayexpand.runs.driving import Here, prior_key
+from rayexpand.runs.status import read_status
 from rayexpand.runs.store import Tally, Totals, data_name
 from rayexpand.runs.tools import load_tools
 from rayexpand.runs.verify import verify
+from tests.commands import rewrite_json
 from tests.conftest import MakeConfig, complete, hashes
 from tests.methods.fakes import Fake
 from tests.tiny import tiny_adapter, tiny_pipeline
@@ -483,3 +496,92 @@ def test_features_of_other_classes_or_seeds_are_refused_before_anything_is_made(
     for words in ("artifacts.captions: tests.runs.test_run.Featured needs captions of the seeds and none are named",
                   "has no ids.parquet, so it holds no image features"):
         assert words in found, words
+
+
+# ------------------------------------------------------------------------------------------------------------- identity
+
+
+def reversed_labels(run: runs.Run) -> Path:
+    (file,) = Path(run.folder, "plan").glob("*/seeds.parquet")
+    table = pq.read_table(file)
+    place = table.schema.get_field_index("label")
+    pq.write_table(table.set_column(place, table.schema.field(place), table["label"].combine_chunks()[::-1]), file)
+    return file
+
+
+def test_a_changed_plan_is_refused_by_name_and_made_again(make_config: MakeConfig) -> None:
+    config = make_config("Fake", ratio=2)
+    run, _ = complete(config)
+    reference = hashes(run)
+    reversed_labels(run)
+    for name in ("train-000000.parquet", "train-000003.parquet"):
+        Path(run.folder, "data", name).unlink()
+    for verb in (verify, lambda one: one.totals()):
+        with pytest.raises(DamagedFile, match=r"seeds\.parquet: is damaged. The same job file makes it again"):
+            verb(runs.open_run(str(run.folder)))
+
+    assert hashes(complete(config)[0]) == reference
+
+
+def test_a_changed_plan_of_another_dataset_is_not_made_again(make_config: MakeConfig, broken: Path) -> None:
+    config = make_config("Fake", ratio=2, data=of(broken))
+    run, _ = complete(config)
+    reversed_labels(run)
+    (broken / "ant/0.png").unlink()
+    with pytest.raises(DamagedFile, match=r"seeds\.parquet: is damaged"):
+        complete(config)
+
+
+def test_a_plan_of_an_older_version_is_checked_by_its_digest(make_config: MakeConfig) -> None:
+    run, _ = complete(make_config("Fake", ratio=2))
+    (file,) = Path(run.folder, "plan").glob("*/plan.json")
+    name = f"plan/{file.parent.name}/plan.json"
+    rewrite_json(file, lambda counts: counts.pop("files"), name, is_old=True)
+    assert runs.open_run(str(run.folder)).plan.planned == 40
+    reversed_labels(run)
+    with pytest.raises(DamagedFile, match=r"do not hold the plan that run\.json names"):
+        runs.open_run(str(run.folder))
+
+
+@pytest.mark.parametrize(("field", "value"), [("seed", 4), ("method", {"ratio": 3}), ("sampler", {"batch": 9})])
+def test_an_edited_run_json_is_refused(make_config: MakeConfig, field: str, value: Any) -> None:
+    run, _ = complete(make_config("Fake", ratio=2))
+    file = Path(run.folder, "run.json")
+    facts = json.loads(file.read_text())
+    facts["config"][field] = {**facts["config"][field], **value} if isinstance(value, dict) else value
+    file.write_text(json.dumps(facts))
+    with pytest.raises(DamagedFile, match=r"run\.json: is damaged, was changed by hand"):
+        runs.open_run(str(run.folder))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "nothing", '{"config": 3}', "[" * 100_000])
+def test_a_run_json_that_is_none_is_refused(make_config: MakeConfig, content: str) -> None:
+    run, _ = complete(make_config("Fake", ratio=1))
+    Path(run.folder, "run.json").write_text(content)
+    with pytest.raises(DamagedFile, match=r"run\.json: is damaged"):
+        runs.open_run(str(run.folder))
+
+
+def test_a_shard_overwritten_by_another_is_noticed(make_config: MakeConfig, tmp_path: Path) -> None:
+    run, _ = complete(make_config("Fake", ratio=2))
+    other, _ = complete(make_config("Fake", ratio=2, name="other", sections={"seed": 9}))
+    one, two = (Path(run.folder, "data", data_name(shard)) for shard in (0, 1))
+    for source, error in ((two, DamagedFile), (Path(other.folder, "data", data_name(0)), DigestMismatch)):
+        one.unlink()
+        shutil.copy(source, one)
+        (problem,) = verify(run).problems
+        assert problem.startswith("data/train-000000.parquet: ")
+        for read in (lambda: list(api.RunFolder(str(run.folder)).samples()),
+                     lambda: api.RunFolder(str(run.folder)).export(tmp_path / "exported", "imagefolder"),
+                     lambda: api.dataset(str(run.folder))):
+            with pytest.raises(error, match=r"train-000000"):
+                read()
+
+
+def test_files_that_are_not_ours_are_no_attempts(make_config: MakeConfig) -> None:
+    run, _ = complete(make_config("Fake", ratio=1))
+    for name in ("notes.json", "0001 copy.json", ".DS_Store"):
+        Path(run.folder, "attempts", name).write_text("x")
+
+    assert runs.begin(run) == 2
+    assert read_status(str(run.folder)).attempts == 2

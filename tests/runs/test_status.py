@@ -14,6 +14,7 @@ from rayexpand.contract.schema import Reason
 from rayexpand.runs import status
 from rayexpand.runs.blame import trace_folder
 from rayexpand.storage.files import LocalFiles, process_token
+from tests.commands import rewrite_json
 from tests.runfolder import RUN_DIGEST, Builder, sample_run
 
 
@@ -128,8 +129,7 @@ def test_no_run_here_says_what_to_do(tmp_path: Path, content: str | None) -> Non
 
 def test_a_file_of_another_run_is_refused(run: Builder, tmp_path: Path) -> None:
     copy = shutil.copytree(run.folder, tmp_path / "half")
-    facts = json.loads((copy / "run.json").read_text())
-    (copy / "run.json").write_text(json.dumps({**facts, "run_digest": RUN_DIGEST[::-1]}))
+    rewrite_json(copy / "run.json", lambda facts: facts.update(run_digest=RUN_DIGEST[::-1]))
     shutil.rmtree(copy / "receipts")
     with pytest.raises(DigestMismatch):
         status.read_status(copy)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from rayexpand.runs.store import (
     totals,
 )
 from rayexpand.storage.files import LocalFiles, process_token, token_alive
-from rayexpand.storage.tables import find_rows
+from rayexpand.storage.tables import find_rows, sealed
 
 CLASSES = ClassTable.of(["ant", "bee"])
 
@@ -191,7 +192,8 @@ def test_a_roll_up_that_vanishes_while_it_is_read(store: Store, monkeypatch: pyt
     def vanishes(name: str) -> bytes | None:
         reads.append(name)
         if len(reads) == 1:
-            store.files.publish("receipts/rollup-0002-2.json", read(name) or b"")
+            other = "receipts/rollup-0002-2.json"
+            store.files.publish(other, sealed(other, json.loads(read(name) or b"")))
             store.files.delete(name)
         return read(name)
 

@@ -48,7 +48,7 @@ def miscounted(table: pa.Table) -> pa.Table:
     ("data", lambda table: swapped(table, "sample_sha256"), "content hash"),
     ("data", lambda table: swapped(table, "image"), "images that do not match"),
     ("data", miscounted, "counts of its footer"),
-    ("rejected", lambda table: table.replace_schema_metadata({b"a": b"b"}), "hash differs")],
+    ("rejected", lambda table: table.replace_schema_metadata({b"a": b"b"}), "is damaged, and")],
     ids=["lost", "twice", "hashes", "pixels", "counts", "refused"])
 def test_every_kind_of_damage_is_named(make_config: MakeConfig, file: str, change: Change, words: str) -> None:
     run, _ = complete(make_config("Failing", ratio=2, nan=ROW))
@@ -85,6 +85,18 @@ def test_following_its_advice_mends_a_retried_shard(make_config: MakeConfig, ima
     assert (totals.kept, totals.pending) == (60, 0)
     assert hashes(run) == reference
     assert verify(run).problems == []
+
+
+def test_a_file_that_cannot_be_read_is_not_said_to_be_damaged(make_config: MakeConfig) -> None:
+    run, _ = complete(make_config("Fake"))
+    file = Path(run.folder, "data", data_name(0))
+    file.rename(file.with_suffix(".kept"))
+    file.mkdir()  # as a file that this user may not read, whoever he is
+    (problem,) = verify(run).problems
+
+    assert "cannot be read" in problem
+    assert "keep it" in problem
+    assert "elete" not in problem
 
 
 def test_an_unwritable_cache_blames_no_data(make_config: MakeConfig) -> None:

@@ -392,7 +392,9 @@ def thirteen_thousand(object_stores: Server, n: int) -> None:
     """A status of `n` shards costs a request per 1,000 files and per 5,000 receipts, and a few more."""
     root = f"thirteen/{uuid.uuid4().hex[:8]}"
     files = open_files(f"s3://runs/{root}")
-    files.publish("run.json", json.dumps({"name": "r", "planned": 2 * n, "shards": n, "run_digest": "d"}).encode())
+    files.publish("run.json", json.dumps({
+        "name": "r", "planned": 2 * n, "shards": n, "run_digest": "d", "plan_digest": "p", "plan": "plan/p",
+        "config": {}, "models": {}}).encode())
     fields = json.loads(receipt(0, [sample(0), sample(1)]).to_json()) | {"run_digest": "d"}
     lines = [{**fields, "shard_id": i, "data_file": data_name(i)} for i in range(n)]
     rolled = [(f"{root}/receipts/rollup-0001-{k}.json", json.dumps(lines[i:i + 5000]))

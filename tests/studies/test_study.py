@@ -21,7 +21,7 @@ from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.data.subsets import ids_hash, shared_images
 from rayexpand.loader.training_set import TrainingSet
 from rayexpand.runs import run as runs
-from rayexpand.storage.tables import parquet_bytes
+from rayexpand.storage.tables import parquet_bytes, read_json
 from rayexpand.studies.config import parse_study
 from rayexpand.studies.expansions import pending_runs
 from rayexpand.studies.parts import Study, Trial, read_result
@@ -29,6 +29,7 @@ from rayexpand.studies.study import prepare_study
 from rayexpand.studies.summary import summary
 from rayexpand.studies.trial import run_trials
 from rayexpand.studies.trials import make_trials, pending_trials
+from tests.commands import rewrite_json
 
 SMALL = {"preset": "digits", "updates": 6, "epochs": 2, "batch": 8, "backbone_args": {"width": 4}}
 
@@ -65,7 +66,7 @@ def test_arms_and_their_controls(study: Study) -> None:
     assert trials["original repeated 4x", 1].control_of == "flips 3x"
     assert trials["flips 1x", 0].list_sha256 != trials["flips 3x", 0].list_sha256
     assert trials["original", 0].ids_sha256 != trials["original", 1].ids_sha256
-    written = json.loads((Path(study.files.root) / "trials/flips-3x-s1.json").read_text())
+    written = read_json(study.files, "trials/flips-3x-s1.json")
     assert written == {**vars(trials["flips 3x", 1]), "digest": trials["flips 3x", 1].digest}
     assert trials["flips 3x", 0].expansion_seconds == pytest.approx(3 * trials["flips 1x", 0].expansion_seconds)
 
@@ -562,11 +563,12 @@ def test_a_run_knows_its_ids_when_their_file_is_gone(study: Study, tmp_path: Pat
     shutil.copytree(f"{study.config.folder}/runs/flips-0", tmp_path / "flips-0")
     ids = tmp_path / "ids.txt"
     shutil.copy(Path(study.files.root) / "subsets/0.txt", ids)
-    facts = json.loads((tmp_path / "flips-0/run.json").read_text())
-    facts["config"]["data"]["ids"] = str(tmp_path / "gone.txt")
-    if not is_recorded:  # as runs were written before
-        del facts["ids_sha256"]
-    (tmp_path / "flips-0/run.json").write_text(json.dumps(facts))
+    def change(facts: dict[str, Any]) -> None:
+        facts["config"]["data"]["ids"] = str(tmp_path / "gone.txt")
+        if not is_recorded:  # as runs were written before
+            del facts["ids_sha256"]
+
+    rewrite_json(tmp_path / "flips-0/run.json", change, is_old=not is_recorded)
     config = runs.open_run(str(tmp_path / "flips-0")).config
 
     same = config.model_copy(update={"data": config.data.model_copy(update={"ids": str(ids)})})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import shutil
 import signal
@@ -22,8 +23,16 @@ from rayexpand.storage.tables import read_table
 from rayexpand.studies.config import TrainingConfig, parse_study
 from rayexpand.studies.parts import Study, Trial, read_result
 from rayexpand.studies.study import prepare_study
-from rayexpand.studies.trial import make_classifier, open_work, run_trial, run_trials
-from rayexpand.studies.trials import make_trials
+from rayexpand.studies.trial import (
+    TrainingCurve,
+    checkpoint,
+    make_classifier,
+    open_work,
+    restore,
+    run_trial,
+    run_trials,
+)
+from rayexpand.studies.trials import make_trials, pending_trials
 from tests.studies.test_study import SMALL, raw_study
 
 if TYPE_CHECKING:
@@ -94,6 +103,36 @@ def test_a_checkpoint_of_another_trial_is_not_used(tmp_path: Path, monkeypatch: 
 
     assert changed.name == trial.name
     assert run_trial(changed_study.files, changed, study.config.training)["starts"] == [0]
+
+
+def test_a_damaged_checkpoint_counts_as_none(undisturbed: dict[str, Any], tmp_path: Path,
+                                             caplog: pytest.LogCaptureFixture) -> None:
+    study, trial = one_trial(tmp_path)
+    work = open_work(study.files, trial, study.config.training)
+    classifier = make_classifier(work, "cpu")
+    whole = checkpoint(trial, classifier, TrainingCurve())
+    assert restore(whole, trial, classifier) is not None
+    assert restore(whole[64:], trial, classifier) is not None, "one of an older version"
+    for place in range(0, len(whole), len(whole) // 60):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        assert restore(bytes(damaged), trial, classifier) is None, place
+    assert "checkpoint of trial original-s0 is damaged" in caplog.text
+    study.files.replace(f"checkpoints/{trial.name}.pt", whole[:1000])
+
+    assert curve(run_trial(study.files, trial, study.config.training)) == curve(undisturbed)
+
+
+def test_a_damaged_result_is_trained_again(undisturbed: dict[str, Any], tmp_path: Path,
+                                           caplog: pytest.LogCaptureFixture) -> None:
+    study, trial = one_trial(tmp_path)
+    run_trial(study.files, trial, study.config.training)
+    assert pending_trials(study, [trial]) == []
+    file = Path(study.files.root, f"results/{trial.name}.json")
+    file.write_bytes(file.read_bytes().replace(b'"seed": 0', b'"seed": 1'))
+
+    assert pending_trials(study, [trial]) == [trial]
+    assert f"results/{trial.name}.json: is damaged" in caplog.text
 
 
 def test_what_decides_a_result_decides_its_digest(tmp_path: Path) -> None:
@@ -197,7 +236,8 @@ def test_a_process_killed_in_the_middle_costs_one_interval(tmp_path: Path) -> No
         time.sleep(0.005)
     killed.kill()
     killed.join()
-    reached = torch.load(tmp_path / "killed/small/checkpoints/original-s0.pt", weights_only=True)["classifier"]["step"]
+    saved = (tmp_path / "killed/small/checkpoints/original-s0.pt").read_bytes()[64:]  # its hash comes first
+    reached = torch.load(io.BytesIO(saved), weights_only=True)["classifier"]["step"]
     results = []
     for name in ("killed", "whole"):
         study, trial = one_trial(tmp_path / name, updates=30, epochs=3)

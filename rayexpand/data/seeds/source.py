@@ -10,17 +10,16 @@ from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from rayexpand.contract.errors import SeedDataError
+from rayexpand.contract.settings import Section
 from rayexpand.data.pixels import PILLOW_PIXELS
 from rayexpand.data.seeds.places import read_bytes, read_text
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """Which seeds a run starts from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: Literal["digits", "imagefolder", "parquet", "webdataset", "manifest", "npz"] = Field(description=(
         "digits: built in; imagefolder: one folder per class; parquet: Hugging Face layout; webdataset: tar shards; "

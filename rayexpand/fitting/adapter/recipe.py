@@ -13,7 +13,9 @@ from __future__ import annotations
 from string import Formatter
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+
+from rayexpand.contract.settings import Section
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TARGETS = {"attention": ATTENTION,
@@ -21,10 +23,10 @@ TARGETS = {"attention": ATTENTION,
 PLACEHOLDERS = ("token", "name", "metaclass", "noun", "caption")
 
 
-class FinetuneConfig(BaseModel):
+class FinetuneConfig(Section):
     """One way to fine-tune a generator. The defaults are Diff-Mix's, as its released scripts run it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     strategy: Literal["ti", "db", "ti_db", "full"] = Field(
         "ti_db", description="ti: one new token per class, nothing else; db: LoRA on the UNet, plain class names; "

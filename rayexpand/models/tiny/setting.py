@@ -8,18 +8,16 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from rayexpand.contract.settings import Section
 
 GROUPS = 8  # of every group normalisation: autoencoder and UNet channels are multiples of it
 HEAD = 16  # channels of one attention head of UNet and text tower
 UNIT = 8  # pixels; diffusers' own pipelines take multiples of it
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class GuideSetting(_Part):
+class GuideSetting(Section):
     """A CLIP model: a vision transformer and a text tower, which becomes the generator's text encoder."""
 
     width: int = Field(64, ge=16, description="of the vision transformer")
@@ -34,7 +32,7 @@ class GuideSetting(_Part):
     rate: float = Field(2e-3, gt=0, description="peak of a one-cycle AdamW")
 
 
-class VaeSetting(_Part):
+class VaeSetting(Section):
     """An autoencoder. Each channel count but the last is followed by a halving: two halve once, three twice."""
 
     channels: tuple[int, ...] = Field((16, 32), min_length=1)
@@ -49,7 +47,7 @@ class VaeSetting(_Part):
         return 2 ** (len(self.channels) - 1)
 
 
-class UnetSetting(_Part):
+class UnetSetting(Section):
     """The generator's UNet, on latents. Its channels halve the latent as those of the autoencoder halve the image."""
 
     channels: tuple[int, ...] = Field((32, 64), min_length=1)
@@ -66,7 +64,7 @@ class UnetSetting(_Part):
                                 "classifier-free guidance needs")
 
 
-class Setting(_Part):
+class Setting(Section):
     """Everything that decides trained weights beside the images, their captions and the seed."""
 
     size: int = Field(16, ge=8, le=256, description="side in pixels of the square images")

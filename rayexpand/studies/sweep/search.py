@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -10,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from rayexpand.contract.errors import ConfigError, Interrupted, RayexpandError
+from rayexpand.storage.tables import healthy_json, read_json, replace_json
 from rayexpand.studies.sweep.space import n_suggestions, suggest
 from rayexpand.studies.sweep.sweep import Candidate, Sweep, best_of, candidate, read_results, read_test
 from rayexpand.studies.sweep.trial import run_candidate, score_on_test, write
@@ -28,7 +28,7 @@ class Search:
         self._started: dict[str, float] = {}  # when the process that reported last began
         self._known: dict[int, dict[str, Any]] = {}
         for name in sweep.files.list("suggestions"):
-            written = json.loads(sweep.files.read(f"suggestions/{name}") or b"{}")
+            written = healthy_json(sweep.files, f"suggestions/{name}") or {}
             if written.get("number", self.total) < self.total:
                 self._known[written["number"]] = written
         todo = [n for n, known in sorted(self._known.items()) if known["key"] not in self.results]
@@ -59,7 +59,7 @@ class Search:
                 continue
             if known is None:
                 self._known[number] = {"number": number, "values": values, "key": found.key}
-                self.sweep.files.replace(f"suggestions/{number:04d}.json", json.dumps(self._known[number]).encode())
+                replace_json(self.sweep.files, f"suggestions/{number:04d}.json", self._known[number])
             if found.key not in self.results and found.key not in self.running:
                 self.running[found.key] = found
                 return found
@@ -74,7 +74,7 @@ class Search:
     def ended(self, key: str, problem: str = "") -> dict[str, Any] | None:
         """A trial is over: with a result of its own, with a problem, or else stopped before its last epoch."""
         found = self.running.pop(key)
-        written = self.sweep.files.read(f"trials/{key}.json")
+        written = healthy_json(self.sweep.files, f"trials/{key}.json")
         if written is None and problem:
             self.failed.append(f"{describe(found.values)}: {problem}")
             return None
@@ -89,10 +89,11 @@ class Search:
                 "score": curve[-1]["score"], "curve": curve, "epochs": curve[-1]["epoch"],
                 "of_epochs": self.sweep.config.epochs, "started": self._started[key], "ended": now,
                 "seconds": now - self._started[key]})
-            written = self.sweep.files.read(f"trials/{key}.json") or b"{}"
+            written = read_json(self.sweep.files, f"trials/{key}.json")
+            assert written is not None
             kept = f"studies/{key}/checkpoints"
             self.sweep.files.delete(*(f"{kept}/{name}" for name in self.sweep.files.list(kept)))
-        self.results[key] = json.loads(written)
+        self.results[key] = written
         return self.results[key]
 
     def best(self) -> Candidate | None:

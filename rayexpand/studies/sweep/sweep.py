@@ -21,7 +21,6 @@ because it is pickled, is written now and then only, and would run a trial again
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +36,7 @@ from rayexpand.data.subsets import ids_file, ids_hash, per_class
 from rayexpand.runs import run as runs
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
-from rayexpand.storage.tables import create_once
+from rayexpand.storage.tables import create_once, healthy_json, read_json
 from rayexpand.studies.config import StudyConfig, parse_study, study_preflight
 from rayexpand.studies.sweep.config import (
     OPERATIONAL,
@@ -113,11 +112,11 @@ def open_sweep(config: SweepConfig, on_model: Callable[[str, int, int], None] | 
 def sweep_in(folder: str) -> Sweep:
     """The sweep of an existing folder, as far as its report needs it. Raises UsageError where there is none."""
     files = open_files(folder)
-    text = files.read("sweep.json")
-    if text is None:
+    facts = read_json(files, "sweep.json")
+    if facts is None:
         raise UsageError(f"{folder} holds no sweep; give the folder <out>/<name> of one")
     out, _, name = folder.rstrip("/").rpartition("/")
-    config = SweepConfig(**{**json.loads(text)["config"], "out": out or ".", "name": name})
+    config = SweepConfig(**{**facts["config"], "out": out or ".", "name": name})
     return Sweep(config, files, base_study(config), dimensions_of(config))
 
 
@@ -130,9 +129,9 @@ def candidate(sweep: Sweep, number: int, values: Mapping[str, Any]) -> Candidate
 
 
 def read_results(files: Files) -> dict[str, dict[str, Any]]:
-    """Results by key, in the order of their numbers."""
-    texts = [files.read(f"trials/{name}") for name in files.list("trials") if name.endswith(".json")]
-    found = [json.loads(text) for text in texts if text is not None]
+    """Results by key, in the order of their numbers; a damaged one counts as none."""
+    read = [healthy_json(files, f"trials/{name}") for name in files.list("trials") if name.endswith(".json")]
+    found = [one for one in read if one is not None]
     return {one["key"]: one for one in sorted(found, key=lambda one: one["number"])}
 
 
@@ -144,7 +143,7 @@ def best_of(results: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
 
 def read_test(sweep: Sweep, best: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The score of the best configuration on the test images, None where it was not taken yet."""
-    found = json.loads(sweep.files.read("test.json") or b"{}")
+    found = healthy_json(sweep.files, "test.json") or {}
     return found if best is not None and found.get("key") == best["key"] else None
 
 

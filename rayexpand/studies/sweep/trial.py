@@ -11,7 +11,6 @@ instead of trained, and reported again.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import tempfile
 import time
@@ -28,6 +27,7 @@ from rayexpand.data.subsets import ids_file, ids_hash
 from rayexpand.runs.config import RunConfig, semantic
 from rayexpand.runs.driving import Here
 from rayexpand.storage.files import Files
+from rayexpand.storage.tables import healthy_json, replace_json, sealed
 from rayexpand.studies.expansions import pending_runs
 from rayexpand.studies.parts import Study, Trial, read_result
 from rayexpand.studies.study import prepare_study
@@ -84,13 +84,15 @@ def score_on_test(sweep: Sweep, best: Candidate, *, gpus: float = 0.0) -> dict[s
     _expand(study)
     *_, (_, _, scores) = train_together(study, make_trials(study), sweep.config.metric, gpus)
     found = {"key": best.key, "score": sum(scores) / len(scores), "scores": scores}
-    sweep.files.replace("test.json", json.dumps(found, indent=1).encode())
+    replace_json(sweep.files, "test.json", found)
     return found
 
 
 def write(files: Files, result: dict[str, Any]) -> None:
-    """Writes the result of a trial, once: what ended first counts."""
-    files.publish(f"trials/{result['key']}.json", json.dumps(result, indent=1).encode(), "trial")
+    """Writes the result of a trial, once: what ended first counts, unless it is damaged."""
+    name = f"trials/{result['key']}.json"
+    if not files.publish(name, sealed(name, result), "trial") and healthy_json(files, name) is None:
+        replace_json(files, name, result)
 
 
 def train_together(study: Study, trials: list[Trial], metric: str,
