@@ -30,7 +30,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from rayexpand.contract.prompts import Template, format_prompt, prompt_needs
 from rayexpand.contract.protocols import Batch, Expansion, Tools
@@ -69,6 +77,8 @@ class Gif(BaseModel):
     negative: str = Field("", description="negative prompt (released code: empty)")
     rotation: float = Field(15.0, ge=0, le=180, description="largest angle in degrees by which the seed image of a "
                             "copy is turned, corners black (released code: 15)")
+    rotation_filter: Literal["bilinear", "nearest"] = Field("bilinear", description="how it is turned (released code: "
+                                                            "nearest, torchvision's default; bilinear is ours)")
     flip: bool = Field(True, description="mirror the seed image of every other copy, by chance (released code); off "
                        "for digits and letters")
     strength: float = Field(0.9, gt=0, le=1, description="share of the schedule that is run (released code: 0.9; "
@@ -99,6 +109,11 @@ class Gif(BaseModel):
                                       "gradient; none: the whole call")
     measure: bool = Field(False, description="score the images with the update (after) and with the drawn perturbation "
                           "alone (random) too, both projected; costs 1 more decode and 2 guide calls")
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `rotation_filter` where it is what it was before there was a choice, so that digests stay."""
+        return {name: value for name, value in handler(self).items() if (name, value) != ("rotation_filter", "bilinear")}
 
     @field_validator("steps")
     @classmethod
@@ -167,7 +182,7 @@ class Gif(BaseModel):
         """uint8 (H, W, 3): the seed image as this copy starts from it."""
         angle, mirrored = rng.uniform(-self.rotation, self.rotation), rng.random() < 0.5
         if self.rotation:
-            image = np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR))
+            image = np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling[self.rotation_filter.upper()]))
         return np.ascontiguousarray(image[:, ::-1]) if self.flip and mirrored else image
 
     def _climb(self, score: _Score, guided: Guided, z_BCHW: torch.Tensor, e: torch.Tensor,

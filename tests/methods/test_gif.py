@@ -297,6 +297,33 @@ def test_each_copy_is_turned_its_own_way_and_has_its_own_posterior():
     assert set(kinds) == {1, -1}
 
 
+def test_a_seed_is_turned_by_the_filter_that_is_named():
+    """Nearest is torchvision's default, with which the released code turns it: no colour is made but the black of the
+    corners. What began before there was a choice goes on bilinear, in a file that does not name it."""
+    from torchvision.transforms import functional
+
+    class Seen(ToyPrior):
+        def encode(self, x, noise):
+            self.given = (255 * x).round().to(torch.uint8)
+            return x
+
+    def turned(**fields):
+        method, prior = Gif(steps=10, guidance="none", flip=False, **fields), Seen(sd_scheduler())
+        batch = batch_of(method, CLASSES, [("a", 0, 1)])
+        method.expand(batch, Tools(CLASSES, prior))
+        angle = batch.rngs[0]("aug").uniform(-15, 15)
+        return prior.given[0], functional.rotate(torch.from_numpy(batch.images[0]).permute(2, 0, 1), angle,
+                                                 fill=[0, 0, 0]), method
+
+    nearest, torchvisions, method = turned(rotation_filter="nearest")
+    bilinear, _, before = turned()
+
+    assert (nearest != torchvisions).float().mean() < 0.02, "the same but for ties"
+    assert (bilinear != torchvisions).float().mean() > 0.2
+    assert method.model_dump()["rotation_filter"] == "nearest"
+    assert "rotation_filter" not in before.model_dump()
+
+
 # Draws and settings --------------------------------------------------------------------------------------------------
 
 
