@@ -248,9 +248,9 @@ _DISTDIFF: dict[str, Any] = {
     "schedule_unit": "epoch", "epochs": 100, "batch": 64}
 
 # GIF: as DistDiff's, but batch 256. Its released code runs the cosine with Nesterov momentum on CIFAR and medical
-# sets, and two drops without it on the natural ones (and Caltech-101 in grey, which is left out here). There Caltech-101
-# is cropped as torchvision's random resized crops, from 80 % of the area, DTD not at all, and neither is turned. That
-# code normalises CIFAR, Caltech-101, Cars, Flowers and the medical sets with other numbers than ImageNet's, used here.
+# sets, and two drops without it on the natural ones (and Caltech-101 in grey, which is left out here). Caltech-101 has
+# random resized crops of at least 80 % of the area, DTD none, and neither is turned. That code normalises CIFAR,
+# Caltech-101, Cars, Flowers and the medical sets with other numbers than ImageNet's, which are used here.
 _GIF: dict[str, Any] = {**_DISTDIFF, "batch": 256}
 _GIF_SMALL = {**_GIF, **_squashed(224, 224)}  # CIFAR: resized to 224; ours for the 28-pixel medical images
 _GIF_NATURAL = {**_GIF, **_multistep((21, 31), 0.1), "optimiser": "sgd"}

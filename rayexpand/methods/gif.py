@@ -113,7 +113,8 @@ class Gif(BaseModel):
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without `rotation_filter` where it is what it was before there was a choice, so that digests stay."""
-        return {name: value for name, value in handler(self).items() if (name, value) != ("rotation_filter", "bilinear")}
+        before = ("rotation_filter", "bilinear")
+        return {name: value for name, value in handler(self).items() if (name, value) != before}
 
     @field_validator("steps")
     @classmethod
