@@ -50,7 +50,9 @@ def run(method, batch, tools):
 
 @pytest.mark.parametrize("settings", [
     {}, {"kl_direction": "official"}, {"class_term_on": "first"}, {"lambda_cls": 0.0}, {"lambda_ent": 0.0},
-    {"lambda_cls": 0.0, "lambda_ent": 0.0}, {"noise_level": "official"}, {"level": "pixel"}, {"chunk": 2}], ids=str)
+    {"lambda_cls": 0.0, "lambda_ent": 0.0}, {"noise_level": "official"}, {"level": "pixel"}, {"chunk": 2},
+    {"class_term_on": "first", "kl_direction": "official", "noise_level": "official", "lambda_ent": 0.5,
+     "lambda_div": 0.5, "group_size": 2}], ids=str)
 def test_batched_equals_one_image_at_a_time(tools, updates, settings):
     compare(Gif(**{**QUICK, **settings}), tools, updates)
 
@@ -64,7 +66,9 @@ def compare(method, tools, updates, size=16):
     batch = batch_of(method, CLASSES, ROWS, size)
     made, latent, pixels = run(method, batch, tools)
     _, e, b = updates[-1]
-    for members in ([0, 2, 4], [3, 1]):
+    pair = method.group_size or 3
+    for members in [part for copies in ([0, 2, 4], [3, 1])
+                    for part in (copies[start:start + pair] for start in range(0, len(copies), pair))]:
         group = references.gif(
             references.Sampler(tools.prior, method.steps, method.guidance_scale), tools.guide, batch.images[members[0]],
             [batch.draws[i].prompt for i in members], [batch.rngs[i] for i in members],
