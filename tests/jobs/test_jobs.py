@@ -191,6 +191,14 @@ def test_classifiers_start_from_weights_that_see_their_own_normalisation() -> No
             "vit_base_patch32_clip_224.laion2b"} <= checked
 
 
+@pytest.mark.parametrize("path", PAPERS, ids=_name)
+def test_what_a_head_says_to_set_can_be_set(path: Path) -> None:
+    """Each quoted --set alone, as a shell gives it: a field, and a value that is YAML."""
+    head = " ".join(line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
+    for one in re.findall(r'--set "([^"]+)"', head):
+        settings.override({}, [one])
+
+
 def test_the_table_of_jobs_names_every_file() -> None:
     rows = re.findall(r"^\| ([\w/{},.*-]+) \|", (ROOT / "jobs/README.md").read_text(), re.MULTILINE)
     assert [_name(path) for path in FILES
