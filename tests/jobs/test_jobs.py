@@ -317,7 +317,8 @@ def test_a_sweep_runs_as_the_released_code_too() -> None:
 
 @pytest.mark.parametrize(("paper", "sets", "space"), [
     ("gif", "caltech101 cars dtd flowers pets", {
-        "arms.GIF-SD.use": ["cutout", "gridmask", "randaugment", "sd", "gif-sd"], "arms.GIF-SD.ratio": [5, 10, 15, 20]}),
+        "arms.GIF-SD.use": ["cutout", "gridmask", "randaugment", "sd", "gif-sd"],
+        "arms.GIF-SD.ratio": [5, 10, 15, 20]}),
     ("distdiff", "caltech101 cars cifar100s dtd imagenette pathmnist", {
         "expansions.distdiff.method.ratio": [1, 5, 10, 20]})])
 def test_sweeps_over_the_number_of_copies_take_every_set(paper: str, sets: str, space: dict[str, list[Any]]) -> None:
