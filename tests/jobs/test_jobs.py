@@ -294,7 +294,7 @@ def test_every_set_has_an_arm_as_the_released_code(folder: str) -> None:
 
 
 def test_gif_turns_seeds_as_torchvision() -> None:
-    found = {}
+    found: dict[str, str] = {}
     for path in [one for one in PAPERS if one.parent.name == "gif" and one.name.startswith("study")]:
         config, method = _study(f"gif/{path.name}")
         found |= {f"{path.stem}: {name}": method(name).rotation_filter for name, one in config.expansions.items()
