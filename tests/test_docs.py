@@ -93,6 +93,49 @@ def test_the_readmes_first_job_file_works_as_it_stands(image_folder: Path) -> No
     assert (config.name, config.method.name) == ("birds", "classical")
 
 
+def braces(text: str) -> list[str]:
+    """`a{b,c}d` as a shell writes it out."""
+    if (found := re.search(r"\{([^{}]*)\}", text)) is None:
+        return [text]
+    return [one for part in found[1].split(",") for one in braces(text[:found.start()] + part + text[found.end():])]
+
+
+def papers() -> dict[str, list[list[str]]]:
+    """Rows of docs/papers.md by paper: (what, job files, command)."""
+    text = (ROOT / "docs/papers.md").read_text().partition("\n## ")[2]
+    return {section.partition("\n")[0]: [[cell.strip() for cell in line.strip("|").split("|")]
+                                         for line in section.splitlines() if line.startswith("| ")][1:]
+            for section in text.split("\n## ")}
+
+
+def test_the_page_of_the_papers_names_every_job_file_and_no_other() -> None:
+    cells = [cell for rows in papers().values() for _, files, command in rows for cell in (files, command)]
+    named = {one for cell in cells for word in re.findall(r"[\w/{},-]+\.yaml", cell) for one in braces(word)}
+    below = ROOT / "jobs/papers"
+    there = {str(path.relative_to(below)) for path in below.rglob("*.yaml")}
+
+    assert there - named == set()
+    assert [one for one in named - there if not (ROOT / "jobs" / one).is_file()] == []
+
+
+@pytest.mark.parametrize(("paper", "tables", "figures"), [
+    ("DistDiff", 12, 9), ("GIF", 9, 17), ("Diff-Mix", 6, 7), ("Real-Fake", 10, 4), ("DiffCoRe-Mix", 8, 15)])
+def test_the_page_of_the_papers_has_every_table_and_figure(paper: str, tables: int, figures: int) -> None:
+    found: dict[str, set[int]] = {"table": set(), "figure": set()}
+    for what, files, command in papers()[paper]:
+        assert files or re.match("not yet|no:|no, ", command), f"{what}: neither a job nor why not"
+        assert command, what
+        if head := re.match(r"(table|figure)s? ((?:\d+[a-z]?(?: to \d+)?(?:, )?)+)", what):
+            for first, last in re.findall(r"(\d+)[a-z]?(?: to (\d+))?", head[2]):
+                found[head[1]] |= set(range(int(first), int(last or first) + 1))
+    assert found == {"table": set(range(1, tables + 1)), "figure": set(range(1, figures + 1))}
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_says_which_tables_it_is_in(name: str) -> None:
+    assert "(../papers.md" in (ROOT / f"docs/methods/{name}.md").read_text()
+
+
 @pytest.mark.parametrize("name", methods.names())
 def test_every_method_has_its_page_and_its_rows(name: str) -> None:
     assert f"(docs/methods/{name}.md)" in (ROOT / "README.md").read_text()

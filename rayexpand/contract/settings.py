@@ -94,7 +94,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if _size(raw, {}) > MOST_VALUES:
         raise ConfigError(str(path), [f"expands to more than {MOST_VALUES:,} values through its aliases (&, *); write "
                                       "out what you need"])
-    return override(raw, overrides)
+    return override(_written_out(raw), overrides)
 
 
 def _size(value: Any, known: dict[int, int]) -> int:
@@ -105,6 +105,13 @@ def _size(value: Any, known: dict[int, int]) -> int:
         known[id(value)] = MOST_VALUES  # of one that holds itself
         known[id(value)] = 1 + sum(_size(one, known) for one in (value.values() if isinstance(value, dict) else value))
     return known[id(value)]
+
+
+def _written_out(value: Any) -> Any:
+    """The same with every alias a copy of its own, so that setting a field of one section leaves the others alone."""
+    if isinstance(value, dict):
+        return {key: _written_out(one) for key, one in value.items()}
+    return [_written_out(one) for one in value] if isinstance(value, list) else value
 
 
 def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
@@ -36,7 +36,7 @@ from rayexpand.contract.prompts import Template, format_prompt, prompt_needs
 from rayexpand.contract.protocols import Batch, Expansion, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
-from rayexpand.contract.settings import Section
+from rayexpand.contract.settings import Later, Section
 from rayexpand.diffusion import energy, perturb, sampling
 from rayexpand.methods._copies import quota_copies, ratio_copies
 from rayexpand.methods._guided import Guided
@@ -70,6 +70,8 @@ class Gif(Section):
     negative: str = Field("", description="negative prompt (released code: empty)")
     rotation: float = Field(15.0, ge=0, le=180, description="largest angle in degrees by which the seed image of a "
                             "copy is turned, corners black (released code: 15)")
+    rotation_filter: Annotated[Literal["bilinear", "nearest"], Later("bilinear")] = Field(
+        "bilinear", description="how it is turned (released code: nearest, torchvision's default; bilinear is ours)")
     flip: bool = Field(True, description="mirror the seed image of every other copy, by chance (released code); off "
                        "for digits and letters")
     strength: float = Field(0.9, gt=0, le=1, description="share of the schedule that is run (released code: 0.9; "
@@ -168,7 +170,7 @@ class Gif(Section):
         """uint8 (H, W, 3): the seed image as this copy starts from it."""
         angle, mirrored = rng.uniform(-self.rotation, self.rotation), rng.random() < 0.5
         if self.rotation:
-            image = np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR))
+            image = np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling[self.rotation_filter.upper()]))
         return np.ascontiguousarray(image[:, ::-1]) if self.flip and mirrored else image
 
     def _climb(self, score: _Score, guided: Guided, z_BCHW: torch.Tensor, e: torch.Tensor,

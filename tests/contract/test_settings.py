@@ -33,6 +33,12 @@ def test_merge_keys_are_read(tmp_path: Path) -> None:
     assert read(file)["b"] == {"x": 1, "y": 3}
 
 
+def test_a_field_is_set_in_one_section_and_not_in_those_written_as_its_alias(tmp_path: Path) -> None:
+    file = written(tmp_path, "a: &a {prior: {weights: x}}\nb: *a\nc: {<<: *a}\nd: [*a]\n")
+    plain = {"prior": {"weights": "x"}}
+    assert read(file, ["a.prior.weights=y"]) == {"a": {"prior": {"weights": "y"}}, "b": plain, "c": plain, "d": [plain]}
+
+
 @pytest.mark.parametrize(("text", "words"), [
     ("a: 1\na: 2\n", "a is given twice"), ("x: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
     ("x: " + "9" * 6000, "is not YAML: .*digits"), ("- 1\n", "holds no mapping"),

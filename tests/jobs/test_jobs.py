@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
+import shlex
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from rayexpand.classifier.recipe import make_recipe
 from rayexpand.contract import settings
 from rayexpand.contract.errors import ConfigError
+from rayexpand.contract.schema import Seed
+from rayexpand.data.seeds import SeedReader, build_index
 from rayexpand.evaluation import evaluate, select
 from rayexpand.fitting.config import load_fit
 from rayexpand.runs.config import load, parse, resolved
 from rayexpand.storage.places import open_files
+from rayexpand.studies import extra_tests
 from rayexpand.studies.config import StudyConfig, load_study
 from rayexpand.studies.sweep.config import load_sweep
 from rayexpand.studies.sweep.space import Dimension, n_suggestions, parse_dimension, suggest
@@ -122,11 +132,34 @@ def test_the_job_of_a_paper_says_what_it_reproduces() -> None:
     ("diffmix/study-flower-lt-50", "90.87 91.43 92.06 91.84 92.96 93.86 8,189"),
     ("diffmix/sweep-gamma-all", "-1.08 +0.25 +0.92 +0.97 +0.50 +0.38"),
     ("realfake/study-celeba", "89.65 86.22 85.60 86.93 76.90 82.55 73.35"),
-    ("realfake/fit-celeba", "Smiling Attractive Heavy Makeup")])
+    ("realfake/fit-celeba", "Smiling Attractive Heavy Makeup"),
+    ("realfake/study-in10", "79.4"), ("realfake/study-in100", "62.4"), ("realfake/study-in1k", "54.1 42.9"),
+    ("realfake/study-cub", "33.7"), ("realfake/study-cars", "47.1"), ("realfake/study-pets", "75.9"),
+    ("realfake/study-eurosat", "94.0"), ("diffmix/study-waterbird", "62.46 60.90 61.83 72.94 70.28"),
+    ("distdiff/sweep-guide", "66.71 92.24"), ("distdiff/sweep-direct", "76.77 83.19"),
+    ("distdiff/sweep-strength", "figure 7"), ("distdiff/study-caltech101-lecf", "200 5.46 6.25"),
+    ("gif/study-as-distdiff", "5.46 ViT-B/32"), ("gif/sweep-terms", "1.4"), ("gif/sweep-level", "figure 6"),
+    ("gif/study-cifar100c", "23.6 34.2 43.3 48.2 75.2 55.4 79.4 61.4"),
+    ("gif/study-cars-architectures", "18.4 29.6 64.1 32.0 49.2 75.1 26.2 39.7 60.2"),
+    ("gif/study-medical-clip", "78.4 67.2 78.9 74.3 60.0 64.9 77.3 60.2 77.4"),
+    ("gif/sweep-tuning", "80.8 59.4 79.5 86.9 77.4 80.7")])
 def test_jobs_quote_what_the_papers_print(name: str, numbers: str) -> None:
     text = (ROOT / f"jobs/papers/{name}.yaml").read_text()
 
     assert [one for one in numbers.split() if one not in text] == []
+
+
+def test_every_row_of_gifs_first_table_is_quoted() -> None:
+    """Each method that is no arm here, with its average over the six natural and over the three medical sets."""
+    text = (ROOT / "jobs/papers/gif/README.md").read_text()
+    rows = {cells[0]: [float(cell) for cell in cells[1:]] for line in text.splitlines()
+            if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 12
+            and re.fullmatch(r"[\d.]+", cells[1])}
+
+    assert set(rows) == {"CLIP, zero-shot", "distillation of CLIP", "MAE", "DALL-E2", "GIF-MAE", "GIF-DALLE"}
+    for row in rows.values():
+        assert row[6] == pytest.approx(sum(row[:6]) / 6, abs=0.051)
+        assert row[10] == pytest.approx(sum(row[7:10]) / 3, abs=0.051)
 
 
 def test_averages_of_quoted_tables_are_those_of_the_papers() -> None:
@@ -156,6 +189,14 @@ def test_classifiers_start_from_weights_that_see_their_own_normalisation() -> No
                 checked.add(weights)
     assert {"resnet50.tv_in1k", "vit_base_patch16_384.augreg_in21k_ft_in1k",
             "vit_base_patch32_clip_224.laion2b"} <= checked
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=_name)
+def test_what_a_head_says_to_set_can_be_set(path: Path) -> None:
+    """Each quoted --set alone, as a shell gives it: a field, and a value that is YAML."""
+    head = " ".join(line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
+    for one in re.findall(r'--set "([^"]+)"', head):
+        settings.override({}, [one])
 
 
 def test_the_table_of_jobs_names_every_file() -> None:
@@ -218,6 +259,108 @@ def test_gif_as_published(data: str, strength: float, scale: float, eps: float, 
     assert (recipe.lr, recipe.batch, recipe.epochs, recipe.weight_decay) == (lr, 256, 100, 1e-4)
 
 
+def test_distdiff_as_its_code_has_it() -> None:
+    """Beside the setting of the equations: the same but for what the released code does otherwise."""
+    for path in [one for one in PAPERS if one.parent.name == "distdiff" and one.name.startswith("study")]:
+        config, method = _study(f"distdiff/{path.name}")
+        if "released" not in config.expansions:
+            continue
+        plain, released = method("distdiff").model_dump(), method("released").model_dump()
+        assert {name: value for name, value in released.items() if plain[name] != value} == {
+            "proto_space": "official", "guide_input": "raw"}
+        assert config.expansions["released"].fit == config.expansions["distdiff"].fit
+        assert "DistDiff, released code" in [arm.name for arm in config.arms]
+
+
+def test_gif_as_its_code_has_it() -> None:
+    """Pairs of copies, whose entropy and diversity the released code averages, so 1 / K = 0.5."""
+    for path in [one for one in PAPERS if one.parent.name == "gif" and one.name.startswith("study")]:
+        config, method = _study(f"gif/{path.name}")
+        if "released" not in config.expansions:
+            continue
+        plain, released = method("gif-sd").model_dump(), method("released").model_dump()
+        assert {name: value for name, value in released.items() if plain.get(name) != value} == {
+            "group_size": 2, "class_term_on": "first", "kl_direction": "official", "noise_level": "official",
+            "lambda_ent": 0.5, "lambda_div": 0.5}
+        assert "GIF-SD, released code" in [arm.name for arm in config.arms]
+
+
+@pytest.mark.parametrize("folder", ["distdiff", "gif"])
+def test_every_set_has_an_arm_as_the_released_code(folder: str) -> None:
+    sets = {"distdiff": "caltech101 cifar100s cars imagenette dtd pathmnist caltech101-ablations", "gif":
+            "caltech101 cars cifar100s dtd flowers pets breastmnist organsmnist pathmnist cifar100s-ablations"}[folder]
+    assert [name for name in sets.split()
+            if "released" not in _job(f"papers/{folder}/study-{name}.yaml").expansions] == []
+
+
+def test_gif_turns_seeds_as_torchvision() -> None:
+    found: dict[str, str] = {}
+    for path in [one for one in PAPERS if one.parent.name == "gif" and one.name.startswith("study")]:
+        config, method = _study(f"gif/{path.name}")
+        found |= {f"{path.stem}: {name}": method(name).rotation_filter for name, one in config.expansions.items()
+                  if one.config is not None and method(name).name == "gif"}
+    assert len(found) > 20
+    assert set(found.values()) == {"nearest"}
+
+
+def test_a_sweep_runs_as_the_released_code_too() -> None:
+    """The line that the folder's page has for it."""
+    line = re.search(r"rayexpand (sweep jobs/papers/distdiff/sweep-rho.yaml .*?)\n\n",
+                     (ROOT / "jobs/papers/distdiff/README.md").read_text(), re.DOTALL)
+    assert line is not None
+    words = shlex.split(line[1].replace("\\\n", " "))
+    config = load_sweep(words[1], [words[i + 1] for i, word in enumerate(words) if word == "--set"])
+
+    assert config.arm == "DistDiff, released code"
+    assert list(config.space) == ["expansions.released.method.rho"]
+
+
+@pytest.mark.parametrize(("paper", "sets", "space"), [
+    ("gif", "caltech101 cars dtd flowers pets", {
+        "arms.GIF-SD.use": ["cutout", "gridmask", "randaugment", "sd", "gif-sd"],
+        "arms.GIF-SD.ratio": [5, 10, 15, 20]}),
+    ("distdiff", "caltech101 cars cifar100s dtd imagenette pathmnist", {
+        "expansions.distdiff.method.ratio": [1, 5, 10, 20]})])
+def test_sweeps_over_the_number_of_copies_take_every_set(paper: str, sets: str, space: dict[str, list[Any]]) -> None:
+    """Figure 4 of GIF and of DistDiff. (GIF on CIFAR100-S: its study has both ratios.)"""
+    for data in sets.split():
+        config = load_sweep(f"jobs/papers/{paper}/sweep-ratio.yaml", [f"study=jobs/papers/{paper}/study-{data}.yaml"])
+        assert config.space == {field: {"choice": values} for field, values in space.items()}
+        if paper == "distdiff":
+            assert {"AutoAugment", "SD"} <= {arm["name"] for arm in config.study["arms"]}
+
+
+def test_corruptions_are_named_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines of GIF's page write rows of one severity, 20,000 to 29,999 of 50,000 for the third, here of 20; the
+    study reads them as one further test set, with each corruption as a group."""
+    lines = re.search(r"^```python\n(.*?)^```", (ROOT / "jobs/papers/gif/README.md").read_text(), re.M | re.S)
+    assert lines is not None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/CIFAR-100-C").mkdir(parents=True)
+    (tmp_path / "data/cifar100").mkdir()
+    names = [f"class {label}" for label in range(4)]
+    features = {"fine_label": {"names": names, "_type": "ClassLabel"}, "img": {"_type": "Image"}}
+    schema = pa.schema([("img", pa.struct([("bytes", pa.binary())])), ("fine_label", pa.int64())]).with_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(pa.table({"img": [{"bytes": b""}], "fine_label": [0]}, schema), "data/cifar100/train-0.parquet")
+    images = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((20, 32, 32, 3), np.uint8)
+    for kind in re.findall(r"[a-z_]+", re.findall(r'KINDS = """(.*?)"""', lines[1], re.S)[0]):
+        np.save(f"data/CIFAR-100-C/{kind}.npy", images)
+    np.save("data/CIFAR-100-C/labels.npy", np.arange(20) % 4)
+    exec(lines[1], {})  # what a reader would run
+
+    study: StudyConfig = _job("papers/gif/study-cifar100c.yaml")
+    test = study.extra_tests["severity3"]
+    index = extra_tests.open_test(test, build_index(study.data).classes)
+    groups = extra_tests.groups_of(test, index)
+    assert groups is not None
+    assert len(set(groups)) == 15
+    assert index.labels.tolist() == [0, 1, 2, 3] * 15
+    first = SeedReader(index, test.data).read([0])[0]
+    assert isinstance(first, Seed)
+    assert np.asarray(Image.open(io.BytesIO(first.image)))[0, 0].tolist() == [8] * 3, "rows 8 to 11 of 20"
+
+
 @pytest.mark.parametrize(("name", "leaf", "values"), [
     ("guide-step", "guide_step", [1, 10, 20, 25]), ("groups", "fit.groups", [2, 3, 4, 5]),
     ("lookahead", "lookahead", [1, 2, 3, 4]), ("rho", "rho", [0.1, 1, 10, 20]),
@@ -239,7 +382,7 @@ def test_pathmnist_starts_from_clip() -> None:
     study: StudyConfig = _job("papers/distdiff/study-pathmnist.yaml")
 
     assert [make_recipe({**study.recipe, **arm.recipe}).backbone for arm in study.arms] == [
-        *["resnet50"] * 3, *["vit_base_patch32_clip_224"] * 3]
+        *["resnet50"] * 5, *["vit_base_patch32_clip_224"] * 4]
 
 
 @cache
@@ -255,10 +398,10 @@ def _words(*folders: str, **fields: str) -> set[str]:
 
 
 def test_what_a_job_needs_is_made_by_another() -> None:
-    kinds = "adapter|captions|class_features|image_features|prototypes|guide"
+    kinds = "generator|adapter|captions|class_features|image_features|prototypes|guide"
     missing: list[str] = []
     for path in FILES:
-        if not path.stem.startswith(("expand", "select", "study")) or path.parent.name in ("distdiff", "gif"):
+        if not path.stem.startswith(("expand", "select", "study", "sweep", "evaluate")):
             continue
         fits, runs = _words(path.parent.name, fit="name"), _words(path.parent.name, expand="name")
         text = path.read_text()

@@ -64,6 +64,7 @@ def literal(method, batch, tools, i):
 @pytest.mark.parametrize("settings", [
     {}, {"lookahead": 1, "lambda_g": 0.5}, {"lookahead": 3, "guide_step": 5}, {"guide_batch": 2}, {"recompute": True},
     {"proto_space": "official"}, {"proto_space": "unit", "rho": 5.0}, {"guide_input": "raw"}, {"eps": 100.0},
+    {"proto_space": "official", "guide_input": "raw"},
     {"guidance": "direct"}, {"guidance": "direct", "proto_space": "official", "guide_batch": 3}], ids=str)
 def test_batched_equals_one_image_at_a_time(tools, updates, settings):
     compare(DistDiff(**{**QUICK, **settings}), tools, updates)
