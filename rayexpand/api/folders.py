@@ -198,12 +198,12 @@ class SweepFolder(_Paged):
 
 def open(folder: str | os.PathLike[str]) -> RunFolder | StudyFolder | SweepFolder:
     """What a folder holds. Raises UsageError where it is none of these."""
-    from rayexpand.runs.store import read_facts
+    from rayexpand.runs.store import first_look, read_facts
     from rayexpand.storage.places import open_files
 
     files = open_files(os.fspath(folder))
     for name, kind in (("study.json", StudyFolder), ("sweep.json", SweepFolder)):
-        if files.read(name) is not None:
+        if first_look(files, name) is not None:
             return kind(os.fspath(folder))
     read_facts(files)
     return RunFolder(os.fspath(folder))

@@ -66,16 +66,15 @@ _FACTS = {"config": dict, "run_digest": str, "plan_digest": str, "plan": str, "p
           "models": dict, "name": str}  # what run.json always has
 
 
-def first_look(files: Files) -> bytes | None:
-    """run.json as it is, None without a run. Raises StorageError if this user may not read there."""
+def first_look(files: Files, name: str = "run.json") -> bytes | None:
+    """run.json, or another file that says what a folder is, None without it. Raises StorageError if this user may not
+    read there."""
     try:
-        return files.read("run.json")
+        return files.read(name)
     except StorageDenied as error:
         raise StorageError(str(error)) from error
-    except NotADirectoryError:
-        return None
     except OSError as error:
-        raise StorageError(f"{files.at('run.json')}: cannot be read ({error.strerror}). Give this user the right to "
+        raise StorageError(f"{files.at(name)}: cannot be read ({error.strerror}). Give this user the right to "
                            "read the run folder.") from error
 
 

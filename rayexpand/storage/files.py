@@ -226,7 +226,7 @@ class LocalFiles:
     def read(self, name: str) -> bytes | None:
         try:
             return (self.root / name).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def open(self, name: str) -> IO[bytes]:
@@ -237,7 +237,7 @@ class LocalFiles:
         """Names in a folder that start with `prefix`, unsorted; empty if it is not there."""
         try:
             return [name for name in os.listdir(self.root / folder) if name.startswith(prefix)]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def entries(self, folder: str) -> dict[str, Entry]:
@@ -245,7 +245,7 @@ class LocalFiles:
         try:
             with os.scandir(self.root / folder) as found:
                 return {entry.name: Entry(entry.stat().st_size, entry.stat().st_mtime) for entry in found}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
 
     def mark(self, name: str) -> None:

@@ -185,6 +185,10 @@ class ObjectFiles:
             yield bucket
         except Exception as error:
             told = (bucket or BUCKETS[self._root.partition("://")[0]]).fault(error)
+            if told is None and bucket is None and isinstance(error, ValueError):
+                told = f"the settings of the store cannot be used ({error})", (
+                    "Correct the endpoint (AWS_ENDPOINT_URL, STORAGE_EMULATOR_HOST: with http:// or https://), region "
+                    "or profile, then run the same command again.")
             if told is None:
                 raise
             wrong, then = told

@@ -144,6 +144,25 @@ def test_the_imagenet_estimate_needs_neither_data_nor_model() -> None:
     assert any("data.path" in problem for problem in estimate["problems"])
 
 
+@pytest.mark.parametrize("verb", ["report", "status", "verify", "card", "retry", "export"])
+def test_a_file_in_place_of_a_folder_says_so(job: Path, tmp_path: Path, verb: str) -> None:
+    done = rayexpand(verb, job, *([tmp_path / "new"] if verb == "export" else []))
+
+    assert done.returncode == 2
+    assert "job.yaml" in done.stderr
+    assert "Errno" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["status", "report", "verify"])
+def test_an_endpoint_without_a_scheme_is_named(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
+    done = rayexpand(verb, "s3://bucket/run")
+
+    assert done.returncode == 2
+    assert "Invalid endpoint: localhost:9000" in done.stderr
+    assert "AWS_ENDPOINT_URL" in done.stderr
+
+
 def test_a_place_that_is_no_run_says_so(tmp_path: Path) -> None:
     for verb in ("status", "verify", "report", "card", "retry"):
         done = rayexpand(verb, tmp_path)
