@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from typing import Any
 
 import pyarrow as pa
@@ -55,11 +56,25 @@ def parquet_bytes(table: pa.Table, metadata: dict[bytes, bytes], row_group: int 
     return sink.getvalue()
 
 
+# What pandas, and so `datasets`, reads as a missing value.
+_NOTHING = frozenset({"#N/A", "#N/A N/A", "#NA", "<NA>", "N/A", "n/a", "NA", "NULL", "null", "NaN", "nan", "None"})
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # is written as it was read
+
+
 def csv_cell(value: Any) -> Any:
-    """A text that a spreadsheet takes for text: with an apostrophe before it where it begins like a formula, or with an
-    apostrophe, so that taking one away gives every text back."""
-    is_risky = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "'"))
+    """A text that spreadsheets and readers of tables take for this text: with an apostrophe before it where it begins
+    like a formula, or with an apostrophe, or where it would be read as nothing, true, false or another number (`NA`,
+    `007`). Taking one apostrophe away gives every text back."""
+    is_risky = isinstance(value, str) and (value.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "'")) or
+                                           value in _NOTHING or _reads_as_another(value))
     return f"'{value}" if is_risky else value
+
+
+def _reads_as_another(text: str) -> bool:
+    try:
+        return float(text) is not None and not _NUMBER.fullmatch(text)
+    except ValueError:
+        return text.lower() in ("true", "false")
 
 
 def create_once(files: Files, name: str, content: dict[str, Any], step: str) -> dict[str, Any]:
