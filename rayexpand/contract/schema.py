@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -131,10 +132,11 @@ class ClassTable:
         return tuple(shown)
 
     def same_names(self) -> dict[str, list[str]]:
-        """Name -> keys of the classes that prompts and guides cannot tell apart by it, whatever the case."""
+        """Name -> keys of the classes that prompts and guides cannot tell apart by it, whatever the case, the spaces
+        and the Unicode form."""
         keys: dict[str, list[str]] = {}
         for key, name in zip(self.key, self.asked, strict=True):
-            keys.setdefault(name.casefold(), []).append(key)
+            keys.setdefault(" ".join(unicodedata.normalize("NFC", name).casefold().split()), []).append(key)
         return {name: found for name, found in keys.items() if len(found) > 1}
 
     def to_arrow(self) -> pa.Table:

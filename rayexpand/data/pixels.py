@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import Literal
+import sys
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -22,8 +23,8 @@ _TGA_END = b"TRUEVISION-XFILE.\0"  # without it anything may look like a TGA
 
 def decode(image: bytes, *, min_side: int = 8, max_pixels: int = PILLOW_PIXELS) -> tuple[np.ndarray, str]:
     """Encoded image to upright uint8 (H, W, 3) RGB and a note on what was odd about it, "" or words joined by commas:
-    first_frame exif_rotated gray16 gray16_12bit gray16_8bit int32 int32_12bit float palette palette_alpha alpha
-    grayscale cmyk, or another mode's name.
+    first_frame exif_rotated gray16 gray16_12bit gray16_8bit rgb16 rgb16_12bit rgb16_8bit int32 int32_12bit float
+    palette palette_alpha alpha grayscale cmyk, or another mode's name.
 
     Transparent pixels lie on white; sizes are judged from the header, before pixels are decoded. Safe to call from
     many threads. Raises RowFault: decode_error, too_small, too_large, unsupported_mode.
@@ -36,7 +37,10 @@ def decode(image: bytes, *, min_side: int = 8, max_pixels: int = PILLOW_PIXELS) 
             if min(width, height) < min_side:
                 raise RowFault(Reason.TOO_SMALL, f"{width} x {height} pixels, a side below min_side {min_side}")
             notes = ["first_frame"] if getattr(opened, "is_animated", False) else []
+            raw = _raw_mode(opened)
             upright = _upright(opened, notes)
+            if raw in _LOW_BYTES:
+                upright = _deep_colour(upright, raw, image, notes)
             return _rgb(upright, notes, white_known=opened.format == "PPM"), ",".join(notes)
     except (RowFault, MemoryError):
         raise
@@ -70,6 +74,42 @@ def _orientation(opened: Image.Image) -> int:
         return 1
 
 
+# How the file stores colours of 16 bits, of which Pillow keeps the high byte -> what makes it keep the low one instead
+# (or, for grey with alpha, all four bytes of a pixel).
+_LOW_BYTES = {f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBA", "RGBX")
+              for order, other in ("BL", "LB", ("N", "B" if sys.byteorder == "little" else "L"))} | {"LA;16B": "RGBA"}
+
+
+def _raw_mode(opened: Image.Image) -> str:
+    """How the file stores its pixels; "" where that is not known."""
+    args = next((tile[3] for tile in getattr(opened, "tile", ())), "")
+    raw = args[0] if isinstance(args, tuple) and args else args
+    return raw if isinstance(raw, str) else ""
+
+
+def _deep_colour(high: Image.Image, raw: str, content: bytes, notes: list[str]) -> Image.Image:
+    """The image with colours scaled by the bits in use, as `_to_8_bits` does; as Pillow has it where these are 16."""
+    name = "gray16" if raw == "LA;16B" else "rgb16"
+    values_HWC = np.asarray(high).astype(np.uint16) << 8
+    if values_HWC[:, :, :3].max() > 4095:
+        notes.append(name)
+        return high
+    with Image.open(io.BytesIO(content), formats=(str(high.format),) if high.format else _FORMATS) as again:
+        again.tile = [tile._replace(args=_renamed(tile.args, _LOW_BYTES[raw])) for tile in again.tile]
+        low_HWC = np.asarray(_upright(again, []))
+    if raw == "LA;16B":
+        values_HWC = (low_HWC[:, :, [0, 0, 0, 2]].astype(np.uint16) << 8) | low_HWC[:, :, [1, 1, 1, 3]]
+    else:
+        values_HWC |= low_HWC
+    colour_HWC, note = _to_8_bits(values_HWC[:, :, :3], white_known=False)
+    notes.append(note.replace("gray16", name))
+    return Image.fromarray(np.concatenate([colour_HWC, np.asarray(high)[:, :, 3:]], axis=2))
+
+
+def _renamed(args: Any, raw: str) -> Any:
+    return (raw, *args[1:]) if isinstance(args, tuple) else raw
+
+
 def _rgb(image: Image.Image, notes: list[str], *, white_known: bool) -> np.ndarray:
     mode = image.mode
     if mode.startswith(("I", "F")):
@@ -90,18 +130,18 @@ def _rgb(image: Image.Image, notes: list[str], *, white_known: bool) -> np.ndarr
     return pixels
 
 
-def _to_8_bits(values_HW: np.ndarray, white_known: bool) -> tuple[np.ndarray, str]:
-    """uint8 (H, W) of deep grey values. Integers count as 8 bits where none exceeds 255, as 12 where none exceeds 4095
-    (what cameras and scanners put into files of 16), else as 16; as 16 also where the file says so (`white_known`, ppm)
-    or where all are multiples of 257, which is 8 bits made deeper. Floats in [0, 1] times 255, in [0, 255] as they are.
-    Raises RowFault(unsupported_mode) otherwise."""
-    low, high = values_HW.min(), values_HW.max()
-    whole = values_HW.dtype.kind in "iu"
+def _to_8_bits(values: np.ndarray, white_known: bool) -> tuple[np.ndarray, str]:
+    """uint8 of deep values, in their shape. Integers count as 8 bits where none exceeds 255, as 12 where none exceeds
+    4095 (what cameras and scanners put into files of 16), else as 16; as 16 also where the file says so (`white_known`,
+    ppm) or where all are multiples of 257, which is 8 bits made deeper. Floats in [0, 1] times 255, in [0, 255] as they
+    are. Raises RowFault(unsupported_mode) otherwise."""
+    low, high = values.min(), values.max()
+    whole = values.dtype.kind in "iu"
     if not (low >= 0 and high <= (65535 if whole else 255)):  # NaN fails too
         raise RowFault(Reason.UNSUPPORTED_MODE, f"grey values from {low} to {high} have no known white")
     if whole:
-        note = "gray16" if values_HW.dtype.itemsize == 2 or white_known else "int32"
-        if white_known or high > 4095 or (note == "gray16" and not (values_HW % 257).any()):
+        note = "gray16" if values.dtype.itemsize == 2 or white_known else "int32"
+        if white_known or high > 4095 or (note == "gray16" and not (values % 257).any()):
             scale = 1 / 257
         elif high > 255:
             scale, note = 255 / 4095, f"{note}_12bit"
@@ -109,7 +149,7 @@ def _to_8_bits(values_HW: np.ndarray, white_known: bool) -> tuple[np.ndarray, st
             scale, note = 1.0, note if note == "int32" else "gray16_8bit"
     else:
         scale, note = (255.0 if high <= 1 else 1.0), "float"
-    return np.rint(values_HW.astype(np.float32) * np.float32(scale)).astype(np.uint8), note
+    return np.rint(values.astype(np.float32) * np.float32(scale)).astype(np.uint8), note
 
 
 def prepare(image: np.ndarray, size: int | None, fit: Literal["crop", "center", "squash", "none"], rng: RowRng,

@@ -6,8 +6,8 @@
     huggingface   data/train-00000-of-00007.parquet  the columns of the run's own files
 
 Where the labels of a method are mixtures (Diff-Mix), samples carry `soft_label`, a list with one weight for each class.
-In metadata.csv lists and scores are JSON, and a text that a spreadsheet would take for a formula has an apostrophe
-before it (`storage.tables.csv_cell`).
+In metadata.csv lists and scores are JSON, and a text that a spreadsheet would take for a formula, or a reader for
+something else than this text, has an apostrophe before it (`storage.tables.csv_cell`).
 
 Keys number the samples from 0, zero-padded to one width, in the order of the run's files: contiguous, unique over the
 whole dataset, without a dot (in WebDataset the first dot of a name starts its extension). Every sample is there once,
@@ -335,8 +335,9 @@ def _readme(run: Run, layout: Layout, made: int, files: int, selection: str | No
     if not one_kind:
         notes.append("The run has PNG and JPEG images; here all are PNG, with the pixels that the JPEGs decode to.")
     if layout == "imagefolder":
-        notes.append("In `metadata.csv`, a text that begins with `=`, `+`, `-`, `@`, a tab, a line break or `'` has "
-                     "one `'` before it, so that no spreadsheet runs it; take that one away to get the text back.")
+        notes.append("In `metadata.csv`, a text that begins with `=`, `+`, `-`, `@`, a tab, a line break or `'`, or "
+                     "would be read as a number, true, false or nothing (`007`, `NA`), has one `'` before it, so that "
+                     "no spreadsheet runs it and no reader changes it; take that one away to get the text back.")
     about = "".join(f"{note}\n\n" for note in notes)
     return f"""---
 {yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---

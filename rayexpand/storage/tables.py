@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -237,8 +238,22 @@ def parquet_facts(files: Files, name: str, key: bytes) -> dict[str, Any] | None:
         return None if raw is None else dict(json.loads(raw))
 
 
+# What pandas, and so `datasets`, reads as a missing value.
+_NOTHING = frozenset({"#N/A", "#N/A N/A", "#NA", "<NA>", "N/A", "n/a", "NA", "NULL", "null", "NaN", "nan", "None"})
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # is written as it was read
+
+
 def csv_cell(value: Any) -> Any:
-    """A text that a spreadsheet takes for text: with an apostrophe before it where it begins like a formula, or with an
-    apostrophe, so that taking one away gives every text back."""
-    is_risky = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "'"))
+    """A text that spreadsheets and readers of tables take for this text: with an apostrophe before it where it begins
+    like a formula, or with an apostrophe, or where it would be read as nothing, true, false or another number (`NA`,
+    `007`). Taking one apostrophe away gives every text back."""
+    is_risky = isinstance(value, str) and (value.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "'")) or
+                                           value in _NOTHING or _reads_as_another(value))
     return f"'{value}" if is_risky else value
+
+
+def _reads_as_another(text: str) -> bool:
+    try:
+        return float(text) is not None and not _NUMBER.fullmatch(text)
+    except ValueError:
+        return text.lower() in ("true", "false")

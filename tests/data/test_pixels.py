@@ -13,6 +13,7 @@ from rayexpand.contract.errors import RowFault
 from rayexpand.contract.rng import RowRng
 from rayexpand.data.pixels import PILLOW_PIXELS, decode, encode, prepare
 from tests.corpus import HEIGHT, WIDTH, bad_images, bomb, encoded, odd_images, photo
+from tests.data.seeds.odd import deep_png, deep_tiff
 
 # --- decode
 
@@ -59,6 +60,34 @@ def test_deep_grey_is_scaled_by_the_bits_that_are_in_use(kind: str, dtype: type,
     assert note == "gray16"
     np.testing.assert_array_equal(dark[:, :, 0], gray // 20)
     assert decode(deep(gray * 0, "PNG", np.uint16))[1] == "gray16"
+
+
+@pytest.mark.parametrize(("kind", "name"), [("rgb.png", "rgb16"), ("rgba.png", "rgb16"), ("la.png", "gray16"),
+                                            ("rgb.tif", "rgb16")])
+def test_deep_colour_is_scaled_by_the_bits_that_are_in_use(kind: str, name: str) -> None:
+    wanted = (np.repeat(photo()[:, :, :1], 3, axis=2) if kind == "la.png" else photo()).astype(int)
+    alpha = [np.full((HEIGHT, WIDTH, 1), 65535)] if kind in ("rgba.png", "la.png") else []
+
+    def read(colour: np.ndarray) -> tuple[np.ndarray, str]:
+        colour = colour[:, :, :1] if kind == "la.png" else colour
+        values = np.concatenate([np.rint(colour), *alpha], axis=2).astype(np.uint16)
+        pixels, note = decode(deep_tiff(values) if kind == "rgb.tif" else deep_png(values))
+        return pixels, note.removesuffix(",alpha") if alpha else note
+
+    for factor, suffix in ((4095 / 255, "_12bit"), (1, "_8bit"), (257, "")):
+        pixels, note = read(wanted * factor)
+        assert note == f"{name}{suffix}"
+        np.testing.assert_array_equal(pixels, wanted)
+    dark, note = read(wanted // 20 * 257)  # 8 bits made deeper, with no bright pixel
+    assert note == name
+    np.testing.assert_array_equal(dark, wanted // 20)
+
+
+def test_deep_colour_below_transparency_is_white_where_it_is_clear() -> None:
+    values = np.zeros((16, 16, 4), np.uint16)
+    values[:8] = (4095, 0, 0, 65535)
+    pixels, note = decode(deep_png(values))
+    assert (pixels[0, 0].tolist(), pixels[9, 0].tolist(), note) == ([255, 0, 0], [255, 255, 255], "rgb16_12bit,alpha")
 
 
 def test_a_file_that_says_its_white_is_scaled_by_it() -> None:

@@ -40,6 +40,8 @@ def test_a_class_table_keeps_how_it_is_said() -> None:
 def test_names_that_become_one_text_are_reported(tmp_path: Path) -> None:
     table = ClassTable.of(("a", "b", "c", "d"), ("great_auk", "Great auk", "crane", "emu"))
     assert table.same_names() == {"great auk": ["a", "b"]}
+    assert ClassTable.of(("é", "e\u0301", " emu", "emu", "Great__auk", "great auk")).same_names() == {
+        "é": ["é", "e\u0301"], "emu": [" emu", "emu"], "great auk": ["Great__auk", "great auk"]}
     for key in ("n1", "n2", "n3"):
         (tmp_path / "set" / key).mkdir(parents=True)
         (tmp_path / "set" / key / "0.png").write_bytes(encoded(photo()))

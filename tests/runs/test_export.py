@@ -18,11 +18,13 @@ from PIL import Image
 
 from rayexpand.contract.errors import StorageError, UsageError
 from rayexpand.contract.schema import DRAW_FIELDS, ClassTable, Draw, sample_sha256
+from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.runs import export as exporting
 from rayexpand.runs import run as runs
 from rayexpand.runs.export import Layout, class_folders, export
-from rayexpand.storage.tables import parquet_bytes
+from rayexpand.storage.tables import csv_cell, parquet_bytes
 from tests.conftest import MakeConfig, complete, hashes
+from tests.data.seeds.outcomes import outcomes
 
 LAYOUTS = get_args(Layout)
 KEYS = ("n02/../cat", "Bee", "10", "ant")  # not in sorted order, one unsafe as a folder
@@ -470,3 +472,98 @@ def test_jpeg_keeps_its_extension(image_folder: Path, make_config: Callable[...,
     export(str(run.folder), str(tmp_path / "tar"), "webdataset")
     with tarfile.open(tmp_path / "tar" / "train" / "000000.tar") as tar:
         assert tar.getnames()[0] == "000000000.jpg"
+
+
+ODD_KEYS = ("007", "07", "7", "NA", "nan", "None", "True", "1e3", "1.50", "0x10", "-5", "=1+1", "'a", "a,b", 'say "hi"',
+            "日本ü", "e\u0301", "\u00e9", "Cat", "cat", "CON", "a/b", "a:b", "..", "long" * 60, "two  spaces", " cat",
+            "line\nbreak", "#", "inf", "12345678901234567890", "null", "1_000", "2020-01-01")
+
+
+@pytest.fixture(scope="module")
+def odd_run(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
+    """Classes whose names readers take for something else, small images beside large ones."""
+    root = tmp_path_factory.mktemp("odd")
+    images = [image for image, _ in zip(_noise(len(ODD_KEYS), 16), ODD_KEYS, strict=True)]
+    images[::5] = _noise(len(images[::5]), 100)
+    return _complete(root, images, list(range(len(images))), list(ODD_KEYS),
+                     {"name": "classical", "policy": "randaugment", "ratio": 2}, image={"fit": "none"})
+
+
+def _made(run: runs.Run) -> dict[str, tuple[str, int, str, str]]:
+    """Sample id -> hash, label, class key and seed id, as the run has them."""
+    return {row["sample_id"]: (row["sample_sha256"], row["label"], run.plan.index.classes.key[row["label"]],
+                               row["seed_id"])
+            for receipt in run.store.receipts() for row in run.store.data(receipt).to_pylist()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_odd_classes_come_back_from_every_reader(odd_run: runs.Run, layout: Layout, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "out"
+    export(str(odd_run.folder), str(folder), layout, shard_images=13)
+    rows = [{**row.get("json", row), "label": row["cls"] if "json" in row else row["label"],
+             "image": row["png"] if "png" in row else row["image"]}
+            for row in _load(folder, tmp_path / "cache", monkeypatch)]
+    wanted = _made(odd_run)
+
+    def text(cell: Any) -> str:
+        return str(cell).removeprefix("'") if layout == "imagefolder" else cell
+
+    found = {text(row["sample_id"]): (_hash(row["image"], {**row, **{name: text(row[name]) for name in row if
+                                                                    isinstance(row[name], str)}}),
+                                      row["label"], text(row["class_key"]) if "class_key" in row else
+                                      ODD_KEYS[row["label"]], text(row["seed_id"])) for row in rows}
+    assert found == wanted
+    assert len(rows) == 2 * len(ODD_KEYS)
+    if layout == "imagefolder":
+        from torchvision.datasets import ImageFolder
+
+        keys = {str(folder / "train" / line["file_name"]): line for line in _lines(folder)}
+        dataset = ImageFolder(str(folder / "train"))
+        assert len(dataset.classes) == len(ODD_KEYS)
+        assert {text(keys[path]["sample_id"]): label for path, label in dataset.samples} == {
+            name: label for name, (_, label, *_) in wanted.items()}
+    elif layout == "webdataset":
+        import webdataset
+
+        urls = sorted(str(path) for path in folder.glob("train/*.tar"))
+        samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
+        assert {s["json"]["sample_id"]: (_hash(s["png"], s["json"]), s["cls"], s["json"]["class_key"],
+                                         s["json"]["seed_id"]) for s in samples} == wanted
+
+
+@pytest.mark.parametrize("keys", [("007", "07", "7"), ("NA", "null", "nan"), ("true", "FALSE"), ("1.50", "2.0"),
+                                  (" 7", "8"), ("1e3", "inf")])
+def test_readers_of_csv_make_no_numbers_of_classes(keys: tuple[str, ...], tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _complete(tmp_path, _noise(len(keys)), list(range(len(keys))), list(keys),
+                    {"name": "tests.methods.fakes.Fake"})
+    export(str(run.folder), str(tmp_path / "out"), "imagefolder")
+    rows = _load(tmp_path / "out", tmp_path / "cache", monkeypatch)
+    assert {row["label"]: str(row["class_key"]).removeprefix("'") for row in rows} == dict(enumerate(keys))
+
+
+@pytest.mark.parametrize(("text", "cell"), [
+    ("7", "7"), ("20", "20"), ("cat", "cat"), ("", ""), ("007", "'007"), ("NA", "'NA"), ("<NA>", "'<NA>"),
+    ("0x10", "0x10"), ("None", "'None"), ("none", "none"), ("2020-01-01", "2020-01-01"), ("12345678901234567890",
+                                                                                       "'12345678901234567890")])
+def test_texts_that_look_like_something_else(text: str, cell: str) -> None:
+    assert csv_cell(text) == cell
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_export_is_a_dataset_to_start_from(odd_run: runs.Run, layout: Layout, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    export(str(odd_run.folder), str(folder), layout, shard_images=13)
+    data = DataConfig(source={"webdataset": "webdataset", "imagefolder": "imagefolder",
+                              "huggingface": "parquet"}[layout],  # type: ignore[arg-type]
+                      path=str(folder / ("data" if layout == "huggingface" else "train")))
+    index = build_index(data)
+    assert len(index.classes) == len(ODD_KEYS)
+    assert index.classes.count == (2,) * len(ODD_KEYS)
+    contents = {digest: label for digest, label, *_ in _made(odd_run).values()}
+    assert len(contents) == len(index) == 2 * len(ODD_KEYS)
+    assert outcomes(index, data).keys() == set(index.seed_ids)
+    assert {reason for reason, _ in outcomes(index, data).values()} == {""}
+    if layout == "huggingface":
+        assert index.classes.key == odd_run.plan.index.classes.display

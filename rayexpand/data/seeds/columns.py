@@ -12,12 +12,14 @@ from rayexpand.data.seeds.labels import is_text
 
 
 def require(columns: Mapping[str, str | None], names: Sequence[str], file: str) -> None:
-    """Raises SeedDataError for the first of `columns` (configuration field -> column) that `file` does not have."""
+    """Raises SeedDataError for the first of `columns` (configuration field -> column) that `file` has not, or twice."""
     for field, column in columns.items():
         if column is not None and column not in names:
             near = get_close_matches(column, names, n=1)
             hint = f"did you mean '{near[0]}'?" if near else "name the right one"
             raise SeedDataError(f"data.{field}: no column '{column}' in '{file}', which has {few(names)}; {hint}")
+        if (count := list(names).count(str(column))) > 1:
+            raise SeedDataError(f"data.{field}: '{column}' names {count} columns of '{file}'; rename all but one")
 
 
 def require_label(column: str, kind: pa.DataType) -> None:

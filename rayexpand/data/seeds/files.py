@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import glob
+import os
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from rayexpand.contract.errors import SeedDataError, few
-from rayexpand.data.seeds.listing import split_words
+from rayexpand.data.seeds.listing import is_hidden, split_words
 from rayexpand.data.seeds.places import Place, blaming, place
 from rayexpand.data.seeds.source import DataConfig
 
@@ -37,6 +38,27 @@ class DatasetFiles:
     names: list[str]  # of the dataset, relative to it, sorted
     splits: list[str]  # that the file names speak of
     others: list[str]  # beside them, of other kinds
+
+    def left_out(self, data: DataConfig, extension: str) -> list[str]:
+        """Files with `extension` at any depth below `folder` that are not of the dataset, but for those whose path
+        says another split than data.split."""
+        if place("data.path", str(data.path)).kind() != "folder":
+            return []
+        with blaming("data.path", str(data.path), self.folder):
+            found = {name for name in _below(self.folder) if name.endswith(extension)} - {*self.names}
+        wanted = {str(data.split).lower()}
+        return sorted(name for name in found if data.split is None or not split_words(name) or
+                      split_words(name) & wanted)
+
+
+def _below(folder: Place) -> Iterator[str]:
+    """All files at any depth, relative, but hidden ones; links to folders are not followed."""
+    if folder.fs is None:
+        paths = (os.path.relpath(os.path.join(top, name), folder.root) for top, _, names in os.walk(folder.root)
+                 for name in names)
+    else:
+        paths = (folder.relative(path) for path in folder.fs.find(folder.root))
+    return (path for path in paths if not is_hidden(path))
 
 
 def dataset_files(data: DataConfig, *extensions: str) -> DatasetFiles:

@@ -24,6 +24,7 @@ from rayexpand.data.seeds.listing import (
     Read,
     Skipped,
     fault_code,
+    is_hidden,
     split_words,
     unique_ids,
 )
@@ -66,16 +67,71 @@ def check(data: DataConfig) -> tuple[Place, list[str]]:
 
 
 def _refuse_splits(data: DataConfig, folder: Place, named: list[str]) -> None:
-    """`named` are called like splits. They are splits, whatever lies beside them, where they hold folders rather than
+    """`named` are called like splits. They are splits, whatever lies beside them, where they hold more folders than
     images; a class may be called `test tube`."""
     if len({split_words(name) for name in named}) < 2:
         return
     content = {name: folder.at(name).names() for name in named}
     splits = [name for name, (folders, files) in content.items()
-              if folders and not any(file.lower().endswith(EXTENSIONS) for file in files)]
+              if len(folders) > sum(file.lower().endswith(EXTENSIONS) for file in files)]
     if len({split_words(name) for name in splits}) > 1:
         raise SeedDataError(f"data.split: missing, {few(splits)} in '{data.path}' are splits, not classes; set "
                             "data.split to one of them")
+
+
+def _refuse_lost_splits(data: DataConfig, paths: list[str]) -> None:
+    """Raises SeedDataError for a split folder beside others, for splits inside of the class folders, and where most
+    images have a split in their names: all would be one dataset."""
+    alone = [top for top, (images, folders) in _within(paths).items()
+             if top.lower() in SPLIT_NAMES and images < len(folders)]
+    if not data.split and alone and any(path.split("/")[0] not in alone for path in paths):
+        raise SeedDataError(f"data.split: missing, {few(alone)} in '{data.path}' holds folders rather than images, so "
+                            f"it is a split, not a class; set data.split to {few(alone)}, or put the images of a "
+                            "class of that name right into its folder")
+    inner = {part for path in paths for part in path.split("/")[1:-1] if part.lower() in SPLIT_NAMES}
+    if len({part.lower() for part in inner}) > 1:
+        raise SeedDataError(f"data.split: {few(sorted(inner))} lie inside of the class folders of '{data.path}'; "
+                            "arrange them as <split>/<class>/<image> (links will do) and name one, or list the seeds "
+                            "of one in data.ids")
+    said: dict[str, set[frozenset[str]]] = {}
+    saying = 0
+    for path in paths:
+        words = split_words(posixpath.splitext(posixpath.basename(path))[0])
+        said.setdefault(path.partition("/")[0], set()).add(words)
+        saying += bool(words)
+    mixed = sorted({word for of_class in said.values() if len(of_class - {frozenset()}) > 1
+                    for words in of_class for word in words})
+    if mixed and 2 * saying > len(paths):  # in one class: those of a class may be called like it
+        raise SeedDataError(f"data.split: the names of {saying} of {len(paths)} images in '{data.path}' say one of "
+                            f"{few(mixed)}; arrange them as <split>/<class>/<image> (links will do) and name one, or "
+                            "list the seeds of one in data.ids")
+
+
+def _refuse_one_above(data: DataConfig, paths: list[str]) -> None:
+    """Raises SeedDataError where the one class folder holds folders rather than images, so that data.path is too high.
+    data.classes may name it a class."""
+    above: list[str] = []
+    while True:
+        deeper = [path for path in paths if "/" in path]
+        tops = sorted({path.partition("/")[0] for path in deeper})
+        if len(tops) != 1:
+            break
+        above += tops
+        paths = [path.partition("/")[2] for path in deeper] + [""] * (len(paths) - len(deeper))
+    if above and data.classes is None and len(tops) > len(paths) - len(deeper):
+        below = "this folder" if data.split or "::" in str(data.path) else posixpath.join(str(data.path), *above)
+        raise SeedDataError(f"data.path: '{data.path}' holds one folder, '{'/'.join(above)}', and that holds folders "
+                            f"rather than images ({few(tops)}), so all would be of one class; set data.path to {below}"
+                            ", or name the class in data.classes if it is one")
+
+
+def _within(paths: list[str]) -> dict[str, tuple[int, list[str]]]:
+    """Top folder -> number of the images right in it, and the folders in it that have images."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        top, _, below = path.partition("/")
+        found.setdefault(top, []).append(below.rpartition("/")[0].partition("/")[0])
+    return {top: (inner.count(""), sorted({*inner} - {""})) for top, inner in found.items()}
 
 
 def root(data: DataConfig) -> Place:
@@ -93,11 +149,17 @@ def list_seeds(data: DataConfig) -> Listing:
             above = frozenset([os.path.realpath(folder.root)])
             found = {name: sorted(_walk(folder.root, name, boundary, above, skipped),
                                   key=lambda one: (one.path, one.fault)) for name in classes}
+            with os.scandir(folder.root) as entries:
+                for entry in entries:
+                    skipped.add(_hidden_images(entry, entry.name))
         else:
             found = _find_remote(folder, classes, skipped)
         skipped.add(folder.names()[1])
     rows = [one for name in classes for one in found[name]]
     paths = [one.path for one in rows]
+    if data.ids is None:
+        _refuse_lost_splits(data, paths)
+    _refuse_one_above(data, paths)
     faults = np.fromiter((fault_code(one.fault) for one in rows), np.int8)
     offset = np.fromiter((FOLLOWED if one.followed else -1 for one in rows), np.int32)
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(found[name]) for name in classes])
@@ -141,6 +203,7 @@ def _walk(top: str, folder: str, boundary: str, above: frozenset[str], skipped: 
         for entry in entries:
             path = f"{folder}/{entry.name}"
             if entry.name.startswith("."):
+                skipped.add(_hidden_images(entry, path))
                 continue
             if is_folder(entry):
                 yield from _walk(top, path, boundary, above | {real}, skipped)
@@ -151,6 +214,15 @@ def _walk(top: str, folder: str, boundary: str, above: frozenset[str], skipped: 
                 _refuse_lost([entry.name], os.path.join(top, folder))
             else:
                 skipped.add([path])
+
+
+def _hidden_images(entry: os.DirEntry[str], path: str) -> Iterator[str]:
+    """Paths of the images that a hidden file or folder is or holds; links to folders are not followed."""
+    if entry.name.startswith("."):
+        names = [path] if not entry.is_dir(follow_symlinks=False) else [
+            posixpath.join(path, os.path.relpath(os.path.join(folder, name), entry.path))
+            for folder, _, names in os.walk(entry.path) for name in names]
+        yield from (name for name in names if name.lower().endswith(EXTENSIONS))
 
 
 def _is_lost(path: str, dots: bool = False) -> bool:
@@ -177,12 +249,14 @@ def _find_remote(folder: Place, classes: list[str], skipped: Skipped) -> dict[st
     found: dict[str, list[_Found]] = {name: [] for name in classes}
     for path in sorted(folder.fs.find(folder.root)):
         relative = folder.relative(path)
-        parts = relative.split("/")
-        hidden = any(part.startswith(".") for part in parts)
-        if len(parts) < 2 or parts[0] not in found or hidden:
+        top, _, below = relative.partition("/")
+        is_image = relative.lower().endswith(EXTENSIONS)
+        if is_hidden(relative):
+            skipped.add([relative] if is_image else [])
+        elif not below or top not in found:
             continue
-        if relative.lower().endswith(EXTENSIONS):
-            found[parts[0]].append(_Found(relative))
+        elif is_image:
+            found[top].append(_Found(relative))
         else:
             skipped.add([relative])
     return found

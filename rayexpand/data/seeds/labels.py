@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rayexpand.contract.errors import SeedDataError, few
 from rayexpand.data.seeds.source import DataConfig, class_mapping
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -69,6 +71,7 @@ def encode_labels(labels: pa.ChunkedArray, data: DataConfig, schema: pa.Schema |
         return Labels(pc.fill_null(codes, -1).to_numpy().astype(np.int32), keys)
     values = pc.fill_null(labels, -1).to_numpy()
     if schema is not None and (names := class_label_names(schema, data.label_column)) is not None:
+        _refuse_names(data, names)
         return Labels(np.where((values >= 0) & (values < len(names)), values, -1).astype(np.int32), names, named=True)
     mapping = class_mapping(data)
     named = bool(mapping) and all(map(_PLAIN.fullmatch, mapping or ()))
@@ -78,6 +81,16 @@ def encode_labels(labels: pa.ChunkedArray, data: DataConfig, schema: pa.Schema |
         return Labels(np.full(len(values), -1, np.int32), [], named)
     codes = np.minimum(np.searchsorted(keys_N, values), len(keys_N) - 1)
     return Labels(np.where(keys_N[codes] == values, codes, -1).astype(np.int32), list(map(str, keys_N.tolist())), named)
+
+
+def _refuse_names(data: DataConfig, names: list[str]) -> None:
+    """Raises SeedDataError for a class table that names a class twice, or not at all."""
+    where = f"data.label_column: the class table of '{data.label_column}'"
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise SeedDataError(f"{where} names {few(twice)} more than once; write the files again with one name for each "
+                            "class, or without the table (then numbers are the keys, and data.classes may name them)")
+    if empty := sum(not name.strip() for name in names):
+        raise SeedDataError(f"{where}: {empty} of {len(names)} classes have no name; write the files again with one")
 
 
 def class_label_names(schema: pa.Schema, column: str) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""What every layout's listing looks like, and what layouts share: unique ids, words of splits."""
+"""What every layout's listing looks like, and what layouts share: unique ids, words of splits, hidden names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Skipped:
 
     def add(self, paths: Iterable[str]) -> None:
         for path in paths:
-            suffix = posixpath.splitext(path)[1].lower() or "no suffix"
+            suffix = ("hidden " if is_hidden(path) else "") + (posixpath.splitext(path)[1].lower() or "no suffix")
             self.count[suffix] += 1
             shown = self.examples.setdefault(suffix, [])
             self.examples[suffix] = sorted([*shown, path])[:3]  # whatever the order of the listing
@@ -68,6 +68,11 @@ class Listing:
     offset: np.ndarray  # int32
     named: bool = False  # a class table of the dataset names the classes, also those without an image
     skipped: Skipped = field(default_factory=Skipped)
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a part of a path begins with a dot; `./` and `../` are no names."""
+    return any(part.startswith(".") and part.strip(".") for part in path.split("/"))
 
 
 def split_words(name: str) -> frozenset[str]:

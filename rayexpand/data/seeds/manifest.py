@@ -9,6 +9,7 @@ import csv
 import io
 import posixpath
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from rayexpand.contract.errors import SeedDataError, few
 from rayexpand.contract.schema import Reason
 from rayexpand.data.seeds.columns import require, require_label
 from rayexpand.data.seeds.labels import encode_labels, is_text, label_array, parsed_labels
-from rayexpand.data.seeds.listing import Listing, Read, fault_code, unique_ids
+from rayexpand.data.seeds.listing import SPLIT_NAMES, Listing, Read, fault_code, unique_ids
 from rayexpand.data.seeds.places import Place, blaming, place, read_below, read_bytes, read_text
 from rayexpand.data.seeds.source import DataConfig
 
+_ROWS = 1 << 16  # of a parquet file that are looked through at a time
 _PATH_COLUMNS = ("path", "file_name")  # where there is no column of the default name
 
 
@@ -61,7 +63,15 @@ def _header(data: DataConfig) -> list[str]:
     where = place("data.path", data.path)  # kept: a zip closes with its last reference
     with where.open() as raw:
         start = raw.read(1 << 16).decode("utf-8-sig", errors="replace")
-    return next(csv.reader(io.StringIO(start)), [])
+    try:
+        return next(csv.reader(io.StringIO(start)), [])
+    except csv.Error as error:
+        raise _no_csv(data, 1, error) from error
+
+
+def _no_csv(data: DataConfig, line: int, error: csv.Error) -> SeedDataError:
+    return SeedDataError(f"data.path: '{data.path}' is not CSV (after line {line}: {error}); save it as CSV with a "
+                         "header line")
 
 
 def _columns(data: DataConfig, schema: pa.Schema, text: str | None = None) -> dict[str, str]:
@@ -131,10 +141,18 @@ def _read_csv(data: DataConfig, text: str | None) -> pa.Table:
     rows = csv.DictReader(io.StringIO(read_text("data.path", data.path)))
     try:
         columns = _columns(data, pa.schema([(name, pa.string()) for name in rows.fieldnames or []]), text)
-        cells = [[row[column] or None for column in columns.values()] for row in rows]
+        cells = []
+        said = _SplitColumns(data, [name for name in rows.fieldnames or [] if name not in columns.values()], columns)
+        for row in rows:
+            said.see(row)
+            if any(row.get(None, ())):
+                width = len(rows.fieldnames or [])
+                raise SeedDataError(f"data.path: line {rows.line_num} of '{data.path}' has {width + len(row[None])} "
+                                    f"cells, the header {width}; put quotes around a cell that holds a comma")
+            cells.append([row[column] or None for column in columns.values()])
     except csv.Error as error:
-        raise SeedDataError(f"data.path: '{data.path}' is not CSV (after line {rows.line_num}: {error}); save it as "
-                            "CSV with a header line") from error
+        raise _no_csv(data, rows.line_num, error) from error
+    said.refuse()
     found = zip(*cells, strict=True) if cells else [()] * len(columns)
     return pa.table({role: pa.array(column, pa.string()) for role, column in zip(columns, found, strict=True)})
 
@@ -144,6 +162,7 @@ def _read_parquet(data: DataConfig, text: str | None) -> pa.Table:
     content = pa.BufferReader(read_bytes("data.path", data.path))
     with blaming("data.path", data.path, Place("")):
         columns = _columns(data, pq.read_schema(content), text)
+        _refuse_split_columns(data, content, columns)
         table = pq.read_table(content, columns=sorted(set(columns.values())))
     words = is_text(table.schema.field(columns["label"]).type)
     cast = {role: pa.chunked_array([label_array(table[column], words if role == "label" else True)])
@@ -168,6 +187,45 @@ def _rows_of_split(data: DataConfig, split: pa.ChunkedArray) -> pa.ChunkedArray:
         raise SeedDataError(f"data.split: no row with {data.split_column} '{data.split}' in '{data.path}'; it has "
                             f"{few(there)}")
     return pc.fill_null(pc.equal(split, data.split), False) if data.split else pa.chunked_array([[True] * len(split)])
+
+
+class _SplitColumns:
+    """Columns that no setting names and that say several splits: rows of all of them would be one dataset."""
+
+    def __init__(self, data: DataConfig, names: list[str], columns: Mapping[str, str]) -> None:
+        free = data.split is None and data.ids is None and "split" not in columns
+        self._data, self._seen = data, {name: set[str]() for name in names if free}
+
+    def see(self, row: Mapping[str, Any]) -> None:
+        for name in [*self._seen]:
+            if value := row[name]:
+                self._seen[name].add(value)
+                if value.strip().lower() not in SPLIT_NAMES:
+                    del self._seen[name]
+
+    def names(self) -> list[str]:
+        return [*self._seen]
+
+    def refuse(self) -> None:
+        for name, values in self._seen.items():
+            if len({value.strip().lower() for value in values}) > 1:
+                raise SeedDataError(f"data.split: missing, the column '{name}' of '{self._data.path}' says several "
+                                    f"splits; set data.split_column to '{name}' and data.split to one of "
+                                    f"{few(sorted(values))}, or list the seeds in data.ids")
+
+
+def _refuse_split_columns(data: DataConfig, content: pa.BufferReader, columns: Mapping[str, str]) -> None:
+    with pq.ParquetFile(content) as file:
+        schema = file.schema_arrow
+        said = _SplitColumns(data, [name for name, kind in zip(schema.names, schema.types, strict=True)
+                                    if is_text(kind) and name not in columns.values()], columns)
+        for size in (100, _ROWS):  # most columns are none of them by their first rows
+            for batch in file.iter_batches(size, columns=said.names()) if said.names() else ():
+                for row in batch.to_pylist():
+                    said.see(row)
+                if size < _ROWS or not said.names():
+                    break
+    said.refuse()
 
 
 def _full_starts(data: DataConfig) -> tuple[str, ...]:

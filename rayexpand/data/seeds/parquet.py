@@ -56,7 +56,7 @@ def list_seeds(data: DataConfig) -> Listing:
     found, schema = check(data)
     place, files = found.folder, found.names
     skipped = Skipped()
-    skipped.add(found.others)
+    skipped.add([*found.others, *found.left_out(data, ".parquet")])
     with ThreadPoolExecutor(8) as pool:
         parts = list(pool.map(lambda name: _list_file(data, place, name, schema), files))
     label_parts, id_parts, groups = zip(*parts, strict=True)

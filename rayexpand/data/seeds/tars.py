@@ -120,7 +120,7 @@ def list_seeds(data: DataConfig) -> Listing:
                             f"{'; '.join(damaged[:5])}; copy them again, or leave them out")
     shards = [shard for shard in found if not isinstance(shard, str)]
     skipped = Skipped()
-    skipped.add(listed.others)
+    skipped.add([*listed.others, *listed.left_out(data, ".tar")])
     for name, shard in zip(files, shards, strict=True):
         skipped.add(f"{name}/{member}" for member in shard.skipped)
     stems = [posixpath.basename(name).removesuffix(".tar") for name in files]
@@ -166,7 +166,7 @@ def _samples(file: IO[bytes], label_field: str, skipped: list[str]) -> Iterator[
         folder, _, base = re.sub(r"^(\./+)+", "", member.name).rpartition("/")
         stem, dot, suffix = base.partition(".")
         if not stem or not dot or member.name.endswith("/"):  # folders, hidden files, files without a suffix
-            if stem and not dot and member.is_file:
+            if member.is_file and (not dot if stem else base.lower().endswith(EXTENSIONS)):
                 skipped.append(member.name)
             continue
         key, suffix = f"{folder}/{stem}" if folder or member.name.startswith("/") else stem, suffix.lower()

@@ -101,6 +101,16 @@ def test_files_that_number_other_classes_are_refused(tmp_path: Path) -> None:
         build_index(DataConfig(source="parquet", path=str(tmp_path)))
 
 
+@pytest.mark.parametrize(("names", "message"), [
+    (["cat", "dog", "cat"], "names 'cat' more than once"), (["cat", ""], "1 of 2 classes have no name"),
+    (["cat", " "], "1 of 2 classes have no name")])
+def test_class_tables_that_name_no_class_or_one_twice_are_refused(tmp_path: Path, names: list[str],
+                                                                   message: str) -> None:
+    write_parquet(tmp_path / "a.parquet", [encoded(photo())] * 2, pa.array([0, 1]), names)
+    with pytest.raises(SeedDataError, match=rf"data\.label_column: .*{message}"):
+        build_index(DataConfig(source="parquet", path=str(tmp_path)))
+
+
 def test_files_whose_labels_differ_in_width_or_are_all_empty_are_fine(tmp_path: Path) -> None:
     for name, labels in (("a", pa.array([0, 1], pa.int64())), ("b", pa.array([1, 0], pa.uint8())),
                          ("c", pa.array([None, None]))):

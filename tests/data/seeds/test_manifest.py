@@ -133,6 +133,24 @@ def test_what_is_no_manifest(tmp_path: Path, name: str, content: bytes | None, m
         build_index(DataConfig(source="manifest", path=str(tmp_path / name)))
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ("path,label\n0.png,0\n1, 2.png,cat\n", r"line 3 of .* has 3 cells, the header 2; put quotes"),
+    ('path,label\n"0\n.png",0\n1.png,cat,dog\n', "line 4 of .* has 3 cells"),
+    ("path,label,label\n0.png,0,1\n", "'label' names 2 columns"), ("path,label,path\n0.png,0,1\n", "'path' names 2"),
+    ("path,label\r0.png,0\r", "is not CSV")])
+def test_csv_whose_cells_do_not_fit_its_header(tmp_path: Path, text: str, message: str) -> None:
+    data = manifest(tmp_path, text)
+    with pytest.raises(SeedDataError, match=message):
+        build_index(data)
+
+
+def test_a_repeated_column_that_is_not_used_does_no_harm(tmp_path: Path) -> None:
+    assert build_index(manifest(tmp_path, "path,label,x,x\n0.png,0,1,2\n1.png,0,1,2,\n")).classes.key == ("0",)
+    table = pa.Table.from_arrays([pa.array(["0.png"]), pa.array([0]), pa.array([1])], ["path", "label", "label"])
+    with pytest.raises(SeedDataError, match="'label' names 2 columns"):
+        build_index(manifest(tmp_path, table, "m.parquet"))
+
+
 def test_path_with_a_null_character_is_one_refused_row(tmp_path: Path) -> None:
     data = manifest(tmp_path, pa.table({"path": ["0.png", "x\0.png"], "label": [0, 0]}), "m.parquet")
     assert [*reasons(build_index(data), data).values()] == ["", "unsafe_path"]

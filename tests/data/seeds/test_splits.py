@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rayexpand.contract.errors import SeedDataError
-from rayexpand.data.seeds import DataConfig, build_index, check
+from rayexpand.data.seeds import DataConfig, build_index, check, survey
 from rayexpand.data.seeds.listing import split_words
 from tests.corpus import encoded, photo, write_parquet, write_tar
+from tests.data.seeds.outcomes import in_memory
 
 
 def files(folder: Path, source: str, names: list[str]) -> DataConfig:
@@ -90,3 +92,114 @@ def test_split_column_in_any_case(tmp_path: Path, column: str) -> None:
     ("Train", {"train"}), ("x_TEST_0", {"test"}), ("trainA", {"train"}), ("constrain", set()), ("a.val.b", {"val"})])
 def test_words_of_a_name(name: str, words: set[str]) -> None:
     assert split_words(name) == words
+
+
+# --- folders in other orders
+
+
+@pytest.mark.parametrize("other", ["unlabeled/x", "holdout/cat", "pictures/deep/er"])
+def test_a_split_folder_beside_another_folder_asks_for_the_split(tmp_path: Path, other: str) -> None:
+    data = folders(tmp_path, "Train/cat", "Train/dog", other)
+    with pytest.raises(SeedDataError, match=r"data\.split: missing, 'Train' .* set data\.split to 'Train'"):
+        build_index(data)
+    assert build_index(data.model_copy(update={"split": "Train"})).classes.key == ("cat", "dog")
+
+
+@pytest.mark.parametrize("names", [("Train-0/a", "Train-0/b", "Val-1/a", "Val-1/b"), ("train/a", "train/b", "x/a"),
+                                   ("images/a", "images/b")])
+def test_a_stray_image_makes_no_class_of_a_split_or_of_the_folder_above(tmp_path: Path, names: tuple[str, ...]) -> None:
+    data = folders(tmp_path, *names)
+    (tmp_path / names[0]).parent.joinpath("stray.png").write_bytes(encoded(photo()))
+    with pytest.raises(SeedDataError, match=r"data\.(split: missing|path: .* one folder)"):
+        build_index(data)
+
+
+def test_a_class_called_train_has_its_images_in_its_folder(tmp_path: Path) -> None:
+    assert build_index(folders(tmp_path, "train", "train/old", "bus")).classes.key == ("bus", "train")
+
+
+@pytest.mark.parametrize("names", [("cat/train", "cat/test", "dog/train"), ("cat/a/Train", "dog/VAL")])
+def test_splits_inside_of_classes_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    data = folders(tmp_path / "set", *names)
+    with pytest.raises(SeedDataError, match=r"data\.split: .* lie inside of the class folders .*<split>/<class>"):
+        build_index(data)
+    with in_memory(tmp_path / "set") as url, pytest.raises(SeedDataError, match="inside of the class folders"):
+        build_index(data.model_copy(update={"path": url}))
+    (tmp_path / "ids.txt").write_text(f"{names[0]}/0.png\n")
+    assert len(build_index(data.model_copy(update={"ids": str(tmp_path / "ids.txt")}))) == 1
+
+
+def test_one_word_inside_of_classes_is_no_split(tmp_path: Path) -> None:
+    assert len(build_index(folders(tmp_path, "cat/train", "dog/train", "dog/test tube"))) == 3
+
+
+def test_images_whose_names_say_splits_are_refused(tmp_path: Path) -> None:
+    data = folders(tmp_path, "cat", "dog")
+    for name in ("cat", "dog"):
+        (tmp_path / name / "0.png").rename(tmp_path / name / "train_0.png")
+    assert len(build_index(data)) == 2
+    (tmp_path / "dog/test_1.png").write_bytes(encoded(photo(1)))
+    (tmp_path / "dog/2.png").write_bytes(encoded(photo(2)))
+    with pytest.raises(SeedDataError, match=r"data\.split: the names of 3 of 4 images .*'test', 'train'"):
+        build_index(data)
+    (tmp_path / "cat/3.png").write_bytes(encoded(photo(3)))
+    (tmp_path / "cat/4.png").write_bytes(encoded(photo(4)))
+    assert len(build_index(data)) == 6
+
+
+def test_images_called_like_their_class_say_no_split(tmp_path: Path) -> None:
+    data = folders(tmp_path, "train", "test tube")
+    for name in ("train", "test tube"):
+        (tmp_path / name / "0.png").rename(tmp_path / name / f"{name}_0.png")
+    assert len(build_index(data)) == 2
+
+
+def test_a_path_one_folder_too_high_is_refused(tmp_path: Path) -> None:
+    data = folders(tmp_path / "set", "images/cat", "images/dog")
+    with pytest.raises(SeedDataError, match=r"data\.path: .* one folder, 'images', .*'cat', 'dog'.*set data\.path to"):
+        build_index(data)
+    with pytest.raises(SeedDataError, match=r"set data\.path to .*/two/images/train,"):
+        build_index(folders(tmp_path / "two", "images/train/cat", "images/train/dog"))
+    (tmp_path / "map.txt").write_text("images things\n")
+    assert build_index(data.model_copy(update={"classes": str(tmp_path / "map.txt")})).classes.name == ("things",)
+    assert build_index(folders(tmp_path / "one", "cat/very/deep")).classes.key == ("cat",)
+
+
+# --- columns of other names
+
+
+@pytest.mark.parametrize("column", ["subset", "phase", "data set"])
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_column_that_says_splits_is_asked_for_whatever_its_name(tmp_path: Path, column: str, suffix: str) -> None:
+    columns = {"path": ["0.png", "1.png", "2.png"], "label": ["a", "b", "a"], column: ["Train", "TEST", "Train"],
+               "other": ["x", "train", "y"]}
+    if suffix == "csv":
+        lines = [",".join(columns), *(",".join(row) for row in zip(*columns.values(), strict=True))]
+        (tmp_path / "list.csv").write_text("\n".join(lines))
+    else:
+        pq.write_table(pa.table(columns), tmp_path / "list.parquet")
+    data = DataConfig(source="manifest", path=str(tmp_path / f"list.{suffix}"))
+    with pytest.raises(SeedDataError, match=rf"data\.split: missing, .*split_column to '{column}'.*'TEST', 'Train'"):
+        build_index(data)
+    chosen = data.model_copy(update={"split": "TEST", "split_column": column})
+    assert build_index(chosen).seed_ids == ["1.png"]
+
+
+# --- files that are left out
+
+
+def test_files_of_a_dataset_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    data = files(tmp_path, "parquet", ["train-0", "train_1", "more/x", "more/test-0", "data/train-0", "test-0"])
+    assert survey(data.model_copy(update={"split": "train"}))["skipped"] == {
+        ".parquet": {"files": 3, "examples": ["data/train-0.parquet", "more/x.parquet", "train_1.parquet"]}}
+
+
+@pytest.mark.parametrize("source", ["parquet", "webdataset"])
+def test_files_in_further_folders_are_counted(tmp_path: Path, source: str) -> None:
+    data = files(tmp_path / "set", source, ["a", "more/b", "more/still/c"])
+    found = survey(data)
+    assert found["seeds"] == 1
+    (skipped,) = found["skipped"].values()
+    assert skipped["files"] == 2
+    with in_memory(tmp_path / "set") as url:
+        assert survey(data.model_copy(update={"path": url})) == found

@@ -40,6 +40,22 @@ def test_skipped_files_are_counted_by_suffix(tmp_path: Path) -> None:
         assert survey(data.model_copy(update={"path": url})) == found
 
 
+def test_hidden_images_are_counted(tmp_path: Path) -> None:
+    put(tmp_path / "set", ["a/0.png", "a/.0.png", "a/.cache/deep/1.JPG", ".old/2.png", ".3.png", "a/.hidden",
+                           "a/.x.txt"], encoded(photo()))
+    data = DataConfig(source="imagefolder", path=str(tmp_path / "set"))
+    found = survey(data)
+    assert found["skipped"] == {"hidden .png": {"files": 3, "examples": [".3.png", ".old/2.png", "a/.0.png"]},
+                                "hidden .jpg": {"files": 1, "examples": ["a/.cache/deep/1.JPG"]}}
+    with in_memory(tmp_path / "set") as url:
+        assert survey(data.model_copy(update={"path": url})) == found
+    write_tar(tmp_path / "tars/s.tar", [("./a.png", encoded(photo())), ("./a.cls", b"0"), (".b.png", b"x"),
+                                        ("d/.c.png", b"x"), ("./LICENSE", b"x"), (".hidden", b"x"), (".d/e.png", b"x")])
+    found = survey(DataConfig(source="webdataset", path=str(tmp_path / "tars")))
+    assert {suffix: one["files"] for suffix, one in found["skipped"].items()} == {"hidden .png": 2, "no suffix": 1}
+    assert found["seeds"] == 2
+
+
 def test_a_folder_of_unknown_files_says_which(tmp_path: Path) -> None:
     put(tmp_path, ["a/0.heic", "a/1.heic"])
     with pytest.raises(SeedDataError, match=r"were skipped: 2 \.heic \('a/0\.heic', 'a/1\.heic'\)"):
