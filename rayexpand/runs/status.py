@@ -149,10 +149,11 @@ def recent_rate(receipts: Sequence[Receipt], committed: dict[str, float]) -> tup
                  = (rows / summed seconds) * (summed seconds / working time), the second factor being the concurrency,
 
     so any number of processes and hosts counts without being known, and hours in which no driver ran do not. A refused
-    row is work too. Copying a folder without its file times makes all shards look simultaneous: the rate is then high.
+    row is work too. Retries do not count: they hold few rows, in calls that are as large as before. Copying a folder
+    without its file times makes all shards look simultaneous: the rate is then high.
     """
     spans = sorted((committed[r.data_file], shard_seconds(r), r.kept + r.rejected + r.failed)
-                   for r in receipts if r.data_file in committed and shard_seconds(r) > 0)
+                   for r in receipts if not r.generation and r.data_file in committed and shard_seconds(r) > 0)
     if not spans:
         return None, None
     end = spans[-1][0]
