@@ -96,7 +96,7 @@ def test_the_gate_passes_and_fails_and_says_so_in_words(raw: dict[str, Any]) -> 
     facts = inspect_prior(str(lenient / "pipeline"))
     assert (facts.image_size, facts.vae_factor) == (8, 1)
     with Image.open(lenient / "sheet.png") as sheet:
-        assert sheet.size == (NAME + 6 * (CELL + GAP), 2 * LINE + GAP + 3 * (CELL + GAP)), "two lines of heads"
+        assert sheet.size == (NAME + 4 * (CELL + GAP), 2 * LINE + GAP + 3 * (CELL + GAP)), "two lines of heads"
 
 
 def test_points_lost_are_counted_on_pairs() -> None:
