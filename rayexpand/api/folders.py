@@ -141,17 +141,18 @@ class StudyFolder(_Paged):
     def table(self, summary: Mapping[str, Any] | None = None) -> Table:
         """Arms with their accuracy, and what each is compared with the baseline and with its control. `summary`: what
         the method of this name gave, so that it need not be counted again."""
+        from rayexpand.studies.summary import plus_minus, points
+
         found = summary or self.summary()
-        against = {(one["arm"], one["kind"]): "{:+.1f} [{:+.1f}, {:+.1f}]".format(
-                       *(100 * one[name] for name in ("mean", "low", "high")))
-                   for one in found["comparisons"] if one.get("mean") is not None}
+        against = {(one["arm"], one["kind"]): points(one["mean"]) + (
+                       "" if one["low"] is None else f" [{points(one['low'])}, {points(one['high'])}]")
+                   for one in found["comparisons"] if one["mean"] is not None}
         rows: list[tuple[str, ...]] = []
         for arm in found["arms"]:
             top1 = arm["last"]["top1"]
-            spread = "" if top1["std"] is None else f" ± {100 * top1['std']:.1f}"
-            rows.append((arm["arm"], f"{100 * top1['mean']:.1f}{spread}", str(top1["n"]),
+            rows.append((arm["arm"], plus_minus(top1), str(top1["n"]),
                          against.get((arm["arm"], "baseline"), ""), against.get((arm["arm"], "control"), "")))
-        return ("arm", "top-1 %", "seeds", "against baseline", "against its control"), rows
+        return ("arm", "top-1 %, mean ± s.e.", "n", "against baseline", "against its control"), rows
 
     def further(self, summary: Mapping[str, Any] | None = None) -> Table | None:
         """The scores on further test sets, where there are any."""
@@ -184,12 +185,14 @@ class SweepFolder(_Paged):
         return self.summary()
 
     def table(self, summary: Mapping[str, Any] | None = None) -> Table:
+        from rayexpand.studies.summary import plus_minus
         from rayexpand.studies.sweep.search import describe
 
         found = summary or self.summary()
-        return ("configuration", found["metric"], "epochs", ""), [
-            (describe(one["values"]), f"{100 * one['score']:.1f}", f"{one['epochs']}/{one['of_epochs']}",
-             "best" if one["key"] == found["best"] else one["state"]) for one in found["trials"]]
+        return ("configuration", f"{found['metric']} %, mean ± s.e.", "n", "epochs", ""), [
+            (describe(one["values"]), plus_minus(one["spread"], 2), str(one["spread"]["n"] if "scores" in one else ""),
+             f"{one['epochs']}/{one['of_epochs']}", "best" if one["key"] == found["best"] else one["state"]
+             + ", within noise" * (one["key"] in found["within_noise"])) for one in found["trials"]]
 
     def report(self) -> str:
         """Writes the page and returns where."""

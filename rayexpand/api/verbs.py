@@ -193,6 +193,8 @@ def demo(out: str = "", method: str = "img2img", *, on: Callable[[Event], None] 
     found = run_demo(out or ("runs/demo" if method == "img2img" else f"runs/demo-{method}"), Relay(on), method)
     summary = found.summary()
     sheet = write_report(found.runs[0], demo=summary, look=look(found.runs[0], 10) if found.guided else None)
+    for run in found.runs[1:]:
+        write_report(run)
     fitted = {f"CPU seconds of fitting {kind}": seconds for kind, seconds in found.fitted.items()}
     page = write_study_report(found.folder, demo={**summary, **fitted})
     return {**summary, "report": str(page), "samples": str(sheet)}

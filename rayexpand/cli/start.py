@@ -33,11 +33,14 @@ def demo(out: Annotated[str, typer.Option(help="folder for the runs and the repo
     if as_json:
         show_json(found)
         return
-    rows = [(name, f"{100 * arm['mean']:.1f} ± {100 * arm['se']:.1f}") for name, arm in found["arms"].items()]
-    rows += [(f"control: {name}", f"{100 * value:.1f}") for name, value in found["controls"].items()]
+    arms = {**found["arms"], **{f"control: {name}": arm for name, arm in found["control_arms"].items()}}
+    rows = [(name, f"{100 * arm['mean']:.1f} ± {100 * arm['se']:.1f}", str(len(arm["accuracies"])))
+            for name, arm in arms.items()]
+    rows += [(f"control: {name}", f"{100 * value:.1f}", "") for name, value in found["controls"].items()
+             if name not in found["control_arms"]]
     print(f"two real digits per class, expanded by {method}; test accuracy in %, mean ± standard error over three "
           "subsets\n")
-    show_table(("trained on", "accuracy"), rows)
+    show_table(("trained on", "accuracy", "n"), rows)
     for kind, seconds in found["fit_cpu_seconds"].items():
         print(f"\nfitted for {method} on each subset: {kind}, {seconds:.1f} CPU seconds in all")
     print(f"\ngain of expanded over original: {100 * found['gain']:+.1f} ± {100 * found['gain_se']:.1f} points")

@@ -28,7 +28,7 @@ def train(file: File, set_: Set = None, machine: Machine = None, trust: Trust = 
     if as_json:
         show_json({**found.to_dict(numbers), "report": found.page})
     else:
-        print("test accuracy after the last epoch, mean ± standard deviation; differences to "
+        print("test accuracy after the last epoch, mean ± standard error over n seeds; differences to "
               f"{numbers['baseline']} and to the originals repeated, with 95 % intervals\n")
         show_table(*found.table(numbers))
         if further := found.further(numbers):

@@ -191,7 +191,7 @@ def make_prior(job: PretrainJob, test: SeedIndex | None, folder: Path, progress:
     verdict = prior_quality.verdict(measured)
     (folder / "measured.json").write_text(json.dumps({**measured, "verdict": verdict}, indent=1, ensure_ascii=False)
                                          + "\n", encoding="utf-8")
-    prior_quality.sheet(quality).save(folder / "sheet.png")
+    prior_quality.sheet(quality, classes.asked, str(measured["measured_on"])).save(folder / "sheet.png")
     return {"device": device.type, "training_sha256": digest(job.training), "refused": known.refused,
             "gate_passed": measured.get("gate_passed"), "measured": measured,
             "summary": [*prior_quality.summary(measured), verdict]}

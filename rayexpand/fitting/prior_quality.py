@@ -22,11 +22,10 @@ from rayexpand.classifier.recipe import Recipe
 from rayexpand.classifier.transforms import test_transform, train_transform
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.rng import generator, row_key
+from rayexpand.fitting.picture_grid import picture_grid
 from rayexpand.models.tiny.pretrain import PROMPT, Trained, named, psnr_of, reconstructions, sample, to_bytes
 
-COLUMNS, SAMPLE_ROWS = 10, 4  # of the contact sheet
-SHEET_SIDE = 64  # pixels an image has there, about
-GAP = 2
+CLASSES, SAMPLES = 10, 4  # of the contact sheet
 NEAR = 0.8  # of the share of real images the guide names, from which samples count as recognisable (ours)
 
 
@@ -116,22 +115,17 @@ def summary(measured: dict[str, Any]) -> list[str]:
     return [*lines, f"CPU seconds of training: {spent}"]
 
 
-def sheet(quality: Quality) -> Image.Image:
-    """One column for each of the first ten classes: a real image, its reconstruction, samples."""
-    classes = np.unique(quality.labels)[:COLUMNS]
-    first = [int(np.flatnonzero(quality.labels == k)[0]) for k in classes]
-    rows = [[quality.real[i] for i in first], [quality.redrawn[i] for i in first]]
-    for number in range(SAMPLE_ROWS):
-        found = [np.flatnonzero(quality.asked == k)[number:number + 1] for k in classes]
-        rows.append([quality.samples[int(one[0])] if len(one) else np.full_like(quality.real[0], 255) for one in found])
-    side = quality.real.shape[1]
-    scale = max(1, SHEET_SIDE // side)
-    step = side * scale + GAP
-    page = Image.new("RGB", (len(classes) * step - GAP, len(rows) * step - GAP), "white")
-    for y, row in enumerate(rows):
-        for x, one in enumerate(row):
-            page.paste(Image.fromarray(one).resize((side * scale,) * 2, Image.Resampling.NEAREST), (x * step, y * step))
-    return page
+def sheet(quality: Quality, class_names: Sequence[str], measured_on: str) -> Image.Image:
+    """One row for each of the first ten classes: a real image, its reconstruction, samples."""
+    classes = np.unique(quality.labels)[:CLASSES].tolist()
+    drawn = [np.flatnonzero(quality.asked == k)[:SAMPLES] for k in classes]
+    count, rows = max(map(len, drawn)), []
+    for k, found in zip(classes, drawn, strict=True):
+        first = int(np.flatnonzero(quality.labels == k)[0])
+        samples = [*(quality.samples[i] for i in found), *[None] * (count - len(found))]
+        rows.append([quality.real[first], quality.redrawn[first], *samples])
+    return picture_grid(rows, [class_names[k] for k in classes], [
+        "real image", "reconstructed", *(f"sample {1 + n}" for n in range(count))], measured_on)
 
 
 def _classifier(x_nHWC: np.ndarray, labels: np.ndarray, recipe: Recipe, seed: int, device: torch.device,

@@ -1,7 +1,9 @@
 """Figures of a study as inline SVG whose colours follow the page: light, dark, or whatever the reader prefers.
 
-matplotlib draws in placeholder colours that become CSS variables (--ink, --soft, --line, --s0 to --s5), and text stays
-text. A figure is WIDTH units wide so that its letters can still be read on a narrow screen.
+matplotlib draws in placeholder colours that become CSS variables (--ink, --soft, --line, --grey, --s0 to --s5), and
+text stays text. A figure is WIDTH units wide, as much as a screen of 400 pixels has room for, so that no letter is
+smaller there than it is drawn. A colour belongs to a line, the arms that differ in their ratio only, wherever it is
+drawn; grey is real images only. Where arms of one line stand side by side, their dashes tell them apart.
 """
 
 from __future__ import annotations
@@ -19,24 +21,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 430  # of a figure; CSS pixels at its natural size
+WIDTH = 360  # of a figure; CSS pixels at its natural size
+LETTERS = 10.5  # size of text
 COLOURS = 6
 MAX_NAME = 30  # letters of an arm's name in a figure
 LABELLED, NAMED = 14, 9  # up to so many points of the cost figure all have names, else the emphasised have, so many
-_INK, _SOFT, _LINE, _CARD = "#010203", "#010204", "#010205", "#010206"
+DASHES = ("", "6 2.5", "1.5 2", "8 2 1.5 2", "3 1.5", "10 4")  # of the arms of a line, as CSS writes them
+_INK, _SOFT, _LINE, _CARD, _GREY = "#010203", "#010204", "#010205", "#010206", "#010207"
 _SERIES = tuple(f"#0103{i:02x}" for i in range(COLOURS))
 _MARKERS = "os^Dv*"
-_VARIABLES = {_INK: "--ink", _SOFT: "--soft", _LINE: "--line", _CARD: "--card",
+_VARIABLES = {_INK: "--ink", _SOFT: "--soft", _LINE: "--line", _CARD: "--card", _GREY: "--grey",
               **{colour: f"--s{i}" for i, colour in enumerate(_SERIES)}}
 
 
 @dataclass(frozen=True, slots=True)
 class FigurePoint:
-    """Top-1 accuracy of an arm in percent, with its standard deviation over seeds, if any."""
+    """Top-1 accuracy of an arm in percent, with the standard error of the mean over seeds, if any."""
 
     name: str
     mean: float
-    std: float | None = None
+    se: float | None = None
     x: float = 0.0  # ratio, or seconds
     series: int | None = None  # colour; None: grey
     values: tuple[float, ...] = ()  # one per seed
@@ -58,30 +62,32 @@ class FigureCurve:
     """One arm in training, mean over seeds: optimiser steps with the loss and the test accuracy (%) there."""
 
     name: str
-    series: int
+    series: int | None
+    dashes: str
     loss: tuple[tuple[float, float], ...]
     top1: tuple[tuple[float, float], ...]
 
 
 def bars(points: Sequence[FigurePoint], label: str) -> str:
-    """A bar for each arm from 0, its standard deviation as an error bar, its trainings as dots."""
+    """A bar for each arm from 0 below its name, its standard error as an error bar, its trainings as dots."""
     def draw(figure: Figure) -> None:
         axes = _axes(figure, "top-1 accuracy on the test images, last epoch (%)", "")
         for y, point in enumerate(points):
-            colour = _SOFT if point.series is None else _SERIES[point.series % COLOURS]
-            axes.barh(y, point.mean, 0.68, color=colour, alpha=0.75 if point.series is not None else 0.45)
-            if point.std is not None:
-                axes.errorbar(point.mean, y, xerr=point.std, color=_INK, capsize=2.5, lw=1.2)
-            axes.plot(point.values, [y] * len(point.values), ".", color=_CARD, markeredgecolor=_INK, markersize=5,
-                      markeredgewidth=0.7)
-            reach = max([point.mean + (point.std or 0), *point.values])
-            axes.annotate(_plus_minus(point), (reach, y), (6, 0), textcoords="offset points", va="center", color=_INK,
-                          fontsize=8.5)
-        axes.set_yticks(range(len(points)), [_short(point.name) for point in points])
-        axes.set(ylim=(len(points) - 0.4, -0.6), xlim=(0, 1.3 * max(p.mean + (p.std or 0) for p in points)))
+            axes.text(0, y - 0.24, _short(point.name), va="bottom", color=_INK)
+            axes.barh(y, point.mean, 0.42, color=_colour(point.series))
+            for colour, width in ((_CARD, 3.2), (_INK, 1.2)):
+                if point.se is not None:
+                    axes.errorbar(point.mean, y - 0.1, xerr=point.se, color=colour, capsize=2.5, lw=width)
+            axes.plot(point.values, [y + 0.1] * len(point.values), ".", color=_CARD, markeredgecolor=_INK,
+                      markersize=5.5, markeredgewidth=0.8)
+            reach = max([point.mean + (point.se or 0), *point.values])
+            axes.annotate(_plus_minus(point), (reach, y), (6, 0), textcoords="offset points", va="center", color=_INK)
+        axes.set_yticks([])
+        axes.set(ylim=(len(points) - 0.6, -0.85), xlim=(0, 1.35 * max(max([p.mean + (p.se or 0), *p.values])
+                                                                     for p in points)))
         axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
         axes.grid(visible=False, axis="y")
-    return _svg((WIDTH, 54 + 20 * len(points)), draw, label)
+    return _svg((WIDTH, 46 + 34 * len(points)), draw, label)
 
 
 def ratios(lines: Sequence[Line], baseline: FigurePoint | None, label: str) -> str:
@@ -93,15 +99,15 @@ def ratios(lines: Sequence[Line], baseline: FigurePoint | None, label: str) -> s
         if scaled:
             axes.set_xscale("log", base=2)
         if baseline:
-            axes.axhline(baseline.mean, color=_SOFT, lw=1.2)
-            axes.axhspan(baseline.mean - (baseline.std or 0), baseline.mean + (baseline.std or 0), color=_SOFT,
+            axes.axhline(baseline.mean, color=_GREY, lw=1.2)
+            axes.axhspan(baseline.mean - (baseline.se or 0), baseline.mean + (baseline.se or 0), color=_GREY,
                          alpha=0.18, lw=0)
         for number, line in enumerate(lines):
             shift = 0.05 * (number - (len(lines) - 1) / 2)  # error bars at one ratio stand side by side
             x = [place.x * 2 ** shift if scaled else place.x + shift * (places[-1] - places[0] or 1) / 4
                  for place in line.points]
-            colour = _SOFT if line.series is None else _SERIES[line.series % COLOURS]
-            _errors(axes, line.points, x, colour, "--" if line.dashed else "-", _MARKERS[(line.series or 0) % COLOURS])
+            _errors(axes, line.points, x, _colour(line.series), "--" if line.dashed else "-",
+                    _MARKERS[(line.series or 0) % COLOURS])
         axes.minorticks_off()
         axes.set_xticks(places, [f"{place:g}" for place in places])
     return _svg((WIDTH, 300), draw, label)
@@ -122,8 +128,7 @@ def costs(points: Sequence[FigurePoint], unit: str, label: str) -> tuple[str, li
             axes.minorticks_off()
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         for point in points:
-            colour = _SOFT if point.series is None else _SERIES[point.series % COLOURS]
-            _errors(axes, [point], [point.x], colour, "", "s" if point.series is None else "o")
+            _errors(axes, [point], [point.x], _colour(point.series), "", "s" if point.series is None else "o")
         axes.margins(0.12, 0.14)
         chosen = points
         if len(points) > LABELLED:
@@ -142,8 +147,10 @@ def curves(lines: Sequence[FigureCurve], label: str) -> str:
         for line in lines:
             for axes, places in ((upper, line.loss), (lower, line.top1)):
                 if places:
-                    colour = _SERIES[line.series % COLOURS]
-                    axes.plot(*zip(*places, strict=True), color=colour, lw=1.4, marker="." if len(places) < 12 else "")
+                    (drawn,) = axes.plot(*zip(*places, strict=True), color=_colour(line.series), lw=1.6,
+                                         marker="." if len(places) < 12 else "")
+                    if line.dashes:
+                        drawn.set_dashes([float(length) / 1.6 for length in line.dashes.split()])  # of the line's width
     return _svg((WIDTH, 300), draw, label)
 
 
@@ -151,7 +158,7 @@ def scores(groups: Sequence[tuple[str, Sequence[tuple[float, float]]]], ticks: S
            log: bool = False) -> str:
     """Scores of the trials of a sweep against one field, groups of (x, %) by what became of them: best, finished,
     stopped. `ticks` names the values of a field that is not a number, whose x then count from 0."""
-    styles = {"best": (_SERIES[1], "*", 13), "finished": (_SERIES[0], "o", 6), "stopped": (_SOFT, "o", 5)}
+    styles = {"best": (_SERIES[1], "*", 13), "finished": (_SERIES[0], "o", 6), "stopped": (_GREY, "o", 5)}
 
     def draw(figure: Figure) -> None:
         axes = _axes(figure, axis, "score (%)")
@@ -161,8 +168,12 @@ def scores(groups: Sequence[tuple[str, Sequence[tuple[float, float]]]], ticks: S
                       markerfacecolor=_CARD if state == "stopped" else colour, markeredgecolor=colour)
         if log:
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.minorticks_off()
         if ticks:
-            axes.set_xticks(range(len(ticks)), [_short(tick) for tick in ticks])
+            crowded = sum(min(len(tick), MAX_NAME) + 2 for tick in ticks) > WIDTH / 8
+            axes.set_xticks(range(len(ticks)), [_short(tick) for tick in ticks], rotation=30 if crowded else 0,
+                            ha="right" if crowded else "center")
         axes.margins(0.08, 0.1)
     return _svg((WIDTH, 260), draw, label)
 
@@ -170,13 +181,17 @@ def scores(groups: Sequence[tuple[str, Sequence[tuple[float, float]]]], ticks: S
 # Drawing -------------------------------------------------------------------------------------------------------------
 
 
+def _colour(series: int | None) -> str:
+    return _GREY if series is None else _SERIES[series % COLOURS]
+
+
 def _errors(axes: Axes, points: Sequence[FigurePoint], x: Sequence[float], colour: str, style: str,
             marker: str) -> None:
     axes.plot(x, [point.mean for point in points], style or "none", color=colour, lw=1.5, marker=marker, markersize=4.5,
               markerfacecolor=_CARD if style == "--" else colour)
     for point, place in zip(points, x, strict=True):
-        if point.std is not None:
-            axes.errorbar(place, point.mean, yerr=point.std, color=colour, capsize=2, lw=1)
+        if point.se is not None:
+            axes.errorbar(place, point.mean, yerr=point.se, color=colour, capsize=2, lw=1)
 
 
 def _label(figure: Figure, axes: Axes, chosen: Sequence[FigurePoint], points: Sequence[FigurePoint]) -> list[str]:
@@ -186,13 +201,13 @@ def _label(figure: Figure, axes: Axes, chosen: Sequence[FigurePoint], points: Se
     dots = [axes.transData.transform((point.x, point.mean)) for point in points]
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in dots]
     for point, (x, _) in zip(points, dots, strict=True):
-        low, high = (axes.transData.transform((point.x, point.mean + sign * (point.std or 0)))[1] for sign in (-1, 1))
+        low, high = (axes.transData.transform((point.x, point.mean + sign * (point.se or 0)))[1] for sign in (-1, 1))
         taken.append((x - 2, low, x + 2, high))
     room = axes.get_window_extent()
     without = []
     for point in sorted(chosen, key=lambda p: not p.emphasised):
         x, y = axes.transData.transform((point.x, point.mean))
-        name = axes.annotate(_short(point.name), (point.x, point.mean), (0, 0), textcoords="offset pixels", fontsize=8,
+        name = axes.annotate(_short(point.name), (point.x, point.mean), (0, 0), textcoords="offset pixels",
                              color=_INK, ha="left", va="center",
                              arrowprops={"arrowstyle": "-", "color": _SOFT, "lw": 0.5, "shrinkA": 0, "shrinkB": 3})
         size = name.get_window_extent()
@@ -245,7 +260,8 @@ def _svg(size: tuple[int, int], draw: Callable[[Figure], None], label: str) -> s
 
     settings: Any = {
         "svg.fonttype": "none", "svg.hashsalt": label, "text.parse_math": False, "font.family": ["DejaVu Sans"],
-        "font.size": 9.5, "axes.labelcolor": _SOFT, "axes.edgecolor": _SOFT, "xtick.color": _SOFT, "ytick.color": _SOFT,
+        "font.size": LETTERS, "axes.labelsize": LETTERS, "xtick.labelsize": LETTERS, "ytick.labelsize": LETTERS,
+        "axes.labelcolor": _SOFT, "axes.edgecolor": _SOFT, "xtick.color": _SOFT, "ytick.color": _SOFT,
         "text.color": _INK, "axes.linewidth": 0.8, "axes.formatter.useoffset": False, "xtick.major.size": 3,
         "ytick.major.size": 0}
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -270,7 +286,7 @@ def _inlined(svg: str, size: tuple[int, int], label: str) -> str:
 
 
 def _plus_minus(point: FigurePoint) -> str:
-    return f"{point.mean:.1f}" + (f" ± {point.std:.1f}" if point.std is not None else "")
+    return f"{point.mean:.1f}" + (f" ± {point.se:.1f}" if point.se is not None else "")
 
 
 def _short(name: str) -> str:

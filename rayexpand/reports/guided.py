@@ -55,12 +55,13 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class MapPoint:
-    """A point of the figure: `kind` sample, seed, group (prototype) or class (prototype)."""
+    """A point of the figure: `kind` sample, seed, group (prototype) or class (prototype); `of` its class."""
 
     kind: str
     x: float
     y: float
-    hue: int  # degrees
+    series: int  # colour of its class
+    of: str
     title: str
 
 
@@ -73,7 +74,7 @@ class Look:
     named_right: float  # share of them it puts in their own class
     points: tuple[MapPoint, ...]
     explained: float  # share of the variance that the two axes show
-    classes: tuple[tuple[str, int], ...]  # of the figure: name and hue
+    classes: tuple[tuple[str, int, float, float], ...]  # of the figure: name, colour, and where the name stands
     side: int = SIDE
 
 
@@ -197,20 +198,20 @@ def _failures(rows: Sequence[_Row], p_NK: np.ndarray, labels_N: np.ndarray, tool
 
 
 def _picture_of_features(rows: Sequence[_Row], f_ND: np.ndarray, labels_N: np.ndarray,
-                         tools: Tools) -> tuple[tuple[MapPoint, ...], float, tuple[tuple[str, int], ...]]:
+                         tools: Tools) -> tuple[tuple[MapPoint, ...], float,
+                                                      tuple[tuple[str, int, float, float], ...]]:
     """Samples, their seeds and prototypes on the two principal axes of all of them; the share of the variance there;
-    and the classes with their hues."""
+    and the classes with their colours and the middles of their samples."""
     from sklearn.decomposition import PCA
 
     names = tools.classes.display
     shown = spread(sorted(set(labels_N.tolist())), CLASSES)
-    hue = {label: 360 * i // len(shown) for i, label in enumerate(shown)}
-    picked = spread([i for i, label in enumerate(labels_N.tolist()) if label in hue], POINTS)
+    picked = spread([i for i, label in enumerate(labels_N.tolist()) if label in shown], POINTS)
     seeds = list({rows[i].sample["seed_id"]: i for i in picked}.values())
     found = [("sample", labels_N[i], rows[i].sample["sample_id"], f_ND[i]) for i in picked]
     seed_features, _ = _judged([_seed(rows[i]) for i in seeds], tools)
     found += [("seed", rows[i].sample["source_label"], rows[i].sample["seed_id"], f_D)
-              for i, f_D in zip(seeds, seed_features, strict=True) if rows[i].sample["source_label"] in hue]
+              for i, f_D in zip(seeds, seed_features, strict=True) if rows[i].sample["source_label"] in shown]
     if (of := tools.prototypes) is not None:
         found += [("group", label, f"group {g + 1} of {names[label]}", of.group_KGD[label, g])
                   for label in shown for g in np.flatnonzero(of.valid_KG[label])]
@@ -221,6 +222,10 @@ def _picture_of_features(rows: Sequence[_Row], f_ND: np.ndarray, labels_N: np.nd
     xy_N2 = pca.fit_transform(np.stack([f_D for *_, f_D in found]).astype(np.float64))
     low, size = xy_N2.min(0), np.ptp(xy_N2, 0).max() or 1.0
     place_N2 = MARGIN + (SIDE - 2 * MARGIN) * (xy_N2 - low) / size
-    points = tuple(MapPoint(kind, round(float(x), 1), round(float(y), 1), hue[int(label)], title)
+    points = tuple(MapPoint(kind, round(float(x), 1), round(float(y), 1), shown.index(label), names[label], title)
                    for (kind, label, title, _), (x, y) in zip(found, place_N2, strict=True))
-    return points, float(pca.explained_variance_ratio_.sum()), tuple((names[label], hue[label]) for label in shown)
+    middles = [np.mean([(point.x, point.y) for point in points if point.series == i and point.kind == "sample"], axis=0)
+               for i in range(len(shown))]
+    return points, float(pca.explained_variance_ratio_.sum()), tuple(
+        (names[label], i, round(float(x), 1), round(float(y), 1))
+        for i, (label, (x, y)) in enumerate(zip(shown, middles, strict=True)))

@@ -26,12 +26,13 @@ from rayexpand.data import seeds
 from rayexpand.data.pixels import decode
 from rayexpand.methods import label_words_of
 from rayexpand.reports.card import GPU_CAVEAT, PROMISE
-from rayexpand.reports.templates import render
+from rayexpand.reports.templates import COLOURS, render, settings_of
 from rayexpand.runs.status import (
     RunView,
     class_counts,
     duration,
     read_classes,
+    read_plan_table,
     read_status,
     shard_seconds,
     view_run,
@@ -39,19 +40,23 @@ from rayexpand.runs.status import (
 )
 from rayexpand.runs.store import FOOTER
 from rayexpand.storage.tables import find_rows, parquet_facts, read_table
+from rayexpand.studies.summary import plus_minus
 
-SHEET_CLASSES, SHEET_SAMPLES = 8, 8
+SHEET_CLASSES, SHEET_SAMPLES = 50, 8
+SHEET_PICTURES = 200  # about so many in all: with many classes each has fewer samples
 REFUSED_ROWS, REFUSED_PER_REASON = 12, 4
 FILES_SEARCHED = 32  # data or side files opened for pictures, spread evenly over the run
+MOST_FILES = 512  # opened at most for a class that is in none of these
 ALL_CLASSES = 50  # up to here every class has its line
 LOWEST_CLASSES = 25
-SMALL_SIDE, LARGE_SIDE = 64, 192  # pixels: smaller pictures keep their pixels, larger ones are shrunk for the page
+SMALL_SIDE, LARGE_SIDE = 64, 256  # pixels: smaller pictures keep their pixels, larger ones are shrunk for the page
+SERIES = 6  # colours of arms in turn
 PHASES = ("load", "read", "prepare", "sample", "encode", "commit")
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An image of the page; `uri` is "" for a grey box."""
+    """An image of the page; `uri` is "" for a grey box. `title` says all that is known of it."""
 
     uri: str = ""
     width: int = 96  # CSS pixels
@@ -73,18 +78,20 @@ def write_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None, l
     """Writes report.html into a run folder and returns its path or URL.
 
     `demo` adds a section at the top: {"arms": {name: {"accuracies": [...], "mean": x, "se": x}}, "controls": {name: x},
-    "gain": x, "gain_se": x, "note": sentence}, with accuracies (one per training) as fractions. `look` adds
-    what guided.look found. Raises UsageError if there is no run, EnvironmentFault if the page cannot be written.
+    "gain": x, "gain_se": x, "note": sentence}, with accuracies (one per training) as fractions; "control_arms" as arms
+    take the place of controls of the same name, and "study" is the folder above, to whose page this one leads. `look`
+    adds what guided.look found. Raises UsageError if there is no run, EnvironmentFault if the page cannot be written.
     """
     view = view_run(folder)
     classes = read_classes(view)
     page = render("run.html.j2", _FILTERS,
-        run=view.run, status=read_status(folder), totals=view.totals, demo=demo, phases=_phases(view.receipts),
+        run=view.run, status=read_status(folder), totals=view.totals, demo=_demo(demo), phases=_phases(view.receipts),
         reasons=_reasons(view), selections=_selections(view), classes=_class_lines(view, classes),
         n_classes=len(classes),
-        lowest=LOWEST_CLASSES if len(classes) > ALL_CLASSES else 0, sheet=_contact_sheet(view, classes),
+        lowest=LOWEST_CLASSES if len(classes) > ALL_CLASSES else 0, sheet=contact_sheet(view, classes),
         guidance=_guidance(view), look=look, refused=_refused_rows(view, classes),
         label_words=label_words_of(view.run["config"]["method"], len(classes)), config=_yaml(view.run["config"]),
+        settings=settings_of(view.run["config"]),
         stacks=_stacks(view),
         mixed=len(view.stacks) > 1, promise=PROMISE, gpu_caveat=GPU_CAVEAT, attempts=_attempts(view),
         commands=_commands(view, str(folder)), busy_seconds=sum(map(shard_seconds, view.receipts)),
@@ -93,6 +100,20 @@ def write_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None, l
 
 
 # Numbers -------------------------------------------------------------------------------------------------------------
+
+
+def _demo(demo: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """With the colours that the arms have on the page of the study: grey for originals, the others in turn."""
+    if demo is None:
+        return None
+    controls = {**demo["controls"], **demo.get("control_arms", {})}
+    made = [name for name in (*demo["arms"], *demo.get("control_arms", {})) if not name.startswith("original")]
+
+    def coloured(arms: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: {**arm, "colour": COLOURS[made.index(name) % SERIES] if name in made else "grey"}
+                if isinstance(arm, Mapping) else arm for name, arm in arms.items()}
+
+    return {"study": None, **demo, "arms": coloured(demo["arms"]), "controls": coloured(controls)}
 
 
 def _phases(receipts: Sequence[Receipt]) -> list[tuple[str, float, float]]:
@@ -209,43 +230,59 @@ def _commands(view: RunView, folder: str) -> list[tuple[str, str]]:
 # Pictures ------------------------------------------------------------------------------------------------------------
 
 
-def _contact_sheet(view: RunView, classes: ClassTable) -> list[SheetRow]:
-    """One seed of up to SHEET_CLASSES classes, each beside its samples."""
-    best: dict[int, tuple[int, str, Receipt]] = {}  # label -> samples, seed, file
-    for receipt in spread([r for r in view.receipts if r.kept], FILES_SEARCHED):
+def contact_sheet(view: RunView, classes: ClassTable, most: int = SHEET_SAMPLES) -> list[SheetRow]:
+    """One seed of every class with samples, or of SHEET_CLASSES of them, each beside its samples."""
+    best = _best_seeds(view)
+    chosen = [best[label] for label in spread(sorted(best), SHEET_CLASSES)]
+    count = max(2, min(most, SHEET_PICTURES // max(1, len(chosen)) - 1))
+    rows = []
+    for (_, seed_id, receipt), seed in zip(chosen, _seed_pictures(view, [one[1] for one in chosen]), strict=True):
+        table = find_rows(view.files, f"data/{receipt.data_file}", "seed_id", seed_id)
+        found = table.sort_by("copy").to_pylist()
+        samples = tuple(_picture((sample["image"] or {}).get("bytes"), _about(sample),
+                                 _name(classes, sample["label"]) if sample["label"] != sample["source_label"] else "")
+                        for sample in found[:count])
+        rows.append(SheetRow(_name(classes, found[0]["source_label"]), seed, samples))
+    return rows
+
+
+def _best_seeds(view: RunView) -> dict[int, tuple[int, str, Receipt]]:
+    """Label of the source -> samples, seed, file, of FILES_SEARCHED files; the others are opened, MOST_FILES at most,
+    until every class of a seed has one."""
+    kept = [receipt for receipt in view.receipts if receipt.kept]
+    first = spread(kept, FILES_SEARCHED)
+    labels = set(read_plan_table(view, "seeds.parquet")["label"].to_pylist()) - {-1}
+    best: dict[int, tuple[int, str, Receipt]] = {}
+    names = {receipt.data_file for receipt in first}
+    for n, receipt in enumerate([*first, *(one for one in kept if one.data_file not in names)][:MOST_FILES]):
+        if n >= len(first) and labels <= best.keys():
+            break
         table = view.store.data(receipt, ["seed_id", "source_label"])
         for group in table.group_by(["seed_id", "source_label"]).aggregate([([], "count_all")]).to_pylist():
             label, count = group["source_label"], group["count_all"]
             if label not in best or count > best[label][0]:
                 best[label] = (count, group["seed_id"], receipt)
-    chosen = [best[label] for label in spread(sorted(best), SHEET_CLASSES)]
-    seed_pictures = _seed_pictures(view, [seed_id for _, seed_id, _ in chosen])
-    rows = []
-    for (_, seed_id, receipt), seed in zip(chosen, seed_pictures, strict=True):
-        table = find_rows(view.files, f"data/{receipt.data_file}", "seed_id", seed_id)
-        found = table.sort_by("copy").to_pylist()
-        samples = tuple(_picture((sample["image"] or {}).get("bytes"), _about(sample),
-                                 _name(classes, sample["label"]) if sample["label"] != sample["source_label"] else "")
-                        for sample in found[:SHEET_SAMPLES])
-        rows.append(SheetRow(_name(classes, found[0]["source_label"]), seed, samples))
-    return rows
+    return best
 
 
 def _refused_rows(view: RunView, classes: ClassTable) -> list[dict[str, Any]]:
-    """Up to REFUSED_ROWS refused rows with their pictures, taken from the reasons in turn."""
+    """Up to REFUSED_ROWS refused rows with their pictures, taken from the reasons in turn; of a seed that was refused
+    more often for one reason, one row and the number of the others."""
     latest = {receipt.shard_id: receipt.generation for receipt in view.receipts}
-    by_reason: dict[str, list[tuple[str, Receipt]]] = {}
+    found: dict[str, dict[str, list[tuple[str, Receipt]]]] = {}  # reason -> seed -> rows
     for receipt in spread([r for r in view.receipts if r.side_file], FILES_SEARCHED):
-        for row in view.store.refused(receipt).select(["sample_id", "status", "reason"]).to_pylist():
-            retried = row["status"] == Status.FAILED and receipt.generation < latest[receipt.shard_id]
-            if not retried and len(rows := by_reason.setdefault(row["reason"], [])) < REFUSED_PER_REASON:
-                rows.append((row["sample_id"], receipt))
-    turns = [rows[i] for i in range(REFUSED_PER_REASON) for rows in by_reason.values() if i < len(rows)]
+        for row in view.store.refused(receipt).select(["sample_id", "seed_id", "status", "reason"]).to_pylist():
+            if row["status"] != Status.FAILED or receipt.generation == latest[receipt.shard_id]:
+                seeds_of = found.setdefault(row["reason"], {})
+                seeds_of.setdefault(row["seed_id"], []).append((row["sample_id"], receipt))
+    by_reason = [list(seeds_of.values())[:REFUSED_PER_REASON] for seeds_of in found.values()]
+    turns = [rows[i] for i in range(REFUSED_PER_REASON) for rows in by_reason if i < len(rows)]
     lines = []
-    for sample_id, receipt in turns[:REFUSED_ROWS]:
+    for rows in turns[:REFUSED_ROWS]:
+        sample_id, receipt = rows[0]
         (row,) = find_rows(view.files, f"rejected/{receipt.side_file}", "sample_id", sample_id).to_pylist()
         picture = _picture((row["image"] or {}).get("bytes"), _about(row))
-        lines.append({**row, "picture": picture, "class": _name(classes, row["label"])})
+        lines.append({**row, "picture": picture, "class": _name(classes, row["label"]), "others": len(rows) - 1})
     return sorted(lines, key=lambda line: (line["status"], line["reason"]))
 
 
@@ -290,7 +327,7 @@ def picture_of(image: Image.Image, title: str, caption: str = "") -> Picture:
         image.thumbnail((LARGE_SIDE, LARGE_SIDE))
     sink = io.BytesIO()
     image.save(sink, "PNG" if small else "JPEG", **({} if small else {"quality": 85}))
-    width = image.width * max(1, 96 // max(image.size)) if small else max(1, image.width // 2)
+    width = image.width * max(1, 96 // max(image.size)) if small else max(1, image.width * 96 // max(image.size))
     uri = f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(sink.getvalue()).decode()}"
     return Picture(uri, width, title, caption, small)
 
@@ -332,4 +369,4 @@ def _yaml(config: Mapping[str, Any]) -> str:
 
 
 _FILTERS: dict[str, Callable[..., Any]] = {"number": lambda n: f"{n:,}", "percent": _percent, "duration": duration,
-                                            "moment": _moment}
+                                            "moment": _moment, "plus_minus": plus_minus}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import yaml
@@ -21,17 +22,28 @@ from markupsafe import Markup
 from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import RayexpandError
 from rayexpand.reports import figures
-from rayexpand.reports.templates import render
+from rayexpand.reports.run import SheetRow, contact_sheet
+from rayexpand.reports.templates import render, settings_of
 from rayexpand.runs.status import duration, read_classes, view_run
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_json
 from rayexpand.studies.results import Predicted, StudyView, number, read_study
-from rayexpand.studies.summary import MIN_SEEDS, frequencies, points, summarised, summary, write, write_numbers
+from rayexpand.studies.summary import (
+    MIN_SEEDS,
+    frequencies,
+    plus_minus,
+    points,
+    summarised,
+    summary,
+    write,
+    write_numbers,
+)
 
 __all__ = ["summary", "write_study_report"]
 
 CLASSES, CONFUSED = 8, 10  # classes shown at either end; pairs of classes
 MAX_PANELS = 12  # of training curves
+SHOWN, SAMPLES = 8, 5  # expansions with pictures; samples beside a seed
 
 # Page ----------------------------------------------------------------------------------------------------------------
 
@@ -53,7 +65,8 @@ def write_study_report(folder: str | Path, *, demo: Mapping[str, Any] | None = N
         tally=_tally(found), best=best, arms=arms, against=_against(found), demo=_demo(demo), scores=_scores(study),
         figures=_figures(study, found, best), classes=_classes(study, found["baseline"], best),
         frequencies=_frequencies(study, found), also=_also(found),
-        recipe=_recipe(study), stacks=_values(study, "stack"), facts=_facts(study), trials=_trial_lines(study),
+        samples=_samples(study), settings=settings_of(study.config), recipe=_recipe(study),
+        stacks=_values(study, "stack"), facts=_facts(study), trials=_trial_lines(study),
         mixed_units=len({arm["cost"]["unit"] for arm in found["arms"]}) > 1,
         config=yaml.safe_dump(dict(study.config), sort_keys=False, allow_unicode=True),
         commands=_commands(study, str(folder)), min_seeds=MIN_SEEDS, written=datetime.now(UTC))
@@ -88,7 +101,9 @@ def _against(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _demo(demo: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if demo is None:
         return None
-    shares = {"guide_zero_shot": demo.get("guide_zero_shot"), **dict(demo.get("controls") or {})}
+    arms = demo.get("control_arms") or {}  # they stand among the arms, with their errors
+    shares = {"guide_zero_shot": demo.get("guide_zero_shot"),
+              **{name: value for name, value in (demo.get("controls") or {}).items() if name not in arms}}
     lines = [(name.replace("_", " "), f"{100 * value:.1f} %" if isinstance(value, int | float) else value)
              for name, value in shares.items() if value is not None]
     rest = [(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else value)
@@ -115,6 +130,34 @@ def _scores(study: StudyView) -> dict[str, Any] | None:
             lines.append({"run": run, "group": group, "file": f"cannot be read ({error})", "values": {}})
     columns = list(dict.fromkeys(name for line in lines for name in line["values"]))
     return {"columns": columns, "lines": lines, "warnings": warnings} if lines else None
+
+
+def _samples(study: StudyView) -> dict[str, Any]:
+    """Of every expansion: its runs, each with where its page is from here, and pictures of its first one."""
+    runs: dict[str, list[str]] = {}
+    for result in study.results:
+        if (run := str(result.get("run") or "")) and run not in (own := runs.setdefault(
+                str(result.get("group") or result["arm"]), [])):
+            own.append(run)
+    lines = [{"group": group, "runs": [_linked(study, run) for run in own],
+              "rows": _pictures(study, own[0]) if n < SHOWN else ""} for n, (group, own) in enumerate(runs.items())]
+    return {"lines": lines, "shown": SHOWN}
+
+
+def _linked(study: StudyView, run: str) -> dict[str, str]:
+    """The folder of a run and the address of its page from this one; "" where it is elsewhere or not written."""
+    name = run.rstrip("/").rpartition("/")[2]
+    written = "report.html" in study.files.entries(f"runs/{name}")
+    return {"folder": run, "page": f"runs/{quote(name)}/report.html" if written else ""}
+
+
+def _pictures(study: StudyView, run: str) -> list[SheetRow] | str:
+    """Seeds beside their samples, or why there are none."""
+    try:
+        view = view_run(_run_folder(study, run))
+        return contact_sheet(view, read_classes(view), SAMPLES)
+    except (OSError, ValueError, KeyError, RayexpandError) as error:
+        return f"No pictures, {run} cannot be read from here ({type(error).__name__}: {error})."
 
 
 def _score_values(found: Mapping[str, Any]) -> dict[str, str]:
@@ -168,7 +211,7 @@ def _figures(study: StudyView, found: Mapping[str, Any], best: str | None) -> di
     if len(costed) > 1 and len({unit for _, unit in costed}) == 1:
         svg, unlabelled = figures.costs([point for point, _ in costed], costed[0][1], "Accuracy against cost")
         drawn["cost"] = {"svg": Markup(svg), "unlabelled": unlabelled, "some": len(costed) > figures.LABELLED}  # noqa: S704
-    drawn["curves"], drawn["curves_left_out"] = _curve_figures(study, found, lines)
+    drawn["curves"], drawn["curves_left_out"] = _curve_figures(study, found, series)
     return drawn
 
 
@@ -185,7 +228,7 @@ def _line_name(arm: Mapping[str, Any]) -> str:
 def _point(arm: Mapping[str, Any], series: Mapping[str, int], emphasised: Iterable[str | None],
            x: float | None = None) -> figures.FigurePoint:
     top1 = arm["last"]["top1"]
-    return figures.FigurePoint(arm["arm"], 100 * top1["mean"], None if top1["std"] is None else 100 * top1["std"],
+    return figures.FigurePoint(arm["arm"], 100 * top1["mean"], None if top1["se"] is None else 100 * top1["se"],
                                x or 0.0,
                                series.get(_line_name(arm)), tuple(100 * value for value in top1["values"]),
                                arm["arm"] in set(emphasised))
@@ -202,7 +245,7 @@ def _ratio_figures(study: StudyView, found: Mapping[str, Any], names: Sequence[s
         lines.append(figures.Line(name, tuple(_point(arm, series, (), arm["ratio"]) for arm in own), series[name]))
         repeated = [(arms[arm["control"]], arm["ratio"]) for arm in own if arm["control"]]
         controls.append(figures.Line(f"{name}: its real images repeated", tuple(
-            figures.FigurePoint(c["arm"], (p := _point(c, series, ())).mean, p.std, ratio) for c, ratio in repeated),
+            figures.FigurePoint(c["arm"], (p := _point(c, series, ())).mean, p.se, ratio) for c, ratio in repeated),
             series[name], dashed=True))
     if all(len(line.points) < 2 for line in lines):
         return []
@@ -243,22 +286,24 @@ def _frontier(arms: Sequence[Mapping[str, Any]]) -> set[str]:
     return found
 
 
-def _curve_figures(study: StudyView, found: Mapping[str, Any], names: Sequence[str]) -> tuple[list[dict[str, Any]],
-                                                                                              int]:
-    """Training curves, a panel for each expansion and one for real images only; and how many arms are not drawn."""
-    panels: dict[str, list[str]] = {"real images only": [], **{name: [] for name in names}}
+def _curve_figures(study: StudyView, found: Mapping[str, Any],
+                   series: Mapping[str, int]) -> tuple[list[dict[str, Any]], int]:
+    """Training curves, a panel for each expansion and one for real images only, in the colour that its bars have; and
+    how many arms are not drawn."""
+    panels: dict[str, list[str]] = {"real images only": [], **{name: [] for name in series}}
     for arm in found["arms"]:
         panels[_line_name(arm) or "real images only"].append(arm["arm"])
     drawn, shown = [], 0
     for title, arms in [panel for panel in panels.items() if panel[1]][:MAX_PANELS]:
-        lines = [line for i, arm in enumerate(arms[:figures.COLOURS]) if (line := _curve(study, arm, i))]
+        lines = [line for arm, dashes in zip(arms, figures.DASHES, strict=False)
+                 if (line := _curve(study, arm, series.get(title), dashes))]
         if lines:
             drawn.append({"title": title, "lines": lines, "svg": Markup(figures.curves(lines, title))})  # noqa: S704
             shown += len(lines)
     return drawn, len(found["arms"]) - shown
 
 
-def _curve(study: StudyView, arm: str, series: int) -> figures.FigureCurve | None:
+def _curve(study: StudyView, arm: str, series: int | None, dashes: str) -> figures.FigureCurve | None:
     """Mean curves of an arm at the steps all its seeds have; None without two points in either."""
     def mean(name: str, scale: float) -> tuple[tuple[float, float], ...]:
         seeds = [{step: value for point in result.get("history") or ()
@@ -267,7 +312,7 @@ def _curve(study: StudyView, arm: str, series: int) -> figures.FigureCurve | Non
         steps = sorted(set.intersection(*map(set, seeds)))
         return figures.thinned([(step, scale * sum(one[step] for one in seeds) / len(seeds)) for step in steps])
 
-    curve = figures.FigureCurve(arm, series, mean("loss", 1.0), mean("top1", 100.0))
+    curve = figures.FigureCurve(arm, series, dashes, mean("loss", 1.0), mean("top1", 100.0))
     return curve if max(len(curve.loss), len(curve.top1)) > 1 else None
 
 
@@ -293,8 +338,7 @@ def _classes(study: StudyView, baseline: str | None, best: str | None) -> dict[s
                       "best": after, "difference": after - before})
     lines.sort(key=lambda line: line["difference"])
     pairs = sorted(((n, pair) for pair, n in tables[1].items() if pair[0] != pair[1]), reverse=True)[:CONFUSED]
-    return {"lines": lines if len(lines) <= 2 * CLASSES else lines[:CLASSES] + lines[-CLASSES:],
-            "all": len(lines), "shown": CLASSES, "seeds": len(seeds), "confused": [
+    return {"lines": lines, "shown": CLASSES if len(lines) > 2 * CLASSES else 0, "seeds": len(seeds), "confused": [
                 {"true": _class_name(names, pair[0]), "predicted": _class_name(names, pair[1]),
                  "baseline": tables[0].get(pair, 0) / images[pair[0]], "best": n / images[pair[0]]}
                 for n, pair in pairs if pair[0] in images]}
@@ -396,13 +440,6 @@ def _count(found: Mapping[str, Any] | None) -> str:
     return f"{low:,.0f}" if low == high else f"{low:,.0f}–{high:,.0f}"
 
 
-def _plus_minus(found: Mapping[str, Any] | None) -> str:
-    """Mean ± standard deviation of shares, in percent."""
-    if found is None:
-        return "–"
-    return f"{100 * found['mean']:.1f}" + (f" ± {100 * found['std']:.1f}" if found["std"] is not None else "")
-
-
 _FILTERS: dict[str, Callable[..., Any]] = {
     "number": _count, "duration": duration, "points": points, "percent": lambda x: f"{100 * x:.1f}",
-    "plus_minus": _plus_minus}
+    "plus_minus": plus_minus}

@@ -147,10 +147,12 @@ def estimate(config: RunConfig, *, seeds: int, planned: int, measured: Measured 
 
 
 def measure(receipts: Sequence[Receipt], data_bytes: int) -> Measured:
-    """Throughput of one process (rows over shard seconds, model loading and refused rows included) and bytes per kept
-    image of an earlier run, `data_bytes` being the size of its data files."""
-    seconds = sum(r.seconds.get("total") or sum(r.seconds.values()) for r in receipts)
-    rows, kept = sum(r.kept + r.rejected + r.failed for r in receipts), sum(r.kept for r in receipts)
+    """Throughput of one process (rows over shard seconds, model loading and refused rows included, retries not: they
+    hold few rows, in calls that are as large) and bytes per kept image of an earlier run, `data_bytes` being the size
+    of its data files."""
+    first = [r for r in receipts if not r.generation]
+    seconds = sum(r.seconds.get("total") or sum(r.seconds.values()) for r in first)
+    rows, kept = sum(r.kept + r.rejected + r.failed for r in first), sum(r.kept for r in receipts)
     return Measured(rows / seconds if rows and seconds else None, data_bytes / kept if kept else None)
 
 

@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from rayexpand.contract.errors import DamagedFile, EnvironmentFault, UsageError
 from rayexpand.contract.schema import ClassTable, Reason, Receipt, Status
@@ -157,10 +158,11 @@ def recent_rate(receipts: Sequence[Receipt], committed: dict[str, float]) -> tup
                  = (rows / summed seconds) * (summed seconds / working time), the second factor being the concurrency,
 
     so any number of processes and hosts counts without being known, and hours in which no driver ran do not. A refused
-    row is work too. Copying a folder without its file times makes all shards look simultaneous: the rate is then high.
+    row is work too. Retries do not count: they hold few rows, in calls that are as large as before. Copying a folder
+    without its file times makes all shards look simultaneous: the rate is then high.
     """
     spans = sorted((committed[r.data_file], shard_seconds(r), r.kept + r.rejected + r.failed)
-                   for r in receipts if r.data_file in committed and shard_seconds(r) > 0)
+                   for r in receipts if not r.generation and r.data_file in committed and shard_seconds(r) > 0)
     if not spans:
         return None, None
     end = spans[-1][0]
@@ -202,12 +204,17 @@ def class_counts(view: RunView) -> np.ndarray:
 
 def read_classes(view: RunView) -> ClassTable:
     """Class table of the plan. Raises UsageError if the plan folder is gone."""
-    name = f"{view.run['plan']}/classes.parquet"
+    return ClassTable.from_arrow(read_plan_table(view, "classes.parquet"))
+
+
+def read_plan_table(view: RunView, name: str) -> pa.Table:
+    """A table of the plan. Raises UsageError if it is gone, DamagedFile if it is damaged."""
+    place = f"{view.run['plan']}/{name}"
     try:
-        return ClassTable.from_arrow(read_table(view.files, name))
+        return read_table(view.files, place)
     except OSError as error:
-        raise UsageError(f"{view.files.at(name)}: cannot be read, so the classes have no names. Restore the plan "
-                         "folder of the run; the data files are whole without it.") from error
+        raise UsageError(f"{view.files.at(place)}: cannot be read ({error.strerror or error}). Restore the plan folder "
+                         "of the run; the data files are whole without it.") from error
 
 
 def duration(seconds: float | None) -> str:

@@ -95,9 +95,9 @@ def points(share: float) -> str:
 def summary(folder: str | Path) -> dict[str, Any]:
     """Every number of the page as one mapping, also written as summary.json and summary.csv into the study folder.
 
-    `trials` (done, expected, missing, failed), `baseline`, `arms` (one each, with spreads {mean, std (ddof 1), n,
-    values}, shares in [0, 1], seconds), `comparisons`, `warnings`. Raises UsageError if there is no study,
-    EnvironmentFault if the folder cannot be written.
+    `trials` (done, expected, missing, failed), `baseline`, `arms` (one each, with spreads {mean, se (standard error of
+    the mean), std (ddof 1), n, values}, shares in [0, 1], seconds), `comparisons`, `warnings`. Raises UsageError if
+    there is no study, EnvironmentFault if the folder cannot be written.
     """
     study = read_study(folder)
     found = summarised(study)
@@ -106,7 +106,8 @@ def summary(folder: str | Path) -> dict[str, Any]:
 
 
 def write_numbers(files: Files, found: Mapping[str, Any]) -> None:
-    """Writes a summary as summary.json, and its arms as summary.csv: mean and standard deviation of every number."""
+    """Writes a summary as summary.json, and its arms as summary.csv: mean, standard error, standard deviation and n of
+    every number."""
     write(files, "summary.json", as_json(found))
     lines = [{"arm": arm["arm"], "group": arm["group"], "control_of": arm["control_of"] or "",
               "seeds": len(arm["seeds"]), **_flat("", arm)} for arm in found["arms"]]
@@ -124,8 +125,8 @@ def frequencies(found: Mapping[str, Any]) -> list[str]:
 
 
 def further_scores(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
-    """Heads and lines of a table: accuracy by frequency, on further test sets and in their worst group, in percent;
-    None where there is none of that."""
+    """Heads and lines of a table: accuracy by frequency, on further test sets and in their worst group, mean ± standard
+    error over n seeds in percent; None where there is none of that."""
     tests = dict.fromkeys(name for arm in found["arms"] for name in arm["also"])
     places: list[tuple[str, tuple[str, ...]]] = [(name, ("by_frequency", name)) for name in frequencies(found)[:-1]]
     places += [(f"{name}{words}", ("also", name, score)) for name in tests for words, score in (
@@ -134,25 +135,32 @@ def further_scores(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tupl
     columns = [(head, cells) for head, cells in columns if any(cells)]
     if not columns:
         return None
-    rows = zip([arm["arm"] for arm in found["arms"]], *(cells for _, cells in columns), strict=True)
-    return ("arm", *(f"{head} %" for head, _ in columns)), list(rows)
+    names, counts = zip(*((arm["arm"], str(len(arm["seeds"]))) for arm in found["arms"]), strict=True)
+    rows = zip(names, counts, *(cells for _, cells in columns), strict=True)
+    return ("arm", "n", *(f"{head} %" for head, _ in columns)), list(rows)
 
 
 def _percent(arm: Mapping[str, Any], place: Sequence[str]) -> str:
-    """Mean ± standard deviation of a spread in a summary's arm; empty where it has none."""
+    """A spread in a summary's arm; empty where it has none."""
     value: Any = arm
     for name in place:
         value = (value or {}).get(name)
-    return "" if value is None else f"{100 * value['mean']:.1f}" + ("" if value["std"] is None
-                                                                   else f" ± {100 * value['std']:.1f}")
+    return "" if value is None else plus_minus(value)
+
+
+def plus_minus(found: Mapping[str, Any], digits: int = 1) -> str:
+    """Mean ± standard error of shares in percent, as every page and table writes it; one value has no ±."""
+    error = found.get("se")
+    return f"{100 * found['mean']:.{digits}f}" + ("" if error is None else f" ± {100 * error:.{digits}f}")
 
 
 def _flat(place: str, value: Any) -> dict[str, float]:
-    """Spreads anywhere below a mapping, as <dotted place> and <dotted place>.std."""
+    """Spreads anywhere below a mapping, as <dotted place>, and .se, .std and .n of it."""
     if not isinstance(value, Mapping):
         return {}
     if {"mean", "std", "values"} <= value.keys():
-        return {place: value["mean"], **({} if value["std"] is None else {f"{place}.std": value["std"]})}
+        return {place: value["mean"], **{f"{place}.{name}": value[name] for name in ("se", "std", "n")
+                                         if value[name] is not None}}
     return {name: one for key, inner in value.items() for name, one in _flat(f"{place}.{key}".lstrip("."),
                                                                              inner).items()}
 
@@ -210,12 +218,13 @@ def _cost(trials: Sequence[Result]) -> dict[str, Any]:
 
 
 def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
-    """Mean, sample standard deviation (None for a single value), n and the values; None if there are none."""
+    """Mean, its standard error and the sample standard deviation (None for a single value), n and the values; None if
+    there are none."""
     known = [value for value in values if value is not None]
     if not known:
         return None
     found = summarise(known)
-    return {"mean": found.mean, "std": found.std, "n": found.n, "values": known}
+    return {"mean": found.mean, "se": found.se, "std": found.std, "n": found.n, "values": known}
 
 
 def _warnings(study: StudyView, found: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from rayexpand.data.seeds import build_index, digits_split
 from rayexpand.fitting import fit as fits
 from rayexpand.fitting import prior_quality
 from rayexpand.fitting.config import load_fit, parse_fit
+from rayexpand.fitting.picture_grid import CELL, GAP, LINE, NAME
 from rayexpand.fitting.pretrain import PretrainFit, read_pictures
 from rayexpand.models.folders import folder_hash
 from rayexpand.models.guides import guide_hash
@@ -95,7 +96,7 @@ def test_the_gate_passes_and_fails_and_says_so_in_words(raw: dict[str, Any]) -> 
     facts = inspect_prior(str(lenient / "pipeline"))
     assert (facts.image_size, facts.vae_factor) == (8, 1)
     with Image.open(lenient / "sheet.png") as sheet:
-        assert sheet.size == (3 * 66 - 2, 6 * 66 - 2)
+        assert sheet.size == (NAME + 4 * (CELL + GAP), 2 * LINE + GAP + 3 * (CELL + GAP)), "two lines of heads"
 
 
 def test_points_lost_are_counted_on_pairs() -> None:

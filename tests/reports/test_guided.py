@@ -14,6 +14,7 @@ from PIL import Image
 from rayexpand.contract.errors import UsageError
 from rayexpand.fitting.fit import fit_for, with_artifacts
 from rayexpand.methods import load_method
+from rayexpand.models.tiny import digits
 from rayexpand.reports.guided import CLASSES, FAILURES, Look, look, plain_twin
 from rayexpand.reports.run import Picture, write_report
 from rayexpand.runs import run as runs
@@ -116,6 +117,12 @@ def test_the_page_shows_strips_failures_and_features(made: dict[str, runs.Run], 
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {
         "sample": seen.judged, "seed": 20, **({"group": 20, "class": CLASSES} if with_prototypes else {})}
     assert all(0 <= place <= seen.side for point in seen.points for place in (point.x, point.y))
+    assert [(one[0], one[1]) for one in seen.classes] == [(point, i) for i, point in enumerate(
+        sorted({point.of for point in seen.points}, key=digits.CLASS_NAMES.index))], "a colour of its own for each"
+    for shown, _, x, y in seen.classes:
+        assert f'<text x="{x}" y="{y}">{shown}</text>' in page
+    features = page.split('id="features"')[1].split("</section>")[0]
+    assert features.count("<tr><td>") == len(seen.points), "what a point is stands in words"
     assert Page(page).open == []
     assert all(link.startswith("data:image/") for link in Page(page).links)
     assert 'id="strips"' in page

@@ -13,7 +13,7 @@ from PIL import Image
 from rayexpand.contract.schema import Reason
 from rayexpand.data.seeds import DataConfig
 from rayexpand.reports.card import PROMISE
-from rayexpand.reports.run import write_report
+from rayexpand.reports.run import FILES_SEARCHED, write_report
 from rayexpand.runs.status import view_run
 from tests.commands import rewrite_json
 from tests.runfolder import CPU_STACK, NAMES, Builder, sample_run
@@ -99,12 +99,45 @@ def test_mixed_stacks_warn_and_one_stack_does_not(half: tuple[Builder, str], tmp
 
 def test_sheet_shows_seeds_beside_samples(half: tuple[Builder, str]) -> None:
     section = half[1].split('id="samples"')[1].split("</section>")[0]
-    assert section.count('class="first"') == 8
-    assert section.count("<img") == 8 + 8 * 6 - section.count("nopicture")
+    assert section.count('class="first"') == 10, "all classes"
+    assert section.count("<img") == 10 + 10 * 6 - 1, "one sample of the only seed of a class was refused"
     assert "nopicture" not in section
     assert section.count('class="pixelated"') == section.count("<img")
-    assert 'title="seed digits/' in section
-    assert "strength 0.6, 15 steps, guide 0.9" in section
+    assert 'alt="seed digits/' in section
+    assert section.count('<details class="zoom"><summary>') == 69, "a picture opens on a click, with its words"
+    assert "strength 0.6, 15 steps, guide 0.9" in visible(section)
+    assert "(some of" not in visible(section)
+
+
+def test_a_class_in_any_file_is_on_the_sheet(tmp_path: Path) -> None:
+    names = tuple(f"c{i:02d}" for i in range(FILES_SEARCHED + 4))
+    run = Builder(tmp_path / "wide", names=names, shards=len(names), seeds_per_shard=1, copies=1, side=8).start()
+    for shard in range(len(names)):
+        run.commit(shard)
+    section = write_report(run.folder).read_text().split('id="samples"')[1].split("</section>")[0]
+    assert section.count('class="first"') == len(names)
+
+
+def test_a_seed_is_refused_once_for_a_reason_with_the_number_of_its_others(tmp_path: Path) -> None:
+    run = Builder(tmp_path / "refused", shards=2, seeds_per_shard=5, copies=6).start()
+    broken = dict.fromkeys(range(6), (Reason.DECODE_ERROR, "truncated"))
+    run.commit(0, run.samples(0, broken))
+    run.commit(1, run.samples(1, {0: (Reason.DECODE_ERROR, "truncated"), 6: (Reason.WRONG_CLASS, "no"),
+                                  7: (Reason.WRONG_CLASS, "no")}))
+    section = write_report(run.folder).read_text().split('id="refused"')[1].split("</section>")[0]
+    rows = [visible(row) for row in section.split("Some of them")[1].split("<tr>")[2:]]
+    assert len(rows) == 3
+    assert sum("and 5 others of this seed" in row for row in rows) == 1
+    assert sum("and 1 other of this seed" in row for row in rows) == 1
+    named = [row.split("/")[0] + row.split("/")[1] for row in rows]
+    assert len(set(named)) == 3
+
+
+def test_pending_rows_are_part_of_the_bar_in_the_colour_of_their_mark(half: tuple[Builder, str]) -> None:
+    section = half[1].split('id="counts"')[1].split("</section>")[0]
+    stack = section.split('class="stack thin"')[1]
+    assert dict(re.findall(r'<div class="(\w+)" style="width:([\d.]+)%', stack)) == {
+        "kept": "65.000", "rejected": "1.111", "failed": "0.556", "pending": "33.333"}
 
 
 def test_seeds_that_are_gone_are_grey_boxes(tmp_path: Path) -> None:
@@ -129,7 +162,7 @@ def test_small_pictures_keep_their_pixels_and_large_ones_shrink(tmp_path: Path, 
     page = write_report(run.folder).read_text()
     (kind, content) = re.findall(r"data:image/(\w+);base64,([^\"]*)", page)[0]
     with Image.open(io.BytesIO(base64.b64decode(content))) as image:
-        assert (kind, image.format, image.width) == (("png", "PNG", side) if side <= 64 else ("jpeg", "JPEG", 192))
+        assert (kind, image.format, image.width) == (("png", "PNG", side) if side <= 64 else ("jpeg", "JPEG", 200))
     assert f'width="{ {16: 96, 28: 84, 200: 96}[side] }"' in page
 
 
@@ -163,15 +196,15 @@ def test_many_classes_show_the_lowest(tmp_path: Path) -> None:
     run = Builder(tmp_path / "many", names=names, shards=1, seeds_per_shard=60, copies=2, side=8).start()
     run.commit(0, run.samples(0, {2 * i: (Reason.NEAR_COPY, "") for i in range(30, 60)}))
     section = visible(write_report(run.folder).read_text().split('id="classes"')[1].split("</section>")[0])
-    assert re.findall(r"class (0\d\d)", section) == [f"{i:03d}" for i in range(30, 55)]
-    assert "the other 35 have 1 to 2 each" in section
+    assert re.findall(r"class (0\d\d)", section) == [f"{i:03d}" for i in [*range(30, 60), *range(30)]], "all of them"
+    assert "class 054 1 1 The 25 classes with the fewest kept samples; the other 35 have 1 to 2 each." in section
 
 
 def test_demo_table(half: tuple[Builder, str]) -> None:
     page = write_report(half[0].folder, demo=DEMO).read_text()
     section = page.split('id="demo"')[1].split("</section>")[0]
     words = visible(section)
-    for piece in ("+11.0 ± 5.9 points", "60.0 ± 5.8 %", "50.0 · 60.0 · 70.0", "guide zero-shot 93.0 %",
+    for piece in ("+11.0 ± 5.9 points", "60.0 ± 5.8 3 50.0 · 60.0 · 70.0", "guide zero-shot 93.0",
                   "prior <b> none", "What it shows & what not."):
         assert piece in words, piece
     assert section.count('class="seed"') == 6
@@ -198,4 +231,4 @@ def test_real_seeds_of_an_image_folder(tmp_path: Path) -> None:
     (tmp_path / "seeds" / run.index.seed_ids[0]).write_bytes(b"no image")
     section = write_report(run.folder).read_text().split('id="samples"')[1].split("</section>")[0]
     assert section.count("nopicture") == 1
-    assert section.count('title="seed ') == 1
+    assert section.count('alt="seed ') == 1

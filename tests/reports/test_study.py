@@ -13,12 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rayexpand.api.folders import StudyFolder as StudyResult
 from rayexpand.classifier.accuracy import paired_bootstrap
 from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import UsageError
 from rayexpand.reports import figures
+from rayexpand.reports.run import write_report
 from rayexpand.reports.study import write_study_report
 from rayexpand.studies.summary import further_scores, points, summary
+from tests.runfolder import Builder
 from tests.studyfolder import StudyFolder, answers, grid
 
 DEMO = {"note": "What it shows & what not.", "guide_zero_shot": 0.934, "controls": {"empty <b>": 0.61}, "rate": 12.3456,
@@ -102,14 +105,14 @@ def test_means_deviations_and_differences_by_hand(tmp_path: Path) -> None:
     found = json.loads((folder / "summary.json").read_text())
     assert found == summary(folder)
     made = arm_of(found, "made")
-    assert made["last"]["top1"] == {"mean": pytest.approx(0.8), "std": pytest.approx(0.1), "n": 3,
-                                    "values": [0.7, 0.8, 0.9]}
+    assert made["last"]["top1"] == {"mean": pytest.approx(0.8), "se": pytest.approx(0.1 / 3 ** 0.5),
+                                    "std": pytest.approx(0.1), "n": 3, "values": [0.7, 0.8, 0.9]}
     assert made["last"]["ece"]["mean"] == pytest.approx(0.2)
     assert made["best"]["top1"]["mean"] == pytest.approx(0.9)
     assert arm_of(found, "original")["cost"]["training"]["mean"] == pytest.approx(3.0)  # (2 + 3 + 4) / 3
-    assert made["cost"] == {"unit": "CPU", "training": {"mean": 2.5, "std": 0, "n": 3, "values": [2.5] * 3},
-                            "expansion": {"mean": 30.0, "std": 0, "n": 3, "values": [30.0] * 3},
-                            "wall": {"mean": 3.0, "std": 0, "n": 3, "values": [3.0] * 3}}
+    assert made["cost"] == {"unit": "CPU", **{
+        name: {"mean": mean, "se": 0, "std": 0, "n": 3, "values": [mean] * 3}
+        for name, mean in (("training", 2.5), ("expansion", 30.0), ("wall", 3.0))}}
     assert compared(found, "made")["mean"] == pytest.approx(0.3)
     assert compared(found, "made", "control")["mean"] == pytest.approx(0.2)
     assert compared(found, "original repeated 6x", "control to baseline")["mean"] == pytest.approx(0.1)
@@ -117,9 +120,16 @@ def test_means_deviations_and_differences_by_hand(tmp_path: Path) -> None:
     assert [compared(found, "made")[name] for name in ("mean", "low", "high", "p")] == list(expected)
     row = re.search(r"made 3 20 100 200 4,000 (.*?) original repeated 6x", section(page, "table"))
     assert row
-    assert row[1].startswith("80.0 ± 10.0 90.0 ± 0.0 100.0 ± 0.0 20.0 ± 10.0 50.0 ± 0.0 +30.0 +")
+    assert row[1].startswith("80.0 ± 5.8 90.0 ± 0.0 100.0 ± 0.0 20.0 ± 5.8 50.0 ± 0.0 +30.0 +")
     assert row[1].endswith("30 + 2.5")
-    assert "80.0 ± 10.0" in section(page, "figures")
+    assert "80.0 ± 5.8" in section(page, "figures")
+    assert "Highest mean ± standard error: made , 80.0 ± 5.8 % (n = 3)" in section(page, "answer")
+    rows = {row[0]: row[1:] for row in StudyResult(str(folder)).table(found)[1]}
+    assert rows["made"][:2] == ("80.0 ± 5.8", "3")
+    (line,) = [one for one in csv.DictReader((folder / "summary.csv").open()) if one["arm"] == "made"]
+    assert float(line["last.top1.se"]) == pytest.approx(0.1 / 3 ** 0.5)
+    assert (line["last.top1.n"], line["seeds"]) == ("3", "3")
+    assert "standard deviation" not in page
 
 
 WATERBIRD = {"water on water": (642, 0.6383), "water on land": (642, 0.6324), "land on land": (2255, 0.7564),
@@ -155,17 +165,17 @@ def test_groups_and_further_test_sets_are_on_the_page_and_in_the_tables(tmp_path
     assert lines["original"]["also.waterbird.worst"] == ""
     assert float(lines["original"]["by_frequency.few"]) == pytest.approx(0.2)
     assert further_scores(summary(study.folder)) == (
-        ("arm", "medium %", "few %", "waterbird %", "waterbird, worst group %", "imagenet-r %"),
-        [("original", "50.0 ± 0.0", "20.0 ± 1.0", "", "", ""),
-         ("Diff-Mix", "50.0 ± 0.0", "20.0 ± 1.0", "72.5 ± 1.0", "63.2 ± 1.0", "72.5 ± 1.0")])
+        ("arm", "n", "medium %", "few %", "waterbird %", "waterbird, worst group %", "imagenet-r %"),
+        [("original", "3", "50.0 ± 0.0", "20.0 ± 0.6", "", "", ""),
+         ("Diff-Mix", "3", "50.0 ± 0.0", "20.0 ± 0.6", "72.5 ± 0.6", "63.2 ± 0.6", "72.5 ± 0.6")])
     waterbird, restricted = page.split('class="also"')[1:]
-    assert ("Diff-Mix 72.5 ± 1.0 90.0 ± 1.0 70.0 ± 0.0 63.8 ± 1.0 63.2 ± 1.0 75.6 ± 1.0 74.4 ± 1.0 69.3 ± 1.0 "
-            "63.2 ± 1.0") in visible(waterbird)
+    assert ("Diff-Mix 3 72.5 ± 0.6 90.0 ± 0.6 70.0 ± 0.0 63.8 ± 0.6 63.2 ± 0.6 75.6 ± 0.6 74.4 ± 0.6 69.3 ± 0.6 "
+            "63.2 ± 0.6") in visible(waterbird)
     assert "5,794 images of 200 classes; the classifier chooses among all" in visible(waterbird)
     assert "among these classes only" in visible(restricted)
     assert "worst group" not in visible(restricted.split("</section>")[0])
     shown = section(page, "frequencies")
-    assert "medium, % few, % all, % original 50.0 ± 0.0 20.0 ± 1.0 40.0 ± 0.0" in shown
+    assert "arm n, seeds medium, % few, % all, % original 3 50.0 ± 0.0 20.0 ± 0.6 40.0 ± 0.0" in shown
     assert "more than 30 (many), fewer than 10 (few)" in shown
 
 
@@ -343,7 +353,7 @@ def test_page_is_whole_and_loads_nothing(whole: tuple[Path, str]) -> None:
     page = Page(text)
     assert page.open == []
     assert all(link.startswith("#") for link in page.links)
-    assert not {"script", "link", "iframe", "object", "form", "img"} & page.tags
+    assert not {"script", "link", "iframe", "object", "form"} & page.tags
     assert "http" not in text
     assert set(re.findall(r"url\((.)", text)) <= {"#"}
     assert "prefers-color-scheme: dark" in text
@@ -357,14 +367,14 @@ def test_sections_hold_what_was_asked(whole: tuple[Path, str]) -> None:
     text = Path(whole[1]).read_text()
     found = json.loads((whole[0] / "summary.json").read_text())
     assert re.findall(r'<section id="(\w+)"', text) == [
-        "answer", "demo", "table", "figures", "curves", "classes", "scores", "made"]
+        "answer", "demo", "table", "samples", "figures", "curves", "classes", "scores", "made"]
     assert "gain 0.11" not in section(text, "demo")
     assert "mean" not in section(text, "demo")
     for comparison in found["comparisons"]:
         assert (comparison["sentence"] in section(text, "answer")) == (comparison["kind"] != "control to baseline")
     for arm in found["arms"]:
         top1 = arm["last"]["top1"]
-        shown = f"{100 * top1['mean']:.1f} ± {100 * top1['std']:.1f}"
+        shown = f"{100 * top1['mean']:.1f} ± {100 * top1['std'] / 3 ** 0.5:.1f}"
         assert shown in section(text, "table")
         assert shown in section(text, "figures")
     for place, pieces in {
@@ -460,9 +470,9 @@ def test_labels_of_the_cost_figure_cover_nothing() -> None:
     texts = re.findall(r'<text style="([^"]*)" x="([^"]*)" y="([^"]*)"[^>]*>([^<]*)</text>', svg)
     for style, left, bottom, name in texts:
         if name.startswith("an arm"):
-            assert "font-size: 8px" in style
+            assert "font-size: 10.5px" in style
             x, y = float(left), float(bottom)
-            boxes.append((x, y - 6, x + 4.0 * len(name), y))
+            boxes.append((x, y - 8, x + 5.2 * len(name), y))
     assert len(boxes) + len(without) == 12
     assert len(boxes) >= 6
     overlaps = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]
@@ -480,3 +490,87 @@ def test_figures_are_the_same_every_time() -> None:
     line = figures.Line("a",
                         (figures.FigurePoint("a 1x", 50.0, 1.0, 1.0), figures.FigurePoint("a 5x", 60.0, 2.0, 5.0)), 0)
     assert figures.ratios([line], None, "r") == figures.ratios([line], None, "r")
+
+
+def colours(page: str, name: str) -> dict[str, str]:
+    """Arm or line -> the colour of its mark in the legends of a section."""
+    text = page.split(f'id="{name}"')[1].split("</section>")[0]
+    found = re.findall(r'<li>(?:<i class="dot (\w+)"></i>|<svg class="key".*?var\(--(\w+)\).*?</svg>)([^<]*)</li>',
+                       text)
+    assert found
+    return {words.strip(): dot or line for dot, line, words in found}
+
+
+def test_an_arm_has_the_same_colour_in_every_figure_and_legend(whole: tuple[Path, str]) -> None:
+    page = Path(whole[1]).read_text()
+    bars, curves = colours(page, "figures"), colours(page, "curves")
+    assert (bars["img2img"], bars["text2img"], bars["real images only"]) == ("s0", "s1", "grey")
+    assert {curves[arm] for arm in curves if arm.startswith("img2img")} == {"s0"}
+    assert {curves[arm] for arm in curves if arm.startswith("text2img")} == {"s1"}
+    assert {curves[arm] for arm in curves if arm.startswith("original")} == {"grey"}
+    for panel in page.split('id="curves"')[1].split("<figure>")[1:]:
+        svg, legend = panel.split("<ul", 1)
+        drawn = re.findall(r'<path d="[^"]*" [^>]*style="fill: none(?:; stroke-dasharray: ([\d.,]+)[^;"]*)?[^"]*'
+                           r'stroke: var\(--(\w+)\)', svg)
+        drawn = [dashes for dashes, colour in drawn if colour not in ("line", "soft", "ink")]
+        named = re.findall(r'<path d="M0 4h26"[^>]*stroke-width="2"(?: stroke-dasharray="([\d. ]+)")?', legend)
+        assert len(set(named)) == len(named), "arms of one line differ in their dashes"
+        assert len(set(drawn)) == len(named)
+
+
+def test_the_demo_page_has_pictures_and_leads_to_the_samples(tmp_path: Path) -> None:
+    study = StudyFolder(tmp_path / "s", {"arms": [{"name": name} for name in (
+        "original", "original + RandAugment", "expanded", "expanded + RandAugment", "empty-prompt expansion")]})
+    run = Builder(study.folder / "runs/expanded-0", shards=2).start()
+    for shard in (0, 1):
+        run.commit(shard)
+    for name in ("original", "original + RandAugment"):
+        study.add(name, 0, first(5), augment="randaugment" if "+" in name else "none")
+    for name in ("expanded", "expanded + RandAugment", "empty-prompt expansion"):
+        study.add(name, 0, first(8), group=name.partition(" ")[0], synthetic_rows=20, ratio=5.0,
+                  augment="randaugment" if "+" in name else "none",
+                  run=f"/elsewhere/s/runs/{name.partition(' ')[0]}-0")
+    arms = {name: {"accuracies": [0.5, 0.7], "mean": 0.6, "se": 0.1} for name in (
+        "original", "original + RandAugment", "expanded", "expanded + RandAugment")}
+    demo = {**DEMO, "arms": arms, "controls": {"guide zero-shot": 0.9, "empty-prompt expansion": 0.6},
+            "control_arms": {"empty-prompt expansion": arms["original"]}, "gain_se": 0.1, "study": "s"}
+    samples = write_report(run.folder, demo=demo).read_text()
+    text = Path(write_study_report(study.finish(), demo=demo)).read_text()
+    page, pictures = Page(text), text.split('id="samples"')[1].split("</section>")[0]
+    assert [link for link in page.links if not link.startswith(("#", "data:image/"))] == [
+        "runs/expanded-0/report.html"]
+    assert (study.folder / "runs/expanded-0/report.html").exists()
+    assert pictures.count("<img") == 10 * 5
+    assert "rayexpand report /elsewhere/s/runs/empty-prompt-0" in visible(pictures)
+    assert "No pictures, /elsewhere/s/runs/empty-prompt-0 cannot be read from here" in visible(pictures)
+    assert "runs/expanded-0 cannot" not in visible(pictures)
+    assert "../../report.html" in samples
+    of_study = colours(text, "figures")
+    bars = dict(re.findall(r"<td>([^<]*)</td>\s*<td class=\"wide\"><div class=\"track\"><div class=\"fill (\w+)",
+                           samples))
+    assert bars["expanded"] == of_study["expanded"] == "s0"
+    assert bars["expanded + RandAugment"] == of_study["expanded + randaugment"] == "s1"
+    assert bars["empty-prompt expansion"] == of_study["empty-prompt"] == "s2"
+    assert bars["original"] == bars["original + RandAugment"] == of_study["real images only"] == "grey"
+    assert "60.0 ± 10.0 2" in visible(samples.split('class="group"')[1].split("</table>")[0]), "a control has its n too"
+
+
+def test_all_classes_are_there_where_only_the_ends_are_shown(tmp_path: Path) -> None:
+    study = StudyFolder(tmp_path / "s")
+    for seed in range(3):
+        study.add("original", seed, np.arange(60) < 20, classes=20)
+        study.add("made", seed, np.arange(60) < 40, classes=20, synthetic_rows=20)
+    text = Path(write_study_report(study.finish())).read_text().split('id="classes"')[1].split("</section>")[0]
+    before, _, folded = text.partition("<details>")
+    assert "All 20 classes" in folded
+    assert len(set(re.findall(r'<td class="clip">(class \d+)</td><td class="n">3', folded))) == 20
+    assert before.count('<td class="n">3</td>') == 16
+
+
+def test_a_table_for_the_terminal_without_predictions_says_the_difference_alone(tmp_path: Path) -> None:
+    study = StudyFolder(tmp_path / "s")
+    for seed in range(3):
+        study.add("original", seed, first(5), predictions=False)
+        study.add("made", seed, first(9), predictions=False, synthetic_rows=20)
+    rows = {row[0]: row for row in StudyResult(str(study.finish())).table()[1]}
+    assert rows["made"] == ("made", "90.0 ± 0.0", "3", "+40.0", "+40.0")

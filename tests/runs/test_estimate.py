@@ -97,6 +97,9 @@ def test_measured_from_receipts(tmp_path: Path) -> None:
         run.commit(shard, run.samples(shard, {0: (Reason.NAN_LATENT, "")}), seconds={"total": 10.0})
     seen = measure(view_run(run.folder).receipts, 3800)
     assert seen == Measured(images_per_second=2.0, bytes_per_image=100.0)
+    run.commit(0, run.samples(0)[:1], generation=1, seconds={"total": 50.0})
+    again = measure(view_run(run.folder).receipts, 0)
+    assert again.images_per_second == seen.images_per_second, "a retry is no measure"
     assert measure([], 0) == Measured(None, None)
 
 

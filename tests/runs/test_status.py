@@ -70,6 +70,15 @@ def test_rate_and_concurrency(tmp_path: Path, ends: list[float], rate: float, co
     assert status.recent_rate(receipts, committed) == pytest.approx((rate, concurrency))
 
 
+def test_a_retry_is_no_measure_of_the_rate(tmp_path: Path) -> None:
+    run = Builder(tmp_path / "run", names=("a",), shards=3, seeds_per_shard=4, copies=5, side=8).start()
+    committed = _times(run, [10, 20], 10.0)
+    again = run.commit(0, run.samples(0)[:1], generation=1, seconds={"load": 1.0, "sample": 0.85})
+    receipts = status.view_run(run.folder).receipts
+    assert len(receipts) == 3
+    assert status.recent_rate(receipts, {**committed, again.data_file: 500.0}) == pytest.approx((2.0, 1.0))
+
+
 def test_rate_is_recent(tmp_path: Path) -> None:
     run = Builder(tmp_path / "run", names=("a",), shards=12, seeds_per_shard=4, copies=5, side=8).start()
     slow = _times(run, [100, 200, 300], 100.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,11 @@ def test_its_report_is_one_file_with_the_table(shown: tuple[dict[str, Any], Path
     assert "guide zero-shot" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
+    folder = Path(shown[0]["report"]).parent
+    links = set(re.findall(r'href="([^"#][^"]*)"', page))
+    assert links == {f"runs/expanded-{seed}/report.html" for seed in range(3)}
+    assert all((folder / link).exists() for link in links)
+    assert page.split('id="samples"')[1].split("</section>")[0].count("<img") == 2 * 10 * 6
 
 
 def expanded_once_more(out: Path) -> None:

@@ -1,10 +1,11 @@
-"""A picture of what a generator in training draws: one row for each of a few classes, one column for each noise."""
+"""A picture of what a generator in training draws: one row for each of a few classes, named by its prompt, and one
+column for each noise."""
 
 # B samples, T tokens, E text embedding
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from PIL import Image
@@ -13,13 +14,12 @@ from rayexpand.contract.protocols import LatentPrior
 from rayexpand.contract.rng import generator, row_key
 from rayexpand.diffusion import sampling
 from rayexpand.fitting.adapter.config import SheetConfig
+from rayexpand.fitting.picture_grid import picture_grid
 
 if TYPE_CHECKING:
     from rayexpand.fitting.adapter.finetuner import Finetuner
     from rayexpand.fitting.adapter.loader import LatentLoader
     from rayexpand.models.latent import StableDiffusionPrior
-
-GAP = 2  # pixels between samples
 
 
 def draw_sheet(sheet: SheetConfig, prior: StableDiffusionPrior, tuner: Finetuner, feed: LatentLoader,
@@ -46,16 +46,5 @@ def draw_sheet(sheet: SheetConfig, prior: StableDiffusionPrior, tuner: Finetuner
             z_BCHW = sampling.denoise(sampled, z_BCHW, plan, cond, sheet.guidance_scale)
             with torch.autocast(prior.device.type, enabled=False):  # in float16 the autoencoder overflows
                 columns.append(sampling.to_images(prior.decode(z_BCHW))[0])
-    return _tiled(columns)
-
-
-def _tiled(columns: list[list[Any]]) -> Image.Image:
-    """Columns of uint8 (H, W, 3) images beside each other; a sample that is not finite is black."""
-    height, width = next(image.shape[:2] for column in columns for image in [*column, np.zeros((1, 1, 3))]
-                         if image is not None)
-    page = np.full((len(columns[0]) * (height + GAP) - GAP, len(columns) * (width + GAP) - GAP, 3), 255, np.uint8)
-    for x, column in enumerate(columns):
-        for y, image in enumerate(column):
-            top, left = y * (height + GAP), x * (width + GAP)
-            page[top:top + height, left:left + width] = 0 if image is None else image
-    return Image.fromarray(page)
+    return picture_grid(list(zip(*columns, strict=True)), texts, [f"noise {1 + n}" for n in range(sheet.images)],
+                        f"step {tuner.step:,}, {sheet.steps} solver steps, guidance {sheet.guidance_scale:g}")

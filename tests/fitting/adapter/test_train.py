@@ -39,6 +39,7 @@ from rayexpand.fitting.adapter.recipe import FinetuneConfig, make_finetune
 from rayexpand.fitting.adapter.sample_grid import draw_sheet
 from rayexpand.fitting.config import parse_fit
 from rayexpand.fitting.maker import data_facts
+from rayexpand.fitting.picture_grid import CELL, GAP, LINE, NAME
 from rayexpand.models.prior import load_prior, prior_hash
 from tests.commands import rayexpand
 
@@ -295,6 +296,8 @@ def test_an_adapter_samples_what_the_last_sheet_shows(raw: Callable[..., Any], p
     class Loaded:
         """What a sheet asks of a Finetuner, answered by the loaded adapter."""
 
+        step = 5
+
         class module:  # noqa: N801
             @staticmethod
             def text(ids: Any) -> Any:
@@ -310,11 +313,15 @@ def test_an_adapter_samples_what_the_last_sheet_shows(raw: Callable[..., Any], p
 
     assert [file.name for file in sorted((folder / "sheets").iterdir())] == [
         "step-000002.png", "step-000004.png", "step-000005.png"]
-    assert drawn.shape == (3 * 18 - 2, 2 * 18 - 2, 3)
+    step, top, left = CELL + GAP, 2 * LINE + GAP, NAME
+    assert drawn.shape == (top + 3 * step, left + 2 * step, 3)
     assert np.abs(drawn - sheets[-1]).max() <= 1
-    assert np.abs(drawn - sheets[0]).max() > 1, "another step, another picture"
-    assert np.abs(drawn[:, :16] - drawn[:, 18:]).max() > 1, "another column, another noise"
-    assert np.abs(drawn[:16] - drawn[18:34]).max() > 1, "another row, another class"
+    assert np.abs(drawn[top:, left:] - sheets[0][top:, left:]).max() > 1, "another step, another picture"
+    first, right, below = (drawn[y:y + CELL, x:x + CELL] for y, x in (
+        (top, left), (top, left + step), (top + step, left)))
+    assert np.abs(first - right).max() > 1, "another column, another noise"
+    assert np.abs(first - below).max() > 1, "another row, another class"
+    assert drawn[top:, :left].min() < 64, "the name of a row"
 
 
 def events(folder: Path) -> dict[str, dict[int, float]]:
