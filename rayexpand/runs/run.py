@@ -33,7 +33,8 @@ from rayexpand.contract.protocols import Tools
 from rayexpand.contract.schema import SEED_REASONS, Reason, Receipt
 from rayexpand.contract.settings import differences, digest, override
 from rayexpand.data import seeds
-from rayexpand.models.prior import PriorFacts, check_size, inspect_prior, prior_hash
+from rayexpand.models.prior import check_size, inspect_prior, prior_hash, sampling_problems
+from rayexpand.models.prior_files import PriorFacts
 from rayexpand.runs.blame import Blame, forget_unexplained
 from rayexpand.runs.config import RunConfig, ids_sha256, parse, resolved, semantic
 from rayexpand.runs.estimate import Measured, measure
@@ -98,6 +99,7 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
             problems.append(f"prior.weights: {error}")
         else:
             problems += _size_problems(facts, config)
+            problems += [] if planned else sampling_problems(facts, config.method)  # a run that began goes on as it was
         if config.image.fit == "none":
             problems.append(f"image.fit: 'none' keeps each image's own size, but {config.method.name} samples squares; "
                             "use crop, center or squash")
