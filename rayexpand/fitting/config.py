@@ -130,10 +130,9 @@ def preflight(config: FitConfig, *, device_here: bool = True, on_ray: bool = Tru
     if is_url(config.out):
         problems.append(f"out: {config.out} is an object store; artifacts are read as files, so give a folder")
     if device_here and config.device.startswith("cuda"):
-        import torch
+        from rayexpand.contract.device import absent_device
 
-        if not torch.cuda.is_available():
-            problems.append(f"device: {config.device} asked for, but torch sees no CUDA device here; use auto or cpu")
+        problems += [f"device: {one}" for one in absent_device(config.device)]
     return problems
 
 

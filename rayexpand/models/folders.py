@@ -124,6 +124,15 @@ def loaded_files(folder: Path) -> list[str]:
     return [*CONFIGS, *tokenizer, *(name for part in WEIGHTS for name in weight_files(folder, part)[1])]
 
 
+def unreadable(file: Path) -> list[str]:
+    """Why a safetensors file is none, or not whole, in one line; none where it is."""
+    try:
+        tensor_shapes(file)
+    except ModelError as error:
+        return [str(error)]
+    return []
+
+
 def incomplete_message(folder: Path, problems: Sequence[str]) -> str:
     head = f"{folder} cannot be used as a folder in diffusers' StableDiffusionPipeline layout:"
     return "\n  ".join([head, *problems])
@@ -132,7 +141,7 @@ def incomplete_message(folder: Path, problems: Sequence[str]) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON ({error}); fetch or save the model again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} does not hold a JSON object; fetch or save the model again")

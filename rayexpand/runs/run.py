@@ -107,11 +107,9 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
     if with_classes and data_is_sound and names_classes(config):
         problems += _class_problems(config)
     if device_here and config.prior.device.startswith("cuda") and needs & {"prior", "guide"}:
-        import torch
+        from rayexpand.contract.device import absent_device
 
-        if not torch.cuda.is_available():
-            problems.append(f"prior.device: {config.prior.device} asked for, but torch sees no CUDA device here; "
-                            "use auto or cpu")
+        problems += [f"prior.device: {one}" for one in absent_device(config.prior.device)]
     return problems + _out_problems(config)
 
 

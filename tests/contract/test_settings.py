@@ -18,7 +18,7 @@ from rayexpand.contract.errors import (
     packed,
     unpacked,
 )
-from rayexpand.contract.settings import Section, put, read
+from rayexpand.contract.settings import Section, override, put, read
 from rayexpand.runs.blame import ProcessFault
 
 
@@ -40,6 +40,18 @@ def test_merge_keys_are_read(tmp_path: Path) -> None:
 def test_what_cannot_be_a_job_is_one_clear_error(text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=words):
         read(written(tmp_path, text))
+
+
+def test_an_override_that_is_nested_too_deeply_is_one_clear_error() -> None:
+    with pytest.raises(ConfigError, match=r"a\.b: the value is not YAML"):
+        override({}, ["a.b=" + "[" * 5000 + "]" * 5000])
+
+
+def test_an_override_that_grows_through_aliases_is_refused() -> None:
+    text = "[&a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"
+    text += "".join(f", &{'abcdefgh'[i]} [{', '.join(['*' + 'abcdefgh'[i - 1]] * 10)}]" for i in range(1, 8)) + "]"
+    with pytest.raises(ConfigError, match="expands to more than 1,000,000 values"):
+        override({}, [f"a.b={text}"])
 
 
 def test_a_file_that_grows_through_aliases_is_refused_at_once(tmp_path: Path) -> None:

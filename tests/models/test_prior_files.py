@@ -114,6 +114,11 @@ def test_a_few_step_model_is_not_fine_tuned(folder: Path) -> None:
     assert "was distilled to few steps" in "".join(preflight_fit(parse_fit(raw)))
 
 
+def test_json_that_is_nested_too_deeply_is_named(folder: Path) -> None:
+    (folder / NOISE).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    assert "scheduler_config.json cannot be read as JSON" in "".join(preflight(folder))
+
+
 HALVES = ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
           "text_encoder/model.safetensors"]
 
