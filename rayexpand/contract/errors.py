@@ -10,6 +10,7 @@
     ├── DigestMismatch              exit 4   the output belongs to another plan, configuration or model
     ├── Interrupted                 exit 75  stopped or starved; the same command continues
     │   └── EnvironmentFault        exit 75  disk full, storage refused, model gone, out of memory at batch 1
+    ├── ProgramFault                exit 70  a fault of this package, in another process
     └── RowFault                    (never leaves a shard) one row cannot become a sample; carries a Reason
 
 Only `cli/` turns these into messages and exit codes.
@@ -18,6 +19,7 @@ Only `cli/` turns these into messages and exit codes.
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +47,9 @@ class ConfigError(UsageError):
         self.where, self.problems = where, problems
         count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
         super().__init__("\n  ".join([f"{where}: {count}", *problems]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.where, self.problems)  # as Ray sends it
 
 
 class SeedDataError(UsageError):
@@ -76,12 +81,23 @@ class EnvironmentFault(Interrupted):
     pass
 
 
+class ProgramFault(RayexpandError):
+    exit_code = EXIT_FAULT
+
+
 class RowFault(RayexpandError):
     """One row is refused. `reason` is a member of `schema.Reason`; `detail` is for people."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         self.reason, self.detail = reason, detail
         super().__init__(f"{reason}: {detail}" if detail else str(reason))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.detail)
+
+
+_OF_THIS_PACKAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, NotImplementedError,
+                    RecursionError, TypeError)  # what code does wrong, not a disk, a device or a file
 
 
 def few(names: Sequence[str], most: int = 5) -> str:
@@ -91,11 +107,16 @@ def few(names: Sequence[str], most: int = 5) -> str:
 
 
 def packed(error: Exception, where: str = "") -> str:
-    """An error as one JSON line for another process, `where` added to its text. What is not of this package is a fault
-    of the place."""
+    """An error as one JSON line for another process, `where` added to its text. What is not raised on purpose is a
+    ProgramFault where code is at fault, else a fault of the place."""
     place = f" ({where})" if where else ""
     if isinstance(error, ConfigError):
         return json.dumps({"error": "ConfigError", "where": f"{error.where}{place}", "problems": error.problems})
+    if isinstance(error, _OF_THIS_PACKAGE):
+        lines = "".join(traceback.format_exception(error))
+        text = (f"{type(error).__name__}: {error}{place}. This should have been a clear message and is a fault of "
+                f"rayexpand:\n{lines}")
+        return json.dumps({"error": ProgramFault.__name__, "text": text})
     kind = type(error) if isinstance(error, RayexpandError) and not isinstance(error, RowFault) else EnvironmentFault
     text = str(error) if isinstance(error, kind) else f"{type(error).__name__}: {error}"
     return json.dumps({"error": kind.__name__, "text": f"{text}{place}"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +15,9 @@ from rayexpand.contract.errors import (
     EnvironmentFault,
     ModelError,
     OverBudget,
+    ProgramFault,
     RayexpandError,
+    RowFault,
     packed,
     unpacked,
 )
@@ -99,5 +102,27 @@ def test_mistakes_of_a_configuration_stay_apart_and_what_is_not_ours_is_a_fault_
     found = unpacked(packed(ConfigError("x.yaml", ["a: wrong", "b: wrong"])))
     assert isinstance(found, ConfigError)
     assert found.problems == ["a: wrong", "b: wrong"]
-    other = unpacked(packed(KeyError("x")))
-    assert (type(other), str(other)) == (EnvironmentFault, "KeyError: 'x'")
+    for error in (OSError("x"), RuntimeError("CUDA error"), MemoryError("x"), ValueError("x")):
+        assert type(unpacked(packed(error))) is EnvironmentFault
+    assert str(unpacked(packed(RuntimeError("CUDA error"), "on a node"))) == "RuntimeError: CUDA error (on a node)"
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), AssertionError("x"), NotImplementedError("x"),
+                                   RecursionError("x"), ZeroDivisionError("x"), AttributeError("x"), NameError("x")])
+def test_a_fault_of_this_package_in_another_process_is_none_of_the_place(error: Exception) -> None:
+    try:
+        raise error
+    except Exception as raised:
+        found = unpacked(packed(raised, "on a node"))
+    assert (type(found), found.exit_code) == (ProgramFault, 70)
+    for words in (f"{type(error).__name__}: {error} (on a node)", "fault of rayexpand", "test_settings.py"):
+        assert words in str(found)
+    again = unpacked(packed(found))
+    assert (type(again), str(again)) == (ProgramFault, str(found))
+
+
+@pytest.mark.parametrize("error", [ConfigError("x.yaml", ["a: wrong", "b: wrong"]), RowFault("missing", "gone"),
+                                   ModelError("m"), OverBudget("b"), ProgramFault("p")])
+def test_errors_travel_pickled_as_ray_sends_them(error: RayexpandError) -> None:
+    found = pickle.loads(pickle.dumps(error))
+    assert (type(found), str(found), vars(found)) == (type(error), str(error), vars(error))
