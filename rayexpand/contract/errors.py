@@ -23,6 +23,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from rayexpand.contract.secrets import masked
+
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -33,7 +35,12 @@ EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class RayexpandError(Exception):
+    """Its text holds no password or token."""
+
     exit_code = EXIT_FAILURE
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(masked(one) if isinstance(one, str) else one for one in args))
 
 
 class UsageError(RayexpandError):
@@ -44,7 +51,7 @@ class ConfigError(UsageError):
     """All mistakes of one configuration. `problems` holds one line each: `field: what, why, next step`."""
 
     def __init__(self, where: str, problems: list[str]) -> None:
-        self.where, self.problems = where, problems
+        self.where, self.problems = masked(where), [masked(one) for one in problems]
         count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
         super().__init__("\n  ".join([f"{where}: {count}", *problems]))
 
@@ -89,7 +96,7 @@ class RowFault(RayexpandError):
     """One row is refused. `reason` is a member of `schema.Reason`; `detail` is for people."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail = reason, masked(detail)
         super().__init__(f"{reason}: {detail}" if detail else str(reason))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -116,10 +123,10 @@ def packed(error: Exception, where: str = "") -> str:
         lines = "".join(traceback.format_exception(error))
         text = (f"{type(error).__name__}: {error}{place}. This should have been a clear message and is a fault of "
                 f"rayexpand:\n{lines}")
-        return json.dumps({"error": ProgramFault.__name__, "text": text})
+        return json.dumps({"error": ProgramFault.__name__, "text": masked(text)})
     kind = type(error) if isinstance(error, RayexpandError) and not isinstance(error, RowFault) else EnvironmentFault
     text = str(error) if isinstance(error, kind) else f"{type(error).__name__}: {error}"
-    return json.dumps({"error": kind.__name__, "text": f"{text}{place}"})
+    return json.dumps({"error": kind.__name__, "text": masked(f"{text}{place}")})
 
 
 def unpacked(line: str | bytes) -> RayexpandError:

@@ -31,6 +31,7 @@ from rayexpand.contract.errors import ConfigError, DigestMismatch, UsageError
 from rayexpand.contract.prompts import Template, format_prompt
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import Receipt
+from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import Device, Section, differences, mistakes, read
 from rayexpand.evaluation import select_scores as by_guide
 from rayexpand.evaluation.select_rules import (
@@ -86,6 +87,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> SelectConfig:
 def parse(raw: Mapping[str, Any], where: str = "configuration") -> SelectConfig:
     """Configuration of a mapping. Raises ConfigError with every mistake."""
     rule, problems = _rule(raw.get("rule"))
+    problems += secret_problems(raw)
     config: SelectConfig | None = None
     try:
         config = SelectConfig(**{**{str(key): value for key, value in raw.items()}, "rule": rule or _NOTHING})

@@ -123,6 +123,16 @@ def _grid_problems(facts: PriorFacts, method: Any, steps: int) -> list[str]:
             ] if first <= facts.train_timesteps / 2 + 1 else []
 
 
+def prior_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a generator's folder, without loading the generator. Raises ModelError."""
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder}/tokenizer cannot be loaded: {error}. Fetch or save the model again") from error
+
+
 def prior_model(weights: str) -> ModelFiles:
     """The files of a generator."""
     return replace(folder_model(Path(weights)), find=lambda: folder_model(resolve(weights)).find(),

@@ -31,9 +31,11 @@ from rayexpand.contract.errors import (
     EXIT_OVER_BUDGET,
     EXIT_RESUMABLE,
     EXIT_USAGE,
+    ConfigError,
     Interrupted,
     UsageError,
 )
+from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import read
 from rayexpand.on_ray.package import LARGE_BYTES, write_package
 from rayexpand.runs.config import parse
@@ -88,6 +90,9 @@ def submit(verb: str, target: str, overrides: Sequence[str] = (), *, address: st
     before the job runs, and Interrupted if this process is stopped while the job goes on.
     """
     url = _url(address)
+    said = {"target": target, **(read(target, overrides) if verb in FILE_VERBS else {})}
+    if problems := secret_problems(said):
+        raise ConfigError(target, problems)  # anyone who sees the dashboard could read it
     run = _run_name(verb, target, overrides)
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch) / "package.zip"

@@ -19,6 +19,7 @@ from rayexpand.classifier.recipe import Recipe, make_recipe
 from rayexpand.contract import settings
 from rayexpand.contract.errors import ConfigError
 from rayexpand.contract.protocols import Method
+from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import Device, Section
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
@@ -147,6 +148,8 @@ def parse_study(raw: Mapping[str, Any], where: str = "study") -> StudyConfig:
 
 def study_preflight(config: StudyConfig) -> list[str]:
     """Everything wrong that can be known without loading a model or listing a dataset, one line each."""
+    if problems := secret_problems(config.model_dump(mode="json")):
+        return problems
     problems = [problem for section in ("data", "test", "validation") if (data := getattr(config, section))
                 for problem in renamed(seeds.check(data), section)]
     problems += [f"extra_tests.{name}.{line}" for name,

@@ -27,7 +27,7 @@ from rayexpand.diffusion.sampling import Solver
 from rayexpand.fitting.adapter.latents import LatentsConfig, Views
 from rayexpand.fitting.adapter.recipe import FinetuneConfig, make_finetune
 from rayexpand.models.folders import DIGITS
-from rayexpand.models.prior import check_size, inspect_prior, present
+from rayexpand.models.prior import check_size, inspect_prior, present, prior_tokenizer
 from rayexpand.models.prior_files import PriorFacts
 
 
@@ -182,9 +182,7 @@ def _tokenizer(weights: str) -> Any:
     folder = present(weights)
     if folder is None or not (Path(folder) / "tokenizer").is_dir():
         return None
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+    return prior_tokenizer(folder)
 
 
 def word_problems(made: AdapterFit, classes: ClassTable) -> list[str]:
