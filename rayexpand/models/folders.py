@@ -20,6 +20,7 @@ WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", 
 CONFIGS = ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in WEIGHTS))
 VARIANTS = (None, "fp16", "bf16")  # the first that is there is loaded
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_FOLDERS = ("models", "model", "weights", "checkpoints", "artifacts", "data", "runs", "out")
 HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -148,6 +149,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def is_path(weights: str) -> bool:
+    """Whether what looks like org/name begins as a path does: no organisation of the hub is called `models`."""
+    return weights.partition("/")[0] in _FOLDERS
+
+
 def no_folder(weights: str, choices: str) -> ModelError:
     """The error of a model that is named by neither a folder that is there nor `org/name@revision`."""
     if found := re.match(r"(?P<scheme>\w+)://(?:(?:www\.)?huggingface\.co/|hf\.co/)?(?P<rest>.*)", weights):
@@ -185,7 +191,7 @@ def hub_snapshot(weights: str, patterns: Sequence[str], complete: Callable[[Path
         raise ModelError(f"{weights} asks for a licence to be accepted: open its page on the hub, accept, then run "
                          "`hf auth login`") from error
     except (OSError, ValueError) as error:
-        if Path(repo).parent.is_dir():  # a folder of this name beside it is no organisation
+        if is_path(repo) or Path(repo).parent.is_dir():
             raise no_folder(weights, "a folder") from error
         raise ModelError(f"{weights} is neither a folder here nor in the local Hugging Face cache, and it cannot be "
                          f"downloaded ({type(error).__name__}). {_fetch_elsewhere(repo, revision)}") from error

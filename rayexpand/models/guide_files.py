@@ -30,6 +30,7 @@ from rayexpand.models.folders import (
     PICKLES,
     cache_root,
     hub_snapshot,
+    is_path,
     no_folder,
     read_json,
     tensor_shapes,
@@ -81,8 +82,7 @@ def check_guide(weights: str, checkpoint: str | None) -> list[str]:
         problems = [] if checkpoint is None else [f"{weights} brings its own weights, so guide.checkpoint has no "
                                                   "effect; take it out"]
         if folder is None:
-            beside = weights != DIGITS and Path(weights).parent.is_dir()  # a folder, not an organisation on the hub
-            return problems + ([str(no_folder(weights, "a folder"))] if beside else [])
+            return problems + ([str(no_folder(weights, "a folder"))] if is_path(weights) else [])
         problems += [f"{folder}: {problem}" for problem in _folder_problems(folder)]
         return problems if problems or weights == DIGITS else _architecture_problems(folder)
     try:

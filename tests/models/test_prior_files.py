@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from rayexpand import api
 from rayexpand.contract.errors import ConfigError, ModelError
 from rayexpand.fitting.config import parse_fit
 from rayexpand.fitting.config import preflight as preflight_fit
@@ -20,6 +21,7 @@ from rayexpand.models.folders import folder_hash
 from rayexpand.models.prior import inspect_prior, load_prior, sampling_problems
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import parse
+from tests.commands import ROOT
 from tests.tiny import tiny_adapter, tiny_pipeline
 
 
@@ -117,6 +119,14 @@ def test_a_few_step_model_is_not_fine_tuned(folder: Path) -> None:
 def test_json_that_is_nested_too_deeply_is_named(folder: Path) -> None:
     (folder / NOISE).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
     assert "scheduler_config.json cannot be read as JSON" in "".join(preflight(folder))
+
+
+def test_a_sweep_asks_the_same(folder: Path) -> None:
+    content = (folder / HALVES[0]).read_bytes()
+    (folder / HALVES[0]).write_bytes(content[:-8])
+    found = api.validate(ROOT / "jobs/digits/sweep-img2img.yaml",
+                         set={"study.expansions.img2img.prior": {"weights": str(folder)}})
+    assert "it is cut off" in "".join(found.problems)
 
 
 HALVES = ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
@@ -254,6 +264,10 @@ def test_a_missing_folder_beside_others_is_no_name_on_the_hub(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/sd-15").mkdir(parents=True)
     with pytest.raises(ModelError, match=r"there is no folder models/sd15.*did you mean models/sd-15") as error:
+        inspect_prior("models/sd15")
+    assert "hf download" not in str(error.value)
+    monkeypatch.chdir(tmp_path / "models/sd-15")  # where there is no folder `models` either
+    with pytest.raises(ModelError, match=r"there is no folder models/sd15 \(seen from .*sd-15\)") as error:
         inspect_prior("models/sd15")
     assert "hf download" not in str(error.value)
 
