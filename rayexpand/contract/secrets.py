@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
 _HIDDEN = "***"
@@ -18,7 +18,7 @@ _PATTERNS = (  # (where a secret stands, what is shown)
     (re.compile(r"([?&](?:x-(?:amz|goog)-(?:signature|credential|security-token)|signature|sig|"
                 r"(?:\w+[_-])?(?:token|secret|password|passwd|pwd)|api[_-]?key|key)=)[^&\s'\"#]+", re.IGNORECASE),
      rf"\1{_HIDDEN}"),
-    (re.compile(r"\b(Bearer )[\w.~+/-]{8,}=*", re.IGNORECASE), rf"\1{_HIDDEN}"),
+    (re.compile(r"\b(Bearer )(?=\S*\d)[\w.~+/-]{12,}=*"), rf"\1{_HIDDEN}"),
     (re.compile(r"\b(?:hf_|gh[opsu]_|github_pat_)\w{16,}"), _HIDDEN))
 
 
@@ -51,6 +51,10 @@ class MaskedStream:
     def write(self, text: str) -> int:
         self._stream.write(masked(text))
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

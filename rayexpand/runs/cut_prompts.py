@@ -17,6 +17,7 @@ from rayexpand.runs.config import RunConfig
 from rayexpand.runs.inputs import artifact_folder
 from rayexpand.runs.plan import Plan
 
+SHOWN = 300  # characters of the longest text
 MOST_ROWS = 20_000  # looked at; of a larger plan so many, spread over its seeds
 
 
@@ -28,7 +29,7 @@ class CutPrompts:
     cut: int  # of them
     tokens: int  # that the generator reads, those of start and end among them
     longest: int  # tokens of the longest text
-    example: str  # the longest text
+    example: str  # the longest text, or its beginning
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,7 +60,8 @@ def cut_prompts(plan: Plan, config: RunConfig, folder: Path | None) -> CutPrompt
         text = max(draw.prompt, draw.negative, key=length)
         rows, cut = rows + 1, cut + (length(text) > most)
         example = max(example, (text, length(text)), key=lambda one: one[1])
-    return CutPrompts(rows, cut, most, example[1], example[0])
+    text, longest = example
+    return CutPrompts(rows, cut, most, longest, text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
 
 
 def _counter(tokenizer: Any) -> Callable[[str], int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import pickle
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from rayexpand import api
+from rayexpand.api.results import Checked
 from rayexpand.contract.errors import ConfigError, ModelError, UsageError, packed
 from rayexpand.contract.secrets import masked, masked_output, secret_problems
 from rayexpand.reports.templates import render
@@ -34,7 +36,8 @@ SECRETS = {
     "token hf_hunter2hunter2hunter2 was refused": "token *** was refused",
 }
 SOUND = ["https://host/x.zip", "sftp://me@host/x", "s3://bucket/a:b@c", "a photo of a {name}: me@host", "/data/a@b:c",
-         "gs://bucket/x?generation=5", "org/name@main", "https://host/x?part=1&monkey=2", "zip://a@1.png::s3://b/c.zip"]
+         "gs://bucket/x?generation=5", "org/name@main", "https://host/x?part=1&monkey=2", "zip://a@1.png::s3://b/c.zip",
+         "a flag bearer standing-still, the Bearer understanding"]
 
 
 @pytest.mark.parametrize(("text", "shown"), SECRETS.items())
@@ -70,7 +73,7 @@ def test_pages_hold_none() -> None:
 def test_output_of_a_process_holds_none() -> None:
     out, err = io.StringIO(), io.StringIO()
     with masked_output(out, err):
-        print("from https://me:hunter2@host/x")
+        sys.stdout.writelines(["from https://me:hunter2@host/x", "\n"])
         handler = logging.StreamHandler()
         handler.emit(logging.LogRecord("x", logging.WARNING, "", 0, "from %s", ("https://me:hunter2@host/x",), None))
     assert out.getvalue() == err.getvalue() == "from https://***@host/x\n"
@@ -86,6 +89,7 @@ def test_a_file_with_a_secret_is_refused_by_field_and_makes_nothing(tmp_path: Pa
     with pytest.raises(ConfigError, match=r"data\.path: holds a password or token \(.*\*\*\*@127.*FSSPEC_") as error:
         runs.prepare(config)
     assert "hunter2" not in str(error.value)
+    assert "hunter2" not in Checked("run", {}, [config.data.path])._repr_html_()
     assert list(tmp_path.iterdir()) == []
     began = parse(run_raw("memory://me:hunter2@x/data", tmp_path))
     assert "does not exist" in "".join(runs.preflight(began, planned=True))

@@ -204,7 +204,8 @@ class Finetuner:
         kept = self.tokenizer(list(prompts), padding="max_length", max_length=longest, truncation=True,
                               return_tensors="pt").input_ids
         for prompt in set(prompts):
-            if not self._said_cut and len(self.tokenizer(prompt, verbose=False).input_ids) > longest:
+            if (not self._said_cut and len(prompt.encode()) + 2 > longest
+                    and len(self.tokenizer(prompt, verbose=False).input_ids) > longest):
                 self._said_cut = True
                 log.warning("of some training texts only the first %d tokens are read, such as %r", longest, prompt)
         return kept
