@@ -134,6 +134,15 @@ def unreadable(file: Path) -> list[str]:
     return []
 
 
+def flat_weight_problems(folder: Path) -> list[str]:
+    """What is wrong with the weights of a transformers model, which lie right in its folder, one line each."""
+    if files := sorted(folder.glob("*.safetensors")):
+        return [line for file in files for line in unreadable(file)]
+    pickles = sorted(one.name for one in folder.iterdir() if one.suffix in PICKLES)
+    return [f"{folder}: " + (f"{pickles[0]} is a pickle, which can run code when opened; save it again with "
+                             "safe_serialization=True" if pickles else "*.safetensors is missing")]
+
+
 def incomplete_message(folder: Path, problems: Sequence[str]) -> str:
     head = f"{folder} cannot be used as a folder in diffusers' StableDiffusionPipeline layout:"
     return "\n  ".join([head, *problems])

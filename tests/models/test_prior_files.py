@@ -14,6 +14,7 @@ import pytest
 
 from rayexpand import api
 from rayexpand.contract.errors import ConfigError, ModelError
+from rayexpand.diffusion import sampling
 from rayexpand.fitting.config import parse_fit
 from rayexpand.fitting.config import preflight as preflight_fit
 from rayexpand.methods import load_method
@@ -293,6 +294,16 @@ def test_few_step_models_are_refused_unless_they_are_followed(folder: Path, file
         raise AssertionError(problem)
     own = preflight(folder, name="text2img", steps=4, spacing="trailing", guidance_scale=1.0)
     assert (own == []) == ("timestep_spacing" in fields)
+
+
+def test_the_grid_that_is_asked_for_is_the_one_of_the_model() -> None:
+    from diffusers import EulerDiscreteScheduler
+
+    turbo = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                   timestep_spacing="trailing")
+    turbo.set_timesteps(4)
+    grid = sampling.schedule(turbo, "ddim", 4, spacing="trailing").timesteps
+    assert grid == (999, 749, 499, 249) == tuple(int(t) for t in turbo.timesteps)
 
 
 def test_a_method_without_a_spacing_cannot_follow_a_trailing_grid(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+from safetensors.numpy import save_file
 
 from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import ModelError
@@ -74,7 +75,7 @@ def test_a_captioner_is_copied_to_a_node_without_it_and_a_broken_one_is_said(
         assert {file.name for file in folder.iterdir()} == {file.name for file in copy.iterdir()}
     finally:
         ray.shutdown()
-    (folder / "model.safetensors").write_bytes(b"no")
+    save_file({}, folder / "model.safetensors")
     only = {**raw, "fit": {"captions": raw["fit"]["captions"]}, "cluster": {"address": head.address, "actors": 1}}
     with pytest.raises(ModelError, match=r"fit\.captions\.model .* cannot be loaded: .* \(on "):
         on_ray.fit(fits.parse_fit(only), quiet)
