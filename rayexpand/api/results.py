@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rayexpand.contract.secrets import masked
+
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
@@ -34,7 +36,7 @@ class Result:
     def _repr_html_(self) -> str:
         titles, rows = self.table()
         lines = ["".join(f"<th>{html.escape(one)}</th>" for one in titles)]
-        lines += ["".join(f"<td>{html.escape(one)}</td>" for one in row) for row in rows]
+        lines += ["".join(f"<td>{html.escape(masked(one))}</td>" for one in row) for row in rows]
         return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 

@@ -12,7 +12,8 @@ from rayexpand.api.driving import Relay, at, driver, fit_with, train_trials
 from rayexpand.api.files import KINDS, Job, Set, as_overrides, config_of, data_of, parsed, preflight, read_job, where_of
 from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, drive_to_end
 from rayexpand.api.results import Artifact, Checked, ClusterJob, Event, Planned, Scores, Selected
-from rayexpand.contract.errors import RayexpandError, UsageError
+from rayexpand.contract.errors import ConfigError, RayexpandError, UsageError
+from rayexpand.contract.secrets import secret_problems
 
 if TYPE_CHECKING:
     from rayexpand.loader.dataset import SampleDataset
@@ -26,7 +27,7 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
     config = parsed(kind, raw, where)
     problems, listed = preflight(kind, config), None
     data = data_of(kind, config)
-    if data is not None and not seeds.check(data):
+    if data is not None and not secret_problems(data.model_dump(mode="json")) and not seeds.check(data):
         try:
             listed = seeds.survey(data)
         except RayexpandError as error:
@@ -41,6 +42,8 @@ def plan(job: Job, *, set: Set = (), machine: Job | None = None) -> Planned:
     from rayexpand.runs.run import preflight as run_preflight
 
     config = config_of("run", job, set, machine)
+    if problems := secret_problems(config.model_dump(mode="json")):
+        raise ConfigError(where_of(job), problems)
     return Planned(estimate_config(config, measured(config)), run_preflight(config))
 
 

@@ -11,7 +11,9 @@ initialisers, which draw from torch's generator, so a fork of it is seeded from 
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,11 @@ from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import ConfigError, ModelError
 from rayexpand.contract.rng import generator, row_key
 
+log = logging.getLogger(__name__)
+
 PREACT = {"preact_resnet18": "resnetv2_18", "preact_resnet34": "resnetv2_34"}  # timm's basic pre-activation blocks
+_WRAPPERS = ("module.", "_orig_mod.")
+_POSITIONS = ("pos_embed", "relative_position_bias_table", "rel_pos")
 SMALL_GROUPS, PREACT_GROUPS = 8, 32  # groups of GroupNorm; 32 is the default of Wu and He (2018)
 
 
@@ -168,11 +174,15 @@ def _load(model: nn.Module, checkpoint: str) -> None:
         raise ModelError(f"checkpoint {path} is not a .safetensors file; other formats can run code when opened. Save "
                          "the weights with safetensors.torch.save_file and name that file")
     try:
-        weights = load_file(path)
+        weights = fitted(load_file(path), model)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"checkpoint {path} cannot be read: {error}. recipe.checkpoint must name a local safetensors "
                          "file") from error
     own = model.state_dict()
+    if not own.keys() & weights.keys() and (prefix := _prefix(weights)):
+        raise ModelError(f"checkpoint {path}: every name begins with '{prefix}'; take it off with "
+                         "safetensors.torch.save_file, so that names are those of the backbone, such as "
+                         f"{next(iter(own))}")
     head = _head_prefix(model)
     fresh = {name for name in own if name.startswith(head) and (
         name not in weights or weights[name].shape != own[name].shape)}
@@ -188,6 +198,28 @@ def _load(model: nn.Module, checkpoint: str) -> None:
                                       "set recipe.backbone, backbone_args and stem to what it was saved from:",
                                       *problems[:8]]) + more)
     model.load_state_dict({name: weights[name] for name in own if name not in fresh | counters}, strict=False)
+
+
+def fitted(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights by the names of `model`: without the prefixes of wrappers (DataParallel, torch.compile), and with
+    position embeddings and tables resampled to its image size as timm does it (bicubic). Others are as they were."""
+    while any(weights and all(name.startswith(prefix) for name in weights) for prefix in _WRAPPERS):
+        weights = {name.partition(".")[2]: one for name, one in weights.items()}
+    own = model.state_dict()
+    other = [name for name in weights if name in own and weights[name].shape != own[name].shape
+             and any(word in name for word in _POSITIONS)]
+    resample = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if not other or resample is None:
+        return weights
+    found = resample({name: weights[name] for name in weights if "patch_embed" not in name}, model)
+    log.info("%s resampled to the image size of the backbone", ", ".join(other[:3]))
+    return {name: found[name] if name in other else one for name, one in weights.items()}
+
+
+def _prefix(weights: dict[str, Tensor]) -> str:
+    """First part of the names of all weights, "" where they differ."""
+    firsts = {name.partition(".")[0] for name in weights}
+    return f"{firsts.pop()}." if len(firsts) == 1 else ""
 
 
 def _head_prefix(model: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from rayexpand.cli import cluster, expand, fit, jobs, judge, pages, start, study, validate
 from rayexpand.cli.app import app
 from rayexpand.contract.errors import EXIT_FAULT, Interrupted, RayexpandError
+from rayexpand.contract.secrets import masked, masked_output
 
 COMMANDS = (start, jobs, validate, fit, expand, judge, study, pages, cluster)  # each joins the app when it is imported
 
@@ -25,15 +26,16 @@ def main() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stopped)
-    try:
-        app()
-    except RayexpandError as error:
-        _fail(type(error).__name__, str(error), error.exit_code)
-    except Exception as error:
-        with tempfile.NamedTemporaryFile("w", prefix="rayexpand-", suffix=".txt", delete=False) as file:
-            file.write(traceback.format_exc())
-        _fail(type(error).__name__, f"{type(error).__name__}: {error}. This should have been a clear message and is a "
-              f"fault of rayexpand; the traceback is in {file.name}", EXIT_FAULT)
+    with masked_output(sys.stdout, sys.stderr):
+        try:
+            app()
+        except RayexpandError as error:
+            _fail(type(error).__name__, str(error), error.exit_code)
+        except Exception as error:
+            with tempfile.NamedTemporaryFile("w", prefix="rayexpand-", suffix=".txt", delete=False) as file:
+                file.write(masked(traceback.format_exc()))
+            _fail(type(error).__name__, f"{type(error).__name__}: {error}. This should have been a clear message and "
+                  f"is a fault of rayexpand; the traceback is in {file.name}", EXIT_FAULT)
 
 
 def _stopped(number: int, frame: Any) -> None:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rayexpand.contract.secrets import masked
+
 
 def show_json(value: Any) -> None:
     """One object on stdout, and nothing else."""
@@ -23,7 +25,7 @@ def show_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     for title in head:
         table.add_column(title, overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(masked(str(cell)) for cell in row))  # before a line is folded
     Console(soft_wrap=False, markup=False, highlight=False).print(table)
 
 

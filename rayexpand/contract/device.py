@@ -24,6 +24,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def absent_device(name: str) -> list[str]:
+    """Why a device is not here, in one line; none where it is."""
+    try:
+        choose_device(name)
+    except ModelError as error:
+        return [str(error)]
+    return []
+
+
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """`count` CPU threads inside: sums depend on their number."""

@@ -11,6 +11,7 @@
     ├── DigestMismatch              exit 4   the output belongs to another plan, configuration or model
     ├── Interrupted                 exit 75  stopped or starved; the same command continues
     │   └── EnvironmentFault        exit 75  disk full, storage refused, model gone, out of memory at batch 1
+    ├── ProgramFault                exit 70  a fault of this package, in another process
     └── RowFault                    (never leaves a shard) one row cannot become a sample; carries a Reason
 
 Only `cli/` turns these into messages and exit codes.
@@ -19,8 +20,11 @@ Only `cli/` turns these into messages and exit codes.
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Sequence
 from typing import Any
+
+from rayexpand.contract.secrets import masked
 
 EXIT_DONE = 0
 EXIT_FAILURE = 1
@@ -32,7 +36,12 @@ EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class RayexpandError(Exception):
+    """Its text holds no password or token."""
+
     exit_code = EXIT_FAILURE
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(masked(one) if isinstance(one, str) else one for one in args))
 
 
 class UsageError(RayexpandError):
@@ -43,9 +52,12 @@ class ConfigError(UsageError):
     """All mistakes of one configuration. `problems` holds one line each: `field: what, why, next step`."""
 
     def __init__(self, where: str, problems: list[str]) -> None:
-        self.where, self.problems = where, problems
+        self.where, self.problems = masked(where), [masked(one) for one in problems]
         count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
         super().__init__("\n  ".join([f"{where}: {count}", *problems]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.where, self.problems)  # as Ray sends it
 
 
 class SeedDataError(UsageError):
@@ -81,12 +93,23 @@ class EnvironmentFault(Interrupted):
     pass
 
 
+class ProgramFault(RayexpandError):
+    exit_code = EXIT_FAULT
+
+
 class RowFault(RayexpandError):
     """One row is refused. `reason` is a member of `schema.Reason`; `detail` is for people."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail = reason, masked(detail)
         super().__init__(f"{reason}: {detail}" if detail else str(reason))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.detail)
+
+
+_OF_THIS_PACKAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, NotImplementedError,
+                    RecursionError, TypeError)  # what code does wrong, not a disk, a device or a file
 
 
 def few(names: Sequence[str], most: int = 5) -> str:
@@ -96,14 +119,19 @@ def few(names: Sequence[str], most: int = 5) -> str:
 
 
 def packed(error: Exception, where: str = "") -> str:
-    """An error as one JSON line for another process, `where` added to its text. What is not of this package is a fault
-    of the place."""
+    """An error as one JSON line for another process, `where` added to its text. What is not raised on purpose is a
+    ProgramFault where code is at fault, else a fault of the place."""
     place = f" ({where})" if where else ""
     if isinstance(error, ConfigError):
         return json.dumps({"error": "ConfigError", "where": f"{error.where}{place}", "problems": error.problems})
+    if isinstance(error, _OF_THIS_PACKAGE):
+        lines = "".join(traceback.format_exception(error))
+        text = (f"{type(error).__name__}: {error}{place}. This should have been a clear message and is a fault of "
+                f"rayexpand:\n{lines}")
+        return json.dumps({"error": ProgramFault.__name__, "text": masked(text)})
     kind = type(error) if isinstance(error, RayexpandError) and not isinstance(error, RowFault) else EnvironmentFault
     text = str(error) if isinstance(error, kind) else f"{type(error).__name__}: {error}"
-    return json.dumps({"error": kind.__name__, "text": f"{text}{place}"})
+    return json.dumps({"error": kind.__name__, "text": masked(f"{text}{place}")})
 
 
 def unpacked(line: str | bytes) -> RayexpandError:

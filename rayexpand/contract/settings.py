@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
+    Field,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -27,6 +30,7 @@ log = logging.getLogger(__name__)
 
 
 MOST_VALUES = 1_000_000  # of one file
+DEVICES = r"auto|cpu|cuda(:[0-9]+)?"
 _MERGE = "tag:yaml.org,2002:merge"  # the key <<
 
 
@@ -36,6 +40,15 @@ class Later:
     written, so that no digest of an older configuration changes."""
 
     before: Any
+
+
+def _known_device(value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(DEVICES, value):
+        raise ValueError(f"device {value!r} is unknown; choose auto, cpu, cuda or cuda:N")
+    return value
+
+
+Device = Annotated[str, BeforeValidator(_known_device), Field(json_schema_extra={"pattern": f"^({DEVICES})$"})]
 
 
 class Section(BaseModel):
@@ -91,10 +104,14 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ConfigError(str(path), ["is nested too deeply; a job file has a handful of levels"]) from error
     if not isinstance(raw, dict):
         raise ConfigError(str(path), ["holds no mapping at its top; expected sections such as name, data, method"])
-    if _size(raw, {}) > MOST_VALUES:
-        raise ConfigError(str(path), [f"expands to more than {MOST_VALUES:,} values through its aliases (&, *); write "
-                                      "out what you need"])
+    _refuse_bomb(raw, str(path))
     return override(_written_out(raw), overrides)
+
+
+def _refuse_bomb(value: Any, where: str) -> None:
+    if _size(value, {}) > MOST_VALUES:
+        raise ConfigError(where, [f"expands to more than {MOST_VALUES:,} values through its aliases (&, *); write out "
+                                  "what you need"])
 
 
 def _size(value: Any, known: dict[int, int]) -> int:
@@ -157,8 +174,9 @@ def _apply(raw: dict[str, Any], one: str) -> None:
         raise ConfigError("--set", [f"{one!r}: expected a.b=value, for example --set method.strength=0.7"])
     try:
         found = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise ConfigError("--set", [f"{dotted}: the value is not YAML ({error})"]) from error
+    _refuse_bomb(found, "--set")
     put(raw, dotted, found)
 
 

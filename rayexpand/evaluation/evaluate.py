@@ -22,6 +22,7 @@ from rayexpand import __version__
 from rayexpand.contract.errors import ConfigError, RowFault, UsageError
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import ClassTable, Receipt, SeedIndex
+from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import Section, mistakes, read
 from rayexpand.data import seeds
 from rayexpand.data.pixels import PILLOW_PIXELS
@@ -95,7 +96,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> EvaluateConfig:
 
 def parse(raw: Mapping[str, Any], where: str = "configuration") -> EvaluateConfig:
     """Configuration of a mapping, with the run's guide as extractor where none is named. Raises ConfigError."""
-    problems: list[str] = []
+    if problems := secret_problems(raw):
+        raise ConfigError(where, problems)
     config, run = None, None
     try:
         config = EvaluateConfig(**{str(key): value for key, value in raw.items()})

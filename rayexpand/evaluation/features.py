@@ -20,9 +20,9 @@ from pydantic import Field
 from rayexpand.contract.errors import ModelError, RowFault
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.rng import RowRng
-from rayexpand.contract.settings import Section
+from rayexpand.contract.settings import Device, Section
 from rayexpand.data.pixels import PILLOW_PIXELS, decode, prepare
-from rayexpand.models.folders import DIGITS, HUB_NAME, PICKLES, ModelFiles, folder_hash, loaded_files
+from rayexpand.models.folders import DIGITS, HUB_NAME, PICKLES, ModelFiles, folder_hash, loaded_files, unreadable
 from rayexpand.models.guide_files import present_guide
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class ExtractorConfig(Section):
                               "model name with a checkpoint; null: the guide the run is configured with")
     timm: str | None = Field(None, description="a timm model name with a checkpoint, instead of a guide")
     checkpoint: str | None = Field(None, description="safetensors file of a model name")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
 
 
 class Extractor:
@@ -203,13 +203,14 @@ def _timm(config: ExtractorConfig) -> Extractor:
     from safetensors.torch import load_file
     from timm.data import resolve_model_data_config
 
+    from rayexpand.classifier.backbones import fitted
     from rayexpand.contract.device import choose_device
 
     (path,) = model_files(config).values()
     where = choose_device(config.device)
     try:
         model = timm.create_model(str(config.timm), pretrained=False, num_classes=0)
-        missing, extra = model.load_state_dict(load_file(path), strict=False)
+        missing, extra = model.load_state_dict(fitted(load_file(path), model), strict=False)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"extractor.checkpoint: {path} cannot be loaded into {config.timm}: {error}") from error
     head = model.pretrained_cfg.get("classifier") or "fc"
@@ -234,4 +235,6 @@ def _checkpoint_problems(checkpoint: str | None, model: str) -> list[str]:
     if path.suffix in PICKLES or path.suffix != ".safetensors":
         return [f"checkpoint: {checkpoint} is not a safetensors file; pickles can run code when opened and are not "
                 "read: convert it with safetensors.torch.save_file"]
-    return [] if path.is_file() else [f"checkpoint: {checkpoint} does not exist; give the path of a safetensors file"]
+    if not path.is_file():
+        return [f"checkpoint: {checkpoint} does not exist; give the path of a safetensors file"]
+    return [f"checkpoint: {line}" for line in unreadable(path)]

@@ -30,7 +30,8 @@ from rayexpand.contract.errors import ConfigError, DigestMismatch, UsageError
 from rayexpand.contract.prompts import Template, format_prompt
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import Receipt
-from rayexpand.contract.settings import Section, differences, mistakes, read
+from rayexpand.contract.secrets import secret_problems
+from rayexpand.contract.settings import Device, Section, differences, mistakes, read
 from rayexpand.evaluation import select_scores as by_guide
 from rayexpand.evaluation.select_rules import (
     ANCHOR,
@@ -72,7 +73,7 @@ class SelectConfig(Section):
         description="the two captions of clip_contrast (Diff-Mix)")
     batch: int = Field(64, ge=1, description="images of one guide call; scores may depend on it in the last digit")
     seed: int = Field(0, ge=0, description="keys random choices and the order of equal scores")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
     runtime: RuntimeConfig = RuntimeConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -85,6 +86,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> SelectConfig:
 def parse(raw: Mapping[str, Any], where: str = "configuration") -> SelectConfig:
     """Configuration of a mapping. Raises ConfigError with every mistake."""
     rule, problems = _rule(raw.get("rule"))
+    problems += secret_problems(raw)
     config: SelectConfig | None = None
     try:
         config = SelectConfig(**{**{str(key): value for key, value in raw.items()}, "rule": rule or _NOTHING})

@@ -32,7 +32,7 @@ from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import Section
 from rayexpand.data import seeds
 from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
-from rayexpand.models.folders import PICKLES, folder_hash, quiet_libraries
+from rayexpand.models.folders import flat_weight_problems, folder_hash, quiet_libraries
 
 VERSION = 1  # raised when the code below makes other captions of the same configuration
 SHOWN = 20  # seeds named in artifact.json
@@ -186,11 +186,7 @@ def check_captioner(folder: str) -> list[str]:
     if not problems and (kind := _kind(path)) not in KINDS:
         problems.append(f"{path}: config.json describes a model of kind {kind!r}; captions are written by "
                         f"{' or '.join(KINDS)}")
-    if not list(path.glob("*.safetensors")):
-        pickles = sorted(one.name for one in path.iterdir() if one.suffix in PICKLES)
-        problems.append(f"{path}: " + (f"{pickles[0]} is a pickle, which can run code when opened; save it again with "
-                                       "safe_serialization=True" if pickles else "*.safetensors is missing"))
-    return problems
+    return problems + flat_weight_problems(path)
 
 
 def _kind(folder: Path) -> str:

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError, create_model, field_validator
 
 from rayexpand.contract.errors import ConfigError, UsageError
+from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import Section, mistakes, read
 from rayexpand.data import seeds
 from rayexpand.fitting.adapter.config import AdapterFit, BaseConfig
@@ -116,7 +117,7 @@ def preflight(config: FitConfig, *, device_here: bool = True, on_ray: bool = Tru
     `device_here`: something is computed in this process, so its device must be here too; `on_ray`: it may also be
     spread over workers.
     """
-    problems = seeds.check(config.data)
+    problems = secret_problems(config.model_dump(mode="json")) or seeds.check(config.data)
     wanted = [(maker, section) for maker in MAKERS if (section := getattr(config.fit, maker.kind)) is not None]
     if not wanted:
         problems.append("fit: names nothing to make; write guide: {kind: classifier}, prototypes: {groups: 3}, or both")
@@ -130,10 +131,9 @@ def preflight(config: FitConfig, *, device_here: bool = True, on_ray: bool = Tru
     if is_url(config.out):
         problems.append(f"out: {config.out} is an object store; artifacts are read as files, so give a folder")
     if device_here and config.device.startswith("cuda"):
-        import torch
+        from rayexpand.contract.device import absent_device
 
-        if not torch.cuda.is_available():
-            problems.append(f"device: {config.device} asked for, but torch sees no CUDA device here; use auto or cpu")
+        problems += [f"device: {one}" for one in absent_device(config.device)]
     return problems
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import ClassTable, SeedIndex
-from rayexpand.contract.settings import Section
+from rayexpand.contract.settings import Device, Section
 from rayexpand.data.seeds import DataConfig
 from rayexpand.diffusion.prototypes import ClassPrototypes
 from rayexpand.fitting.adapter.config import BaseConfig
@@ -40,7 +40,7 @@ class FitBase(Section):
     guide: GuideConfig = GuideConfig()
     prior: BaseConfig = BaseConfig()
     fit: Any
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
     runtime: RuntimeConfig = RuntimeConfig()
     cluster: ClusterConfig = ClusterConfig()
 

@@ -30,7 +30,7 @@ from rayexpand.contract.schema import ClassTable
 from rayexpand.contract.settings import Section
 from rayexpand.fitting.maker import FitBase, Maker, World
 from rayexpand.methods.lecf import FILE
-from rayexpand.models.folders import PICKLES, folder_hash, quiet_libraries
+from rayexpand.models.folders import flat_weight_problems, folder_hash, quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -60,11 +60,7 @@ def check_generator(folder: str) -> list[str]:
                 "beforehand: nothing is downloaded"]
     problems = [f"{path}: {name} is missing" for name in ("config.json", "tokenizer.json")
                 if not (path / name).is_file()]
-    if not list(path.glob("*.safetensors")):
-        pickles = sorted(one.name for one in path.iterdir() if one.suffix in PICKLES)
-        problems.append(f"{path}: " + (f"{pickles[0]} is a pickle, which can run code when opened; save it again with "
-                                       "safe_serialization=True" if pickles else "*.safetensors is missing"))
-    return problems
+    return problems + flat_weight_problems(path)
 
 
 def write_prompts(made: PromptsFit, classes: ClassTable, seed: int, device: str, folder: Path,

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from rayexpand.contract.errors import ModelError
 DIGITS = "digits"
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 CONFIGS = ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in WEIGHTS))
+VARIANTS = (None, "fp16", "bf16")  # the first that is there is loaded
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_FOLDERS = ("models", "model", "weights", "checkpoints", "artifacts", "data", "runs", "out")
 HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -75,19 +78,42 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def weight_files(folder: Path, part: str) -> tuple[str | None, list[str]]:
-    """(variant, relative names) of the safetensors of one component; no names where there are none.
+    """(variant, relative names) of the safetensors of one component; no names where there are none. Raises ModelError.
 
-    A full-precision file wins; a folder that holds half precision only is loaded as diffusers' variant `fp16`.
+    A full-precision file wins; a folder that holds half precision only is loaded as diffusers' variant `fp16` or
+    `bf16`.
     """
-    for variant in (None, "fp16"):
+    for variant in VARIANTS:
         stem = f"{part}/{WEIGHTS[part]}" + (f".{variant}" if variant else "")
         if (folder / f"{stem}.safetensors").is_file():
             return variant, [f"{stem}.safetensors"]
         index = f"{part}/{WEIGHTS[part]}.safetensors.index" + (f".{variant}" if variant else "") + ".json"
         if (folder / index).is_file():
-            shards = set(read_json(folder / index)["weight_map"].values())
-            return variant, [index, *sorted(f"{part}/{shard}" for shard in shards)]
+            return variant, [index, *sorted(f"{part}/{shard}" for shard in set(shard_of(folder / index).values()))]
     return None, []
+
+
+def shard_of(index: Path) -> dict[str, str]:
+    """File of each tensor, as the index of a sharded component says. Raises ModelError."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(one, str) and "/" not in one for one in found.values()):
+        raise ModelError(f"{index} has no weight_map that names a file of its folder for each tensor; fetch or save "
+                         "the model again")
+    return found
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a safetensors file, by its header; what the header says is there must be there. Raises
+    ModelError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), "np") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        size = f", {file.stat().st_size:,} bytes" if file.is_file() else ""
+        raise ModelError(f"{file} cannot be read: it is cut off, damaged or no safetensors file ({error}{size}); fetch "
+                         "or save it again") from error
 
 
 def loaded_files(folder: Path) -> list[str]:
@@ -99,19 +125,58 @@ def loaded_files(folder: Path) -> list[str]:
     return [*CONFIGS, *tokenizer, *(name for part in WEIGHTS for name in weight_files(folder, part)[1])]
 
 
+def unreadable(file: Path) -> list[str]:
+    """Why a safetensors file is none, or not whole, in one line; none where it is."""
+    try:
+        tensor_shapes(file)
+    except ModelError as error:
+        return [str(error)]
+    return []
+
+
+def flat_weight_problems(folder: Path) -> list[str]:
+    """What is wrong with the weights of a transformers model, which lie right in its folder, one line each."""
+    if files := sorted(folder.glob("*.safetensors")):
+        return [line for file in files for line in unreadable(file)]
+    pickles = sorted(one.name for one in folder.iterdir() if one.suffix in PICKLES)
+    return [f"{folder}: " + (f"{pickles[0]} is a pickle, which can run code when opened; save it again with "
+                             "safe_serialization=True" if pickles else "*.safetensors is missing")]
+
+
 def incomplete_message(folder: Path, problems: Sequence[str]) -> str:
-    head = f"{folder} is not a complete folder in diffusers' StableDiffusionPipeline layout:"
+    head = f"{folder} cannot be used as a folder in diffusers' StableDiffusionPipeline layout:"
     return "\n  ".join([head, *problems])
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON ({error}); fetch or save the model again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} does not hold a JSON object; fetch or save the model again")
     return value
+
+
+def is_path(weights: str) -> bool:
+    """Whether what looks like org/name begins as a path does: no organisation of the hub is called `models`."""
+    return weights.partition("/")[0] in _FOLDERS
+
+
+def no_folder(weights: str, choices: str) -> ModelError:
+    """The error of a model that is named by neither a folder that is there nor `org/name@revision`."""
+    if found := re.match(r"(?P<scheme>\w+)://(?:(?:www\.)?huggingface\.co/|hf\.co/)?(?P<rest>.*)", weights):
+        repo = re.match(r"([\w.-]+/[\w.-]+)(?:/(?:tree|resolve|blob)/([\w.-]+))?", found["rest"])
+        on_hub = repo is not None and (found["scheme"] == "hf" or "huggingface.co/" in weights or "hf.co/" in weights)
+        name = f"{repo[1]}@{repo[2]}" if on_hub and repo and repo[2] else repo[1] if repo else ""
+        what = f"write {name}" if on_hub else "copy the model into a folder, or name it as org/name@revision"
+        return ModelError(f"'{weights}' is a URL, and models are read from folders and from the Hugging Face hub; "
+                          f"{what}")
+    path = Path(weights).expanduser()
+    here = path.parent if path.parent.is_dir() else None
+    near = get_close_matches(path.name, [one.name for one in here.iterdir() if one.is_dir()], 1) if here else []
+    hint = f"did you mean {path.parent / near[0]}? " if near else ""
+    return ModelError(f"there is no folder {path} (seen from {Path.cwd()}); {hint}Give {choices}, or org/name@revision")
 
 
 def hub_snapshot(weights: str, patterns: Sequence[str], complete: Callable[[Path], list[str]]) -> Path:
@@ -135,6 +200,8 @@ def hub_snapshot(weights: str, patterns: Sequence[str], complete: Callable[[Path
         raise ModelError(f"{weights} asks for a licence to be accepted: open its page on the hub, accept, then run "
                          "`hf auth login`") from error
     except (OSError, ValueError) as error:
+        if is_path(repo) or Path(repo).parent.is_dir():
+            raise no_folder(weights, "a folder") from error
         raise ModelError(f"{weights} is neither a folder here nor in the local Hugging Face cache, and it cannot be "
                          f"downloaded ({type(error).__name__}). {_fetch_elsewhere(repo, revision)}") from error
     if problems := complete(folder):  # offline, the hub client hands out what it has

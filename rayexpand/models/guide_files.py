@@ -24,7 +24,18 @@ from rayexpand.artifacts.store import MAKING_OF
 from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import ModelError
 from rayexpand.contract.protocols import Progress
-from rayexpand.models.folders import DIGITS, HUB_NAME, PICKLES, cache_root, hub_snapshot
+from rayexpand.models.folders import (
+    DIGITS,
+    HUB_NAME,
+    PICKLES,
+    cache_root,
+    hub_snapshot,
+    is_path,
+    no_folder,
+    read_json,
+    tensor_shapes,
+    unreadable,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -70,12 +81,67 @@ def check_guide(weights: str, checkpoint: str | None) -> list[str]:
     if folder is not None or weights == DIGITS or HUB_NAME.fullmatch(weights):
         problems = [] if checkpoint is None else [f"{weights} brings its own weights, so guide.checkpoint has no "
                                                   "effect; take it out"]
-        return problems + ([f"{folder}: {problem}" for problem in _folder_problems(folder)] if folder else [])
+        if folder is None:
+            return problems + ([str(no_folder(weights, "a folder"))] if is_path(weights) else [])
+        problems += [f"{folder}: {problem}" for problem in _folder_problems(folder)]
+        return problems if problems or weights == DIGITS else _architecture_problems(folder)
     try:
-        checkpoint_file(weights, checkpoint)
+        file = checkpoint_file(weights, checkpoint)
+        check_architecture(weights, file)
     except ModelError as error:
         return [str(error)]
     return []
+
+
+def _architecture_problems(folder: Path) -> list[str]:
+    if kind_of(folder) == CLASSIFIER:
+        return []  # loading compares it with its recipe
+    try:
+        check_architecture(folder, _clip_weights(folder)[0])
+    except ModelError as error:
+        return [str(error)]
+    return []
+
+
+def check_architecture(model: str | Path, file: Path) -> None:
+    """Raises ModelError with names and shapes where a safetensors file is not of an open_clip architecture, or of that
+    of a folder. No weight is read: the architecture is built without memory. Towers of timm and transformers, and CoCa,
+    are compared when they are loaded."""
+    import open_clip
+    import torch
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    name = str(model) if isinstance(model, str) else _CLIP
+    config = open_clip.get_model_config(model) if isinstance(model, str) else json.loads(
+        (model / _CLIP).read_text(encoding="utf-8"))["model_cfg"]
+    shapes = {one.removeprefix("module."): shape for one, shape in tensor_shapes(file).items()}
+    other_towers = {"timm_model_name", "hf_model_name"} & {*config.get("vision_cfg", {}), *config.get("text_cfg", {})}
+    if other_towers or "multimodal_cfg" in config:
+        return
+    fields = {key: one for key, one in config.items() if key != "custom_text"}
+    kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
+    try:
+        with torch.device("meta"):
+            built: Any = kind(**fields)
+            there = convert_state_dict(built, {one: torch.empty(shape) for one, shape in shapes.items()})
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{name} cannot be built as open_clip's configuration ({type(error).__name__}: {error})"
+                         ) from error
+    if "positional_embedding" in there and not hasattr(built, "positional_embedding"):
+        there = convert_to_custom_text_state_dict(there)
+    differ = []
+    for one, tensor in built.state_dict().items():
+        if one.endswith(("positional_embedding", "logit_scale", "logit_bias")):
+            continue  # open_clip fits these to the model
+        if one not in there:
+            differ.append(f"{one} is not there")
+        elif there[one].shape != tensor.shape:
+            differ.append(f"{one} is {list(there[one].shape)} there and {list(tensor.shape)} in {name}")
+    if differ:
+        more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
+        raise ModelError(f"{file} is of another architecture than {name}: {'; '.join(differ[:4])}{more}. Name the "
+                         "architecture that it was saved from")
 
 
 def guide_classes(folder: Path) -> tuple[str, ...] | None:
@@ -134,6 +200,8 @@ def checkpoint_file(model: str, checkpoint: str | None) -> Path:
     """The safetensors file of an open_clip architecture. Raises ModelError."""
     import open_clip
 
+    if "://" in model:
+        raise no_folder(model, "a folder")
     if model not in open_clip.list_models():
         raise ModelError(f"guide '{model}' is neither a folder here nor an open_clip architecture; give 'digits', a "
                          "folder that `rayexpand fit` made or with open_clip_config.json, org/name@revision, or a name "
@@ -183,6 +251,11 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 def _folder_problems(folder: Path) -> list[str]:
     """What keeps a folder from being a guide, one line each."""
+    try:
+        if other := _other_kind(folder):
+            return [other]
+    except ModelError as error:
+        return [str(error)]
     if (folder / _ABOUT).is_file():
         try:
             kind = kind_of(folder)
@@ -190,13 +263,34 @@ def _folder_problems(folder: Path) -> list[str]:
             return [str(error)]
         wanted = [CLASSIFIER_WEIGHTS] if kind == CLASSIFIER else [HEAD_WEIGHTS]
         missing = [f"{name} is missing" for name in wanted if not (folder / name).is_file()]
+        missing += [line for name in wanted if (folder / name).is_file() for line in unreadable(folder / name)]
         return missing + ([] if kind == CLASSIFIER else _clip_problems(folder))
     return _clip_problems(folder)
 
 
+def _clip_weights(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.safetensors") if file.name != HEAD_WEIGHTS)
+
+
+def _other_kind(folder: Path) -> str:
+    """What a folder is that is no guide at all, "" for one that may be."""
+    if (folder / _CLIP).is_file() or (folder / _ABOUT).is_file():
+        return ""
+    if (folder / "model_index.json").is_file():
+        return "is a generator, not a guide; name it in prior.weights"
+    if (folder / "config.json").is_file():
+        kind = read_json(folder / "config.json").get("model_type", "of no type")
+        if kind == "clip":
+            return ("is CLIP in transformers' layout; guides are read in open_clip's layout: name such a model of the "
+                    f"hub (those of laion have {_CLIP}), or an open_clip architecture with a checkpoint")
+        return f"is a transformers model ({kind}), not a guide; give a folder in open_clip's layout"
+    return "" if any(folder.iterdir()) else ("is empty; give a folder in open_clip's layout, or that `rayexpand fit` "
+                                             "made")
+
+
 def _clip_problems(folder: Path) -> list[str]:
     problems = [] if (folder / _CLIP).is_file() else [f"{_CLIP} is missing"]
-    files = sorted(file for file in folder.glob("*.safetensors") if file.name != HEAD_WEIGHTS)
+    files = _clip_weights(folder)
     if not files:
         pickles = sorted(f.name for f in folder.glob("*") if f.suffix in PICKLES)
         problems.append(f"{pickles[0]} is a pickle, which can run code when opened; convert it to "
@@ -206,8 +300,6 @@ def _clip_problems(folder: Path) -> list[str]:
 
 def _text_problems(folder: Path, weights: Path) -> list[str]:
     """Whether there is a text tower, and whether tokenizer, configuration and weights of it belong together."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         text = json.loads((folder / _CLIP).read_text(encoding="utf-8"))["model_cfg"].get("text_cfg")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -219,12 +311,11 @@ def _text_problems(folder: Path, weights: Path) -> list[str]:
         problems.append("tokenizer.json is missing, and model_cfg.text_cfg.hf_tokenizer_name says the text tower has a "
                         "tokenizer of its own")
     try:
-        with safe_open(str(weights), "np") as file:
-            tables = [name for name in file.keys() if name.endswith("token_embedding.weight")]  # noqa: SIM118
-            rows = file.get_slice(tables[0]).get_shape()[0] if tables else None
-            is_known = bool(text.get("hf_model_name")) or any(name.startswith("text.") for name in file.keys())  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        return [*problems, f"{weights.name} cannot be read: {error}"]
+        shapes = tensor_shapes(weights)
+    except ModelError as error:
+        return [*problems, str(error)]
+    rows = next((shape[0] for name, shape in shapes.items() if name.endswith("token_embedding.weight")), None)
+    is_known = bool(text.get("hf_model_name")) or any(name.startswith("text.") for name in shapes)
     if rows is None and not is_known:
         return [*problems, f"{weights.name} holds no text tower (no token_embedding.weight)"]
     if rows is not None and (words := _vocabulary(folder, text)) > rows:

@@ -26,6 +26,7 @@ from rayexpand.models.guide_files import (
     CLIP_HEAD,
     HEAD_WEIGHTS,
     about_guide,
+    check_architecture,
     checkpoint_file,
     class_problem,
     guide_folder,
@@ -168,13 +169,16 @@ class ClipGuide(ImageGuide):
             raise ModelError(f"guide {folder_or_model} has no classes to tell apart; give at least one class prompt")
         where = choose_device(device)
         folder = guide_folder(folder_or_model)
-        name, file = (f"local-dir:{folder}", None) if folder else (
-            folder_or_model, str(checkpoint_file(folder_or_model, checkpoint)))
+        name, file = f"local-dir:{folder}", None
+        if folder is None:
+            path = checkpoint_file(folder_or_model, checkpoint)
+            check_architecture(folder_or_model, path)
+            name, file = folder_or_model, str(path)
         try:
             with quiet_libraries():
                 model = open_clip.create_model(name, pretrained=file, require_pretrained=True)
                 return cls(model, open_clip.get_tokenizer(name), class_prompts, where)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError, SafetensorError) as error:
             raise ModelError(f"guide {folder_or_model} cannot be loaded: {error}. Fetch or save it again with "
                              "open_clip") from error
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = ("auto", "sdpa", "eager")
 CACHED_TEXTS = 1024  # 0.12 GB of hidden states at Stable Diffusion 1.5 in bfloat16
-
-log = logging.getLogger(__name__)
 
 _LORA_NAME = "fitted"
 _UNLOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
@@ -230,8 +227,6 @@ class StableDiffusionPrior:
             return self._texts[text]
         longest = self.tokenizer.model_max_length
         tokens = self.tokenizer(text, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
-        if len(self.tokenizer(text).input_ids) > longest:
-            log.warning("only the first %d tokens of this prompt are read: %r", longest, text)
         masked = getattr(self.text_encoder.config, "use_attention_mask", False)
         with torch.no_grad():
             hidden = self.text_encoder(tokens.input_ids.to(self.device), return_dict=True,

@@ -8,12 +8,13 @@ that comes with weights is ever run. Nothing here imports torch before a model i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayexpand.contract.errors import ModelError
 from rayexpand.contract.protocols import Progress
+from rayexpand.diffusion.sampling import DEFAULT_SPACING, steps_run
 from rayexpand.models.folders import (
     CONFIGS,
     DIGITS,
@@ -25,33 +26,15 @@ from rayexpand.models.folders import (
     folder_hash,
     folder_model,
     hub_snapshot,
-    incomplete_message,
-    read_json,
-    weight_files,
+    no_folder,
 )
+from rayexpand.models.prior_files import CONVERT, PriorFacts, inspect_folder, missing_configs, missing_files, unusable
 
 if TYPE_CHECKING:
     from rayexpand.models.latent import StableDiffusionPrior
 
-CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-PREDICTION_TYPES = ("epsilon", "v_prediction")
-
 _HUB_FILES = (*CONFIGS, "tokenizer/*.json", "tokenizer/*.txt", "*/*.safetensors.index.json",
               *(f"{part}/{stem}{end}.safetensors" for part, stem in WEIGHTS.items() for end in ("", "-*-of-*")))
-_CONVERT = "load it once in diffusers where you trust it and call save_pretrained(folder, safe_serialization=True)"
-
-
-@dataclass(frozen=True, slots=True)
-class PriorFacts:
-    """What configuration files say about a generator. Sizes in pixels of the image."""
-
-    weights: str  # as given, with the commit hash in place of a branch or tag
-    image_size: int  # side the generator was trained at
-    vae_factor: int  # image pixels per latent pixel, along one side
-    unet_factor: int  # by which the UNet halves the latent, along one side
-    latent_channels: int
-    prediction_type: str  # "epsilon" or "v_prediction"
-    train_timesteps: int
 
 
 DIGITS_FACTS = PriorFacts(weights=DIGITS, image_size=16, vae_factor=2, unet_factor=2, latent_channels=4,
@@ -67,7 +50,7 @@ def load_prior(weights: str, *, dtype: str = "auto", device: str = "auto", atten
     for the UNet and pays on a GPU only. Raises ModelError.
     """
     folder = resolve(weights)
-    _inspect(folder, weights)
+    inspect_folder(folder, weights)
     from rayexpand.models.latent import StableDiffusionPrior
 
     return StableDiffusionPrior.load(folder, dtype=dtype, device=device, attention=attention,
@@ -80,10 +63,8 @@ def inspect_prior(weights: str) -> PriorFacts:
         return DIGITS_FACTS
     folder = _local_folder(weights)
     if folder is None:
-        return _inspect(hub_snapshot(weights, CONFIGS, complete=_missing_configs), weights)
-    if problems := _missing_files(folder):
-        raise ModelError(incomplete_message(folder, problems))
-    return _inspect(folder, weights)
+        return inspect_folder(hub_snapshot(weights, CONFIGS, complete=missing_configs), weights)
+    return inspect_folder(folder, weights, missing_files(folder))
 
 
 def check_size(facts: PriorFacts, size: int) -> None:
@@ -95,6 +76,61 @@ def check_size(facts: PriorFacts, size: int) -> None:
         raise ModelError(f"an image of {size} px does not fit {facts.weights}: its autoencoder shrinks by "
                          f"{facts.vae_factor} and its UNet by {facts.unet_factor}, so the side must be a multiple of "
                          f"{unit}; set image.size to {near} (trained at {facts.image_size})")
+
+
+def sampling_problems(facts: PriorFacts, method: Any) -> list[str]:
+    """Where a method would not sample a generator as its own files say, or from a grid that begins without noise, one
+    line each. What a method does not say (solver, spacing, strength) is ddim, the default of the solver, and 1."""
+    problems = []
+    steps, scale = getattr(method, "steps", None), getattr(method, "guidance_scale", None)
+    if steps is None:
+        return []  # it runs no solver
+    if facts.few_step:
+        problems.append(f"prior.weights: {facts.weights} was distilled to few steps: {facts.few_step}, which no method "
+                        "here follows. Use the model it was distilled from")
+    if facts.ends_in_noise:
+        problems.append(f"prior.weights: {facts.weights} leaves no signal at the last timestep "
+                        "(rescale_betas_zero_snr, or betas that reach 1), where a noise prediction has no clean image; "
+                        "use weights trained without it")
+    said = getattr(method, "spacing", None)
+    spacing = said or DEFAULT_SPACING[getattr(method, "solver", "ddim")]
+    if said is None and facts.spacing == "trailing" != spacing:
+        remedy = ("set method.spacing: trailing (and for a model distilled to few steps, such as Turbo, "
+                  "method.guidance_scale: 1), or the spacing that you mean" if hasattr(method, "spacing")
+                  else f"{method.name} has no other grid, so use another model")
+        problems.append(f"prior.weights: the scheduler of {facts.weights} has timestep_spacing trailing, and "
+                        f"{method.name} would sample on the {spacing} grid; {remedy}")
+    if facts.turbo and scale not in (None, 1):
+        problems.append(f"method.guidance_scale: {facts.weights} was distilled without guidance, so set "
+                        f"method.guidance_scale: 1 instead of {scale:g}")
+    return problems + (_grid_problems(facts, method, steps) if spacing == "leading" else [])
+
+
+def _grid_problems(facts: PriorFacts, method: Any, steps: int) -> list[str]:
+    """Whether the leading grid, whose steps begin at the low end of each stretch, begins with noise."""
+    from_noise = "real_gen" in (variant := str(getattr(method, "variant", ""))) or "diff_gen" in variant
+    strengths = getattr(method, "strengths", None) or [getattr(method, "strength", None)]
+    least = min((one for one in strengths if one is not None), default=None)
+    run = steps if from_noise or least is None else steps_run(least, steps)
+    first = (run - 1) * (facts.train_timesteps // steps) + facts.steps_offset
+    grid = f"method.steps: {run} of {steps} steps on the leading grid begin at timestep {first} of " \
+           f"{facts.train_timesteps}"
+    remedy = "Raise method.steps" + (", or set method.spacing: trailing" if hasattr(method, "spacing") else "")
+    if run < steps or (least is not None and not from_noise):
+        return [f"{grid}, where almost no noise is added to an image, whatever its strength ({least:g}). {remedy}"
+                ] if run == 1 else []
+    return [f"{grid}, where images are expected to be there already, but samples begin as pure noise. {remedy}"
+            ] if first <= facts.train_timesteps / 2 + 1 else []
+
+
+def prior_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a generator's folder, without loading the generator. Raises ModelError."""
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder}/tokenizer cannot be loaded: {error}. Fetch or save the model again") from error
 
 
 def prior_model(weights: str) -> ModelFiles:
@@ -116,9 +152,9 @@ def resolve(weights: str, progress: Progress | None = None) -> Path:
         return digits.ensure(progress) / "pipeline"
     folder = _local_folder(weights)
     if folder is None:
-        return hub_snapshot(weights, _HUB_FILES, complete=_missing_files)
-    if problems := _missing_files(folder):
-        raise ModelError(incomplete_message(folder, problems))
+        return hub_snapshot(weights, _HUB_FILES, complete=missing_files)
+    if problems := missing_files(folder):
+        raise unusable(folder, problems)
     return folder
 
 
@@ -144,64 +180,7 @@ def _local_folder(weights: str) -> Path | None:
     if path.is_file():
         kind = "a pickle, which can run code when opened" if path.suffix in PICKLES else "a single file"
         raise ModelError(f"{path} is {kind}; a folder in diffusers' StableDiffusionPipeline layout is "
-                         f"needed: {_CONVERT}")
+                         f"needed: {CONVERT}")
     if HUB_NAME.fullmatch(weights):
         return None
-    raise ModelError(f"there is no folder {path}; give 'digits' (the embedded default), a folder in diffusers' "
-                     "StableDiffusionPipeline layout, or org/name@revision")
-
-
-def _missing_configs(folder: Path) -> list[str]:
-    return [f"{name} is missing" for name in CONFIGS if not (folder / name).is_file()]
-
-
-def _missing_files(folder: Path) -> list[str]:
-    """What keeps a folder from being loaded, one line per file."""
-    problems = _missing_configs(folder)
-    tokenizer = folder / "tokenizer"
-    if not (tokenizer / "tokenizer.json").is_file() and not all(
-            (tokenizer / name).is_file() for name in ("vocab.json", "merges.txt")):
-        problems.append("tokenizer/tokenizer.json (or vocab.json and merges.txt) is missing")
-    for part, stem in WEIGHTS.items():
-        names = weight_files(folder, part)[1]
-        pickles = sorted(f.name for f in (folder / part).glob("*") if f.suffix in PICKLES)
-        if not names and pickles:
-            problems.append(f"{part}/{pickles[0]} is a pickle, which can run code when opened, and there is no "
-                            f"{part}/{stem}.safetensors: {_CONVERT}")
-        elif not names:
-            problems.append(f"{part}/{stem}.safetensors is missing")
-        problems += [f"{name} is missing" for name in names if not (folder / name).is_file()]
-    return problems
-
-
-def _inspect(folder: Path, weights: str) -> PriorFacts:
-    """Facts of a complete folder. Raises ModelError for another kind of pipeline."""
-    index = read_json(folder / "model_index.json")
-    found = {part: (index.get(part) or [None, None])[1] for part in CLASSES}
-    if found != CLASSES or index.get("text_encoder_2"):
-        raise ModelError(f"{folder} is a {index.get('_class_name')} with "
-                         f"{', '.join(f'{part} {name}' for part, name in found.items())}; only Stable Diffusion 1.x "
-                         f"and 2.x are supported ({', '.join(CLASSES.values())}, one text encoder)")
-    unet, vae = read_json(folder / "unet/config.json"), read_json(folder / "vae/config.json")
-    noise = read_json(folder / "scheduler/scheduler_config.json")
-    prediction = noise.get("prediction_type", "epsilon")
-    if prediction not in PREDICTION_TYPES:
-        raise ModelError(f"{folder}/scheduler/scheduler_config.json: prediction_type '{prediction}' is not supported; "
-                         f"use a model that predicts one of {', '.join(PREDICTION_TYPES)}")
-    channels = vae.get("latent_channels", 4)
-    if unet.get("in_channels", 4) != channels:
-        raise ModelError(f"{folder}: the UNet takes {unet['in_channels']} channels but the autoencoder makes "
-                         f"{channels}; inpainting and image-editing variants need inputs we do not have, use the base "
-                         "model")
-    vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    revision = f"{weights.split('@')[0]}@{folder.name}" if folder.parent.name == "snapshots" else weights
-    return PriorFacts(weights=revision, image_size=_trained_size(unet, vae, vae_factor), vae_factor=vae_factor,
-                      unet_factor=2 ** (len(unet["block_out_channels"]) - 1), latent_channels=channels,
-                      prediction_type=prediction, train_timesteps=noise.get("num_train_timesteps", 1000))
-
-
-def _trained_size(unet: dict[str, Any], vae: dict[str, Any], vae_factor: int) -> int:
-    side = unet.get("sample_size")
-    if side is None:
-        return int(vae.get("sample_size", 512))
-    return int(max(side) if isinstance(side, list) else side) * vae_factor
+    raise no_folder(weights, "'digits' (the embedded default), a folder in diffusers' StableDiffusionPipeline layout")

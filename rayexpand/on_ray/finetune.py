@@ -172,10 +172,9 @@ def _work_on(config: dict[str, Any]) -> None:
         return
     try:
         _train(job, config["server"], config["gpus"])
-    except Interrupted:
-        raise
-    except RayexpandError as error:
-        _replace(folder / REFUSED, packed(error))
+    except Exception as error:
+        if not isinstance(unpacked(said := packed(error)), Interrupted):
+            _replace(folder / REFUSED, said)
         raise
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import ray
 
-from rayexpand.contract.errors import EnvironmentFault, RayexpandError
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.fitting.captions import CaptionBlock
@@ -23,7 +22,7 @@ from rayexpand.fitting.maker import Engine, Training
 from rayexpand.on_ray.captions import caption_blocks
 from rayexpand.on_ray.features import classes, feature_blocks
 from rayexpand.on_ray.finetune import tuning_on
-from rayexpand.on_ray.pool import cause_of, check_shared, connected, enter
+from rayexpand.on_ray.pool import check_shared, connected, enter, error_of
 
 TASK_RETRIES = 16  # deaths of a process that trains alone before the fit counts as failed
 
@@ -65,9 +64,7 @@ def one_task(config: FitConfig, function: Callable[..., Any], *arguments: Any) -
     try:
         return ray.get(task.remote(*arguments, cwd=os.getcwd()))
     except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        raise cause if isinstance(cause, RayexpandError) else EnvironmentFault(
-            f"a task of fit ended: {cause_of(error)}. The same command tries again") from error
+        raise error_of(error, "a task of fit ended: {}. The same command tries again") from error
 
 
 def _filled(function: Training, folder: str, cwd: str) -> dict[str, Any]:

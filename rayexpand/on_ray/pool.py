@@ -23,7 +23,15 @@ import ray
 import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayexpand.contract.errors import Interrupted, RayexpandError, UsageError
+from rayexpand.contract.errors import (
+    EnvironmentFault,
+    Interrupted,
+    ProgramFault,
+    RayexpandError,
+    UsageError,
+    packed,
+    unpacked,
+)
 from rayexpand.methods import TRUSTED
 from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.files import process_token, token_alive
@@ -92,6 +100,17 @@ def cause_of(error: Exception) -> str:
         return str(cause)
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {' / '.join(lines[-3:])}"
+
+
+def error_of(failure: ray.exceptions.RayError, ended: str) -> RayexpandError:
+    """What a task raised, with its class. EnvironmentFault where the place or the process was at fault: `ended`, whose
+    {} is the cause."""
+    cause = failure.cause if isinstance(failure, ray.exceptions.RayTaskError) else None
+    if isinstance(cause, RayexpandError):
+        return cause
+    if isinstance(cause, Exception) and isinstance(found := unpacked(packed(cause)), ProgramFault):
+        return found
+    return EnvironmentFault(ended.format(cause_of(failure)))
 
 
 def mean_over_workers(values: Sequence[float], device: Any) -> list[float]:

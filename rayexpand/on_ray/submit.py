@@ -27,12 +27,15 @@ from rayexpand.contract.errors import (
     EXIT_DIGEST,
     EXIT_DONE,
     EXIT_FAILURE,
+    EXIT_FAULT,
     EXIT_OVER_BUDGET,
     EXIT_RESUMABLE,
     EXIT_USAGE,
+    ConfigError,
     Interrupted,
     UsageError,
 )
+from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import read
 from rayexpand.on_ray.package import LARGE_BYTES, write_package
 from rayexpand.runs.config import parse
@@ -41,7 +44,7 @@ LOCAL = "http://127.0.0.1:8265"
 FILE_VERBS = ("expand", "train", "fit", "evaluate", "select", "sweep", "plan", "validate", "bench")
 WRITING = ("expand", "train", "fit", "sweep")  # below `out`
 RUN_VERBS = ("retry", "verify", "report", "card")
-OURS = (EXIT_DONE, EXIT_FAILURE, EXIT_USAGE, EXIT_OVER_BUDGET, EXIT_DIGEST, EXIT_RESUMABLE)
+OURS = (EXIT_DONE, EXIT_FAILURE, EXIT_USAGE, EXIT_OVER_BUDGET, EXIT_DIGEST, EXIT_FAULT, EXIT_RESUMABLE)
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED", "LOST")
 NODE_LOSS = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE", "JOB_SUPERVISOR_ACTOR_START_FAILURE",
              "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE")
@@ -87,6 +90,9 @@ def submit(verb: str, target: str, overrides: Sequence[str] = (), *, address: st
     before the job runs, and Interrupted if this process is stopped while the job goes on.
     """
     url = _url(address)
+    said = {"target": target, **(read(target, overrides) if verb in FILE_VERBS else {})}
+    if problems := secret_problems(said):
+        raise ConfigError(target, problems)  # anyone who sees the dashboard could read it
     run = _run_name(verb, target, overrides)
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch) / "package.zip"

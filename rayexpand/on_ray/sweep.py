@@ -23,7 +23,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
 from rayexpand.contract.errors import Interrupted, RayexpandError, UsageError
-from rayexpand.on_ray.pool import cause_of, connected, enter
+from rayexpand.on_ray.pool import cause_of, connected, enter, error_of
 from rayexpand.storage.places import open_files
 from rayexpand.studies.config import parse_study
 from rayexpand.studies.sweep.config import SweepConfig
@@ -183,8 +183,8 @@ def _test(search: Search, share: dict[str, float]) -> dict[str, Any] | None:
     task = ray.remote(_score).options(num_cpus=share["cpu"], num_gpus=share.get("gpu", 0.0), max_retries=RESTARTS)
     try:
         return ray.get(task.remote(_packed(search.sweep), best.number, best.values, share.get("gpu", 0.0)))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, RayexpandError) else error from error
+    except ray.exceptions.RayError as error:
+        raise error_of(error, "scoring on the test images ended: {}. The same command tries again") from error
 
 
 def _score(sweep: dict[str, Any], number: int, values: dict[str, Any], gpus: float) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import ray
 import ray.data
 
 from rayexpand.classifier.accuracy import Answers
-from rayexpand.contract.errors import Interrupted, RayexpandError, UsageError, packed, unpacked
+from rayexpand.contract.errors import Interrupted, UsageError, packed, unpacked
 from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
 from rayexpand.on_ray.pool import cause_of, connected, enter, mean_over_workers
 from rayexpand.storage.files import Files
@@ -128,10 +128,9 @@ def _work_on(config: dict[str, Any]) -> None:
         return
     try:
         _train(trial, files, config)
-    except Interrupted:
-        raise
-    except RayexpandError as error:
-        files.replace(_refusal(trial.name), packed(error).encode())
+    except Exception as error:
+        if not isinstance(unpacked(said := packed(error)), Interrupted):
+            files.replace(_refusal(trial.name), said.encode())
         raise
 
 

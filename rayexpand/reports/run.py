@@ -27,6 +27,7 @@ from rayexpand.data.pixels import decode
 from rayexpand.methods import label_words_of
 from rayexpand.reports.card import GPU_CAVEAT, PROMISE
 from rayexpand.reports.templates import COLOURS, render, settings_of
+from rayexpand.runs.cut_prompts import words_of
 from rayexpand.runs.status import (
     RunView,
     class_counts,
@@ -90,6 +91,7 @@ def write_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None, l
         n_classes=len(classes),
         lowest=LOWEST_CLASSES if len(classes) > ALL_CLASSES else 0, sheet=contact_sheet(view, classes),
         guidance=_guidance(view), look=look, refused=_refused_rows(view, classes),
+        cut_words=words_of(view.run["cut_prompts"]) if view.run.get("cut_prompts") else "",
         label_words=label_words_of(view.run["config"]["method"], len(classes)), config=_yaml(view.run["config"]),
         settings=settings_of(view.run["config"]),
         stacks=_stacks(view),

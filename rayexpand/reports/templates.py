@@ -7,18 +7,20 @@ from typing import Any
 
 import jinja2
 
+from rayexpand.contract.secrets import masked
+
 COLOURS = (*(f"s{i}" for i in range(9)), "grey")  # of page.html.j2; whatever stands side by side takes them in turn
 
 
 def render(template: str, filters: Mapping[str, Callable[..., Any]], /, **values: Any) -> str:
     """A template of this folder with its values. Only pages (.html.j2) escape what they are given: in Markdown, data
-    goes through a filter of its own."""
+    goes through a filter of its own. No page shows a password or token."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rayexpand.reports", "."), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=template.endswith(".html.j2"))
     environment.filters.update(filters)
     environment.globals["colours"] = COLOURS
-    return environment.get_template(template).render(**values)
+    return masked(environment.get_template(template).render(**values))
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:

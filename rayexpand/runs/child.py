@@ -17,6 +17,7 @@ from dataclasses import asdict
 from typing import IO, Any
 
 from rayexpand.contract.errors import Interrupted, packed
+from rayexpand.contract.secrets import masked_output
 from rayexpand.runs.config import parse
 from rayexpand.runs.driving import Here, stopped
 from rayexpand.runs.run import reopen
@@ -38,8 +39,9 @@ def main() -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     here = Here()
-    while (line := told.get()) is not None:
-        _drive(here, json.loads(line), wanted, out)
+    with masked_output(sys.stdout, sys.stderr):
+        while (line := told.get()) is not None:
+            _drive(here, json.loads(line), wanted, out)
 
 
 def _drive(here: Here, task: dict[str, Any], wanted: threading.Event, out: IO[str]) -> None:

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, field_serializer, field_validator, 
 from rayexpand.artifacts import KINDS
 from rayexpand.contract.errors import ConfigError, EnvironmentFault, SeedDataError
 from rayexpand.contract.protocols import Method
-from rayexpand.contract.settings import Section, digest, mistakes, read
+from rayexpand.contract.settings import Device, Section, digest, mistakes, read
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.seeds.source import wanted_ids
@@ -48,8 +48,8 @@ class PriorConfig(Section):
     weights: str = Field("digits", description="'digits' (embedded default), a diffusers folder, or org/name@revision")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on CPU, bfloat16 on GPU")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    attention: str = Field("auto", description="attention implementation of the UNet: auto, sdpa or eager")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
+    attention: Literal["auto", "sdpa", "eager"] = Field("auto", description="attention implementation of the UNet")
     channels_last: bool = Field(False, description="channels-last memory format")
     compile: bool = Field(False, description="torch.compile the UNet; minutes of warm-up, worth it on a GPU only")
     adapter: Literal["fused", "unfused"] = Field("fused", description="LoRA of an adapter: added to the weights once, "

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,9 @@ from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import SEED_INDEX, ClassTable, Receipt, Seed, SeedIndex
 from rayexpand.data import seeds as seed_io
 from rayexpand.data.pixels import decode
+from rayexpand.models.prior import present
+from rayexpand.runs.cut_prompts import CutPrompts, cut_prompts
+from rayexpand.runs.plan import make_plan
 
 if TYPE_CHECKING:
     from rayexpand.runs.config import RunConfig
@@ -71,6 +74,7 @@ class Estimate:
     cost_usd: float | None
     petaflop: float | None  # counted work of Stable Diffusion 1.5 at 512 px; None for other models and sizes
     notes: dict[str, str]
+    cut_prompts: CutPrompts | None = None  # None where no prompt is read, or the generator is not here
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data; hours that never end are null, as unknown ones are."""
@@ -90,6 +94,8 @@ class Estimate:
                  ("cost", "unknown" if self.cost_usd is None else f"{self.cost_usd:,.2f} USD", "cost_usd")]
         if self.petaflop is not None:
             lines.append(("arithmetic", f"{self.petaflop:,.0f} PFLOP", "petaflop"))
+        if self.cut_prompts is not None and self.cut_prompts.cut:
+            lines.append(("prompts cut", f"{self.cut_prompts.cut:,} of {self.cut_prompts.rows:,}", "cut_prompts"))
         return [(label, value, self.notes.get(field, "")) for label, value, field in lines]
 
 
@@ -99,9 +105,11 @@ def estimate_config(config: RunConfig, measured: Measured | None = None) -> Esti
     Where the seeds cannot be listed, estimate.seeds stands in for them; without it, or where the number of samples
     depends on the classes, the SeedDataError of the listing is raised.
     """
-    rng, side = PlanRng(config.seed, config.method.name), None
+    rng, side, found = PlanRng(config.seed, config.method.name), None, None
     try:
         index = seed_io.build_index(config.data)
+        with contextlib.suppress(UsageError):  # preflight says what is wrong
+            found = cut_prompts(make_plan(index, config), config, present(config.prior.weights))
         side = _side(config, index) if image_side(config)[0] is None else None
     except SeedDataError as unlisted:
         try:
@@ -116,8 +124,11 @@ def estimate_config(config: RunConfig, measured: Measured | None = None) -> Esti
     draws = [config.method.draw(first["seed_id"], first["label"], copy, copy, index.classes,
                                 RowRng(config.seed, config.method.name, first["seed_id"], copy))
              for copy in range(min(8, max(planned, 1)))]
-    return estimate(config, seeds=len(index), planned=planned, measured=measured, side=side,
+    made = estimate(config, seeds=len(index), planned=planned, measured=measured, side=side,
                     steps_run=sum(draw.steps_run for draw in draws) / len(draws))
+    if found is None:
+        return made
+    return replace(made, cut_prompts=found, notes={**made.notes, "cut_prompts": found.words})
 
 
 def estimate(config: RunConfig, *, seeds: int, planned: int, measured: Measured | None = None,

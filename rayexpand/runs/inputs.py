@@ -21,6 +21,7 @@ from rayexpand.models.folders import folder_hash
 from rayexpand.models.guide_files import check_guide, class_difference, class_problem, guide_classes, present_guide
 from rayexpand.models.guides import guide_hash
 from rayexpand.models.prior import present
+from rayexpand.models.prior_files import missing_files
 from rayexpand.runs.config import RunConfig
 
 
@@ -46,7 +47,9 @@ class ConfiguredInputs:
     @cached_property
     def prior_sha256(self) -> str | None:
         here = present(self.config.prior.weights)
-        return None if here is None else folder_hash(here)
+        with contextlib.suppress(ModelError):  # whoever asks for the prior says so
+            return None if here is None or missing_files(here) else folder_hash(here)
+        return None
 
     @cached_property
     def guide_sha256(self) -> str | None:

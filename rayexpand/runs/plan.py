@@ -98,6 +98,13 @@ class Plan:
             units += _grouped(draws, self.method.group(copies) if copies else 1)
         return units
 
+    def draws_of(self, position: int) -> list[Draw]:
+        """The draws of one seed, by its position in the index."""
+        seed_id, label = self.index.table["seed_id"][position].as_py(), int(self.index.labels[position])
+        caption = "" if self.captions is None else self.captions[position].as_py()
+        row = int(self.first_row[position])
+        return [self._draw(seed_id, label, copy, row + copy, caption) for copy in range(int(self.copies[position]))]
+
     def calls(self, shard_id: int) -> list[Call]:
         return pack(self.units(shard_id), self.method, self.batch)
 

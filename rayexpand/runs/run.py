@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import socket
 import time
@@ -31,11 +32,14 @@ from rayexpand.contract.errors import (
 )
 from rayexpand.contract.protocols import Tools
 from rayexpand.contract.schema import SEED_REASONS, Reason, Receipt
+from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import differences, digest, override
 from rayexpand.data import seeds
-from rayexpand.models.prior import PriorFacts, check_size, inspect_prior, prior_hash
+from rayexpand.models.prior import check_size, inspect_prior, prior_hash, resolve, sampling_problems
+from rayexpand.models.prior_files import PriorFacts
 from rayexpand.runs.blame import Blame, forget_unexplained
 from rayexpand.runs.config import RunConfig, ids_sha256, parse, resolved, semantic
+from rayexpand.runs.cut_prompts import cut_prompts, words_of
 from rayexpand.runs.estimate import Measured, measure
 from rayexpand.runs.expander import Expander
 from rayexpand.runs.inputs import (
@@ -54,6 +58,8 @@ from rayexpand.runs.store import Store, Tally, Totals, first_look, new_attempt, 
 from rayexpand.storage.files import FOLDERS, Files, process_token
 from rayexpand.storage.places import is_url, open_files
 from rayexpand.storage.tables import create_once
+
+log = logging.getLogger(__name__)
 
 WAVE = 20_000  # shards handed out before pending() is asked again
 BARREN_WAVES = 3  # waves without a commit before the run gives up for now
@@ -89,7 +95,8 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
     dataset where guide or artifacts say for which classes they were made, and compare. `planned`: the run has started,
     so what its plan holds need not be there any more.
     """
-    problems = seeds.check(config.data)
+    problems = [] if planned else secret_problems(resolved(config))
+    problems = problems or seeds.check(config.data)
     data_is_sound, needs = not problems, config.needs
     if "prior" in needs:
         try:
@@ -98,6 +105,7 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
             problems.append(f"prior.weights: {error}")
         else:
             problems += _size_problems(facts, config)
+            problems += [] if planned else sampling_problems(facts, config.method)  # a run that began goes on as it was
         if config.image.fit == "none":
             problems.append(f"image.fit: 'none' keeps each image's own size, but {config.method.name} samples squares; "
                             "use crop, center or squash")
@@ -105,11 +113,9 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
     if with_classes and data_is_sound and names_classes(config):
         problems += _class_problems(config)
     if device_here and config.prior.device.startswith("cuda") and needs & {"prior", "guide"}:
-        import torch
+        from rayexpand.contract.device import absent_device
 
-        if not torch.cuda.is_available():
-            problems.append(f"prior.device: {config.prior.device} asked for, but torch sees no CUDA device here; "
-                            "use auto or cpu")
+        problems += [f"prior.device: {one}" for one in absent_device(config.prior.device)]
     return problems + _out_problems(config)
 
 
@@ -187,11 +193,16 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
         if "adapter" in models:
             check_base(config, models["prior"])
         facts = _facts(config, plan, models)
+        if "prior" in models and (found := cut_prompts(plan, config, resolve(config.prior.weights))) and found.cut:
+            facts["cut_prompts"] = found.to_json()
         write_plan(plan, files, facts["plan"])
         create_once(files, "run.json", facts, "run")
     elif not seeds.check(config.data):
         _heal_plan(config, files)
-    return _open(config, files, models)
+    run = _open(config, files, models)
+    if found := run.facts.get("cut_prompts"):
+        log.warning("%s", words_of(found))
+    return run
 
 
 def _has_started(config: RunConfig) -> bool:

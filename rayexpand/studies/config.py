@@ -19,7 +19,8 @@ from rayexpand.classifier.recipe import Recipe, make_recipe
 from rayexpand.contract import settings
 from rayexpand.contract.errors import ConfigError
 from rayexpand.contract.protocols import Method
-from rayexpand.contract.settings import Section
+from rayexpand.contract.secrets import secret_problems
+from rayexpand.contract.settings import Device, Section
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.subsets import SubsetConfig
@@ -27,6 +28,7 @@ from rayexpand.fitting.adapter.config import AdapterFit
 from rayexpand.fitting.config import fit_config
 from rayexpand.fitting.config import preflight as fit_preflight
 from rayexpand.fitting.guide import GuideFit
+from rayexpand.models.folders import unreadable
 from rayexpand.runs import config as configs
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import ClusterConfig, RunConfig
@@ -80,7 +82,7 @@ class TrainingConfig(Section):
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float | None = Field(None, ge=0, description="null: 1 where the cluster has GPUs, else 0")
     loaders: int = Field(1, ge=1, description="processes that read and decode for one Ray Train worker")
-    device: str = Field("auto", description="auto, cpu or cuda")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int = Field(1, ge=1, description="CPU threads of one worker")
     checkpoint_steps: int | None = Field(None, ge=1, description="optimiser steps between two checkpoints; null: one "
                                          "after each epoch")
@@ -146,6 +148,8 @@ def parse_study(raw: Mapping[str, Any], where: str = "study") -> StudyConfig:
 
 def study_preflight(config: StudyConfig) -> list[str]:
     """Everything wrong that can be known without loading a model or listing a dataset, one line each."""
+    if problems := secret_problems(config.model_dump(mode="json")):
+        return problems
     problems = [problem for section in ("data", "test", "validation") if (data := getattr(config, section))
                 for problem in renamed(seeds.check(data), section)]
     problems += [f"extra_tests.{name}.{line}" for name,
@@ -153,6 +157,9 @@ def study_preflight(config: StudyConfig) -> list[str]:
     files = {file for arm in config.arms if (file := {**config.recipe, **arm.recipe}.get("checkpoint")) is not None}
     problems += [f"recipe.checkpoint: there is no file {file}" for file in sorted(files)
                  if not Path(file).expanduser().is_file()]
+    problems += [f"recipe.checkpoint: {line}" for file in sorted(files)
+                 if (path := Path(file).expanduser()).is_file() and path.suffix == ".safetensors"
+                 for line in unreadable(path)]
     for name, one in config.expansions.items():
         if one.config is None or one.run is not None or {"name", "out", "data", "seed"} & set(one.config):
             continue

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from rayexpand import api
-from rayexpand.api.files import KINDS, read_job
+from rayexpand.api.files import DEVICE, KINDS, _loader, read_job
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.settings import read
 from tests.commands import ROOT, process, rayexpand
@@ -188,3 +189,36 @@ def test_a_first_file_for_a_folder_of_images(image_folder: Path, tmp_path: Path)
         api.first_file(str(tmp_path))
     shutil.copytree(image_folder, tmp_path / "photos" / "my birds")
     assert "name: my-birds" in api.first_file(str(tmp_path / "photos" / "my birds"))
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:", "cuda:x", "CPU", 0])
+@pytest.mark.parametrize("kind", DEVICE)
+def test_a_device_is_one_of_a_closed_set(kind: str, device: str | int) -> None:
+    cls, dotted = _loader(kind)[0], DEVICE[kind]
+    if kind == "sweep":  # whose study is checked as one
+        cls, dotted = _loader("study")[0], DEVICE["study"]
+    section, _, leaf = dotted.rpartition(".")
+    fields = {section: {leaf: device}} if section else {leaf: device}
+    with pytest.raises(ValidationError) as error:
+        cls(**fields)
+    (found,) = [one["msg"] for one in error.value.errors() if one["loc"] == tuple(dotted.split("."))]
+    assert "choose auto, cpu, cuda or cuda:N" in found
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:3"])
+def test_devices_that_exist(device: str) -> None:
+    assert read_job({**DIGITS, "prior": {"device": device}}, (), None)[1]["prior"]["device"] == device
+    assert api.validate({**DIGITS, "prior": {"device": device}}).config["prior"]["device"] == device
+
+
+def test_attention_is_one_of_a_closed_set() -> None:
+    with pytest.raises(ConfigError, match=r"prior\.attention: Input should be 'auto', 'sdpa' or 'eager', got 'flash'"):
+        api.validate({**DIGITS, "prior": {"attention": "flash"}})
+
+
+def test_a_device_that_is_not_there_is_known_to_validate() -> None:
+    digits = ROOT / "jobs/digits/expand-img2img.yaml"
+    assert "prior.device: device 'cuda:99' is not there" in api.validate(digits, set={"prior.device": "cuda:99"}
+                                                                         ).problems[0]
+    fit = ROOT / "jobs/digits/fit-distdiff.yaml"
+    assert "device: device 'cuda:99' is not there" in api.validate(fit, set={"device": "cuda:99"}).problems[0]

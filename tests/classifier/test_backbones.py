@@ -113,3 +113,55 @@ def test_a_checkpoint_that_does_not_fit_says_where(tmp_path: Path) -> None:
 def test_mistakes_are_named(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         build_backbone(Recipe(**fields), 3, 0)
+
+
+VIT = {"backbone": "test_vit", "backbone_args": {"img_size": 64}}
+BEIT = {"backbone": "beit_base_patch16_224",
+        "backbone_args": {"img_size": 64, "embed_dim": 12, "depth": 1, "num_heads": 2}}
+
+
+@pytest.mark.parametrize(("fields", "positions"), [(VIT, "pos_embed"), (BEIT, "relative_position_bias_table")],
+                         ids=["absolute positions", "relative positions"])
+def test_positions_of_another_image_size_are_resampled(tmp_path: Path, fields: dict[str, Any], positions: str) -> None:
+    path = tmp_path / "weights.safetensors"
+    args: dict[str, Any] = fields["backbone_args"]
+    smaller = {**args, "img_size": 48}
+    saved = build_backbone(Recipe(**fields), 3, 1).state_dict()
+    for name in (one for one in saved if one.endswith(positions)):
+        saved[name] = torch.linspace(0, 1, saved[name].numel()).view_as(saved[name])
+    save_file(saved, path)
+
+    found = build_backbone(Recipe(backbone=fields["backbone"], backbone_args=smaller, checkpoint=str(path)), 3, 2)
+    state = found.state_dict()
+    moved = [name for name in saved if name in state and saved[name].shape != state[name].shape]
+    assert moved
+    assert all(name.endswith(positions) for name in moved)
+    for name in moved:  # smooth numbers stay smooth: resampled, not drawn
+        assert state[name].mean() == pytest.approx(float(saved[name].mean()), abs=0.05)
+        assert state[name].std() == pytest.approx(float(saved[name].std()), rel=0.2)
+    assert all(torch.equal(state[name], saved[name]) for name in saved if name in state and name not in moved)
+
+
+def test_patches_of_another_size_are_not_resampled(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(build_backbone(Recipe(**VIT), 3, 1).state_dict(), path)
+    other = Recipe(backbone="test_vit", backbone_args={"img_size": 64, "patch_size": 8}, checkpoint=str(path))
+    with pytest.raises(ModelError, match=r"patch_embed\.proj\.weight: shape"):
+        build_backbone(other, 3, 1)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrapped_networks_are_taken_off(tmp_path: Path, prefix: str) -> None:
+    path = tmp_path / "weights.safetensors"
+    saved = build_backbone(recipe(), 3, 1).state_dict()
+    save_file({prefix + name: one for name, one in saved.items()}, path)
+    found = build_backbone(recipe(checkpoint=str(path)), 3, 2).state_dict()
+    assert all(torch.equal(found[name], one) for name, one in saved.items())
+
+
+def test_another_prefix_is_named_as_the_cause(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({f"encoder.{name}": one for name, one in build_backbone(recipe(), 3, 1).state_dict().items()}, path)
+    with pytest.raises(ModelError, match=r"every name begins with 'encoder\.'; take it off") as error:
+        build_backbone(recipe(checkpoint=str(path)), 3, 1)
+    assert "set recipe.backbone" not in str(error.value)

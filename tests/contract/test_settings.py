@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import time
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -14,11 +15,13 @@ from rayexpand.contract.errors import (
     EnvironmentFault,
     ModelError,
     OverBudget,
+    ProgramFault,
     RayexpandError,
+    RowFault,
     packed,
     unpacked,
 )
-from rayexpand.contract.settings import Later, Section, digest, put, read
+from rayexpand.contract.settings import Later, Section, digest, override, put, read
 from rayexpand.runs.blame import ProcessFault
 
 
@@ -46,6 +49,18 @@ def test_a_field_is_set_in_one_section_and_not_in_those_written_as_its_alias(tmp
 def test_what_cannot_be_a_job_is_one_clear_error(text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=words):
         read(written(tmp_path, text))
+
+
+def test_an_override_that_is_nested_too_deeply_is_one_clear_error() -> None:
+    with pytest.raises(ConfigError, match=r"a\.b: the value is not YAML"):
+        override({}, ["a.b=" + "[" * 5000 + "]" * 5000])
+
+
+def test_an_override_that_grows_through_aliases_is_refused() -> None:
+    text = "[&a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"
+    text += "".join(f", &{'abcdefgh'[i]} [{', '.join(['*' + 'abcdefgh'[i - 1]] * 10)}]" for i in range(1, 8)) + "]"
+    with pytest.raises(ConfigError, match="expands to more than 1,000,000 values"):
+        override({}, [f"a.b={text}"])
 
 
 def test_a_file_that_grows_through_aliases_is_refused_at_once(tmp_path: Path) -> None:
@@ -112,5 +127,27 @@ def test_mistakes_of_a_configuration_stay_apart_and_what_is_not_ours_is_a_fault_
     found = unpacked(packed(ConfigError("x.yaml", ["a: wrong", "b: wrong"])))
     assert isinstance(found, ConfigError)
     assert found.problems == ["a: wrong", "b: wrong"]
-    other = unpacked(packed(KeyError("x")))
-    assert (type(other), str(other)) == (EnvironmentFault, "KeyError: 'x'")
+    for error in (OSError("x"), RuntimeError("CUDA error"), MemoryError("x"), ValueError("x")):
+        assert type(unpacked(packed(error))) is EnvironmentFault
+    assert str(unpacked(packed(RuntimeError("CUDA error"), "on a node"))) == "RuntimeError: CUDA error (on a node)"
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), AssertionError("x"), NotImplementedError("x"),
+                                   RecursionError("x"), ZeroDivisionError("x"), AttributeError("x"), NameError("x")])
+def test_a_fault_of_this_package_in_another_process_is_none_of_the_place(error: Exception) -> None:
+    try:
+        raise error
+    except Exception as raised:
+        found = unpacked(packed(raised, "on a node"))
+    assert (type(found), found.exit_code) == (ProgramFault, 70)
+    for words in (f"{type(error).__name__}: {error} (on a node)", "fault of rayexpand", "test_settings.py"):
+        assert words in str(found)
+    again = unpacked(packed(found))
+    assert (type(again), str(again)) == (ProgramFault, str(found))
+
+
+@pytest.mark.parametrize("error", [ConfigError("x.yaml", ["a: wrong", "b: wrong"]), RowFault("missing", "gone"),
+                                   ModelError("m"), OverBudget("b"), ProgramFault("p")])
+def test_errors_travel_pickled_as_ray_sends_them(error: RayexpandError) -> None:
+    found = pickle.loads(pickle.dumps(error))
+    assert (type(found), str(found), vars(found)) == (type(error), str(error), vars(error))

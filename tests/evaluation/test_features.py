@@ -92,6 +92,16 @@ def test_features_of_a_backbone_are_before_its_classifier(backbone: ExtractorCon
     assert h.std() > 0
 
 
+def test_positions_of_another_image_size_are_resampled(tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    file, larger = tmp_path / "vit.safetensors", timm.create_model("test_vit", img_size=192, num_classes=0)
+    save_file({f"module.{name}": one for name, one in larger.state_dict().items()}, file)
+    extractor = load_extractor(ExtractorConfig(timm="test_vit", checkpoint=str(file), device="cpu"))
+    assert extractor(images(2, extractor.size)).shape == (2, larger.num_features)
+
+
 def test_calls_have_one_shape_and_leave_out_what_cannot_be_read() -> None:
     pixels = images(5)
     encoded = [png(pixels[0]), b"not an image", *map(png, pixels[1:4]), RowFault(Reason.MISSING, "gone"),
@@ -162,7 +172,10 @@ def test_a_checkpoint_of_another_model_is_refused(backbone: ExtractorConfig, tmp
     with pytest.raises(ModelError, match=r"cannot be loaded into test_vit|not a checkpoint of test_vit"):
         load_extractor(backbone.model_copy(update={"timm": "test_vit"}))
     broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(b"no tensors")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    broken.write_bytes(Path(str(backbone.checkpoint)).read_bytes()[:-8])
+    (problem,) = check(backbone.model_copy(update={"checkpoint": str(broken)}))
+    assert "extractor.checkpoint" in problem
+    assert "it is cut off" in problem
+    with pytest.raises(ModelError, match="it is cut off"):
         load_extractor(backbone.model_copy(update={"checkpoint": str(broken)}))
     assert name_of(backbone) == f"timm {TIMM}"

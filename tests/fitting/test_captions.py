@@ -220,6 +220,9 @@ def test_folders_that_cannot_be_used(tmp_path: Path, opt: Path) -> None:
     assert "nothing is downloaded" in check_captioner(str(tmp_path / "gone"))[0]
     copy = Path(shutil.copytree(opt, tmp_path / "copy"))
     assert check_captioner(str(copy)) == []
+    content = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(content[:-8])
+    assert "model.safetensors cannot be read: it is cut off" in check_captioner(str(copy))[0]
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     (copy / "processor_config.json").unlink()
     problems = check_captioner(str(copy))
@@ -232,7 +235,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path, opt: Path) -> None:
                        "fit": {"captions": {"model": str(other)}}}), quiet)
     (other / "config.json").write_text(json.dumps(config))
     (other / "model.safetensors").write_text("no")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="cannot be read: it is cut off"):
         Captioner(CaptionsFit(model=str(other)), "cpu")
 
 

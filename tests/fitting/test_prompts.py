@@ -121,10 +121,13 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     assert "nothing is downloaded" in check_generator(str(tmp_path / "gone"))[0]
     problems = check_generator(str(tmp_path))
     assert ["tokenizer.json is missing" in problems[0], "is a pickle" in problems[1]] == [True, True]
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"half")
+    assert "model-00002-of-00002.safetensors cannot be read: it is cut off" in check_generator(str(tmp_path))[1]
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"fit\.prompts\.generator: .* is a pickle"):
         fit(parse_fit({"name": "d", "out": str(tmp_path), "data": {"source": "digits"},
                        "fit": {"prompts": {"generator": str(tmp_path)}}}), lambda *said: None)
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model.safetensors").write_text("no")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="cannot be read: it is cut off"):
         write_prompts(PromptsFit(generator=str(tmp_path)), CLASSES, 0, "cpu", tmp_path, lambda *said: None)

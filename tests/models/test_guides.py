@@ -113,7 +113,7 @@ def change_config(folder, **text):
 
 DAMAGE = {
     "weights": (lambda f: (f / "open_clip_model.safetensors").write_bytes(b"nothing"),
-                "open_clip_model.safetensors cannot be read"),
+                "open_clip_model.safetensors cannot be read: it is cut off"),
     "configuration": (lambda f: (f / "open_clip_config.json").write_text("{"),
                       "open_clip_config.json cannot be read as open_clip's configuration"),
     "no text tower": (lambda f: (f / "open_clip_config.json").write_text('{"model_cfg": {"vision_cfg": {}}}'),
@@ -182,6 +182,99 @@ def test_an_architecture_with_a_checkpoint(source, tmp_path):
         assert torch.equal(guide.model.visual.class_embedding, model.visual.class_embedding)
         hashes.append(guide_hash("tiny-test-clip", str(tmp_path / f"{value}.safetensors")))
     assert hashes[0] != hashes[1]
+
+
+def tiny_architecture(source, folder, name="tiny-test-clip", width=16):
+    """A model of an architecture of this name that open_clip knows from now on, and its settings."""
+    import open_clip
+
+    config = json.loads((source / "open_clip_config.json").read_text())["model_cfg"]
+    config["text_cfg"] = {"context_length": 16, "vocab_size": 49408, "width": width, "heads": 2, "layers": 1}
+    (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / f"{name}.json")
+    return open_clip.CLIP(**config), config
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_with_names_and_shapes(source, tmp_path):
+    from safetensors.torch import save_file
+
+    tiny_architecture(source, tmp_path, "tiny-wide-clip", 32)
+    model, _ = tiny_architecture(source, tmp_path)
+    state = model.state_dict()
+    file = tmp_path / "weights.safetensors"
+    save_file({f"module.{name}": one for name, one in state.items()}, file)
+    assert check_guide("tiny-test-clip", str(file)) == []  # open_clip takes the prefix off
+    assert load_guide("tiny-test-clip", str(file), NAMES, device="cpu").size == (16, 16)
+
+    save_file(state, file)
+    (problem,) = check_guide("tiny-wide-clip", str(file))
+    assert f"{file} is of another architecture than tiny-wide-clip" in problem
+    assert "in_proj_weight is [48, 16] there and [96, 32] in tiny-wide-clip" in problem
+    with pytest.raises(ModelError, match=r"weights\.safetensors is of another architecture than tiny-wide-clip"):
+        load_guide("tiny-wide-clip", str(file), NAMES)
+
+    save_file({f"vision.{name}": one for name, one in state.items()}, file)
+    assert "visual.class_embedding is not there" in check_guide("tiny-test-clip", str(file))[0]
+    save_file({name: one for name, one in state.items() if name != "ln_final.bias"}, file)
+    assert "ln_final.bias is not there" in check_guide("tiny-test-clip", str(file))[0]
+
+
+def test_half_a_checkpoint_is_found_by_its_header(source, tmp_path):
+    from safetensors.torch import save_file
+
+    model, _ = tiny_architecture(source, tmp_path)
+    file = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), file)
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert "weights.safetensors cannot be read: it is cut off" in check_guide("tiny-test-clip", str(file))[0]
+    with pytest.raises(ModelError, match="it is cut off"):
+        load_guide("tiny-test-clip", str(file), NAMES)
+
+
+def test_a_folder_whose_weights_are_of_another_architecture(folder):
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"]["width"] = 32
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (problem,) = check_guide(str(folder), None)
+    assert "open_clip_model.safetensors is of another architecture than open_clip_config.json" in problem
+    assert "visual.class_embedding is [16] there and [32] in open_clip_config.json" in problem
+
+
+def test_a_classifier_whose_weights_are_cut_off_or_of_another_recipe(tmp_path):
+    classifier(tmp_path / "guide", BACKBONES["small_resnet"])
+    file = tmp_path / "guide/model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    assert "model.safetensors cannot be read: it is cut off" in check_guide(str(tmp_path / "guide"), None)[0]
+
+
+OTHER_KINDS = {
+    "transformers CLIP": ({"config.json": '{"model_type": "clip"}', "model.safetensors": ""},
+                          "is CLIP in transformers' layout.*open_clip's layout"),
+    "another transformers model": ({"config.json": '{"model_type": "bert"}'}, "is a transformers model .bert"),
+    "a generator": ({"model_index.json": "{}"}, "is a generator.*prior.weights"),
+    "nothing": ({}, "is empty"),
+}
+
+
+@pytest.mark.parametrize(("files", "words"), OTHER_KINDS.values(), ids=OTHER_KINDS)
+def test_a_folder_of_another_kind_is_named_as_what_it_is(tmp_path, files, words):
+    (tmp_path / "other").mkdir()
+    for name, content in files.items():
+        (tmp_path / "other" / name).write_text(content)
+    (problem,) = check_guide(str(tmp_path / "other"), None)
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(problem)
+    assert "missing" not in problem
+
+
+def test_a_guide_by_url_or_beside_other_folders(tmp_path, monkeypatch):
+    assert "is a URL" in check_guide("https://huggingface.co/acme/clip", None)[0]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/clip-b").mkdir(parents=True)
+    (problem,) = check_guide("models/clipb", None)
+    assert "there is no folder models/clipb" in problem
+    assert "did you mean models/clip-b" in problem
 
 
 def test_a_hub_guide_that_is_not_cached_says_how_to_fetch_it(tmp_path, monkeypatch):

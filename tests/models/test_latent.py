@@ -164,7 +164,7 @@ def test_texts_are_encoded_once_and_the_cache_is_bounded(folder, monkeypatch, ca
     assert "a zero" not in prior._texts
     with caplog.at_level(logging.WARNING):
         prior.embed(["a zero " * 20], [""])
-    assert "first 16 tokens" in caplog.text
+    assert caplog.text == ""  # `prepare` says it, once a run
 
 
 def test_gradients_reach_the_inputs_and_no_weight(prior):
@@ -252,7 +252,7 @@ def test_sizes_that_do_not_fit_name_the_next_ones(folders, size, near):
 
 
 def test_a_four_level_unet_asks_for_multiples_of_64(folder):
-    for part, channels in (("unet", [8] * 4), ("vae", [4] * 4)):
+    for part, channels in (("unet", [8] * 4), ("vae", [8] * 4)):
         config = json.loads((folder / part / "config.json").read_text())
         (folder / part / "config.json").write_text(json.dumps(config | {"block_out_channels": channels}))
     facts = inspect_prior(str(folder))
@@ -316,7 +316,7 @@ def test_damaged_files_are_named(folder):
     with pytest.raises(ModelError, match=r"unet lacks 1 weights .* conv_in\.weight"):
         load_prior(str(folder))
     file.write_bytes(b"not safetensors at all")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"unet/diffusion_pytorch_model\.safetensors cannot be read"):
         load_prior(str(folder))
     (folder / "unet/config.json").write_text("{")
     with pytest.raises(ModelError, match=r"unet/config\.json cannot be read as JSON"):

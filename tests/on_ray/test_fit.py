@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import ray
 import yaml
+from safetensors.numpy import save_file
 
 from rayexpand.artifacts import KINDS
 from rayexpand.artifacts.columns import write_class_features, write_image_features
@@ -71,7 +72,7 @@ def test_a_guide_that_cannot_be_loaded_is_said(head: Head, raw: dict[str, Any], 
     file = tmp_path / "fit.yaml"
     about = {"kind": "classifier", "classes": ["ant", "bee", "cat", "wolf"], "recipe": {}}
     (weights / "guide.json").write_text(json.dumps(about))
-    (weights / "model.safetensors").write_bytes(b"")
+    save_file({}, weights / "model.safetensors")
     file.write_text(yaml.safe_dump({**raw, "cluster": {"address": head.address, "actors": 1}}))
     done = subprocess.run([sys.executable, "-m", "rayexpand", "fit", str(file), "--json"], cwd=ROOT, env=head.env,
                           text=True, capture_output=True)

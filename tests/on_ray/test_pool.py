@@ -5,10 +5,22 @@ from __future__ import annotations
 import stat
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from rayexpand.contract.errors import UsageError
+from rayexpand.contract.errors import (
+    ConfigError,
+    DigestMismatch,
+    EnvironmentFault,
+    ModelError,
+    OverBudget,
+    ProgramFault,
+    RayexpandError,
+    UsageError,
+    packed,
+)
 from rayexpand.on_ray import pool
 from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.files import process_token
@@ -27,6 +39,34 @@ def test_folders_of_dead_processes_are_swept_and_none_is_open_to_others(tmp_path
     assert {one.name for one in tmp_path.iterdir()} == {"rx-here", "rx-far", "rx-other", made.name}
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
     assert (made / "owner").read_text() == process_token()
+
+
+@pytest.mark.parametrize(("cause", "expected", "exit_code"), [
+    (ModelError("broken"), ModelError, 2), (ConfigError("x", ["a: wrong"]), ConfigError, 2),
+    (OverBudget("many"), OverBudget, 3), (DigestMismatch("other"), DigestMismatch, 4),
+    (KeyError("broken"), ProgramFault, 70), (OSError("disk full"), EnvironmentFault, 75), (None, EnvironmentFault, 75)])
+def test_what_a_task_raised_is_raised_here_with_its_class(cause: Exception | None, expected: type[RayexpandError],
+                                                          exit_code: int) -> None:
+    ray = pytest.importorskip("ray")
+    failure = ray.exceptions.WorkerCrashedError() if cause is None else ray.exceptions.RayTaskError("f", "lines", cause)
+    found = pool.error_of(failure, "a task of fit ended: {}. Again")
+    assert (type(found), found.exit_code) == (expected, exit_code)
+    if isinstance(cause, RayexpandError):
+        assert str(found) == str(cause)
+    elif expected is EnvironmentFault:
+        assert str(found).startswith("a task of fit ended: ")
+
+
+@pytest.mark.parametrize(("error", "raised"), [(ModelError("half"), ModelError), (KeyError("half"), ProgramFault)])
+def test_what_an_actor_of_an_expansion_cannot_mend_ends_the_wave(error: Exception,
+                                                                 raised: type[RayexpandError]) -> None:
+    expand = pytest.importorskip("rayexpand.on_ray.expand")
+    rows = [{"receipt": "", "fault": packed(one)} for one in (OSError("full"), error)]
+    there: Any = SimpleNamespace(actors=1, map=lambda *_, **__: SimpleNamespace(iter_rows=lambda: iter(rows)))
+    wave = expand.RayWave(SimpleNamespace(folder="run"), 0, None, None, there)([(0, 0), (1, 0)])
+    assert type(next(wave)) is EnvironmentFault
+    with pytest.raises(raised, match="half"):
+        next(wave)
 
 
 @pytest.mark.cluster

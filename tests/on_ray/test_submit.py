@@ -46,6 +46,7 @@ def details(status: str, code: int | None = None, message: str = "", error_type:
     (details("FAILED", 2), 2),
     (details("FAILED", 3), 3),
     (details("FAILED", 4), 4),
+    (details("FAILED", 70), 70),
     (details("FAILED", 75), 75),
     (details("FAILED", -9), 75),  # killed, as by the out-of-memory killer or a lost node
     (details("FAILED", 137), 75),

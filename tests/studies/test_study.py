@@ -30,6 +30,7 @@ from rayexpand.studies.summary import summary
 from rayexpand.studies.trial import run_trials
 from rayexpand.studies.trials import make_trials, pending_trials
 from tests.commands import rewrite_json
+from tests.tiny import tiny_pipeline
 
 SMALL = {"preset": "digits", "updates": 6, "epochs": 2, "batch": 8, "backbone_args": {"width": 4}}
 
@@ -277,6 +278,22 @@ def test_a_dataset_that_is_not_there_is_said_before_anything_is_made(tmp_path: P
     with pytest.raises(ConfigError, match=rf"{section}\.path"):
         prepare_study(config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_file_of_a_model_is_said_before_anything_is_made(tmp_path: Path) -> None:
+    tiny_pipeline(tmp_path / "model")
+    for file in (tmp_path / "model/unet/diffusion_pytorch_model.safetensors", tmp_path / "weights.safetensors"):
+        content = (tmp_path / "model/vae/diffusion_pytorch_model.safetensors").read_bytes()
+        file.write_bytes(content[:-8])
+    sd = {"method": {"name": "img2img", "guidance_scale": 2}, "prior": {"weights": str(tmp_path / "model")}}
+    config = parse_study(raw_study(tmp_path, expansions={"sd": sd}, arms=[{"name": "sd", "use": "sd"}],
+                                   recipe={**SMALL, "checkpoint": str(tmp_path / "weights.safetensors")}))
+    with pytest.raises(ConfigError) as error:
+        prepare_study(config)
+    assert not (tmp_path / "small").exists()
+    lines = error.value.problems
+    assert any("expansions.sd.prior.weights" in line and "it is cut off" in line for line in lines), lines
+    assert any("recipe.checkpoint" in line and "it is cut off" in line for line in lines), lines
 
 
 def test_names_that_become_one_file_are_refused(tmp_path: Path) -> None:

@@ -93,6 +93,12 @@ def place(field: str, path: str) -> Place:
     except (ImportError, ValueError) as error:
         raise SeedDataError(f"{field}: '{path}' cannot be opened ({error}); install the storage package it names, for "
                             "example rayexpand[s3], or correct the URL") from error
+    except FileNotFoundError as error:
+        raise SeedDataError(f"{field}: '{path}' does not exist, or cannot be reached ({error.__cause__ or error}); "
+                            "correct the path") from error
+    except OSError as error:
+        raise EnvironmentFault(f"{field}: '{path}' cannot be reached now: {error!r}; check storage and credentials, "
+                               "then run the same command again") from error
     if "file" in np.atleast_1d(fs.protocol):
         return Place(root.rstrip("/") or "/")
     return Place(root.rstrip("/"), fs)

@@ -12,7 +12,6 @@ order). The rest says how it runs and may change between two attempts at one fin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from rayexpand.diffusion.sampling import Solver
 from rayexpand.fitting.adapter.latents import LatentsConfig, Views
 from rayexpand.fitting.adapter.recipe import FinetuneConfig, make_finetune
 from rayexpand.models.folders import DIGITS
-from rayexpand.models.prior import PriorFacts, check_size, inspect_prior, present
+from rayexpand.models.prior import check_size, inspect_prior, present, prior_tokenizer
+from rayexpand.models.prior_files import PriorFacts
 
 
 class BaseConfig(Section):
@@ -123,17 +123,13 @@ def _base_problems(made: AdapterFit, recipe: FinetuneConfig, weights: str) -> li
     if made.sheet is not None and made.sheet.steps > facts.train_timesteps:
         problems.append(f"fit.adapter.sheet.steps: {made.sheet.steps} steps, but the generator knows "
                         f"{facts.train_timesteps} timesteps")
-    if made.sheet is not None and _ends_in_noise(weights):
+    if facts.few_step:
+        problems.append(f"prior.weights: {weights} was distilled to few steps ({facts.few_step}), and nothing here is "
+                        "trained so; use the model it was distilled from")
+    if made.sheet is not None and facts.ends_in_noise:
         problems.append("fit.adapter.sheet: this generator's scheduler has rescale_betas_zero_snr, so no sample can be "
                         "drawn from its last timestep here; set sheet: null, or take weights trained without it")
     return problems
-
-
-def _ends_in_noise(weights: str) -> bool:
-    """Whether the scheduler of a generator on this machine leaves no signal at the last timestep."""
-    folder = present(weights)
-    file = None if folder is None else folder / "scheduler" / "scheduler_config.json"
-    return file is not None and file.is_file() and bool(json.loads(file.read_text()).get("rescale_betas_zero_snr"))
 
 
 def _share_problems(made: AdapterFit, recipe: FinetuneConfig, *, on_ray: bool) -> list[str]:
@@ -186,9 +182,7 @@ def _tokenizer(weights: str) -> Any:
     folder = present(weights)
     if folder is None or not (Path(folder) / "tokenizer").is_dir():
         return None
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+    return prior_tokenizer(folder)
 
 
 def word_problems(made: AdapterFit, classes: ClassTable) -> list[str]:

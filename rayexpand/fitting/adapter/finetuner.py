@@ -82,6 +82,7 @@ class Finetuner:
             raise ConfigError("finetune", [f"precision: fp16 needs CUDA and its loss scaling; on {self.device} take "
                                            "bf16 or fp32"])
         self.unet, self.text_encoder, self.tokenizer = unet, text_encoder, tokenizer
+        self._said_cut = False
         self.prediction, self._abar = _noise_schedule(scheduler, self.device)
         self._reduce = reduce if world > 1 else None
         self.first_token: int | None = None  # id of <class_0>
@@ -198,13 +199,15 @@ class Finetuner:
         return no_sync() if more else nullcontext()
 
     def ids(self, prompts: Sequence[str]) -> Tensor:
-        """int64 (B, T) ids of prompts, padded and truncated to the model's length; a longer one is logged."""
+        """int64 (B, T) ids of prompts, padded and truncated to the model's length; the first longer one is logged."""
         longest = self.tokenizer.model_max_length
         kept = self.tokenizer(list(prompts), padding="max_length", max_length=longest, truncation=True,
                               return_tensors="pt").input_ids
         for prompt in set(prompts):
-            if len(prompt.encode()) + 2 > longest and len(self.tokenizer(prompt).input_ids) > longest:
-                log.warning("only the first %d tokens of this prompt are read: %r", longest, prompt)
+            if (not self._said_cut and len(prompt.encode()) + 2 > longest
+                    and len(self.tokenizer(prompt, verbose=False).input_ids) > longest):
+                self._said_cut = True
+                log.warning("of some training texts only the first %d tokens are read, such as %r", longest, prompt)
         return kept
 
     def trained(self) -> tuple[dict[str, Tensor] | None, Tensor | None]:

@@ -465,9 +465,12 @@ def test_a_visual_token_of_another_width() -> None:
 
 def test_long_prompts_are_cut_and_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        ids = tuner().ids(["a photo of a kudu kudu kudu kudu kudu", "a seven"])
+        model = tuner()
+        ids = model.ids(["a photo of a kudu kudu kudu kudu kudu", "a seven"])
+        model.ids(["a photo of an okapi okapi okapi okapi okapi"])
 
     assert ids.shape == (2, 16)
+    assert len(caplog.records) == 1  # once, not for each
     assert "a photo of a kudu" in caplog.text
     assert "a seven" not in caplog.text
 
