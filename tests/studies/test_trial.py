@@ -22,7 +22,7 @@ from rayexpand.storage.tables import read_table
 from rayexpand.studies.config import TrainingConfig, parse_study
 from rayexpand.studies.parts import Study, Trial, read_result
 from rayexpand.studies.study import prepare_study
-from rayexpand.studies.trial import make_classifier, open_work, run_trial, run_trials
+from rayexpand.studies.trial import TrainingCurve, answers_of, fit, make_classifier, open_work, run_trial, run_trials
 from rayexpand.studies.trials import make_trials
 from tests.studies.test_study import SMALL, raw_study
 
@@ -206,6 +206,16 @@ def test_a_process_killed_in_the_middle_costs_one_interval(tmp_path: Path) -> No
     assert results[0]["starts"] == [0, reached]
     assert reached == 10
     assert curve(results[0]) == curve(results[1])
+
+
+def test_a_warning_saves_a_checkpoint(tmp_path: Path) -> None:
+    study, trial = one_trial(tmp_path, updates=6, epochs=1)
+    work = open_work(study.files, trial, study.config.training)
+    classifier, saved = make_classifier(work, "cpu"), list[int]()
+    fit(work, classifier, TrainingCurve(), work.feed.batches(0, 6), evaluate=lambda: answers_of(work, classifier),
+        save=lambda: saved.append(classifier.step), warned=lambda: classifier.step == 4)
+
+    assert saved == [4]
 
 
 def interval_of_10(study: Study) -> TrainingConfig:
