@@ -5,7 +5,8 @@ the cached latents. Base model, latents, captions and features are used where th
 content hash. The folder of the unfinished work (checkpoints, sheets, curves, result) must be one that all nodes see.
 
 A checkpoint is one file that rank 0 replaces whole; Ray restarts dead workers, which read it again, and a new driver
-goes on from it. Ray's own reported checkpoints are not used, because a worker that dies can take the last one with it.
+goes on from it. One more is written when Ray says that a node of the workers will be taken away. Ray's own reported
+checkpoints are not used, because a worker that dies can take the last one with it.
 The number of workers is fixed: a batch is cut into as many equal slices, the sums of an update depend on the cut, and
 so a fine-tuning resized while it runs (Ray's elastic workers) would have no content that could be named.
 """
@@ -36,7 +37,7 @@ from rayexpand.fitting.config import FitConfig
 from rayexpand.models.folders import ModelFiles
 from rayexpand.models.prior import inspect_prior, prior_model
 from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
-from rayexpand.on_ray.pool import cause_of, check_shared, enter, mean_over_workers
+from rayexpand.on_ray.pool import Notices, cause_of, check_shared, enter, mean_over_workers
 from rayexpand.on_ray.spans import SpanActor, over_spans
 from rayexpand.on_ray.stage import artifact_model, local, open_model_server
 
@@ -189,14 +190,14 @@ def _train(job: TuneJob, server: Any, gpus: float) -> None:
     timesteps = inspect_prior(job.base.weights).train_timesteps
     tuning = open_tuning(job, device=str(device), wrap=lambda module: prepare_model(module, move_to_device=device))
     check_step(tuning.tuner.step, device)
-    loaders = LoaderTime()
+    loaders, warned = LoaderTime(), Notices(device)
     batches = loaded_batches(job, timesteps, tuning.tuner.step, rank, loaders)
 
     def mean(values: list[float]) -> list[float]:
         return mean_over_workers(values, device)
 
     if rank:
-        tune(tuning, batches, save=lambda: None, mean=mean, elsewhere=lambda: loaders.seconds)
+        tune(tuning, batches, save=lambda: None, mean=mean, elsewhere=lambda: loaders.seconds, warned=warned)
         mean_over_workers([tuning.curve.cpu_seconds], device)
         return
     with RunLogger(tuning) as notebook:
@@ -204,7 +205,8 @@ def _train(job: TuneJob, server: Any, gpus: float) -> None:
             notebook.log(point)
             _replace(Path(job.folder, POSITION), str(tuning.tuner.step))
 
-        tune(tuning, batches, save=notebook.save, mean=mean, on_point=on_point, elsewhere=lambda: loaders.seconds)
+        tune(tuning, batches, save=notebook.save, mean=mean, on_point=on_point, elsewhere=lambda: loaders.seconds,
+             warned=warned)
         (spent,) = mean_over_workers([tuning.curve.cpu_seconds], device)
         notebook.finish(gpus=gpus, workers=job.world, cpu_seconds=spent * job.world)
 

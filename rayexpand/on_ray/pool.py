@@ -14,6 +14,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.files import process_token, token_alive
 
 NO_PROGRESS_S = -1  # never; Ray's default ends a run that waits half an hour for spot GPUs
+NOTICE_S = 2.0  # a node is taken away 30 s after the notice, or later
 WAVE = 10_000  # items handed to Ray Data at once
 
 
@@ -123,6 +125,27 @@ def mean_over_workers(values: Sequence[float], device: Any) -> list[float]:
     total = torch.tensor(list(values), dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return [float(one) / dist.get_world_size() for one in total]
+
+
+class Notices:
+    """Whether Ray has said that nodes of the workers of a training will be taken away: asked by every worker after each
+    step, true once for each new notice. Ray is asked at the same steps by all, about every NOTICE_S seconds."""
+
+    def __init__(self, device: Any) -> None:
+        self._device, self._steps, self._since, self._known = device, 0, time.perf_counter(), None
+        self._next = 1
+
+    def __call__(self) -> bool:
+        from ray.train import get_preemption_info
+
+        self._steps += 1
+        if self._steps < self._next:
+            return False
+        (seconds,) = mean_over_workers([(time.perf_counter() - self._since) / self._steps], self._device)
+        self._next = max(1, int(NOTICE_S / seconds))
+        self._steps, self._since = 0, time.perf_counter()
+        before, self._known = self._known, get_preemption_info()
+        return self._known is not None and self._known != before
 
 
 @contextlib.contextmanager

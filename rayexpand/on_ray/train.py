@@ -6,7 +6,8 @@ step in loader processes beside it. The slices follow from the training set alon
 order, are the same for any W.
 
 A checkpoint is one file that rank 0 replaces whole; Ray restarts dead workers, who read it again. Ray's own reported
-checkpoints are not used, because a worker that dies can take the last one with it.
+checkpoints are not used, because a worker that dies can take the last one with it. When Ray says that a node of the
+workers will be taken away, one more checkpoint is written.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import ray.data
 from rayexpand.classifier.accuracy import Answers
 from rayexpand.contract.errors import Interrupted, UsageError, packed, unpacked
 from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
-from rayexpand.on_ray.pool import cause_of, connected, enter, mean_over_workers
+from rayexpand.on_ray.pool import Notices, cause_of, connected, enter, mean_over_workers
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
 from rayexpand.studies.config import TrainingConfig
@@ -153,7 +154,7 @@ def _train(trial: Trial, files: Files, config: dict[str, Any]) -> None:
     answers = fit(work, classifier, curve, loaded_batches(work, config, classifier.step, rank, world, loaders),
                   evaluate=lambda: _evaluated(answers_of, work, classifier, rank, world),
                   save=lambda: _save(files, name, trial, classifier, curve, rank), every=training.checkpoint_steps,
-                  mean=lambda value: mean_over_workers([value], device)[0])
+                  warned=Notices(device), mean=lambda value: mean_over_workers([value], device)[0])
     also = {name: _evaluated(partial(also_answers, name=name), work, classifier, rank, world) for name in work.also}
     cpu_seconds = world * mean_over_workers([curve.cpu_seconds + loaders.seconds], device)[0]
     if rank == 0:

@@ -1,16 +1,23 @@
-"""Which sampler call, or which row, was running when a process died.
+"""Which sampler call, or which row, was running when a process died, and whether the row is to blame for that.
 
 A marker file is written before each call and removed after it. A marker whose process is dead blames that call. Two
-dead processes at one call: its rows are run one by one, each with a row marker; two more dead at one row: that row is
-refused, as `timeout` if a deadline ended the last process, else as `actor_died`. A preempted shard leaves one marker
-at a random place, so lost machines never add up to a poisoned row.
+dead processes at one call: its rows are run one by one, each with a row marker.
+
+A death is *seen* where the process itself left a trace of it: a fatal signal (segmentation fault, bus error, abort), a
+deadline, a ProcessFault. Two seen deaths at one row refuse it, as `timeout` if a deadline was among them, else as
+`actor_died`. Of a death that nobody saw, one cannot tell a row that ends its process (os._exit, a host out of memory)
+from a kill from outside: a lost machine, a job slot that is over. It counts only where it repeats at a row while others
+were made alone by the same processes before, and where it also happened with that row tried first; what was made alone
+after such a death is cleared for good. So kills from outside do not add up to a refused row, not even those that come
+after the same time again and again.
 
 A whole shard is marked as well, for a death can come from outside a sampler call: a decoder that crashes on a seed, an
 encoder, the commit. After two deaths its seeds are decoded and its samples encoded one by one under row markers.
 
-The deadline uses faulthandler's watchdog thread, which ends the process even while a C extension holds the GIL. It
-writes a stack trace into a local folder that outlives the process, one file per process and run: that file tells
-`timeout` from `actor_died`, and while its process runs, that it runs. Only processes of the same host can look it up.
+Traces are written by faulthandler into a local folder that outlives the process, one file per process and run: by its
+handler of fatal signals, and by its watchdog thread, which ends the process at a deadline even while a C extension
+holds the GIL. While a process runs, its trace says that it runs. Only processes of the same host can look it up, so a
+death on another host is one that nobody saw.
 """
 
 from __future__ import annotations
@@ -21,10 +28,10 @@ import os
 import socket
 import stat
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -33,14 +40,42 @@ from rayexpand.contract.schema import Reason
 from rayexpand.storage.files import Files, token_alive
 
 DEAD_CALLS = 2  # dead processes at one call before its rows run one by one
-DEAD_ROWS = 2  # dead processes at one row before it is refused
+DEAD_ROWS = 2  # deaths at one row that tell something before it is refused
 DEAD_SHARDS = 2  # dead processes at one shard, wherever, before its seeds are decoded one by one
-DEAD_UNEXPLAINED = 6  # dead processes that blame neither a call nor a row of their shard, before it is given up for now
+DEAD_UNEXPLAINED = 6  # dead processes that tell nothing of a call or row of their shard, before it is given up for now
 SHARD, DECODE, ENCODE = -1, -2, -3  # in the place of a call number: the whole shard, and work on one row outside calls
+SOUND = "sound"
+
+Row = tuple[int, int]  # row, attempt of its draw
 
 
 class ProcessFault(Interrupted):
     """This process cannot go on (sticky CUDA error, host out of memory). Its marker stays and blames the call."""
+
+
+@dataclass(slots=True)
+class Suspect:
+    """Deaths at one row while it was worked on alone."""
+
+    seen: list[Reason] = field(default_factory=list)
+    first: int = 0  # nobody saw it, and the row was the first that its process made of the call
+    later: int = 0  # nobody saw it, and others had been made alone before
+    sound: bool = False  # made alone since
+
+    def reason(self, call: int) -> Reason | None:
+        """Why the row is refused, None where the deaths do not show that it is to blame. What is encoded has been
+        sampled by the same process, so it never comes first."""
+        if len(self.seen) >= DEAD_ROWS:
+            return Reason.TIMEOUT if Reason.TIMEOUT in self.seen else Reason.ACTOR_DIED
+        repeats = self.later >= DEAD_ROWS and (self.first > 0 or (call == ENCODE and self.later > DEAD_ROWS))
+        return Reason.ACTOR_DIED if repeats and not self.sound else None
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Its place among rows made one by one, where (1, 0) is that of a row without deaths: first where it was never
+        tried first, else after all others."""
+        deaths = len(self.seen) + self.first + self.later
+        return (2, 0) if self.sound else (0, deaths) if self.later and not self.first else (3, deaths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +83,21 @@ class Verdicts:
     """What the dead say about one shard."""
 
     careful: bool  # decode and encode row by row, each under a marker of its own
-    unexplained: int  # processes that died at the shard but at no call or row of it
+    unexplained: int  # processes that died at the shard and tell nothing of a call or row of it
     calls: frozenset[int]  # run these row by row
-    rows: dict[tuple[int, int], Reason]  # (row, attempt of its draw): refuse these
+    suspects: dict[tuple[int, Row], Suspect]  # by call and row
+    rows: dict[Row, Reason]  # refuse these
     seeds: dict[int, Reason]  # first row of a seed whose decoding ended processes: refuse all its rows
+
+    def turn(self, call: int, row: Row) -> tuple[int, int]:
+        """Sort key of a row among those made one by one."""
+        suspect = self.suspects.get((call, row))
+        return suspect.turn if suspect else (1, 0)
 
 
 class Blame:
-    """Markers in blame/ of a run, as `<shard key>@<call>@<row or all>@<attempt>@<process token>`."""
+    """Markers in blame/ of a run, as `<shard key>@<call>@<who>@<attempt>@<process token>`; who is `all`, or
+    `<row>.<attempt of its draw>.<others made alone before>`, or `<row>.<attempt of its draw>.sound`."""
 
     def __init__(self, files: Files, token: str, attempt: int) -> None:
         self.files, self.token, self.attempt = files, token, attempt
@@ -63,51 +105,75 @@ class Blame:
 
     def verdicts(self, shard_key: str) -> Verdicts:
         calls: Counter[int] = Counter()
-        at_row: dict[tuple[int, int, int], list[str]] = {}  # call, row, attempt of its draw
+        suspects: dict[tuple[int, Row], Suspect] = defaultdict(Suspect)
         shard: set[str] = set()
-        explained: set[str] = set()
+        telling: set[str] = set()
+        cleared: set[tuple[int, Row]] = set()
         for name in self.files.list("blame", f"{shard_key}@"):
-            _, call, row, attempt, token = name.split("@", 4)
-            if not self._dead(int(attempt), token):
+            _, text, who, attempt, token = name.split("@", 4)
+            call = int(text)
+            if who.endswith(SOUND):
+                cleared.add((call, _row(who)))
+            elif not self._dead(int(attempt), token):
                 continue
-            if int(call) == SHARD:
+            elif call == SHARD:
                 shard.add(token)
-                continue
-            explained.add(token)
-            if row == "all":
-                calls[int(call)] += 1
+            elif who == "all":
+                calls[call] += 1
+                if calls[call] <= DEAD_CALLS:
+                    telling.add(token)
             else:
-                number, _, redraw = row.partition(".")
-                at_row.setdefault((int(call), int(number), int(redraw)), []).append(token)
-                calls[int(call)] = DEAD_CALLS
-        refused = {key: self._reason(tokens) for key, tokens in at_row.items() if len(tokens) >= DEAD_ROWS}
+                calls[call] = max(calls[call], DEAD_CALLS)
+                suspect, others = suspects[call, _row(who)], who.split(".")[2:]
+                if reason := self._seen(token):
+                    suspect.seen.append(reason)
+                elif others and int(others[0]):
+                    suspect.later += 1
+                else:
+                    suspect.first += 1
+                if reason or suspect.first == 1 or suspect.later:
+                    telling.add(token)
+        for key in cleared & suspects.keys():
+            suspects[key].sound = True
+        refused = {(call, row): why for (call, row), suspect in suspects.items() if (why := suspect.reason(call))}
         return Verdicts(
-            careful=len(shard) >= DEAD_SHARDS, unexplained=len(shard - explained),
-            calls=frozenset(call for call, dead in calls.items() if dead >= DEAD_CALLS),
-            rows={(row, redraw): reason for (call, row, redraw), reason in refused.items() if call != DECODE},
-            seeds={row: reason for (call, row, _), reason in refused.items() if call == DECODE})
+            careful=len(shard) >= DEAD_SHARDS, unexplained=len(shard - telling),
+            calls=frozenset(call for call, dead in calls.items() if dead >= DEAD_CALLS), suspects=dict(suspects),
+            rows={row: why for (call, row), why in refused.items() if call != DECODE},
+            seeds={row: why for (call, (row, _)), why in refused.items() if call == DECODE})
 
     @contextmanager
-    def watch(self, shard_key: str, call: int, row: tuple[int, int] | None, deadline_s: float) -> Iterator[None]:
+    def supervised(self) -> Iterator[None]:
+        """While the block runs, a fatal signal of this process leaves a trace."""
+        before = faulthandler.is_enabled()
+        faulthandler.enable(self._open_trace())
+        try:
+            yield
+        finally:
+            faulthandler.disable()
+            if before:
+                faulthandler.enable(2)
+
+    @contextmanager
+    def watch(self, shard_key: str, call: int, row: Row | None, deadline_s: float, others: int = 0) -> Iterator[None]:
         """Marks a call (or one row of it) as running, and ends the process if it outlasts `deadline_s`."""
-        with self.mark(shard_key, call, row):
-            if self._trace is None:
-                self._trace = open(self._trace_path(self.token), "w")  # noqa: SIM115  (open while the process lives)
-            faulthandler.dump_traceback_later(deadline_s, exit=True, file=self._trace)
+        with self.mark(shard_key, call, row, others):
+            faulthandler.dump_traceback_later(deadline_s, exit=True, file=self._open_trace())
             try:
                 yield
             finally:
                 faulthandler.cancel_dump_traceback_later()
 
     @contextmanager
-    def mark(self, shard_key: str, call: int, row: tuple[int, int] | None) -> Iterator[None]:
-        """Marks work as running. The marker stays when the process dies, or raises ProcessFault."""
-        who = "all" if row is None else f"{row[0]}.{row[1]}"
-        marker = "blame/" + "@".join([shard_key, str(call), who, str(self.attempt), self.token])
+    def mark(self, shard_key: str, call: int, row: Row | None, others: int = 0) -> Iterator[None]:
+        """Marks work as running; `others`: rows that this process made alone before this one. The marker stays when the
+        process dies, or raises ProcessFault."""
+        marker = self._marker(shard_key, call, "all" if row is None else f"{row[0]}.{row[1]}.{others}")
         self.files.mark(marker)
         try:
             yield
-        except ProcessFault:
+        except ProcessFault as fault:
+            print(f"ProcessFault: {fault}", file=self._open_trace(), flush=True)
             raise
         except BaseException:
             self.files.delete(marker)
@@ -115,12 +181,19 @@ class Blame:
         else:
             self.files.delete(marker)
 
+    def clear_suspect(self, shard_key: str, call: int, row: Row) -> None:
+        """A row at which processes died was made alone: deaths that nobody saw do not count against it."""
+        self.files.mark(self._marker(shard_key, call, f"{row[0]}.{row[1]}.{SOUND}"))
+
+    def _marker(self, shard_key: str, call: int, who: str) -> str:
+        return "blame/" + "@".join([shard_key, str(call), who, str(self.attempt), self.token])
+
     def clear(self, shard_key: str) -> None:
         """Forgets the dead of a committed shard."""
         dead = []
         for name in self.files.list("blame", f"{shard_key}@"):
-            _, _, _, attempt, token = name.split("@", 4)
-            if self._dead(int(attempt), token):
+            _, _, who, attempt, token = name.split("@", 4)
+            if who.endswith(SOUND) or self._dead(int(attempt), token):
                 dead.append(f"blame/{name}")
         if dead:
             self.files.delete(*dead)
@@ -138,7 +211,8 @@ class Blame:
     def close(self) -> None:
         if self._trace is not None:
             self._trace.close()
-            self._trace_path(self.token).unlink(missing_ok=True)
+            if not self._seen(self.token):
+                self._trace_path(self.token).unlink(missing_ok=True)
             self._trace = None
 
     def _dead(self, attempt: int, token: str) -> bool:
@@ -148,13 +222,28 @@ class Blame:
             return attempt <= self.attempt
         return not token_alive(token)
 
-    def _reason(self, tokens: list[str]) -> Reason:
-        traces = [self._trace_path(token) for token in tokens]
-        timed_out = any(path.exists() and path.stat().st_size for path in traces)
-        return Reason.TIMEOUT if timed_out else Reason.ACTOR_DIED
+    def _seen(self, token: str) -> Reason | None:
+        """How a process ended, as far as it left a trace of that."""
+        try:
+            found = self._trace_path(token).read_text(errors="replace")
+        except OSError:
+            return None
+        if not found:
+            return None
+        return Reason.TIMEOUT if found.startswith("Timeout") else Reason.ACTOR_DIED
+
+    def _open_trace(self) -> IO[str]:
+        if self._trace is None:
+            self._trace = open(self._trace_path(self.token), "w")  # noqa: SIM115  (open while the process lives)
+        return self._trace
 
     def _trace_path(self, token: str) -> Path:
         return trace_folder(self.files) / f"{token}.trace"
+
+
+def _row(who: str) -> Row:
+    row, attempt = who.split(".")[:2]
+    return int(row), int(attempt)
 
 
 def forget_unexplained(files: Files) -> None:
@@ -177,5 +266,5 @@ def trace_folder(files: Files) -> Path:
 
 
 def running_here(files: Files) -> int:
-    """Sampler processes of a run alive on this host: each keeps a trace from its first sampler call to its end."""
+    """Sampler processes of a run alive on this host: each keeps a trace from its first shard to its end."""
     return sum(token_alive(path.stem) for path in trace_folder(files).glob("*.trace"))

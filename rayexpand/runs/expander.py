@@ -11,6 +11,7 @@ the pieces a guided method works in, then the call); a fault of the process or o
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import errno
 import socket
 import sys
@@ -31,7 +32,7 @@ from rayexpand.contract.schema import Draw, Reason, Receipt, Sample, Seed, Start
 from rayexpand.data.pixels import decode, encode, prepare, resized
 from rayexpand.data.seeds import SeedReader
 from rayexpand.models.prior import inspect_prior
-from rayexpand.runs.blame import DEAD_UNEXPLAINED, DECODE, ENCODE, SHARD, Blame, ProcessFault, Verdicts
+from rayexpand.runs.blame import DEAD_UNEXPLAINED, DECODE, ENCODE, SHARD, Blame, ProcessFault, Row, Verdicts
 from rayexpand.runs.config import RunConfig
 from rayexpand.runs.plan import Call, Plan, Unit, pack
 from rayexpand.runs.shard_images import Decoded, PhaseClock, ShardImages
@@ -76,10 +77,11 @@ class Expander:
         key = _key(shard_id, generation)
         verdicts = self.blame.verdicts(key)
         if verdicts.unexplained >= DEAD_UNEXPLAINED:
-            raise EnvironmentFault(f"{verdicts.unexplained} processes died on shard {shard_id} while they loaded "
-                                   "models, read seeds or committed. Look at the system's log (out of memory?), then "
-                                   "run the same command again.")
-        with self.blame.mark(key, SHARD, None):
+            raise EnvironmentFault(f"{verdicts.unexplained} processes died on shard {shard_id}, and no row can be told "
+                                   "to be the cause: they were ended from outside, or while they loaded models, read "
+                                   "seeds or committed. Look at the system's log (out of memory?), then run the same "
+                                   "command again.")
+        with self.blame.mark(key, SHARD, None), self.blame.supervised():
             receipt = self._expand(shard_id, generation, verdicts)
         self.blame.clear(key)
         return receipt
@@ -100,10 +102,12 @@ class Expander:
 
     def regenerate(self, sample_id: str) -> Sample:
         """Makes one sample again, alone among fillers (with its group where the method has groups)."""
-        shard_id = self.plan.find(sample_id)
+        shard_id, generation = self.plan.find(sample_id), 0
         if committed := self.store.find(shard_id, 0):
+            while sample_id in self._failed(committed) and (later := self.store.find(shard_id, generation + 1)):
+                committed, generation = later, generation + 1
             self._adopt(committed.shape)
-        work = self._start(shard_id, 0, self.blame.verdicts(_key(shard_id, 0)))
+        work = self._start(shard_id, generation, self.blame.verdicts(_key(shard_id, generation)))
         self._run(work, {sample_id})
         (sample,) = self._collect(work, {sample_id})
         return sample
@@ -129,18 +133,24 @@ class Expander:
             found, listed = self._read(shard_id, used)
         for draw in (draw for unit in units for draw in unit if draw.copy == 0):
             if reason := verdicts.seeds.get(draw.row):  # in place of the seed, or it would be decoded ahead
-                found[draw.seed_id] = RowFault(reason, "two processes that decoded this seed alone ended")
+                found[draw.seed_id] = RowFault(reason, "processes that decoded this seed alone ended")
         images = ShardImages(found, listed, self._decode, self._pool)
         return _Work(shard_id, generation, _key(shard_id, generation), units, images, clock, verdicts)
 
     def _decode_one_by_one(self, work: _Work) -> None:
         """Decodes each seed alone under a marker, so that a decoder's crash blames its seed."""
-        first_rows = {draw.seed_id: draw.row - draw.copy for unit in work.units for draw in unit
-                      if draw.start == Start.IMAGE}
-        for seed_id, row in first_rows.items():
-            if row not in work.verdicts.seeds:
-                with self.blame.mark(work.key, DECODE, (row, 0)):
-                    work.images.try_alone(seed_id)
+        rows = {draw.seed_id: (draw.row - draw.copy, 0) for unit in work.units for draw in unit
+                if draw.start == Start.IMAGE}
+        waiting = [(seed_id, row) for seed_id, row in rows.items() if row[0] not in work.verdicts.seeds]
+        waiting.sort(key=lambda one: work.verdicts.turn(DECODE, one[1]))
+        for others, (seed_id, row) in enumerate(waiting):
+            with self.blame.mark(work.key, DECODE, row, others):
+                work.images.try_alone(seed_id)
+            self._made_alone(work, DECODE, row)
+
+    def _made_alone(self, work: _Work, call: int, row: Row) -> None:
+        if (call, row) in work.verdicts.suspects:
+            self.blame.clear_suspect(work.key, call, row)
 
     def _read(self, shard_id: int, used: set[str]) -> tuple[dict[str, Seed | RowFault | None], dict[str, RowFault]]:
         """Seeds of a shard by id, None for a seed whose image no draw uses; and the faults known from the listing."""
@@ -184,9 +194,11 @@ class Expander:
         before = self.store.find(work.shard_id, work.generation - 1)
         if before is None:
             raise Interrupted(f"shard {work.shard_id} has no generation {work.generation - 1}; run `expand` first")
-        refused = self.store.refused(before)
-        return {row["sample_id"] for row in refused.select(["sample_id", "status"]).to_pylist()
-                if row["status"] == Status.FAILED}
+        return self._failed(before)
+
+    def _failed(self, committed: Receipt) -> set[str]:
+        refused = self.store.refused(committed).select(["sample_id", "status"])
+        return {row["sample_id"] for row in refused.to_pylist() if row["status"] == Status.FAILED}
 
     def _run_call(self, work: _Work, call: Call) -> None:
         """Decides every row of a call, or queues its redraw."""
@@ -194,10 +206,24 @@ class Expander:
         for unit, fault in faulty:
             self._refuse(work, unit, fault)
         if call.number in work.verdicts.calls:
-            for start in range(0, len(slots), call.unit):
-                self._attempt(work, replace(call, slots=_keep(slots, range(start, start + call.unit))), alone=True)
+            self._one_by_one(work, replace(call, slots=slots))
         else:
             self._attempt(work, replace(call, slots=slots))
+
+    def _one_by_one(self, work: _Work, call: Call) -> None:
+        """Runs the units of a call alone, those at which processes died in the order that tells most."""
+        waiting = [(draw, start) for start in range(0, len(call.slots), call.unit)
+                   if (draw := next(filter(None, call.slots[start:start + call.unit]), None))]
+        waiting.sort(key=lambda one: work.verdicts.turn(call.number, _row(one[0])))
+        for others, (draw, start) in enumerate(waiting):
+            suspect = work.verdicts.suspects.get((call.number, _row(draw)))
+            if not others and suspect and suspect.first:  # nothing else is in this call to be made before
+                work.last_draw, others = draw, 1
+                with contextlib.suppress(_OutOfMemory):
+                    self._try_fillers(work, call)
+            alone = replace(call, slots=_keep(call.slots, range(start, start + call.unit)))
+            self._attempt(work, alone, others)
+            self._made_alone(work, call.number, _row(draw))
 
     def _refuse(self, work: _Work, unit: Slots, fault: RowFault) -> None:
         for draw in unit:
@@ -211,7 +237,7 @@ class Expander:
                                    size)
         work.results[draw.sample_id] = future
         if work.verdicts.careful:
-            with self.blame.mark(work.key, ENCODE, (draw.row, draw.attempt)):
+            with self.blame.mark(work.key, ENCODE, _row(draw), 1):  # at least the call of this row was made before
                 concurrent.futures.wait([future])
 
     def _sound(self, work: _Work, call: Call) -> tuple[tuple[Draw | None, ...], list[tuple[Slots, RowFault]]]:
@@ -230,15 +256,16 @@ class Expander:
             if draw is None:
                 continue
             if reason := work.verdicts.rows.get((draw.row, draw.attempt)):
-                return RowFault(reason, "two processes that worked on this row alone ended")
+                return RowFault(reason, "processes that worked on this row alone ended")
             if fault := work.images.fault(draw, work.clock):
                 return fault
             if self.plan.lacks_caption(draw):
                 return RowFault(Reason.MISSING, "no caption could be made of its seed")
         return None
 
-    def _attempt(self, work: _Work, call: Call, alone: bool = False) -> None:
-        """Runs a call in pieces of the shape in force; halves the shape when memory runs out."""
+    def _attempt(self, work: _Work, call: Call, alone: int | None = None) -> None:
+        """Runs a call in pieces of the shape in force; halves the shape when memory runs out. `alone`: of its rows only
+        one unit is left, and so many were made alone before it."""
         start = 0
         while start < len(call.slots):
             size = max(call.unit, self.batch // call.unit * call.unit)
@@ -280,7 +307,7 @@ class Expander:
             pieces = {name: rows or None for name, rows in zip(_pieces(self.method), shape[1:], strict=False)}
             self.batch, self.method = shape[0], self.method.model_copy(update=pieces)
 
-    def _decide(self, work: _Work, call: Call, alone: bool) -> None:
+    def _decide(self, work: _Work, call: Call, alone: int | None) -> None:
         try:
             expansion = self._sample(work, call, alone)
         except _SamplerError as error:
@@ -290,15 +317,19 @@ class Expander:
 
     def _bisect(self, work: _Work, call: Call, error: _SamplerError) -> None:
         """Finds the rows that raise, at full shape. At most 2 log2(rows) + 1 extra calls for one bad row."""
+        self._try_fillers(work, call)
+        suspects = [[i for i in range(start, start + call.unit) if call.slots[i]]
+                    for start in range(0, len(call.slots), call.unit)]
+        self._search(work, call, [s for s in suspects if s], error)
+
+    def _try_fillers(self, work: _Work, call: Call) -> None:
+        """A call without any row. Raises EnvironmentFault where the sampler fails even then."""
         try:
-            self._sample(work, replace(call, slots=(None,) * len(call.slots)), alone=False)
+            self._sample(work, replace(call, slots=(None,) * len(call.slots)))
         except _SamplerError as empty:
             raise EnvironmentFault(f"the sampler fails even on a call of fillers: {empty}. Not the data is at fault "
                                    "but the model, the device or the method; repair it and run the same command "
                                    "again.") from empty.__cause__
-        suspects = [[i for i in range(start, start + call.unit) if call.slots[i]]
-                    for start in range(0, len(call.slots), call.unit)]
-        self._search(work, call, [s for s in suspects if s], error)
 
     def _search(self, work: _Work, call: Call, suspects: list[list[int]], error: _SamplerError) -> None:
         if len(suspects) == 1:
@@ -308,19 +339,19 @@ class Expander:
         for half in (suspects[:middle], suspects[middle:]):
             part = replace(call, slots=_keep(call.slots, [i for unit in half for i in unit]))
             try:
-                self._take(work, part, self._sample(work, part, alone=False))
+                self._take(work, part, self._sample(work, part))
             except _SamplerError as again:
                 self._search(work, part, half, again)
 
-    def _sample(self, work: _Work, call: Call, alone: bool) -> Expansion:
+    def _sample(self, work: _Work, call: Call, alone: int | None = None) -> Expansion:
         """One sampler call, marked, under a deadline. Sorts its exceptions by who is to blame."""
         batch = self._batch(work, call)
-        row = next(((draw.row, draw.attempt) for draw in call.slots if draw), None) if alone else None
+        row = None if alone is None else next((_row(draw) for draw in call.slots if draw), None)
         limits = self.config.limits
         with work.clock.phase("load"):
             tools = self.loaded()
         deadline = limits.deadline_s if self._calls_made else limits.first_deadline_s
-        with self.blame.watch(work.key, call.number, row, deadline), work.clock.phase("sample"):
+        with self.blame.watch(work.key, call.number, row, deadline, alone or 0), work.clock.phase("sample"):
             failpoint("before_call", work.shard_id)
             try:
                 expansion = self.method.expand(batch, tools)
@@ -460,6 +491,10 @@ class _Smaller(RayexpandError):
 
 class _SamplerError(RayexpandError):
     pass
+
+
+def _row(draw: Draw) -> Row:
+    return draw.row, draw.attempt
 
 
 def _key(shard_id: int, generation: int) -> str:

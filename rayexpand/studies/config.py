@@ -319,9 +319,6 @@ def _fit_problems(made: RunConfig, fit: ExpansionFit) -> list[str]:
                   if getattr(fit.adapter, field) != getattr(plain, field)]:
         problems.append(f"fit.adapter.{spread[0]}: a study fine-tunes in its own process, so {', '.join(spread)} would "
                         f"have no effect; take it out, or {first}artifacts.adapter")
-    if recipe.mmd_gamma and recipe.mmd_scope == "per_rank":
-        problems.append("fit.adapter.recipe.mmd_scope: per_rank is another objective for each number of workers, and a "
-                        f"study fine-tunes in its own process; set mmd_scope: global, or {first}artifacts.adapter")
     if recipe.strategy == "full":
         return [*problems, "fit.adapter.recipe.strategy: full makes a whole generator, and this method samples with an "
                 f"adapter; {first}prior.weights"]

@@ -132,10 +132,12 @@ def make_classifier(work: TrialWork, device: str, wrap: Callable[[Any], Any] = l
 def fit(work: TrialWork, classifier: Classifier, curve: TrainingCurve, batches: Iterable[TrainBatch], *,
         evaluate: Callable[[], Answers], save: Callable[[], None], every: int | None = None,
         mean: Callable[[float], float] = lambda value: value,
-        on_epoch: Callable[[dict[str, float]], None] = lambda point: None) -> Answers:
+        on_epoch: Callable[[dict[str, float]], None] = lambda point: None,
+        warned: Callable[[], bool] = lambda: False) -> Answers:
     """Trains to the last step and returns the answers of the finished classifier.
 
-    `mean` averages a number over workers; `save` keeps a checkpoint of classifier and curve.
+    `mean` averages a number over workers; `save` keeps a checkpoint of classifier and curve, also where `warned` says
+    after a step that workers will be taken away.
     """
     begun, cpu = time.perf_counter() - curve.seconds, time.process_time() - curve.cpu_seconds
     ends, answers = set(work.ends), None
@@ -150,7 +152,7 @@ def fit(work: TrialWork, classifier: Classifier, curve: TrainingCurve, batches: 
             curve.loss_sum, curve.loss_steps = 0.0, 0
             on_epoch(curve.history[-1])
         curve.seconds, curve.cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu
-        if work.is_saved_after(classifier.step, every):
+        if warned() or work.is_saved_after(classifier.step, every):
             curve.loss_sum = mean(curve.loss_sum)  # all workers resume from one file
             save()
     return answers if answers is not None else evaluate()

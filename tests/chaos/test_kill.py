@@ -27,12 +27,13 @@ from rayexpand.contract.errors import EXIT_DONE, EXIT_RESUMABLE, RayexpandError
 from rayexpand.contract.schema import Draw, Sample
 from rayexpand.runs import expander as expanders
 from rayexpand.runs import run as runs
-from rayexpand.runs.blame import DEAD_ROWS, DEAD_SHARDS, DEAD_UNEXPLAINED
+from rayexpand.runs.blame import DEAD_CALLS, DEAD_ROWS, DEAD_SHARDS, DEAD_UNEXPLAINED
 from rayexpand.runs.config import RunConfig
 from rayexpand.runs.store import data_name
 from rayexpand.runs.verify import verify
 from tests.commands import ROOT
 from tests.conftest import MakeConfig, complete, hashes, refused, small_run
+from tests.methods import fakes
 
 BAD = "bee/2.png/1"
 PREPARING = [f"{when}_{step}{part}" for step in ("index", "classes", "plan", "run")
@@ -43,6 +44,7 @@ COMMITTING = ["before_side", "after_side_write", "after_side_link", "after_side"
               "after_data_link", "after_data", "before_receipt", "after_receipt"]
 ENDING = ["before_rollup", "after_rollup_write", "after_rollup_link", "after_rollup"]
 SHARD = 1  # holds BAD, so that it has a side file
+UNSEEN_ROWS = DEAD_ROWS + 1  # deaths that nobody saw before a row is refused
 
 
 def run_command(config: RunConfig) -> None:
@@ -213,20 +215,51 @@ def test_deleted_receipts_and_data_come_back(make_config: MakeConfig, reference:
     assert (hashes(run), refused(run)) == reference
 
 
-@pytest.mark.parametrize(("method", "reason"), [("Hang", "timeout"), ("Segfault", "actor_died"),
-                                                ("HardExit", "actor_died")])
-def test_a_row_that_ends_its_process_is_refused_alone(make_config: MakeConfig, method: str, reason: str) -> None:
-    """Two deaths blame the call, two more the row; every other sample of its call is made."""
+@pytest.mark.parametrize(("method", "reason", "deaths"), [
+    ("Hang", "timeout", 2), ("Segfault", "actor_died", 2), ("HardExit", "actor_died", 3)])
+def test_a_row_that_ends_its_process_is_refused_alone(make_config: MakeConfig, method: str, reason: str,
+                                                      deaths: int) -> None:
+    """Two deaths blame the call, two more that are seen the row, or three that nobody saw; every other sample of its
+    call is made."""
     limits = {"limits": {"max_failed": 1.0, "deadline_s": 1.0, "first_deadline_s": 1.0}}
     reference = hashes(complete(make_config(method, ratio=2, name="healthy", sections=limits))[0])
     config = make_config(method, ratio=2, bad=BAD, sections=limits)
-    codes = codes_until_done(config, at_most=6)
+    codes = codes_until_done(config, at_most=8)
 
-    assert len(codes) == 5
+    assert len(codes) == DEAD_CALLS + deaths + 1
     run = runs.open_run(config.folder)
     assert refused(run) == {BAD: reason}
     assert hashes(run) == {k: v for k, v in reference.items() if k != BAD}
     assert run.files.list("blame") == [], "the dead of a committed shard are forgotten"
+
+
+def test_a_retry_offers_a_row_that_ended_processes(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config("HardExit", ratio=2, bad=BAD)
+    codes_until_done(config, at_most=8)
+    assert refused(runs.open_run(config.folder)) == {BAD: "actor_died"}
+    monkeypatch.setattr(fakes.HardExit, "misbehave", lambda self: None)
+
+    assert exit_code(in_child(_retry_command, config.folder)) == EXIT_DONE
+    assert BAD in hashes(runs.open_run(config.folder))
+
+
+def test_a_row_that_has_its_call_for_itself_can_be_blamed(make_config: MakeConfig) -> None:
+    """There is no other row to be made before it; a call without rows shows that the sampler works."""
+    config = make_config("HardExit", ratio=2, bad=BAD, batch=1)
+
+    assert codes_until_done(config, at_most=8) == [11] * (DEAD_CALLS + UNSEEN_ROWS) + [EXIT_DONE]
+    assert refused(runs.open_run(config.folder)) == {BAD: "actor_died"}
+
+
+def test_a_call_of_deadly_rows_ends(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All copies of a seed, so that the call has no row that could be made before."""
+    monkeypatch.setattr(fakes, "has", lambda batch, seed_id: any(
+        draw.seed_id == seed_id and not absent for draw, absent in zip(batch.draws, batch.filler, strict=True)))
+    config = make_config("HardExit", ratio=2, bad="bee/2.png", batch=2)
+    codes = codes_until_done(config, at_most=20)
+
+    assert codes == [11] * (len(codes) - 1) + [EXIT_DONE]
+    assert refused(runs.open_run(config.folder)) == {f"bee/2.png/{copy}": "actor_died" for copy in range(2)}
 
 
 def test_a_deadly_redraw_costs_its_row_alone(make_config: MakeConfig) -> None:
@@ -234,7 +267,7 @@ def test_a_deadly_redraw_costs_its_row_alone(make_config: MakeConfig) -> None:
     reference = hashes(complete(make_config("DeadlyRedraw", ratio=2, name="healthy"))[0])
     config = make_config("DeadlyRedraw", ratio=2, bad=BAD)
 
-    assert codes_until_done(config, at_most=6) == [11] * 4 + [EXIT_DONE]
+    assert codes_until_done(config, at_most=8) == [11] * (DEAD_CALLS + UNSEEN_ROWS) + [EXIT_DONE]
     run = runs.open_run(config.folder)
     assert refused(run) == {BAD: "actor_died"}
     assert hashes(run) == {k: v for k, v in reference.items() if k != BAD}
@@ -259,7 +292,7 @@ def test_a_seed_that_ends_its_decoder_blames_no_other_row(make_config: MakeConfi
     monkeypatch.setattr(expanders, "decode", deadly)
     codes = codes_until_done(config("run"), at_most=8)
 
-    assert codes == [9] * (DEAD_SHARDS + DEAD_ROWS) + [EXIT_DONE]
+    assert codes == [9] * (DEAD_SHARDS + UNSEEN_ROWS) + [EXIT_DONE]
     run = runs.open_run(config("run").folder)
     lost = {f"bee/2.png/{copy}": "actor_died" for copy in range(2)}
     assert refused(run) == lost
@@ -284,7 +317,7 @@ def test_a_row_that_ends_its_encoder_is_refused_alone(make_config: MakeConfig,
     monkeypatch.setattr(expanders.Expander, "_finish", deadly)
     codes = codes_until_done(config("run"), at_most=8)
 
-    assert codes == [9] * (DEAD_SHARDS + DEAD_ROWS) + [EXIT_DONE]
+    assert codes == [9] * (DEAD_SHARDS + UNSEEN_ROWS) + [EXIT_DONE]
     run = runs.open_run(config("run").folder)
     assert refused(run) == {BAD: "actor_died"}
     assert hashes(run) == {k: v for k, v in reference.items() if k != BAD}
@@ -369,6 +402,18 @@ def test_random_kills_never_poison_a_row(make_config: MakeConfig, reference: tup
     for shard in range(runs.prepare(config).plan.n_shards):
         in_child(run_command, config, failpoint=f"after_call@shard={shard}:kill").join()
     assert exit_code(in_child(run_command, config)) == 0
+
+    run = runs.open_run(config.folder)
+    assert (hashes(run), refused(run)) == reference
+
+
+@pytest.mark.parametrize("point", ["before_call", "after_call"])
+def test_kills_at_one_place_cost_no_row(make_config: MakeConfig, reference: tuple, point: str) -> None:
+    """A job slot that always ends at the same place: however often, no row is refused for it."""
+    config = make_config("Failing", ratio=2, nan=BAD)
+    codes = [exit_code(in_child(run_command, config, failpoint=f"{point}@shard={SHARD}:kill")) for _ in range(10)]
+    assert codes[:6] == [-signal.SIGKILL] * 6
+    assert codes_until_done(config, at_most=2)[-1] == EXIT_DONE
 
     run = runs.open_run(config.folder)
     assert (hashes(run), refused(run)) == reference

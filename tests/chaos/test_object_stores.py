@@ -120,7 +120,7 @@ def test_a_store_that_goes_away_stops_the_run_resumably(make_config: MakeConfig,
     monkeypatch.setattr(buckets, "TRIES", 2)
     config = failing(make_config, place())
     object_stores.reset(("PUT", "/data/", -1, 503), code="InternalError")
-    assert exit_code(in_child(run_command, config), 300) == EXIT_RESUMABLE
+    assert exit_code(in_child(run_command, config)) == EXIT_RESUMABLE
     object_stores.reset()
     assert exit_code(in_child(run_command, config)) == 0
     assert hashes(runs.open_run(config.folder)) == reference[0]

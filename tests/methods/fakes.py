@@ -238,6 +238,16 @@ class Sleeping(Fake):
         return super().expand(batch, tools)
 
 
+class Steady(Failing):
+    """Takes `seconds` per image, of which no pixel depends, and fails as `Failing` does."""
+
+    seconds: float = 0.0
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        time.sleep(self.seconds * sum(not absent for absent in batch.filler))
+        return super().expand(batch, tools)
+
+
 class Gated(Fake):
     """Rows of the first class are made at once, the others when the file `gate` is there."""
 

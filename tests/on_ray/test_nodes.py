@@ -20,18 +20,22 @@ import pytest
 import ray
 import ray.data
 import yaml
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 from ray.data.exceptions import ExecutionTimeoutError
 
 from rayexpand.models import folders
 from rayexpand.models.folders import folder_hash
 from rayexpand.models.prior import prior_hash, resolve
 from rayexpand.on_ray import expand as on_ray
+from rayexpand.on_ray.finetune import POSITION
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import parse
 from tests.conftest import FAKES, MakeConfig, complete, hashes
 from tests.on_ray.conftest import ROOT, ensure_token, free_ports, processes_of
-from tests.tiny import tiny_adapter
+from tests.on_ray.test_finetune import driver, kept, raw, wait_for
+from tests.tiny import tiny_adapter, tiny_pipeline
 
 pytestmark = pytest.mark.cluster
 
@@ -88,6 +92,27 @@ def test_a_node_killed_loses_nothing(cluster: Cluster, make_config: MakeConfig, 
 
     assert (totals.kept, totals.pending) == (60, 0)
     assert hashes(run) == reference
+
+
+def test_a_notice_that_a_node_goes_saves_a_checkpoint(cluster: Cluster, image_folder: Path, tmp_path: Path) -> None:
+    """Ray's autoscaler says the same way that a spot node will be taken away."""
+    node = cluster.add_node(num_cpus=6, object_store_memory=80_000_000)
+    cluster.wait_for_nodes()
+    tiny_pipeline(tmp_path / "pipeline")
+    config = {**raw("diffmix", tmp_path, image_folder, tmp_path, cpus_per_worker=2, checkpoint_every=10**6, sheet=None),
+              **on(cluster)}
+    config["fit"]["adapter"]["recipe"] = {**config["fit"]["adapter"]["recipe"], "steps": 50_000}
+    process = driver(config, tmp_path)
+    try:
+        (work,) = wait_for(lambda: [one.parent for one in tmp_path.glob(f".adapter-*.work/{POSITION}")], process)
+        assert kept(work) == (0, 0)
+        GcsClient(address=cluster.address).drain_node(
+            node.node_id, autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot",
+            (time.time_ns() // 10**6) + 60_000)
+        wait_for(lambda: kept(work)[0], process)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_nodes_with_empty_caches_get_model_and_adapter_once(cluster: Cluster, tmp_path: Path,

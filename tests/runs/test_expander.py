@@ -260,6 +260,38 @@ def test_a_shard_that_runs_out_of_memory_on_the_way_has_one_shape(make_config: M
     assert runs.start(run).regenerate("ant/0.png/0").sample_sha256 == hashes(run)["ant/0.png/0"]
 
 
+def test_a_retried_sample_is_regenerated_in_the_shape_of_its_retry(make_config: MakeConfig, image_folder: Path,
+                                                                   tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(fakes.Fake):
+        """Pixels that depend on the shape of the call."""
+
+        name: str = "tests.methods.fakes.Late"
+
+        def expand(self, batch: Batch, tools: Tools) -> Expansion:
+            if len(batch) > room[0]:
+                import torch
+
+                raise torch.OutOfMemoryError("too much")
+            return Expansion([fakes.picture(batch, i) ^ np.uint8(len(batch)) for i in range(len(batch))])
+
+    monkeypatch.setattr(fakes, "Late", Late, raising=False)
+    seeds, room = shutil.copytree(image_folder, tmp_path / "seeds"), [8]
+    for name in ("bee/1.png", "bee/2.png"):
+        (seeds / name).write_bytes(b"")
+    run, totals = complete(make_config("Late", ratio=2, batch=8, shard_images=40,
+                                       data={"source": "imagefolder", "path": str(seeds)}))
+    assert totals.failed == 4
+    for name, room[0] in (("bee/1.png", 4), ("bee/2.png", 2)):
+        shutil.copy(image_folder / name, seeds / name)
+        runs.drive(run, runs.in_process(runs.start(run)), runs.retry_jobs(run), to_the_end=True)
+    room[0] = 8
+    assert [receipt.shape for receipt in run.store.receipts()] == [[8], [4], [2]]
+
+    for sample_id in ("ant/0.png/0", "bee/1.png/0", "bee/2.png/1"):
+        assert runs.start(run).regenerate(sample_id).sample_sha256 == hashes(run)[sample_id]
+
+
 def test_out_of_memory_at_one_row_is_the_environment(make_config: MakeConfig) -> None:
     run = runs.prepare(make_config("Capacity", ratio=1, rows=0))
     expander = runs.start(run)

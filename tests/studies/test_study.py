@@ -193,8 +193,8 @@ FITS = [  # method, what is fine-tuned, mistakes
     ({"name": "realfake", "prompt": "photo of {name}"}, {"strategy": "db", "visual_token": "class_mean"}, []),
     ({"name": "diffmix", "prompt": "a {name}"}, {"strategy": "full"}, [
         "recipe.strategy: full makes a whole generator"]),
-    ({"name": "diffmix", "prompt": "a {name}"}, {"strategy": "db", "mmd_gamma": 0.05, "mmd_scope": "per_rank"}, [
-        "recipe.mmd_scope: per_rank is another objective for each number of workers"])]
+    ({"name": "diffmix", "prompt": "a {name}"}, {"strategy": "db", "mmd_gamma": 0.05, "mmd_scope": "per_rank",
+                                                  "mmd_images": 8}, [])]
 
 
 def fitted(tmp_path: Path, method: dict[str, Any], recipe: dict[str, Any], **fields: Any) -> dict[str, Any]:

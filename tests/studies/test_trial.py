@@ -25,7 +25,9 @@ from rayexpand.studies.parts import Study, Trial, read_result
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.trial import (
     TrainingCurve,
+    answers_of,
     checkpoint,
+    fit,
     make_classifier,
     open_work,
     restore,
@@ -246,6 +248,16 @@ def test_a_process_killed_in_the_middle_costs_one_interval(tmp_path: Path) -> No
     assert results[0]["starts"] == [0, reached]
     assert reached == 10
     assert curve(results[0]) == curve(results[1])
+
+
+def test_a_warning_saves_a_checkpoint(tmp_path: Path) -> None:
+    study, trial = one_trial(tmp_path, updates=6, epochs=1)
+    work = open_work(study.files, trial, study.config.training)
+    classifier, saved = make_classifier(work, "cpu"), list[int]()
+    fit(work, classifier, TrainingCurve(), work.feed.batches(0, 6), evaluate=lambda: answers_of(work, classifier),
+        save=lambda: saved.append(classifier.step), warned=lambda: classifier.step == 4)
+
+    assert saved == [4]
 
 
 def interval_of_10(study: Study) -> TrainingConfig:

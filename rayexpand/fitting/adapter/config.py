@@ -136,7 +136,11 @@ def _share_problems(made: AdapterFit, recipe: FinetuneConfig, *, on_ray: bool) -
     world = max(1, made.workers) if on_ray else 1
     parts = world * recipe.accumulate
     if recipe.batch % parts == 0:
-        return []
+        if not recipe.mmd_images or recipe.batch // parts % recipe.mmd_images == 0:
+            return []
+        return [f"fit.adapter.recipe.mmd_images: {recipe.batch // parts} images ({recipe.batch} over {world} workers, "
+                f"accumulate {recipe.accumulate}) cannot be cut into terms of {recipe.mmd_images}; use fewer workers, "
+                "or accumulate less"]
     return [f"fit.adapter.recipe.batch: {recipe.batch} images cannot be cut into {parts} equal slices ({world} "
             f"workers, accumulate {recipe.accumulate}); use a multiple of {parts}"]
 

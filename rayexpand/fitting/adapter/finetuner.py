@@ -185,7 +185,7 @@ class Finetuner:
         if not config.mmd_gamma:
             return simple, simple, torch.zeros_like(simple)
         term = mmd(e_BCHW, w_B if config.mmd_weighting == "min_snr" else None, reduction=config.mmd_reduction,
-                   scope=config.mmd_scope, world=self.world, share=share, reduce=self._reduce)
+                   scope=config.mmd_scope, images=config.mmd_images, world=self.world, share=share, reduce=self._reduce)
         return simple + config.mmd_gamma * term, simple, term
 
     def _clip(self) -> None:

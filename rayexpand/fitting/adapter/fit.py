@@ -126,7 +126,7 @@ def prepare_job(made: AdapterFit, data: Data, *, out: str, weights: str, seed: i
     made_from: dict[str, Any] = {
         "version": VERSION, "seed": seed, "data": data.facts, "base_sha256": base.sha256, "world": world,
         "metaclasses": list(classes.metaclass), "nouns": list(classes.noun),
-        "recipe": made.finetune.model_dump(mode="json"), **hashes}
+        "recipe": made.finetune.identity(world), **hashes}
     kind = KINDS.get(made.finetune.strategy, "adapter")
     identity = artifact_digest(kind, made_from)
     work = Path(out, f".{kind}-{identity[:8]}.work")

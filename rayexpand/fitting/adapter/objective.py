@@ -52,21 +52,22 @@ def l_simple(e_BCHW: Tensor, w_B: Tensor) -> Tensor:
 
 
 def mmd(e_BCHW: Tensor, w_B: Tensor | None = None, *, reduction: Literal["mean", "sum"] = "mean",
-        scope: Literal["global", "per_rank"] = "global", world: int = 1, share: float = 1.0,
+        scope: Literal["global", "per_rank"] = "global", images: int | None = None, world: int = 1, share: float = 1.0,
         reduce: Reduce | None = None) -> Tensor:
     """Real-Fake's distribution-matching term: the mean over C, H, W of (mean over the batch of w e) squared (its
     equations 7 and 21), or of the sum over the batch squared (its code); `w_B` None is unweighted (paper).
 
     `global` is over the rows of all workers: `reduce` adds up, the value is the same on every worker, and the average
-    of the workers' gradients is exact. `per_rank` is over this worker's rows, times `share`: never below the global
-    value after averaging, and larger by up to `world` where errors are mostly noise."""
+    of the workers' gradients is exact. `per_rank` is the mean of one term for each `images` of this worker's rows
+    (None: all of them), times `share`: never below the global value after averaging, and larger by up to the number of
+    terms where errors are mostly noise."""
     assert world == 1 or scope == "per_rank" or reduce is not None, "a mean over workers needs reduce"
     e = e_BCHW.float()
     if w_B is not None:
         e = e * w_B.view(-1, *[1] * (e.ndim - 1))
     if scope == "per_rank":
-        return share * _collapsed(e, reduction).square().mean()
-    own = _collapsed(e, reduction) * (share if reduction == "mean" else 1.0)
+        return share * _collapsed(e.unflatten(0, (-1, images or len(e))), reduction, 1).square().mean()
+    own = _collapsed(e, reduction, 0) * (share if reduction == "mean" else 1.0)
     if reduce is None:
         return own.square().mean()
     total = reduce(own.detach()) / (world if reduction == "mean" else 1)
@@ -75,8 +76,8 @@ def mmd(e_BCHW: Tensor, w_B: Tensor | None = None, *, reduction: Literal["mean",
     return (total + scale * (own - own.detach())).square().mean()
 
 
-def _collapsed(e: Tensor, reduction: str) -> Tensor:
-    return e.mean(0) if reduction == "mean" else e.sum(0)
+def _collapsed(e: Tensor, reduction: str, dim: int) -> Tensor:
+    return e.mean(dim) if reduction == "mean" else e.sum(dim)
 
 
 def all_reduce(x: Tensor) -> Tensor:

@@ -71,7 +71,11 @@ class FinetuneConfig(Section):
                                                   "up (code: grows with the square of the batch)")
     mmd_weighting: Literal["none", "min_snr"] = Field("none", description="Min-SNR weights inside the norm (code) or "
                                                       "not (paper)")
-    mmd_scope: Literal["global", "per_rank"] = Field("global", description="over the batch of all workers, or of each")
+    mmd_scope: Literal["global", "per_rank"] = Field(
+        "global", description="one term over the batch of all workers, or one for each mmd_images of it, as if each "
+        "worker had so many")
+    mmd_images: int | None = Field(None, ge=1, description="images of one term with mmd_scope per_rank, whatever the "
+                                   "number of workers")
 
     @property
     def has_tokens(self) -> bool:
@@ -94,15 +98,30 @@ class FinetuneConfig(Section):
         """The training prompt, the default filled in."""
         return self.prompt or ("a photo of a {token} {metaclass}" if self.has_tokens else "a photo of a {name}")
 
-    def mmd_images(self, world: int) -> int:
+    @property
+    def images_per_term(self) -> int:
         """Images whose errors one MMD term averages: to be recorded with mmd_gamma."""
-        return self.batch // self.accumulate // (world if self.mmd_scope == "per_rank" else 1)
+        return self.mmd_images or self.batch // self.accumulate
+
+    def identity(self, world: int) -> dict[str, Any]:
+        """What the artifact of a training by so many workers is named after. Terms over all that a worker has were
+        what per_rank meant when there was no mmd_images, and those artifacts keep their names."""
+        fields = self.model_dump(mode="json")
+        if self.mmd_images in (None, self.batch // self.accumulate // world):
+            del fields["mmd_images"]
+        return fields
 
     @model_validator(mode="after")
     def _agree(self) -> FinetuneConfig:
         problems = _prompt_problems(self)
         if self.mmd_weighting == "min_snr" and self.snr_gamma is None:
             problems.append("mmd_weighting min_snr needs snr_gamma, 5 in Real-Fake")
+        if self.mmd_images and (self.mmd_scope == "global" or not self.mmd_gamma):
+            problems.append("mmd_images has no effect without mmd_gamma and mmd_scope per_rank")
+        if self.mmd_gamma and self.mmd_scope == "per_rank" and not self.mmd_images:
+            problems.append(f"mmd_scope per_rank needs mmd_images, the images of one term, or each number of workers "
+                            f"would train something else; so far it was {self.batch // self.accumulate} divided by the "
+                            "number of workers, and Real-Fake's code has 8")
         if self.batch % self.accumulate:
             problems.append(f"batch {self.batch} cannot be computed in {self.accumulate} equal parts (accumulate)")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -149,9 +168,10 @@ _REALFAKE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "diffmix": {},
     "realfake": _REALFAKE,
-    # the MMD term over each worker's 8 images, their weighted errors added up; the image's own feature as token
+    # the MMD term over 8 images, which each of its workers had, their weighted errors added up; the image's own feature
+    # as token
     "realfake_official": {**_REALFAKE, "visual_token": "instance", "mmd_gamma": 0.003, "mmd_reduction": "sum",
-                          "mmd_weighting": "min_snr", "mmd_scope": "per_rank"},
+                          "mmd_weighting": "min_snr", "mmd_scope": "per_rank", "mmd_images": 8},
     # ours, measured on the digits generator: its attention sits on one 4 x 4 level, and SD's rates are far too slow
     "tiny": {"targets": "attention+ff", "rank": 8, "lr": 3e-3, "token_lr": 2e-2, "batch": 16, "steps": 400,
              "init_token": "digit"},

@@ -125,9 +125,10 @@ def open_tuning(job: TuneJob, *, device: str | None = None,
 def tune(tuning: Tuning, batches: Iterable[LatentRows], *, save: Callable[[], None],
          mean: Callable[[list[float]], list[float]] = lambda values: values,
          on_point: Callable[[dict[str, float]], None] = lambda point: None,
-         elsewhere: Callable[[], float] = lambda: 0.0) -> None:
-    """Trains to the last step. `mean` averages numbers over workers; `save` keeps a checkpoint; `elsewhere`: CPU
-    seconds that other processes have spent for this one since the start."""
+         elsewhere: Callable[[], float] = lambda: 0.0, warned: Callable[[], bool] = lambda: False) -> None:
+    """Trains to the last step. `mean` averages numbers over workers; `save` keeps a checkpoint, also where `warned`
+    says after a step that workers will be taken away; `elsewhere`: CPU seconds that other processes have spent for this
+    one since the start."""
     tuner, curve, made = tuning.tuner, tuning.curve, tuning.job.made
     begun, cpu = time.perf_counter() - curve.seconds, time.process_time() - curve.cpu_seconds
     for visits in batches:
@@ -136,7 +137,8 @@ def tune(tuning: Tuning, batches: Iterable[LatentRows], *, save: Callable[[], No
         for name, value in measured(tuner).items():
             curve.sums[name] = curve.sums.get(name, 0.0) + value
         curve.steps += 1
-        logs, saves = tuner.step % made.log_every == 0 or tuner.step == tuning.steps, tuning.saves_after(tuner.step)
+        logs = tuner.step % made.log_every == 0 or tuner.step == tuning.steps
+        saves = warned() or tuning.saves_after(tuner.step)
         if logs or saves:  # all workers resume from one file, so sums become those of all
             curve.sums = dict(zip(curve.sums, mean(list(curve.sums.values())), strict=True))
         if logs:
@@ -247,7 +249,7 @@ class RunLogger:
         recipe = tuning.job.made.finetune
         facts = {"device": tuning.prior.device.type, "workers": workers, "steps": recipe.steps, "starts": curve.starts,
                  "images": len(tuning.feed.rows), "blank_captions": len(tuning.feed.latents) - len(tuning.feed.rows),
-                 "mmd_images": recipe.mmd_images(max(1, workers)),
+                 "mmd_images": recipe.images_per_term,
                  "images_per_second": recipe.batch * recipe.steps / max(curve.seconds, 1e-9),
                  "training_seconds": curve.seconds, "gpu_seconds": curve.seconds * gpus * max(1, workers),
                  "training_cpu_seconds": curve.cpu_seconds if cpu_seconds is None else cpu_seconds,

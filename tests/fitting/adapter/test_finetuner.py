@@ -315,7 +315,8 @@ def test_no_weight_for_the_mmd_term_is_the_plain_loss() -> None:
 
 
 @pytest.mark.parametrize("fields", [
-    {}, {"mmd_reduction": "sum"}, {"mmd_weighting": "min_snr", "snr_gamma": 5.0}, {"mmd_scope": "per_rank"}])
+    {}, {"mmd_reduction": "sum"}, {"mmd_weighting": "min_snr", "snr_gamma": 5.0},
+    {"mmd_scope": "per_rank", "mmd_images": 6}])
 def test_the_mmd_term_is_added(fields: dict[str, Any]) -> None:
     model = tuner("epsilon", mmd_gamma=0.5, **fields)
     data = batch(3)
@@ -361,7 +362,7 @@ def test_accumulated_mmd_is_the_mean_over_the_parts() -> None:
         terms.append(model.losses.mmd)
 
     assert parts_of.losses.mmd == pytest.approx(np.mean(terms), rel=1e-5)
-    assert parts_of.config.mmd_images(world=1) == 3
+    assert parts_of.config.images_per_term == 3
 
 
 # ---- workers ----
@@ -731,6 +732,16 @@ def test_schedulers_that_cannot_train(scheduler: Any) -> None:
         Finetuner(unet, text_encoder, tokenizer, scheduler, FinetuneConfig(), N, 0)
 
 
+def test_artifacts_made_before_terms_had_a_number_keep_their_names() -> None:
+    official = make_finetune({"preset": "realfake_official"})
+    before = {name: one for name, one in official.model_dump(mode="json").items() if name != "mmd_images"}
+
+    assert official.identity(world=8) == before
+    assert official.identity(world=1) == {**before, "mmd_images": 8}
+    assert official.model_copy(update={"mmd_images": 64}).identity(world=1) == before
+    assert "mmd_images" not in make_finetune({}).identity(world=1)
+
+
 def test_presets() -> None:
     assert {name: make_finetune({"preset": name}).template for name in PRESETS} == {
         "diffmix": "a photo of a {token} {metaclass}", "realfake": "photo of {name}, {caption}",
@@ -738,14 +749,17 @@ def test_presets() -> None:
     assert make_finetune({}) == make_finetune({"preset": "diffmix"}) == FinetuneConfig()
     # the code's coefficient as a mean over 8 images, in Real-Fake's specification 0.192
     official = make_finetune({"preset": "realfake_official"})
-    assert official.mmd_gamma * official.mmd_images(world=8) ** 2 == pytest.approx(0.192)
-    assert make_finetune({"preset": "realfake"}).mmd_images(world=8) == 64
+    assert official.mmd_gamma * official.images_per_term ** 2 == pytest.approx(0.192)
+    assert make_finetune({"preset": "realfake"}).images_per_term == 64
     assert make_finetune({"strategy": "db"}).template == "a photo of a {name}"
 
 
 @pytest.mark.parametrize(("fields", "words"), [
     ({"preset": "diffmx"}, "preset 'diffmx' is unknown; known: diffmix"),
     ({"mmd_weighting": "min_snr"}, "needs snr_gamma"),
+    ({"mmd_gamma": 0.1, "mmd_scope": "per_rank"}, "per_rank needs mmd_images, the images of one term"),
+    ({"mmd_gamma": 0.1, "mmd_images": 4}, "mmd_images has no effect without mmd_gamma and mmd_scope per_rank"),
+    ({"mmd_scope": "per_rank", "mmd_images": 4}, "mmd_images has no effect without mmd_gamma"),
     ({"batch": 8, "accumulate": 3}, "batch 8 cannot be computed in 3 equal parts"),
     ({"prompt": "a photo of a {name}"}, "lacks {token}, which strategy ti_db trains"),
     ({"strategy": "db", "prompt": "a {token}"}, "strategy db has no class tokens"),

@@ -46,6 +46,8 @@ def weights(values: Any = (1.0, 1.0)) -> Tensor:
     (lambda: mmd(errors([[1.0, 3.0], [-1.0, -3.0]])), 0.0),  # targets permuted within the batch
     (lambda: mmd(errors([[1.0], [-1.0]]), weights(HALF), reduction="sum"), 0.25),
     (lambda: mmd(errors(), scope="per_rank"), 2.0),
+    (lambda: mmd(errors(PAIR + OTHERS), scope="per_rank", images=2), 2.0),  # (0, 2) and (2, 0), each squared
+    (lambda: mmd(errors(PAIR + OTHERS), scope="per_rank", images=2, reduction="sum"), 8.0),
 ])
 def test_worked_numbers(value: Callable[[], Tensor], expected: float) -> None:
     assert float(value()) == pytest.approx(expected, abs=1e-6)
@@ -191,6 +193,16 @@ def test_workers_average_to_one_process(sizes: tuple[int, ...], reduction: Any, 
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
     assert values == pytest.approx([value] * len(sizes), rel=1e-6)
     assert len(set(values)) == 1, "the same value on every worker, to the bit"
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (2, 4, 2), (2, 2, 2, 2)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_terms_of_some_images_do_not_depend_on_the_workers(sizes: tuple[int, ...], reduction: Any) -> None:
+    gradient, values, expected, value = averaged(
+        sizes, lambda e, **where: mmd(e, scope="per_rank", images=2, reduction=reduction, **where))
+
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+    assert np.mean(values) == pytest.approx(value, rel=1e-6)
 
 
 @pytest.mark.parametrize("sizes", SIZES)

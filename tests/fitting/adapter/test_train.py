@@ -351,15 +351,28 @@ def test_curves_are_tensorboard_events_and_part_of_the_facts(raw: Callable[..., 
     assert curve[0]["loss"] == pytest.approx(curve[0]["l_simple"] + 0.05 * curve[0]["l_mmd"])
 
 
+def job_of(raw: dict[str, Any], spreads: bool = False) -> finetune_run.TuneJob:
+    config = parse_fit(raw)
+    index = seeds.build_index(config.data)
+    assert config.fit.adapter is not None
+    return artifact.prepare_job(
+        config.fit.adapter, Data(config.data, index, data_facts(config, index)), out=config.out,
+        weights=config.prior.weights, seed=config.seed, device="cpu", runtime=config.runtime, here={},
+        progress=quiet, engine=replace(TUNE_HERE, spreads=spreads))[0]
+
+
+def test_a_warning_saves_a_checkpoint(raw: Callable[..., Any]) -> None:
+    tuning = finetune_run.open_tuning(job_of(raw(SHORT, checkpoint_every=100)))
+    saved: list[int] = []
+    finetune_run.tune(tuning, tuning.feed.batches(0, SHORT["steps"]), save=lambda: saved.append(tuning.tuner.step),
+                      warned=lambda: tuning.tuner.step == 3)
+
+    assert saved == [3, 5]
+
+
 def test_what_decides_the_numbers_decides_the_digest(raw: Callable[..., Any]) -> None:
     def digest(recipe: dict[str, Any] | None = None, spreads: bool = False, **fields: Any) -> str:
-        config = parse_fit(raw({**SHORT, **(recipe or {})}, **fields))
-        index = seeds.build_index(config.data)
-        assert config.fit.adapter is not None
-        return artifact.prepare_job(
-            config.fit.adapter, Data(config.data, index, data_facts(config, index)), out=config.out,
-            weights=config.prior.weights, seed=config.seed, device="cpu", runtime=config.runtime, here={},
-            progress=quiet, engine=replace(TUNE_HERE, spreads=spreads))[0].digest
+        return job_of(raw({**SHORT, **(recipe or {})}, **fields), spreads).digest
 
     same = digest()
     how = {"checkpoint_every": 1, "log_every": 1, "loaders": 3, "cpus_per_worker": 2, "tensorboard": True}
@@ -469,6 +482,19 @@ def test_a_batch_is_shared_by_workers_only_where_there_are_any(raw: Callable[...
     (problem,) = preflight(config)
     assert problem == ("fit.adapter.recipe.batch: 6 images cannot be cut into 4 equal slices (2 workers, accumulate "
                        "2); use a multiple of 4")
+
+
+@pytest.mark.parametrize(("workers", "on_ray", "fits"), [(0, False, True), (8, False, True), (2, True, True),
+                                                        (1, True, True), (4, True, False)])
+def test_a_term_of_some_images_lies_within_a_worker(raw: Callable[..., Any], workers: int, on_ray: bool,
+                                                    fits: bool) -> None:
+    from rayexpand.fitting.config import preflight
+
+    recipe = {**SHORT, "batch": 8, "mmd_gamma": 0.1, "mmd_scope": "per_rank", "mmd_images": 4}
+    problems = preflight(parse_fit(raw(recipe, workers=workers)), on_ray=on_ray)
+    assert problems == ([] if fits else [
+        "fit.adapter.recipe.mmd_images: 2 images (8 over 4 workers, accumulate 1) cannot be cut into terms of 4; use "
+        "fewer workers, or accumulate less"])
 
 
 def test_features_and_captions_of_the_same_file_are_used(raw: Callable[..., Any], tmp_path: Path) -> None:
