@@ -59,6 +59,9 @@ class RunProgress:
         self._facts |= {"actors": alive, "nodes": hosts}
         self._show(self._decided + rows)
 
+    def say(self, line: str) -> None:
+        self._progress(line, min(self._shown, self._planned), self._planned, self._facts)
+
     def _show(self, done: int) -> None:
         self._shown = done
         self._progress(self._task, min(done, self._planned), self._planned, self._facts)
