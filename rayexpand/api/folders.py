@@ -33,7 +33,7 @@ class _Paged(Result):
 
 @dataclass(frozen=True)
 class RunFolder(_Paged):
-    """A run. `last` says what the call that returned it did: seconds, images_per_second."""
+    """A run. `last` says what the call that returned it did: rows made, seconds; and the run's images_per_second."""
 
     folder: str
     last: Mapping[str, float] = field(default_factory=dict)

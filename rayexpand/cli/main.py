@@ -6,17 +6,21 @@ before a command needs it, so help answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from typing import Any
 
 from rayexpand.cli import cluster, expand, fit, jobs, judge, pages, start, study, validate
 from rayexpand.cli.app import app
+from rayexpand.cli.lines import json_stderr
 from rayexpand.contract.errors import EXIT_FAULT, Interrupted, RayexpandError
 
+LOG_JSON = "--log-json"
 COMMANDS = (start, jobs, validate, fit, expand, judge, study, pages, cluster)  # each joins the app when it is imported
 
 
@@ -25,6 +29,11 @@ def main() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stopped)
+    with json_stderr() if LOG_JSON in sys.argv else contextlib.nullcontext():
+        _run()
+
+
+def _run() -> None:
     try:
         app()
     except RayexpandError as error:
@@ -41,7 +50,9 @@ def _stopped(number: int, frame: Any) -> None:
 
 
 def _fail(kind: str, message: str, exit_code: int) -> None:
+    error = {"error": {"type": kind, "message": message, "exit_code": exit_code}}
     if "--json" in sys.argv:
-        print(json.dumps({"error": {"type": kind, "message": message, "exit_code": exit_code}}))
-    print(f"rayexpand: {message}", file=sys.stderr)
+        print(json.dumps(error))
+    print(json.dumps({"time": round(time.time(), 1), **error}) if LOG_JSON in sys.argv else f"rayexpand: {message}",
+          file=sys.stderr)
     sys.exit(exit_code)

@@ -90,6 +90,11 @@ def few(names: Sequence[str], most: int = 5) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def three_digits(value: float) -> str:
+    """0.0123, 18.9, 1,499: a rate as a message, a table and a page show it."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def packed(error: Exception, where: str = "") -> str:
     """An error as one JSON line for another process, `where` added to its text. What is not of this package is a fault
     of the place."""

@@ -149,12 +149,12 @@ class RayWave:
 
 
 def expand(run: runs.Run, jobs: Callable[[], list[runs.Job]], *, to_the_end: bool = False,
-           on_counts: Callable[[Totals], None] = lambda counts: None,
+           on_commit: runs.OnCommit = lambda counts, seconds, rows: None,
            on_snapshot: Callable[[Snapshot], None] = lambda snapshot: None,
            say: Callable[[str], None] = lambda line: None) -> Any:
     """Drives `jobs` on Ray and returns the totals (see `run.drive`, whose errors it raises).
 
-    `on_counts` is called after every commit, `on_snapshot` every few seconds; `say` gets a line when the cluster has no
+    `on_commit` is called after every commit, `on_snapshot` every few seconds; `say` gets a line when the cluster has no
     capacity.
     """
     with connected(run.config.cluster):
@@ -164,7 +164,7 @@ def expand(run: runs.Run, jobs: Callable[[], list[runs.Job]], *, to_the_end: boo
         server = open_model_server(run_models(run.config, run.facts["models"]))
         with _watched(heartbeats, on_snapshot, say):
             wave = RayWave(run, attempt, heartbeats, server, pool)
-            return runs.drive(run, wave, jobs, to_the_end=to_the_end, on_counts=on_counts)
+            return runs.drive(run, wave, jobs, to_the_end=to_the_end, on_commit=on_commit)
 
 
 def drive_on_ray(run: runs.Run, progress: Listener, *, retry: bool = False) -> Totals:
@@ -174,8 +174,8 @@ def drive_on_ray(run: runs.Run, progress: Listener, *, retry: bool = False) -> T
     def snapshot(now: Snapshot) -> None:
         heard.actors(now.alive, now.hosts, now.rows)
 
-    return expand(run, jobs_of(run, retry=retry), to_the_end=retry, on_counts=heard.counts, on_snapshot=snapshot,
-                  say=heard.say)
+    return heard.ended(expand(run, jobs_of(run, retry=retry), to_the_end=retry, on_commit=heard.committed,
+                              on_snapshot=snapshot, say=heard.say))
 
 
 @contextlib.contextmanager

@@ -50,6 +50,7 @@ from rayexpand.runs.inputs import (
     names_classes,
 )
 from rayexpand.runs.plan import Plan, make_plan, plan_digest, read_plan, write_plan
+from rayexpand.runs.status import shard_seconds
 from rayexpand.runs.store import Store, Tally, Totals, first_look, new_attempt, read_facts, totals
 from rayexpand.storage.files import FOLDERS, Files, process_token
 from rayexpand.storage.places import is_url, open_files
@@ -61,6 +62,7 @@ ROLL_UP_EVERY = 500  # commits after which their receipts become one file
 FAULTS_IN_A_ROW = 3  # environment faults of one process before it stops taking shards
 
 Job = tuple[int, int]  # shard id, generation
+OnCommit = Callable[[Totals, float, int], None]
 ExpandWave = Callable[[Sequence[Job]], Iterator[Receipt | EnvironmentFault]]
 
 
@@ -273,12 +275,12 @@ def in_process(expander: Expander) -> ExpandWave:
 
 
 def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, to_the_end: bool = False,
-          on_counts: Callable[[Totals], None] = lambda counts: None) -> Totals:
+          on_commit: OnCommit = lambda counts, seconds, rows: None) -> Totals:
     """Runs `jobs()` wave by wave until it is empty, and returns the totals of the run.
 
-    `on_counts` is called after every commit. Raises OverBudget as soon as more rows failed than limits.max_failed
-    allows (`to_the_end`: only when all jobs are done, for a retry starts over its budget), and EnvironmentFault after
-    three waves without a commit.
+    `on_commit` is called after every commit, with the counts so far and the shard's seconds and rows. Raises OverBudget
+    as soon as more rows failed than limits.max_failed allows (`to_the_end`: only when all jobs are done, for a retry
+    starts over its budget), and EnvironmentFault after three waves without a commit.
     """
     run.store.forget_lost()
     tally = Tally(run.plan.planned, run.store.receipts())
@@ -295,7 +297,7 @@ def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, t
                 continue
             committed += 1
             tally.add(outcome)
-            on_counts(tally.totals)
+            on_commit(tally.totals, shard_seconds(outcome), outcome.decided)
             if (made := made + 1) % ROLL_UP_EVERY == 0:
                 run.store.roll_up()
             if not to_the_end:
