@@ -54,6 +54,7 @@ def retry(folder: Folder, set_: Set = None, trust: Trust = None, no_ray: NoRay =
 def _ended(found: Any, as_json: bool) -> None:
     if not found.last["made"]:
         warn(["nothing to do: every planned row is decided"], "")
+    warn(found.notes)
     show(found, as_json)
     if not as_json:
         print(f"report: {found.page}")

@@ -18,6 +18,7 @@ Only `cli/` turns these into messages and exit codes.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,6 +89,12 @@ def few(names: Sequence[str], most: int = 5) -> str:
     """"'a', 'b' and 3 more": a list of names as a message shows it."""
     shown = ", ".join(f"'{name}'" for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def looked_at(path: str | os.PathLike[str]) -> str:
+    """" (looked at /work/birds)" for a relative path, for where it leads depends on where a command starts."""
+    name = os.path.expanduser(path)
+    return "" if os.path.isabs(name) or "://" in name or "::" in name else f" (looked at {os.path.abspath(name)})"
 
 
 def three_digits(value: float) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from rayexpand.contract.errors import ModelError, RowFault
+from rayexpand.contract.errors import ModelError, RowFault, looked_at
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.rng import RowRng
 from rayexpand.data.pixels import PILLOW_PIXELS, decode, prepare
@@ -235,4 +235,5 @@ def _checkpoint_problems(checkpoint: str | None, model: str) -> list[str]:
     if path.suffix in PICKLES or path.suffix != ".safetensors":
         return [f"checkpoint: {checkpoint} is not a safetensors file; pickles can run code when opened and are not "
                 "read: convert it with safetensors.torch.save_file"]
-    return [] if path.is_file() else [f"checkpoint: {checkpoint} does not exist; give the path of a safetensors file"]
+    return [] if path.is_file() else [f"checkpoint: {checkpoint} does not exist{looked_at(checkpoint)}; give the path "
+                                      "of a safetensors file"]

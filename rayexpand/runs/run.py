@@ -25,6 +25,7 @@ from rayexpand.contract.errors import (
     EnvironmentFault,
     ModelError,
     OverBudget,
+    RayexpandError,
     SeedDataError,
     StorageError,
     UsageError,
@@ -43,6 +44,7 @@ from rayexpand.runs.inputs import (
     artifact_folder,
     artifact_hashes,
     captions_sha256,
+    changed_seeds,
     check_artifacts,
     check_base,
     check_classes,
@@ -155,6 +157,15 @@ def measured(config: RunConfig) -> Measured | None:
     run = open_run(config.folder)
     data = run.files.entries("data")
     return measure(list(run.store.receipts(data)), sum(entry.size for entry in data.values()))
+
+
+def changed_since_planned(config: RunConfig) -> str:
+    """See `changed_seeds`; "" for a run that has not started, or cannot be opened, which others say."""
+    with contextlib.suppress(RayexpandError):
+        files = open_files(config.folder)
+        if first_look(files) is not None and (plan := read_plan(config, files, read_facts(files)["plan"])):
+            return changed_seeds(config, plan.index)
+    return ""
 
 
 def _size_problems(facts: PriorFacts, config: RunConfig) -> list[str]:

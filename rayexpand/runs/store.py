@@ -28,7 +28,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rayexpand.contract.errors import DigestMismatch, StorageError, UsageError
+from rayexpand.contract.errors import DigestMismatch, StorageError, UsageError, looked_at
 from rayexpand.contract.schema import (
     DATA_SCHEMA,
     REFUSED_SCHEMA,
@@ -67,8 +67,8 @@ def read_facts(files: Files) -> dict[str, Any]:
     """run.json. Raises UsageError if there is no run, StorageError if this user may not read it."""
     where, text = files.at("run.json"), first_look(files)
     if text is None:
-        raise UsageError(f"{files.root} is not a run folder (no run.json). Give the folder that `expand` printed, "
-                         "<out>/<name>, or start a run with `rayexpand expand`.")
+        raise UsageError(f"{files.root} is not a run folder (no run.json){looked_at(files.root)}. Give the "
+                         "folder that `expand` printed, <out>/<name>, or start a run with `rayexpand expand`.")
     try:
         return json.loads(text)
     except ValueError as error:

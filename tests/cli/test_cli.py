@@ -86,6 +86,21 @@ def test_the_life_of_a_run(job: Path, tmp_path: Path) -> None:
         assert "40" in rayexpand(verb, folder).stdout
 
 
+def test_photos_that_came_after_a_plan_are_said(job: Path, image_folder: Path, tmp_path: Path) -> None:
+    photos = shutil.copytree(image_folder, tmp_path / "photos")
+    data = ("--set", f"data.path={photos}")
+    assert "planned" not in rayexpand("expand", job, *data).stderr
+    for name in ("ant/new.png", "cat/new.png"):
+        shutil.copy(photos / "ant/0.png", photos / name)
+    (photos / "ant/0.png").unlink()
+    said = "the dataset has 2 seeds more and 1 fewer than when this run was planned"
+
+    again = rayexpand("expand", job, *data)
+    assert (again.returncode, "nothing to do" in again.stderr, said in again.stderr) == (0, True, True)
+    assert said in rayexpand("validate", job, *data).stderr
+    assert said in json.loads(rayexpand("plan", job, *data, "--json").stdout)["notes"]["images"]
+
+
 def test_the_same_folder_refuses_another_run_with_the_difference(job: Path) -> None:
     assert rayexpand("expand", job).returncode == 0
     other = process("expand", job, "--set", "method.ratio=3", "--set", "seed=1")
@@ -130,6 +145,22 @@ def test_bad_input_is_refused_before_anything_is_made(job: Path, tmp_path: Path,
     assert json.loads(done.stdout)["error"]["exit_code"] == 2
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("arguments", "place"), [
+    (["validate", "{job}", "--set", "data.path=brids"], "brids"),
+    (["validate", "{job}", "--set", "data={{source: parquet, path: brids}}"], "brids"),
+    (["validate", "{job}", "--set", "data={{source: manifest, path: brids.csv}}"], "brids.csv"),
+    (["validate", "{job}", "--set", "data={{source: npz, path: brids.npz}}"], "brids.npz"),
+    (["validate", "{job}", "--set", "data.ids=lists/ids.txt"], "lists/ids.txt"),
+    (["validate", "{job}", "--set", "data.classes=lists/c.csv"], "lists/c.csv"),
+    (["validate", "{job}", "--set", "method={{name: lecf, prompts: p.json}}"], "p.json"),
+    (["validate", "my.yaml"], "my.yaml"), (["status", "runs/brids"], "runs/brids"), (["init", "brids"], "brids")])
+def test_a_relative_path_that_leads_nowhere_shows_where_it_led(arguments: list[str], place: str, job: Path) -> None:
+    done = rayexpand(*(one.format(job=job) for one in arguments))
+
+    assert done.returncode == 2
+    assert f"(looked at {ROOT / place})" in done.stderr
 
 
 def test_validate_prints_every_field(job: Path) -> None:
