@@ -128,12 +128,19 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    temporary = None
+    temporary, refusals = None, list[bytes]()
     if address:
         try:
             _reach(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, runtime_env=_environment())
+            with _held_back(b"InvalidAuthToken") as refusals:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING,
+                         runtime_env=_environment())
         except (OSError, ray.exceptions.RayError) as error:
+            if refusals:
+                raise UsageError(
+                    f"cluster.address: token mismatch with {address}: the cluster wants its token, and this user gives "
+                    "none or another one. Set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token "
+                    "(or RAY_AUTH_TOKEN)") from error
             raise UsageError(
                 f"cluster.address: no Ray cluster answers at {address} ({type(error).__name__}: {error}). Start one "
                 "with `ray start --head`, correct the address, give this user the cluster's token "
@@ -146,6 +153,8 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)  # ray.init sets its own, which would lose our exit code
     try:
+        if address:
+            _check_token(address)
         _say_warning_of_restarts_once()
         yield
     except SystemError as error:
@@ -166,6 +175,16 @@ def _check_trust() -> None:
         raise UsageError(f"Ray was connected before {', '.join(lacking)} was trusted, so its workers do not import it. "
                          "Call ray.shutdown() first (rayexpand connects by itself), or connect with ray.init("
                          f"runtime_env={{'env_vars': {{'{TRUSTED}': '{','.join(sorted(here))}'}}}})")
+
+
+def _check_token(address: str) -> None:
+    """Raises UsageError where this process uses a token and the cluster does not: actors would die before they ran."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled as uses_token
+
+    if uses_token() and not ray.get(ray.remote(num_cpus=0)(uses_token).remote()):
+        raise UsageError(f"cluster.address: token mismatch with {address}: this process uses a token (RAY_AUTH_MODE, "
+                         "or ~/.ray/auth_token, which a run on this machine leaves), and the cluster uses none. Set "
+                         "RAY_AUTH_MODE=disabled for this command, or start the cluster with RAY_AUTH_MODE=token")
 
 
 def _own_folder() -> str:
@@ -197,16 +216,27 @@ def _say_warning_of_restarts_once() -> None:
     pool of Ray Data has such actors, so it is written here, for an actor of no node, and left out of stderr."""
     actor: Any = ray.remote(_Restarted)
     nowhere = NodeAffinitySchedulingStrategy(ray.NodeID.from_random().hex(), soft=False)
+    with _held_back(b"constructor arguments in the object store"):
+        actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=nowhere).remote(ray.put(None))
+
+
+@contextlib.contextmanager
+def _held_back(unwanted: bytes) -> Iterator[list[bytes]]:
+    """What is written to stderr meanwhile, by C++ too, comes after it, but for lines with `unwanted`: then they are in
+    what is yielded."""
+    found: list[bytes] = []
     with tempfile.TemporaryFile() as written:
         stderr = os.dup(2)
         os.dup2(written.fileno(), 2)
         try:
-            actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=nowhere).remote(ray.put(None))
+            yield found
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
             written.seek(0)
-            os.write(2, b"".join(line for line in written if b"constructor arguments in the object store" not in line))
+            lines = written.readlines()
+            found += [line for line in lines if unwanted in line]
+            os.write(2, b"".join(line for line in lines if unwanted not in line))
 
 
 class _Restarted:

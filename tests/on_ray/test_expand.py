@@ -21,7 +21,7 @@ from rayexpand.runs.verify import verify
 from tests.chaos.test_kill import BAD, SHARD
 from tests.commands import rayexpand
 from tests.conftest import MakeConfig, complete, hashes, refused
-from tests.on_ray.conftest import ROOT, Head, processes_of
+from tests.on_ray.conftest import ROOT, Head, processes_of, start_head, stop_head
 from tests.s3server import Server
 
 pytestmark = pytest.mark.cluster
@@ -175,6 +175,22 @@ def test_no_cluster_at_an_address_is_said(job: Callable[..., Path], head: Head) 
     assert code == 2
     assert "no Ray cluster answers at 127.0.0.1:1" in summary["error"]["message"]
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(("there", "here"), [("disabled", "token"), ("token", "disabled")])
+def test_a_token_that_one_side_has_and_the_other_has_not(job: Callable[..., Path], head: Head, there: str,
+                                                        here: str) -> None:
+    cluster = head if there == "token" else start_head(cpus=2, auth=there)
+    try:
+        code, summary, stderr = finish(start(cluster, job(), RAY_AUTH_MODE=here))
+    finally:
+        if cluster is not head:
+            stop_head(cluster)
+
+    assert code == 2
+    assert f"cluster.address: token mismatch with {cluster.address}" in summary["error"]["message"]
+    assert ("RAY_AUTH_MODE=disabled" if here == "token" else "RAY_AUTH_MODE=token") in summary["error"]["message"]
+    assert stderr.splitlines() == [f"rayexpand: {summary['error']['message']}"]
 
 
 def test_a_cluster_of_our_own_leaves_nothing_behind(job: Callable[..., Path], tmp_path: Path, oracle: Oracle) -> None:
