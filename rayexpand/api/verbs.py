@@ -157,7 +157,8 @@ def sweep(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
     def show() -> None:
         states = [one["state"] for one in search.results.values()]
         progress(f"sweeping {config.name}", search.decided, search.total,
-                 {state: states.count(state) for state in ("finished", "stopped")})
+                 {state: states.count(state) for state in ("finished", "stopped", "diverged")
+                  if state != "diverged" or state in states})
 
     show()
     run: Any = searching.run_here

@@ -83,11 +83,13 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _timed(make: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Facts of the making with what it cost; those of `make` may hold the CPU and GPU seconds of other processes."""
+    """Facts of the making with what it cost; those of `make` may hold the CPU, GPU and process seconds of other
+    processes."""
     wall, cpu = time.perf_counter(), time.process_time()
     facts = make(folder)
     seconds = time.perf_counter() - wall
     facts["cpu_seconds"] = time.process_time() - cpu + facts.get("cpu_seconds", 0.0)
+    facts.setdefault("process_seconds", seconds)
     facts.setdefault("gpu_seconds", seconds if facts.get("device") == "cuda" else 0.0)
     return {**facts, "seconds": seconds, "created": time.time(), "version": __version__, "host": socket.gethostname()}
 
@@ -104,6 +106,13 @@ def read_facts(folder: Path | str) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         return dict(json.loads((Path(folder) / MAKING_OF).read_text()))
     return {}
+
+
+def process_seconds(folder: Path | str) -> float:
+    """Seconds of every process that made an artifact, summed; 0 for a folder that `fit` did not make."""
+    facts = read_facts(folder)
+    before = facts.get("training_seconds", facts.get("seconds", 0.0)) * max(1, facts.get("workers") or 1)
+    return float(facts.get("process_seconds", before))  # a folder of an earlier version
 
 
 def point(out: str, name: str, folder: Path) -> Path:

@@ -4,6 +4,7 @@
     ├── UsageError                  exit 2   what the user gave cannot work; says what, where, why and what to do next
     │   ├── ConfigError             exit 2   all mistakes of one configuration at once
     │   ├── SeedDataError           exit 2   the seed dataset as a whole (no label column, empty class, ...)
+    │   ├── Diverged                exit 2   a training whose loss or answers are not finite
     │   ├── ModelError              exit 2   a model folder that cannot be loaded
     │   └── StorageError            exit 2   an output place that cannot hold a run
     ├── OverBudget                  exit 3   more rows failed than the budget allows; outputs are kept
@@ -58,6 +59,10 @@ class ModelError(UsageError):
 
 class StorageError(UsageError):
     pass
+
+
+class Diverged(UsageError):
+    """A training whose numbers are no longer finite: it would end so again."""
 
 
 class OverBudget(RayexpandError):
