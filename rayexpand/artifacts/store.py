@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -16,9 +18,12 @@ from typing import Any
 
 from rayexpand import __version__
 from rayexpand.contract.errors import StorageError
-from rayexpand.contract.settings import digest
+from rayexpand.contract.settings import differences, digest
 from rayexpand.storage.places import is_url
 
+log = logging.getLogger(__name__)
+
+LENGTH = re.compile(r"(^|[._])(steps|epochs|updates)$")  # fields that say how long a training is
 MAKING_OF = "artifact.json"  # how `rayexpand fit` made a folder, seconds among it: no part of the model
 
 
@@ -59,6 +64,7 @@ def publish(out: str, kind: str, made_from: dict[str, Any], make: Callable[[Path
                 shutil.rmtree(stale)
             partial = root / f".{folder.name}.partial-{secrets.token_hex(4)}"
             partial.mkdir()
+        _say_what_is_not_continued(folder, kind, made_from)
         try:
             facts = {"kind": kind, "digest": identity, "made_from": made_from, **_timed(make, partial)}
             with _writing(folder):
@@ -67,6 +73,16 @@ def publish(out: str, kind: str, made_from: dict[str, Any], make: Callable[[Path
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _say_what_is_not_continued(folder: Path, kind: str, made_from: dict[str, Any]) -> None:
+    """Names a finished training that differs in its length alone: the rates of a training follow from all its steps, so
+    a longer one is another one."""
+    for other in sorted(folder.parent.glob(f"{kind}-*")):
+        changed = differences(read_facts(other).get("made_from", {}), made_from)
+        if changed and all(LENGTH.search(line.partition(":")[0]) for line in changed):
+            log.warning("%s is trained from its beginning: a training is planned over all its steps, so nothing is "
+                        "continued of %s (%s), which stays", folder.name, other.name, ", ".join(changed))
 
 
 def artifact_digest(kind: str, made_from: dict[str, Any]) -> str:
