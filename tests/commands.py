@@ -39,9 +39,12 @@ def forked(*arguments: object, said: Path) -> multiprocessing.Process:
     """`main` started in a fork, with its own signals and exit code; what it writes goes to the file `said`."""
     def run() -> None:
         os.chdir(ROOT)
-        with open(said, "w", buffering=1) as file:
-            sys.argv, sys.stdout, sys.stderr = ["rayexpand", *_command(arguments)], file, file
-            main()
+        with open(said, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        sys.argv = ["rayexpand", *_command(arguments)]
+        main()
 
     child = multiprocessing.get_context("fork").Process(target=run)
     child.start()

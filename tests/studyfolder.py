@@ -42,7 +42,7 @@ class StudyFolder:
                   "updates": 200, "samples_seen": 4000, "history": history(top1),
                   "last": {"top1": top1, "top5": min(1.0, top1 + 0.2), "ece": 0.05, "per_class": top1},
                   "best": {"top1": min(1.0, top1 + 0.01), "epoch": 9}, "seconds": 3.0, "cpu_seconds": 2.5,
-                  "gpu_seconds": 0.0, "expansion_seconds": 0.0, "device": "cpu", "workers": 0,
+                  "gpu_seconds": 0.0, "expansion_seconds": 0.0, "fitting_seconds": 0.0, "device": "cpu", "workers": 0,
                   "ids_sha256": _hash(f"ids {seed}"), "list_sha256": _hash(f"{arm} {seed}"),
                   "recipe": Recipe().model_dump(mode="json"), "stack": STACK, **fields}
         self.write(f"results/{trial}.json", result)

@@ -27,14 +27,15 @@ class Relay:
         self._on, self._thread = on, threading.get_ident()
         self._raised: BaseException | None = None
 
-    def __call__(self, task: str, done: int, total: int, facts: dict[str, int] | None = None) -> None:
+    def __call__(self, task: str, done: int, total: int, facts: dict[str, int] | None = None,
+                 rate: float | None = None) -> None:
         here = threading.get_ident() == self._thread
         if here and self._raised is not None:
             raise self._raised
         if self._on is None or self._raised is not None:
             return
         try:
-            self._on(Event(task, done, total, dict(facts or {})))
+            self._on(Event(task, done, total, dict(facts or {}), rate))
         except BaseException as error:
             if here:
                 raise
@@ -84,11 +85,11 @@ def fit_with(ray: bool | str, *, on_workers: bool = False) -> Fit:
 
 def drive_run(run: Run, progress: Relay, *, ray: bool | str, same_process: bool, retry: bool = False,
               ) -> dict[str, float]:
-    """Drives a run to its end, and writes page and card whatever the end; rows made, seconds and images/s of
-    this call."""
+    """Drives a run to its end, and writes page and card whatever the end; rows made and seconds of this call, and the
+    images/s of the run."""
     from rayexpand.reports.card import write_card
     from rayexpand.reports.run import write_report
-    from rayexpand.runs.driving import jobs_of
+    from rayexpand.runs.driving import jobs_of, rate_of
     from rayexpand.runs.run import check_budget, tally_of
 
     started, before = time.perf_counter(), run.totals()
@@ -107,7 +108,8 @@ def drive_run(run: Run, progress: Relay, *, ray: bool | str, same_process: bool,
     made = before.failed * bool(todo) if retry else before.pending - after.pending
     write_card(folder)
     write_report(folder)
-    return {"made": made, "seconds": round(seconds, 3), "images_per_second": round(made / seconds, 3)}
+    return {"made": made, "seconds": round(seconds, 3),
+            "images_per_second": rate_of([run]).images_per_second or 0.0}
 
 
 def train_trials(study: Study, trials: Sequence[Trial], progress: Relay, *, ray: bool | str) -> list[str]:

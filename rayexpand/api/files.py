@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from rayexpand.contract.errors import ConfigError, UsageError
+from rayexpand.contract.errors import ConfigError, UsageError, looked_at
 from rayexpand.contract.settings import override, put, read
 
 Job = str | os.PathLike[str] | Mapping[str, Any] | BaseModel
@@ -116,10 +116,11 @@ def _loader(kind: str) -> tuple[type[BaseModel], Callable[[Mapping[str, Any], st
     return RunConfig, parse_run
 
 
-def parsed(kind: str, raw: Mapping[str, Any], where: str, wanted: str = "") -> Any:
-    """The configuration of a kind. Raises ConfigError with every mistake, also for a file of another kind."""
+def parsed(kind: str, raw: Mapping[str, Any], where: str, wanted: str = "", verb: str = "") -> Any:
+    """The configuration of a kind. Raises ConfigError with every mistake, also for a file of another kind than `verb`
+    takes."""
     if wanted and kind != wanted:
-        key, verb = KINDS[wanted]
+        key, verb = KINDS[wanted][0], verb or KINDS[wanted][1]
         if KINDS[kind][0] not in raw:
             raise ConfigError(where, [f"{key}: `rayexpand {verb}` needs this section, and it is missing"])
         raise ConfigError(where, [f"this is a file for `rayexpand {KINDS[kind][1]}` (kind {kind}, for it has "
@@ -127,9 +128,9 @@ def parsed(kind: str, raw: Mapping[str, Any], where: str, wanted: str = "") -> A
     return _loader(kind)[1](raw, where)
 
 
-def config_of(wanted: str, job: Job, set: Set, machine: Job | None) -> Any:
+def config_of(wanted: str, job: Job, set: Set, machine: Job | None, verb: str = "") -> Any:
     kind, raw, where = read_job(job, set, machine)
-    return parsed(kind, raw, where, wanted)
+    return parsed(kind, raw, where, wanted, verb)
 
 
 def data_of(kind: str, config: Any) -> Any:
@@ -182,7 +183,8 @@ def first_file(images: str, *, model: str = "", ratio: float = 5) -> str:
 
     folder = Path(images)
     if not folder.is_dir():
-        raise UsageError(f"{images}: there is no such folder; give one with a folder of images for each class")
+        raise UsageError(f"{images}: there is no such folder{looked_at(images)}; give one with a folder of "
+                         "images for each class")
     names = {one.name for one in folder.iterdir()}
     source = next((kind for kind, suffix in (("parquet", ".parquet"), ("webdataset", ".tar"))
                    if any(name.endswith(suffix) for name in names)), "imagefolder")

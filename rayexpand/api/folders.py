@@ -33,10 +33,12 @@ class _Paged(Result):
 
 @dataclass(frozen=True)
 class RunFolder(_Paged):
-    """A run. `last` says what the call that returned it did: seconds, images_per_second."""
+    """A run. `last` says what the call that returned it did: rows made, seconds; and the run's images_per_second.
+    `notes`: what its user should know."""
 
     folder: str
     last: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {**_counts(self._run().totals()), **self.last, "run": self.folder}
@@ -215,12 +217,15 @@ def open(folder: str | os.PathLike[str]) -> RunFolder | StudyFolder | SweepFolde
 def drive_to_end(run: Run, on: Callable[[Event], None] | None, *, ray: bool | str, same_process: bool,
                  retry: bool = False) -> RunFolder:
     """Drives a run. Raises what `driving.drive_run` raises; an OverBudget carries the run."""
+    from rayexpand.runs.inputs import changed_seeds
+
+    changed = "" if retry or not run.store.receipts() else changed_seeds(run.config, run.plan.index)
     try:
         last = drive_run(run, Relay(on), ray=ray, same_process=same_process, retry=retry)
     except OverBudget as error:
         error.result = RunFolder(str(run.folder))
         raise
-    return RunFolder(str(run.folder), last)
+    return RunFolder(str(run.folder), last, (changed,) if changed else ())
 
 
 def _counts(totals: Totals) -> dict[str, int]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rayexpand.contract.errors import three_digits
 from rayexpand.contract.secrets import masked
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
@@ -14,12 +15,14 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 @dataclass(frozen=True)
 class Event:
-    """How far a task is: `done` of `total`, and counts such as rows kept or actors alive."""
+    """How far a task is: `done` of `total`, and counts such as rows kept or actors alive. `rate`: of a run, its images
+    per second, 0 before it is known."""
 
     task: str
     done: int
     total: int
     facts: Mapping[str, int] = field(default_factory=dict)
+    rate: float | None = None
 
 
 class Result:
@@ -141,4 +144,6 @@ def said(value: Any) -> str:
 
 def text(value: Any) -> str:
     """A value as a table shows it."""
+    if isinstance(value, float):
+        return three_digits(value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
     """Checks a job of any kind without loading a model. Raises ConfigError for mistakes in the file itself."""
     from rayexpand.data import seeds
+    from rayexpand.runs.run import changed_since_planned
 
     kind, raw, where = read_job(job, set, machine)
     config = parsed(kind, raw, where)
@@ -32,26 +33,32 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
             listed = seeds.survey(data)
         except RayexpandError as error:
             problems = list(dict.fromkeys([*problems, *getattr(error, "problems", [str(error)])]))
+        else:
+            if kind == "run" and (changed := changed_since_planned(config)):
+                listed["since_planned"] = changed
     return Checked(kind, config.model_dump(mode="json"), problems, listed)
 
 
 def plan(job: Job, *, set: Set = (), machine: Job | None = None) -> Planned:
     """Images, bytes, hours and cost of a run, and what still keeps it from starting, without loading a model."""
     from rayexpand.runs.estimate import estimate_config
-    from rayexpand.runs.run import measured
+    from rayexpand.runs.run import changed_since_planned, measured
     from rayexpand.runs.run import preflight as run_preflight
 
-    config = config_of("run", job, set, machine)
+    config = config_of("run", job, set, machine, "plan")
     if problems := secret_problems(config.model_dump(mode="json")):
         raise ConfigError(where_of(job), problems)
-    return Planned(estimate_config(config, measured(config)), run_preflight(config))
+    estimate = estimate_config(config, measured(config))
+    if changed := changed_since_planned(config):
+        estimate.notes["images"] += f"; {changed}"
+    return Planned(estimate, run_preflight(config))
 
 
 def bench(job: Job, *, rows: int = 0, set: Set = (), machine: Job | None = None) -> Any:
     """How fast a run is on this machine; see runs.bench.Bench."""
     from rayexpand.runs.bench import bench
 
-    return bench(config_of("run", job, set, machine), rows)
+    return bench(config_of("run", job, set, machine, "bench"), rows)
 
 
 def fit(job: Job, *, set: Set = (), machine: Job | None = None, out: str | None = None, ray: bool | str = False,
@@ -70,7 +77,7 @@ def fit(job: Job, *, set: Set = (), machine: Job | None = None, out: str | None 
         if config is None:
             raise UsageError(f"{where}: method {run.method.name} needs neither guide nor prototypes fitted; expand it")
     else:
-        config = parsed("fit", {**raw, "out": out} if out else raw, where, wanted="fit")
+        config = parsed(kind, {**raw, "out": out} if out else raw, where, wanted="fit")
     config = at(config, ray)
     made = fit_with(ray)(config, Relay(on))
     return {role: Artifact(str(folder), read_facts(folder), f"{config.out}/{config.name}-{role}")
@@ -153,7 +160,8 @@ def sweep(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
     def show() -> None:
         states = [one["state"] for one in search.results.values()]
         progress(f"sweeping {config.name}", search.decided, search.total,
-                 {state: states.count(state) for state in ("finished", "stopped")})
+                 {state: states.count(state) for state in ("finished", "stopped", "diverged")
+                  if state != "diverged" or state in states})
 
     show()
     run: Any = searching.run_here

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from rayexpand.artifacts.kinds import ArtifactKind, RunInputs
 from rayexpand.artifacts.store import files_hash
-from rayexpand.contract.errors import ModelError
+from rayexpand.contract.errors import ModelError, looked_at
 
 CAPTIONS, CLASS_FEATURES, IMAGE_FEATURES = "captions", "class_features", "image_features"
 FILES = {CAPTIONS: ("captions.parquet",),
@@ -52,7 +52,8 @@ def columns_problem(folder: Path | str, kind: str) -> str:
     """What is wrong with a folder as an artifact of this kind, as far as names of files say; "" where nothing is."""
     path = Path(folder)
     if not path.is_dir():
-        return f"there is no folder {path}; make it with `rayexpand fit`, kind {kind}, or correct the path"
+        return (f"there is no folder {path}{looked_at(path)}; make it with `rayexpand fit`, kind {kind}, or correct "
+                "the path")
     if absent := [name for name in FILES[kind] if not (path / name).is_file()]:
         return (f"{path} has no {', '.join(absent)}, so it holds no {kind.replace('_', ' ')}; give a folder that "
                 f"`rayexpand fit` made with kind {kind}")

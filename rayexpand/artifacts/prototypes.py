@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rayexpand.artifacts.kinds import ArtifactKind, RunInputs
 from rayexpand.artifacts.store import read_facts
-from rayexpand.contract.errors import ModelError
+from rayexpand.contract.errors import ModelError, looked_at
 from rayexpand.contract.protocols import Method
 from rayexpand.diffusion.prototypes import Prototypes, load_prototypes
 
@@ -24,8 +24,8 @@ class PrototypesKind(ArtifactKind):
 
     def problems(self, folder: Path, run: RunInputs) -> list[str]:
         if not (folder / FILE).is_file():
-            return [f"{folder} has no {FILE}; make it with `rayexpand fit` and this same file, or give a folder that "
-                    "it made"]
+            return [f"{folder} has no {FILE}{looked_at(folder)}; make it with `rayexpand fit` and this same file, or "
+                    "give a folder that it made"]
         made_with = read_facts(folder).get("made_from", {}).get("guide_sha256")
         if not made_with or run.guide_sha256 is None or run.guide_sha256 == made_with:
             return []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -15,10 +17,13 @@ from typing import Any
 
 from rayexpand import __version__
 from rayexpand.contract.errors import DamagedFile, StorageError
-from rayexpand.contract.settings import digest
+from rayexpand.contract.settings import differences, digest
 from rayexpand.storage.places import is_url
 from rayexpand.storage.tables import sealed, unsealed
 
+log = logging.getLogger(__name__)
+
+LENGTH = re.compile(r"(^|[._])(steps|epochs|updates)$")  # fields that say how long a training is
 MAKING_OF = "artifact.json"  # how `rayexpand fit` made a folder, seconds among it: no part of the model
 
 
@@ -70,6 +75,7 @@ def publish(out: str, kind: str, made_from: dict[str, Any], make: Callable[[Path
                 shutil.rmtree(stale)
             partial = root / f".{folder.name}.partial-{secrets.token_hex(4)}"
             partial.mkdir()
+        _say_what_is_not_continued(folder, kind, made_from)
         try:
             facts = {"kind": kind, "digest": identity, "made_from": made_from, **_timed(make, partial)}
             with _writing(folder):
@@ -80,6 +86,16 @@ def publish(out: str, kind: str, made_from: dict[str, Any], make: Callable[[Path
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _say_what_is_not_continued(folder: Path, kind: str, made_from: dict[str, Any]) -> None:
+    """Names a finished training that differs in its length alone: the rates of a training follow from all its steps, so
+    a longer one is another one."""
+    for other in sorted(folder.parent.glob(f"{kind}-*")):
+        changed = differences(read_facts(other).get("made_from", {}), made_from)
+        if changed and all(LENGTH.search(line.partition(":")[0]) for line in changed):
+            log.warning("%s is trained from its beginning: a training is planned over all its steps, so nothing is "
+                        "continued of %s (%s), which stays", folder.name, other.name, ", ".join(changed))
 
 
 def artifact_digest(kind: str, made_from: dict[str, Any]) -> str:
@@ -96,11 +112,13 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _timed(make: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Facts of the making with what it cost; those of `make` may hold the CPU and GPU seconds of other processes."""
+    """Facts of the making with what it cost; those of `make` may hold the CPU, GPU and process seconds of other
+    processes."""
     wall, cpu = time.perf_counter(), time.process_time()
     facts = make(folder)
     seconds = time.perf_counter() - wall
     facts["cpu_seconds"] = time.process_time() - cpu + facts.get("cpu_seconds", 0.0)
+    facts.setdefault("process_seconds", seconds)
     facts.setdefault("gpu_seconds", seconds if facts.get("device") == "cuda" else 0.0)
     return {**facts, "seconds": seconds, "created": time.time(), "version": __version__, "host": socket.gethostname()}
 
@@ -124,6 +142,13 @@ def read_facts(folder: Path | str) -> dict[str, Any]:
         return {}
     except DamagedFile as error:
         raise DamagedFile(f"{error}. {AGAIN}") from error
+
+
+def process_seconds(folder: Path | str) -> float:
+    """Seconds of every process that made an artifact, summed; 0 for a folder that `fit` did not make."""
+    facts = read_facts(folder)
+    before = facts.get("training_seconds", facts.get("seconds", 0.0)) * max(1, facts.get("workers") or 1)
+    return float(facts.get("process_seconds", before))  # a folder of an earlier version
 
 
 def point(out: str, name: str, folder: Path) -> Path:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rayexpand.contract.errors import UsageError
+from rayexpand.contract.errors import Diverged, UsageError
 from rayexpand.contract.rng import generator, row_key
 
 ECE_BINS = 15  # Guo et al. 2017, section 5
@@ -214,8 +214,8 @@ def _checked(probabilities_NK: np.ndarray, labels_N: np.ndarray) -> tuple[np.nda
     if y_N.min() < 0 or y_N.max() >= p_NK.shape[1]:
         raise UsageError(f"labels reach from {y_N.min()} to {y_N.max()}, but there are {p_NK.shape[1]} classes")
     if not np.isfinite(p_NK).all():
-        raise UsageError(f"{int((~np.isfinite(p_NK)).any(axis=1).sum())} of {len(p_NK)} rows are not finite: the "
-                         "classifier diverged; lower its learning rate")
+        raise Diverged(f"{int((~np.isfinite(p_NK)).any(axis=1).sum())} of {len(p_NK)} rows are not finite: the "
+                       "classifier diverged; lower its learning rate")
     if (p_NK < 0).any() or not np.allclose(p_NK.sum(axis=1), 1, atol=1e-3):
         raise UsageError("rows do not sum to 1, so they are no probabilities; give softmax(logits)")
     return p_NK, y_N

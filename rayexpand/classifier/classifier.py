@@ -24,7 +24,7 @@ from torch.nn import functional as F  # noqa: N812  (the customary name)
 from rayexpand.classifier.backbones import build_backbone
 from rayexpand.classifier.mixing import apply_mix, draw_mix, smooth
 from rayexpand.classifier.recipe import Recipe, drw_is_on, drw_weights, lr_at
-from rayexpand.contract.errors import ConfigError, RayexpandError
+from rayexpand.contract.errors import ConfigError, Diverged
 from rayexpand.contract.rng import generator, row_key
 
 CHUNK_IMAGES, CHUNK_PIXELS = 256, 2**24  # of one evaluation call, whichever is less
@@ -71,7 +71,7 @@ class Classifier:
                                  for v in (recipe.mean, recipe.std))
 
     def update(self, batch: TrainBatch) -> float:
-        """One optimiser step; the mean loss of this slice. Raises RayexpandError where the loss is not finite."""
+        """One optimiser step; the mean loss of this slice. Raises Diverged where the loss is not finite."""
         assert batch.step == self.step, f"batch of step {batch.step} at step {self.step}"
         assert self.world == 1 or len(batch.x_BHWC) % 2 == 0, "a worker's slice holds pairs"
         loss = self._backward(batch)
@@ -82,8 +82,8 @@ class Classifier:
         self.optimiser.step()
         value = float(loss)  # last, because a GPU waits here
         if not math.isfinite(value):
-            raise RayexpandError(f"training diverged: the loss is {value} at step {self.step} of {self.total_steps}. "
-                                 "Lower recipe.lr, lengthen warmup_epochs, or set clip_norm")
+            raise Diverged(f"training diverged: the loss is {value} at step {self.step} of {self.total_steps}. "
+                           "Lower recipe.lr, lengthen warmup_epochs, or set clip_norm")
         self.step += 1
         return value
 

@@ -58,8 +58,9 @@ def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, tra
                            retries=retries, env=env or [], num_cpus=num_cpus, python=python or None, trust=trust or [],
                            on_log=on_log, say=lambda line: print(line, file=sys.stderr, flush=True))
     else:
-        raise UsageError("submit needs a verb and what it works on, for example `rayexpand submit expand my.yaml`, or "
-                         "one of --logs ID, --stop ID, --list")
+        raise UsageError("submit needs a verb and what it works on, for example "
+                         "`rayexpand submit expand my.yaml --set out=s3://bucket/runs`, or one of --logs ID, "
+                         "--stop ID, --list")
     show(ended, as_json)
     if not stop:
         raise typer.Exit(ended.exit_code)

@@ -56,6 +56,7 @@ def _ended(found: Any, as_json: bool) -> None:
         pending = found.to_dict()["pending"]
         warn([f"nothing to retry: no row has failed; {pending:,} are pending, which `rayexpand expand` makes" if pending
               else "nothing to do: every planned row is decided"], "")
+    warn(found.notes)
     show(found, as_json)
     if not as_json:
         print(f"report: {found.page}")

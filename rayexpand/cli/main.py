@@ -6,18 +6,22 @@ before a command needs it, so help answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from typing import Any
 
 from rayexpand.cli import cluster, expand, fit, jobs, judge, pages, start, study, validate
 from rayexpand.cli.app import app
+from rayexpand.cli.lines import json_stderr
 from rayexpand.contract.errors import EXIT_FAULT, Interrupted, RayexpandError
 from rayexpand.contract.secrets import masked, masked_output
 
+LOG_JSON = "--log-json"
 COMMANDS = (start, jobs, validate, fit, expand, judge, study, pages, cluster)  # each joins the app when it is imported
 
 
@@ -26,16 +30,20 @@ def main() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stopped)
-    with masked_output(sys.stdout, sys.stderr):
-        try:
-            app()
-        except RayexpandError as error:
-            _fail(type(error).__name__, str(error), error.exit_code)
-        except Exception as error:
-            with tempfile.NamedTemporaryFile("w", prefix="rayexpand-", suffix=".txt", delete=False) as file:
-                file.write(masked(traceback.format_exc()))
-            _fail(type(error).__name__, f"{type(error).__name__}: {error}. This should have been a clear message and "
-                  f"is a fault of rayexpand; the traceback is in {file.name}", EXIT_FAULT)
+    with json_stderr() if LOG_JSON in sys.argv else contextlib.nullcontext(), masked_output(sys.stdout, sys.stderr):
+        _run()
+
+
+def _run() -> None:
+    try:
+        app()
+    except RayexpandError as error:
+        _fail(type(error).__name__, str(error), error.exit_code)
+    except Exception as error:
+        with tempfile.NamedTemporaryFile("w", prefix="rayexpand-", suffix=".txt", delete=False) as file:
+            file.write(masked(traceback.format_exc()))
+        _fail(type(error).__name__, f"{type(error).__name__}: {error}. This should have been a clear message and is a "
+              f"fault of rayexpand; the traceback is in {file.name}", EXIT_FAULT)
 
 
 def _stopped(number: int, frame: Any) -> None:
@@ -43,7 +51,9 @@ def _stopped(number: int, frame: Any) -> None:
 
 
 def _fail(kind: str, message: str, exit_code: int) -> None:
+    error = {"error": {"type": kind, "message": message, "exit_code": exit_code}}
     if "--json" in sys.argv:
-        print(json.dumps({"error": {"type": kind, "message": message, "exit_code": exit_code}}))
-    print(f"rayexpand: {message}", file=sys.stderr)
+        print(json.dumps(error))
+    print(json.dumps({"time": round(time.time(), 1), **error}) if LOG_JSON in sys.argv else f"rayexpand: {message}",
+          file=sys.stderr)
     sys.exit(exit_code)

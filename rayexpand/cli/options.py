@@ -23,5 +23,5 @@ Machine = Annotated[str | None, typer.Option(metavar="FILE", help="YAML file of 
 Trust = Annotated[list[str] | None, typer.Option(metavar="PACKAGE.MODULE.CLASS", callback=_trusted, help="import this "
                                                  "method of your own, which a file names; repeatable")]
 NoRay = Annotated[bool, typer.Option("--no-ray", help="run in this process instead of on Ray (one machine, debugger)")]
-LogJson = Annotated[bool, typer.Option("--log-json", help="progress on stderr as JSON lines, one every 30 s")]
+LogJson = Annotated[bool, typer.Option("--log-json", help="every line on stderr as a JSON object; progress every 30 s")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, everything else on stderr")]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from rayexpand.api.results import Event
+from rayexpand.contract.errors import three_digits
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line every 30 seconds and one for each new task, as JSON if asked. On stderr."""
+    """A bar on a terminal; elsewhere a line every 30 seconds and one at the beginning and at the end of each task, as
+    JSON if asked. On stderr."""
 
     QUIET_S = 30
 
@@ -27,6 +28,7 @@ class Progress:
         self._tasks: dict[str, Any] = {}
         self._begun: dict[str, tuple[float, int]] = {}
         self._spoken = ("", 0.0)
+        self._unsaid: tuple[Event, float | None] | None = None
 
     def __enter__(self) -> Progress:
         if self._bar:
@@ -37,31 +39,54 @@ class Progress:
         self.close()
 
     def __call__(self, event: Event) -> None:
-        task, done, total, facts = event.task, event.done, event.total, event.facts
         now = time.monotonic()
-        at, first = self._begun.setdefault(task, (now, done))
-        rate = (done - first) / (now - at) if now - at > 1 and done > first else 0.0
+        at, first = self._begun.setdefault(event.task, (now, event.done))
+        rate = event.rate
+        if rate is None and now - at > 1:
+            rate = (event.done - first) / (now - at)
         if self._bar:
-            known = [f"{n:,} {what}" for what, n in facts.items()]
-            words = [task, *([f"{rate:,.1f}/s"] if rate else []), *known]
-            if task not in self._tasks:
-                self._tasks[task] = self._bar.add_task(task, total=total)
-            self._bar.update(self._tasks[task], completed=done, total=total, description=", ".join(words))
+            self._show(self._bar, event, rate)
             return
         last_task, last_time = self._spoken
-        if task != last_task or now - last_time >= self.QUIET_S:
-            self._spoken = (task, now)
-            print(self._line(task, done, total, rate, facts), file=sys.stderr, flush=True)
+        if event.task != last_task:
+            self._say_rest()
+        if event.task != last_task or now - last_time >= self.QUIET_S:
+            self._spoken, self._unsaid = (event.task, now), None
+            self._say(event, rate)
+        else:
+            self._unsaid = event, rate
 
-    def _line(self, task: str, done: int, total: int, rate: float, facts: Mapping[str, int]) -> str:
-        left = round((total - done) / rate) if rate else None
+    def _show(self, bar: Any, event: Event, rate: float | None) -> None:
+        if event.task not in self._tasks:
+            self._tasks[event.task] = bar.add_task(event.task, total=event.total)
+        bar.update(self._tasks[event.task], completed=event.done, total=event.total,
+                   description=", ".join([event.task, *_how_fast(event, rate), *_counts(event)]))
+
+    def _say_rest(self) -> None:
+        """How far the last task came after its last line."""
+        if self._unsaid is not None:
+            self._say(*self._unsaid)
+            self._unsaid = None
+
+    def _say(self, event: Event, rate: float | None) -> None:
+        left = round((event.total - event.done) / rate) if rate else None
         if self._as_json:
-            return json.dumps({"time": round(time.time(), 1), "task": task, "done": done, "total": total,
-                               "per_second": round(rate, 2), "eta_seconds": left, **facts})
-        words = [f"{task}: {done:,}/{total:,}", *([f"{rate:,.1f}/s", f"{left:,} s left"] if rate else []),
-                 *(f"{n:,} {what}" for what, n in facts.items())]
-        return ", ".join(words)
+            line = json.dumps({"time": round(time.time(), 1), "task": event.task, "done": event.done,
+                               "total": event.total, "per_second": rate or None, "eta_seconds": left, **event.facts})
+        else:
+            line = ", ".join([f"{event.task}: {event.done:,}/{event.total:,}", *_how_fast(event, rate),
+                              *([f"{left:,} s left"] if left else []), *_counts(event)])
+        print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        self._say_rest()
         if self._bar:
             self._bar.stop()
+
+
+def _how_fast(event: Event, rate: float | None) -> list[str]:
+    return [f"{three_digits(rate)}{'/s' if event.rate is None else ' images/s'}"] if rate else []
+
+
+def _counts(event: Event) -> list[str]:
+    return [f"{n:,} {what}" for what, n in event.facts.items()]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import IO, Any, cast
 
 from rayexpand.contract.secrets import masked
 
@@ -45,4 +46,22 @@ def warn(lines: Iterable[str], prefix: str = "rayexpand: ") -> None:
 
 def quiet_stdout() -> contextlib.AbstractContextManager[Any]:
     """What libraries print goes to stderr: Ray prints to stdout what its actors do."""
-    return contextlib.redirect_stdout(sys.stderr)
+    return contextlib.redirect_stdout(cast("IO[str]", _Quiet()))
+
+
+class _Quiet:
+    """stderr without what Ray prints of tasks that are ended because a command is: that they failed, and are tried
+    again without end."""
+
+    def __init__(self) -> None:
+        self._left_out = threading.local()
+
+    def write(self, text: str) -> int:
+        ended = "killed by `ray.kill`" in text
+        if not ended and not (text == "\n" and getattr(self._left_out, "line", False)):  # print writes its end apart
+            sys.stderr.write(text)
+        self._left_out.line = ended
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)

@@ -4,6 +4,7 @@
     ├── UsageError                  exit 2   what the user gave cannot work; says what, where, why and what to do next
     │   ├── ConfigError             exit 2   all mistakes of one configuration at once
     │   ├── SeedDataError           exit 2   the seed dataset as a whole (no label column, empty class, ...)
+    │   ├── Diverged                exit 2   a training whose loss or answers are not finite
     │   ├── ModelError              exit 2   a model folder that cannot be loaded
     │   └── StorageError            exit 2   an output place that cannot hold a run
     │       └── DamagedFile         exit 2   a file of ours does not hold what was written
@@ -20,6 +21,7 @@ Only `cli/` turns these into messages and exit codes.
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -76,6 +78,10 @@ class DamagedFile(StorageError):
     """A file that this package wrote does not hold what was written, or is another one. The message names the file."""
 
 
+class Diverged(UsageError):
+    """A training whose numbers are no longer finite: it would end so again."""
+
+
 class OverBudget(RayexpandError):
     exit_code = EXIT_OVER_BUDGET
     result: Any = None  # of the API: what was made
@@ -116,6 +122,17 @@ def few(names: Sequence[str], most: int = 5) -> str:
     """"'a', 'b' and 3 more": a list of names as a message shows it."""
     shown = ", ".join(f"'{name}'" for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def looked_at(path: str | os.PathLike[str]) -> str:
+    """" (looked at /work/birds)" for a relative path, for where it leads depends on where a command starts."""
+    name = os.path.expanduser(path)
+    return "" if os.path.isabs(name) or "://" in name or "::" in name else f" (looked at {os.path.abspath(name)})"
+
+
+def three_digits(value: float) -> str:
+    """0.0123, 18.9, 1,499: a rate as a message, a table and a page show it."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def packed(error: Exception, where: str = "") -> str:

@@ -315,6 +315,10 @@ class Receipt:
     seconds: dict[str, float] = field(default_factory=dict)  # by phase: load read prepare sample encode commit
     host: str = ""
 
+    @property
+    def decided(self) -> int:
+        return self.kept + self.rejected + self.failed
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 

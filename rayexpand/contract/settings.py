@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from rayexpand.contract.errors import ConfigError
+from rayexpand.contract.errors import ConfigError, looked_at
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +95,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
     except OSError as error:
-        raise ConfigError(str(path), [f"cannot be read ({error.strerror}); give the path of a YAML file such as "
-                                      "jobs/digits/expand-img2img.yaml"]) from error
+        raise ConfigError(str(path), [f"cannot be read ({error.strerror}){looked_at(path)}; give the path of a YAML "
+                                      "file such as jobs/digits/expand-img2img.yaml"]) from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         tabs = "; indent with spaces, not tabs" if "\\t" in str(error) else ""
         raise ConfigError(str(path), [f"is not YAML: {error}{tabs}"]) from error

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from rayexpand.contract.errors import ModelError, RowFault
+from rayexpand.contract.errors import ModelError, RowFault, looked_at
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.rng import RowRng
 from rayexpand.contract.settings import Device, Section
@@ -236,5 +236,5 @@ def _checkpoint_problems(checkpoint: str | None, model: str) -> list[str]:
         return [f"checkpoint: {checkpoint} is not a safetensors file; pickles can run code when opened and are not "
                 "read: convert it with safetensors.torch.save_file"]
     if not path.is_file():
-        return [f"checkpoint: {checkpoint} does not exist; give the path of a safetensors file"]
+        return [f"checkpoint: {checkpoint} does not exist{looked_at(checkpoint)}; give the path of a safetensors file"]
     return [f"checkpoint: {line}" for line in unreadable(path)]

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from rayexpand.contract.errors import UsageError
+from rayexpand.contract.errors import UsageError, looked_at
 from rayexpand.contract.prompts import check_template, format_prompt, prompt_needs
 from rayexpand.contract.protocols import Batch, Expansion, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
@@ -132,8 +132,8 @@ def read_prompts(path: str) -> dict[str, list[str]]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror}); give a JSON file with a list of sentences for "
-                         "each class key, or a folder that `rayexpand fit` made") from error
+        raise ValueError(f"{file} cannot be read ({error.strerror}){looked_at(file)}; give a JSON file with a list of "
+                         "sentences for each class key, or a folder that `rayexpand fit` made") from error
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error})") from error
     if not isinstance(found, Mapping):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayexpand.artifacts.store import MAKING_OF
 from rayexpand.classifier.recipe import Recipe
-from rayexpand.contract.errors import ModelError
+from rayexpand.contract.errors import ModelError, looked_at
 from rayexpand.contract.protocols import Progress
 from rayexpand.models.folders import (
     DIGITS,
@@ -214,7 +214,8 @@ def checkpoint_file(model: str, checkpoint: str | None) -> Path:
         raise ModelError(f"guide.checkpoint {path} is not a safetensors file; pickles can run code when opened and are "
                          "not read: convert it with safetensors.torch.save_file")
     if not path.is_file():
-        raise ModelError(f"guide.checkpoint {path} does not exist; give the path of a safetensors file")
+        raise ModelError(f"guide.checkpoint {path} does not exist{looked_at(path)}; give the path of a safetensors "
+                         "file")
     return path
 
 

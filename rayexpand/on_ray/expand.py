@@ -26,7 +26,7 @@ from ray.util.metrics import Counter, Histogram
 
 from rayexpand.contract.errors import EnvironmentFault, packed, unpacked
 from rayexpand.contract.schema import Receipt
-from rayexpand.on_ray.pool import Pool, beside_driver, choose_pool, connected, enter
+from rayexpand.on_ray.pool import Pool, any_starting, beside_driver, choose_pool, connected, enter
 from rayexpand.on_ray.stage import open_model_server, run_models, with_local_models
 from rayexpand.runs import run as runs
 from rayexpand.runs.blame import ProcessFault
@@ -36,7 +36,7 @@ from rayexpand.runs.store import Totals
 
 HEARTBEAT_S = 5.0
 SILENT_S = 30.0  # an actor that has not been heard of for so long is not counted as alive
-WAITING_S = 20.0  # no actor alive for so long is said in one line, and again every ten minutes
+WAITING_S = 20.0  # no actor alive or starting for so long is said in one line, and again every ten minutes
 FAULTS_PER_ACTOR = 3  # environment faults in a row before an actor gives up its process, and its node is named
 
 
@@ -149,12 +149,12 @@ class RayWave:
 
 
 def expand(run: runs.Run, jobs: Callable[[], list[runs.Job]], *, to_the_end: bool = False,
-           on_counts: Callable[[Totals], None] = lambda counts: None,
+           on_commit: runs.OnCommit = lambda counts, seconds, rows: None,
            on_snapshot: Callable[[Snapshot], None] = lambda snapshot: None,
            say: Callable[[str], None] = lambda line: None) -> Any:
     """Drives `jobs` on Ray and returns the totals (see `run.drive`, whose errors it raises).
 
-    `on_counts` is called after every commit, `on_snapshot` every few seconds; `say` gets a line when the cluster has no
+    `on_commit` is called after every commit, `on_snapshot` every few seconds; `say` gets a line when the cluster has no
     capacity.
     """
     with connected(run.config.cluster):
@@ -164,21 +164,18 @@ def expand(run: runs.Run, jobs: Callable[[], list[runs.Job]], *, to_the_end: boo
         server = open_model_server(run_models(run.config, run.facts["models"]))
         with _watched(heartbeats, on_snapshot, say):
             wave = RayWave(run, attempt, heartbeats, server, pool)
-            return runs.drive(run, wave, jobs, to_the_end=to_the_end, on_counts=on_counts)
+            return runs.drive(run, wave, jobs, to_the_end=to_the_end, on_commit=on_commit)
 
 
 def drive_on_ray(run: runs.Run, progress: Listener, *, retry: bool = False) -> Totals:
     """A Driver on the cluster of the run."""
     heard = RunProgress(run, progress, retry=retry)
 
-    def say(line: str) -> None:
-        progress(line, 0, run.plan.planned)
-
     def snapshot(now: Snapshot) -> None:
         heard.actors(now.alive, now.hosts, now.rows)
 
-    return expand(run, jobs_of(run, retry=retry), to_the_end=retry, on_counts=heard.counts, on_snapshot=snapshot,
-                  say=say)
+    return heard.ended(expand(run, jobs_of(run, retry=retry), to_the_end=retry, on_commit=heard.committed,
+                              on_snapshot=snapshot, say=heard.say))
 
 
 @contextlib.contextmanager
@@ -194,7 +191,7 @@ def _watched(heartbeats: Any, on_snapshot: Callable[[Snapshot], None], say: Call
                 continue  # the actor is starting, or the driver ends and so does the watch
             on_snapshot(snapshot)
             now = time.monotonic()
-            if snapshot.alive:
+            if snapshot.alive or any_starting():
                 last_alive, next_word = now, WAITING_S
             elif now - last_alive > next_word:
                 say(f"waiting for capacity: no actor has been alive for {now - last_alive:.0f} s")

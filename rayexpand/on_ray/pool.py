@@ -12,11 +12,13 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -157,21 +159,30 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
     """
     for name in ("ray.data", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.data.exceptions").addFilter(_no_stop)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = NO_PROGRESS_S
     if ray.is_initialized():
         _check_trust()
+        _say_warning_of_restarts_once()
         yield
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    temporary = None
+    temporary, refusals = None, list[bytes]()
     if address:
         try:
             _reach(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, runtime_env=_environment())
+            with _held_back(b"InvalidAuthToken") as refusals:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING,
+                         runtime_env=_environment())
         except (OSError, ray.exceptions.RayError) as error:
+            if refusals:
+                raise UsageError(
+                    f"cluster.address: token mismatch with {address}: the cluster wants its token, and this user gives "
+                    "none or another one. Set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token "
+                    "(or RAY_AUTH_TOKEN)") from error
             raise UsageError(
                 f"cluster.address: no Ray cluster answers at {address} ({type(error).__name__}: {error}). Start one "
                 "with `ray start --head`, correct the address, give this user the cluster's token "
@@ -184,9 +195,12 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)  # ray.init sets its own, which would lose our exit code
     try:
+        if address:
+            _check_token(address)
+        _say_warning_of_restarts_once()
         yield
     except SystemError as error:
-        raise _stopped(error) or error from error
+        raise _stop_in(error) or error from error
     finally:
         ray.shutdown()
         if temporary:
@@ -205,6 +219,16 @@ def _check_trust() -> None:
                          f"runtime_env={{'env_vars': {{'{TRUSTED}': '{','.join(sorted(here))}'}}}})")
 
 
+def _check_token(address: str) -> None:
+    """Raises UsageError where this process uses a token and the cluster does not: actors would die before they ran."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled as uses_token
+
+    if uses_token() and not ray.get(ray.remote(num_cpus=0)(uses_token).remote()):
+        raise UsageError(f"cluster.address: token mismatch with {address}: this process uses a token (RAY_AUTH_MODE, "
+                         "or ~/.ray/auth_token, which a run on this machine leaves), and the cluster uses none. Set "
+                         "RAY_AUTH_MODE=disabled for this command, or start the cluster with RAY_AUTH_MODE=token")
+
+
 def _own_folder() -> str:
     """A new folder for a cluster of our own that only this user can enter; those of dead processes are removed."""
     for stale in Path(tempfile.gettempdir()).glob("rx-*"):
@@ -216,12 +240,49 @@ def _own_folder() -> str:
     return folder
 
 
-def _stopped(error: SystemError) -> Interrupted | None:
+def _stop_in(error: BaseException | None) -> Interrupted | None:
     """The Interrupted of a signal handler, which leaves Ray's compiled code wrapped in a SystemError."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, Interrupted):
-        cause = cause.__cause__ or cause.__context__
-    return cause
+    while error is not None and not isinstance(error, Interrupted):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _no_stop(record: logging.LogRecord) -> bool:
+    """Ray Data calls every exception that passes it a fault of its own; a stop is none."""
+    return _stop_in(sys.exc_info()[1]) is None
+
+
+@cache
+def _say_warning_of_restarts_once() -> None:
+    """Ray writes once in a process, from C++, that an actor with arguments in the object store may not restart. Every
+    pool of Ray Data has such actors, so it is written here, for an actor of no node, and left out of stderr."""
+    actor: Any = ray.remote(_Restarted)
+    nowhere = NodeAffinitySchedulingStrategy(ray.NodeID.from_random().hex(), soft=False)
+    with _held_back(b"constructor arguments in the object store"):
+        actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=nowhere).remote(ray.put(None))
+
+
+@contextlib.contextmanager
+def _held_back(unwanted: bytes) -> Iterator[list[bytes]]:
+    """What is written to stderr meanwhile, by C++ too, comes after it, but for lines with `unwanted`: then they are in
+    what is yielded."""
+    found: list[bytes] = []
+    with tempfile.TemporaryFile() as written:
+        stderr = os.dup(2)
+        os.dup2(written.fileno(), 2)
+        try:
+            yield found
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            written.seek(0)
+            lines = written.readlines()
+            found += [line for line in lines if unwanted in line]
+            os.write(2, b"".join(line for line in lines if unwanted not in line))
+
+
+class _Restarted:
+    def __init__(self, argument: None) -> None: ...
 
 
 def choose_pool(cluster: ClusterConfig, *, models: bool) -> Pool:
@@ -240,6 +301,14 @@ def choose_pool(cluster: ClusterConfig, *, models: bool) -> Pool:
         raise UsageError(f"cluster.actors: this cluster has no room for an actor of {wants} yet ({dict(total)}). Set "
                          "cluster.actors to the number you want an autoscaler to bring, or ask for less per actor.")
     return Pool(actors, cluster.cpus_per_actor, gpus, dict(cluster.resources), dict(cluster.label_selector))
+
+
+def any_starting() -> bool:
+    """Whether an actor of this driver has a process that has not begun its work yet."""
+    from ray._private.state import actors  # ray.util.state needs a dashboard
+
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    return any(one["Pid"] for one in actors(job_id=job, actor_state_name="PENDING_CREATION").values())
 
 
 def _reach(address: str) -> None:

@@ -38,13 +38,14 @@ def over_spans(actor: type[SpanActor], arguments: dict[str, Any], config: FitCon
     pool = choose_pool(config.cluster, models=config.device != "cpu")
     spans = spans or _spans(len(index), batch, pool.actors)
     made_with = {**arguments, "server": open_model_server(models, shared=index)}
-    costs |= {"cpu_seconds": 0.0, "gpu_seconds": 0.0, "actors": min(pool.actors, len(spans))}
+    costs |= {"cpu_seconds": 0.0, "gpu_seconds": 0.0, "process_seconds": 0.0, "actors": min(pool.actors, len(spans))}
     spoilt: list[range] = []
     for again in (False, True):
         wanted = [{"first": one.start, "stop": one.stop} for one in (spoilt if again else spans)]
         for row in pool.map(wanted, actor, made_with).iter_rows():
             costs["device"] = row["device"] or costs.get("device", "")
             costs["cpu_seconds"] += row["cpu_seconds"]
+            costs["process_seconds"] += row["seconds"]
             costs["gpu_seconds"] += row["seconds"] * pool.gpus * (row["device"] == "cuda")
             if not row["fault"]:
                 yield row

@@ -17,6 +17,7 @@ import shlex
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,7 @@ from rayexpand.runs.config import parse
 LOCAL = "http://127.0.0.1:8265"
 FILE_VERBS = ("expand", "train", "fit", "evaluate", "select", "sweep", "plan", "validate", "bench")
 WRITING = ("expand", "train", "fit", "sweep")  # below `out`
+FILES = ("ids", "classes", "captions", "features", "weights", "checkpoint", "file", "model", "generator", "guide")
 RUN_VERBS = ("retry", "verify", "report", "card")
 OURS = (EXIT_DONE, EXIT_FAILURE, EXIT_USAGE, EXIT_OVER_BUDGET, EXIT_DIGEST, EXIT_FAULT, EXIT_RESUMABLE)
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED", "LOST")
@@ -100,6 +102,8 @@ def submit(verb: str, target: str, overrides: Sequence[str] = (), *, address: st
         if left_out:
             say(f"not sent, larger than {LARGE_BYTES >> 20} MB: {', '.join(left_out[:5])}"
                 + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""))
+        if verb in FILE_VERBS:
+            _refuse_unsent(verb, target, overrides, package)
         references, settings = _environment(env)
         line = entrypoint(verb, inside or target, overrides, references, python=python, url=url, trust=trust)
         job = Submission(run, verb, line, settings, num_cpus, resources)
@@ -286,16 +290,52 @@ def _loopback(url: str) -> bool:
 
 def _run_name(verb: str, target: str, overrides: Sequence[str]) -> str:
     if verb in FILE_VERBS:
-        name, out = _name_and_out(verb, target, overrides)
-        if verb in WRITING and "://" not in out and not Path(out).is_absolute():
-            raise UsageError(f"out: {out!r} is relative, and a job's working directory is removed after it. "
-                             "Give a path or URL that every node of the cluster sees: --set out=/shared/runs")
-        return name
+        return _name_and_out(verb, target, overrides)[0]
     if verb in RUN_VERBS:
         if "://" not in target and not Path(target).is_absolute():
             raise UsageError(f"{target}: a job does not start in this folder; give the absolute path of the run")
         return target.rstrip("/").rpartition("/")[2]
     raise UsageError(f"{verb!r} does not run as a job; these do: {', '.join((*FILE_VERBS, *RUN_VERBS))}")
+
+
+def _refuse_unsent(verb: str, target: str, overrides: Sequence[str], package: Path) -> None:
+    """Raises ConfigError for files that a job would look for where it starts and that are not in what is sent, and for
+    a relative `out`."""
+    raw, problems = read(target, overrides), list[str]()
+    out = _name_and_out(verb, target, overrides)[1]
+    if verb == "fit" and "fit" not in raw:
+        problems.append("out: what `fit` makes for the file of a run goes to ./artifacts, and a job's working "
+                        "directory is removed after it. Give `fit` a file of its own, with an `out` that every node "
+                        "sees")
+    elif verb in WRITING and _is_relative(out):
+        problems.append(f"out: {out!r} is relative, and a job's working directory is removed after it. "
+                        "Give a path or URL that every node of the cluster sees: --set out=/shared/runs")
+    if isinstance(study := raw.get("study"), str) and Path(study).is_file():
+        raw["study"] = read(study)
+    with zipfile.ZipFile(package) as archive:
+        sent = {parent for name in archive.namelist() for parent in (name, *map(str, Path(name).parents))}
+    if verb != "plan":  # which estimates without data
+        problems += [f"{field}: {place!r} is not sent, for data and models do not travel with a job. Give a path or "
+                     "URL that every node of the cluster sees" for field, place in _places(raw)
+                     if _is_relative(place) and os.path.normpath(place) not in sent]
+    if problems:
+        raise ConfigError(target, problems)
+
+
+def _is_relative(place: str) -> bool:
+    return "://" not in place and not Path(place).is_absolute()
+
+
+def _places(raw: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """(field, text) of what a file names: dataset and runs, and other texts that are a file or folder here."""
+    for key, value in raw.items():
+        if isinstance(value, Mapping):
+            yield from _places(value, f"{above}{key}.")
+        elif isinstance(value, list):
+            yield from _places({f"{key}.{number}": one for number, one in enumerate(value)}, above)
+        elif isinstance(value, str) and key != "out" and (
+                key in ("path", "run") or ((key in FILES or above == "artifacts.") and Path(value).exists())):
+            yield f"{above}{key}", value.rpartition("::")[2]
 
 
 def _name_and_out(verb: str, target: str, overrides: Sequence[str]) -> tuple[str, str]:

@@ -1,9 +1,9 @@
 """A process that drives runs for another one, which `driving.Child` starts: `python -m rayexpand.runs.child`.
 
 One JSON line on stdin for each run: its configuration, and whether failed rows are made again. JSON lines on stdout:
-{"rows": n} after each sampler call, {"counts": ...} after each commit, and at the end {"totals": ...} or an error as
-`contract.errors.packed` writes it. The end of stdin, also where the other process dies, ends this one after its current
-call.
+{"rows": n} after each sampler call, {"counts": ..., "shard": [seconds, rows]} after each commit, and at the end
+{"totals": ...} or an error as `contract.errors.packed` writes it. The end of stdin, also where the other process dies,
+ends this one after its current call.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def _drive(here: Here, task: dict[str, Any], wanted: threading.Event, out: IO[st
         out.write(json.dumps(said) + "\n")
         out.flush()
 
-    def counted(totals: Totals) -> None:
-        say({"counts": asdict(totals)})
+    def committed(totals: Totals, seconds: float, rows: int) -> None:
+        say({"counts": asdict(totals), "shard": [seconds, rows]})
 
     try:
         run = reopen(parse(task["config"]))
-        say({"totals": asdict(here.drive(run, lambda rows: say({"rows": rows}), counted, retry=task["retry"]))})
+        say({"totals": asdict(here.drive(run, lambda rows: say({"rows": rows}), committed, retry=task["retry"]))})
     except Interrupted as error:
         if wanted.is_set():
             out.write(packed(error) + "\n")

@@ -10,14 +10,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from rayexpand.contract.errors import EnvironmentFault, Interrupted, unpacked
 from rayexpand.contract.protocols import Tools
 from rayexpand.contract.settings import digest
 from rayexpand.runs.config import resolved
-from rayexpand.runs.run import Job, Run, drive, in_process, pending_jobs, retry_jobs, start
+from rayexpand.runs.run import Job, OnCommit, Run, drive, in_process, pending_jobs, retry_jobs, start
+from rayexpand.runs.status import Rate, shard_spans
 from rayexpand.runs.store import Totals
 from rayexpand.runs.tools import load_tools
 
@@ -25,9 +27,10 @@ DEATHS = 6  # of a child in a row without a commit between them, before its run 
 
 
 class Listener(Protocol):
-    """What a driver tells while it works."""
+    """What a driver tells while it works. `rate`: images per second of the run, 0 before it is known."""
 
-    def __call__(self, task: str, done: int, total: int, facts: dict[str, int] | None = None) -> None: ...
+    def __call__(self, task: str, done: int, total: int, facts: dict[str, int] | None = None,
+                 rate: float | None = None) -> None: ...
 
 
 class Driver(Protocol):
@@ -38,20 +41,22 @@ class Driver(Protocol):
 
 
 class RunProgress:
-    """Puts together what is known of a run: rows decided between commits, counts at commits, actors alive."""
+    """Puts together what is known of a run: rows decided between commits, counts and rate at commits, actors alive."""
 
     def __init__(self, run: Run, progress: Listener, *, retry: bool = False) -> None:
         before = run.totals()
-        self._task, self._planned, self._progress = f"expanding {run.config.name}", run.plan.planned, progress
+        self._run, self._task, self._progress = run, f"expanding {run.config.name}", progress
         self._decided = before.kept + before.rejected + (0 if retry else before.failed)
-        self._facts, self._shown = dict[str, int](), self._decided
+        self._facts, self._shown, self._rate = dict[str, int](), self._decided, rate_of([run])
 
     def rows(self, made: int) -> None:
         self._decided += made
         self._show(self._decided)
 
-    def counts(self, totals: Totals) -> None:
-        self._facts |= {"kept": totals.kept, "rejected": totals.rejected, "failed": totals.failed}
+    def committed(self, counts: Totals, seconds: float, rows: int) -> None:
+        """A shard of so many rows, just committed; `counts` with it."""
+        self._rate.add(time.time(), seconds, rows)
+        self._count(counts)
         self._show(self._shown)
 
     def actors(self, alive: int, hosts: int, rows: int) -> None:
@@ -59,9 +64,34 @@ class RunProgress:
         self._facts |= {"actors": alive, "nodes": hosts}
         self._show(self._decided + rows)
 
+    def ended(self, counts: Totals) -> Totals:
+        self._rate = rate_of([self._run])
+        self._count(counts)
+        self._show(counts.planned - counts.pending)
+        return counts
+
+    def say(self, line: str) -> None:
+        self._tell(line, self._shown)
+
+    def _count(self, counts: Totals) -> None:
+        self._facts |= {"kept": counts.kept, "rejected": counts.rejected, "failed": counts.failed}
+
     def _show(self, done: int) -> None:
         self._shown = done
-        self._progress(self._task, min(done, self._planned), self._planned, self._facts)
+        self._tell(self._task, done)
+
+    def _tell(self, task: str, done: int) -> None:
+        planned = self._run.plan.planned
+        self._progress(task, min(done, planned), planned, self._facts, self._rate.images_per_second or 0.0)
+
+
+def rate_of(runs: Sequence[Run]) -> Rate:
+    """Images per second of what is committed, of several runs as of one."""
+    spans = list[tuple[float, float, int]]()
+    for run in runs:
+        data = run.files.entries("data")
+        spans += shard_spans(run.store.receipts(data), {name: one.modified for name, one in data.items()})
+    return Rate(sorted(spans))
 
 
 def jobs_of(run: Run, *, retry: bool) -> Callable[[], list[Job]]:
@@ -77,13 +107,12 @@ class Here:
 
     def __call__(self, run: Run, progress: Listener, *, retry: bool = False) -> Totals:
         heard = RunProgress(run, progress, retry=retry)
-        return self.drive(run, heard.rows, heard.counts, retry=retry)
+        return heard.ended(self.drive(run, heard.rows, heard.committed, retry=retry))
 
-    def drive(self, run: Run, on_rows: Callable[[int], None], on_counts: Callable[[Totals], None], *,
-              retry: bool) -> Totals:
+    def drive(self, run: Run, on_rows: Callable[[int], None], on_commit: OnCommit, *, retry: bool) -> Totals:
         expander = start(run, lambda: self.tools(run), on_rows)
         try:
-            return drive(run, in_process(expander), jobs_of(run, retry=retry), to_the_end=retry, on_counts=on_counts)
+            return drive(run, in_process(expander), jobs_of(run, retry=retry), to_the_end=retry, on_commit=on_commit)
         finally:
             expander.close()
 
@@ -162,9 +191,9 @@ class Child:
                     heard.rows(said["rows"])
                 elif "counts" in said:
                     committed = True
-                    heard.counts(Totals(**said["counts"]))
+                    heard.committed(Totals(**said["counts"]), *said["shard"])
                 elif "totals" in said:
-                    return Totals(**said["totals"]), True
+                    return heard.ended(Totals(**said["totals"])), True
                 else:
                     raise unpacked(json.dumps(said))
         except BaseException:

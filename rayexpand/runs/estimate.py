@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from rayexpand.contract.errors import RowFault, SeedDataError, UsageError
+from rayexpand.contract.errors import RowFault, SeedDataError, UsageError, three_digits
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import SEED_INDEX, ClassTable, Receipt, Seed, SeedIndex
 from rayexpand.data import seeds as seed_io
@@ -34,6 +34,7 @@ from rayexpand.data.pixels import decode
 from rayexpand.models.prior import present
 from rayexpand.runs.cut_prompts import CutPrompts, cut_prompts
 from rayexpand.runs.plan import make_plan
+from rayexpand.runs.status import shard_seconds
 
 if TYPE_CHECKING:
     from rayexpand.runs.config import RunConfig
@@ -67,7 +68,7 @@ class Estimate:
     images: int
     shards: int
     bytes: int | None
-    images_per_second: float | None  # of one GPU
+    images_per_second: float | None  # of one GPU, or of one CPU process: see `unit`
     gpu_hours: float | None  # that end in committed images
     expected_lost_hours: float | None  # GPU hours lost to preemption, see the module's formula
     wall_hours: float | None
@@ -75,6 +76,7 @@ class Estimate:
     petaflop: float | None  # counted work of Stable Diffusion 1.5 at 512 px; None for other models and sizes
     notes: dict[str, str]
     cut_prompts: CutPrompts | None = None  # None where no prompt is read, or the generator is not here
+    unit: str = "GPU"  # what all hours are of: a GPU, or a CPU process where no GPU works
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data; hours that never end are null, as unknown ones are."""
@@ -85,10 +87,11 @@ class Estimate:
         def hours(value: float | None) -> str:
             return "unknown" if value is None else "never ends" if math.isinf(value) else f"{value:,.2f} h"
 
-        rate = "unknown" if self.images_per_second is None else f"{self.images_per_second:,.3g} per s and GPU"
+        rate = ("unknown" if self.images_per_second is None else
+                f"{three_digits(self.images_per_second)} per s and {self.unit}")
         lines = [("images", f"{self.images:,}", "images"), ("shards", f"{self.shards:,}", "shards"),
                  ("output", human_bytes(self.bytes), "bytes"), ("throughput", rate, "images_per_second"),
-                 ("GPU time", hours(self.gpu_hours), "gpu_hours"),
+                 (f"{self.unit} time", hours(self.gpu_hours), "gpu_hours"),
                  ("lost to preemption", hours(self.expected_lost_hours), "expected_lost_hours"),
                  ("wall time", hours(self.wall_hours), "wall_hours"),
                  ("cost", "unknown" if self.cost_usd is None else f"{self.cost_usd:,.2f} USD", "cost_usd")]
@@ -143,18 +146,19 @@ def estimate(config: RunConfig, *, seeds: int, planned: int, measured: Measured 
     shards = min(seeds, -(-planned // config.sampler.shard_images))
     notes["shards"] = f"of about {-(-planned // max(shards, 1)):,} images each, a seed's copies kept together"
     size = _bytes(config, planned, measured, side, notes)
-    rate = _rate(config, measured, notes)
+    rate, unit = _rate(config, measured, notes), _unit(config)
     hours = None if rate is None else planned / rate / 3600
     lost = _lost(config, hours, max(shards, 1), notes)
     total = None if hours is None or lost is None else hours + lost
     wall = None if total is None else total / settings.gpus
     if hours is not None:
-        notes["wall_hours"] = f"with {settings.gpus:,} GPUs (estimate.gpus), all busy to the end"
+        units = unit if settings.gpus == 1 else f"{unit}s" if unit == "GPU" else f"{unit}es"
+        notes["wall_hours"] = f"with {settings.gpus:,} {units} (estimate.gpus), all busy to the end"
     cost = None if total is None or settings.gpu_hour_usd is None else total * settings.gpu_hour_usd
     notes["cost_usd"] = ("set estimate.gpu_hour_usd" if settings.gpu_hour_usd is None else
-                         f"{settings.gpu_hour_usd:g} USD per GPU hour with lost hours; no storage, no network")
+                         f"{settings.gpu_hour_usd:g} USD per {unit} hour with lost hours; no storage, no network")
     work = _petaflop(config, planned, side, steps_run, notes)
-    return Estimate(seeds, planned, shards, size, rate, hours, lost, wall, cost, work, notes)
+    return Estimate(seeds, planned, shards, size, rate, hours, lost, wall, cost, work, notes, unit=unit)
 
 
 def measure(receipts: Sequence[Receipt], data_bytes: int) -> Measured:
@@ -162,8 +166,8 @@ def measure(receipts: Sequence[Receipt], data_bytes: int) -> Measured:
     hold few rows, in calls that are as large) and bytes per kept image of an earlier run, `data_bytes` being the size
     of its data files."""
     first = [r for r in receipts if not r.generation]
-    seconds = sum(r.seconds.get("total") or sum(r.seconds.values()) for r in first)
-    rows, kept = sum(r.kept + r.rejected + r.failed for r in first), sum(r.kept for r in receipts)
+    seconds = sum(map(shard_seconds, first))
+    rows, kept = sum(r.decided for r in first), sum(r.kept for r in receipts)
     return Measured(rows / seconds if rows and seconds else None, data_bytes / kept if kept else None)
 
 
@@ -209,13 +213,22 @@ def _rate(config: RunConfig, measured: Measured | None, notes: dict[str, str]) -
     return None
 
 
+def _unit(config: RunConfig) -> str:
+    """What the work runs on, as far as it is known before it starts: the embedded prior is made for CPUs."""
+    prior = config.prior
+    no_gpu = (not config.needs & {"prior", "guide"} or prior.device == "cpu" or config.cluster.gpus_per_actor == 0
+              or (prior.weights == "digits" and prior.device == "auto"))
+    return "CPU process" if no_gpu else "GPU"
+
+
 def _lost(config: RunConfig, hours: float | None, shards: int, notes: dict[str, str]) -> float | None:
     if hours is None:
         return None
     rate = config.estimate.preemptions_per_gpu_hour
     share = rate * (hours / shards / 2 + RESTART_HOURS)
-    notes["expected_lost_hours"] = (f"{rate:g} losses per GPU hour, each half a shard ({hours / shards * 30:,.1f} min) "
-                                    f"and {RESTART_HOURS * 60:g} min to restart (assumed)")
+    notes["expected_lost_hours"] = (f"{rate:g} losses per {_unit(config)} hour, each half a shard "
+                                    f"({hours / shards * 30:,.1f} min) and {RESTART_HOURS * 60:g} min to "
+                                    "restart (assumed)")
     if share >= 1:
         notes["expected_lost_hours"] += "; lost faster than made, choose a smaller sampler.shard_images"
         return math.inf
@@ -262,5 +275,7 @@ def _petaflop(config: RunConfig, planned: int, side: int | None, steps_run: floa
     steps = SD15_STEPS if steps_run is None else steps_run
     work = planned * SD15_TFLOP * steps / SD15_STEPS / 1000
     notes["petaflop"] = (f"if the prior is Stable Diffusion 1.5: {SD15_TFLOP} TFLOP per 512 px image at {SD15_STEPS} "
-                         f"guided steps, here {steps:g}; {work / 360:,.1f} GPU hours where a GPU sustains 100 TFLOP/s")
+                         f"guided steps, here {steps:g}")
+    if _unit(config) == "GPU":
+        notes["petaflop"] += f"; {work / 360:,.1f} GPU hours where a GPU sustains 100 TFLOP/s"
     return work

@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 from rayexpand.artifacts import KINDS
 from rayexpand.artifacts.adapter import base_problem, read_adapter
 from rayexpand.artifacts.columns import CAPTIONS, IMAGE_FEATURES, open_image_features
-from rayexpand.contract.errors import ModelError
+from rayexpand.contract.errors import ModelError, RayexpandError
 from rayexpand.contract.protocols import Method
 from rayexpand.contract.schema import SeedIndex
+from rayexpand.data import seeds
 from rayexpand.models.folders import folder_hash
 from rayexpand.models.guide_files import check_guide, class_difference, class_problem, guide_classes, present_guide
 from rayexpand.models.guides import guide_hash
@@ -170,3 +171,17 @@ def _declared(config: RunConfig) -> dict[str, tuple[Path, Sequence[str]]]:
                 if listed := kind.classes(folder):
                     found[f"artifacts.{name}"] = (folder, listed)
     return found
+
+
+def changed_seeds(config: RunConfig, planned: SeedIndex) -> str:
+    """What the dataset has gained and lost since a run was planned, in words; "" where nothing, or where it is not
+    there any more."""
+    try:
+        now = set(seeds.build_index(config.data).seed_ids)
+    except RayexpandError:
+        return ""
+    then = set(planned.seed_ids)
+    if now == then:
+        return ""
+    return (f"the dataset has {len(now - then):,} seeds more and {len(then - now):,} fewer than when this run was "
+            "planned, and a run keeps its plan; for a run with them give another `name`")

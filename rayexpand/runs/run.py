@@ -27,6 +27,7 @@ from rayexpand.contract.errors import (
     EnvironmentFault,
     ModelError,
     OverBudget,
+    RayexpandError,
     SeedDataError,
     StorageError,
 )
@@ -47,6 +48,7 @@ from rayexpand.runs.inputs import (
     artifact_folder,
     artifact_hashes,
     captions_sha256,
+    changed_seeds,
     check_artifacts,
     check_base,
     check_classes,
@@ -54,6 +56,7 @@ from rayexpand.runs.inputs import (
     names_classes,
 )
 from rayexpand.runs.plan import Plan, make_plan, plan_digest, read_plan, write_plan
+from rayexpand.runs.status import shard_seconds
 from rayexpand.runs.store import Store, Tally, Totals, first_look, new_attempt, read_facts, totals
 from rayexpand.storage.files import FOLDERS, Files, process_token
 from rayexpand.storage.places import is_url, open_files
@@ -67,6 +70,7 @@ ROLL_UP_EVERY = 500  # commits after which their receipts become one file
 FAULTS_IN_A_ROW = 3  # environment faults of one process before it stops taking shards
 
 Job = tuple[int, int]  # shard id, generation
+OnCommit = Callable[[Totals, float, int], None]
 ExpandWave = Callable[[Sequence[Job]], Iterator[Receipt | EnvironmentFault]]
 
 
@@ -159,6 +163,15 @@ def measured(config: RunConfig) -> Measured | None:
     run = open_run(config.folder)
     data = run.files.entries("data")
     return measure(list(run.store.receipts(data)), sum(entry.size for entry in data.values()))
+
+
+def changed_since_planned(config: RunConfig) -> str:
+    """See `changed_seeds`; "" for a run that has not started, or cannot be opened, which others say."""
+    with contextlib.suppress(RayexpandError):
+        files = open_files(config.folder)
+        if first_look(files) is not None:
+            return changed_seeds(config, _read_plan(config, files, read_facts(files)).index)
+    return ""
 
 
 def _size_problems(facts: PriorFacts, config: RunConfig) -> list[str]:
@@ -286,12 +299,12 @@ def in_process(expander: Expander) -> ExpandWave:
 
 
 def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, to_the_end: bool = False,
-          on_counts: Callable[[Totals], None] = lambda counts: None) -> Totals:
+          on_commit: OnCommit = lambda counts, seconds, rows: None) -> Totals:
     """Runs `jobs()` wave by wave until it is empty, and returns the totals of the run.
 
-    `on_counts` is called after every commit. Raises OverBudget as soon as more rows failed than limits.max_failed
-    allows (`to_the_end`: only when all jobs are done, for a retry starts over its budget), and EnvironmentFault after
-    three waves without a commit.
+    `on_commit` is called after every commit, with the counts so far and the shard's seconds and rows. Raises OverBudget
+    as soon as more rows failed than limits.max_failed allows (`to_the_end`: only when all jobs are done, for a retry
+    starts over its budget), and EnvironmentFault after three waves without a commit.
     """
     run.store.forget_lost()
     tally = Tally(run.plan.planned, run.store.receipts())
@@ -308,7 +321,7 @@ def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, t
                 continue
             committed += 1
             tally.add(outcome)
-            on_counts(tally.totals)
+            on_commit(tally.totals, shard_seconds(outcome), outcome.decided)
             if (made := made + 1) % ROLL_UP_EVERY == 0:
                 run.store.roll_up()
             if not to_the_end:

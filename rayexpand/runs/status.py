@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayexpand.contract.errors import DamagedFile, EnvironmentFault, UsageError
+from rayexpand.contract.errors import DamagedFile, EnvironmentFault, UsageError, three_digits
 from rayexpand.contract.schema import ClassTable, Reason, Receipt, Status
 from rayexpand.runs.blame import running_here
 from rayexpand.runs.store import Store, Totals, attempt_names, read_facts, totals
@@ -27,7 +27,7 @@ from rayexpand.storage.files import Files, each
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_json, read_table
 
-_WINDOW_SHARDS = 5  # the rate looks back over five typical shard times
+_WINDOW_SHARDS = 5  # the time left follows from the rate of five typical shard times
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +88,9 @@ class RunStatus:
     shards_done: int
     shards: int
     reasons: dict[str, int]
-    images_per_second: float | None  # see `recent_rate`; None before the first timed commit
-    concurrency: float | None  # shards in work at once, on average over the same window
-    eta_seconds: float | None  # pending rows at that rate; None where the rate is unknown
+    images_per_second: float | None  # see `Rate`; None before the first timed commit
+    concurrency: float | None  # shards in work at once, on average
+    eta_seconds: float | None  # pending rows at the rate of the last shards; None where that is unknown
     last_commit_age_seconds: float | None
     attempts: int
     processes: int  # sampler processes alive on this host
@@ -111,7 +111,7 @@ class RunStatus:
                  ("shards", f"{self.shards_done:,} of {self.shards:,}"),
                  *((f"  {reason}", f"{rows:,}") for reason, rows in self.reasons.items()),
                  ("images per second", "unknown" if self.images_per_second is None else
-                  f"{self.images_per_second:.3g} with {self.concurrency:.1f} shards in work"),
+                  f"{three_digits(self.images_per_second)} with {self.concurrency:.1f} shards in work"),
                  ("time left", "none" if self.complete else duration(self.eta_seconds)),
                  ("last commit", "none yet" if self.last_commit_age_seconds is None else
                   f"{duration(self.last_commit_age_seconds)} ago"),
@@ -136,44 +136,72 @@ def read_status(folder: str | Path, clock: Callable[[], float] = time.time) -> R
     """Counts, rate and finishing time of a run. Raises UsageError if there is none below `folder`."""
     view = view_run(folder)
     counts, committed = view.totals, view.committed
-    rate, concurrency = recent_rate(view.receipts, committed)
-    eta = 0.0 if not counts.pending else counts.pending / rate if rate else None
+    spans = shard_spans(view.receipts, committed)
+    rate, now = Rate(spans), Rate(latest(spans)).images_per_second
+    eta = 0.0 if not counts.pending else counts.pending / now if now else None
     return RunStatus(
         name=view.run["name"], folder=str(folder), run_digest=view.run["run_digest"],
         planned=counts.planned, kept=counts.kept, rejected=counts.rejected, failed=counts.failed,
         pending=counts.pending, shards_done=counts.shards, shards=int(view.run["shards"]), reasons=view.reasons,
-        images_per_second=rate, concurrency=concurrency, eta_seconds=eta,
+        images_per_second=rate.images_per_second, concurrency=rate.concurrency, eta_seconds=eta,
         last_commit_age_seconds=max(0.0, clock() - max(committed.values())) if committed else None,
         attempts=len(attempt_names(view.files)), processes=running_here(view.files),
         mixed_stacks=len(view.stacks) > 1)
 
 
-def recent_rate(receipts: Sequence[Receipt], committed: dict[str, float]) -> tuple[float | None, float | None]:
-    """(images/s of the whole run, mean number of shards in work) over the last shard times; (None, None) if unknown.
+class Rate:
+    """Images per second of a run, the same wherever it is said. A receipt of `total` seconds, committed at time c,
+    worked during [c - total, c], and
 
-    A receipt of `total` seconds, committed at time c (`committed`: data file -> modification time), worked during
-    [c - total, c]. The window is the five median shard times before the last commit, and
-
-        images/s = rows committed in it / time of it in which at least one shard was in work
-                 = (rows / summed seconds) * (summed seconds / working time), the second factor being the concurrency,
+        images/s = rows decided / time in which at least one shard was in work
+                 = (rows / summed seconds) * (summed seconds / that time), the second factor being the concurrency,
 
     so any number of processes and hosts counts without being known, and hours in which no driver ran do not. A refused
-    row is work too. Retries do not count: they hold few rows, in calls that are as large as before. Copying a folder
-    without its file times makes all shards look simultaneous: the rate is then high.
+    row is work too, and so is loading a model. Copying a folder without its file times makes all shards look
+    simultaneous: the rate is then high.
     """
-    spans = sorted((committed[r.data_file], shard_seconds(r), r.kept + r.rejected + r.failed)
-                   for r in receipts if not r.generation and r.data_file in committed and shard_seconds(r) > 0)
+
+    def __init__(self, spans: Iterable[tuple[float, float, int]] = ()) -> None:
+        self._rows, self._busy, self._working = 0, 0.0, 0.0
+        self._worked: list[tuple[float, float]] = []  # apart from each other, in order
+        for span in spans:
+            self.add(*span)
+
+    def add(self, committed: float, seconds: float, rows: int) -> None:
+        """A shard, in the order of commits (unix seconds)."""
+        begin, end = committed - seconds, committed
+        self._rows, self._busy = self._rows + rows, self._busy + seconds
+        while self._worked and self._worked[-1][1] >= begin:
+            earlier = self._worked.pop()
+            begin, end = min(begin, earlier[0]), max(end, earlier[1])
+            self._working -= earlier[1] - earlier[0]
+        self._worked.append((begin, end))
+        self._working += end - begin
+
+    @property
+    def images_per_second(self) -> float | None:
+        """None before the first timed commit."""
+        return self._rows / self._working if self._working else None
+
+    @property
+    def concurrency(self) -> float | None:
+        """Mean number of shards in work."""
+        return self._busy / self._working if self._working else None
+
+
+def shard_spans(receipts: Iterable[Receipt], committed: Mapping[str, float]) -> list[tuple[float, float, int]]:
+    """(time of commit, seconds, rows) of each shard, by time. Retries do not count: they hold few rows, in calls that
+    are as large as before. `committed`: data file -> modification time."""
+    return sorted((committed[r.data_file], shard_seconds(r), r.decided) for r in receipts
+                  if not r.generation and r.data_file in committed and shard_seconds(r) > 0)
+
+
+def latest(spans: Sequence[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
+    """The part of the spans in the last five median shard times, which says best when a run will end."""
     if not spans:
-        return None, None
-    end = spans[-1][0]
-    begin = end - _WINDOW_SHARDS * median(seconds for _, seconds, _ in spans)
-    recent = [(max(c - seconds, begin), c, rows) for c, seconds, rows in spans if c > begin]
-    working, reached = 0.0, begin
-    for start, stop, _ in sorted(recent):
-        working += max(0.0, stop - max(start, reached))
-        reached = max(reached, stop)
-    busy = sum(stop - start for start, stop, _ in recent)
-    return sum(rows for *_, rows in recent) / working, busy / working
+        return []
+    begin = spans[-1][0] - _WINDOW_SHARDS * median(seconds for _, seconds, _ in spans)
+    return [(end, min(seconds, end - begin), rows) for end, seconds, rows in spans if end > begin]
 
 
 def shard_seconds(receipt: Receipt) -> float:

@@ -30,7 +30,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayexpand.contract.errors import DamagedFile, DigestMismatch, StorageError, UsageError
+from rayexpand.contract.errors import DamagedFile, DigestMismatch, StorageError, UsageError, looked_at
 from rayexpand.contract.schema import (
     DATA_SCHEMA,
     REFUSED_SCHEMA,
@@ -83,8 +83,8 @@ def read_facts(files: Files) -> dict[str, Any]:
     not hold what was written."""
     where, text = files.at("run.json"), first_look(files)
     if text is None:
-        raise UsageError(f"{files.root} is not a run folder (no run.json). Give the folder that `expand` printed, "
-                         "<out>/<name>, or start a run with `rayexpand expand`.")
+        raise UsageError(f"{files.root} is not a run folder (no run.json){looked_at(files.root)}. Give the "
+                         "folder that `expand` printed, <out>/<name>, or start a run with `rayexpand expand`.")
     try:
         facts = unsealed("run.json", text, where)
         if lacking := [name for name in _FACTS if not isinstance(facts.get(name), _FACTS[name])]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rayexpand.contract.errors import UsageError
+from rayexpand.contract.errors import Diverged
 from rayexpand.contract.protocols import Progress
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Stage:
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(self._optimiser, rate, total_steps=steps, pct_start=warm)
 
     def run(self, loss_of: Callable[[], torch.Tensor], report: Progress, checkpoints: Checkpoints | None) -> None:
-        """All steps that are left. Raises UsageError where the loss is no longer a number."""
+        """All steps that are left. Raises Diverged where the loss is no longer a number."""
         if checkpoints is not None and (found := checkpoints.load(self.name)) is not None:
             self._restore(*found)
         started = time.perf_counter(), time.process_time()
@@ -104,8 +104,8 @@ class Stage:
             last = self.step == self.steps
             saves = checkpoints is not None and (last or self.step % checkpoints.every == 0)
             if (saves or last or self.step % FINITE_STEPS == 0) and not torch.isfinite(loss):
-                raise UsageError(f"training of the {self.name} diverged: the loss is {float(loss.detach())} at step "
-                                 f"{self.step} of {self.steps}. Lower its rate")
+                raise Diverged(f"training of the {self.name} diverged: the loss is {float(loss.detach())} at step "
+                               f"{self.step} of {self.steps}. Lower its rate")
             self.seconds = {"wall": before["wall"] + time.perf_counter() - started[0],
                             "cpu": before["cpu"] + time.process_time() - started[1]}
             if checkpoints is not None and saves:

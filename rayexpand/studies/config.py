@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, field_validator
 from rayexpand.artifacts.adapter import adapter_fits
 from rayexpand.classifier.recipe import Recipe, make_recipe
 from rayexpand.contract import settings
-from rayexpand.contract.errors import ConfigError
+from rayexpand.contract.errors import ConfigError, looked_at
 from rayexpand.contract.protocols import Method
 from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import Device, Section
@@ -155,7 +155,7 @@ def study_preflight(config: StudyConfig) -> list[str]:
     problems += [f"extra_tests.{name}.{line}" for name,
                  one in config.extra_tests.items() for line in extra_tests.problems(one)]
     files = {file for arm in config.arms if (file := {**config.recipe, **arm.recipe}.get("checkpoint")) is not None}
-    problems += [f"recipe.checkpoint: there is no file {file}" for file in sorted(files)
+    problems += [f"recipe.checkpoint: there is no file {file}{looked_at(file)}" for file in sorted(files)
                  if not Path(file).expanduser().is_file()]
     problems += [f"recipe.checkpoint: {line}" for file in sorted(files)
                  if (path := Path(file).expanduser()).is_file() and path.suffix == ".safetensors"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -25,7 +25,7 @@ from rayexpand.data.seeds import digits_split
 from rayexpand.models.guides import load_guide
 from rayexpand.models.tiny import digits
 from rayexpand.runs import run as runs
-from rayexpand.runs.driving import Here
+from rayexpand.runs.driving import Here, Listener, rate_of
 from rayexpand.studies.config import StudyConfig, parse_study
 from rayexpand.studies.expansions import pending_runs
 from rayexpand.studies.parts import Study, read_result
@@ -65,16 +65,13 @@ FITTED = {"prior", "guide", "prototypes"}  # what the demo has, or makes for a m
 SAMPLER = {"batch": 50, "shard_images": 50}
 EMPTY_STRENGTH = 0.5  # an empty prompt keeps the label only at moderate strength: at 0.9 nothing of the digit is left
 
-Progress = Callable[[str, int, int], None]
-
-
 @dataclass(frozen=True)
 class DemoResult:
     accuracies: dict[str, list[float]]  # arm -> one per subset
     guide_zero_shot: float
     gain: float  # expanded - original, mean over subsets
     gain_se: float  # standard error of the paired difference
-    images_per_second: float | None  # of the expansions; None where all were there already
+    images_per_second: float | None  # of the expanded arm, see runs.status.Rate
     seconds: float
     folder: str  # of the study
     runs: list[str]  # folders of the expanded arm
@@ -106,7 +103,7 @@ def standard_error(values: list[float]) -> float:
     return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
-def demo(out: Path | str, progress: Progress, method: str = "img2img") -> DemoResult:
+def demo(out: Path | str, progress: Listener, method: str = "img2img") -> DemoResult:
     """Runs the demo of a method in the study folder `out`; what is there already is used again, not made again.
 
     Raises ConfigError for a method there is not, UsageError for one that needs a fine-tuned generator.
@@ -170,11 +167,11 @@ def _choices(method: Any, name: str) -> Sequence[Any]:
     return () if found is None else get_args(found.annotation)
 
 
-def _demo(out: Path, progress: Progress, method: str) -> DemoResult:
+def _demo(out: Path, progress: Listener, method: str) -> DemoResult:
     started, cpu = time.perf_counter(), time.process_time()
     cached = digits.ensure(progress)
     study = prepare_study(study_of(out, method))
-    made, making = _expand(study, progress)
+    _expand(study, progress)
     accuracies = _train(study, progress)
     test_images, test_labels = digits_split()["test"]
     guide = load_guide("digits", None, digits.CLASS_NAMES, device="cpu")
@@ -184,8 +181,9 @@ def _demo(out: Path, progress: Progress, method: str) -> DemoResult:
     folders = [f"{study.config.folder}/runs/expanded-{seed}" for seed in study.config.seeds]
     note = NO_PRIOR_NOTE if CONTROL not in accuracies else NOTE + GUIDED_NOTE * (RANDOM in accuracies)
     return DemoResult(accuracies, zero_shot, float(np.mean(differences)), standard_error(differences),
-                      made / making if made else None, time.perf_counter() - started, study.config.folder, folders,
-                      measured, method, note, _fitted(folders), time.process_time() - cpu)
+                      rate_of([runs.open_run(one) for one in folders]).images_per_second,
+                      time.perf_counter() - started, study.config.folder, folders, measured, method,
+                      note, _fitted(folders), time.process_time() - cpu)
 
 
 def _fitted(folders: Sequence[str]) -> dict[str, float]:
@@ -199,16 +197,14 @@ def _fitted(folders: Sequence[str]) -> dict[str, float]:
     return spent
 
 
-def _expand(study: Study, progress: Progress) -> tuple[int, float]:
-    """Makes what is pending, with the models loaded once; returns rows made and seconds."""
-    drive, rows, begun = Here(), 0, time.perf_counter()
+def _expand(study: Study, progress: Listener) -> None:
+    """Makes what is pending, with the models loaded once."""
+    drive = Here()
     for run in pending_runs(study, progress):
-        before = run.totals()
-        rows += before.pending - drive(run, lambda task, done, total, facts=None: progress(task, done, total)).pending
-    return rows, time.perf_counter() - begun
+        drive(run, progress)
 
 
-def _train(study: Study, progress: Progress) -> dict[str, list[float]]:
+def _train(study: Study, progress: Listener) -> dict[str, list[float]]:
     """Accuracy of every arm after its last step, one per subset."""
     trials = make_trials(study)
     todo = pending_trials(study, trials)

@@ -50,8 +50,9 @@ class Trial:
     checkpoint_sha256: str  # of the weights it starts from, "" from scratch
     workers: int  # BatchNorm statistics, sums and pairs of mixed images depend on it
     order: list[int]  # [shuffle_rows, streams] where the list is read in windows, else []
-    expansion_seconds: float
+    expansion_seconds: float  # of all processes, for the copies the arm uses
     run: str
+    fitting_seconds: float = 0.0  # of all processes, for what the expansion had fitted
 
     @property
     def digest(self) -> str:

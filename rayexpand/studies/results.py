@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rayexpand.contract.errors import DamagedFile, UsageError
+from rayexpand.contract.errors import DamagedFile, UsageError, looked_at
 from rayexpand.storage.files import Files, each
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_table, unsealed
@@ -85,8 +85,8 @@ def read_study(folder: str | Path) -> StudyView:
     content = files.read("study.json")
     names = sorted(name.removesuffix(".json") for name in files.list("results") if name.endswith(".json"))
     if content is None and not names:
-        raise UsageError(f"{folder}: no study is here (neither study.json nor results/*.json). Give the folder that "
-                         "`rayexpand train` wrote, <out>/<name>.")
+        raise UsageError(f"{folder}: no study is here (neither study.json nor results/*.json)"
+                         f"{looked_at(folder)}. Give the folder that `rayexpand train` wrote, <out>/<name>.")
     facts = _json(files, "study.json", content or b"{}")
     if isinstance(facts, str):
         raise UsageError(f"{folder}/study.json: {facts}. Start the study again; finished trials are kept.")

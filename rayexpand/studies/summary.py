@@ -209,12 +209,17 @@ def _also(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _cost(trials: Sequence[Result]) -> dict[str, Any]:
-    """Seconds of one trial, mean over trials: of the GPU where there is one, else of the CPU, else of the clock."""
-    names = {"GPU": "gpu_seconds", "CPU": "cpu_seconds", "wall": "seconds"}
-    unit = next((unit for unit, name in names.items() if any(number(r, name) for r in trials)), "wall")
-    return {"unit": unit, "training": spread(number(r, names[unit]) for r in trials),
-            "expansion": spread(number(r, "expansion_seconds") for r in trials),
-            "wall": spread(number(r, "seconds") for r in trials)}
+    """Seconds of one trial, mean over trials, in one unit: seconds of each process that worked, summed. `expansion`
+    has what was fitted for it in it, which `fitting` says alone (None for trials of before it was kept)."""
+    on_gpu = any(str(r.get("device", "")).startswith("cuda") or number(r, "gpu_seconds") for r in trials)
+    fitting = [number(r, "fitting_seconds") if r.get("group") else 0.0 for r in trials]
+    expansion = [number(r, "expansion_seconds") for r in trials]
+    return {"unit": "GPU process" if on_gpu else "CPU process",
+            "training": spread(None if (wall := number(r, "seconds")) is None else wall * max(1, int(
+                number(r, "workers") or 1)) for r in trials),
+            "expansion": spread(None if made is None else made + (fitted or 0.0)
+                                for made, fitted in zip(expansion, fitting, strict=True)),
+            "fitting": spread(fitting), "wall": spread(number(r, "seconds") for r in trials)}
 
 
 def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
@@ -244,6 +249,9 @@ def _warnings(study: StudyView, found: Mapping[str, Any]) -> list[str]:
               for c in found["comparisons"] if c["left_out_seeds"] and c["kind"] != "control to baseline"]
     if len(units := {arm["cost"]["unit"] for arm in found["arms"] if arm["cost"]["training"]}) > 1:
         lines.append(f"Costs are in different units ({', '.join(sorted(units))} seconds) and cannot be compared.")
+    if unknown := [arm["arm"] for arm in found["arms"] if arm["cost"]["fitting"] is None]:
+        lines.append(f"What was fitted for the samples is not in the costs of {', '.join(unknown)}, whose trials "
+                     "are of an earlier version.")
     return lines
 
 

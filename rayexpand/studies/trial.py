@@ -246,7 +246,8 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
         "best": {"top1": best["top1"], "epoch": best["epoch"]}, "starts": curve.starts, "seconds": curve.seconds,
         "cpu_seconds": curve.cpu_seconds if cpu_seconds is None else cpu_seconds,
         "gpu_seconds": curve.seconds * gpus * max(workers, 1),
-        "expansion_seconds": trial.expansion_seconds, "device": device, "workers": workers,
+        "expansion_seconds": trial.expansion_seconds, "fitting_seconds": trial.fitting_seconds,
+        "device": device, "workers": workers,
         "ids_sha256": trial.ids_sha256, "list_sha256": trial.list_sha256, "recipe": trial.recipe, "stack": _stack()}
     replace_json(files, f"results/{trial.name}.json", result)
     return result

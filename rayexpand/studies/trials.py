@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from unicodedata import normalize
 
 import numpy as np
 
+from rayexpand.artifacts.store import process_seconds
 from rayexpand.classifier.recipe import make_recipe
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.settings import digest
@@ -114,13 +116,14 @@ def _trial(study: Study, arm: Arm, seed: int, data_sha256: str, test_sha256: str
     real images."""
     data, index = study.subsets[seed]
     parts = [RowSource(seeds=(index, data), weight=arm.config.real)] if arm.config.real else []
-    seconds, folder = 0.0, ""
+    seconds, fitting, folder = 0.0, 0.0, ""
     if arm.config.use is not None:
         folder = folder_of(study.expansions[arm.config.use, seed])
         limit = fill_counts(real_counts(index)) if arm.config.fill else None
         parts.append(RowSource(run=folder, copies=arm.copies, selection=arm.config.selection, limit=limit,
                                weight=arm.config.weight))
-        seconds = _expansion_seconds(study.opened.run(folder), arm.copies)
+        run = study.opened.run(folder)
+        seconds, fitting = _expansion_seconds(run, arm.copies), _fitting_seconds(run)
     rows = training_set(parts, mode="union" if arm.config.replace is None else "replace", p=arm.config.replace or 0.0,
                         soft_label=arm.config.soft_label, draw=arm.config.draw, opened=study.opened.run)
     ids = ids_hash(index.seed_ids)
@@ -136,7 +139,7 @@ def _trial(study: Study, arm: Arm, seed: int, data_sha256: str, test_sha256: str
                   arm.recipe.augment, arm.recipe.model_dump(mode="json"), name, rows.digest, ids,
                   data_sha256, study.config.test.model_dump(mode="json"), test_sha256, also,
                   list(study.config.frequency), _file_sha256(arm.recipe.checkpoint), max(1, training.workers), order,
-                  seconds, folder)
+                  seconds, folder, fitting)
     return trial, rows.epoch_rows
 
 
@@ -162,6 +165,14 @@ def _expansion_seconds(run: Run, copies: int | None) -> float:
     """Process-seconds spent on the copies an arm uses."""
     spent = sum(shard_seconds(receipt) for receipt in run.store.receipts())
     return spent * float(_used(run, copies).sum()) / run.plan.planned
+
+
+def _fitting_seconds(run: Run) -> float:
+    """Process-seconds of the artifacts and models of a run that `fit` made, whatever else uses them."""
+    named = [*run.config.artifacts.values(), run.config.guide.weights, run.config.prior.weights]
+    folders = {os.path.realpath(one) for one in named if os.path.isdir(one)}
+    parts = {os.path.dirname(one) for one in folders if os.path.basename(one) in ("guide", "pipeline")}  # of one prior
+    return sum(map(process_seconds, sorted(folders | parts)))
 
 
 def _used(run: Run, copies: int | None) -> np.ndarray:

@@ -110,6 +110,14 @@ def test_a_file_of_another_kind_names_its_verb() -> None:
         api.expand(ROOT / "jobs/digits/study.yaml")
 
 
+@pytest.mark.parametrize("verb", ["plan", "bench", "fit", "evaluate"])
+def test_every_verb_names_itself_and_the_verb_of_a_file_of_another_kind(verb: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        getattr(api, verb)("jobs/digits/select-quantile.yaml")
+    assert caught.value.problems == [
+        "this is a file for `rayexpand select` (kind select, for it has 'rule'), not for `rayexpand " + verb + "`"]
+
+
 def test_keys_that_tell_kinds_apart_belong_to_one_kind() -> None:
     """Else a file of one kind would be taken for another."""
     from rayexpand.api.files import _loader

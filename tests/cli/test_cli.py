@@ -19,6 +19,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from rayexpand.contract.errors import three_digits
 from tests.commands import ROOT, forked, process, rayexpand
 
 VERBS = ["demo", "validate", "plan", "expand", "evaluate", "select", "sweep", "fit", "status", "verify", "retry",
@@ -51,7 +52,7 @@ def test_every_verb_takes_json(verb: str) -> None:
 
 
 def test_the_life_of_a_run(job: Path, tmp_path: Path) -> None:
-    made = process("expand", job, "--json")
+    made = process("expand", job, "--json", "--log-json")
     summary = json.loads(made.stdout)
     folder = summary["run"]
 
@@ -60,11 +61,13 @@ def test_the_life_of_a_run(job: Path, tmp_path: Path) -> None:
     assert (summary["planned"], summary["kept"], summary["failed"], summary["shards"]) == (40, 40, 0, 4)
     again = json.loads(rayexpand("expand", job, "--json").stdout)
     assert again["kept"] == 40
-    assert again["images_per_second"] == 0
+    assert again["images_per_second"] == summary["images_per_second"]
     assert "nothing to do" in rayexpand("expand", job).stderr
 
     status = json.loads(rayexpand("status", folder, "--json").stdout)
     assert (status["kept"], status["pending"], status["complete"]) == (40, 0, True)
+    assert summary["images_per_second"] == status["images_per_second"] > 0
+    assert json.loads(made.stderr.splitlines()[-1])["per_second"] == status["images_per_second"]
     verified = json.loads(rayexpand("verify", folder, "--pixels", "--json").stdout)
     assert verified["problems"] == []
     one = json.loads(rayexpand("regen", folder, "cat/3.png/1", "--to", tmp_path / "one.png", "--json").stdout)
@@ -73,11 +76,29 @@ def test_the_life_of_a_run(job: Path, tmp_path: Path) -> None:
         assert (image.size, image.format) == ((16, 16), "PNG")
     assert len(list(Path(folder, "attempts").iterdir())) == 1, "neither doing nothing nor regen is a start"
     assert rayexpand("regen", folder, "cat/3.png/1", "--to", tmp_path / "nowhere/one.png").returncode == 2
-    page = json.loads(rayexpand("report", folder, "--json").stdout)["report"]
-    assert "<html" in Path(page).read_text()
+    page = Path(json.loads(rayexpand("report", folder, "--json").stdout)["report"]).read_text()
+    assert "<html" in page
+    assert f"{status['images_per_second']:.3g}" in page
+    for said in (rayexpand("status", folder).stdout, rayexpand("expand", job).stdout):
+        assert three_digits(status["images_per_second"]) in said
     assert "configs:" in Path(json.loads(rayexpand("card", folder, "--json").stdout)["card"]).read_text()
     for verb in ("status", "verify"):
         assert "40" in rayexpand(verb, folder).stdout
+
+
+def test_photos_that_came_after_a_plan_are_said(job: Path, image_folder: Path, tmp_path: Path) -> None:
+    photos = shutil.copytree(image_folder, tmp_path / "photos")
+    data = ("--set", f"data.path={photos}")
+    assert "planned" not in rayexpand("expand", job, *data).stderr
+    for name in ("ant/new.png", "cat/new.png"):
+        shutil.copy(photos / "ant/0.png", photos / name)
+    (photos / "ant/0.png").unlink()
+    said = "the dataset has 2 seeds more and 1 fewer than when this run was planned"
+
+    again = rayexpand("expand", job, *data)
+    assert (again.returncode, "nothing to do" in again.stderr, said in again.stderr) == (0, True, True)
+    assert said in rayexpand("validate", job, *data).stderr
+    assert said in json.loads(rayexpand("plan", job, *data, "--json").stdout)["notes"]["images"]
 
 
 def test_the_same_folder_refuses_another_run_with_the_difference(job: Path) -> None:
@@ -124,6 +145,22 @@ def test_bad_input_is_refused_before_anything_is_made(job: Path, tmp_path: Path,
     assert json.loads(done.stdout)["error"]["exit_code"] == 2
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("arguments", "place"), [
+    (["validate", "{job}", "--set", "data.path=brids"], "brids"),
+    (["validate", "{job}", "--set", "data={{source: parquet, path: brids}}"], "brids"),
+    (["validate", "{job}", "--set", "data={{source: manifest, path: brids.csv}}"], "brids.csv"),
+    (["validate", "{job}", "--set", "data={{source: npz, path: brids.npz}}"], "brids.npz"),
+    (["validate", "{job}", "--set", "data.ids=lists/ids.txt"], "lists/ids.txt"),
+    (["validate", "{job}", "--set", "data.classes=lists/c.csv"], "lists/c.csv"),
+    (["validate", "{job}", "--set", "method={{name: lecf, prompts: p.json}}"], "p.json"),
+    (["validate", "my.yaml"], "my.yaml"), (["status", "runs/brids"], "runs/brids"), (["init", "brids"], "brids")])
+def test_a_relative_path_that_leads_nowhere_shows_where_it_led(arguments: list[str], place: str, job: Path) -> None:
+    done = rayexpand(*(one.format(job=job) for one in arguments))
+
+    assert done.returncode == 2
+    assert f"(looked at {ROOT / place})" in done.stderr
 
 
 def test_validate_prints_every_field(job: Path) -> None:
@@ -202,6 +239,29 @@ def test_a_signal_ends_resumably(job: Path, tmp_path: Path, number: signal.Signa
     assert "Traceback" not in said
     assert rayexpand("expand", job).returncode == 0
     assert json.loads(rayexpand("verify", tmp_path / "out/run", "--json").stdout)["pending"] == 0
+
+
+def test_every_line_of_log_json_is_json(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = yaml.safe_load(job.read_text())
+    config["method"] = {"name": "tests.methods.fakes.Loud", "ratio": 2}
+    job.write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("RAYEXPAND_FAILPOINT", "before_data@shard=1:kill")
+    monkeypatch.setenv("RAYEXPAND_FAILPOINT_ONCE", str(tmp_path / "once"))
+    codes, said = [], list[list[dict[str, Any]]]()
+    for words in ((), (), ("--set", "method.ratio=3")):
+        child = forked("expand", job, "--json", "--log-json", *words, said=tmp_path / "said.txt")
+        child.join()
+        codes.append(child.exitcode)
+        while child.exitcode == -signal.SIGKILL and "written by C" not in (tmp_path / "said.txt").read_text():
+            time.sleep(0.02)  # the last words of a command that was killed come a little later
+        lines = [json.loads(line) for line in (tmp_path / "said.txt").read_text().splitlines()]
+        said.append([line for line in lines if "time" in line])  # the others are on stdout
+
+    assert codes == [-signal.SIGKILL, 0, 4]
+    assert {"a library warns", "RuntimeError: a library shows this and goes on", "written by C"} <= {
+        line.get("message") for line in said[0]}
+    assert (said[1][-1]["done"], said[1][-1]["total"]) == (40, 40)
+    assert said[2][-1]["error"]["exit_code"] == 4
 
 
 def test_bench_measures_and_plan_uses_it(job: Path, tmp_path: Path) -> None:

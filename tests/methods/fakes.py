@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -245,6 +247,16 @@ class Steady(Failing):
 
     def expand(self, batch: Batch, tools: Tools) -> Expansion:
         time.sleep(self.seconds * sum(not absent for absent in batch.filler))
+class Loud(Fake):
+    """Says what libraries say: a warning, a traceback, a line from C."""
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        print("a library warns", file=sys.stderr)
+        try:
+            raise RuntimeError("a library shows this and goes on")
+        except RuntimeError:
+            traceback.print_exc()
+        os.write(2, b"written by C\n\n")
         return super().expand(batch, tools)
 
 

@@ -63,10 +63,10 @@ def ensure_token() -> None:
         token.write_text(secrets.token_hex(16))
 
 
-def start_head(*, cpus: int) -> Head:
+def start_head(*, cpus: int, auth: str = "token") -> Head:
     folder = Path(tempfile.mkdtemp(prefix="rxt-"))  # short: sockets below it have a length limit
     port, dashboard, agent, client, metrics = free_ports(5)
-    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1",
+    env = {**os.environ, "RAY_AUTH_MODE": auth, "RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1",
            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     env.pop("RAY_ADDRESS", None)
     ensure_token()

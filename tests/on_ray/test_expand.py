@@ -21,7 +21,7 @@ from rayexpand.runs.verify import verify
 from tests.chaos.test_kill import BAD, SHARD
 from tests.commands import rayexpand
 from tests.conftest import MakeConfig, complete, hashes, refused
-from tests.on_ray.conftest import ROOT, Head, processes_of
+from tests.on_ray.conftest import ROOT, Head, processes_of, start_head, stop_head
 from tests.s3server import Server
 
 pytestmark = pytest.mark.cluster
@@ -40,8 +40,9 @@ def oracle(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Orac
 
 
 def _raw(images: Path, out: Path, **method: Any) -> dict[str, Any]:
+    method = {"name": "tests.methods.fakes.Failing", "ratio": 2, "nan": BAD, **method}
     return {"name": "run", "out": str(out), "seed": 3, "data": {"source": "imagefolder", "path": str(images)},
-            "method": {"name": "tests.methods.fakes.Failing", "ratio": 2, "nan": BAD, **method},
+            "method": {name: value for name, value in method.items() if value is not None},
             "sampler": {"batch": 8, "shard_images": 8}, "limits": {"max_failed": 1.0}}
 
 
@@ -126,15 +127,28 @@ def test_the_driver_killed(head: Head, job: Callable[..., Path], tmp_path: Path,
     check(tmp_path / "out/run", oracle)
 
 
+@pytest.mark.parametrize("seen", ["attempts", "data"], ids=["no shard yet", "after a shard"])
+def test_an_ordinary_stop_says_only_that(head: Head, job: Callable[..., Path], tmp_path: Path, seen: str) -> None:
+    child = start(head, job(method={"name": "tests.methods.fakes.Sleeping", "nan": None, "seconds": 0.3}),
+                  "cluster.actors=2")
+    wanted = tmp_path / "out/run" / seen
+    _until(lambda: wanted.is_dir() and any(wanted.iterdir()))
+    time.sleep(1)
+    child.terminate()
+    code, _, stderr = finish(child)
+
+    assert code == 75
+    *told, last = stderr.splitlines()
+    assert last == "rayexpand: SIGTERM received; the same command continues where this one was"
+    assert [line for line in told if not line.startswith("expanding run: ")] == []
+
+
 @pytest.mark.parametrize(("method", "reason"), [("Hang", "timeout"), ("Segfault", "actor_died")])
 def test_a_row_that_ends_its_actor_is_refused_alone(expand: Expand, job: Callable[..., Path], tmp_path: Path,
                                                     make_config: MakeConfig, method: str, reason: str) -> None:
     limits = {"max_failed": 1.0, "deadline_s": 2.0, "first_deadline_s": 2.0}
     reference = hashes(complete(make_config(method, ratio=2, sections={"limits": limits}, name="healthy"))[0])
     file = job(method={"name": f"tests.methods.fakes.{method}", "bad": BAD, "nan": None}, limits=limits)
-    raw = yaml.safe_load(file.read_text())
-    del raw["method"]["nan"]
-    file.write_text(yaml.safe_dump(raw))
     code, summary, stderr = expand(file, "cluster.actors=2")
 
     assert code == 0, stderr
@@ -145,10 +159,8 @@ def test_a_row_that_ends_its_actor_is_refused_alone(expand: Expand, job: Callabl
 
 
 def test_a_broken_sampler_ends_resumably(expand: Expand, job: Callable[..., Path], tmp_path: Path) -> None:
-    file = job(method={"name": "tests.methods.fakes.BrokenAfterFirst"}, sampler={"batch": 4, "shard_images": 20})
-    raw = yaml.safe_load(file.read_text())
-    del raw["method"]["nan"]
-    file.write_text(yaml.safe_dump(raw))
+    file = job(method={"name": "tests.methods.fakes.BrokenAfterFirst", "nan": None},
+               sampler={"batch": 4, "shard_images": 20})
     code, summary, _ = expand(file, "cluster.actors=2")
 
     assert code == 75
@@ -163,6 +175,22 @@ def test_no_cluster_at_an_address_is_said(job: Callable[..., Path], head: Head) 
     assert code == 2
     assert "no Ray cluster answers at 127.0.0.1:1" in summary["error"]["message"]
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(("there", "here"), [("disabled", "token"), ("token", "disabled")])
+def test_a_token_that_one_side_has_and_the_other_has_not(job: Callable[..., Path], head: Head, there: str,
+                                                        here: str) -> None:
+    cluster = head if there == "token" else start_head(cpus=2, auth=there)
+    try:
+        code, summary, stderr = finish(start(cluster, job(), RAY_AUTH_MODE=here))
+    finally:
+        if cluster is not head:
+            stop_head(cluster)
+
+    assert code == 2
+    assert f"cluster.address: token mismatch with {cluster.address}" in summary["error"]["message"]
+    assert ("RAY_AUTH_MODE=disabled" if here == "token" else "RAY_AUTH_MODE=token") in summary["error"]["message"]
+    assert stderr.splitlines() == [f"rayexpand: {summary['error']['message']}"]
 
 
 def test_a_cluster_of_our_own_leaves_nothing_behind(job: Callable[..., Path], tmp_path: Path, oracle: Oracle) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,5 +81,29 @@ def test_code_that_the_workers_of_a_connected_ray_do_not_trust(monkeypatch: pyte
         monkeypatch.setenv(pool.TRUSTED, "mine.methods")
         with pytest.raises(UsageError, match=r"before mine\.methods was trusted"), pool.connected(ClusterConfig()):
             pass
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.cluster
+def test_what_starts_does_not_wait_for_capacity() -> None:
+    ray = pytest.importorskip("ray")
+
+    @ray.remote
+    class Slow:
+        def __init__(self) -> None:
+            time.sleep(60)
+
+    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR")
+    try:
+        waiting = Slow.options(num_gpus=1).remote()
+        time.sleep(1)
+        assert not pool.any_starting()
+        starting = Slow.options(num_cpus=1).remote()
+        until = time.monotonic() + 60
+        while not pool.any_starting():
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        del waiting, starting
     finally:
         ray.shutdown()

@@ -29,6 +29,7 @@ from rayexpand.on_ray import package, submit
 from rayexpand.on_ray.submit import Ended, entrypoint, follow, keep_trying, outcome
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import load
+from tests.commands import rayexpand
 from tests.conftest import complete, hashes
 from tests.on_ray.conftest import ROOT, Head
 
@@ -295,10 +296,59 @@ def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (("plan", CLASSICAL), {"address": "http://127.0.0.1:9"}, "no Ray cluster answers")])
 def test_what_is_wrong_here_is_never_sent(arguments: tuple[Any, ...], fields: dict[str, Any], says: str,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "write_package", lambda *a: ("x.yaml", []))
+    def write_package(path: Path, *rest: Any) -> tuple[str, list[str]]:
+        zipfile.ZipFile(path, "w").close()
+        return "x.yaml", []
+
+    monkeypatch.setattr(submit, "write_package", write_package)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     with pytest.raises(UsageError, match=says):
         submit.submit(*arguments, **fields)
+
+
+def test_what_is_not_sent_is_named_before_anything_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/birds/ant/1.png", "lists/classes.csv", "models/sd15/model_index.json", "seen/ids.txt"):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).write_text("x")
+    Path(".gitignore").write_text("models/\n")
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    Path("birds.yaml").write_text(yaml.safe_dump({
+        "name": "birds", "method": {"name": "img2img"}, "prior": {"weights": "models/sd15"},
+        "data": {"source": "imagefolder", "path": "data/birds", "classes": "lists/classes.csv",
+                 "ids": "seen/ids.txt"}}))
+    Path("sweep.yaml").write_text(yaml.safe_dump({"name": "s", "out": "/runs", "space": {}, "study": "birds.yaml"}))
+    Path("select.yaml").write_text(yaml.safe_dump({"run": "runs/birds", "rule": {"kind": "random"}}))
+    Path("fit.yaml").write_text(yaml.safe_dump({
+        "name": "f", "out": "/runs", "fit": {"captions": {"file": "data/c.json"}},
+        "data": {"source": "parquet", "path": "s3://bucket/birds"}}))
+    Path("data/c.json").touch()
+
+    def refused(verb: str, file: str) -> list[str]:
+        with pytest.raises(UsageError) as caught:
+            submit.submit(verb, file, address="http://127.0.0.1:9")
+        return [line.split(":")[0] for line in getattr(caught.value, "problems", [])]
+
+    assert refused("expand", "birds.yaml") == ["out", "data.path", "prior.weights"]
+    assert refused("sweep", "sweep.yaml") == ["study.data.path", "study.prior.weights"]
+    assert refused("select", "select.yaml") == ["run"]
+    assert refused("fit", "fit.yaml") == ["fit.captions.file"]
+    assert refused("fit", "birds.yaml") == ["out", "data.path", "prior.weights"]
+    assert refused("plan", "birds.yaml") == [], "a plan can do without data"
+
+
+def test_commands_that_pages_print_say_where_a_job_writes() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "cluster").iterdir(),
+             ROOT / "rayexpand/cli/cluster.py"]
+    printed = [line for page in pages for line in page.read_text().splitlines()
+               for verb in submit.WRITING if f"rayexpand submit {verb} " in line]
+    assert len(printed) > 4
+    assert [line for line in printed if "out=" not in line] == []
+
+
+def test_the_help_names_every_verb_that_runs_as_a_job() -> None:
+    words = rayexpand("submit", "--help").stdout.replace(",", " ").split()
+    assert {*submit.FILE_VERBS, *submit.RUN_VERBS} <= set(words)
 
 
 def test_a_token_goes_to_other_machines_only_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,9 +95,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_means_deviations_and_differences_by_hand(tmp_path: Path) -> None:
     study = StudyFolder(tmp_path / "s")
     for seed, right in enumerate((7, 8, 9)):
-        study.add("original", seed, first(5), cpu_seconds=2.0 + seed)
+        study.add("original", seed, first(5), seconds=2.0 + seed)
         study.add("made", seed, first(right), group="made", ratio=5.0, synthetic_rows=100, rows=120,
-                  expansion_seconds=30.0, best={"top1": 0.9, "epoch": 3},
+                  expansion_seconds=30.0, fitting_seconds=60.0, workers=2, best={"top1": 0.9, "epoch": 3},
                   last={"top1": right / 10, "top5": 1.0, "ece": 0.1 * (seed + 1), "per_class": 0.5})
         study.add("original repeated 6x", seed, first(6), control_of="made")
     folder = study.finish()
@@ -110,9 +110,9 @@ def test_means_deviations_and_differences_by_hand(tmp_path: Path) -> None:
     assert made["last"]["ece"]["mean"] == pytest.approx(0.2)
     assert made["best"]["top1"]["mean"] == pytest.approx(0.9)
     assert arm_of(found, "original")["cost"]["training"]["mean"] == pytest.approx(3.0)  # (2 + 3 + 4) / 3
-    assert made["cost"] == {"unit": "CPU", **{
+    assert made["cost"] == {"unit": "CPU process", **{
         name: {"mean": mean, "se": 0, "std": 0, "n": 3, "values": [mean] * 3}
-        for name, mean in (("training", 2.5), ("expansion", 30.0), ("wall", 3.0))}}
+        for name, mean in (("training", 6.0), ("expansion", 90.0), ("fitting", 60.0), ("wall", 3.0))}}
     assert compared(found, "made")["mean"] == pytest.approx(0.3)
     assert compared(found, "made", "control")["mean"] == pytest.approx(0.2)
     assert compared(found, "original repeated 6x", "control to baseline")["mean"] == pytest.approx(0.1)
@@ -121,7 +121,7 @@ def test_means_deviations_and_differences_by_hand(tmp_path: Path) -> None:
     row = re.search(r"made 3 20 100 200 4,000 (.*?) original repeated 6x", section(page, "table"))
     assert row
     assert row[1].startswith("80.0 ± 5.8 90.0 ± 0.0 100.0 ± 0.0 20.0 ± 5.8 50.0 ± 0.0 +30.0 +")
-    assert row[1].endswith("30 + 2.5")
+    assert row[1].endswith("90 + 6")
     assert "80.0 ± 5.8" in section(page, "figures")
     assert "Highest mean ± standard error: made , 80.0 ± 5.8 % (n = 3)" in section(page, "answer")
     rows = {row[0]: row[1:] for row in StudyResult(str(folder)).table(found)[1]}
@@ -379,8 +379,8 @@ def test_sections_hold_what_was_asked(whole: tuple[Path, str]) -> None:
         assert shown in section(text, "figures")
     for place, pieces in {
             "demo": ("What it shows & what not.", "guide zero shot 93.4 %", "empty <b> 61.0 %", "rate 12.35"),
-            "table": ("selection on test", "cost, CPU-s"),
-            "figures": ("CPU-seconds of one trial", "synthetic images per real image", "top-1, last epoch (%)",
+            "table": ("selection on test", "cost, CPU process-s"),
+            "figures": ("CPU process-seconds of one trial", "synthetic images per real image", "top-1, last epoch (%)",
                         "real images repeated to the same number of rows"),
             "curves": ("training loss", "optimiser steps", "test top-1 (%)"),
             "scores": ("img2img runs/img2img-0 real-vs-samples.json digits guide 400 500 12.35 -0.0012",

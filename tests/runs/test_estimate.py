@@ -47,6 +47,23 @@ def test_given_throughput_against_the_closed_form() -> None:
     assert guess.cost_usd == pytest.approx((100 + guess.expected_lost_hours) * 3)
 
 
+@pytest.mark.parametrize(("fields", "unit"), [
+    ({"method": {"name": "classical"}}, "CPU process"),
+    ({"data": {"source": "digits"}}, "CPU process"),
+    ({"prior": {"weights": "models/sd15", "device": "cpu"}}, "CPU process"),
+    ({"prior": {"weights": "models/sd15"}, "cluster": {"gpus_per_actor": 0}}, "CPU process"),
+    ({"prior": {"weights": "models/sd15"}}, "GPU")])
+def test_work_without_a_gpu_is_planned_in_processes(fields: dict[str, Any], unit: str) -> None:
+    made = estimate(job(**fields, estimate={"images_per_second": 2, "gpus": 4, "gpu_hour_usd": 1.5}),
+                    seeds=10, planned=14_400)
+    lines = "\n".join(" ".join(line) for line in made.table())
+
+    assert (made.unit, made.to_json()["unit"]) == (unit, unit)
+    assert f"2 per s and {unit}" in lines
+    assert f"with 4 {unit}{'es' if unit != 'GPU' else 's'} (estimate.gpus)" in lines
+    assert ("GPU " in lines) == (unit == "GPU")
+
+
 def test_shards_too_long_for_the_preemption_rate_never_end() -> None:
     settings = {"images_per_second": 0.01, "preemptions_per_gpu_hour": 2.0, "gpu_hour_usd": 1.0}
     guess = estimate(job(estimate=settings), seeds=100, planned=1000)

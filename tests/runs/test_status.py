@@ -66,8 +66,8 @@ def _times(run: Builder, ends: list[float], seconds: float) -> dict[str, float]:
 def test_rate_and_concurrency(tmp_path: Path, ends: list[float], rate: float, concurrency: float) -> None:
     run = Builder(tmp_path / "run", names=("a",), shards=8, seeds_per_shard=4, copies=5, side=8).start()
     committed = _times(run, ends, 10.0)
-    receipts = status.view_run(run.folder).receipts
-    assert status.recent_rate(receipts, committed) == pytest.approx((rate, concurrency))
+    seen = status.Rate(status.shard_spans(status.view_run(run.folder).receipts, committed))
+    assert (seen.images_per_second, seen.concurrency) == pytest.approx((rate, concurrency))
 
 
 def test_a_retry_is_no_measure_of_the_rate(tmp_path: Path) -> None:
@@ -76,14 +76,23 @@ def test_a_retry_is_no_measure_of_the_rate(tmp_path: Path) -> None:
     again = run.commit(0, run.samples(0)[:1], generation=1, seconds={"load": 1.0, "sample": 0.85})
     receipts = status.view_run(run.folder).receipts
     assert len(receipts) == 3
-    assert status.recent_rate(receipts, {**committed, again.data_file: 500.0}) == pytest.approx((2.0, 1.0))
+    seen = status.Rate(status.shard_spans(receipts, {**committed, again.data_file: 500.0}))
+    assert (seen.images_per_second, seen.concurrency) == pytest.approx((2.0, 1.0))
 
 
-def test_rate_is_recent(tmp_path: Path) -> None:
+def test_a_long_shard_closes_the_gaps_before_it() -> None:
+    seen = status.Rate([(10, 10, 30), (30, 10, 30), (40, 35, 20)])
+    assert seen.images_per_second == pytest.approx(80 / 40)
+    assert seen.concurrency == pytest.approx(55 / 40)
+
+
+def test_the_time_left_follows_from_the_last_shards(tmp_path: Path) -> None:
     run = Builder(tmp_path / "run", names=("a",), shards=12, seeds_per_shard=4, copies=5, side=8).start()
     slow = _times(run, [100, 200, 300], 100.0)
     fast = {run.commit(3 + i, seconds={"total": 10.0}).data_file: 310.0 + 10 * i for i in range(9)}
-    assert status.recent_rate(status.view_run(run.folder).receipts, slow | fast)[0] == pytest.approx(2.0)
+    spans = status.shard_spans(status.view_run(run.folder).receipts, slow | fast)
+    assert status.Rate(status.latest(spans)).images_per_second == pytest.approx(2.0)
+    assert status.Rate(spans).images_per_second == pytest.approx(240 / 390)
 
 
 def test_eta_and_age_follow_the_clock(tmp_path: Path) -> None:

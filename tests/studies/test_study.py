@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.data.subsets import ids_hash, shared_images
 from rayexpand.loader.training_set import TrainingSet
 from rayexpand.runs import run as runs
+from rayexpand.runs.config import parse as runs_config
 from rayexpand.storage.tables import parquet_bytes, read_json
 from rayexpand.studies.config import parse_study
 from rayexpand.studies.expansions import pending_runs
@@ -28,7 +30,7 @@ from rayexpand.studies.parts import Study, Trial, read_result
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.summary import summary
 from rayexpand.studies.trial import run_trials
-from rayexpand.studies.trials import make_trials, pending_trials
+from rayexpand.studies.trials import _fitting_seconds, make_trials, pending_trials
 from tests.commands import rewrite_json
 from tests.tiny import tiny_pipeline
 
@@ -70,6 +72,22 @@ def test_arms_and_their_controls(study: Study) -> None:
     written = read_json(study.files, "trials/flips-3x-s1.json")
     assert written == {**vars(trials["flips 3x", 1]), "digest": trials["flips 3x", 1].digest}
     assert trials["flips 3x", 0].expansion_seconds == pytest.approx(3 * trials["flips 1x", 0].expansion_seconds)
+
+
+def test_the_cost_of_an_expansion_has_what_was_fitted_for_it(tmp_path: Path) -> None:
+    """Facts as this version writes them, as an earlier one did, and of a prior whose guide and pipeline are parts."""
+    for name, facts in (("prototypes-1", {"process_seconds": 3.0, "seconds": 1.0}),
+                        ("adapter-1", {"training_seconds": 7.0, "seconds": 9.0, "workers": 2}),
+                        ("prior-1", {"process_seconds": 100.0, "workers": None})):
+        for part in ("guide", "pipeline"):
+            (tmp_path / name / part).mkdir(parents=True)
+        (tmp_path / name / "artifact.json").write_text(json.dumps(facts))
+    (tmp_path / "linked").symlink_to("adapter-1")
+    run = runs_config({"name": "run", "data": {"source": "digits"}, "method": {"name": "distdiff"},
+                       "prior": {"weights": f"{tmp_path}/prior-1/pipeline"},
+                       "guide": {"weights": f"{tmp_path}/prior-1/guide"},
+                       "artifacts": {"prototypes": f"{tmp_path}/prototypes-1", "adapter": f"{tmp_path}/linked"}})
+    assert _fitting_seconds(SimpleNamespace(config=run)) == 3 + 2 * 7 + 100  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("arm", "rows", "epoch_rows"), [("original", 20, 20), ("flips 1x", 40, 40),

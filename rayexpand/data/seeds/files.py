@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from rayexpand.contract.errors import SeedDataError, few
+from rayexpand.contract.errors import SeedDataError, few, looked_at
 from rayexpand.data.seeds.listing import is_hidden, split_words
 from rayexpand.data.seeds.places import Place, blaming, place
 from rayexpand.data.seeds.source import DataConfig
@@ -79,7 +79,7 @@ def dataset_files(data: DataConfig, *extensions: str) -> DatasetFiles:
             places = [("", [folder.relative(path) for path in paths])]
         else:
             hint = "braces are not expanded, use a pattern with *" if "{" in data.path else "correct the path"
-            raise SeedDataError(f"data.path: '{data.path}' does not exist; {hint}")
+            raise SeedDataError(f"data.path: '{data.path}' does not exist{looked_at(data.path)}; {hint}")
     return _of_split(data, folder, places, extensions)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayexpand.contract.errors import SeedDataError, few
+from rayexpand.contract.errors import SeedDataError, few, looked_at
 from rayexpand.contract.schema import Reason
 from rayexpand.data.seeds.listing import (
     EXTENSIONS,
@@ -47,7 +47,8 @@ def check(data: DataConfig) -> tuple[Place, list[str]]:
     top = root(data)
     with blaming("data.path", data.path, top):
         if (kind := top.kind()) != "folder":
-            what = "is a file, not a folder of class folders; unpack it" if kind else "does not exist; correct the path"
+            what = "is a file, not a folder of class folders; unpack it" if kind else (
+                f"does not exist{looked_at(data.path)}; correct the path")
             raise SeedDataError(f"data.path: '{data.path}' {what}")
         folder = top.at(data.split or "")
         if data.split and folder.kind() != "folder":

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rayexpand.contract.errors import SeedDataError, few
+from rayexpand.contract.errors import SeedDataError, few, looked_at
 from rayexpand.contract.schema import Reason
 from rayexpand.data.seeds.columns import require, require_label
 from rayexpand.data.seeds.labels import encode_labels, is_text, label_array, parsed_labels
@@ -45,7 +45,8 @@ def schema(data: DataConfig) -> pa.Schema:
     where = place("data.path", data.path)
     with blaming("data.path", data.path, where):
         if (kind := where.kind()) != "file":
-            what = ("is a folder; name the CSV or parquet file in it" if kind else "does not exist; correct the path")
+            what = "is a folder; name the CSV or parquet file in it" if kind else (
+                f"does not exist{looked_at(data.path)}; correct the path")
             raise SeedDataError(f"data.path: '{data.path}' {what}")
         if not _is_parquet(data):
             return pa.schema([(name, pa.string()) for name in _header(data)])

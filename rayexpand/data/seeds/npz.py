@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayexpand.contract.errors import EnvironmentFault, SeedDataError, few
+from rayexpand.contract.errors import EnvironmentFault, SeedDataError, few, looked_at
 from rayexpand.contract.schema import Reason
 from rayexpand.data.seeds.labels import encode_labels
 from rayexpand.data.seeds.listing import Listing, Read, blanks, encode_png, fault_code
@@ -68,7 +68,8 @@ def _opened(data: DataConfig) -> Iterator[zipfile.ZipFile]:
     where = place("data.path", data.path)
     with blaming("data.path", data.path, where):
         if (kind := where.kind()) != "file":
-            what = "is a folder; name the .npz file in it" if kind else "does not exist; correct the path"
+            what = "is a folder; name the .npz file in it" if kind else (
+                f"does not exist{looked_at(data.path)}; correct the path")
             raise SeedDataError(f"data.path: '{data.path}' {what}")
         try:
             with where.open() as raw, zipfile.ZipFile(raw) as archive:

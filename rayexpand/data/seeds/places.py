@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
-from rayexpand.contract.errors import EnvironmentFault, RayexpandError, RowFault, SeedDataError
+from rayexpand.contract.errors import EnvironmentFault, RayexpandError, RowFault, SeedDataError, looked_at
 from rayexpand.contract.schema import Reason
 
 _MISSING_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
@@ -162,7 +162,7 @@ def blaming(field: str, path: str, where: Place) -> Iterator[None]:
         if reason is None:
             raise EnvironmentFault(f"{field}: '{path}' cannot be reached now: {error!r}; check storage and "
                                    "credentials, then run the same command again") from error
-        what = "does not exist" if reason is Reason.MISSING else f"cannot be read ({error})"
+        what = f"does not exist{looked_at(path)}" if reason is Reason.MISSING else f"cannot be read ({error})"
         raise SeedDataError(f"{field}: '{path}' {what}; correct the path or its permissions") from error
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rayexpand.contract.class_tokens import add_class_tokens
-from rayexpand.contract.errors import ConfigError, ModelError, RayexpandError
+from rayexpand.contract.errors import ConfigError, Diverged, ModelError
 from rayexpand.fitting.adapter.denoiser import Denoiser, add_lora, init_token_id, insert_rows
 from rayexpand.fitting.adapter.objective import Reduce, all_reduce, l_simple, min_snr, mmd, noised
 from rayexpand.fitting.adapter.recipe import PRESETS, FinetuneConfig, make_finetune
@@ -124,7 +124,7 @@ class Finetuner:
                                  weight_decay=config.weight_decay, fused=True)
 
     def update(self, batch: LatentBatch) -> float:
-        """One optimiser step; the loss of these rows. Raises RayexpandError where it or the gradient is not finite; in
+        """One optimiser step; the loss of these rows. Raises Diverged where it or the gradient is not finite; in
         fp16 a gradient that is not costs the step, and GradScaler lowers its scale."""
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)  # a sampler built on the same parts has frozen them
@@ -153,8 +153,8 @@ class Finetuner:
             numbers["the gradient's norm"] = losses.grad_norm
         for name, value in numbers.items():
             if not math.isfinite(value):
-                raise RayexpandError(f"fine-tuning diverged: {name} is {value} {where}. Lower lr and token_lr, or take "
-                                     "another precision")
+                raise Diverged(f"fine-tuning diverged: {name} is {value} {where}. Lower lr and token_lr, or take "
+                               "another precision")
 
     def _pieces(self, batch: LatentBatch) -> Iterator[LatentBatch]:
         """The batch on the device with ids for text, in `accumulate` equal parts."""

@@ -251,7 +251,8 @@ class RunLogger:
                  "images": len(tuning.feed.rows), "blank_captions": len(tuning.feed.latents) - len(tuning.feed.rows),
                  "mmd_images": recipe.images_per_term,
                  "images_per_second": recipe.batch * recipe.steps / max(curve.seconds, 1e-9),
-                 "training_seconds": curve.seconds, "gpu_seconds": curve.seconds * gpus * max(1, workers),
+                 "training_seconds": curve.seconds, "process_seconds": curve.seconds * max(1, workers),
+                 "gpu_seconds": curve.seconds * gpus * max(1, workers),
                  "training_cpu_seconds": curve.cpu_seconds if cpu_seconds is None else cpu_seconds,
                  "curve": thinned(curve.history)}
         (partial / TRAINING).write_text(json.dumps(facts))

@@ -119,7 +119,7 @@ def suggest(space: Sequence[Dimension], search: Literal["random", "grid"] | str,
             seen: Sequence[tuple[Mapping[str, Any], Sequence[tuple[int, float]], str]] = (),
             samples: int = 1) -> dict[str, Any]:
     """Values of suggestion `number`. `seen`, for optuna: values of earlier ones, their scores as (epoch, score), and
-    their state: running, stopped or finished."""
+    their state: running, stopped, diverged or finished."""
     if search == "optuna":
         return _parzen(space, seed, number, seen, samples)
     gridded = sorted((one for one in space if _is_gridded(one, search)), key=lambda one: one.field)
@@ -137,7 +137,8 @@ def _parzen(space: Sequence[Dimension], seed: int, number: int,
     from optuna.trial import TrialState, create_trial
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    states = {"running": TrialState.RUNNING, "stopped": TrialState.PRUNED, "finished": TrialState.COMPLETE}
+    states = {"running": TrialState.RUNNING, "stopped": TrialState.PRUNED, "finished": TrialState.COMPLETE,
+              "diverged": TrialState.COMPLETE}
     distributions = {one.field: one.distribution() for one in space}
     key = int(generator(row_key(seed, "sweep", "", number, 0, "optuna")).integers(2**31))
     sampler = optuna.samplers.TPESampler(seed=key, n_startup_trials=min(STARTUP, max(1, samples // 3)),
@@ -147,7 +148,7 @@ def _parzen(space: Sequence[Dimension], seed: int, number: int,
         params = {one.field: one.values.index(values[one.field]) if one.values else values[one.field] for one in space}
         study.add_trial(create_trial(
             params=params, distributions=distributions, state=states[state], intermediate_values=dict(curve),
-            value=curve[-1][1] if state == "finished" else None))
+            value=curve[-1][1] if states[state] is TrialState.COMPLETE else None))
     asked = study.ask(distributions).params
     return {one.field: one.values[asked[one.field]] if one.values else one.rounded(asked[one.field]) for one in space}
 

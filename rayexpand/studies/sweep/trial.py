@@ -21,6 +21,7 @@ from typing import Any
 
 import filelock
 
+from rayexpand.contract.errors import Diverged
 from rayexpand.contract.settings import digest
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.subsets import ids_file, ids_hash
@@ -46,31 +47,43 @@ from rayexpand.studies.trials import make_trials
 
 Progress = Callable[[str, int, int], None]
 
+WORST = 0.0  # of every metric of a sweep: a share of the images
+
 
 def run_candidate(sweep: Sweep, candidate: Candidate, *, gpus: float = 0.0,
                   on_epoch: Callable[[int, float], None] = lambda epoch, score: None) -> dict[str, Any]:
     """Runs a trial to its end and writes its result before `on_epoch` hears of the last epoch.
 
-    Raises Interrupted where another attempt may succeed, any other RayexpandError where the configuration cannot work.
+    A training that diverges has the worst score. Raises Interrupted where another attempt may succeed, any other
+    RayexpandError where the configuration cannot work.
     """
     started = time.time()
     study = _with_pilots(sweep, prepare_study(candidate.study))
-    made, seconds = _expand(study)
-    expanded = time.time()
-    trials = make_trials(study)
     curve: list[dict[str, float]] = []
     pilots = sorted({Path(one if isinstance(one, str) else one.folder).name for one in study.expansions.values()})
     found = {"key": candidate.key, "digest": candidate.digest, "number": candidate.number, "values": candidate.values,
-             "pilots": pilots, "rows_made": made, "started": started, "expanding_seconds": seconds, "pid": os.getpid()}
-    for epoch, epochs, scores in train_together(study, trials, sweep.config.metric, gpus):
-        score = sum(scores) / len(scores)
-        curve.append({"epoch": epoch, "score": score})
-        if epoch == epochs:
-            now = time.time()
-            found |= {"state": "finished", "score": score, "scores": scores, "curve": curve, "epochs": epoch,
-                      "of_epochs": epochs, "seconds": now - started, "training_seconds": now - expanded, "ended": now}
-            write(sweep.files, found)
-        on_epoch(epoch, score)
+             "pilots": pilots, "started": started, "pid": os.getpid()}
+
+    def ended(state: str, scores: list[float], epoch: int, epochs: int) -> None:
+        found.update(state=state, score=curve[-1]["score"], scores=scores, curve=curve, epochs=epoch, of_epochs=epochs,
+                     seconds=time.time() - started, ended=time.time())
+        write(sweep.files, found)
+
+    try:
+        found["rows_made"], found["expanding_seconds"] = _expand(study)
+        expanded = time.time()
+        for epoch, epochs, scores in train_together(study, make_trials(study), sweep.config.metric, gpus):
+            curve.append({"epoch": epoch, "score": sum(scores) / len(scores)})
+            if epoch == epochs:
+                found["training_seconds"] = time.time() - expanded
+                ended("finished", scores, epoch, epochs)
+            on_epoch(epoch, curve[-1]["score"])
+    except Diverged as error:
+        done, last = len(curve), sweep.config.epochs
+        found["problem"] = str(error)
+        curve.append({"epoch": last, "score": WORST})
+        ended("diverged", [WORST] * len(study.config.seeds), done, last)
+        on_epoch(last, WORST)
     return found
 
 

@@ -342,6 +342,23 @@ def test_a_configuration_that_fails_is_tried_again(make: Make) -> None:
     assert again.values == first.values
 
 
+@pytest.mark.parametrize("search", ["random", "optuna"])
+def test_a_configuration_that_diverges_is_scored_worst_and_not_tried_again(make: Make, raw: dict[str, Any],
+                                                                           search: str) -> None:
+    raw["study"]["recipe"] |= {"optimiser": "sgd", "updates": 8}
+    config = make(samples=6, search=search, space={LR: {"choice": [1e20, 0.01]}})
+    ran = Search(open_sweep(config))
+    run_here(ran)
+    wild, tame = sorted(read_results(ran.sweep.files).values(), key=lambda one: -one["values"][LR])
+
+    assert ran.failed == []
+    assert (wild["state"], wild["score"], wild["curve"][-1]) == ("diverged", 0.0, {"epoch": 2, "score": 0.0})
+    assert "diverged" in wild["problem"]
+    assert (best_of(ran.results) or {})["key"] == tame["key"]
+    again = Search(open_sweep(config))
+    assert (list(iter(again.next, None)), again.is_over) == ([], True)
+
+
 def test_equal_configurations_are_one_trial(make: Make) -> None:
     search = Search(open_sweep(make(samples=12)))
     found = list(iter(search.next, None))
