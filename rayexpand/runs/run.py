@@ -35,7 +35,7 @@ from rayexpand.contract.settings import differences, digest, override
 from rayexpand.data import seeds
 from rayexpand.models.prior import PriorFacts, check_size, inspect_prior, prior_hash
 from rayexpand.runs.blame import Blame, forget_unexplained
-from rayexpand.runs.config import RunConfig, ids_sha256, parse, resolved, semantic
+from rayexpand.runs.config import RunConfig, ids_sha256, parse, resolved, semantic, unnamed
 from rayexpand.runs.estimate import Measured, measure
 from rayexpand.runs.expander import Expander
 from rayexpand.runs.inputs import (
@@ -91,6 +91,9 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
     """
     problems = seeds.check(config.data)
     data_is_sound, needs = not problems, config.needs
+    if not planned:
+        problems += [problem for name in ("prior", "guide") if name in needs
+                     for problem in unnamed(f"{name}.weights", getattr(config, name), config.data)]
     if "prior" in needs:
         try:
             facts = inspect_prior(config.prior.weights)
