@@ -109,7 +109,7 @@ def small_run(seeds: Path, out: Path, /, method: str = "Fake", *, name: str = "r
         "name": name, "out": str(out), "seed": 3, "method": {"name": dotted, **fields},
         "data": data or {"source": "imagefolder", "path": str(seeds)},
         "sampler": {"batch": batch, "shard_images": shard_images}, "limits": {"max_failed": 1.0},
-        **(sections or {})})
+        "prior": {"weights": "digits"}, "guide": {"weights": "digits"}, **(sections or {})})
 
 
 @pytest.fixture

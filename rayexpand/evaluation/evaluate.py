@@ -31,7 +31,7 @@ from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation.distance import measure
 from rayexpand.evaluation.features import ExtractorConfig, ImageBatch
 from rayexpand.runs import run as runs
-from rayexpand.runs.config import ClusterConfig, RuntimeConfig
+from rayexpand.runs.config import ClusterConfig, RuntimeConfig, guide_of_run
 from rayexpand.runs.run import Run
 from rayexpand.runs.selections import read_selection
 from rayexpand.storage.files import each
@@ -251,7 +251,9 @@ def _extractor_problems(raw: Mapping[str, Any], run: Run | None) -> list[str]:
         config = ExtractorConfig(**(raw.get("extractor") or {}))
     except (TypeError, ValidationError):
         return []
-    return extractors.check(config if run is None else _chosen(config, run))
+    if run is not None and (chosen := _chosen(config, run)) is not config:
+        return guide_of_run("extractor.guide", run.config) or extractors.check(chosen)
+    return extractors.check(config)
 
 
 def _chosen(config: ExtractorConfig, run: Run) -> ExtractorConfig:

@@ -51,7 +51,7 @@ from rayexpand.evaluation.select_rules import (
 from rayexpand.evaluation.select_scores import OnRows, Score, ScoreJob
 from rayexpand.models.guide_files import check_guide
 from rayexpand.runs import run as runs
-from rayexpand.runs.config import ClusterConfig, GuideConfig, RuntimeConfig
+from rayexpand.runs.config import ClusterConfig, GuideConfig, RuntimeConfig, guide_of_run
 from rayexpand.runs.run import Run
 from rayexpand.runs.store import FOOTER, Totals, totals
 from rayexpand.storage.files import each
@@ -92,7 +92,7 @@ def parse(raw: Mapping[str, Any], where: str = "configuration") -> SelectConfig:
         config = SelectConfig(**{**{str(key): value for key, value in raw.items()}, "rule": rule or _NOTHING})
     except ValidationError as error:
         problems = mistakes(error, SelectConfig, "") + problems
-    problems += _run_problems(raw)
+    problems += _run_problems(raw, config)
     if config is not None and config.guide is not None:
         problems += [f"guide.weights: {one}" for one in check_guide(config.guide.weights, config.guide.checkpoint)]
     if problems or config is None:
@@ -115,15 +115,20 @@ def _rule(raw: Any) -> tuple[Rule | None, list[str]]:
         return None, mistakes(error, RULES[str(kind)], "rule.")
 
 
-def _run_problems(raw: Mapping[str, Any]) -> list[str]:
+def _run_problems(raw: Mapping[str, Any], config: SelectConfig | None) -> list[str]:
     if not isinstance(folder := raw.get("run"), str) or not folder:
         return []
     try:
-        pending = runs.open_run(folder).totals().pending
+        run = runs.open_run(folder)
+        pending = run.totals().pending
     except UsageError as error:
         return [f"run: {error}"]
-    return [f"run: {pending} planned samples of {folder} are not decided yet, and a rule looks at all of them; run "
-            "`rayexpand expand` with its file first"] if pending else []
+    judged = config is not None and config.guide is None and config.rule.wants() & BY_GUIDE
+    problems = guide_of_run("guide.weights", run.config) if judged else []
+    if pending:
+        problems.append(f"run: {pending} planned samples of {folder} are not decided yet, and a rule looks at all of "
+                        "them; run `rayexpand expand` with its file first")
+    return problems
 
 
 # ------------------------------------------------------------------------------------------------------------- the verb

@@ -47,7 +47,7 @@ from rayexpand.fitting.pretrain import PretrainMaker
 from rayexpand.fitting.prompts import PromptsMaker
 from rayexpand.fitting.prototypes import PrototypesFit, PrototypesMaker
 from rayexpand.models.guide_files import CLASSIFIER, CLIP_HEAD, check_guide, kind_of, present_guide
-from rayexpand.runs.config import RunConfig
+from rayexpand.runs.config import RunConfig, unnamed
 from rayexpand.storage.places import is_url
 
 # In the order in which they run. A new kind is an entry here, and one in artifacts.KINDS where methods read it.
@@ -127,6 +127,10 @@ def preflight(config: FitConfig, *, device_here: bool = True, on_ray: bool = Tru
     scores = config.fit.prototypes is not None or makes_features(config.fit)
     if (made is None and scores) or (made is not None and made.kind == CLIP_HEAD):
         problems += [f"guide.weights: {one}" for one in check_guide(config.guide.weights, config.guide.checkpoint)]
+        if config.fit.pretrain is None:  # which makes both
+            problems += unnamed("guide.weights", config.guide, config.data)
+    if config.fit.adapter is not None and config.fit.pretrain is None:
+        problems += unnamed("prior.weights", config.prior, config.data)
     problems += _encoder_problems(config)
     if is_url(config.out):
         problems.append(f"out: {config.out} is an object store; artifacts are read as files, so give a folder")

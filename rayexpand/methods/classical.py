@@ -35,7 +35,7 @@ from rayexpand.methods._copies import quota_copies, ratio_copies
 
 Policy = Literal["randaugment", "autoaugment", "cutout", "random_erasing", "gridmask", "standard"]
 Colour = tuple[int, int, int]
-_TRIES = 10  # of drawing a copy again that had one colour only; then it is its seed
+_TRIES = 10  # of drawing a copy again that had one colour only; then the row fails
 
 
 class Classical(Section):

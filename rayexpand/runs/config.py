@@ -45,7 +45,8 @@ class ImageConfig(Section):
 
 
 class PriorConfig(Section):
-    weights: str = Field("digits", description="'digits' (embedded default), a diffusers folder, or org/name@revision")
+    weights: str = Field("digits", description="'digits' (embedded; the default for source digits only), a diffusers "
+                         "folder, or org/name@revision")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on CPU, bfloat16 on GPU")
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
@@ -57,9 +58,34 @@ class PriorConfig(Section):
 
 
 class GuideConfig(Section):
-    weights: str = Field("digits", description="'digits' (embedded CLIP), a folder (open_clip's layout, or made by "
-                         "`rayexpand fit`), org/name@revision, or an open_clip model name")
+    weights: str = Field("digits", description="'digits' (embedded CLIP; the default for source digits only), a folder "
+                         "(open_clip's layout, or made by `rayexpand fit`), org/name@revision, or an open_clip model "
+                         "name")
     checkpoint: str | None = Field(None, description="safetensors file for a model name")
+
+
+DIGITS = "digits"
+
+
+def unnamed(field: str, section: Any, data: DataConfig) -> list[str]:
+    """The problem of a model that nobody named in `section`, which has `weights`: the embedded default knows the digits
+    and nothing else."""
+    if data.source == "digits" or section.weights != DIGITS or "weights" in section.model_fields_set:
+        return []
+    return [not_named(field, data)]
+
+
+def guide_of_run(field: str, config: RunConfig) -> list[str]:
+    """The problem of judging the samples of a run by its guide, where that is the embedded one and no guide made them:
+    a run.json does not tell who named it."""
+    if config.data.source == "digits" or config.guide.weights != DIGITS or "guide" in config.needs:
+        return []
+    return [not_named(field, config.data)]
+
+
+def not_named(field: str, data: DataConfig) -> str:
+    return (f"{field}: missing; the embedded default has seen digits only, and data.source is '{data.source}'. Name a "
+            "model, or write digits if that is meant")
 
 
 class SamplerConfig(Section):

@@ -39,7 +39,7 @@ from rayexpand.data import seeds
 from rayexpand.models.prior import check_size, inspect_prior, prior_hash, resolve, sampling_problems
 from rayexpand.models.prior_files import PriorFacts
 from rayexpand.runs.blame import Blame, forget_unexplained
-from rayexpand.runs.config import RunConfig, ids_sha256, parse, resolved, semantic
+from rayexpand.runs.config import RunConfig, ids_sha256, parse, resolved, semantic, unnamed
 from rayexpand.runs.cut_prompts import cut_prompts, words_of
 from rayexpand.runs.estimate import Measured, measure
 from rayexpand.runs.expander import Expander
@@ -102,6 +102,9 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
     problems = [] if planned else secret_problems(resolved(config))
     problems = problems or seeds.check(config.data)
     data_is_sound, needs = not problems, config.needs
+    if not planned:
+        problems += [problem for name in ("prior", "guide") if name in needs
+                     for problem in unnamed(f"{name}.weights", getattr(config, name), config.data)]
     if "prior" in needs:
         try:
             facts = inspect_prior(config.prior.weights)

@@ -179,8 +179,15 @@ def test_a_folder_that_is_no_run() -> None:
 
 
 def test_the_guide_of_the_run_is_the_default(make_config: MakeConfig, image_folder: Path, guide: str) -> None:
-    plain, _ = complete(make_config("classical", ratio=1))
+    plain, _ = complete(make_config("classical", ratio=1, data={"source": "digits", "per_class": 1}))
     own, _ = complete(make_config("classical", name="own", ratio=1, sections={"guide": {"weights": guide}}))
 
     assert parse({"run": str(plain.folder), "reference": {"source": "digits"}}).extractor.guide == "digits"
     assert parse({"run": str(own.folder), "reference": {"source": "digits"}}).extractor.guide == guide
+
+
+def test_the_embedded_guide_sees_digits_only(run: Run, image_folder: Path) -> None:
+    raw = {"run": str(run.folder), "reference": {"source": "imagefolder", "path": str(image_folder)}}
+    with pytest.raises(ConfigError, match=r"extractor\.guide: missing; the embedded default has seen digits only"):
+        parse(raw)
+    assert parse(raw | {"extractor": {"guide": "digits"}}).extractor.guide == "digits"

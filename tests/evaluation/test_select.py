@@ -504,7 +504,7 @@ def test_every_mistake_at_once(tmp_path: Path, run: Run) -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "jobs").rglob("select-*.yaml")),
                          ids=lambda file: file.stem)
 def test_files_in_jobs(file: Path, tmp_path: Path, run: Run) -> None:
-    load(str(file), [f"run={run.folder}"])
+    load(str(file), [f"run={run.folder}", *(["guide.weights=digits"] if "digits" in file.parts else [])])
     with pytest.raises(ConfigError) as caught:
         load(str(file), [f"run={tmp_path}/none"])
     assert [problem[:4] for problem in caught.value.problems] == ["run:"]
@@ -561,3 +561,12 @@ def test_the_file_says_what_it_is(run: Run) -> None:
     assert pq.read_schema(found["file"]).names == ["sample_id", "keep", "reason", "score"]
     assert facts["settings"] == {"rule": {"kind": "random", "n": 1, "share": None, "per": "seed"}, "seed": 0}
     assert (facts["kept"], facts["ratio"], facts["run_digest"]) == (20, 1.0, run.facts["run_digest"])
+
+
+def test_the_embedded_guide_judges_digits_only(run: Run) -> None:
+    for rule in ({"kind": "clip_confidence"}, {"kind": "best", "n": 1, "score": "clip_confidence"}):
+        with pytest.raises(ConfigError, match=r"guide\.weights: missing; the embedded default has seen digits only"):
+            parse({"name": "one", "run": str(run.folder), "rule": rule})
+    assert parse({"name": "one", "run": str(run.folder), "rule": {"kind": "random", "n": 1}})
+    assert parse({"name": "one", "run": str(run.folder), "rule": {"kind": "clip_confidence"},
+                  "guide": {"weights": "digits"}})

@@ -21,7 +21,7 @@ from rayexpand.contract.errors import ConfigError, DamagedFile, DigestMismatch, 
 from rayexpand.data import seeds
 from rayexpand.diffusion.prototypes import fit_prototypes, load_prototypes
 from rayexpand.fitting import fit as fits
-from rayexpand.fitting.config import load_fit, parse_fit
+from rayexpand.fitting.config import load_fit, parse_fit, preflight
 from rayexpand.fitting.fit import fit_for, with_artifacts
 from rayexpand.fitting.guide import GuideFit
 from rayexpand.fitting.maker import data_facts
@@ -328,6 +328,13 @@ def test_what_a_run_needs_is_made_and_is_part_of_its_identity(make_config: MakeC
         runs.prepare(with_artifacts(config, other))
     assert fit_for(make_config("classical"), quiet, out=out) == {}
     assert set(fit_for(make_config("gif", steps=4, sections=of(prior, clip)), quiet, out=out)) == set()
+
+
+def test_a_fit_takes_no_embedded_guide_for_other_images(raw: dict[str, Any]) -> None:
+    without = {key: value for key, value in raw.items() if key != "guide"} | {"fit": {"prototypes": {"groups": 2}}}
+    assert [line.partition(";")[0] for line in preflight(parse_fit(without)) if "embedded" in line] == [
+        "guide.weights: missing"]
+    assert not any("embedded" in line for line in preflight(parse_fit({**without, "guide": {"weights": "digits"}})))
 
 
 def test_validate_refuses_everything_at_once(make_config: MakeConfig, prior: Path, clip: Path, tmp_path: Path,

@@ -57,6 +57,7 @@ def test_the_guide_of_a_run_is_asked_for_spoken_names(tmp_path: Path, monkeypatc
         (tmp_path / "set" / key).mkdir(parents=True)
         (tmp_path / "set" / key / "0.png").write_bytes(encoded(photo()))
     config = parse({"name": "x", "out": str(tmp_path), "method": {"name": "img2img", "ratio": 1},
+                    "prior": {"weights": "digits"},
                     "data": {"source": "imagefolder", "path": str(tmp_path / "set")}}, "x")
     monkeypatch.setattr(runs, "model_hashes", lambda *_: {"prior": "0" * 64})
     runs.prepare(config)

@@ -8,7 +8,9 @@ import pytest
 
 from rayexpand.contract.errors import ConfigError
 from rayexpand.contract.settings import differences, digest
-from rayexpand.runs.config import OPERATIONAL, load, parse, semantic
+from rayexpand.runs import run as runs
+from rayexpand.runs.config import OPERATIONAL, RunConfig, load, parse, semantic
+from rayexpand.runs.run import preflight
 from tests.commands import ROOT
 
 JOBS = ROOT / "jobs"
@@ -118,3 +120,36 @@ def test_how_images_are_squashed_is_part_of_what_a_run_is() -> None:
 def _with(raw: dict, field: str, value: object) -> dict:
     section, _, leaf = field.partition(".")
     return {**raw, section: {**raw.get(section, {}), leaf: value} if leaf else value}
+
+
+@pytest.mark.parametrize(("method", "fields"), [("img2img", ["prior"]), ("gif", ["guide", "prior"])])
+def test_the_embedded_models_are_never_meant_for_other_images(image_folder: Path, tmp_path: Path, method: str,
+                                                              fields: list[str]) -> None:
+    raw = {"name": "x", "out": str(tmp_path), "data": {"source": "imagefolder", "path": str(image_folder)},
+           "method": {"name": method}}
+
+    def named(config: RunConfig) -> list[str]:
+        return sorted(line.split(".")[0] for line in preflight(config) if "embedded default has seen digits" in line)
+
+    assert named(parse(raw)) == fields
+    assert named(parse(raw | {"prior": {"dtype": "float32"}})) == fields
+    assert named(parse(raw | {name: {"weights": "digits"} for name in fields})) == []
+    assert named(parse(raw | {"data": {"source": "digits"}})) == []
+    assert named(parse(raw | {"method": {"name": "classical"}})) == []
+
+
+def test_a_generator_alone_brings_no_guide(image_folder: Path, tmp_path: Path) -> None:
+    config = parse({"name": "x", "out": str(tmp_path), "data": {"source": "imagefolder", "path": str(image_folder)},
+                    "method": {"name": "gif"}, "prior": {"weights": "models/sd"}})
+    assert any(line.startswith("guide.weights: missing") for line in preflight(config))
+
+
+def test_a_run_that_began_without_naming_its_models_goes_on(image_folder: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = {"name": "x", "out": str(tmp_path), "data": {"source": "imagefolder", "path": str(image_folder)},
+           "method": {"name": "img2img", "ratio": 1}}
+    monkeypatch.setattr(runs, "model_hashes", lambda *_: {"prior": "0" * 64})
+    with pytest.raises(ConfigError, match=r"prior\.weights: missing"):
+        runs.prepare(parse(raw))
+    runs.prepare(parse(raw | {"prior": {"weights": "digits"}}))
+    assert runs.prepare(parse(raw)).folder

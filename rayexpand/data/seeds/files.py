@@ -80,11 +80,11 @@ def dataset_files(data: DataConfig, *extensions: str) -> DatasetFiles:
         else:
             hint = "braces are not expanded, use a pattern with *" if "{" in data.path else "correct the path"
             raise SeedDataError(f"data.path: '{data.path}' does not exist{looked_at(data.path)}; {hint}")
-    return _of_split(data, folder, places, extensions)
+    return _of_split(data, folder, places, extensions, folders if kind == "folder" else [])
 
 
-def _of_split(data: DataConfig, folder: Place, places: list[tuple[str, list[str]]], extensions: tuple[str, ...]
-              ) -> DatasetFiles:
+def _of_split(data: DataConfig, folder: Place, places: list[tuple[str, list[str]]], extensions: tuple[str, ...],
+              folders: list[str]) -> DatasetFiles:
     """The files of the first of `places` (sub-folder, names) that has any. Without files called `<split>-*` or
     `<split>`, those with the word in their name, such as set-train-0 or Train_0."""
     def stem(name: str) -> str:
@@ -109,7 +109,7 @@ def _of_split(data: DataConfig, folder: Place, places: list[tuple[str, list[str]
                 return DatasetFiles(folder, [posixpath.join(sub, name) for name in found], splits,
                              [posixpath.join(sub, name) for name in names if not name.endswith(extensions)])
     wanted = f"{data.split}-*{extensions[0]}" if data.split else f"*{extensions[0]}"
-    seen = [posixpath.join(sub, name) for sub, names in places for name in names]
+    seen = [*folders, *(posixpath.join(sub, name) for sub, names in places for name in names)]
     raise SeedDataError(f"data.path: no file {wanted} in '{data.path}'" + (f" (it has {few(seen)})" if seen else "") +
                         "; correct data.path or data.split")
 

@@ -85,7 +85,7 @@ def _refuse_lost_splits(data: DataConfig, paths: list[str]) -> None:
     images have a split in their names: all would be one dataset."""
     alone = [top for top, (images, folders) in _within(paths).items()
              if top.lower() in SPLIT_NAMES and images < len(folders)]
-    if not data.split and alone and any(path.split("/")[0] not in alone for path in paths):
+    if alone and any(path.split("/")[0] not in alone for path in paths):
         raise SeedDataError(f"data.split: missing, {few(alone)} in '{data.path}' holds folders rather than images, so "
                             f"it is a split, not a class; set data.split to {few(alone)}, or put the images of a "
                             "class of that name right into its folder")
@@ -158,7 +158,7 @@ def list_seeds(data: DataConfig) -> Listing:
         skipped.add(folder.names()[1])
     rows = [one for name in classes for one in found[name]]
     paths = [one.path for one in rows]
-    if data.ids is None:
+    if data.ids is None and data.split is None:
         _refuse_lost_splits(data, paths)
     _refuse_one_above(data, paths)
     faults = np.fromiter((fault_code(one.fault) for one in rows), np.int8)

@@ -36,7 +36,9 @@ class Place:
     fs: Any = None
 
     def at(self, *parts: str) -> Place:
-        return Place("/".join([self.root.rstrip("/") if any(parts) else self.root, *filter(None, parts)]), self.fs)
+        """A root of "" is that of an archive, whose names begin without a slash."""
+        above = [self.root.rstrip("/") if any(parts) else self.root] if self.root else []
+        return Place("/".join([*above, *filter(None, parts)]), self.fs)
 
     def parent(self) -> Place:
         return Place(self.root.rpartition("/")[0] or ("/" if self.fs is None else ""), self.fs)

@@ -6,13 +6,14 @@ import csv
 import io
 import json
 import posixpath
-from typing import Literal
+from collections import Counter
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from rayexpand.contract.errors import SeedDataError
+from rayexpand.contract.errors import SeedDataError, few
 from rayexpand.contract.settings import Section
 from rayexpand.data.pixels import PILLOW_PIXELS
 from rayexpand.data.seeds.places import read_bytes, read_text
@@ -66,12 +67,15 @@ def class_mapping(data: DataConfig) -> dict[str, dict[str, str]] | None:
     try:
         if suffix == ".json":
             entries = {key: value if isinstance(value, dict) else {"name": value}
-                       for key, value in json.loads(text).items()}
+                       for key, value in json.loads(text, object_pairs_hook=_once).items()}
         elif suffix == ".csv":
-            entries = {row["key"]: row for row in csv.DictReader(io.StringIO(text))}
+            rows = list(csv.DictReader(io.StringIO(text)))
+            if long := [row["key"] for row in rows if any(row.get(None, ()))]:
+                raise ValueError(f"more cells than the header has at {few(long)}; put quotes around a comma")
+            entries = _once([(row["key"], row) for row in rows])
         else:
             lines = (line.split(maxsplit=1) for line in text.splitlines() if line.strip())
-            entries = {key: {"name": rest.split(",")[0].strip()} for key, rest in lines}
+            entries = _once([(key, {"name": rest.split(",")[0].strip()}) for key, rest in lines])
         table = {key: {part: entry.get(part) or "" for part in ("name", "metaclass", "noun")}
                  for key, entry in entries.items()}
         if not table or not all(isinstance(part, str) for entry in table.values() for part in entry.values()) \
@@ -81,6 +85,12 @@ def class_mapping(data: DataConfig) -> dict[str, dict[str, str]] | None:
         raise SeedDataError(f"data.classes: '{data.classes}' is not a class mapping ({error!r}); give a JSON object "
                             "{id: name}, a CSV with columns key,name, or lines 'id name'") from error
     return table
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"{few(twice)} more than once")
+    return dict(pairs)
 
 
 def wanted_ids(data: DataConfig) -> list[str] | None:

@@ -17,7 +17,8 @@ import numpy as np
 from rayexpand.contract.errors import RowFault, SeedDataError
 from rayexpand.data.pixels import decode
 from rayexpand.data.seeds import EXTENSIONS, DataConfig, SeedReader, build_index, survey
-from tests.data.seeds.odd import FOLDERS, Case, Made
+from rayexpand.data.seeds.listing import split_words
+from tests.data.seeds.odd import FOLDERS, SPLITS, Case, Made
 
 LIBRARIES = ("torchvision", "datasets", "webdataset")
 
@@ -54,16 +55,21 @@ def digest(content: bytes) -> str:
 # --- ours
 
 
-def ours(data: DataConfig) -> list[Reading]:
+def ours(case: Case, data: DataConfig) -> list[Reading]:
     """One reading, or one for each split where data.split is asked for."""
     first = _ours(data, "")
     if "data.split: missing" not in first.refused:
         return [first]
     column = re.search(r"data\.split_column to '([^']+)'", first.refused)
     fields = {"split_column": column[1]} if column else {}
-    asked = re.search(r"one of ('.*')|to one of ('.*')", first.refused)
-    names = re.findall(r"'([^']+)'", (asked[1] or asked[2]) if asked else "")
-    return [_ours(data.model_copy(update={**fields, "split": name}), name) for name in names] or [first]
+    names = SPLITS[case.split]
+    if case.layout in ("tar", "parquet"):
+        names = tuple(word for name in names for word in split_words(name))
+    found = [_ours(data.model_copy(update={**fields, "split": name}), name) for name in names]
+    for one in found:
+        if re.search(r"no (folder|row|file)|data\.split: |have no image(?! \('yak')", one.refused):
+            one.refused = f"silent: the split that was asked for is refused: {one.refused}"
+    return found
 
 
 def _ours(data: DataConfig, split: str) -> Reading:
@@ -215,7 +221,7 @@ def _images(row: dict[str, Any], made: Made, kind: str) -> Iterator[tuple[bytes,
 def judge(case: Case, made: Made) -> Verdict:
     silent: list[str] = []
     try:
-        found = ours(made.data)
+        found = ours(case, made.data)
     except Exception as error:
         return Verdict("crash", [f"crash: {type(error).__name__}: {error}"], {})
     theirs = libraries(case, made)

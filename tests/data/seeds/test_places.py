@@ -180,3 +180,14 @@ def test_what_lies_below_a_folder_whatever_its_names_begin_with() -> None:
     assert Place("", memory).relative("a/0.png") == Place("", memory).relative("/a/0.png") == "a/0.png"
     assert Place("/far", memory).relative("/far/a/0.png") == Place("far", memory).relative("far/a/0.png") == "a/0.png"
     assert Place("/list.csv").parent().at("0.png").root == "/0.png"
+
+
+def test_folders_at_the_root_of_a_zip_are_entered(tmp_path: Path) -> None:
+    folder = put(tmp_path / "set", "train/cat/0.png", "train/dog/1.png", "test/cat/2.png")
+    write_parquet(folder / "data/train-0.parquet", [encoded(photo(0)), encoded(photo(1))], pa.array([0, 1]))
+    near, archive = images(folder, split="train"), zipped(folder)
+    far = near.model_copy(update={"path": f"zip://::{archive}"})
+    assert build_index(far).table.equals(build_index(near).table)
+    assert outcomes(build_index(far), far) == outcomes(build_index(near), near)
+    rows = DataConfig(source="parquet", path=f"zip://::{archive}", split="train")
+    assert [*reasons(build_index(rows), rows).values()] == ["", ""]

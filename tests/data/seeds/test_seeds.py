@@ -156,6 +156,17 @@ def test_wrong_mapping_files_are_refused(tmp_path: Path, name: str, content: str
     assert problem.startswith(f"data.classes: '{tmp_path / name}'")
 
 
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.json", '{"n01": "tench", "n01": "kite"}'), ("a.csv", "key,name\nn01,tench\nn01,kite\n"),
+    ("a.txt", "n01 tench\nn02 emu\nn01 kite\n"), ("a.csv", "key,name\nn01,tench, Tinca tinca\n")])
+def test_mapping_files_that_say_two_things_of_a_class_are_refused(tmp_path: Path, name: str, content: str) -> None:
+    data = folder_of(tmp_path / "set", {"n01": 1}).model_copy(update={"classes": str(tmp_path / name)})
+    (tmp_path / name).write_text(content)
+    (problem,) = check(data)
+    assert problem.startswith(f"data.classes: '{tmp_path / name}'")
+    assert "'n01'" in problem
+
+
 def test_mapping_without_a_class_is_refused(tmp_path: Path) -> None:
     data = folder_of(tmp_path / "set", {"n01": 1, "n02": 1}).model_copy(update={"classes": str(tmp_path / "a.txt")})
     (tmp_path / "a.txt").write_text("n01 tench\n")

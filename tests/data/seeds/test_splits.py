@@ -140,6 +140,8 @@ def test_images_whose_names_say_splits_are_refused(tmp_path: Path) -> None:
     assert len(build_index(data)) == 2
     (tmp_path / "dog/test_1.png").write_bytes(encoded(photo(1)))
     (tmp_path / "dog/2.png").write_bytes(encoded(photo(2)))
+    above = DataConfig(source="imagefolder", path=str(tmp_path.parent), split=tmp_path.name)
+    assert len(build_index(above)) == 4, "data.split says which it is, whatever names say"
     with pytest.raises(SeedDataError, match=r"data\.split: the names of 3 of 4 images .*'test', 'train'"):
         build_index(data)
     (tmp_path / "cat/3.png").write_bytes(encoded(photo(3)))

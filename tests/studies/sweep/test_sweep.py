@@ -400,6 +400,7 @@ def test_what_is_fitted_is_part_of_a_trial_and_of_its_pilot(raw: dict[str, Any],
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     raw["study"]["expansions"]["guided"] = {
         "method": {"name": "distdiff", "ratio": 1, "steps": 4, "strength": 0.5, "guide_step": 2},
+        "prior": {"weights": "digits"},
         "fit": {"groups": 1, "guide": {"kind": "random"}}}
     raw["study"]["arms"].append({"name": "guided", "use": "guided"})
     config = parse_sweep({**raw, "arm": "guided", "score_on": "test", "hold_out": None,
