@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tests.on_ray.conftest import Head
 
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 STARTS = 12  # of a run that nobody disturbs any more, before it counts as one that never ends
 KINDS = [("command", "disk"), ("command", "s3"), ("notebook", "disk"), ("notebook", "s3"), ("ray", "disk"),
          ("ray", "s3")]
@@ -88,7 +88,9 @@ class Soak:
 
     def ended(self, process: Process) -> int:
         process.join(PATIENCE_S)
-        assert process.exitcode is not None, f"{process.pid} does not end: {self.kills}"
+        if process.exitcode is None:
+            _signal_groups(process.pid or 0, signal.SIGKILL)
+            pytest.fail(f"{process.pid} does not end: {self.kills}")
         return process.exitcode
 
     def disturb(self, config: RunConfig) -> bool:
@@ -123,6 +125,9 @@ def _drive(driver: str, config: RunConfig, address: str | None, folder: Path) ->
     """What a user starts, leading a process group of its own."""
     os.setsid()
     os.chdir(ROOT)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a soak in the background may ignore them
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     said = open(folder / f"said-{os.getpid()}", "w", buffering=1)  # noqa: SIM115  (for the life of this process)
     sys.stdout = sys.stderr = said
     if driver == "notebook":
