@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ def job(image_folder: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def start(head: Head, file: Path, *sets: str, **environment: str) -> subprocess.Popen[str]:
-    arguments = [part for one in (f"cluster.address={head.address}", *sets) for part in ("--set", one)]
+def start(head: Head, file: Path, *sets: str, more: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
+    arguments = [*more, *(part for one in (f"cluster.address={head.address}", *sets) for part in ("--set", one))]
     return subprocess.Popen([sys.executable, "-m", "rayexpand", "expand", str(file), "--json", *arguments], cwd=ROOT,
                             env={**head.env, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -110,6 +110,21 @@ def test_an_actor_killed(expand: Expand, job: Callable[..., Path], tmp_path: Pat
 
     assert once.exists(), "the failpoint was never reached"
     assert code == 0, stderr
+    check(tmp_path / "out/run", oracle)
+
+
+def test_every_line_of_log_json_is_json_where_an_actor_is_killed(head: Head, job: Callable[..., Path], tmp_path: Path,
+                                                                 oracle: Oracle) -> None:
+    once = tmp_path / "once"
+    code, summary, stderr = finish(start(
+        head, job(), "cluster.actors=2", more=["--log-json"], RAYEXPAND_FAILPOINT=f"before_call@shard={SHARD}:kill",
+        RAYEXPAND_FAILPOINT_ONCE=str(once)))
+    lines = [json.loads(line) for line in stderr.splitlines()]
+    last = next(line for line in reversed(lines) if "task" in line)
+
+    assert (code, once.exists()) == (0, True)
+    assert {type(line) for line in lines} == {dict}
+    assert (last["done"], last["per_second"]) == (40, summary["images_per_second"])
     check(tmp_path / "out/run", oracle)
 
 
