@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import yaml
 from PIL import Image
 
+from rayexpand.contract.errors import three_digits
 from rayexpand.contract.schema import SEED_INDEX, ClassTable, Reason, Receipt, Seed, SeedIndex, Status
 from rayexpand.data import seeds
 from rayexpand.data.pixels import decode
@@ -371,4 +372,4 @@ def _yaml(config: Mapping[str, Any]) -> str:
 
 
 _FILTERS: dict[str, Callable[..., Any]] = {"number": lambda n: f"{n:,}", "percent": _percent, "duration": duration,
-                                            "moment": _moment, "plus_minus": plus_minus}
+                                            "moment": _moment, "plus_minus": plus_minus, "three_digits": three_digits}

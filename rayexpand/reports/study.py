@@ -271,7 +271,7 @@ def _shared(controls: Sequence[figures.Line]) -> list[figures.Line]:
 
 
 def _cost_of(arm: Mapping[str, Any]) -> float | None:
-    """Seconds of one trial, expansion and training."""
+    """Process-seconds of one trial: training, and expansion with what was fitted for it."""
     training, expansion = arm["cost"]["training"], arm["cost"]["expansion"]
     return None if training is None else training["mean"] + (expansion["mean"] if expansion else 0.0)
 
