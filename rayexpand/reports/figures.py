@@ -120,7 +120,7 @@ def costs(points: Sequence[FigurePoint], unit: str, label: str) -> tuple[str, li
     unlabelled: list[str] = []
 
     def draw(figure: Figure) -> None:
-        axes = _axes(figure, f"{unit} seconds of one trial, with expansion and fits", "top-1, last epoch (%)")
+        axes = _axes(figure, f"{unit}-seconds of one trial, with expansion and fits", "top-1, last epoch (%)")
         seconds = [point.x for point in points]
         if min(seconds) > 0 and max(seconds) / min(seconds) > 10:
             axes.set_xscale("log")
