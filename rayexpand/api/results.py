@@ -53,8 +53,9 @@ class Checked(Result):
     dataset: dict[str, Any] | None = None  # see data.seeds.survey; None where it cannot be listed
 
     def table(self) -> Table:
-        data = self.dataset or {}
-        rows: list[tuple[str, ...]] = [(name.replace("_", " "), said(value)) for name, value in data.items()]
+        from rayexpand.data.seeds import survey_lines
+
+        rows: list[tuple[str, ...]] = [*survey_lines(self.dataset or {})]
         rows += [("problem", one) for one in self.problems]
         return (self.kind, str(self.config.get("name", ""))), rows
 
@@ -70,8 +71,11 @@ class Planned(Result):
         return {**self.estimate.to_json(), "problems": self.problems}
 
     def table(self) -> Table:
+        from rayexpand.data.seeds import survey_lines
+
         return ("what", "estimate", "how it is known"), [
-            *self.estimate.table(), *(("not yet ready to expand", one, "") for one in self.problems)]
+            *self.estimate.table(), *((f"dataset: {name}", value, "") for name, value in survey_lines(
+                self.estimate.dataset or {})), *(("not yet ready to expand", one, "") for one in self.problems)]
 
 
 @dataclass(frozen=True)
@@ -133,13 +137,6 @@ class ClusterJob(Result):
     def table(self) -> Table:
         return ("job", ""), [(name.replace("_", " "), text(value)) for name, value in self.to_dict().items()
                              if value != ""]
-
-
-def said(value: Any) -> str:
-    """A part of a survey in words: numbers by name, names in a row."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {said(one)}" for name, one in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else text(value)
 
 
 def text(value: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from rayexpand.contract.schema import Reason
+from rayexpand.data.seeds import survey_lines
 from rayexpand.methods import label_words_of
 from rayexpand.reports.licenses import license_identifier
 from rayexpand.reports.templates import render
@@ -49,6 +50,7 @@ def write_card(folder: str | Path, *, license_id: str | None = None) -> Path | s
         listed=lines if len(lines) <= ALL_CLASSES else [], license_id=license_id, promise=PROMISE,
         gpu_caveat=GPU_CAVEAT, stacks=view.stacks, source=_fields(config["data"]), settings=_fields(config["method"]),
         cut_words=words_of(view.run["cut_prompts"]) if view.run.get("cut_prompts") else "",
+        dataset=survey_lines(view.run.get("dataset", {})),
         label_words=label_words_of(view.run["config"]["method"], len(classes)),
         config=yaml.safe_dump(config, sort_keys=False))
     return write_page(view.files, "README.md", text)

@@ -94,7 +94,7 @@ def write_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None, l
         guidance=_guidance(view), look=look, refused=_refused_rows(view, classes),
         cut_words=words_of(view.run["cut_prompts"]) if view.run.get("cut_prompts") else "",
         label_words=label_words_of(view.run["config"]["method"], len(classes)), config=_yaml(view.run["config"]),
-        settings=settings_of(view.run["config"]),
+        settings=settings_of(view.run["config"]), dataset=seeds.survey_lines(view.run.get("dataset", {})),
         stacks=_stacks(view),
         mixed=len(view.stacks) > 1, promise=PROMISE, gpu_caveat=GPU_CAVEAT, attempts=_attempts(view),
         commands=_commands(view, str(folder)), busy_seconds=sum(map(shard_seconds, view.receipts)),

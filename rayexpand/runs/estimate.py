@@ -76,6 +76,7 @@ class Estimate:
     petaflop: float | None  # counted work of Stable Diffusion 1.5 at 512 px; None for other models and sizes
     notes: dict[str, str]
     cut_prompts: CutPrompts | None = None  # None where no prompt is read, or the generator is not here
+    dataset: dict[str, Any] | None = None  # see data.seeds.survey; None where it cannot be listed
     unit: str = "GPU"  # what all hours are of: a GPU, or a CPU process where no GPU works
 
     def to_json(self) -> dict[str, Any]:
@@ -108,9 +109,9 @@ def estimate_config(config: RunConfig, measured: Measured | None = None) -> Esti
     Where the seeds cannot be listed, estimate.seeds stands in for them; without it, or where the number of samples
     depends on the classes, the SeedDataError of the listing is raised.
     """
-    rng, side, found = PlanRng(config.seed, config.method.name), None, None
+    rng, side, found, dataset = PlanRng(config.seed, config.method.name), None, None, None
     try:
-        index = seed_io.build_index(config.data)
+        index, dataset = seed_io.surveyed(config.data)
         with contextlib.suppress(UsageError):  # preflight says what is wrong
             found = cut_prompts(make_plan(index, config), config, present(config.prior.weights))
         side = _side(config, index) if image_side(config)[0] is None else None
@@ -129,9 +130,8 @@ def estimate_config(config: RunConfig, measured: Measured | None = None) -> Esti
              for copy in range(min(8, max(planned, 1)))]
     made = estimate(config, seeds=len(index), planned=planned, measured=measured, side=side,
                     steps_run=sum(draw.steps_run for draw in draws) / len(draws))
-    if found is None:
-        return made
-    return replace(made, cut_prompts=found, notes={**made.notes, "cut_prompts": found.words})
+    notes = {**made.notes, **({"cut_prompts": found.words} if found is not None else {})}
+    return replace(made, cut_prompts=found, dataset=dataset, notes=notes)
 
 
 def estimate(config: RunConfig, *, seeds: int, planned: int, measured: Measured | None = None,

@@ -195,7 +195,10 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
     if problems := preflight(config, device_here=device_here, with_classes=False, planned=_has_started(config)):
         raise ConfigError(where or config.name, problems)
     files = open_files(config.folder, single_writer=config.store.single_writer)
-    plan = None if first_look(files) else make_plan(seeds.build_index(config.data), config)
+    plan, dataset = None, dict[str, Any]()
+    if first_look(files) is None:
+        index, dataset = seeds.surveyed(config.data)
+        plan = make_plan(index, config)
     if plan is not None and (problems := [*check_classes(config, plan.index.classes.key),
                                           *check_seeds(config, plan.index), *_caption_problems(plan, config)]):
         raise ConfigError(where or config.name, problems)
@@ -208,7 +211,7 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
                                      plan.index.classes.key)  # refuses those of another guide
         if "adapter" in models:
             check_base(config, models["prior"])
-        facts = _facts(config, plan, models)
+        facts = {**_facts(config, plan, models), "dataset": dataset}
         if "prior" in models and (found := cut_prompts(plan, config, resolve(config.prior.weights))) and found.cut:
             facts["cut_prompts"] = found.to_json()
         write_plan(plan, files, facts["plan"])

@@ -498,6 +498,24 @@ def test_features_of_other_classes_or_seeds_are_refused_before_anything_is_made(
         assert words in found, words
 
 
+def test_what_a_dataset_holds_is_said_by_plan_run_json_page_and_card(make_config: MakeConfig, image_folder: Path,
+                                                                     tmp_path: Path) -> None:
+    seeds = Path(shutil.copytree(image_folder, tmp_path / "seeds"))
+    (seeds / "ant/notes.txt").write_text("x")
+    (seeds / "bee/5.webm").write_bytes(b"x")
+    config = make_config("Fake", ratio=1, data=of(seeds))
+    wanted = {"seeds": 20, "classes": 4, "largest_classes": dict.fromkeys(("ant", "bee", "cat", "dog"), 5),
+              "skipped": {".txt": {"files": 1, "examples": ["ant/notes.txt"]},
+                          ".webm": {"files": 1, "examples": ["bee/5.webm"]}}}
+    rows = api.plan(config).table()[1]
+    assert ("dataset: skipped", ".txt files 1, examples ant/notes.txt, .webm files 1, examples bee/5.webm", "") in rows
+    run, _ = complete(config)
+    assert {name: run.facts["dataset"][name] for name in wanted} == wanted
+    folder = api.RunFolder(str(run.folder))
+    for page in (folder.report(), folder.card()):
+        assert "ant/notes.txt" in Path(page).read_text()
+
+
 # ------------------------------------------------------------------------------------------------------------- identity
 
 

@@ -15,11 +15,11 @@ the place it lies in an EnvironmentFault (try again later).
 """
 
 from rayexpand.data.seeds.digits import digits_split
-from rayexpand.data.seeds.index import build_index, check, survey
+from rayexpand.data.seeds.index import build_index, check, survey, survey_lines, surveyed
 from rayexpand.data.seeds.listing import EXTENSIONS
 from rayexpand.data.seeds.reader import SeedReader
 from rayexpand.data.seeds.source import DataConfig
 from rayexpand.data.seeds.texts import text_problem, texts
 
-__all__ = ["EXTENSIONS", "DataConfig", "SeedReader", "build_index", "check", "digits_split", "survey", "text_problem",
-           "texts"]
+__all__ = ["EXTENSIONS", "DataConfig", "SeedReader", "build_index", "check", "digits_split", "survey",
+           "survey_lines", "surveyed", "text_problem", "texts"]

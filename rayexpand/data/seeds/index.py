@@ -59,8 +59,13 @@ def build_index(data: DataConfig) -> SeedIndex:
 
 
 def survey(data: DataConfig) -> dict[str, Any]:
-    """What the dataset holds, for people: seeds, classes with the most and the fewest seeds, splits, skipped files by
-    suffix, faults known from listing. Raises as `build_index`, whose work it does."""
+    """The second of `surveyed`."""
+    return surveyed(data)[1]
+
+
+def surveyed(data: DataConfig) -> tuple[SeedIndex, dict[str, Any]]:
+    """`build_index`, and what the dataset holds, for people: seeds, classes with the most and the fewest seeds, splits,
+    skipped files by suffix, faults known from listing."""
     index, listing = _indexed(data)
     sizes = sorted(zip(index.classes.key, index.classes.count, strict=True), key=lambda one: -one[1])
     faults = Counter(fault for fault in index.table["fault"].to_pylist() if fault)
@@ -71,7 +76,19 @@ def survey(data: DataConfig) -> dict[str, Any]:
         "skipped": {suffix: {"files": count, "examples": listing.skipped.examples[suffix]}
                     for suffix, count in listing.skipped.most_common()},
         "same_names": index.classes.same_names(), "faults": dict(sorted(faults.items()))}
-    return {name: value for name, value in found.items() if value not in ({}, [])}
+    return index, {name: value for name, value in found.items() if value not in ({}, [])}
+
+
+def survey_lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A survey in words, one (what, text) for each of its parts."""
+    return [(name.replace("_", " "), _said(value)) for name, value in found.items()]
+
+
+def _said(value: Any) -> str:
+    """Numbers by name, names in a row."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_said(one)}" for name, one in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else value
 
 
 def _indexed(data: DataConfig) -> tuple[SeedIndex, Listing]:
