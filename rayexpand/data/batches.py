@@ -18,10 +18,11 @@ Resize = Literal["squash", "crop"]
 
 
 class SeedBatches:
-    """Reads and decodes rows of a seed index, `batch` images at a time; those of the next call meanwhile."""
+    """Reads and decodes rows of a seed index, `batch` images at a time; those of the next call meanwhile. What
+    `prepare` makes of their pixels is held, so it should be of a model's size."""
 
-    def __init__(self, index: SeedIndex, data: DataConfig, batch: int, io_threads: int = 1,
-                 prepare: Callable[[np.ndarray, str], Any] = lambda pixels, seed_id: pixels) -> None:
+    def __init__(self, index: SeedIndex, data: DataConfig, batch: int, io_threads: int,
+                 prepare: Callable[[np.ndarray, str], Any]) -> None:
         self._ids, self._data, self._batch, self._prepare = index.table["seed_id"], data, batch, prepare
         self._reader = SeedReader(index, data)
         self._pool = ThreadPoolExecutor(io_threads, thread_name_prefix="io")

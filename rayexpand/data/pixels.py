@@ -30,7 +30,7 @@ def decode(image: bytes, *, min_side: int = 8, max_pixels: int = PILLOW_PIXELS) 
     many threads. Raises RowFault: decode_error, too_small, too_large, unsupported_mode.
     """
     try:
-        with Image.open(io.BytesIO(image), formats=("TGA",) if image.endswith(_TGA_END) else _FORMATS) as opened:
+        with _opened(image) as opened:
             width, height = opened.size
             if width * height > max_pixels:
                 raise RowFault(Reason.TOO_LARGE, f"{width} x {height} pixels, more than max_pixels {max_pixels}")
@@ -51,6 +51,19 @@ def decode(image: bytes, *, min_side: int = 8, max_pixels: int = PILLOW_PIXELS) 
         raise RowFault(Reason.DECODE_ERROR, f"these {len(image)} bytes are no {known}") from error
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise RowFault(Reason.DECODE_ERROR, f"{type(error).__name__}: {error}") from error
+
+
+def header_size(image: bytes) -> tuple[int, int]:
+    """Height and width of an encoded image by its header, before it is turned upright; (0, 0) where it says none."""
+    try:
+        with _opened(image) as opened:
+            return opened.height, opened.width
+    except Exception:  # what is wrong with it, `decode` says
+        return 0, 0
+
+
+def _opened(image: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(image), formats=("TGA",) if image.endswith(_TGA_END) else _FORMATS)
 
 
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -123,7 +136,7 @@ def _rgb(image: Image.Image, notes: list[str], *, white_known: bool) -> np.ndarr
             note = {"palette": "palette_alpha", "grayscale": "grayscale,alpha"}.get(note, "alpha")
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        pixels = np.array(image.convert("RGB"))
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except ValueError as error:
         raise RowFault(Reason.UNSUPPORTED_MODE, f"mode {mode} does not convert to RGB ({error})") from error
     notes.extend(filter(None, [note]))

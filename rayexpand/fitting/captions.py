@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -33,6 +33,9 @@ from rayexpand.contract.settings import Section
 from rayexpand.data import seeds
 from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
 from rayexpand.models.folders import flat_weight_problems, folder_hash, quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
 
 VERSION = 1  # raised when the code below makes other captions of the same configuration
 SHOWN = 20  # seeds named in artifact.json
@@ -197,7 +200,7 @@ def _kind(folder: Path) -> str:
 
 
 class Captioner:
-    """Writes captions of images of any size, `batch` in a call. Raises ModelError for a folder it cannot use."""
+    """Writes captions of images, `batch` in a call. Raises ModelError for a folder it cannot use."""
 
     def __init__(self, made: CaptionsFit, device: str) -> None:
         import torch
@@ -222,18 +225,23 @@ class Captioner:
         self._model = model.to(self.device).eval().requires_grad_(False)
         self._asks = bool(made.prompt) or _kind(folder) == "blip-2"  # whose T5 has no text of its own to start from
 
-    def __call__(self, images: list[np.ndarray]) -> list[str]:
-        """One caption for each uint8 (H, W, 3) image, at most `batch` of them."""
+    def prepared(self, image: np.ndarray) -> torch.Tensor:
+        """float32 (C, h, w), as the model takes it, of a uint8 (H, W, 3) image of any size."""
+        return self._processor.image_processor(images=[np.array(image)], return_tensors="pt")["pixel_values"][0]
+
+    def __call__(self, images: list[torch.Tensor]) -> list[str]:
+        """One caption for each prepared image, at most `batch` of them."""
         import torch
 
         made, count = self._made, len(images)
         if not count:
             return []
-        blank = np.zeros_like(images[0])  # a short call has the shape of a full one
-        filled = [np.array(image) for image in (*images, *[blank] * (made.batch - count))]
-        texts = {"text": [made.prompt] * len(filled)} if self._asks else {}
+        blanks = [np.zeros((8, 8, 3), np.uint8)] * made.batch  # a short call has the shape of a full one
+        texts = {"text": [made.prompt] * made.batch} if self._asks else {}
         with quiet_libraries(), torch.inference_mode():
-            given = self._processor(images=filled, return_tensors="pt", **texts).to(self.device, self._dtype)
+            given = self._processor(images=blanks, return_tensors="pt", **texts)
+            given["pixel_values"][:count] = torch.stack(images)
+            given = given.to(self.device, self._dtype)
             written = self._model.generate(**given, do_sample=False, num_beams=made.beams,
                                            max_new_tokens=made.max_new_tokens)
             found = self._processor.batch_decode(written, skip_special_tokens=True)

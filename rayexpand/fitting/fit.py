@@ -115,7 +115,8 @@ def captions_here(config: FitConfig, model_sha256: str, index: SeedIndex,
     assert config.fit.captions is not None
     started = time.perf_counter()
     captioner = Captioner(config.fit.captions, config.device)
-    images = SeedBatches(index, config.data, config.fit.captions.batch, config.runtime.io_threads)
+    images = SeedBatches(index, config.data, config.fit.captions.batch, config.runtime.io_threads,
+                         lambda pixels, _: captioner.prepared(pixels))
     try:
         for sound, found, refused in images(range(len(index))):
             yield CaptionBlock(sound, captioner(found), refused)

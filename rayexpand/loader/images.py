@@ -8,7 +8,7 @@ the first use of its chunk to its own last use, and nothing else.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -45,19 +45,17 @@ class ImageReader:
 
     def decoded(self, items: np.ndarray) -> list[np.ndarray]:
         """uint8 (H, W, 3) images. Raises UsageError naming an image that cannot be read or decoded."""
-        return self.decode(items, self.encoded(items))
+        return list(self.decode(items, self.encoded(items)))
 
-    def decode(self, items: np.ndarray, encoded: Sequence[bytes]) -> list[np.ndarray]:
-        """As `decoded`, of images that were read already."""
-        found = []
+    def decode(self, items: np.ndarray, encoded: Sequence[bytes]) -> Iterator[np.ndarray]:
+        """As `decoded`, of images that were read already, each when it is asked for: a batch of photos is large."""
         parts = np.searchsorted(self._stops, items, side="right")
         for item, part, image in zip(items, parts, encoded, strict=True):
             source = self._sources[part]
             try:
-                found.append(pixels.decode(image, min_side=source.min_side, max_pixels=source.max_pixels)[0])
+                yield pixels.decode(image, min_side=source.min_side, max_pixels=source.max_pixels)[0]
             except RowFault as fault:
                 raise source.refusal(int(self._row[item]), int(self._chunk[item]), fault) from fault
-        return found
 
     def encoded(self, items: np.ndarray) -> list[bytes]:
         chunks = self._chunk[items]

@@ -71,5 +71,6 @@ class CaptionActor(SpanActor):
             here = made.model_copy(update={"model": str(local(model, self._sha256, self._server))})
             captioner = Captioner(here, config.device)
             self._device = captioner.device.type
-            self._loaded = captioner, SeedBatches(index, config.data, made.batch, config.runtime.io_threads)
+            self._loaded = captioner, SeedBatches(index, config.data, made.batch, config.runtime.io_threads,
+                                                  lambda pixels, _: captioner.prepared(pixels))
         return self._loaded

@@ -1,8 +1,9 @@
 """How fast a configuration is on this machine, and how much of the bare sampler's speed the engine keeps.
 
 The first shards of the real plan run twice in turn: the method's own `expand` on batches that are ready in memory (the
-bare loop), and the whole engine (read, decode, sample, encode, commit) into a temporary folder. Figures are medians of
-the pairs, so that a machine whose speed drifts is still compared with itself.
+bare loop, whose clock stands still while a batch is made ready), and the whole engine (read, decode, sample, encode,
+commit) into a temporary folder. Figures are medians of the pairs, so that a machine whose speed drifts is compared with
+itself.
 """
 
 from __future__ import annotations
@@ -84,12 +85,13 @@ def bench(config: RunConfig, rows: int = 0) -> Bench:
 def _pair(config: RunConfig, folder: str, number: int, shards: list[int],
           warm: Expander) -> tuple[float, float, list[Receipt], int]:
     """(bare images/s, engine images/s, receipts, bytes of their data files) of one alternation."""
-    batches = [batch for shard in shards for batch in warm.batches(shard)]
-    real = sum(not filler for batch in batches for filler in batch.filler)
-    started = time.perf_counter()
-    for batch in batches:
+    real, sampling = 0, 0.0
+    for batch in (batch for shard in shards for batch in warm.batches(shard)):
+        started = time.perf_counter()
         config.method.expand(batch, warm.loaded())
-    bare = real / (time.perf_counter() - started)
+        sampling += time.perf_counter() - started
+        real += batch.filler.count(False)
+    bare = real / sampling
     run = runs.prepare(config.model_copy(update={"out": folder, "name": f"pair-{number}"}))
     expander = runs.start(run, warm.loaded)
     started = time.perf_counter()
@@ -105,7 +107,7 @@ def _gflop(expander: Expander, shard: int) -> float | None:
         return None
     from torch.utils.flop_counter import FlopCounterMode
 
-    batch = expander.batches(shard)[0]
+    batch = next(expander.batches(shard))
     with FlopCounterMode(display=False) as counter:
         expander.config.method.expand(batch, expander.loaded())
     return counter.get_total_flops() / len(batch) / 1e9

@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
 from rayexpand.artifacts import KINDS
 from rayexpand.contract.errors import ConfigError, EnvironmentFault, SeedDataError
 from rayexpand.contract.protocols import Method
-from rayexpand.contract.settings import Device, Section, digest, mistakes, read
+from rayexpand.contract.settings import Device, Later, Section, digest, mistakes, read
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.seeds.source import wanted_ids
 from rayexpand.methods import load_method, method_class
+
+IMAGE_BYTES = 1 << 30  # runtime.image_bytes
 
 
 class ImageConfig(Section):
@@ -113,6 +115,9 @@ class StoreConfig(Section):
 class RuntimeConfig(Section):
     torch_threads: int = Field(1, ge=1, description="CPU threads of one sampler process")
     io_threads: int = Field(2, ge=1, description="threads that decode ahead and encode behind the sampler")
+    image_bytes: Annotated[int, Later(IMAGE_BYTES)] = Field(
+        IMAGE_BYTES, ge=1, description="bytes of decoded images one sampler process holds: those that start a call, "
+        "those it makes, those decoded ahead and those that wait to be encoded; one image always goes through")
 
 
 class ClusterConfig(Section):

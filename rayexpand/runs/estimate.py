@@ -21,16 +21,16 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from rayexpand.contract.errors import RowFault, SeedDataError, UsageError, three_digits
+from rayexpand.contract.errors import SeedDataError, UsageError, three_digits
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import SEED_INDEX, ClassTable, Receipt, Seed, SeedIndex
 from rayexpand.data import seeds as seed_io
-from rayexpand.data.pixels import decode
+from rayexpand.data.pixels import header_size
 from rayexpand.models.prior import present
 from rayexpand.runs.cut_prompts import CutPrompts, cut_prompts
 from rayexpand.runs.plan import make_plan
@@ -74,6 +74,7 @@ class Estimate:
     wall_hours: float | None
     cost_usd: float | None
     petaflop: float | None  # counted work of Stable Diffusion 1.5 at 512 px; None for other models and sizes
+    process_bytes: int | None  # of images in the memory of one sampler process, decoded and encoded
     notes: dict[str, str]
     cut_prompts: CutPrompts | None = None  # None where no prompt is read, or the generator is not here
     dataset: dict[str, Any] | None = None  # see data.seeds.survey; None where it cannot be listed
@@ -91,7 +92,9 @@ class Estimate:
         rate = ("unknown" if self.images_per_second is None else
                 f"{three_digits(self.images_per_second)} per s and {self.unit}")
         lines = [("images", f"{self.images:,}", "images"), ("shards", f"{self.shards:,}", "shards"),
-                 ("output", human_bytes(self.bytes), "bytes"), ("throughput", rate, "images_per_second"),
+                 ("output", human_bytes(self.bytes), "bytes"),
+                 ("one process", human_bytes(self.process_bytes), "process_bytes"),
+                 ("throughput", rate, "images_per_second"),
                  (f"{self.unit} time", hours(self.gpu_hours), "gpu_hours"),
                  ("lost to preemption", hours(self.expected_lost_hours), "expected_lost_hours"),
                  ("wall time", hours(self.wall_hours), "wall_hours"),
@@ -109,12 +112,12 @@ def estimate_config(config: RunConfig, measured: Measured | None = None) -> Esti
     Where the seeds cannot be listed, estimate.seeds stands in for them; without it, or where the number of samples
     depends on the classes, the SeedDataError of the listing is raised.
     """
-    rng, side, found, dataset = PlanRng(config.seed, config.method.name), None, None, None
+    rng, few_seeds, found, dataset = PlanRng(config.seed, config.method.name), _Few(None, 0), None, None
     try:
         index, dataset = seed_io.surveyed(config.data)
         with contextlib.suppress(UsageError):  # preflight says what is wrong
             found = cut_prompts(make_plan(index, config), config, present(config.prior.weights))
-        side = _side(config, index) if image_side(config)[0] is None else None
+        few_seeds = _few(config, index)
     except SeedDataError as unlisted:
         try:
             few = [int(config.method.copies(_stand_in(100, classes), rng).sum()) for classes in (1, 2)]
@@ -128,19 +131,20 @@ def estimate_config(config: RunConfig, measured: Measured | None = None) -> Esti
     draws = [config.method.draw(first["seed_id"], first["label"], copy, copy, index.classes,
                                 RowRng(config.seed, config.method.name, first["seed_id"], copy))
              for copy in range(min(8, max(planned, 1)))]
-    made = estimate(config, seeds=len(index), planned=planned, measured=measured, side=side,
+    made = estimate(config, seeds=len(index), planned=planned, measured=measured,
+                    side=few_seeds.side if image_side(config)[0] is None else None, seed_bytes=few_seeds.bytes,
                     steps_run=sum(draw.steps_run for draw in draws) / len(draws))
     notes = {**made.notes, **({"cut_prompts": found.words} if found is not None else {})}
     return replace(made, cut_prompts=found, dataset=dataset, notes=notes)
 
 
 def estimate(config: RunConfig, *, seeds: int, planned: int, measured: Measured | None = None,
-             side: int | None = None, steps_run: float | None = None) -> Estimate:
+             side: int | None = None, steps_run: float | None = None, seed_bytes: float = 0) -> Estimate:
     """Expected totals of a run of `planned` samples.
 
     `measured` is an earlier run of the same job (see `measure`); fields of config.estimate win over it. `side` is the
     image side in pixels where the caller knows it better than the configuration, `steps_run` the mean number of
-    executed sampler steps of a draw; both only sharpen the answer.
+    executed sampler steps of a draw, `seed_bytes` the mean size of an encoded seed; they only sharpen the answer.
     """
     settings, notes = config.estimate, {"images": f"{seeds:,} seeds"}
     shards = min(seeds, -(-planned // config.sampler.shard_images))
@@ -158,7 +162,8 @@ def estimate(config: RunConfig, *, seeds: int, planned: int, measured: Measured 
     notes["cost_usd"] = ("set estimate.gpu_hour_usd" if settings.gpu_hour_usd is None else
                          f"{settings.gpu_hour_usd:g} USD per {unit} hour with lost hours; no storage, no network")
     work = _petaflop(config, planned, side, steps_run, notes)
-    return Estimate(seeds, planned, shards, size, rate, hours, lost, wall, cost, work, notes, unit=unit)
+    held = _process_bytes(config, planned, size, side, seed_bytes * seeds / max(shards, 1), notes)
+    return Estimate(seeds, planned, shards, size, rate, hours, lost, wall, cost, work, held, notes, unit=unit)
 
 
 def measure(receipts: Sequence[Receipt], data_bytes: int) -> Measured:
@@ -190,15 +195,36 @@ def _stand_in(n_seeds: int, n_classes: int) -> SeedIndex:
     return SeedIndex(pa.table(columns, schema=SEED_INDEX), ClassTable.of(words, words, counts, words, words))
 
 
-def _side(config: RunConfig, index: SeedIndex) -> int | None:
-    """Side in pixels of a square with the mean area of a few seeds, spread over the dataset."""
+class _Few(NamedTuple):
+    """What a few seeds, spread over the dataset, say of all: side of a square with their mean area, pixels, and the
+    mean bytes of their files."""
+
+    side: int | None
+    bytes: float
+
+
+def _few(config: RunConfig, index: SeedIndex) -> _Few:
     rows = np.unique(np.linspace(0, len(index) - 1, 16).astype(int)).tolist()
-    areas = []
-    for seed in seed_io.SeedReader(index, config.data).read(rows):
-        if isinstance(seed, Seed):
-            with contextlib.suppress(RowFault):
-                areas.append(decode(seed.image, min_side=1, max_pixels=config.data.max_pixels)[0].size / 3)
-    return round(math.sqrt(sum(areas) / len(areas))) if areas else None
+    read = [seed.image for seed in seed_io.SeedReader(index, config.data).read(rows) if isinstance(seed, Seed)]
+    areas = [area for image in read if 0 < (area := math.prod(header_size(image))) <= config.data.max_pixels]
+    return _Few(round(math.sqrt(sum(areas) / len(areas))) if areas else None, sum(map(len, read)) / max(len(read), 1))
+
+
+def _process_bytes(config: RunConfig, planned: int, size: int | None, side: int | None, seed_bytes: float,
+                   notes: dict[str, str]) -> int | None:
+    """`size`: bytes of all samples; `seed_bytes`: of the encoded seeds of a shard. See runs.shard_images."""
+    pixels, _ = image_side(config, side)
+    if pixels is None or size is None:
+        notes["process_bytes"] = "needs the size of the images"
+        return None
+    row, rows = 3 * pixels**2, min(planned, config.sampler.shard_images)
+    call = row * (config.sampler.batch if config.needs - {"captions"} else 1)  # the least that is held at once
+    decoded = min(max(config.runtime.image_bytes, 2 * call), row * (3 * config.sampler.batch + rows))
+    encoded = round(2 * size * rows / max(planned, 1) + seed_bytes)  # the samples, and the file made of them
+    notes["process_bytes"] = (f"beside its models: at most {human_bytes(decoded)} of decoded images "
+                              f"(runtime.image_bytes) and {human_bytes(encoded)} of encoded ones, those of a shard "
+                              "(sampler.shard_images)")
+    return decoded + encoded
 
 
 def _rate(config: RunConfig, measured: Measured | None, notes: dict[str, str]) -> float | None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import errno
+import math
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -29,7 +30,7 @@ from rayexpand.contract.errors import EnvironmentFault, Interrupted, RayexpandEr
 from rayexpand.contract.protocols import Batch, Expansion, Method, Tools
 from rayexpand.contract.rng import RowRng
 from rayexpand.contract.schema import Draw, Reason, Receipt, Sample, Seed, Start, Status, sample_sha256
-from rayexpand.data.pixels import decode, encode, prepare, resized
+from rayexpand.data.pixels import decode, encode, header_size, prepare, resized
 from rayexpand.data.seeds import SeedReader
 from rayexpand.models.prior import inspect_prior
 from rayexpand.runs.blame import DEAD_UNEXPLAINED, DECODE, ENCODE, SHARD, Blame, ProcessFault, Row, Verdicts
@@ -112,12 +113,12 @@ class Expander:
         (sample,) = self._collect(work, {sample_id})
         return sample
 
-    def batches(self, shard_id: int) -> list[Batch]:
+    def batches(self, shard_id: int) -> Iterator[Batch]:
         """What the sampler would get for a shard, decoded and ready; rows whose seed cannot be read are fillers."""
         work = self._start(shard_id, 0, self.blame.verdicts(_key(shard_id, 0)))
-        calls = self.plan.calls(shard_id)
-        work.images.ahead(*calls)
-        return [self._batch(work, replace(call, slots=self._sound(work, call)[0])) for call in calls]
+        for call in self._parts(work, self.plan.calls(shard_id)):
+            work.images.ahead(call)
+            yield self._batch(work, replace(call, slots=self._sound(work, call)[0]))
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -134,7 +135,8 @@ class Expander:
         for draw in (draw for unit in units for draw in unit if draw.copy == 0):
             if reason := verdicts.seeds.get(draw.row):  # in place of the seed, or it would be decoded ahead
                 found[draw.seed_id] = RowFault(reason, "processes that decoded this seed alone ended")
-        images = ShardImages(found, listed, self._decode, self._pool)
+        images = ShardImages(found, listed, self._decode, self._pool, self.config.runtime.image_bytes,
+                             self._decoded_bytes, math.prod(self._filler_shape([])))
         return _Work(shard_id, generation, _key(shard_id, generation), units, images, clock, verdicts)
 
     def _decode_one_by_one(self, work: _Work) -> None:
@@ -177,7 +179,7 @@ class Expander:
         """The planned calls, then rounds of redraws until none asks again."""
         planned = pack(work.units, self.config.method, self.plan.batch)
         calls, next_number = [call.only(wanted) for call in planned], len(planned)
-        while calls := [call for call in calls if any(call.slots)]:
+        while calls := self._parts(work, calls):
             for call, following in zip(calls, [*calls[1:], None], strict=True):
                 work.images.ahead(call, None if work.verdicts.careful else following)
                 self._run_call(work, call)
@@ -186,6 +188,14 @@ class Expander:
             units, work.redraws = list(work.redraws.values()), {}
             calls = pack(units, self.config.method, self.plan.batch, next_number)
             next_number += len(calls)
+
+    def _parts(self, work: _Work, calls: Sequence[Call]) -> list[Call]:
+        """The calls that have a row. Those of a method without tensors come in parts where their images are large:
+        elsewhere pixels may depend on the shape of a call."""
+        calls = [call for call in calls if any(call.slots)]
+        if self.config.needs - {"captions"}:
+            return calls
+        return [part for call in calls for part in work.images.parts(call)]
 
     def _wanted(self, work: _Work) -> set[str]:
         """Sample ids this commit decides."""
@@ -233,8 +243,8 @@ class Expander:
     def _submit(self, work: _Work, draw: Draw, image: np.ndarray | None, reason: Reason | None, detail: str,
                 scores: dict[str, float]) -> None:
         size = work.images.size(draw.seed_id) if self.config.image.restore and draw.start == Start.IMAGE else None
-        future = self._pool.submit(self._finish, draw, image, reason, detail, scores, work.images.note(draw.seed_id),
-                                   size)
+        finish = partial(self._finish, draw, image, reason, detail, scores, work.images.note(draw.seed_id), size)
+        future = work.images.encode(finish, 0 if image is None else image.nbytes)
         work.results[draw.sample_id] = future
         if work.verdicts.careful:
             with self.blame.mark(work.key, ENCODE, _row(draw), 1):  # at least the call of this row was made before
@@ -387,7 +397,7 @@ class Expander:
     def _filler_shape(self, pixels: list[np.ndarray | None]) -> tuple[int, ...]:
         if self.image_size:
             return (self.image_size, self.image_size, 3)
-        return next((image.shape for image in pixels if image is not None), (64, 64, 3))
+        return min((image.shape for image in pixels if image is not None), key=math.prod, default=(64, 64, 3))
 
     def _take(self, work: _Work, call: Call, expansion: Expansion) -> None:
         reasons = expansion.reasons or [None] * len(call.slots)
@@ -457,6 +467,13 @@ class Expander:
         rng = RowRng(self.config.seed, self.config.method.name, seed.seed_id, 0)
         cut = prepare(pixels, self.image_size, self.config.image.fit, rng, self.config.image.filter)
         return Decoded(cut, note, pixels.shape[:2])
+
+    def _decoded_bytes(self, seed: Seed) -> int:
+        """Of the image a sampler gets; by its header, where it keeps its size."""
+        if self.image_size and self.config.image.fit != "none":
+            return self.image_size**2 * 3
+        pixels = math.prod(header_size(seed.image))
+        return pixels * 3 if pixels <= self.config.data.max_pixels else 0  # it will be refused
 
     @cached_property
     def stack(self) -> dict[str, str]:

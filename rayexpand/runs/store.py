@@ -45,9 +45,10 @@ from rayexpand.contract.schema import (
 from rayexpand.storage.files import Files, StorageDenied, each, process_token
 from rayexpand.storage.tables import (
     NAMED,
+    ROW_GROUP,
     open_parquet,
-    parquet_bytes,
     parquet_facts,
+    parquet_of,
     read_columns,
     sealed,
     table_of,
@@ -55,6 +56,7 @@ from rayexpand.storage.tables import (
 )
 
 FOOTER = b"rayexpand"
+_GROUP_BYTES = 64 << 20  # of encoded images in one row group, or one image
 MAKE_AGAIN = "Restore it from a copy, or delete it and run `expand` again: it makes the same samples."
 _DATA_NAME = re.compile(r"^train-(\d{6,})(?:\.r(\d+))?\.parquet$")
 _ROLL_UP_NAME = re.compile(r"^rollup-(\d+)-(\d+)\.json$")
@@ -186,7 +188,7 @@ class Store:
         shard = receipt.shard_id
         side_file, side_sha256 = "", ""
         if refused:
-            content = parquet_bytes(samples_to_arrow(refused, REFUSED_SCHEMA), {})
+            content = parquet_of(_tables(refused, REFUSED_SCHEMA), REFUSED_SCHEMA, {})
             side_sha256 = hashlib.sha256(content).hexdigest()
             side_file = f"{shard:06d}-{side_hash(content)}.parquet"
             self.files.publish(f"rejected/{side_file}", content, "side", shard)
@@ -196,9 +198,9 @@ class Store:
         footer = {"shard_id": shard, "generation": receipt.generation, "run_digest": self.run_digest,
                   "writer": self.token, "side_file": side_file, "side_sha256": side_sha256,
                   "content_sha256": receipt.content_sha256, "receipt": json.loads(receipt.to_json())}
-        content = parquet_bytes(samples_to_arrow(kept, DATA_SCHEMA),
-                                {**huggingface_metadata(classes), FOOTER: json.dumps(footer).encode(),
-                                 NAMED: f"data/{receipt.data_file}".encode()})
+        content = parquet_of(_tables(kept, DATA_SCHEMA), DATA_SCHEMA,
+                             {**huggingface_metadata(classes), FOOTER: json.dumps(footer).encode(),
+                              NAMED: f"data/{receipt.data_file}".encode()})
         if not self.files.publish(f"data/{receipt.data_file}", content, "data", shard):
             winner = self.find(shard, receipt.generation)
             assert winner is not None
@@ -396,6 +398,18 @@ class Tally:
 def totals(planned: int, receipts: Iterable[Receipt]) -> Totals:
     """Counts over all generations of committed files."""
     return Tally(planned, receipts).totals
+
+
+def _tables(samples: Sequence[Sample], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Row groups of a file, one after the other, so that large images are not held once more all at once."""
+    start = held = 0
+    for stop, sample in enumerate(samples):
+        size = len(sample.image or b"")
+        if stop - start == ROW_GROUP or (stop > start and held + size > _GROUP_BYTES):
+            yield samples_to_arrow(samples[start:stop], schema)
+            start, held = stop, 0
+        held += size
+    yield samples_to_arrow(samples[start:], schema)
 
 
 def content_sha256(rows: Any) -> str:

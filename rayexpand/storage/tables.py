@@ -14,7 +14,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 SEAL = "seal"
 NAMED = b"name"  # schema metadata of a Parquet file that is known by its name: that name, as the folder has it
-_ROW_GROUP = 500  # images; viewers and readers load one row group at a time
+ROW_GROUP = 500  # images; viewers and readers load one row group at a time
 _MARK = b"rayexpand seal 1"  # before the two hashes: of the pages, and of those 32 bytes with the footer
 _END = 8  # bytes of a Parquet file after its footer: length of the footer, PAR1
 
@@ -86,16 +86,24 @@ def create_once(files: Files, name: str, content: dict[str, Any], step: str) -> 
 # ------------------------------------------------------------------------------------------------------------- Parquet
 
 
-def parquet_bytes(table: pa.Table, metadata: dict[bytes, bytes], row_group: int = _ROW_GROUP) -> bytes:
-    sink = io.BytesIO()
-    table = table.replace_schema_metadata(metadata)
-    with pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True) as writer:
-        if table.num_rows:  # `datasets` cannot read a row group of no rows
-            writer.write_table(table, row_group)
-    content = sink.getbuffer()
-    start = len(content) - _END - int.from_bytes(content[-_END:-4], "little")
-    pages = hashlib.sha256(content[:start]).digest()
-    return b"".join([content[:start], _MARK, pages, _footer_hash(pages, content[start:]), content[start:]])
+def parquet_bytes(table: pa.Table, metadata: dict[bytes, bytes], row_group: int = ROW_GROUP) -> bytes:
+    return parquet_of([table], table.schema, metadata, row_group)
+
+
+def parquet_of(tables: Iterable[pa.Table], schema: pa.Schema, metadata: dict[bytes, bytes],
+               row_group: int = ROW_GROUP) -> bytes:
+    """One file of all `tables`, each in row groups of its own; of its content nothing is held twice."""
+    sink, schema = io.BytesIO(), schema.with_metadata(metadata)
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
+        for table in tables:
+            if table.num_rows:  # `datasets` cannot read a row group of no rows
+                writer.write_table(table.replace_schema_metadata(metadata), row_group)
+    with sink.getbuffer() as content:
+        start = len(content) - _END - int.from_bytes(content[-_END:-4], "little")
+        pages, footer = hashlib.sha256(content[:start]).digest(), bytes(content[start:])
+    sink.seek(start)
+    sink.write(b"".join([_MARK, pages, _footer_hash(pages, footer), footer]))
+    return sink.getvalue()
 
 
 def open_parquet(reader: BinaryIO | Any, where: object = "a Parquet file") -> pq.ParquetFile:

@@ -19,8 +19,8 @@ from rayexpand.artifacts import store
 from rayexpand.artifacts.columns import read_captions
 from rayexpand.contract.errors import ConfigError, ModelError, SeedDataError, UsageError
 from rayexpand.contract.schema import SeedIndex
-from rayexpand.data import seeds
-from rayexpand.data.seeds import DataConfig
+from rayexpand.data import batches, seeds
+from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.fitting.captions import (
     CaptionBlock,
     Captioner,
@@ -31,8 +31,9 @@ from rayexpand.fitting.captions import (
     make_captions,
 )
 from rayexpand.fitting.config import parse_fit
-from rayexpand.fitting.fit import fit
+from rayexpand.fitting.fit import captions_here, fit
 from tests.captioners import tiny_captioner
+from tests.live import Live
 
 torch.set_num_threads(1)
 
@@ -188,8 +189,9 @@ def test_a_caption_is_the_likeliest_text_of_its_image_alone(model: Path) -> None
 
     made = CaptionsFit(model=str(model), batch=4, max_new_tokens=5)
     captioner, images = Captioner(made, "cpu"), pictures(6)
+    ready = [captioner.prepared(image) for image in images]
     torch.manual_seed(1)
-    found = captioner(images[:4]) + captioner(images[4:])
+    found = captioner(ready[:4]) + captioner(ready[4:])
     processor = AutoProcessor.from_pretrained(model, local_files_only=True)
     plain = AutoModelForImageTextToText.from_pretrained(model, local_files_only=True).eval()
     text = {} if model.name == "blip" else {"text": [""]}
@@ -198,21 +200,23 @@ def test_a_caption_is_the_likeliest_text_of_its_image_alone(model: Path) -> None
             ids = plain.generate(**processor(images=[image], return_tensors="pt", **text), max_new_tokens=5)
         assert caption == processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
     assert len(set(found)) > 1, "the image decides"
-    assert captioner([images[4]]) == [found[4]]
+    assert captioner([ready[4]]) == [found[4]]
     assert captioner([]) == []
 
 
 def test_the_prompt_and_beams_change_the_text_but_the_prompt_is_no_part_of_it(model: Path) -> None:
     """Nothing is drawn, even where the model's own settings ask for it."""
-    plain = Captioner(CaptionsFit(model=str(model), batch=6, max_new_tokens=5), "cpu")(pictures(6))
+    captioner = Captioner(CaptionsFit(model=str(model), batch=6, max_new_tokens=5), "cpu")
+    ready = [captioner.prepared(image) for image in pictures(6)]
+    plain = captioner(ready)
     asked = Captioner(CaptionsFit(model=str(model), batch=6, max_new_tokens=5, beams=3, prompt="a photo of"), "cpu")
-    first = asked(pictures(6))
+    first = asked(ready)
     for module in asked._model.modules():
         if hasattr(module, "generation_config"):
             module.generation_config.do_sample = True
             module.generation_config.temperature = 9.0
 
-    assert asked(pictures(6)) == first != plain
+    assert asked(ready) == first != plain
     assert not any(text.startswith("a photo of") for text in first)
 
 
@@ -260,8 +264,21 @@ def test_fit_makes_an_artifact_of_every_seed_once(tmp_path: Path, image_folder: 
     found = dict(zip(*(read_captions(made)[name].to_pylist() for name in ("seed_id", "caption")), strict=True))
     captioner = Captioner(CaptionsFit(model=str(opt), batch=3, max_new_tokens=4), "cpu")
     for seed_id in ("ant/0.png", "bee/3.png", "dog/4.png"):
-        assert found[seed_id] == " ".join(captioner([np.asarray(Image.open(broken / seed_id))])[0].split())
+        image = captioner.prepared(np.array(Image.open(broken / seed_id)))
+        assert found[seed_id] == " ".join(captioner([image])[0].split())
     assert (len(found), found["bee/2.png"]) == (20, "")
+
+
+def test_images_of_a_call_are_prepared_one_after_the_other(image_folder: Path, opt: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    live = Live()
+    monkeypatch.setattr(batches, "decode", live.decode)
+    config = parse_fit({"name": "ants", "device": "cpu", "data": {"source": "imagefolder", "path": str(image_folder)},
+                        "fit": {"kind": "captions", "model": str(opt), "batch": 8, "max_new_tokens": 2}})
+    found = list(captions_here(config, "", build_index(config.data), {}))  # type: ignore[arg-type]
+
+    assert sum(len(block.captions) for block in found) == 20
+    assert 0 < live.peak <= 2 * 16 * 16 * 3
 
 
 def test_captions_of_a_file_are_another_artifact_when_their_words_change(tmp_path: Path, image_folder: Path) -> None:

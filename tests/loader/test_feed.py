@@ -31,6 +31,7 @@ from rayexpand.runs import run as runs
 from rayexpand.storage.tables import parquet_bytes
 from rayexpand.studies.samples import training_set
 from tests.conftest import complete
+from tests.live import Live
 from tests.methods.fakes import Fake
 from tests.runfolder import picture, png
 
@@ -698,6 +699,19 @@ def test_a_later_window_may_be_a_quarter_larger_than_the_cache_and_no_more() -> 
         else:
             with pytest.raises(UsageError, match=r"training.shuffle_rows"):
                 fed(feed, 0, 1, range(1, feed.epoch_steps))
+
+
+def test_images_of_a_batch_are_decoded_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"image": {"bytes": png(picture(64, i, str(i))), "path": ""}, "label": i % 2} for i in range(12)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train-0.parquet")
+    data = DataConfig(source="parquet", path=str(tmp_path))
+    live, index = Live(), build_index(data)
+    monkeypatch.setattr(ingest.pixels, "decode", live.decode)
+    feed = Loader(TrainingSet.of_seeds(index, data), recipe(batch=12), 0)
+    list(feed.batches(0, 1))
+    list(ingest.TestSet(index, data, recipe(), 0, 1, 12).batches())
+
+    assert 0 < live.peak <= 3 * 64 * 64 * 3, "an image, and those before it until their names are taken"
 
 
 def test_an_image_that_cannot_be_trained_on_is_named(tmp_path: Path, folder: Path) -> None:

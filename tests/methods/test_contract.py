@@ -169,6 +169,17 @@ def test_batch_mates_never_change_a_row(method, on_real_models, tools):
     assert not np.array_equal(alone[0], alone[2])  # two copies of one seed
 
 
+@pytest.mark.parametrize("name", [name for name in names() if not small(name).needs() - {"captions"}])
+def test_rows_of_methods_that_load_nothing_do_not_depend_on_the_shape_of_a_call(name):
+    """So that a call may run in parts where its images are large."""
+    method, batch = small(name), batch_of(small(name), CLASSES, ROWS, size=33)
+    whole = expand(method, batch, Tools(CLASSES))
+    for part in ([0], [3], [1, 2], [0, 1, 3]):
+        few = Batch(*(tuple(getattr(batch, f.name)[i] for i in part) for f in fields(Batch)))
+        for image, i in zip(expand(method, few, Tools(CLASSES)), part, strict=True):
+            np.testing.assert_array_equal(image, whole[i])
+
+
 class Poisoned:
     """A prior whose noise prediction is not a number in one slot."""
 

@@ -148,6 +148,29 @@ def test_the_size_is_measured_where_images_keep_theirs(tmp_path: Path) -> None:
     assert "png, 30 px (mean of a few seeds)" in estimate_config(keeps).notes["bytes"]
 
 
+def test_a_plan_says_what_one_process_may_hold(tmp_path: Path) -> None:
+    rng = np.random.Generator(np.random.Philox(key=1))
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            (tmp_path / name / f"{i}.png").write_bytes(png(rng.integers(0, 256, (100, 100, 3), dtype=np.uint8)))
+    fields: dict[str, Any] = {"data": {"source": "imagefolder", "path": str(tmp_path)},
+                              "method": {"name": "classical", "ratio": 5}, "sampler": {"shard_images": 10},
+                              "estimate": {"bytes_per_image": 10_000}}
+    encoded = 2 * 10 * (10_000 + 40) + 2 * (tmp_path / "a/0.png").stat().st_size  # 2 shards of 2 seeds
+
+    few = estimate_config(job(**fields, runtime={"image_bytes": 500_000}))
+    assert few.process_bytes == pytest.approx(500_000 + encoded, rel=0.01)
+    assert ("one process", human_bytes(few.process_bytes)) in [line[:2] for line in few.table()]
+    tiny = estimate_config(job(**fields, runtime={"image_bytes": 1}))
+    assert tiny.process_bytes == pytest.approx(2 * 30_000 + encoded, rel=0.01)  # one image goes through
+    most = estimate_config(job(**fields))  # no more than there is: three calls, and the samples of a shard
+    assert most.process_bytes == pytest.approx((3 * 64 + 10) * 30_000 + encoded, rel=0.01)
+    whole = estimate_config(job(**{**fields, "method": {"name": "img2img", "ratio": 5}}, runtime={"image_bytes": 1}))
+    assert whole.process_bytes == pytest.approx(2 * 64 * 16 * 16 * 3 + encoded, rel=0.01)  # calls of models stay whole
+    assert "decoded" in few.notes["process_bytes"]
+
+
 def test_seeds_that_are_not_here(tmp_path: Path) -> None:
     data = {"source": "imagefolder", "path": str(tmp_path / "imagenet")}
     guess = estimate_config(job(data=data, estimate={"seeds": 1000}, method={"name": "img2img", "ratio": 10}))
