@@ -90,7 +90,7 @@ def test_bisection_needs_few_calls(make_config: MakeConfig) -> None:
     sizes: list[int] = []
     sample = expander._sample
 
-    def counted(work, call, alone):  # type: ignore[no-untyped-def]
+    def counted(work, call, alone=None):  # type: ignore[no-untyped-def]
         sizes.append(len(call.slots))
         return sample(work, call, alone)
 
