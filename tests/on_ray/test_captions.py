@@ -13,6 +13,7 @@ import ray
 from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import ModelError
 from rayexpand.fitting import fit as fits
+from rayexpand.fitting.config import parse_fit
 from rayexpand.models.folders import folder_hash
 from rayexpand.on_ray import fit as on_ray
 from rayexpand.on_ray import stage
@@ -41,11 +42,11 @@ def raw(image_folder: Path, tmp_path: Path) -> dict[str, Any]:
 
 def test_two_actors_write_what_this_process_writes(head: Head, raw: dict[str, Any], tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = fits.fit(fits.parse_fit(raw), quiet)
+    expected = fits.fit(parse_fit(raw), quiet)
     for name, value in head.env.items():
         monkeypatch.setenv(name, value)
     spread = {**raw, "out": str(tmp_path / "spread"), "cluster": {"address": head.address, "actors": 2}}
-    made = on_ray.fit(fits.parse_fit(spread), quiet)
+    made = on_ray.fit(parse_fit(spread), quiet)
     files = {"captions": "captions.parquet", "class_features": "class_features.safetensors",
              "image_features": "features.npy"}
 
@@ -77,4 +78,4 @@ def test_a_captioner_is_copied_to_a_node_without_it_and_a_broken_one_is_said(
     (folder / "model.safetensors").write_bytes(b"no")
     only = {**raw, "fit": {"captions": raw["fit"]["captions"]}, "cluster": {"address": head.address, "actors": 1}}
     with pytest.raises(ModelError, match=r"fit\.captions\.model .* cannot be loaded: .* \(on "):
-        on_ray.fit(fits.parse_fit(only), quiet)
+        on_ray.fit(parse_fit(only), quiet)
