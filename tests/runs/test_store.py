@@ -30,6 +30,7 @@ from rayexpand.runs.store import (
 )
 from rayexpand.storage.files import LocalFiles, process_token, token_alive
 from rayexpand.storage.tables import find_rows, sealed
+from tests.runfolder import Builder
 
 CLASSES = ClassTable.of(["ant", "bee"])
 
@@ -496,3 +497,17 @@ def test_without_either_fsync_a_power_cut_is_noticed(tmp_path: Path, missing: st
     """The test above can fail: a disk that ignores one kind of fsync breaks the promise."""
     with pytest.raises((AssertionError, pa.ArrowException)):
         _crash_everywhere(tmp_path, _is_whole, **{missing: False})
+
+
+def test_row_groups_of_large_images_end_at_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Builder(tmp_path / "run", shards=1, seeds_per_shard=4, copies=5).start()
+    samples = [replace(one, image=bytes(1000 + 100 * i)) for i, one in enumerate(run.samples(0))]
+    monkeypatch.setattr(stores, "_GROUP_BYTES", 5000)
+    run.commit(0, samples)
+
+    file = pq.ParquetFile(tmp_path / "run/data/train-000000.parquet")
+    sizes = [[len(row["bytes"]) for row in file.read_row_group(group)["image"].to_pylist()]
+             for group in range(file.num_row_groups)]
+    assert [size for group in sizes for size in group] == [1000 + 100 * i for i in range(20)]
+    assert all(sum(group) <= 5000 for group in sizes)
+    assert len(sizes) < 12

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +92,14 @@ def test_a_column_that_came_later_is_filled(metadata: dict[str, str], default: A
     assert table["later"].to_pylist() == [default] * 300
     with pytest.raises(DamagedFile, match="it has no column other"):
         read_columns(open_parquet(io.BytesIO(parquet_bytes(TABLE, {}))), "x", ["other"], schema)
+
+
+def test_a_file_is_written_without_holding_its_content_twice() -> None:
+    table = pa.table({"image": [os.urandom(1 << 20) for _ in range(8)]})
+    tracemalloc.start()
+    content = parquet_bytes(table, {}, row_group=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert len(content) <= peak < 1.5 * len(content)
+    assert open_parquet(io.BytesIO(content)).read().equals(table)
