@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 
 MOST_VALUES = 1_000_000  # of one file
+MOST_LEVELS = 100  # of one file; a job file has a handful
 DEVICES = r"auto|cpu|cuda(:[0-9]+)?"
 _MERGE = "tag:yaml.org,2002:merge"  # the key <<
 
@@ -81,7 +82,17 @@ class Section(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error instead of a silent choice."""
+    """YAML in which a key given twice is an error instead of a silent choice, and deep nesting is one at once."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > MOST_LEVELS:
+            raise RecursionError("it is nested too deeply")
+        found = super().compose_node(parent, index)
+        self._depth -= 1
+        return found
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
@@ -173,7 +184,7 @@ def _apply(raw: dict[str, Any], one: str) -> None:
     if not sign or not dotted:
         raise ConfigError("--set", [f"{one!r}: expected a.b=value, for example --set method.strength=0.7"])
     try:
-        found = yaml.safe_load(value)
+        found = yaml.load(value, _Loader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise ConfigError("--set", [f"{dotted}: the value is not YAML ({error})"]) from error
     _refuse_bomb(found, "--set")
