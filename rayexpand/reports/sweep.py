@@ -23,7 +23,7 @@ from rayexpand.reports.templates import render, settings_of
 from rayexpand.studies.results import Predicted, StudyView, read_study
 from rayexpand.studies.summary import plus_minus, points, spread
 from rayexpand.studies.sweep.search import describe, short
-from rayexpand.studies.sweep.sweep import Sweep, best_of, read_results, read_test, write_best
+from rayexpand.studies.sweep.sweep import Sweep, best_of, read_results, read_test, without_result, write_best
 
 SELECTED = ("chosen by the test images: the best of several looks better there than it will be on new images; sweep "
             "with validation images for a score that can be published")
@@ -69,7 +69,8 @@ def _summary(sweep: Sweep, trials: list[dict[str, Any]], best: dict[str, Any] | 
              "test_spread": test and spread(test["scores"]),
              "compared": sum(bool(one["against_best"]) for one in lines),
              "within_noise": [one["key"] for one in lines if (one["against_best"] or {}).get("within_noise")],
-             "trials": lines, "failed": list(failed), "commands": commands,
+             "trials": lines, "failed": list(failed),
+             "without_result": without_result(sweep, trials), "commands": commands,
              "report": str(sweep.files.at("report.html"))}
     return {**found, "words": _words(found)}
 

@@ -87,7 +87,7 @@ def read_study(folder: str | Path) -> StudyView:
     if content is None and not names:
         raise UsageError(f"{folder}: no study is here (neither study.json nor results/*.json)"
                          f"{looked_at(folder)}. Give the folder that `rayexpand train` wrote, <out>/<name>.")
-    facts = _json(files, "study.json", content or b"{}")
+    facts = {} if content is None else _json(files, "study.json", content)
     if isinstance(facts, str):
         raise UsageError(f"{folder}/study.json: {facts}. Start the study again; finished trials are kept.")
     expected = [str(trial) for trial in facts.get("trials") or ()]
@@ -112,7 +112,8 @@ def _json(files: Files, name: str, content: bytes | None) -> dict[str, Any] | st
 
 def _planned(files: Files, trial: str, problems: list[str]) -> Result:
     name = f"trials/{trial}.json"
-    found = _json(files, name, files.read(name) or b"{}")
+    content = files.read(name)
+    found = {} if content is None else _json(files, name, content)
     if isinstance(found, str):
         problems.append(f"{name} {found}, so its result cannot be compared with it; `rayexpand train` writes it anew.")
         return {}

@@ -167,7 +167,8 @@ def sweep_work(images: Path, place: Path) -> Work:
 
 def _sweep_scores(folder: Path) -> Any:
     found = write_sweep_report(sweep_in(str(folder)))
-    return [(one["key"], one["score"], one["values"]) for one in found["trials"]], found["best"], found.get("test")
+    trials = [(one["key"], one["score"], one["values"]) for one in found["trials"]]
+    return trials, found["best"], found["test_score"], found["without_result"]
 
 
 # ------------------------------------------------------------------------------------------------------------------ fit

@@ -247,6 +247,9 @@ class Steady(Failing):
 
     def expand(self, batch: Batch, tools: Tools) -> Expansion:
         time.sleep(self.seconds * sum(not absent for absent in batch.filler))
+        return super().expand(batch, tools)
+
+
 class Loud(Fake):
     """Says what libraries say: a warning, a traceback, a line from C."""
 

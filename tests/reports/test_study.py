@@ -450,6 +450,9 @@ def test_no_study_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text("[]")
     with pytest.raises(UsageError, match="is damaged: it holds a list and no object"):
         summary(tmp_path)
+    (tmp_path / "study.json").write_text("")
+    with pytest.raises(UsageError, match="study.json: is damaged: it is not JSON"):
+        summary(tmp_path)
 
 
 def test_results_alone_make_a_page_that_says_what_is_unknown(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rayexpand.api.folders import SweepFolder
 from rayexpand.classifier.accuracy import paired_bootstrap
 from rayexpand.reports.sweep import write_sweep_report
 from rayexpand.storage.files import LocalFiles
+from rayexpand.storage.tables import replace_json
 from rayexpand.studies.sweep.config import base_study, dimensions_of, parse_sweep
 from rayexpand.studies.sweep.sweep import Sweep
 from tests.reports.test_study import Page, section, visible
@@ -49,6 +50,18 @@ def swept(tmp_path: Path, right: dict[str, list[int]], *, metric: str = "top1", 
 
 def correct(counts: list[int]) -> np.ndarray:
     return np.stack([np.arange(100) < count for count in counts])
+
+
+def test_a_configuration_without_a_result_is_named(tmp_path: Path) -> None:
+    sweep = swept(tmp_path, {"aaaa0001": [83, 84, 82]})
+    (tmp_path / "tuned/suggestions").mkdir()
+    for number, key in enumerate(("aaaa0001", "bbbb0002")):
+        replace_json(sweep.files, f"suggestions/{number:04d}.json", {"number": number, "values": {}, "key": key})
+    found = write_sweep_report(sweep)
+
+    assert found["without_result"] == ["bbbb0002"]
+    assert "1 without a result, in work or with files that are gone: bbbb0002." in visible(
+        Path(found["report"]).read_text())
 
 
 def test_the_winner_has_its_interval_and_says_who_is_within_noise(tmp_path: Path) -> None:

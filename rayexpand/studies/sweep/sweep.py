@@ -21,7 +21,7 @@ because it is pickled, is written now and then only, and would run a trial again
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,13 @@ def read_results(files: Files) -> dict[str, dict[str, Any]]:
     read = [healthy_json(files, f"trials/{name}") for name in files.list("trials") if name.endswith(".json")]
     found = [one for one in read if one is not None]
     return {one["key"]: one for one in sorted(found, key=lambda one: one["number"])}
+
+
+def without_result(sweep: Sweep, results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Keys of configurations that were to be tried and have no result: in work, or their files are gone."""
+    names = sorted(name for name in sweep.files.list("suggestions") if name.endswith(".json"))
+    wanted = [one["key"] for name in names if (one := healthy_json(sweep.files, f"suggestions/{name}")) is not None]
+    return sorted({*wanted} - {one["key"] for one in results})
 
 
 def best_of(results: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
