@@ -451,7 +451,7 @@ def test_no_study_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is damaged: it holds a list and no object"):
         summary(tmp_path)
     (tmp_path / "study.json").write_text("")
-    with pytest.raises(UsageError, match="study.json: is damaged: it is not JSON"):
+    with pytest.raises(UsageError, match=r"study\.json: is damaged: it is not JSON"):
         summary(tmp_path)
 
 
