@@ -44,7 +44,7 @@ class RunFolder(_Paged):
         return {**_counts(self._run().totals()), **self.last, "run": self.folder}
 
     def table(self) -> Table:
-        return (f"run {Path(self.folder).name}", ""), [
+        return (f"run {Path(self.folder).name or Path(self.folder).resolve().name}", ""), [
             (name.replace("_", " "), text(value)) for name, value in self.to_dict().items()]
 
     def status(self) -> Any:

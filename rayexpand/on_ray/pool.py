@@ -174,7 +174,7 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
     if address:
         try:
             _reach(address)
-            with _held_back(b"InvalidAuthToken") as refusals:
+            with _held_back(b"InvalidAuthToken") as refusals, _at_the_package():
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING,
                          runtime_env=_environment())
         except (OSError, ray.exceptions.RayError) as error:
@@ -189,8 +189,9 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
                 "(RAY_AUTH_MODE=token and ~/.ray/auth_token), or add --no-ray to run in this process.") from error
     else:
         temporary = _own_folder()
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING,
-                 _temp_dir=f"{temporary}/r")  # Ray lets everybody write into this one
+        with _at_the_package():
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING,
+                     _temp_dir=f"{temporary}/r")  # Ray lets everybody write into this one
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)  # ray.init sets its own, which would lose our exit code
@@ -205,6 +206,19 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _at_the_package() -> Iterator[None]:
+    """Ray puts the folder it is started in first on the import path of its workers. Where this process does not import
+    from there (it may be a run folder of somebody else), Ray is started beside this package instead."""
+    here = os.getcwd()
+    if not any(os.path.abspath(one) == here for one in sys.path):
+        os.chdir(Path(__file__).parents[2])
+    try:
+        yield
+    finally:
+        os.chdir(here)
 
 
 def _check_trust() -> None:

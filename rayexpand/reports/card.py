@@ -17,7 +17,7 @@ from rayexpand.methods import label_words_of
 from rayexpand.reports.licenses import license_identifier
 from rayexpand.reports.templates import render
 from rayexpand.runs.cut_prompts import words_of
-from rayexpand.runs.export import markdown_cell, published, size_category
+from rayexpand.runs.export import markdown_cell, published, size_category, stated_license
 from rayexpand.runs.status import RunView, class_counts, read_classes, view_run, write_page
 
 PROMISE = (
@@ -33,12 +33,12 @@ ALL_CLASSES = 100  # up to here every class has its line
 def write_card(folder: str | Path, *, license_id: str | None = None) -> Path | str:
     """Writes README.md into a run folder and returns its path or URL.
 
-    `license_id` is a Hugging Face or SPDX license identifier; without one the card says that the license is unknown.
+    `license_id` is a Hugging Face or SPDX license identifier; without one that of the card that is there stays, else
+    the card says that the license is unknown.
     Raises UsageError if there is no run or no such license, EnvironmentFault if the card cannot be written.
     """
-    if license_id is not None:
-        license_id = license_identifier(license_id)
     view = view_run(folder)
+    license_id = stated_license(view.files) if license_id is None else license_identifier(license_id)
     config = published(view.run["config"])
     classes, kept = read_classes(view), class_counts(view)
     lines = [(label, classes.name[label], classes.key[label], classes.count[label], int(kept[label]))

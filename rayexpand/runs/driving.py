@@ -205,8 +205,9 @@ class Child:
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rayexpand.runs.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # own methods
+                [sys.executable, "-P", "-m", "rayexpand.runs.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                # it imports from where this process does, and from no other folder
+                text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(one or os.getcwd() for one in sys.path)},
                 start_new_session=True)  # Ctrl-C is for this process, which tells the child
         return self._process
 

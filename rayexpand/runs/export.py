@@ -17,6 +17,7 @@ an export; what a killed export left behind is removed by the next one.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -44,7 +45,7 @@ from rayexpand.contract.schema import DATA_SCHEMA, DRAW_FIELDS, SOFT_LABEL, Clas
 from rayexpand.methods import label_words
 from rayexpand.runs.run import Run, open_run
 from rayexpand.runs.selections import Selection, read_selection
-from rayexpand.storage.files import process_token, token_alive
+from rayexpand.storage.files import Files, process_token, token_alive
 from rayexpand.storage.tables import batches, csv_cell
 
 Layout = Literal["webdataset", "imagefolder", "huggingface"]
@@ -320,6 +321,15 @@ rows = ray.data.read_parquet("<folder>/data")  # image.bytes holds the encoded f
 }
 
 
+def stated_license(files: Files) -> str | None:
+    """The license identifier of the card in a run folder, None where it has none."""
+    text = (files.read("README.md") or b"").decode(errors="replace")
+    with contextlib.suppress(yaml.YAMLError):
+        matter = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+        return str(matter["license"]) if isinstance(matter, dict) and matter.get("license") else None
+    return None
+
+
 def _readme(run: Run, layout: Layout, made: int, files: int, selection: str | None, words: str, one_kind: bool) -> str:
     """Dataset card of an export; its front matter tells `datasets` which files are data."""
     matter = {"pretty_name": run.config.name, "annotations_creators": ["machine-generated"],
@@ -327,6 +337,8 @@ def _readme(run: Run, layout: Layout, made: int, files: int, selection: str | No
               "tags": ["synthetic", "rayexpand", run.config.method.name],
               "configs": [{"config_name": "default",
                            "data_files": [{"split": "train", "path": _PATTERNS[layout]}]}]}
+    if license_id := stated_license(run.files):
+        matter["license"] = license_id
     models = "\n".join(f"| {name} | `{digest}` |" for name, digest in run.facts["models"].items()) or "| none | |"
     chosen = f", chosen by selection `{selection}`" if selection else ""
     loading = _LOADING[layout].format(last=files - 1)

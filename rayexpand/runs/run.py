@@ -428,6 +428,10 @@ def _facts(config: RunConfig, plan: Plan, models: dict[str, str]) -> dict[str, A
 def _open(config: RunConfig, files: Files, models: dict[str, str]) -> Run:
     facts = read_facts(files)
     before, now = _comparable(config, files, facts)
+    if digest({"plan": facts["plan_digest"], "config": before, "models": facts["models"]}) != facts["run_digest"]:
+        raise DamagedFile(f"{files.at('run.json')}: is damaged, or was changed by hand: its configuration and models "
+                          "do not give the run_digest that it states. Restore it from a copy; a run with other "
+                          "settings needs another `name`")
     changed = differences({**before, "models": facts["models"]}, {**now, "models": models})
     if (said := facts.get("captions_sha256")) and (said_now := captions_sha256(config) or said) != said:
         changed.append(f"artifacts.captions: {said!r} -> {said_now!r}")
@@ -477,4 +481,9 @@ def _heal_plan(config: RunConfig, files: Files) -> None:
         plan = make_plan(seeds.build_index(config.data), config)
         if plan_digest(plan) == facts["plan_digest"]:
             write_plan(plan, files, facts["plan"])
+            log.warning("%s/%s was damaged and has been made again from the dataset", files.root, facts["plan"])
+            return
+        raise DamagedFile(f"{files.root}/{facts['plan']}: is damaged, and the dataset does not give the same plan any "
+                          f"more (it has {len(plan.index):,} seeds, the plan was made of {facts['seeds']:,}). Put the "
+                          "dataset back as it was, or restore that folder of the run from a copy")
 

@@ -57,7 +57,8 @@ from rayexpand.storage.tables import (
 
 FOOTER = b"rayexpand"
 _GROUP_BYTES = 64 << 20  # of encoded images in one row group, or one image
-MAKE_AGAIN = "Restore it from a copy, or delete it and run `expand` again: it makes the same samples."
+MAKE_AGAIN = ("Restore it from a copy, or delete it with later files of its shard (.r1, .r2, ...) and run `expand` "
+              "again: it makes the same samples.")
 _DATA_NAME = re.compile(r"^train-(\d{6,})(?:\.r(\d+))?\.parquet$")
 _ROLL_UP_NAME = re.compile(r"^rollup-(\d+)-(\d+)\.json$")
 _NO_ROLL_UP = (-1, -1)
@@ -84,6 +85,10 @@ def read_facts(files: Files) -> dict[str, Any]:
     """run.json. Raises UsageError if there is no run, StorageError if this user may not read it, DamagedFile if it does
     not hold what was written."""
     where, text = files.at("run.json"), first_look(files)
+    others = () if text is not None else ("study", "sweep")
+    if other := next((name for name in others if first_look(files, f"{name}.json")), ""):
+        raise UsageError(f"{files.root} holds a {other} and not a run; `rayexpand report` shows it, and its runs lie "
+                         "in runs/ (a sweep's in pilots/)")
     if text is None:
         raise UsageError(f"{files.root} is not a run folder (no run.json){looked_at(files.root)}. Give the "
                          "folder that `expand` printed, <out>/<name>, or start a run with `rayexpand expand`.")

@@ -14,7 +14,7 @@ from rayexpand.contract.errors import DamagedFile, RayexpandError
 from rayexpand.contract.schema import DRAW_FIELDS, Draw, Receipt, Status, sample_sha256
 from rayexpand.runs.plan import Plan
 from rayexpand.runs.run import Run
-from rayexpand.runs.store import Store, Totals, content_sha256, data_name, parse_data_name, totals
+from rayexpand.runs.store import MAKE_AGAIN, Store, Totals, content_sha256, data_name, parse_data_name, totals
 from rayexpand.storage.tables import read_table
 
 
@@ -77,6 +77,7 @@ def verify(run: Run, *, pixels: bool = False) -> Findings:
 def _problem(run: Run, where: str, error: OSError | RayexpandError) -> str:
     if isinstance(error, DamagedFile):
         text = str(error).replace(f"{run.files.root}/", "")
+        text += "" if MAKE_AGAIN in text else f". {MAKE_AGAIN}"
         return text if text.startswith(f"{where}: ") else f"{where}: {text}"
     if isinstance(error, OSError):
         return (f"{where}: cannot be read ({error.strerror or error}), so nothing is known of it; make it readable for "

@@ -49,7 +49,7 @@ def unsealed(name: str, content: bytes, where: object) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{where}: is damaged: it is not JSON ({error})") from error
     if not isinstance(found, dict):
-        raise DamagedFile(f"{where}: is damaged: it holds a {type(found).__name__} and no object")
+        raise DamagedFile(f"{where}: is damaged: it holds no object")
     if (said := found.pop(SEAL, None)) is not None and said != digest([name, found]):
         raise DamagedFile(f"{where}: is damaged, was changed by hand, or is a copy of another file: its content does "
                           "not match its seal")
@@ -67,7 +67,7 @@ def healthy_json(files: Files, name: str) -> dict[str, Any] | None:
     try:
         return read_json(files, name)
     except DamagedFile as error:
-        log.warning("%s. It counts as none and is made again", error)
+        log.warning("%s. It counts as none; what made it makes it again", error)
         return None
 
 

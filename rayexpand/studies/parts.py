@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 from rayexpand.classifier.recipe import Recipe
+from rayexpand.contract.errors import DamagedFile
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import digest
 from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.runs.config import RunConfig
 from rayexpand.runs.run import Run, open_run
 from rayexpand.storage.files import Files
-from rayexpand.storage.tables import healthy_json
+from rayexpand.storage.tables import healthy_json, read_table
 from rayexpand.studies.config import ArmConfig, StudyConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,18 @@ class Study:
 def read_result(files: Files, name: str) -> dict[str, Any] | None:
     """The result of a trial; None where there is none, or a damaged one, so that it is trained again."""
     return healthy_json(files, f"results/{name}.json")
+
+
+def is_damaged(files: Files, name: str) -> bool:
+    """Whether the predictions of a trial are there and cannot be used, which it says."""
+    try:
+        read_table(files, f"predictions/{name}.parquet")
+    except FileNotFoundError:
+        return False
+    except DamagedFile as error:
+        log.warning("%s. The trial is trained again", error)
+        return True
+    return False
 
 
 def folder_of(expansion: RunConfig | str) -> str:

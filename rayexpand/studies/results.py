@@ -8,6 +8,7 @@ not of this study each leave a line.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from rayexpand.contract.errors import DamagedFile, UsageError, looked_at
 from rayexpand.storage.files import Files, each
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_table, unsealed
+
+log = logging.getLogger(__name__)
 
 Result = Mapping[str, Any]
 
@@ -133,6 +136,7 @@ def _read_results(files: Files, names: Sequence[str], planned: Mapping[str, Resu
                             "or the file was copied here); it is left out.")
         elif isinstance(found, str) or wrong:
             failed[trial] = f"results/{trial}.json: {wrong}"
+            log.warning("%s. It is left out; `rayexpand train` trains this trial again", failed[trial])
         elif other := _stale(found, planned.get(trial, {})):
             problems.append(f"results/{trial}.json was made with another {other} than the study has now; it is left "
                             "out until `rayexpand train` makes it again.")
@@ -182,7 +186,8 @@ def _read_predicted(files: Files, trial: str) -> Predicted | str:
     except FileNotFoundError:
         return f"{name} is missing"
     except (DamagedFile, OSError, KeyError) as error:
-        return f"{name} cannot be read ({error})"
+        log.warning("%s. `rayexpand train` trains this trial again", error)
+        return f"{name} cannot be read ({error}); `rayexpand train` trains this trial again"
     if not table.num_rows:
         return f"{name} is empty"
     return Predicted(*(table[column].to_numpy() for column in ("item", "label", "predicted")))

@@ -146,6 +146,21 @@ def test_the_child_finds_what_this_process_can_import(image_folder: Path, tmp_pa
     assert run.status().kept == 20
 
 
+@pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=pytest.mark.cluster)])
+def test_nothing_is_imported_from_the_folder_one_stands_in(job: dict[str, Any], tmp_path: Path, on_ray: bool) -> None:
+    """A run folder from somebody else may hold a PIL.py."""
+    here = tmp_path / "theirs"
+    here.mkdir()
+    for name in ("PIL", "torch", "rayexpand", "sitecustomize", "secrets"):
+        (here / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write({name!r})\n")
+    code = f"from rayexpand import api; print(api.expand({job!r}, ray={on_ray}).status().kept)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=here, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+    assert not (tmp_path / "executed").exists()
+    assert done.stdout.split() == ["40"], done.stderr
+
+
 @pytest.mark.chaos
 def test_the_child_ends_with_a_killed_parent(make_config: MakeConfig) -> None:
     config = make_config("Sleeping", ratio=5, seconds=0.2)

@@ -18,9 +18,10 @@ from rayexpand.data.seeds import DataConfig
 from rayexpand.reports.card import PROMISE, write_card
 from rayexpand.reports.licenses import license_identifier
 from rayexpand.reports.run import write_report
-from rayexpand.runs.export import markdown_cell, size_category
+from rayexpand.runs.export import export, markdown_cell, size_category
 from rayexpand.runs.status import view_run
 from tests.commands import rewrite_json
+from tests.conftest import MakeConfig, complete
 from tests.runfolder import Builder, sample_run
 
 LOAD = """
@@ -87,6 +88,14 @@ def test_an_unknown_license_is_refused(run: Builder, given: str, says: str) -> N
     with pytest.raises(UsageError, match=re.escape(says)):
         write_card(run.folder, license_id=given)
     assert (run.folder / "README.md").read_text() == before
+
+
+def test_a_license_stays_and_goes_into_exports(make_config: MakeConfig, tmp_path: Path) -> None:
+    run, _ = complete(make_config("Fake", ratio=1))
+    write_card(run.folder, license_id="MIT")
+    assert "license: mit" in write_card(run.folder).read_text()
+    export(str(run.folder), str(tmp_path / "new"), "imagefolder")
+    assert "license: mit" in (tmp_path / "new/README.md").read_text()
 
 
 def test_no_path_of_this_machine(tmp_path: Path) -> None:

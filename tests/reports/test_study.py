@@ -448,7 +448,7 @@ def test_no_study_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no study is here"):
         write_study_report(tmp_path)
     (tmp_path / "study.json").write_text("[]")
-    with pytest.raises(UsageError, match="is damaged: it holds a list and no object"):
+    with pytest.raises(UsageError, match="is damaged: it holds no object"):
         summary(tmp_path)
     (tmp_path / "study.json").write_text("")
     with pytest.raises(UsageError, match=r"study\.json: is damaged: it is not JSON"):

@@ -546,7 +546,7 @@ def test_a_changed_plan_of_another_dataset_is_not_made_again(make_config: MakeCo
     run, _ = complete(config)
     reversed_labels(run)
     (broken / "ant/0.png").unlink()
-    with pytest.raises(DamagedFile, match=r"seeds\.parquet: is damaged"):
+    with pytest.raises(DamagedFile, match=r"does not give the same plan any more \(it has 19 seeds, the plan was made of"):
         complete(config)
 
 
@@ -569,6 +569,18 @@ def test_an_edited_run_json_is_refused(make_config: MakeConfig, field: str, valu
     facts["config"][field] = {**facts["config"][field], **value} if isinstance(value, dict) else value
     file.write_text(json.dumps(facts))
     with pytest.raises(DamagedFile, match=r"run\.json: is damaged, was changed by hand"):
+        runs.open_run(str(run.folder))
+
+
+@pytest.mark.parametrize(("field", "value"), [("seed", 4), ("method", {"name": "tests.methods.fakes.Fake", "ratio": 3}),
+                                              ("data", {"source": "imagefolder", "path": "/etc"})])
+def test_an_edited_run_json_without_its_seal_is_refused(make_config: MakeConfig, field: str, value: Any) -> None:
+    run, _ = complete(make_config("Fake", ratio=2))
+    file = Path(run.folder, "run.json")
+    rewrite_json(file, lambda facts: None, is_old=True)
+    assert runs.open_run(str(run.folder)).plan.planned == 40, "one of an older version"
+    rewrite_json(file, lambda facts: facts["config"].update({field: value}), is_old=True)
+    with pytest.raises(DamagedFile, match=r"run\.json: is damaged, or was changed by hand"):
         runs.open_run(str(run.folder))
 
 

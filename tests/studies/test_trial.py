@@ -137,6 +137,18 @@ def test_a_damaged_result_is_trained_again(undisturbed: dict[str, Any], tmp_path
     assert f"results/{trial.name}.json: is damaged" in caplog.text
 
 
+def test_damaged_predictions_are_said_and_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    study, trial = one_trial(tmp_path)
+    run_trial(study.files, trial, study.config.training)
+    file = Path(study.files.root, f"predictions/{trial.name}.parquet")
+    file.write_bytes(file.read_bytes()[:-100])
+
+    assert pending_trials(study, [trial]) == [trial]
+    assert f"predictions/{trial.name}.parquet: is damaged" in caplog.text
+    run_trial(study.files, trial, study.config.training)
+    assert pending_trials(study, [trial]) == []
+
+
 def test_what_decides_a_result_decides_its_digest(tmp_path: Path) -> None:
     """Other images under the same ids, other test labels, other weights in the same file: nothing old is used."""
     rng = np.random.Generator(np.random.Philox(key=3))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rayexpand.contract.errors import EnvironmentFault, RowFault, UsageError
+from rayexpand.contract.errors import EnvironmentFault, RowFault, UsageError, looked_at
 from rayexpand.contract.schema import Reason, Seed, SeedIndex
 from rayexpand.data.seeds.layouts import LAYOUTS
 from rayexpand.data.seeds.places import NotRegular, reason_of
@@ -64,7 +64,8 @@ class SeedReader:
             raise error
         reason = reason_of(error, remote)
         if reason is None or (not remote and _is_empty(self._place.root)):
-            raise EnvironmentFault(f"data.path: reading seed '{seed_id}' from '{self._data.path}' failed: {error!r}; "
+            raise EnvironmentFault(f"data.path: reading seed '{seed_id}' from '{self._data.path}'"
+                                   f"{looked_at(self._data.path or '')} failed: {error!r}; "
                                    "check that the storage is mounted and reachable, then run the same command again"
                                    ) from error
         what = ("the file is gone" if reason is Reason.MISSING else
