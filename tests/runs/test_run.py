@@ -546,7 +546,7 @@ def test_a_changed_plan_of_another_dataset_is_not_made_again(make_config: MakeCo
     run, _ = complete(config)
     reversed_labels(run)
     (broken / "ant/0.png").unlink()
-    with pytest.raises(DamagedFile, match=r"does not give the same plan any more \(it has 19 seeds, the plan was made of"):
+    with pytest.raises(DamagedFile, match=r"does not give the same plan any more \(it has 19 seeds, the plan was"):
         complete(config)
 
 
