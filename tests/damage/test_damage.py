@@ -168,7 +168,7 @@ def sweep_work(images: Path, place: Path) -> Work:
 def _sweep_scores(folder: Path) -> Any:
     found = write_sweep_report(sweep_in(str(folder)))
     trials = [(one["key"], one["score"], one["values"]) for one in found["trials"]]
-    return trials, found["best"], found["test_score"], found["without_result"]
+    return trials, found["best"], found["test_score"], found["test_note"], found["without_result"]
 
 
 # ------------------------------------------------------------------------------------------------------------------ fit
