@@ -25,8 +25,8 @@ from rayexpand.studies.summary import plus_minus, points, spread
 from rayexpand.studies.sweep.search import describe, short
 from rayexpand.studies.sweep.sweep import Sweep, best_of, read_results, read_test, without_result, write_best
 
-NO_TEST = ("There is no test.json: the score on the test images was not taken yet, or the file is gone. The same command "
-           "takes it.")
+NO_TEST = ("There is no test.json: the score on the test images was not taken yet, or the file is gone. The same "
+           "command takes it.")
 SELECTED = ("chosen by the test images: the best of several looks better there than it will be on new images; sweep "
             "with validation images for a score that can be published")
 
@@ -73,7 +73,8 @@ def _summary(sweep: Sweep, trials: list[dict[str, Any]], best: dict[str, Any] | 
              "within_noise": [one["key"] for one in lines if (one["against_best"] or {}).get("within_noise")],
              "trials": lines, "failed": list(failed),
              "without_result": without_result(sweep, trials),
-             "test_note": NO_TEST if best is not None and test is None and config.score_on != "test" else "", "commands": commands,
+             "test_note": NO_TEST if best is not None and test is None and config.score_on != "test" else "",
+             "commands": commands,
              "report": str(sweep.files.at("report.html"))}
     return {**found, "words": _words(found)}
 
