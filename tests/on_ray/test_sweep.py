@@ -37,7 +37,7 @@ def img2img(out: Path, **sections: Any) -> dict[str, Any]:
     found = raw(out, arm="img2img", **sections)
     found["study"]["arms"].append({"name": "img2img", "use": "img2img"})
     found["study"]["expansions"] = {"img2img": {"sampler": {"batch": 20, "shard_images": 20}, "method": {
-        "name": "img2img", "ratio": 1, "prompt": "a photo of a {name}", "strength": 0.9, "steps": 6,
+        "name": "img2img", "ratio": 1, "prompt": "a photo of a {name}", "strength": 0.9, "steps": 8,
         "guidance_scale": 2.0}}}
     return found
 
