@@ -17,6 +17,7 @@ import yaml
 from typer.main import get_command
 
 from rayexpand import methods
+from rayexpand.classifier.recipe import Recipe
 from rayexpand.cli import main
 from rayexpand.reports.card import PROMISE
 from rayexpand.runs.config import RunConfig, parse
@@ -210,3 +211,8 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
 
     assert done.returncode == 0, done.stderr
     assert all(cell["cell_type"] != "code" or cell["outputs"] == [] for cell in cells), "outputs are not stored"
+
+
+def test_every_field_of_a_recipe_is_in_the_page_of_studies() -> None:
+    text = (ROOT / "docs/studies.md").read_text()
+    assert [name for name in Recipe.model_fields if f"`{name}`" not in text] == []
