@@ -1,6 +1,6 @@
 """Figures of a study as inline SVG whose colours follow the page: light, dark, or whatever the reader prefers.
 
-matplotlib draws in placeholder colours that become CSS variables (--ink, --soft, --line, --grey, --s0 to --s5), and
+matplotlib draws in placeholder colours that become CSS variables (--ink, --soft, --line, --grey, --s0, --s1, ...), and
 text stays text. A figure is WIDTH units wide, as much as a screen of 400 pixels has room for, so that no letter is
 smaller there than it is drawn. A colour belongs to a line, the arms that differ in their ratio only, wherever it is
 drawn; grey is real images only. Where arms of one line stand side by side, their dashes tell them apart.

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from rayexpand.contract.errors import (
     ConfigError,
@@ -22,7 +23,7 @@ from rayexpand.contract.errors import (
     UsageError,
     packed,
 )
-from rayexpand.on_ray import pool
+from rayexpand.on_ray import expand, pool
 from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.files import process_token
 
@@ -48,7 +49,6 @@ def test_folders_of_dead_processes_are_swept_and_none_is_open_to_others(tmp_path
     (KeyError("broken"), ProgramFault, 70), (OSError("disk full"), EnvironmentFault, 75), (None, EnvironmentFault, 75)])
 def test_what_a_task_raised_is_raised_here_with_its_class(cause: Exception | None, expected: type[RayexpandError],
                                                           exit_code: int) -> None:
-    ray = pytest.importorskip("ray")
     failure = ray.exceptions.WorkerCrashedError() if cause is None else ray.exceptions.RayTaskError("f", "lines", cause)
     found = pool.error_of(failure, "a task of fit ended: {}. Again")
     assert (type(found), found.exit_code) == (expected, exit_code)
@@ -61,7 +61,6 @@ def test_what_a_task_raised_is_raised_here_with_its_class(cause: Exception | Non
 @pytest.mark.parametrize(("error", "raised"), [(ModelError("half"), ModelError), (KeyError("half"), ProgramFault)])
 def test_what_an_actor_of_an_expansion_cannot_mend_ends_the_wave(error: Exception,
                                                                  raised: type[RayexpandError]) -> None:
-    expand = pytest.importorskip("rayexpand.on_ray.expand")
     rows = [{"receipt": "", "fault": packed(one)} for one in (OSError("full"), error)]
     there: Any = SimpleNamespace(actors=1, map=lambda *_, **__: SimpleNamespace(iter_rows=lambda: iter(rows)))
     wave = expand.RayWave(SimpleNamespace(folder="run"), 0, None, None, there)([(0, 0), (1, 0)])
@@ -72,7 +71,6 @@ def test_what_an_actor_of_an_expansion_cannot_mend_ends_the_wave(error: Exceptio
 
 @pytest.mark.cluster
 def test_code_that_the_workers_of_a_connected_ray_do_not_trust(monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = pytest.importorskip("ray")
     monkeypatch.delenv(pool.TRUSTED, raising=False)
     ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR")
     try:
@@ -87,8 +85,6 @@ def test_code_that_the_workers_of_a_connected_ray_do_not_trust(monkeypatch: pyte
 
 @pytest.mark.cluster
 def test_what_starts_does_not_wait_for_capacity() -> None:
-    ray = pytest.importorskip("ray")
-
     @ray.remote
     class Slow:
         def __init__(self) -> None:
