@@ -219,7 +219,7 @@ def drive_to_end(run: Run, on: Callable[[Event], None] | None, *, ray: bool | st
     """Drives a run. Raises what `driving.drive_run` raises; an OverBudget carries the run."""
     from rayexpand.runs.inputs import changed_seeds
 
-    changed = "" if retry or not run.store.receipts() else changed_seeds(run.config, run.plan.index)
+    changed = "" if retry or not run.store.committed() else changed_seeds(run.config, run.plan.index)
     try:
         last = drive_run(run, Relay(on), ray=ray, same_process=same_process, retry=retry)
     except OverBudget as error:

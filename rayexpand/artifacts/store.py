@@ -91,11 +91,18 @@ def publish(out: str, kind: str, made_from: dict[str, Any], make: Callable[[Path
 def _say_what_is_not_continued(folder: Path, kind: str, made_from: dict[str, Any]) -> None:
     """Names a finished training that differs in its length alone: the rates of a training follow from all its steps, so
     a longer one is another one."""
-    for other in sorted(folder.parent.glob(f"{kind}-*")):
-        changed = differences(read_facts(other).get("made_from", {}), made_from)
+    for other, facts in neighbours(folder.parent, kind):
+        changed = differences(facts.get("made_from", {}), made_from)
         if changed and all(LENGTH.search(line.partition(":")[0]) for line in changed):
             log.warning("%s is trained from its beginning: a training is planned over all its steps, so nothing is "
                         "continued of %s (%s), which stays", folder.name, other.name, ", ".join(changed))
+
+
+def neighbours(out: Path, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Artifacts of a kind with their facts. One that is damaged, or of somebody else, says nothing and ends nothing."""
+    for folder in sorted(out.glob(f"{kind}-*")):
+        with contextlib.suppress(StorageError):
+            yield folder, read_facts(folder)
 
 
 def artifact_digest(kind: str, made_from: dict[str, Any]) -> str:
@@ -124,12 +131,13 @@ def _timed(make: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, An
 
 
 def _known(folder: Path, identity: str) -> Path:
-    if read_facts(folder).get("digest") != identity:
+    facts = read_facts(folder)
+    if facts.get("digest") != identity:
         raise StorageError(f"out: {folder} holds another artifact whose digest begins alike, or was changed by hand; "
                            "move it away and run the same command again")
-    if gone := [name for name in read_facts(folder).get("files", {}) if not (folder / name).is_file()]:
+    if gone := [name for name in facts.get("files", {}) if not (folder / name).is_file()]:
         raise DamagedFile(f"{folder / gone[0]}: is gone. {AGAIN}")
-    files_hash(folder, read_facts(folder).get("files", {}))
+    files_hash(folder, facts.get("files", {}))
     return folder
 
 
@@ -142,6 +150,9 @@ def read_facts(folder: Path | str) -> dict[str, Any]:
         return {}
     except DamagedFile as error:
         raise DamagedFile(f"{error}. {AGAIN}") from error
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read ({error.strerror or error}); give this user the right to read it") \
+            from error
 
 
 def process_seconds(folder: Path | str) -> float:

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field, field_validator
 
-from rayexpand.artifacts.store import publish, read_facts
+from rayexpand.artifacts.store import neighbours, publish
 from rayexpand.classifier.recipe import Recipe, make_recipe
 from rayexpand.contract.errors import UsageError, few
 from rayexpand.contract.prompts import Template, format_prompt
@@ -242,8 +242,7 @@ def _trained(job: PretrainJob, images: TrainingImages, folder: Path, progress: P
     from rayexpand.models.tiny import pretrain
     from rayexpand.storage.checkpoints import Checkpoints
 
-    for other in sorted(Path(job.out).glob(f"{KIND}-*")):
-        facts = read_facts(other)
+    for other, facts in neighbours(Path(job.out), KIND):
         if facts.get("training_sha256") == digest(job.training):
             for part in ("pipeline", "guide"):
                 shutil.copytree(other / part, folder / part)

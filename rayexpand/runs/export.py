@@ -156,7 +156,7 @@ def _rows(run: Run, chosen: Selection | None, kept: int, on_rows: OnRows) -> Ite
         if not receipt.kept:
             continue
         with run.store.open(receipt) as parquet:
-            for table in batches(parquet, run.files.at(f"data/{receipt.data_file}"), BATCH):
+            for table in batches(parquet, run.files.at(f"data/{receipt.data_file}"), BATCH, DATA_SCHEMA):
                 numbers = table["row"].to_numpy()
                 if seen[numbers].any() or len(np.unique(numbers)) < len(numbers):
                     raise UsageError(f"{run.folder}: data/{receipt.data_file} repeats samples of another file; "

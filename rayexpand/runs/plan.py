@@ -272,7 +272,7 @@ def read_plan(config: RunConfig, files: Files, folder: str, plan_sha256: str) ->
         index = SeedIndex(table.select(SEED_INDEX.names), classes)
         plan = Plan(index, config.method, config.seed, config.sampler.batch, table["copies"].to_numpy(),
                     table["shard"].to_numpy(), table["caption"] if "caption" in table.column_names else None)
-    if counts["planned"] != plan.planned or not (stated or plan_digest(plan) == plan_sha256):
+    if counts.get("planned") != plan.planned or not (stated or plan_digest(plan) == plan_sha256):
         raise DamagedFile(f"{files.at(folder)}: is damaged, or was changed by hand: seeds.parquet and classes.parquet "
                           "do not hold the plan that run.json names")
     return plan

@@ -217,8 +217,8 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
         write_plan(plan, files, facts["plan"])
         create_once(files, "run.json", facts, "run")
     elif not seeds.check(config.data):
-        _heal_plan(config, files)
-    run = _open(config, files, models)
+        plan = _healed_plan(config, files)
+    run = _open(config, files, models, plan)
     if found := run.facts.get("cut_prompts"):
         log.warning("%s", words_of(found))
     return run
@@ -327,7 +327,8 @@ def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, t
                 continue
             committed += 1
             tally.add(outcome)
-            on_commit(tally.totals, shard_seconds(outcome), outcome.decided)
+            timed = (0.0, 0) if outcome.generation else (shard_seconds(outcome), outcome.decided)
+            on_commit(tally.totals, *timed)  # a retry is no measure of the rate
             if (made := made + 1) % ROLL_UP_EVERY == 0:
                 run.store.roll_up()
             if not to_the_end:
@@ -425,10 +426,12 @@ def _facts(config: RunConfig, plan: Plan, models: dict[str, str]) -> dict[str, A
             **({"captions_sha256": captions_sha256(config)} if plan.captions is not None else {})}
 
 
-def _open(config: RunConfig, files: Files, models: dict[str, str]) -> Run:
+def _open(config: RunConfig, files: Files, models: dict[str, str], plan: Plan | None = None) -> Run:
+    """`plan`: that of the run, where it has been read."""
     facts = read_facts(files)
-    before, now = _comparable(config, files, facts)
-    if digest({"plan": facts["plan_digest"], "config": before, "models": facts["models"]}) != facts["run_digest"]:
+    before, now, is_known = _comparable(config, files, facts)
+    stated = {"plan": facts["plan_digest"], "config": before, "models": facts["models"]}
+    if is_known and digest(stated) != facts["run_digest"]:
         raise DamagedFile(f"{files.at('run.json')}: is damaged, or was changed by hand: its configuration and models "
                           "do not give the run_digest that it states. Restore it from a copy; a run with other "
                           "settings needs another `name`")
@@ -439,16 +442,17 @@ def _open(config: RunConfig, files: Files, models: dict[str, str]) -> Run:
         raise DigestMismatch("\n  ".join([f"{files.root} holds another run; continuing would mix two datasets. What "
                                           "differs (there -> here):", *changed,
                                           "Set it back, or give this run another `name`."]))
-    return Run(config, files, Store(files, facts["run_digest"]), _read_plan(config, files, facts), facts)
+    return Run(config, files, Store(files, facts["run_digest"]), plan or _read_plan(config, files, facts), facts)
 
 
-def _comparable(config: RunConfig, files: Files, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What decides the samples, as the run was created and as `config` says. A list of ids that is gone or has moved
-    since then counts as what it said then."""
+def _comparable(config: RunConfig, files: Files, facts: dict[str, Any]
+                ) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """What decides the samples, as the run was created and as `config` says, and whether the first is known whole. A
+    list of ids that is gone, has moved or says something else now counts as what it said then."""
     created = parse(facts["config"], "run.json")
     before, now = semantic(created), semantic(config)
-    if created.data.ids is None or config.data.ids is None:
-        return before, now
+    if created.data.ids is None:
+        return before, now, True
     then = facts.get("ids_sha256")
     if then is None and created.data.per_class is None and before["data"]["ids"] == created.data.ids:
         plan = read_plan(config, files, facts["plan"], facts["plan_digest"])  # it holds just the seeds that were listed
@@ -456,7 +460,7 @@ def _comparable(config: RunConfig, files: Files, facts: dict[str, Any]) -> tuple
     before["data"]["ids"] = then or before["data"]["ids"]
     if now["data"]["ids"] == created.data.ids:
         now["data"]["ids"] = before["data"]["ids"]
-    return before, now
+    return before, now, then is not None
 
 
 def _read_plan(config: RunConfig, files: Files, facts: dict[str, Any]) -> Plan:
@@ -471,19 +475,20 @@ def _read_plan(config: RunConfig, files: Files, facts: dict[str, Any]) -> Plan:
     return plan
 
 
-def _heal_plan(config: RunConfig, files: Files) -> None:
-    """Writes the plan of a run anew where it is damaged and its dataset still gives the same one."""
+def _healed_plan(config: RunConfig, files: Files) -> Plan | None:
+    """The plan of a run, written anew where it is damaged and its dataset still gives the same one; None where that
+    cannot be known."""
     facts = read_facts(files)
     with contextlib.suppress(DamagedFile):
-        _read_plan(config, files, facts)
-        return
+        return _read_plan(config, files, facts)
     with contextlib.suppress(SeedDataError):
         plan = make_plan(seeds.build_index(config.data), config)
         if plan_digest(plan) == facts["plan_digest"]:
             write_plan(plan, files, facts["plan"])
             log.warning("%s/%s was damaged and has been made again from the dataset", files.root, facts["plan"])
-            return
+            return plan
         raise DamagedFile(f"{files.root}/{facts['plan']}: is damaged, and the dataset does not give the same plan any "
                           f"more (it has {len(plan.index):,} seeds, the plan was made of {facts['seeds']:,}). Put the "
                           "dataset back as it was, or restore that folder of the run from a copy")
+    return None
 

@@ -196,7 +196,9 @@ class Store:
             content = parquet_of(_tables(refused, REFUSED_SCHEMA), REFUSED_SCHEMA, {})
             side_sha256 = hashlib.sha256(content).hexdigest()
             side_file = f"{shard:06d}-{side_hash(content)}.parquet"
-            self.files.publish(f"rejected/{side_file}", content, "side", shard)
+            if not self.files.publish(where := f"rejected/{side_file}", content, "side", shard) and (
+                    self.files.read(where) != content):  # damaged: its name says what it is to hold
+                self.files.replace(where, content)
         receipt = replace(receipt, data_file=data_name(shard, receipt.generation), side_file=side_file,
                           content_sha256=content_sha256((s.draw.sample_id, s.sample_sha256) for s in kept),
                           run_digest=self.run_digest)
@@ -319,8 +321,8 @@ class Store:
         content, where = self.files.read(name := f"rejected/{receipt.side_file}"), self.files.at(name)
         with self._advising():
             if content is None or side_hash(content) not in receipt.side_file:
-                raise DamagedFile(f"{where}: is {'damaged' if content else 'gone'}, and data/{receipt.data_file} names "
-                                  "it, which is to be deleted with it")
+                raise DamagedFile(f"{where}: is {'gone' if content is None else 'damaged'}. {MAKE_AGAIN} The file to "
+                                  f"delete is data/{receipt.data_file}, which names this one")
             return table_of(content, where)
 
     @contextlib.contextmanager
@@ -329,7 +331,9 @@ class Store:
         try:
             yield
         except DamagedFile as error:
-            raise (error if MAKE_AGAIN in str(error) else DamagedFile(f"{error}. {MAKE_AGAIN}")) from error
+            if MAKE_AGAIN in str(error):
+                raise
+            raise DamagedFile(f"{error}. {MAKE_AGAIN}") from error
 
 
 def side_hash(content: bytes) -> str:

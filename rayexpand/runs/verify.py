@@ -59,7 +59,7 @@ def verify(run: Run, *, pixels: bool = False) -> Findings:
             assert receipt is not None
             expected = (_planned_ids(run.plan, shard_id) if generation == 0 else failed_before.get(shard_id, set()))
             failed_before[shard_id] = _check_file(run.store, receipt, expected, pixels, findings.problems)
-        except (OSError, RayexpandError) as error:
+        except (OSError, RayexpandError, KeyError) as error:
             findings.problems.append(_problem(run, where, error))
             faulty.add(shard_id)
             continue
@@ -74,11 +74,13 @@ def verify(run: Run, *, pixels: bool = False) -> Findings:
     return findings
 
 
-def _problem(run: Run, where: str, error: OSError | RayexpandError) -> str:
+def _problem(run: Run, where: str, error: OSError | RayexpandError | KeyError) -> str:
     if isinstance(error, DamagedFile):
         text = str(error).replace(f"{run.files.root}/", "")
         text += "" if MAKE_AGAIN in text else f". {MAKE_AGAIN}"
         return text if text.startswith(f"{where}: ") else f"{where}: {text}"
+    if isinstance(error, KeyError):
+        return f"{where}: is damaged (it has no column {error}). {MAKE_AGAIN}"
     if isinstance(error, OSError):
         return (f"{where}: cannot be read ({error.strerror or error}), so nothing is known of it; make it readable for "
                 "this user and verify again. It is not said to be damaged: keep it.")
@@ -113,8 +115,11 @@ def _planned_ids(plan: Plan, shard_id: int) -> set[str]:
 
 
 def _pixels_match(row: dict) -> bool:
-    with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
-        decoded = np.asarray(image)
+    try:
+        with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
+            decoded = np.asarray(image)
+    except Exception:  # damaged images make Pillow raise nearly anything
+        return False
     draw = Draw(**{name: row[name] for name in DRAW_FIELDS if name in row})
     return sample_sha256(decoded, draw) == row["sample_sha256"]
 

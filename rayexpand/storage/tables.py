@@ -203,23 +203,29 @@ def read_columns(parquet: pq.ParquetFile, where: object, columns: Sequence[str],
         if absent := [name for name in later if schema is None or name not in schema.names]:
             raise KeyError(f"it has no column {absent[0]}")
         table = parquet.read([name for name in columns if name not in later], use_threads=False)
+    return _completed(table, later, schema)
+
+
+def _completed(table: pa.Table, later: Sequence[str], schema: pa.Schema | None) -> pa.Table:
     for name in later:
         assert schema is not None
         field = schema.field(name)
         default = json.loads((field.metadata or {}).get(b"default", b"null"))
-        table = table.append_column(field, pa.array([default] * parquet.metadata.num_rows, field.type))
+        table = table.append_column(field, pa.array([default] * table.num_rows, field.type))
     return table
 
 
-def batches(parquet: pq.ParquetFile, where: object, rows: int) -> Iterator[pa.Table]:
-    """All rows of an open file, at most `rows` at once. Raises DamagedFile."""
+def batches(parquet: pq.ParquetFile, where: object, rows: int, schema: pa.Schema) -> Iterator[pa.Table]:
+    """All rows of an open file, at most `rows` at once, with the columns of `schema`: see `read_columns`. Raises
+    DamagedFile."""
+    later = [name for name in schema.names if name not in parquet.schema_arrow.names]
     found = parquet.iter_batches(rows, use_threads=False)
     while True:
         with reading(where):
             batch = next(found, None)
         if batch is None:
             return
-        yield pa.Table.from_batches([batch])
+        yield _completed(pa.Table.from_batches([batch]), later, schema)
 
 
 def find_rows(files: Files, name: str, column: str, value: str) -> pa.Table:
@@ -247,7 +253,8 @@ def parquet_facts(files: Files, name: str, key: bytes) -> dict[str, Any] | None:
 
 
 # What pandas, and so `datasets`, reads as a missing value.
-_NOTHING = frozenset({"#N/A", "#N/A N/A", "#NA", "<NA>", "N/A", "n/a", "NA", "NULL", "null", "NaN", "nan", "None"})
+_NOTHING = frozenset({"#N/A", "#N/A N/A", "#NA", "<NA>", "N/A", "n/a", "NA", "NULL", "null", "NaN", "nan", "None",
+                      "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"})
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # is written as it was read
 
 

@@ -102,15 +102,14 @@ def read_result(files: Files, name: str) -> dict[str, Any] | None:
     return healthy_json(files, f"results/{name}.json")
 
 
-def is_damaged(files: Files, name: str) -> bool:
-    """Whether the predictions of a trial are there and cannot be used, which it says."""
-    try:
-        read_table(files, f"predictions/{name}.parquet")
-    except FileNotFoundError:
-        return False
-    except DamagedFile as error:
-        log.warning("%s. The trial is trained again", error)
-        return True
+def lacks_predictions(files: Files, trial: Trial) -> bool:
+    """Whether predictions of a trial with a result are gone or damaged, which it says."""
+    for suffix in ("", *(f".{name}" for name in trial.also)):
+        try:
+            read_table(files, f"predictions/{trial.name}{suffix}.parquet")
+        except (FileNotFoundError, DamagedFile) as error:
+            log.warning("%s. The trial is trained again", error)
+            return True
     return False
 
 

@@ -184,7 +184,7 @@ def _read_predicted(files: Files, trial: str) -> Predicted | str:
     try:
         table = read_table(files, name).select(["item", "label", "predicted"]).sort_by("item")
     except FileNotFoundError:
-        return f"{name} is missing"
+        return f"{name} is missing; `rayexpand train` trains this trial again"
     except (DamagedFile, OSError, KeyError) as error:
         log.warning("%s. `rayexpand train` trains this trial again", error)
         return f"{name} cannot be read ({error}); `rayexpand train` trains this trial again"

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from rayexpand.contract.errors import ConfigError, UsageError, few
 from rayexpand.contract.rng import PlanRng
-from rayexpand.contract.schema import ClassTable, Receipt
+from rayexpand.contract.schema import DATA_SCHEMA, ClassTable, Receipt
 from rayexpand.data.subsets import ids_hash
 from rayexpand.loader.training_set import COLUMNS, DrawRule, Mode, RowSource, SetPart, TrainingSet, seed_rows
 from rayexpand.runs.run import Run, open_run
@@ -141,7 +141,7 @@ def _blocks(run: Run, receipts: Sequence[Receipt], rows: RowSource, chosen: Sele
 
     def block(receipt: Receipt) -> _Block:
         with run.store.open(receipt) as file:
-            table = read_columns(file, run.files.at(f"data/{receipt.data_file}"), _READ + named)
+            table = read_columns(file, run.files.at(f"data/{receipt.data_file}"), _READ + named, DATA_SCHEMA)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         keep = np.ones(len(table), bool) if rows.copies is None else table["copy"].to_numpy() < rows.copies
         if chosen is not None:

@@ -22,7 +22,7 @@ from rayexpand.runs.status import shard_seconds
 from rayexpand.storage.tables import replace_json
 from rayexpand.studies import extra_tests
 from rayexpand.studies.config import REPEATED, ArmConfig
-from rayexpand.studies.parts import Arm, Study, Trial, folder_of, is_damaged, read_result
+from rayexpand.studies.parts import Arm, Study, Trial, folder_of, lacks_predictions, read_result
 from rayexpand.studies.samples import training_set
 
 
@@ -49,9 +49,9 @@ def make_trials(study: Study) -> list[Trial]:
 
 
 def pending_trials(study: Study, trials: Sequence[Trial]) -> list[Trial]:
-    """Trials without a result for exactly what they would train now, or with damaged predictions."""
+    """Trials without a result for exactly what they would train now, or whose predictions are gone or damaged."""
     return [trial for trial in trials if (found := read_result(study.files, trial.name)) is None
-            or found["digest"] != trial.digest or is_damaged(study.files, trial.name)]
+            or found["digest"] != trial.digest or lacks_predictions(study.files, trial)]
 
 
 def _arms(study: Study) -> list[Arm]:
