@@ -204,6 +204,7 @@ def fitted(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Weights by the names of `model`: without the prefixes of wrappers (DataParallel, torch.compile), and with
     position embeddings and tables resampled to its image size as timm does it (bicubic). Others are as they were."""
     while any(weights and all(name.startswith(prefix) for name in weights) for prefix in _WRAPPERS):
+        log.warning("the prefix %s of all weights was taken off", next(iter(weights)).partition(".")[0])
         weights = {name.partition(".")[2]: one for name, one in weights.items()}
     own = model.state_dict()
     other = [name for name in weights if name in own and weights[name].shape != own[name].shape
@@ -211,8 +212,13 @@ def fitted(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     resample = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if not other or resample is None:
         return weights
-    found = resample({name: weights[name] for name in weights if "patch_embed" not in name}, model)
-    log.info("%s resampled to the image size of the backbone", ", ".join(other[:3]))
+    try:
+        found = resample({name: weights[name] for name in weights if "patch_embed" not in name}, model)
+    except (RuntimeError, KeyError, ValueError, AssertionError):  # not of another size but of another kind
+        return weights
+    if any(name not in found or found[name].shape != own[name].shape for name in other):
+        return weights
+    log.warning("%s resampled to the image size of the backbone", ", ".join(other[:3]))
     return {name: found[name] if name in other else one for name, one in weights.items()}
 
 

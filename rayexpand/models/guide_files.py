@@ -269,8 +269,13 @@ def _folder_problems(folder: Path) -> list[str]:
     return _clip_problems(folder)
 
 
+_OPEN_CLIP_TAKES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
+
+
 def _clip_weights(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*.safetensors") if file.name != HEAD_WEIGHTS)
+    """In the order in which open_clip looks for them: it loads the first."""
+    found = sorted(file for file in folder.glob("*.safetensors") if file.name != HEAD_WEIGHTS)
+    return sorted(found, key=lambda file: (*(file.name != name for name in _OPEN_CLIP_TAKES), file.name))
 
 
 def _other_kind(folder: Path) -> str:

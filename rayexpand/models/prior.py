@@ -101,8 +101,8 @@ def sampling_problems(facts: PriorFacts, method: Any) -> list[str]:
         problems.append(f"prior.weights: the scheduler of {facts.weights} has timestep_spacing trailing, and "
                         f"{method.name} would sample on the {spacing} grid; {remedy}")
     if facts.turbo and scale not in (None, 1):
-        problems.append(f"method.guidance_scale: {facts.weights} was distilled without guidance, so set "
-                        f"method.guidance_scale: 1 instead of {scale:g}")
+        problems.append(f"method.guidance_scale: {facts.weights} is a turbo by its name, made without guidance, so "
+                        f"set method.guidance_scale: 1 instead of {scale:g}")
     return problems + (_grid_problems(facts, method, steps) if spacing == "leading" else [])
 
 

@@ -125,11 +125,18 @@ def inspect_folder(folder: Path, weights: str, missing: Sequence[str] = ()) -> P
         train_timesteps=noise.whole("num_train_timesteps", 1000),
         spacing=str(noise.values.get("timestep_spacing", "leading")), steps_offset=noise.whole("steps_offset", 0, 0),
         few_step=_few_step(unet, noise),
-        turbo="turbo" in f"{weights} {index.values.get('_name_or_path')} {unet.values.get('_name_or_path')}".lower(),
+        turbo=any("turbo" in _own_name(one) for one in (weights, str(folder), index.values.get("_name_or_path"),
+                                                        unet.values.get("_name_or_path"))),
         ends_in_noise=_last_signal(noise) < LEAST_SIGNAL)
     if problems:
         raise unusable(folder, problems)
     return facts
+
+
+def _own_name(path: object) -> str:
+    """The last part of a path or of a name on the hub, without the folders it lies in."""
+    parts = [part for part in str(path or "").lower().partition("@")[0].split("/") if part]
+    return parts[-3] if "snapshots" in parts[-2:-1] and len(parts) > 2 else parts[-1] if parts else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,11 +187,12 @@ def _watched(heartbeats: Any, on_snapshot: Callable[[Snapshot], None], say: Call
         while not stop.wait(2.0):
             try:
                 snapshot = ray.get(heartbeats.snapshot.remote(), timeout=10)
+                in_work = snapshot.alive or any_starting()
             except ray.exceptions.RayError:
                 continue  # the actor is starting, or the driver ends and so does the watch
             on_snapshot(snapshot)
             now = time.monotonic()
-            if snapshot.alive or any_starting():
+            if in_work:
                 last_alive, next_word = now, WAITING_S
             elif now - last_alive > next_word:
                 say(f"waiting for capacity: no actor has been alive for {now - last_alive:.0f} s")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fnmatch
 import os
 import re
 import shlex
@@ -317,13 +318,13 @@ def _refuse_unsent(verb: str, target: str, overrides: Sequence[str], package: Pa
     if verb != "plan":  # which estimates without data
         problems += [f"{field}: {place!r} is not sent, for data and models do not travel with a job. Give a path or "
                      "URL that every node of the cluster sees" for field, place in _places(raw)
-                     if _is_relative(place) and os.path.normpath(place) not in sent]
+                     if _is_relative(place) and not fnmatch.filter(sent, os.path.normpath(place))]
     if problems:
         raise ConfigError(target, problems)
 
 
 def _is_relative(place: str) -> bool:
-    return "://" not in place and not Path(place).is_absolute()
+    return "://" not in place and not Path(place).expanduser().is_absolute()
 
 
 def _places(raw: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:

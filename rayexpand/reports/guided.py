@@ -224,8 +224,8 @@ def _picture_of_features(rows: Sequence[_Row], f_ND: np.ndarray, labels_N: np.nd
     place_N2 = MARGIN + (SIDE - 2 * MARGIN) * (xy_N2 - low) / size
     points = tuple(MapPoint(kind, round(float(x), 1), round(float(y), 1), shown.index(label), names[label], title)
                    for (kind, label, title, _), (x, y) in zip(found, place_N2, strict=True))
-    middles = [np.mean([(point.x, point.y) for point in points if point.series == i and point.kind == "sample"], axis=0)
-               for i in range(len(shown))]
+    places = {i: [(point.x, point.y) for point in points if point.series == i and point.kind == "sample"]
+              for i in range(len(shown))}
+    middles = {i: np.mean(of, axis=0) for i, of in places.items() if of}  # a rare class may have no point
     return points, float(pca.explained_variance_ratio_.sum()), tuple(
-        (names[label], i, round(float(x), 1), round(float(y), 1))
-        for i, (label, (x, y)) in enumerate(zip(shown, middles, strict=True)))
+        (names[shown[i]], i, round(float(x), 1), round(float(y), 1)) for i, (x, y) in middles.items())

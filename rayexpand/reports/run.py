@@ -251,20 +251,23 @@ def contact_sheet(view: RunView, classes: ClassTable, most: int = SHEET_SAMPLES)
 
 def _best_seeds(view: RunView) -> dict[int, tuple[int, str, Receipt]]:
     """Label of the source -> samples, seed, file, of FILES_SEARCHED files; the others are opened, MOST_FILES at most,
-    until every class of a seed has one."""
+    until every class of a seed has one, or as many in a row bring no further class."""
     kept = [receipt for receipt in view.receipts if receipt.kept]
     first = spread(kept, FILES_SEARCHED)
     labels = set(read_plan_table(view, "seeds.parquet")["label"].to_pylist()) - {-1}
     best: dict[int, tuple[int, str, Receipt]] = {}
     names = {receipt.data_file for receipt in first}
+    fruitless = 0
     for n, receipt in enumerate([*first, *(one for one in kept if one.data_file not in names)][:MOST_FILES]):
-        if n >= len(first) and labels <= best.keys():
+        if n >= len(first) and (labels <= best.keys() or fruitless == FILES_SEARCHED):
             break
+        known = len(best)
         table = view.store.data(receipt, ["seed_id", "source_label"])
         for group in table.group_by(["seed_id", "source_label"]).aggregate([([], "count_all")]).to_pylist():
             label, count = group["source_label"], group["count_all"]
             if label not in best or count > best[label][0]:
                 best[label] = (count, group["seed_id"], receipt)
+        fruitless = 0 if len(best) > known or n < len(first) else fruitless + 1
     return best
 
 

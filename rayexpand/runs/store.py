@@ -146,9 +146,10 @@ class Store:
                 latest[parsed[0]] = max(parsed[1], latest.get(parsed[0], 0))
                 count[parsed[0]] += 1
         if broken := [shard for shard, last in latest.items() if count[shard] != last + 1]:
-            name = data_name(broken[0]).removesuffix(".parquet")
+            names = [f"data/{data_name(shard).removesuffix('.parquet')}*" for shard in sorted(broken)]
             raise UsageError(f"{self.files.root}: an earlier file of {len(broken)} retried shard(s) is gone. Delete "
-                             f"what is left of them (data/{name}*, ...) and run `expand`.")
+                             f"what is left of them ({', '.join(names[:20])}{', ...' if len(names) > 20 else ''}) "
+                             "and run `expand`.")
         return latest
 
     def pending(self, n_shards: int) -> list[int]:
@@ -321,8 +322,8 @@ class Store:
         content, where = self.files.read(name := f"rejected/{receipt.side_file}"), self.files.at(name)
         with self._advising():
             if content is None or side_hash(content) not in receipt.side_file:
-                raise DamagedFile(f"{where}: is {'gone' if content is None else 'damaged'}. {MAKE_AGAIN} The file to "
-                                  f"delete is data/{receipt.data_file}, which names this one")
+                raise DamagedFile(f"{where}: is {'gone' if content is None else 'damaged'}, and data/{receipt.data_file} "
+                                  f"names it. {MAKE_AGAIN} The file to delete is data/{receipt.data_file}")
             return table_of(content, where)
 
     @contextlib.contextmanager

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from rayexpand.artifacts import store
 from rayexpand.artifacts.store import publish
+from rayexpand.contract.errors import StorageError
 
 
 def test_more_steps_of_a_finished_training_begin_anew_and_say_so_first(tmp_path: Path,
@@ -31,3 +33,14 @@ def test_more_steps_of_a_finished_training_begin_anew_and_say_so_first(tmp_path:
     assert other.name not in caplog.text
     train(200)
     assert (caplog.text, len(begun)) == ("", 5)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}{}", None])
+def test_a_neighbour_that_cannot_be_read_ends_no_fit(tmp_path: Path, content: bytes | None) -> None:
+    (tmp_path / "guide-00000000").mkdir()
+    file = tmp_path / "guide-00000000/artifact.json"
+    file.mkdir() if content is None else file.write_bytes(content)  # a folder: as a file that this user may not read
+    made = store.publish(str(tmp_path), "guide", {"steps": 1}, lambda folder: {})
+    assert store.read_facts(made)["kind"] == "guide"
+    with pytest.raises(StorageError, match=r"artifact\.json"):
+        store.read_facts(tmp_path / "guide-00000000")

@@ -165,3 +165,15 @@ def test_another_prefix_is_named_as_the_cause(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"every name begins with 'encoder\.'; take it off") as error:
         build_backbone(recipe(checkpoint=str(path)), 3, 1)
     assert "set recipe.backbone" not in str(error.value)
+
+
+@pytest.mark.parametrize(("saved", "wanted"), [(VIT, {"class_token": False, "global_pool": "avg"}), (
+    {**VIT, "backbone_args": {**VIT["backbone_args"], "class_token": False, "global_pool": "avg"}}, {})])
+def test_positions_of_another_kind_are_a_clear_refusal(tmp_path: Path, saved: dict[str, Any], wanted: dict[str, Any],
+                                                       ) -> None:
+    """One position more or less, for a class token, is no other image size."""
+    path = tmp_path / "weights.safetensors"
+    save_file(build_backbone(Recipe(**saved), 3, 1).state_dict(), path)
+    fields = {**VIT, "backbone_args": {**VIT["backbone_args"], "img_size": 48, **wanted}}
+    with pytest.raises(ModelError, match="does not fit the backbone"):
+        build_backbone(Recipe(**fields, checkpoint=str(path)), 3, 1)

@@ -33,7 +33,7 @@ class Work:
     kinds: Mapping[str, str]
     verbs: Mapping[str, Verb]
     absent: Mapping[str, str] = field(default_factory=dict)  # kind -> words that say that files of it are not there
-    sound: dict[str, Any] = field(default_factory=dict)  # what each verb gives without damage
+    sound: dict[str, Outcome] = field(default_factory=dict)  # what each verb gives without damage
 
     def files(self, kind: str) -> list[Path]:
         found = sorted(one.relative_to(self.folder) for one in self.folder.glob(self.kinds[kind]) if one.is_file())
@@ -107,9 +107,10 @@ def run_case(work: Work, case: Case, place: Path) -> str:
             return "refused" if is_said else f"does not name {name}: {error}"
         except Exception as error:  # what the terminal calls a fault of ours
             return f"exit 70 for {name}: {type(error).__name__}: {error}"
-        if found == work.sound[case.verb]:
+        if (found := _outcome(found)) == (sound := work.sound[case.verb]):
             return "same"
-        is_said = _names(text := f"{found} {said.text}", name) or _says_absent(work, case, text)
+        told = f"{found.said} {said.text}" if found.said != sound.said else said.text
+        is_said = _names(told, name) or _says_absent(work, case, f"{found}")
         return "said" if is_said else f"silently different for {name}: {found}"
     finally:
         logging.getLogger().removeHandler(said)
@@ -117,8 +118,22 @@ def run_case(work: Work, case: Case, place: Path) -> str:
 
 
 def _names(text: str, name: Path) -> bool:
-    """Whether a text names the file, or the folder of a plan or an artifact, which is restored as a whole."""
-    return name.name in text or (name.parent.name and name.parent.name in text) or name.stem in text
+    """Whether a text names the file, or the folder with a digest in its name that is restored as a whole."""
+    if name.name in text or f"{name.name.split('.')[0]}*" in text:
+        return True
+    return bool(re.fullmatch(r"[\w-]*[0-9a-f]{8}", name.parent.name) and name.parent.name in text)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verb gave, and what it said about files beside that."""
+
+    given: Any
+    said: str = ""
+
+
+def _outcome(found: Any) -> Outcome:
+    return found if isinstance(found, Outcome) else Outcome(found)
 
 
 def _says_absent(work: Work, case: Case, text: str) -> bool:
@@ -143,7 +158,7 @@ def run_all(works: Mapping[str, Work], chosen: Sequence[Case], place: Path) -> t
         for verb, call in work.verbs.items():
             copy = place / "sound" / work.folder.name
             shutil.copytree(work.folder, copy, symlinks=True)
-            work.sound[verb] = call(copy)
+            work.sound[verb] = _outcome(call(copy))
             shutil.rmtree(place / "sound")
     for case in chosen:
         outcome = run_case(works[case.work], case, place / "case")

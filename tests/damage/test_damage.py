@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rayexpand import api
+from rayexpand.contract.errors import DamagedFile
 from rayexpand.fitting import fit as fits
 from rayexpand.fitting.config import parse_fit
 from rayexpand.reports.sweep import write_sweep_report
@@ -25,7 +26,7 @@ from rayexpand.studies.sweep.sweep import open_sweep, sweep_in
 from rayexpand.studies.trial import run_trials
 from rayexpand.studies.trials import make_trials, pending_trials
 from tests.conftest import complete, hashes, small_run
-from tests.damage.cases import Work, cases, content_of, run_all, table
+from tests.damage.cases import Case, Outcome, Work, cases, content_of, run_all, run_case, table
 from tests.tiny import tiny_clip
 
 Make = Callable[[Path, Path], Work]
@@ -74,7 +75,7 @@ def run_work(images: Path, place: Path) -> Work:
         text = Path(opened(folder).report()).read_text()
         opened(folder).card()
         counts = re.findall(r"<td class=\"n\">([\d,]+)</td>", text)
-        return counts, re.findall(r"[\w/.]+ is (?:gone|damaged)", text), status(folder)
+        return Outcome((counts, status(folder)), str(re.findall(r"[-\w/.]+ is (?:gone|damaged)", text)))
 
     def status(folder: Path) -> Any:
         found = opened(folder).status()
@@ -83,7 +84,8 @@ def run_work(images: Path, place: Path) -> Work:
     def verify(folder: Path) -> Any:
         found = opened(folder).verify()
         counts = found.to_json()
-        return found.problems, f"{counts['pending']} pending, {counts['failed']} failed", counts
+        del counts["problems"], counts["rebuilt_receipts"]  # of a cache that it has made whole
+        return Outcome((f"{counts['pending']} pending, {counts['failed']} failed", counts), str(found.problems))
 
     def retry(folder: Path) -> Any:
         counts = opened(folder).retry(same_process=True).to_dict()
@@ -132,12 +134,12 @@ def study_work(images: Path, place: Path) -> Work:
 def _scores(folder: Path) -> Any:
     found = summary(str(folder))
     arms = [(one["arm"], one["last"], one["seeds"]) for one in found["arms"]]
-    return arms, found["comparisons"], found["warnings"], found["trials"]
+    return Outcome((arms, found["comparisons"]), f"{found['warnings']} {found['trials']} {found['comparisons']}")
 
 
 def _study_page(folder: Path) -> Any:
     text = Path(api.StudyFolder(str(folder)).report()).read_text()
-    return re.findall(r"[\d.]+ ± [\d.]+", text), _scores(folder)[2:]
+    return Outcome(re.findall(r"[\d.]+ ± [\d.]+", text), _scores(folder).said)
 
 
 # ---------------------------------------------------------------------------------------------------------------- sweep
@@ -168,7 +170,7 @@ def sweep_work(images: Path, place: Path) -> Work:
 def _sweep_scores(folder: Path) -> Any:
     found = write_sweep_report(sweep_in(str(folder)))
     trials = [(one["key"], one["score"], one["values"]) for one in found["trials"]]
-    return trials, found["best"], found["test_score"], found["test_note"], found["without_result"]
+    return Outcome((trials, found["best"], found["test_score"]), f"{found['test_note']} {found['without_result']}")
 
 
 # ------------------------------------------------------------------------------------------------------------------ fit
@@ -204,6 +206,25 @@ def test_no_damage_goes_unnoticed(image_folder: Path, tmp_path: Path, tmp_path_f
 
     assert wrong == []
     assert {"same", "refused", "said"} == {outcome for *_, outcome in counts}
+
+
+@pytest.mark.parametrize(("given", "outcome"), [
+    (lambda folder: {"data/a": 2, "metadata": "run"}, "silently different"), (lambda folder: {"data/a": 1}, "same"),
+    (lambda folder: Outcome({"data/a": 2}, "data/train-000000.parquet is damaged"), "said"),
+    (lambda folder: 1 / 0, "exit 70"), (lambda folder: refuse("a file of the run"), "does not name"),
+    (lambda folder: refuse("data/train-000000.parquet"), "refused")])
+def test_the_judge_tells_silence_from_speech(given: Any, outcome: str, tmp_path: Path) -> None:
+    """A verb's own output names files too; only what it says of them counts."""
+    (tmp_path / "run/data").mkdir(parents=True)
+    (tmp_path / "run/data/train-000000.parquet").write_bytes(b"content")
+    work = Work("run", tmp_path / "run", {"data": "data/*.parquet"}, {"verb": given}, sound={
+        "verb": Outcome({"data/a": 1})})
+
+    assert run_case(work, Case("run", "data", "verb", "flip", 0), tmp_path / "case").startswith(outcome)
+
+
+def refuse(text: str) -> None:
+    raise DamagedFile(text)
 
 
 @pytest.mark.soak

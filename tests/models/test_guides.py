@@ -369,3 +369,13 @@ def test_seconds_of_the_making_are_no_part_of_a_guide(tmp_path):
     before = guide_hash(str(tmp_path / "guide"), None)
     (tmp_path / "guide" / "artifact.json").write_text('{"seconds": 3}')
     assert guide_hash(str(tmp_path / "guide"), None) == before
+
+
+@pytest.mark.parametrize("other", ["model.safetensors", "a.safetensors"])
+def test_weights_of_another_layout_beside_those_that_are_loaded(folder, other):
+    from safetensors.torch import save_file
+
+    save_file({"vision_model.post_layernorm.weight": torch.ones(3)}, folder / other)
+
+    assert check_guide(str(folder), None) == []
+    load_guide(str(folder), None, NAMES, device="cpu")

@@ -363,3 +363,9 @@ def test_the_hash_of_a_sound_folder_is_what_it_was(sound: Path, folder: Path) ->
     assert folder_hash(sound) == folder_hash(folder)
     sharded(folder)
     assert folder_hash(sound) != folder_hash(folder)
+
+
+def test_a_folder_above_a_model_says_nothing_of_it(folder: Path, tmp_path: Path) -> None:
+    above = tmp_path / "turbo-lab"
+    above.mkdir()
+    assert not inspect_prior(str(folder.rename(above / "sd"))).turbo

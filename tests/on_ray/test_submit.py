@@ -330,6 +330,13 @@ def test_what_is_not_sent_is_named_before_anything_is(tmp_path: Path, monkeypatc
         return [line.split(":")[0] for line in getattr(caught.value, "problems", [])]
 
     assert refused("expand", "birds.yaml") == ["out", "data.path", "prior.weights"]
+    Path("shards").mkdir()
+    Path("shards/a.parquet").write_text("x")
+    for place in ("shards/*.parquet", "~/birds"):
+        Path("sent.yaml").write_text(yaml.safe_dump({
+            "name": "sent", "out": "/runs", "method": {"name": "classical"},
+            "data": {"source": "parquet", "path": place}}))
+        assert refused("expand", "sent.yaml") == []  # no cluster is there, which is another error
     assert refused("sweep", "sweep.yaml") == ["study.data.path", "study.prior.weights"]
     assert refused("select", "select.yaml") == ["run"]
     assert refused("fit", "fit.yaml") == ["fit.captions.file"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from rayexpand.data.seeds import build_index
 from rayexpand.methods import trust
 from rayexpand.models.folders import folder_hash
 from rayexpand.models.latent import StableDiffusionPrior
+from rayexpand.runs import inputs
 from rayexpand.runs import inputs as artifacts
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import RunConfig, parse, semantic
@@ -615,3 +617,67 @@ def test_files_that_are_not_ours_are_no_attempts(make_config: MakeConfig) -> Non
 
     assert runs.begin(run) == 2
     assert read_status(str(run.folder)).attempts == 2
+
+
+@pytest.mark.parametrize("change", ["edited", "gone"])
+def test_another_list_of_ids_is_told_as_that_and_not_as_damage(make_config: MakeConfig, image_folder: Path,
+                                                              tmp_path: Path, change: str) -> None:
+    ids = tmp_path / "ids.txt"
+    ids.write_text("ant/0.png\nbee/0.png\n")
+    complete(make_config("Fake", ratio=1, data={**of(image_folder), "ids": str(ids)}))
+    ids.write_text("ant/0.png\nbee/1.png\n") if change == "edited" else ids.unlink()
+    with pytest.raises(DigestMismatch, match=r"data\.ids"):
+        complete(make_config("Fake", ratio=1, data=of(image_folder)))
+
+
+def test_damaged_refused_rows_heal_with_their_data_file(make_config: MakeConfig) -> None:
+    config = make_config("Failing", ratio=2, nan="bee/2.png/1")
+    run, _ = complete(config)
+    reference = hashes(run)
+    (side,) = Path(run.folder, "rejected").iterdir()
+    side.write_bytes(side.read_bytes()[:-1])
+    (problem,) = verify(run).problems
+    named = re.search(r"The file to delete is (data/\S+parquet)", problem)
+    assert named
+    Path(run.folder, named[1]).unlink()
+    run, _ = complete(config)
+
+    assert verify(run).problems == []
+    assert hashes(run) == reference
+
+
+def test_an_emptied_plan_json_is_made_again(make_config: MakeConfig) -> None:
+    config = make_config("Fake", ratio=2)
+    run, _ = complete(config)
+    (file,) = Path(run.folder, "plan").glob("*/plan.json")
+    file.write_text("{}")
+    with pytest.raises(DamagedFile, match=r"plan that run\.json names"):
+        runs.open_run(str(run.folder))
+    assert complete(config)[0].plan.planned == 40
+
+
+def test_a_plan_is_read_once_where_a_run_goes_on(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config("Fake", ratio=2)
+    complete(config)
+    read, reads = runs.read_plan, list[str]()
+    monkeypatch.setattr(runs, "read_plan", lambda *given: reads.append(given[2]) or read(*given))
+    runs.prepare(config)
+    assert len(reads) == 1
+
+
+def test_a_retry_is_no_measure_of_the_live_rate(make_config: MakeConfig, broken: Path, image_folder: Path) -> None:
+    run, _ = complete(make_config("Fake", ratio=3, data=of(broken)))
+    repair(broken, image_folder, "bee/1.png", "bee/2.png")
+    told: list[tuple[float, int]] = []
+    again = runs.open_run(str(run.folder), check_models=True)
+    expander = runs.start(again)
+    runs.drive(again, runs.in_process(expander), runs.retry_jobs(again), to_the_end=True,
+               on_commit=lambda counts, seconds, rows: told.append((seconds, rows)))
+    expander.close()
+    assert told
+    assert set(told) == {(0.0, 0)}
+
+
+def test_a_new_run_lists_its_dataset_once(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "changed_seeds", lambda *_: pytest.fail("listed again"))
+    assert api.expand(make_config("Fake", ratio=1), same_process=True).status().kept == 20

@@ -109,3 +109,18 @@ def test_an_unwritable_cache_blames_no_data(make_config: MakeConfig) -> None:
 
     assert findings.problems == []
     assert findings.totals == totals
+
+
+def test_an_image_that_cannot_be_decoded_is_damage(make_config: MakeConfig) -> None:
+    """In a file of an older version, whose pages say nothing of themselves."""
+    run, _ = complete(make_config("Fake"))
+
+    def cut(table: pa.Table) -> pa.Table:
+        images = table["image"].to_pylist()
+        images[0]["bytes"] = images[0]["bytes"][:40]
+        return table.set_column(0, table.schema.field(0), pa.array(images, table.schema.field(0).type))
+
+    rewrite(Path(run.folder, "data", data_name(0)), cut)
+    (problem,) = verify(run, pixels=True).problems
+    assert "images that do not match" in problem
+    assert "Delete it" in problem

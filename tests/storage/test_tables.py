@@ -15,7 +15,16 @@ import pytest
 
 from rayexpand.contract.errors import DamagedFile
 from rayexpand.storage.files import LocalFiles
-from rayexpand.storage.tables import NAMED, open_parquet, parquet_bytes, read_columns, read_table, sealed, unsealed
+from rayexpand.storage.tables import (
+    NAMED,
+    batches,
+    open_parquet,
+    parquet_bytes,
+    read_columns,
+    read_table,
+    sealed,
+    unsealed,
+)
 
 TABLE = pa.table({"id": [f"row {i}" for i in range(300)], "number": range(300), "image": [bytes([i % 256]) * 40
                                                                                          for i in range(300)]})
@@ -90,6 +99,9 @@ def test_a_column_that_came_later_is_filled(metadata: dict[str, str], default: A
     table = read_columns(open_parquet(io.BytesIO(parquet_bytes(TABLE, {}))), "x", ["later", "number"], schema)
 
     assert table["later"].to_pylist() == [default] * 300
+    whole = pa.concat_tables(batches(open_parquet(io.BytesIO(parquet_bytes(TABLE, {}))), "x", 70, schema))
+    assert whole.schema.names == schema.names
+    assert whole["later"].to_pylist() == [default] * 300
     with pytest.raises(DamagedFile, match="it has no column other"):
         read_columns(open_parquet(io.BytesIO(parquet_bytes(TABLE, {}))), "x", ["other"], schema)
 

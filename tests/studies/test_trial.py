@@ -147,6 +147,9 @@ def test_damaged_predictions_are_said_and_made_again(tmp_path: Path, caplog: pyt
     assert f"predictions/{trial.name}.parquet: is damaged" in caplog.text
     run_trial(study.files, trial, study.config.training)
     assert pending_trials(study, [trial]) == []
+    file.unlink()
+    assert pending_trials(study, [trial]) == [trial]
+    assert f"predictions/{trial.name}.parquet: no such file" in caplog.text
 
 
 def test_what_decides_a_result_decides_its_digest(tmp_path: Path) -> None:

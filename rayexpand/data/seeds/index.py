@@ -67,6 +67,7 @@ def surveyed(data: DataConfig) -> tuple[SeedIndex, dict[str, Any]]:
     """`build_index`, and what the dataset holds, for people: seeds, classes with the most and the fewest seeds, splits,
     skipped files by suffix, faults known from listing."""
     index, listing = _indexed(data)
+    listing.skipped.add(listing.left_out())
     sizes = sorted(zip(index.classes.key, index.classes.count, strict=True), key=lambda one: -one[1])
     faults = Counter(fault for fault in index.table["fault"].to_pylist() if fault)
     split = LAYOUTS[data.source].splits(data)

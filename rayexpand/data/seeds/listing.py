@@ -68,6 +68,7 @@ class Listing:
     offset: np.ndarray  # int32
     named: bool = False  # a class table of the dataset names the classes, also those without an image
     skipped: Skipped = field(default_factory=Skipped)
+    left_out: Callable[[], list[str]] = list  # files at any depth that are not of the dataset; lists all there is
 
 
 def is_hidden(path: str) -> bool:

@@ -56,7 +56,7 @@ def list_seeds(data: DataConfig) -> Listing:
     found, schema = check(data)
     place, files = found.folder, found.names
     skipped = Skipped()
-    skipped.add([*found.others, *found.left_out(data, ".parquet")])
+    skipped.add(found.others)
     with ThreadPoolExecutor(8) as pool:
         parts = list(pool.map(lambda name: _list_file(data, place, name, schema), files))
     label_parts, id_parts, groups = zip(*parts, strict=True)
@@ -71,7 +71,8 @@ def list_seeds(data: DataConfig) -> Listing:
     group = [np.repeat(np.arange(len(rows), dtype=np.int32), rows) for rows in groups]
     offset = [np.arange(count, dtype=np.int32) for rows in groups for count in rows]
     return Listing(ids, labels, faults, keys, keys, files, np.repeat(np.arange(len(files), dtype=np.int32), sizes),
-                   blanks(len(ids)), np.concatenate(group), np.concatenate(offset), encoded.named, skipped)
+                   blanks(len(ids)), np.concatenate(group), np.concatenate(offset), encoded.named, skipped,
+                   lambda: found.left_out(data, ".parquet"))
 
 
 def _list_file(data: DataConfig, place: Place, name: str, schema: pa.Schema) -> tuple[pa.Array, pa.Array, list[int]]:

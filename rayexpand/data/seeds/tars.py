@@ -120,7 +120,7 @@ def list_seeds(data: DataConfig) -> Listing:
                             f"{'; '.join(damaged[:5])}; copy them again, or leave them out")
     shards = [shard for shard in found if not isinstance(shard, str)]
     skipped = Skipped()
-    skipped.add([*listed.others, *listed.left_out(data, ".tar")])
+    skipped.add(listed.others)
     for name, shard in zip(files, shards, strict=True):
         skipped.add(f"{name}/{member}" for member in shard.skipped)
     stems = [posixpath.basename(name).removesuffix(".tar") for name in files]
@@ -137,7 +137,8 @@ def list_seeds(data: DataConfig) -> Listing:
     return Listing(ids, labels, faults, classes, classes, files, number,
                    pa.concat_arrays([shard.names for shard in shards]),
                    np.concatenate([shard.blocks for shard in shards]),
-                   np.concatenate([shard.sizes for shard in shards]), encoded.named, skipped)
+                   np.concatenate([shard.sizes for shard in shards]), encoded.named, skipped,
+                   left_out=lambda: listed.left_out(data, ".tar"))
 
 
 def _scan(data: DataConfig, place: Place, name: str) -> _Shard | str:

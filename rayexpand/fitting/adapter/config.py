@@ -127,8 +127,9 @@ def _base_problems(made: AdapterFit, recipe: FinetuneConfig, weights: str) -> li
         problems.append(f"prior.weights: {weights} was distilled to few steps ({facts.few_step}), and nothing here is "
                         "trained so; use the model it was distilled from")
     if made.sheet is not None and facts.ends_in_noise:
-        problems.append("fit.adapter.sheet: this generator's scheduler has rescale_betas_zero_snr, so no sample can be "
-                        "drawn from its last timestep here; set sheet: null, or take weights trained without it")
+        problems.append("fit.adapter.sheet: this generator's scheduler ends in pure noise (rescale_betas_zero_snr, or "
+                        "betas that reach 1), so no sample can be drawn from its last timestep here; set sheet: null, "
+                        "or take weights trained without it")
     return problems
 
 

@@ -205,3 +205,14 @@ def test_files_in_further_folders_are_counted(tmp_path: Path, source: str) -> No
     assert skipped["files"] == 2
     with in_memory(tmp_path / "set") as url:
         assert survey(data.model_copy(update={"path": url})) == found
+
+
+def test_only_a_survey_looks_for_what_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lists everything below the folder, which in a bucket is everything there is."""
+    (tmp_path / "deep").mkdir()
+    for name in ("a.parquet", "deep/b.parquet"):
+        pq.write_table(pa.table({"image": [b"x"], "label": ["ant"]}), tmp_path / name)
+    data = DataConfig(source="parquet", path=str(tmp_path))
+    assert survey(data)["skipped"] == {".parquet": {"files": 1, "examples": ["deep/b.parquet"]}}
+    monkeypatch.setattr("rayexpand.data.seeds.files._below", lambda folder: pytest.fail("listed everything"))
+    assert len(build_index(data)) == 1
