@@ -322,8 +322,9 @@ class Store:
         content, where = self.files.read(name := f"rejected/{receipt.side_file}"), self.files.at(name)
         with self._advising():
             if content is None or side_hash(content) not in receipt.side_file:
-                raise DamagedFile(f"{where}: is {'gone' if content is None else 'damaged'}, and data/{receipt.data_file} "
-                                  f"names it. {MAKE_AGAIN} The file to delete is data/{receipt.data_file}")
+                raise DamagedFile(f"{where}: is {'gone' if content is None else 'damaged'}, and "
+                                  f"data/{receipt.data_file} names it. {MAKE_AGAIN} The file to delete is "
+                                  f"data/{receipt.data_file}")
             return table_of(content, where)
 
     @contextlib.contextmanager
