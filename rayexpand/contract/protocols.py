@@ -68,24 +68,32 @@ class Prior(Protocol):
 
 
 class Cond(Protocol):
-    """Row-indexable conditioning: tokens_BTE, pooled_BE or None, and their negatives."""
+    """What the network is told of each row: tokens_BTE, pooled_BP or None, their negatives, and guidance_B."""
 
     def __getitem__(self, rows: Any) -> Cond: ...
 
+    def with_last_slot(self, v_BD: Any, both: bool = False) -> Cond:
+        """With v_BD in place of the last hidden state of each prompt, of negatives too with `both`. Raises ModelError
+        where there is no place for it."""
+
 
 class LatentPrior(Prior, Protocol):
-    """A latent diffusion model. `scheduler` is the diffusers scheduler the weights came with."""
+    """A latent diffusion model. Its latents are of about unit variance, and noised ones too (diffusion/process.py)."""
 
-    scheduler: Any
     device: Any  # torch.device
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(channels, height, width) of the latent of one image."""
 
-    def embed(self, prompts: Sequence[str], negatives: Sequence[str]) -> Cond: ...
+    def schedule(self, solver: Any, steps: int, run: int | None = None, spacing: Any = None,
+                 latent: Sequence[int] | None = None) -> Any:
+        """The Schedule of `steps` steps whose last `run` are executed (None: all); `latent` is the shape of one."""
 
-    def predict(self, z_t: torch.Tensor, t: int, cond: Cond, guidance_scale: float) -> torch.Tensor:
-        """Noise prediction eps (B, C, h, w) at timestep t; prediction type and classifier-free guidance inside."""
+    def embed(self, prompts: Sequence[str], negatives: Sequence[str], guidance: float | Sequence[float]) -> Cond:
+        """`guidance`: the scale of guidance, one for all rows or one for each."""
+
+    def predict(self, z_BCHW: torch.Tensor, at: Any, cond: Cond) -> Any:
+        """The Prediction (clean, noise), (B, C, h, w) each, at a Point; kind of output and guidance inside."""
 
 
 class Guide(Protocol):

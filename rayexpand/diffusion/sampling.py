@@ -1,50 +1,40 @@
-"""Sampling from a latent diffusion prior: the timestep grid, one step, and the whole loop.
+"""Sampling from a latent diffusion prior: the solvers, the whole loop, and images in and out.
 
     paper               here              meaning, unit
-    z_0, z_t            z_BCHW            latent, clean or at timestep t (unit of the latent space)
-    eps_theta, psi      eps_BCHW          noise prediction, classifier-free guidance already applied
-    alpha-bar_t         abar[t]           cumulative signal power at timestep t, in (0, 1)
+    z_0, z_t            z_BCHW            latent, clean or at a point (unit of the latent space)
+    z_0|t, eps_theta    clean, noise      what the network sees in it, classifier-free guidance already applied
     N                   steps             solver steps of the whole grid
     s                   strength          share of the grid that is executed, in (0, 1]
-    z_0|t               clean_prediction  clean latent implied by z_t and eps
+    lambda              log_snr           log(a / s) of a point; h is its difference over a step
+    k                   kappa             share of fresh noise in the noise of a step
 
-What is noise at t belongs to the weights: alpha-bar and the step offset come from the scheduler the prior was shipped
-with. How the way back is cut into steps belongs to the method: solver and timestep spacing are pinned by name, never
-left to the defaults of a scheduler class, which differ between classes and versions.
+What is noise at a point belongs to the weights (`process.py`). How the way back is cut into steps belongs to the
+method: the solver is named, and a spacing where it is not that of the weights.
 
-torch and diffusers are imported where they are used: methods import this module while planning, without either.
+torch is imported where it is used: methods import this module while planning, without it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rayexpand.contract.errors import ModelError
 from rayexpand.contract.protocols import Batch, Cond, LatentPrior
 from rayexpand.contract.schema import Reason
+from rayexpand.diffusion.process import Point, Prediction, Schedule, Solver, Spacing
 
 if TYPE_CHECKING:
     import torch
 
-Solver = Literal["ddim", "dpmpp_2m", "unipc"]
-Spacing = Literal["leading", "trailing", "linspace"]
-
-# What the released code of the papers ends up with: DistDiff and GIF run DDIM on the leading grid of Stable Diffusion,
-# Diff-Mix (DPM-Solver++) and Real-Fake (UniPC) the linspace grid their solver class falls back to.
-DEFAULT_SPACING: dict[Solver, Spacing] = {"ddim": "leading", "dpmpp_2m": "linspace", "unipc": "linspace"}
+__all__ = ["Point", "Prediction", "Schedule", "Solver", "Spacing"]
 
 SEED_PIXELS = 512 * 512  # pixels of seed images per call of an encoder
 
-FINAL = -1  # the "timestep" after the last one: the clean latent
-
-_PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")  # every noise process states these
-_PROCESS_OPTIONAL = ("trained_betas", "steps_offset")
-
-Step = Callable[["torch.Tensor", "torch.Tensor", int, int], "torch.Tensor"]
+Fresh = Callable[[int], "torch.Tensor"]  # step of the whole grid -> noise (B, C, H, W)
+Step = Callable[["torch.Tensor", Prediction, Point, Point], "torch.Tensor"]
 
 
 def steps_run(strength: float, steps: int) -> int:
@@ -59,119 +49,127 @@ def steps_run(strength: float, steps: int) -> int:
     return run
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Schedule:
-    """A timestep grid over a noise process, and the arithmetic between its points. Build it with `schedule`."""
+def stepper(plan: Schedule, fresh: Fresh | None = None) -> Step:
+    """step(z, prediction, here, there) -> z of the schedule's solver, to be called once per executed step, in order.
 
-    solver: Solver
-    spacing: Spacing
-    process: dict[str, Any]  # noise process of the weights, as arguments of a diffusers scheduler
-    abar: np.ndarray  # float64 (T,): alpha-bar by timestep
-    final_abar: float  # alpha-bar after the last step of DDIM
-    grid: tuple[int, ...]  # all timesteps, descending
-    start: int  # index into `grid` of the first executed one
-
-    @property
-    def timesteps(self) -> tuple[int, ...]:
-        """The executed timesteps, descending."""
-        return self.grid[self.start:]
-
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        """(t, t_prev) of every executed step; the last t_prev is FINAL.
-
-        t_prev is the next point of the grid. diffusers' DDIM takes t - T // N, which is the same number wherever N
-        divides T or the spacing is leading, and one timestep off elsewhere.
-        """
-        return list(zip(self.timesteps, (*self.timesteps[1:], FINAL), strict=True))
-
-    def abar_at(self, t: int) -> float:
-        """alpha-bar at timestep t, or after the last step for FINAL."""
-        return self.final_abar if t == FINAL else float(self.abar[t])
-
-    def noise_to(self, z0: torch.Tensor, noise: torch.Tensor, t: int) -> torch.Tensor:
-        """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise."""
-        abar = self.abar_at(t)
-        return abar**0.5 * z0 + (1 - abar) ** 0.5 * noise
-
-    def clean_prediction(self, z_t: torch.Tensor, eps: torch.Tensor, t: int) -> torch.Tensor:
-        """z_0|t = (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t). Never clipped: latents have no range."""
-        abar = self.abar_at(t)
-        return (z_t - (1 - abar) ** 0.5 * eps) / abar**0.5
-
-    def ddim_step(self, z_t: torch.Tensor, eps: torch.Tensor, t: int, t_prev: int) -> torch.Tensor:
-        """Deterministic DDIM (eta 0; Song et al. 2021, eq. 12) from t to t_prev. Differentiable."""
-        abar_prev = self.abar_at(t_prev)
-        return abar_prev**0.5 * self.clean_prediction(z_t, eps, t) + (1 - abar_prev) ** 0.5 * eps
-
-    def stepper(self) -> Step:
-        """step(z_t, eps, t, t_prev) -> z of the schedule's solver, to be called once per pair, in order.
-
-        Multistep solvers remember earlier predictions of the whole batch: take a fresh stepper for every batch.
-        """
-        if self.solver == "ddim":
-            return self.ddim_step
-        solver = _diffusers_solver(self.solver, self.spacing, self.process)
-        solver.set_timesteps(len(self.grid))
-        solver.set_begin_index(self.start)
-
-        def step(z_t: torch.Tensor, eps: torch.Tensor, t: int, t_prev: int) -> torch.Tensor:
-            # at FINAL the solver returns the clean prediction itself
-            return solver.step(eps.to(z_t.dtype), t, z_t, return_dict=False)[0]
-
-        return step
-
-
-def schedule(scheduler: Any, solver: Solver, steps: int, run: int | None = None,
-             spacing: Spacing | None = None) -> Schedule:
-    """Grid of `steps` timesteps whose last `run` are executed (None: all), over the noise process of `scheduler`.
-
-    `spacing` None takes DEFAULT_SPACING of the solver. Raises ModelError for a scheduler without a usable noise
-    process, ValueError for more steps than the process has timesteps.
+    `fresh(i)` gives the noise of step i, for the steps in `plan.fresh_steps` only. Multistep solvers remember earlier
+    predictions of the whole batch: take a new stepper for every batch.
     """
-    config = dict(scheduler.config)
-    missing = [key for key in _PROCESS if key not in config]
-    if missing:
-        raise ModelError(f"scheduler/scheduler_config.json: {type(scheduler).__name__} has no {', '.join(missing)}; "
-                         "only diffusion priors with a beta schedule (Stable Diffusion 1.x, 2.x) can be sampled")
-    process = {key: config[key] for key in (*_PROCESS, *_PROCESS_OPTIONAL) if config.get(key) is not None}
-    abar = np.asarray(scheduler.alphas_cumprod, np.float64)
-    if abar.min() < 1e-6:
-        raise ModelError("scheduler/scheduler_config.json: rescale_betas_zero_snr leaves no signal at the last "
-                         "timestep, where a noise prediction has no clean image; use weights trained without it")
-    spacing = spacing or DEFAULT_SPACING[solver]
-    points = _diffusers_solver(solver, spacing, process)
-    points.set_timesteps(steps)
-    grid = tuple(int(t) for t in points.timesteps)
-    run = steps if run is None else run
-    if not 1 <= run <= len(grid):
-        raise ValueError(f"cannot run {run} of {len(grid)} steps")
-    # Only DDIM-like configs carry the flag; Stable Diffusion was trained with it off.
-    final_abar = 1.0 if config.get("set_alpha_to_one", False) else float(abar[0])
-    return Schedule(solver, spacing, process, abar, final_abar, grid, len(grid) - run)
+    if plan.solver == "dpmpp_2m":
+        return _Multistep(len(plan.steps)).step
+    if plan.solver == "unipc":
+        return _UniPC(len(plan.steps)).step
+    return _FirstOrder(plan, fresh).step
 
 
-def _diffusers_solver(solver: Solver, spacing: Spacing, process: dict[str, Any]) -> Any:
-    """A diffusers scheduler with everything pinned that changes numbers. Predictions are eps: the prior converts."""
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+class _FirstOrder:
+    """DDIM without fresh noise (Song et al. 2021, eq. 12), which is Euler's step in every family; ancestral sampling
+    and LCM with it."""
 
-    shared = {**process, "prediction_type": "epsilon", "timestep_spacing": spacing}
-    if solver == "ddim":
-        return DDIMScheduler(**shared, clip_sample=False)
-    shared |= {"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero"}
-    if solver == "dpmpp_2m":
-        return DPMSolverMultistepScheduler(**shared, algorithm_type="dpmsolver++", solver_type="midpoint",
-                                           euler_at_final=False)
-    return UniPCMultistepScheduler(**shared, solver_type="bh2", predict_x0=True)
+    def __init__(self, plan: Schedule, fresh: Fresh | None) -> None:
+        assert fresh is not None or not plan.fresh_steps, "these steps take fresh noise"
+        self.kappa, self.fresh, self.i = plan.kappa, fresh, plan.start
+
+    def step(self, z: torch.Tensor, p: Prediction, here: Point, there: Point) -> torch.Tensor:
+        k, i = self.kappa[self.i], self.i
+        self.i += 1
+        if k == 0 or self.fresh is None:
+            return there.mix(p.clean, p.noise)
+        return there.mix(p.clean, (1 - k * k) ** 0.5 * p.noise + k * self.fresh(i))
 
 
-def denoise(prior: LatentPrior, z_t: torch.Tensor, plan: Schedule, cond: Cond, guidance_scale: float) -> torch.Tensor:
-    """Clean latent (B, C, h, w) from z_t at `plan.timesteps[0]`, by all executed steps of the schedule."""
-    step = plan.stepper()
-    for t, t_prev in plan.pairs:
-        eps = prior.predict(z_t, t, cond, guidance_scale)
-        z_t = step(z_t, eps, t, t_prev)
-    return z_t
+class _Multistep:
+    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): first order in the first and the last step."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+        self.before: tuple[torch.Tensor, float] | None = None  # clean prediction and log(a / s) of the last step
+
+    def step(self, z: torch.Tensor, p: Prediction, here: Point, there: Point) -> torch.Tensor:
+        stepped = self._predicted(z, p, here, there) if self.left > 1 else there.mix(p.clean, p.noise)
+        self.before, self.left = (p.clean, here.log_snr), self.left - 1
+        return stepped
+
+    def _predicted(self, z: torch.Tensor, p: Prediction, here: Point, there: Point) -> torch.Tensor:
+        if self.before is None or not math.isfinite(here.log_snr) or not math.isfinite(there.log_snr):
+            return there.mix(p.clean, p.noise)
+        clean, log_snr = self.before
+        h = there.log_snr - here.log_snr
+        r_h = (here.log_snr - log_snr) / h
+        d = p.clean + (p.clean - clean) / (2 * r_h)
+        return there.s / here.s * z - there.a * math.expm1(-h) * d
+
+
+class _UniPC(_Multistep):
+    """UniPC of order 2, bh2, on the clean prediction (Zhao et al. 2023): its predictor is 2M; each new prediction first
+    corrects the step that led to it."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(steps)
+        self.from_there: tuple[torch.Tensor, Point] | None = None  # latent and point before the last step
+        self.earlier: tuple[torch.Tensor, float] | None = None  # what `before` was at that step
+
+    def step(self, z: torch.Tensor, p: Prediction, here: Point, there: Point) -> torch.Tensor:
+        if self.from_there is not None and self.before is not None:
+            z = self._corrected(z, p, here, *self.from_there, self.before[0])
+        z_there = self._predicted(z, p, here, there) if self.left > 1 else _first_order(z, p, here, there)
+        self.from_there, self.earlier = (z, here), self.before
+        self.before, self.left = (p.clean, here.log_snr), self.left - 1
+        return z_there
+
+    def _corrected(self, z: torch.Tensor, p: Prediction, here: Point, z_before: torch.Tensor, point: Point,
+                   clean: torch.Tensor) -> torch.Tensor:
+        """The step from `point` to `here` once more, now that the prediction at its end is known."""
+        h = here.log_snr - point.log_snr
+        if not math.isfinite(h):
+            return z
+        phi = math.expm1(-h)
+        plain = here.s / point.s * z_before - here.a * phi * clean
+        new = p.clean - clean
+        if self.earlier is None or not math.isfinite(self.earlier[1]):
+            return plain - here.a * phi * 0.5 * new
+        r = (self.earlier[1] - point.log_snr) / h  # negative: it lies behind
+        first = phi / -h - 1
+        b1, b2 = first / phi, 2 * (first / -h - 0.5) / phi
+        old_weight = (b1 - b2) / (1 - r)
+        return plain - here.a * phi * (old_weight * (self.earlier[0] - clean) / r + (b1 - old_weight) * new)
+
+
+def _first_order(z: torch.Tensor, p: Prediction, here: Point, there: Point) -> torch.Tensor:
+    """A step by the clean prediction alone, since a corrected latent is no longer what the noise was predicted of."""
+    if here.s == 0 or not math.isfinite(here.log_snr):
+        return there.mix(p.clean, p.noise)
+    return there.s / here.s * z + (there.a - there.s * here.a / here.s) * p.clean
+
+
+def denoise(prior: LatentPrior, z_BCHW: torch.Tensor, plan: Schedule, cond: Cond, fresh: Fresh | None = None,
+            ) -> torch.Tensor:
+    """Clean latent (B, C, H, W) from one at `plan.first`, by all executed steps of the schedule."""
+    step = stepper(plan, fresh)
+    for here, there in plan.steps:
+        z_BCHW = step(z_BCHW, prior.predict(z_BCHW, here, cond), here, there)
+    return z_BCHW
+
+
+def batch_schedule(prior: LatentPrior, batch: Batch, solver: Solver, steps: int, spacing: Spacing | None = None,
+                   ) -> Schedule:
+    """The schedule of a call, whose rows execute one number of steps."""
+    height, width = batch.images[0].shape[:2]
+    plan: Schedule = prior.schedule(solver, steps, batch.draws[0].steps_run, spacing, prior.latent_shape(height, width))
+    return plan
+
+
+def embed_batch(prior: LatentPrior, batch: Batch, guidance_scale: float) -> Cond:
+    """What the network is told of each row: its prompt, its negative prompt, and the scale of guidance."""
+    return prior.embed([d.prompt for d in batch.draws], [d.negative for d in batch.draws], guidance_scale)
+
+
+def fresh_noise(prior: LatentPrior, batch: Batch, rows: Sequence[int] | None = None) -> Fresh:
+    """The noise that solver steps add, each row from its own stream `step/<number of the step in the whole grid>`."""
+    def draw(i: int) -> torch.Tensor:
+        noise_BCHW = noise_batch(prior, batch, f"step/{i}")
+        return noise_BCHW if rows is None else noise_BCHW[list(rows)]
+    return draw
 
 
 def to_tensor(images: Sequence[np.ndarray]) -> torch.Tensor:

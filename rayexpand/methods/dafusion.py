@@ -63,8 +63,9 @@ class DaFusion(Section):
     guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance scale (paper: 7.5)")
     solver: sampling.Solver = Field(default_factory=lambda data: _own(data, "solver"),
                                     description="ddim (per_class), dpmpp_2m (joint_ti) or unipc")
-    spacing: sampling.Spacing | None = Field(None, description="timestep spacing; none: leading for ddim, linspace for "
-                                             "the others")
+    spacing: sampling.Spacing | None = Field(None, description="where the steps lie; none: as the weights were "
+                                             "shipped, or as published: leading for ddim, else linspace, where that "
+                                             "is Stable Diffusion 1.x or 2.x")
 
     _plain: DiffMix = PrivateAttr()  # the plan and the sampler
 

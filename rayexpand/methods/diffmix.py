@@ -97,7 +97,8 @@ class DiffMix(Section):
     steps: int = Field(25, ge=1, le=999, description="solver steps of the whole schedule (paper: 25)")
     guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance scale (released code: 7.5)")
     solver: sampling.Solver = Field("dpmpp_2m", description="dpmpp_2m (paper), ddim or unipc")
-    spacing: sampling.Spacing | None = Field(None, description="timestep spacing; null: linspace, for ddim leading")
+    spacing: sampling.Spacing | None = Field(None, description="where the steps lie; null: as the weights were "
+                                             "shipped; of Stable Diffusion 1.x and 2.x linspace, for ddim leading")
 
     _plain: Img2Img | Text2Img = PrivateAttr()  # the method that samples
 

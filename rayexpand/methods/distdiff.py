@@ -5,6 +5,7 @@
     s, N             strength, steps share of the schedule that is run; solver steps of the whole schedule
     w                guidance_scale  classifier-free guidance, 1 = none
     M                guide_step      the guided step, counted from the last one (1 is the last; 20 of 50 is t = 381)
+    lambda_M         guide_at        the same as log(a / s), for generators with other grids
     L                lookahead       denoising steps rolled out from it, whose energies are averaged
     e, b             e, b            multiplicative noise and bias of a row's latent channels (diffusion/perturb.py)
     eps              eps             radius of the box around z_t, latent units
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
@@ -32,7 +33,7 @@ from rayexpand.contract.prompts import Template, format_prompt, prompt_needs
 from rayexpand.contract.protocols import Batch, Cond, Expansion, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
-from rayexpand.contract.settings import Section
+from rayexpand.contract.settings import Later, Section
 from rayexpand.diffusion import energy, perturb, sampling
 from rayexpand.methods._copies import quota_copies, ratio_copies
 from rayexpand.methods._guided import Guided
@@ -65,6 +66,9 @@ class DistDiff(Section):
     guidance: Literal["transform", "direct", "random"] = Field(
         "transform", description="transform: descend in e and b (the method); direct: move the latent itself down the "
         "gradient at each lookahead step (ablation; best rho 10, guide_step 10); random: e and b as drawn (control)")
+    guide_at: Annotated[float | None, Later(None)] = Field(
+        None, description="log(a / s) of the guided step, in place of guide_step, so that generators with other grids "
+        "are guided at the same noise; the nearest step that is run. Step 20 of 50 of Stable Diffusion is at -0.09")
     guide_step: int = Field(20, ge=1, description="M, the guided step counted from the last (paper: 20; PathMNIST 10)")
     lookahead: int = Field(2, ge=1, description="L, steps rolled out from it, energies averaged (table 7: best at 2)")
     rho: float = Field(10.0, ge=0, description="length of the descent step (paper: 10)")
@@ -95,7 +99,7 @@ class DistDiff(Section):
     @field_validator("guide_step")
     @classmethod
     def _is_executed(cls, guide_step: int, info: ValidationInfo) -> int:
-        if {"strength", "steps"} <= info.data.keys():
+        if {"strength", "steps"} <= info.data.keys() and info.data.get("guide_at") is None:
             run = sampling.steps_run(info.data["strength"], info.data["steps"])
             if guide_step > run:
                 raise ValueError(f"strength {info.data['strength']:g} of {info.data['steps']} steps executes the last "
@@ -105,7 +109,7 @@ class DistDiff(Section):
     @field_validator("lookahead")
     @classmethod
     def _ends_in_time(cls, lookahead: int, info: ValidationInfo) -> int:
-        if lookahead > info.data.get("guide_step", lookahead):
+        if lookahead > info.data.get("guide_step", lookahead) and info.data.get("guide_at") is None:
             raise ValueError(f"only {info.data['guide_step']} steps are left at guide_step {info.data['guide_step']}; "
                              "set lookahead to at most that, or raise guide_step")
         return lookahead
@@ -122,22 +126,22 @@ class DistDiff(Section):
         import torch
 
         prior = tools.prior
-        schedule = sampling.schedule(prior.scheduler, "ddim", self.steps, batch.draws[0].steps_run)
-        first = len(schedule.pairs) - self.guide_step
+        schedule = sampling.batch_schedule(prior, batch, "ddim", self.steps)
+        steps, step = schedule.steps, sampling.stepper(schedule, sampling.fresh_noise(prior, batch))
+        first = len(steps) - (self.guide_step if self.guide_at is None else schedule.nearest(self.guide_at))
         with torch.no_grad():
-            cond = prior.embed([d.prompt for d in batch.draws], [d.negative for d in batch.draws])
-            energies = _Energies(self, tools, schedule, schedule.pairs[first : first + self.lookahead], cond,
+            cond = sampling.embed_batch(prior, batch, self.guidance_scale)
+            energies = _Energies(self, tools, steps[first : first + self.lookahead], cond,
                                  _prototypes(self, batch, tools))
             guided = Guided(len(batch))
-            z_BCHW = schedule.noise_to(sampling.encode_batch(prior, batch), sampling.noise_batch(prior, batch),
-                                       schedule.timesteps[0])
-            for i, (t, t_prev) in enumerate(schedule.pairs):
+            z_BCHW = schedule.first.mix(sampling.encode_batch(prior, batch), sampling.noise_batch(prior, batch))
+            for i, (here, there) in enumerate(steps):
                 if self.guidance == "direct" and first <= i < first + self.lookahead:
-                    z_BCHW = self._direct_step(energies, guided, z_BCHW, t, t_prev)
+                    z_BCHW = self._direct_step(energies, guided, step, z_BCHW, here, there)
                     continue
                 if i == first and self.guidance != "direct":
                     z_BCHW = self._refine(energies, guided, z_BCHW, batch)
-                z_BCHW = schedule.ddim_step(z_BCHW, prior.predict(z_BCHW, t, cond, self.guidance_scale), t, t_prev)
+                z_BCHW = step(z_BCHW, prior.predict(z_BCHW, here, cond), here, there)
             return guided.expansion(*sampling.to_images(prior.decode(z_BCHW, cond)))
 
     def _refine(self, energies: _Energies, guided: Guided, z_BCHW: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -172,22 +176,21 @@ class DistDiff(Section):
         guided.check(energy_B, e, b)
         return e, b
 
-    def _direct_step(self, energies: _Energies, guided: Guided, z_BCHW: torch.Tensor, t: int,
-                     t_prev: int) -> torch.Tensor:
-        """One DDIM step from z_t, less rho times the gradient of the energy in z_t."""
+    def _direct_step(self, energies: _Energies, guided: Guided, step: sampling.Step, z_BCHW: torch.Tensor,
+                     here: sampling.Point, there: sampling.Point) -> torch.Tensor:
+        """One step from z_t, less rho times the gradient of the energy in z_t."""
         import torch
 
         parts = []
         for rows, kept in sampling.chunks(len(z_BCHW), self._rows(len(z_BCHW))):
             with torch.enable_grad():
                 z_t = z_BCHW[rows].requires_grad_()
-                eps = energies.predict(z_t, t, rows)
-                energy_B = energies.of_clean(energies.schedule.clean_prediction(z_t, eps, t), rows)
+                p = energies.predict(z_t, here, rows)
+                energy_B = energies.of_clean(p.clean, rows)
                 (gradient,) = torch.autograd.grad(energy_B.sum() * LOSS_SCALE, z_t)
-            stepped = energies.schedule.ddim_step(z_t.detach(), eps.detach(), t, t_prev)
-            parts.append([numbers[:kept] for numbers in (
-                energy_B.detach(), stepped - self.rho * (gradient / LOSS_SCALE))])
-        energy_B, z_BCHW = (torch.cat(column) for column in zip(*parts, strict=True))
+            parts.append([numbers.detach()[:kept] for numbers in (energy_B, gradient / LOSS_SCALE, *p)])
+        energy_B, gradient_BCHW, *p_BCHW = (torch.cat(column) for column in zip(*parts, strict=True))
+        z_BCHW = step(z_BCHW, sampling.Prediction(*p_BCHW), here, there) - self.rho * gradient_BCHW
         if "energy_before" not in guided.scores:
             guided.score("energy_before", energy_B)
         guided.check(energy_B, z_BCHW)
@@ -249,27 +252,26 @@ class _Energies:
 
     method: DistDiff
     tools: Tools
-    schedule: sampling.Schedule
-    pairs: Sequence[tuple[int, int]]  # the L steps of the rollout
+    steps: Sequence[tuple[sampling.Point, sampling.Point]]  # the L steps of the rollout, (here, there) each
     cond: Cond
     targets: _Prototypes | None
 
     def rollout(self, u_BCHW: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """(B,): mean energy of the clean predictions along the L steps from u; the graph runs through all of them."""
         total_B = u_BCHW.new_zeros(len(u_BCHW))
-        for t, t_prev in self.pairs:
-            eps = self.predict(u_BCHW, t, rows)
-            total_B = total_B + self.of_clean(self.schedule.clean_prediction(u_BCHW, eps, t), rows)
-            u_BCHW = self.schedule.ddim_step(u_BCHW, eps, t, t_prev)
-        return total_B / len(self.pairs)
+        for here, there in self.steps:
+            p = self.predict(u_BCHW, here, rows)
+            total_B = total_B + self.of_clean(p.clean, rows)
+            u_BCHW = there.mix(*p)
+        return total_B / len(self.steps)
 
     def measure(self, u_BCHW: torch.Tensor, size: int) -> torch.Tensor:
         """(B,): `rollout` of all rows, `size` at a time."""
         return sampling.in_chunks(lambda rows: self.rollout(u_BCHW[rows], rows), len(u_BCHW), size)
 
-    def predict(self, z_BCHW: torch.Tensor, t: int, rows: list[int]) -> torch.Tensor:
+    def predict(self, z_BCHW: torch.Tensor, at: sampling.Point, rows: list[int]) -> sampling.Prediction:
         cond = self.cond[rows]
-        return self._kept(lambda z: self.tools.prior.predict(z, t, cond, self.method.guidance_scale), z_BCHW)
+        return self._kept(lambda z: self.tools.prior.predict(z, at, cond), z_BCHW)
 
     def of_clean(self, z0_BCHW: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """(B,): energy of the decoded clean latents."""
@@ -291,7 +293,7 @@ class _Energies:
             x_BCHW = (2 * x_BCHW - 1) * guide.std + guide.mean
         return guide.features(x_BCHW).float()
 
-    def _kept(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def _kept(self, function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Any:
         """function(x), whose activations are kept for the backward pass or computed again there."""
         import torch
         from torch.utils.checkpoint import checkpoint

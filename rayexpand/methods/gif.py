@@ -152,17 +152,17 @@ class Gif(Section):
     def _diffuse(self, batch: Batch, tools: Tools) -> torch.Tensor:
         """Clean latents of all copies, by plain image to image."""
         prior = tools.prior
-        schedule = sampling.schedule(prior.scheduler, "ddim", self.steps, batch.draws[0].steps_run)
-        before = 1 if self.noise_level == "official" else 0
-        cond = prior.embed([d.prompt for d in batch.draws], [d.negative for d in batch.draws])
+        schedule = sampling.batch_schedule(prior, batch, "ddim", self.steps)
+        start = schedule.points[schedule.start - (1 if self.noise_level == "official" else 0)]
+        cond = sampling.embed_batch(prior, batch, self.guidance_scale)
         x_BCHW = sampling.to_tensor([self._turned(image, rng("aug"))
                                      for image, rng in zip(batch.images, batch.rngs, strict=True)])
         posterior_BCHW, noise_BCHW = (sampling.noise_batch(prior, batch, s) for s in ("posterior_copy", "noise"))
 
         def latents(rows: list[int]) -> torch.Tensor:
             z0_BCHW = prior.encode(x_BCHW[rows], posterior_BCHW[rows])
-            z_BCHW = schedule.noise_to(z0_BCHW, noise_BCHW[rows], schedule.grid[schedule.start - before])
-            return sampling.denoise(prior, z_BCHW, schedule, cond[rows], self.guidance_scale)
+            z_BCHW = start.mix(z0_BCHW, noise_BCHW[rows])
+            return sampling.denoise(prior, z_BCHW, schedule, cond[rows], sampling.fresh_noise(prior, batch, rows))
 
         return self._forward(latents, len(batch))
 

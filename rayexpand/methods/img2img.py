@@ -40,8 +40,9 @@ class Img2Img(Section):
     steps: int = Field(50, ge=1, le=999, description="solver steps of the whole schedule (DistDiff: 50)")
     guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance scale (DistDiff: 7.5)")
     solver: sampling.Solver = Field("ddim", description="ddim (DistDiff), dpmpp_2m (Diff-Mix) or unipc (Real-Fake)")
-    spacing: sampling.Spacing | None = Field(None, description="timestep spacing; none: leading for ddim, linspace for "
-                                             "the others")
+    spacing: sampling.Spacing | None = Field(None, description="where the steps lie; none: as the weights were "
+                                             "shipped, or as published: leading for ddim, else linspace, where that "
+                                             "is Stable Diffusion 1.x or 2.x")
 
     @model_validator(mode="after")
     def _runs_a_step(self) -> Img2Img:
@@ -52,13 +53,11 @@ class Img2Img(Section):
         import torch
 
         prior = tools.prior
-        schedule = sampling.schedule(prior.scheduler, self.solver, self.steps, batch.draws[0].steps_run, self.spacing)
+        schedule = sampling.batch_schedule(prior, batch, self.solver, self.steps, self.spacing)
         with torch.no_grad():
-            cond = prior.embed([d.prompt for d in batch.draws], [d.negative for d in batch.draws])
-            z0_BCHW = sampling.encode_batch(prior, batch)
-            noise_BCHW = sampling.noise_batch(prior, batch)
-            z_BCHW = schedule.noise_to(z0_BCHW, noise_BCHW, schedule.timesteps[0])
-            z_BCHW = sampling.denoise(prior, z_BCHW, schedule, cond, self.guidance_scale)
+            cond = sampling.embed_batch(prior, batch, self.guidance_scale)
+            z_BCHW = schedule.first.mix(sampling.encode_batch(prior, batch), sampling.noise_batch(prior, batch))
+            z_BCHW = sampling.denoise(prior, z_BCHW, schedule, cond, sampling.fresh_noise(prior, batch))
             images, reasons = sampling.to_images(prior.decode(z_BCHW, cond))
         return Expansion(images, reasons)
 

@@ -83,7 +83,8 @@ class RealFake(Section):
     steps: int = Field(30, ge=1, le=999, description="solver steps of the whole schedule (paper: 30)")
     guidance_scale: float = Field(2.0, ge=0, description="classifier-free guidance scale (paper: 2)")
     solver: sampling.Solver = Field("unipc", description="unipc (paper), ddim or dpmpp_2m")
-    spacing: sampling.Spacing | None = Field(None, description="timestep spacing; null: linspace, for ddim leading")
+    spacing: sampling.Spacing | None = Field(None, description="where the steps lie; null: as the weights were "
+                                             "shipped; of Stable Diffusion 1.x and 2.x linspace, for ddim leading")
 
     @field_validator("prompt")
     @classmethod
@@ -117,17 +118,17 @@ class RealFake(Section):
     def expand(self, batch: Batch, tools: Tools) -> Expansion:
         import torch
 
-        prior, run = tools.prior, batch.draws[0].steps_run
-        schedule = sampling.schedule(prior.scheduler, self.solver, self.steps, run, self.spacing)
+        prior = tools.prior
+        schedule = sampling.batch_schedule(prior, batch, self.solver, self.steps, self.spacing)
         with torch.no_grad():
-            cond = prior.embed([d.prompt for d in batch.draws], [d.negative for d in batch.draws])
+            cond = sampling.embed_batch(prior, batch, self.guidance_scale)
             visual_BD = self._visual(batch, tools)
             if visual_BD is not None:
                 cond = cond.with_last_slot(visual_BD, both=self.negative_branch == "both")
             z_BCHW = sampling.noise_batch(prior, batch)
             if self.latent_prior:
-                z_BCHW = schedule.noise_to(sampling.encode_batch(prior, batch), z_BCHW, schedule.timesteps[0])
-            z_BCHW = sampling.denoise(prior, z_BCHW, schedule, cond, self.guidance_scale)
+                z_BCHW = schedule.first.mix(sampling.encode_batch(prior, batch), z_BCHW)
+            z_BCHW = sampling.denoise(prior, z_BCHW, schedule, cond, sampling.fresh_noise(prior, batch))
             images, reasons = sampling.to_images(prior.decode(z_BCHW, cond))
         return Expansion(images, reasons)
 

@@ -54,8 +54,9 @@ class Text2Img(Section):
     steps: int = Field(50, ge=1, le=999, description="solver steps (Stable Diffusion: 50)")
     guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance scale (Stable Diffusion: 7.5)")
     solver: sampling.Solver = Field("ddim", description="ddim (ours, as img2img), dpmpp_2m (Diff-Gen) or unipc")
-    spacing: sampling.Spacing | None = Field(None, description="timestep spacing; none: leading for ddim, linspace for "
-                                             "the others")
+    spacing: sampling.Spacing | None = Field(None, description="where the steps lie; none: as the weights were "
+                                             "shipped, or as published: leading for ddim, else linspace, where that "
+                                             "is Stable Diffusion 1.x or 2.x")
 
     @model_validator(mode="before")
     @classmethod
@@ -67,11 +68,11 @@ class Text2Img(Section):
         import torch
 
         prior = tools.prior
-        schedule = sampling.schedule(prior.scheduler, self.solver, self.steps, spacing=self.spacing)
+        schedule = sampling.batch_schedule(prior, batch, self.solver, self.steps, self.spacing)
         with torch.no_grad():
-            cond = prior.embed([d.prompt for d in batch.draws], [d.negative for d in batch.draws])
+            cond = sampling.embed_batch(prior, batch, self.guidance_scale)
             z_BCHW = sampling.noise_batch(prior, batch)
-            z_BCHW = sampling.denoise(prior, z_BCHW, schedule, cond, self.guidance_scale)
+            z_BCHW = sampling.denoise(prior, z_BCHW, schedule, cond, sampling.fresh_noise(prior, batch))
             images, reasons = sampling.to_images(prior.decode(z_BCHW, cond))
         return Expansion(images, reasons)
 

@@ -16,8 +16,9 @@ from rayexpand.artifacts.store import content_files, files_hash
 from rayexpand.contract.errors import ModelError
 
 DIGITS = "digits"
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-CONFIGS = ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in WEIGHTS))
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
+           "text_encoder_2": "model"}
+INDEX, NOISE = "model_index.json", "scheduler/scheduler_config.json"
 VARIANTS = (None, "fp16", "bf16")  # the first that is there is loaded
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _FOLDERS = ("models", "model", "weights", "checkpoints", "artifacts", "data", "runs", "out")
@@ -77,6 +78,22 @@ def quiet_libraries() -> Iterator[None]:
             lib.enable_progress_bar()
 
 
+def parts_of(folder: Path) -> tuple[str, ...]:
+    """The models of a pipeline folder, by its model_index.json: a second text encoder where it names one. Raises
+    ModelError."""
+    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+    return tuple(part for part in WEIGHTS if part != "text_encoder_2" or (index.get(part) or [None])[0])
+
+
+def configs_of(folder: Path) -> tuple[str, ...]:
+    """Configuration files of a pipeline folder."""
+    return (INDEX, NOISE, *(f"{part}/config.json" for part in parts_of(folder)))
+
+
+def tokenizers_of(folder: Path) -> tuple[str, ...]:
+    return ("tokenizer", *(["tokenizer_2"] if "text_encoder_2" in parts_of(folder) else []))
+
+
 def weight_files(folder: Path, part: str) -> tuple[str | None, list[str]]:
     """(variant, relative names) of the safetensors of one component; no names where there are none. Raises ModelError.
 
@@ -120,9 +137,10 @@ def loaded_files(folder: Path) -> list[str]:
     """Relative names of all files of a model folder that loading reads."""
     if not (folder / "model_index.json").is_file():
         return content_files(folder)
-    tokenizer = [f"tokenizer/{file.name}" for file in (folder / "tokenizer").iterdir()
-                 if file.suffix in (".json", ".txt")]
-    return [*CONFIGS, *tokenizer, *(name for part in WEIGHTS for name in weight_files(folder, part)[1])]
+    words = [f"{name}/{file.name}" for name in tokenizers_of(folder) for file in (folder / name).iterdir()
+             if file.suffix in (".json", ".txt")]
+    return [*configs_of(folder), *words,
+            *(name for part in parts_of(folder) for name in weight_files(folder, part)[1])]
 
 
 def unreadable(file: Path) -> list[str]:

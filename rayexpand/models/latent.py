@@ -1,13 +1,15 @@
-"""Stable Diffusion 1.x and 2.x behind the LatentPrior protocol: any diffusers folder, the embedded default included."""
+"""Stable Diffusion 1, 2 and XL and what was made of them, behind the LatentPrior protocol: any diffusers folder, the
+embedded default included."""
 
 # B rows, C latent channels, H W pixels, T tokens, E text embedding, N classes
 
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+import logging
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,107 +20,106 @@ from rayexpand.artifacts.adapter import AdapterFacts, load_lora, load_tokens, lo
 from rayexpand.contract.class_tokens import add_class_tokens
 from rayexpand.contract.device import choose_device
 from rayexpand.contract.errors import ModelError
-from rayexpand.models.folders import quiet_libraries, weight_files
+from rayexpand.diffusion.process import Point, Prediction, Process, Schedule, Solver, Spacing, prediction, process_of
+from rayexpand.diffusion.process import schedule as schedule_of
+from rayexpand.models.folders import quiet_libraries, read_json, weight_files
+from rayexpand.models.texts import Encoder, TextCond, TextEncoders
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = ("auto", "sdpa", "eager")
-CACHED_TEXTS = 1024  # 0.12 GB of hidden states at Stable Diffusion 1.5 in bfloat16
 
 _LORA_NAME = "fitted"
 _UNLOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TextCond:
-    """Hidden states of prompts and of their negatives; `cond[rows]` takes rows like a tensor, an int keeps its row."""
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The models of a pipeline folder. The second encoder and its tokenizer are those of Stable Diffusion XL."""
 
-    tokens_BTE: torch.Tensor
-    negative_tokens_BTE: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.tokens_BTE)
-
-    def __getitem__(self, rows: Any) -> TextCond:
-        if isinstance(rows, int):
-            rows = [rows]
-        return TextCond(self.tokens_BTE[rows], self.negative_tokens_BTE[rows])
-
-    def with_last_slot(self, v_BD: torch.Tensor, both: bool = False) -> TextCond:
-        """The last of the T slots of each prompt holds v_BD in place of its hidden state (Real-Fake's code: slot 76 of
-        77, which carries an end-of-text state even where the text is cut). Negatives too only with `both`.
-
-        Raises ModelError where features are not as wide as hidden states; there is no projection between them.
-        """
-        rows, _, width = self.tokens_BTE.shape
-        if tuple(v_BD.shape) != (rows, width):
-            raise ModelError(f"visual tokens of shape {tuple(v_BD.shape)} do not fit {rows} texts of width {width}: "
-                             "the image encoder must give as many features as the text encoder's hidden states have "
-                             "(ViT-L/14 with Stable Diffusion 1.x: 768). Make the features with another encoder")
-        tokens_BTE, negative_tokens_BTE = self.tokens_BTE.clone(), self.negative_tokens_BTE
-        tokens_BTE[:, -1] = v_BD.to(tokens_BTE)
-        if both:
-            negative_tokens_BTE = negative_tokens_BTE.clone()
-            negative_tokens_BTE[:, -1] = v_BD.to(negative_tokens_BTE)
-        return TextCond(tokens_BTE, negative_tokens_BTE)
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: Any  # as fine-tuning needs it; sampling asks the Process
+    text_encoder_2: Any = None
+    tokenizer_2: Any = None
+    zero_empty_negative: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """Where the weights of a prior came from, and what was done with the UNet after loading."""
+class Options:
+    """How a generator is run, which are operational or numbers of the run digest, as the configuration says."""
 
-    folder: Path
-    attention: str
-    channels_last: bool
-    compile: bool
+    dtype: str = "auto"
+    vae_dtype: str = "auto"
+    attention: str = "auto"
+    channels_last: bool | str = "auto"
+    compile: bool | str = "auto"
+    guidance: str = "auto"
 
 
 class StableDiffusionPrior:
-    """UNet, autoencoder and text encoder of one pipeline folder, frozen and in eval mode.
+    """UNet, autoencoder and text encoders of one pipeline folder, frozen and in eval mode.
 
     Gradients flow through `predict`, `encode` and `decode` to their inputs; whether a graph is built is the caller's
-    decision. The autoencoder computes in float32 whatever the dtype: in float16 that of Stable Diffusion overflows.
-    No safety checker is ever loaded.
+    decision. Images are encoded in float32 whatever the dtype: in float16 the autoencoder of Stable Diffusion
+    overflows, and in bfloat16 its latents move by 0.4 %. No safety checker is ever loaded.
     """
 
     decode_needs_grad = True
 
-    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel,
-                 tokenizer: CLIPTokenizer, scheduler: Any, device: torch.device, source: _Source | None = None,
+    def __init__(self, parts: Parts, device: torch.device, process: Process | None = None,
+                 options: Options = Options(), source: Path | None = None,
                  adapter: AdapterFacts | None = None) -> None:
+        self.parts, self.options, self.source, self.adapter = parts, options, source, adapter
         self.unet, self.vae, self.text_encoder = (
-            model.to(device).eval().requires_grad_(False) for model in (unet, vae, text_encoder))
-        self.tokenizer, self.scheduler = tokenizer, scheduler
-        self.device, self.dtype = device, unet.dtype
-        self.source, self.adapter = source, adapter
-        self.space = f"vae{vae.config.latent_channels}"
-        self.vae_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self._abar = scheduler.alphas_cumprod.to(torch.float64).tolist()
-        self._shift = vae.config.get("shift_factor") or 0.0
-        self._texts: OrderedDict[str, torch.Tensor] = OrderedDict()
+            model.to(device).eval().requires_grad_(False) for model in (parts.unet, parts.vae, parts.text_encoder))
+        self.text_encoder_2 = parts.text_encoder_2 and parts.text_encoder_2.to(device).eval().requires_grad_(False)
+        self.tokenizer, self.scheduler = parts.tokenizer, parts.scheduler
+        self.device, self.dtype = device, self.unet.dtype
+        self.process = process or process_of(dict(parts.scheduler.config) | {
+            "_class_name": type(parts.scheduler).__name__}, published=parts.text_encoder_2 is None)
+        config = self.vae.config
+        self.space = f"vae{config.latent_channels}"
+        self.vae_factor = 2 ** (len(config.block_out_channels) - 1)
+        self._mean_1C11, self._std_1C11 = _moments(config, self.process.sigma_data, device)
+        self._time_cond = self.unet.config.get("time_cond_proj_dim")
+        self.guidance = options.guidance if options.guidance != "auto" else "embedded" if self._time_cond else "cfg"
+        if self.guidance == "embedded" and not self._time_cond:
+            raise ModelError("prior.guidance: embedded needs a network with guidance as an input (time_cond_proj_dim "
+                             "of unet/config.json), and this one has none; use cfg or none")
+        self.texts = self._text_encoders(parts)
+
+    def _text_encoders(self, parts: Parts) -> TextEncoders:
+        if self.text_encoder_2 is None:
+            return TextEncoders([Encoder(self.text_encoder, parts.tokenizer)])
+        return TextEncoders([Encoder(self.text_encoder, parts.tokenizer, penultimate=True),
+                             Encoder(self.text_encoder_2, parts.tokenizer_2, penultimate=True)],
+                            zero_empty_negative=parts.zero_empty_negative)
 
     @classmethod
-    def load(cls, folder: Path, *, dtype: str = "auto", device: str = "auto", attention: str = "auto",
-             channels_last: bool = False, compile: bool = False) -> StableDiffusionPrior:
+    def load(cls, folder: Path, process: Process, *, device: str = "auto", **options: Any) -> StableDiffusionPrior:
         """From a complete pipeline folder (see `load_prior`). Raises ModelError."""
-        where = choose_device(device)
-        if attention not in ATTENTIONS:
-            raise ModelError(f"attention '{attention}' is unknown; choose one of {', '.join(ATTENTIONS)}")
-        if dtype != "auto" and dtype not in DTYPES:
-            raise ModelError(f"dtype '{dtype}' is unknown; choose auto or one of {', '.join(DTYPES)}")
-        number = DTYPES.get(dtype, torch.bfloat16 if where.type == "cuda" else torch.float32)
+        where, chosen = choose_device(device), Options(**options)
+        if chosen.attention not in ATTENTIONS:
+            raise ModelError(f"attention '{chosen.attention}' is unknown; choose one of {', '.join(ATTENTIONS)}")
+        for name, said in (("dtype", chosen.dtype), ("vae_dtype", chosen.vae_dtype)):
+            if said != "auto" and said not in DTYPES:
+                raise ModelError(f"{name} '{said}' is unknown; choose auto or one of {', '.join(DTYPES)}")
         try:
             with quiet_libraries():
-                unet, vae, text_encoder, tokenizer, scheduler = _components(folder, number)
-            source = _Source(folder, attention, channels_last, compile)
-            prior = cls(unet, vae, text_encoder, tokenizer, scheduler, where, source)
+                parts = _parts(folder, _dtype(chosen.dtype, where))
+            prior = cls(parts, where, process, chosen, folder)
         except _UNLOADABLE as error:
             raise ModelError(f"{folder} cannot be loaded: {error}. Fetch or save the model again") from error
         for model in (prior.unet, prior.vae):
-            _set_up(model, source)
+            _set_up(model, chosen, where)
         return prior
 
     def with_adapter(self, folder: Path | str, *, scale: float = 1.0, fuse: bool = True,
@@ -132,15 +133,15 @@ class StableDiffusionPrior:
         """
         facts = read_adapter(folder)
         self._check_adapter(folder, facts, base_sha256)
-        unet, text_encoder, tokenizer = self.unet, self.text_encoder, self.tokenizer
+        parts = self.parts
         if facts.has_tokens:
-            tokenizer = copy.deepcopy(tokenizer)
-            text_encoder = _with_rows(text_encoder, add_class_tokens(tokenizer, len(facts.classes)),
+            tokenizer = copy.deepcopy(self.tokenizer)
+            text_encoder = _with_rows(self.text_encoder, add_class_tokens(tokenizer, len(facts.classes)),
                                       load_tokens(folder), folder)
+            parts = replace(parts, text_encoder=text_encoder, tokenizer=tokenizer)
         if facts.has_lora:
-            unet = self._unet_with_lora(folder, facts, scale, fuse)
-        return StableDiffusionPrior(unet, self.vae, text_encoder, tokenizer, self.scheduler, self.device, self.source,
-                                    facts)
+            parts = replace(parts, unet=self._unet_with_lora(folder, facts, scale, fuse))
+        return StableDiffusionPrior(parts, self.device, self.process, self.options, self.source, facts)
 
     def _check_adapter(self, folder: Path | str, facts: AdapterFacts, base_sha256: str | None) -> None:
         if self.adapter is not None:
@@ -159,7 +160,7 @@ class StableDiffusionPrior:
                         fuse: bool) -> UNet2DConditionModel:
         """A second UNet, in float32 until the LoRA is in it."""
         assert self.source is not None, "only a prior that was loaded from a folder takes a LoRA"
-        base, state = self.source.folder, load_lora(folder)
+        base, state = self.source, load_lora(folder)
         try:
             with quiet_libraries():
                 unet = _component(base, "unet", torch.float32)
@@ -175,110 +176,162 @@ class StableDiffusionPrior:
         else:
             unet.set_adapters(_LORA_NAME, weights=scale)
         torch.nn.Module.to(unet, self.dtype)  # diffusers' own warns even where it has nothing to say
-        _set_up(unet, self.source)
+        _set_up(unet, self.options, self.device)
         return unet
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the latent of one image of height x width pixels."""
         return self.vae.config.latent_channels, height // self.vae_factor, width // self.vae_factor
 
-    def embed(self, prompts: Sequence[str], negatives: Sequence[str]) -> TextCond:
-        """Hidden states of B prompts and B negatives. Each text is encoded alone, so its row does not depend on its
-        batch-mates, and kept for the next call."""
-        rows, negative_rows = ([self._text(text) for text in texts] for texts in (prompts, negatives))
-        return TextCond(torch.stack(rows), torch.stack(negative_rows))
+    def schedule(self, solver: Solver, steps: int, run: int | None = None, spacing: Spacing | None = None,
+                 latent: Sequence[int] | None = None) -> Schedule:
+        """`steps` steps over the noise process of the weights, of which the last `run` are executed (None: all)."""
+        return schedule_of(self.process, solver, steps, run, spacing, latent)
 
-    def predict(self, z_t: torch.Tensor, t: int, cond: TextCond, guidance_scale: float) -> torch.Tensor:
-        """Noise prediction eps (B, C, H, W) at timestep t, in the dtype of z_t.
+    def embed(self, prompts: Sequence[str], negatives: Sequence[str], guidance: float | Sequence[float]) -> TextCond:
+        """Hidden states of B prompts and B negatives, with the scale of guidance of all rows, or of each."""
+        return self.texts.cond(prompts, negatives, guidance)
+
+    def predict(self, z_BCHW: torch.Tensor, at: Point, cond: TextCond) -> Prediction:
+        """The clean latent and the noise (B, C, H, W) that the network sees at a point, in the dtype of z_BCHW.
 
         Classifier-free guidance (Ho and Salimans 2022, in the form uncond + scale * (cond - uncond)) runs as one
-        doubled batch; at scale 1 the unconditional half is left out. v becomes eps as sqrt(abar_t) v + sqrt(1 -
-        abar_t) z_t (Salimans and Ho 2022, appendix D).
+        doubled batch; where the scale of all rows is 1 the unconditional half is left out. A distilled network may have
+        the scale as an input, or take none.
         """
-        guided = guidance_scale != 1
-        texts = torch.cat([cond.negative_tokens_BTE, cond.tokens_BTE]) if guided else cond.tokens_BTE
-        z_in = (torch.cat([z_t, z_t]) if guided else z_t).to(self.dtype)
-        t_in = torch.full((len(z_in),), t, device=self.device)
-        out = self.unet(z_in, t_in, encoder_hidden_states=texts, return_dict=False)[0].to(z_t.dtype)
+        guided = self.guidance == "cfg" and bool((cond.guidance_B != 1).any())
+        texts, pooled = cond.tokens_BTE, cond.pooled_BP
+        if guided:
+            texts = torch.cat([cond.negative_tokens_BTE, texts])
+            if pooled is not None and cond.negative_pooled_BP is not None:
+                pooled = torch.cat([cond.negative_pooled_BP, pooled])
+        out = self._network(torch.cat([z_BCHW, z_BCHW]) if guided else z_BCHW, at, texts, pooled, cond.guidance_B)
+        out = out.to(z_BCHW.dtype)
         if guided:
             uncond, conditional = out.chunk(2)
-            out = uncond + guidance_scale * (conditional - uncond)
-        if self.scheduler.config.prediction_type == "v_prediction":
-            abar = self._abar[t]
-            out = abar**0.5 * out + (1 - abar) ** 0.5 * z_t
-        return out
+            out = uncond + cond.guidance_B.to(out)[:, None, None, None] * (conditional - uncond)
+        return prediction(self.process.kind, out, z_BCHW, at)
+
+    def _network(self, z_in: torch.Tensor, at: Point, texts: torch.Tensor, pooled: torch.Tensor | None,
+                 guidance_B: torch.Tensor) -> torch.Tensor:
+        rows, _, height, width = z_in.shape
+        more: dict[str, Any] = {}
+        if pooled is not None:  # sizes of the image before and after cropping, in float32: in bfloat16 522 px is 520
+            size = [height * self.vae_factor, width * self.vae_factor]
+            ids = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=self.device).expand(rows, 6)
+            more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
+        if self.guidance == "embedded":
+            more["timestep_cond"] = _sinusoids(guidance_B - 1, int(self._time_cond)).to(self.device, self.dtype)
+        t_B = torch.full((rows,), at.label, dtype=torch.float32, device=self.device)
+        return self.unet(z_in.to(self.dtype), t_B, encoder_hidden_states=texts, return_dict=False, **more)[0]
 
     def encode(self, x_BCHW: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1] to scaled float32 latents: the posterior mean, plus `noise` standard
-        deviations where noise of the latent's shape is given."""
+        """Images (B, 3, H, W) in [0, 1] to float32 latents of about unit variance: the posterior mean, plus `noise`
+        standard deviations where noise of the latent's shape is given."""
         posterior = self.vae.encode(x_BCHW.to(self.device, torch.float32) * 2 - 1).latent_dist
         z = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
-        return (z - self._shift) * self.vae.config.scaling_factor
+        return (z - self._mean_1C11) * self._std_1C11
 
     def decode(self, z: torch.Tensor, cond: Any = None) -> torch.Tensor:
-        """Scaled latents to float32 images (B, 3, H, W), about [0, 1], unclamped. `cond` is not used."""
-        z = z.to(self.device, torch.float32) / self.vae.config.scaling_factor + self._shift
-        return self.vae.decode(z, return_dict=False)[0] / 2 + 0.5
-
-    def _text(self, text: str) -> torch.Tensor:
-        """(T, E) hidden states of one text."""
-        if text in self._texts:
-            self._texts.move_to_end(text)
-            return self._texts[text]
-        longest = self.tokenizer.model_max_length
-        tokens = self.tokenizer(text, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
-        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
-        with torch.no_grad():
-            hidden = self.text_encoder(tokens.input_ids.to(self.device), return_dict=True,
-                                       attention_mask=tokens.attention_mask.to(self.device) if masked else None)
-        self._texts[text] = hidden.last_hidden_state[0]
-        if len(self._texts) > CACHED_TEXTS:
-            self._texts.popitem(last=False)
-        return self._texts[text]
+        """Latents to float32 images (B, 3, H, W), about [0, 1], unclamped. `cond` is not used."""
+        z = z.to(self.device, torch.float32) / self._std_1C11 + self._mean_1C11
+        return self.vae.decode(z.to(_decoder_dtype(self.vae)), return_dict=False)[0].float() / 2 + 0.5
 
 
-def _components(folder: Path, dtype: torch.dtype) -> tuple[Any, ...]:
-    """unet, vae, text_encoder, tokenizer, scheduler."""
+def _moments(config: Any, sigma_data: float, device: torch.device) -> tuple[Any, Any]:
+    """What is taken off a raw latent, and what it is then multiplied with, so that it has unit variance; numbers, or
+    tensors (1, C, 1, 1) where channels differ."""
+    scale = config.scaling_factor / sigma_data if sigma_data != 1 else config.scaling_factor
+    if config.get("latents_mean") is None:
+        return config.get("shift_factor") or 0.0, scale
+    mean, std = (torch.tensor(config[name], device=device).view(1, -1, 1, 1) for name in ("latents_mean",
+                                                                                          "latents_std"))
+    return mean, scale / std
+
+
+def _sinusoids(w_B: torch.Tensor, width: int) -> torch.Tensor:
+    """(B, width) embedding of a guidance scale less one, in thousandths (Luo et al., "Latent Consistency Models")."""
+    half = width // 2
+    rates = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    angles = 1000 * w_B[:, None] * rates
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
+
+
+def _dtype(said: str, where: torch.device) -> torch.dtype:
+    return DTYPES.get(said, torch.bfloat16 if where.type == "cuda" else torch.float32)
+
+
+def _decoder_dtype(vae: AutoencoderKL) -> torch.dtype:
+    return next(vae.decoder.parameters()).dtype
+
+
+def _parts(folder: Path, dtype: torch.dtype) -> Parts:
     import diffusers
     from transformers import CLIPTokenizer
 
+    index = read_json(folder / "model_index.json")
+    has_two = bool((index.get("text_encoder_2") or [None])[0])
     local: dict[str, Any] = {"pretrained_model_name_or_path": folder, "local_files_only": True}
-    models = [_component(folder, part, torch.float32 if part == "vae" else dtype)
-              for part in ("unet", "vae", "text_encoder")]
+    models = {part: _component(folder, part, torch.float32 if part == "vae" else dtype)
+              for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if has_two else []))}
+    tokenizers = {name: CLIPTokenizer.from_pretrained(**local, subfolder=name)
+                  for name in ("tokenizer", *(["tokenizer_2"] if has_two else []))}
     name = diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True)["_class_name"]
     kind = getattr(diffusers, name, None)
     if kind is None:
         raise ValueError(f"scheduler/scheduler_config.json names {name}, which this diffusers does not have")
-    return (*models, CLIPTokenizer.from_pretrained(**local, subfolder="tokenizer"),
-            kind.from_pretrained(**local, subfolder="scheduler"))
+    return Parts(**models, **tokenizers, scheduler=kind.from_pretrained(**local, subfolder="scheduler"),
+                 zero_empty_negative=has_two and index.get("force_zeros_for_empty_prompt", True))
 
 
 def _component(folder: Path, part: str, dtype: torch.dtype) -> Any:
-    """unet, vae or text_encoder of a pipeline folder, on the CPU."""
+    """One model of a pipeline folder, on the CPU."""
     import diffusers
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL, "text_encoder": CLIPTextModel}
+    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL, "text_encoder": CLIPTextModel,
+             "text_encoder_2": CLIPTextModelWithProjection}
     model, info = kinds[part].from_pretrained(
         folder, local_files_only=True, subfolder=part, use_safetensors=True, variant=weight_files(folder, part)[0],
-        output_loading_info=True, **{"dtype" if part == "text_encoder" else "torch_dtype": dtype})
+        output_loading_info=True, **{"dtype" if part.startswith("text") else "torch_dtype": dtype})
     # diffusers and transformers fill absent weights with random numbers and go on
     if absent := sorted(info["missing_keys"]):
         raise ValueError(f"{part} lacks {len(absent)} weights its configuration asks for, such as {absent[0]}")
     return model
 
 
-def _set_up(model: Any, source: _Source) -> None:
-    """Attention, memory format and (of the UNet) compilation as the loader of `source` was told."""
+def _set_up(model: Any, options: Options, where: torch.device) -> None:
+    """Attention, memory format, precision of the decoder and (of the UNet) compilation as the configuration says; auto
+    is what pays on the device."""
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-    if source.attention != "auto":
-        model.set_attn_processor(AttnProcessor2_0() if source.attention == "sdpa" else AttnProcessor())
-    if source.channels_last:
+    on_gpu, is_unet = where.type == "cuda", isinstance(model, UNet2DConditionModel)
+    if options.attention != "auto":
+        model.set_attn_processor(AttnProcessor2_0() if options.attention == "sdpa" else AttnProcessor())
+    if not is_unet:
+        number = _dtype(options.vae_dtype, where)
+        if number is torch.float16 and model.config.get("force_upcast", True):
+            raise ModelError("prior.vae_dtype: float16 overflows in this autoencoder (force_upcast in "
+                             "vae/config.json); use bfloat16, or name an autoencoder in prior.vae that is safe in "
+                             "float16")
+        for part in (model.decoder, model.post_quant_conv):
+            if part is not None:
+                part.to(number)
+    if options.channels_last is True or (options.channels_last == "auto" and on_gpu):
         model.to(memory_format=torch.channels_last)
-    if source.compile and isinstance(model, UNet2DConditionModel):
-        model.compile()
+    if is_unet and (options.compile is True or (options.compile == "auto" and on_gpu and _can_compile())):
+        model.compile_repeated_blocks()
+
+
+def _can_compile() -> bool:
+    """Whether torch.compile finds the compilers it calls."""
+    from importlib.util import find_spec
+
+    if find_spec("triton") and any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        return True
+    log.warning("prior.compile: auto leaves the network as it is, because this machine has no triton or no C compiler")
+    return False
 
 
 def _with_rows(text_encoder: CLIPTextModel, first: int, rows_NE: torch.Tensor, folder: Path | str) -> CLIPTextModel:

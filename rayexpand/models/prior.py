@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from rayexpand.contract.errors import ModelError
 from rayexpand.contract.protocols import Progress
-from rayexpand.diffusion.sampling import DEFAULT_SPACING, steps_run
+from rayexpand.diffusion.process import Process, Schedule, Solver
+from rayexpand.diffusion.process import schedule as schedule_of
+from rayexpand.diffusion.sampling import steps_run
 from rayexpand.models.folders import (
-    CONFIGS,
     DIGITS,
     HUB_NAME,
+    INDEX,
+    NOISE,
     PICKLES,
     WEIGHTS,
     ModelFiles,
@@ -28,43 +31,64 @@ from rayexpand.models.folders import (
     hub_snapshot,
     no_folder,
 )
+from rayexpand.models.prior_config import PriorModel
 from rayexpand.models.prior_files import CONVERT, PriorFacts, inspect_folder, missing_configs, missing_files, unusable
 
 if TYPE_CHECKING:
     from rayexpand.models.latent import StableDiffusionPrior
 
-_HUB_FILES = (*CONFIGS, "tokenizer/*.json", "tokenizer/*.txt", "*/*.safetensors.index.json",
+_HUB_CONFIGS = (INDEX, NOISE, *(f"{part}/config.json" for part in WEIGHTS))
+_HUB_FILES = (*_HUB_CONFIGS, *(f"{words}/*.{end}" for words in ("tokenizer", "tokenizer_2") for end in ("json", "txt")),
+              "*/*.safetensors.index.json",
               *(f"{part}/{stem}{end}.safetensors" for part, stem in WEIGHTS.items() for end in ("", "-*-of-*")))
 
+_DIGITS_NOISE = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+                 "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False,
+                 "prediction_type": "v_prediction"}
+GUIDED_FROM_NOISE = 4  # executed steps below which guidance at a step is worth a word
 
-DIGITS_FACTS = PriorFacts(weights=DIGITS, image_size=16, vae_factor=2, unet_factor=2, latent_channels=4,
-                          prediction_type="v_prediction", train_timesteps=1000)
 
+def load_prior(prior: str | PriorModel, *, dtype: str = "auto", device: str = "auto", attention: str = "auto",
+               channels_last: bool | str = "auto", compile: bool | str = "auto") -> StableDiffusionPrior:
+    """A generator, by its weights or with all that the section `prior` says of it, in eval mode with frozen weights.
 
-def load_prior(weights: str, *, dtype: str = "auto", device: str = "auto", attention: str = "auto",
-               channels_last: bool = False, compile: bool = False) -> StableDiffusionPrior:
-    """The generator named by `weights`, in eval mode with frozen weights.
-
-    `dtype` auto is float32 on CPU and bfloat16 on CUDA (the autoencoder is float32 always); `device` auto, cpu, cuda
-    or cuda:N; `attention` auto (what diffusers chooses), sdpa (fused) or eager (plain matrix products). `compile` is
-    for the UNet and pays on a GPU only. Raises ModelError.
+    `dtype` auto is float32 on CPU and bfloat16 on CUDA (images are encoded in float32 always); `device` auto, cpu, cuda
+    or cuda:N; `attention` auto (what diffusers chooses), sdpa (fused) or eager (plain matrix products).
+    `channels_last` and `compile` (of the repeated blocks of the UNet) auto are on where they pay, on a GPU. Raises
+    ModelError.
     """
-    folder = resolve(weights)
-    inspect_folder(folder, weights)
+    model = as_model(prior)
+    folder = resolve(model.weights)
+    process = inspect_folder(folder, model).process
     from rayexpand.models.latent import StableDiffusionPrior
 
-    return StableDiffusionPrior.load(folder, dtype=dtype, device=device, attention=attention,
-                                     channels_last=channels_last, compile=compile)
+    return StableDiffusionPrior.load(folder, process, dtype=dtype, device=device, attention=attention,
+                                     channels_last=channels_last, compile=compile, guidance=model.guidance,
+                                     vae_dtype=model.vae_dtype)
 
 
-def inspect_prior(weights: str) -> PriorFacts:
+def as_model(prior: str | PriorModel) -> PriorModel:
+    return PriorModel(weights=prior) if isinstance(prior, str) else prior
+
+
+def inspect_prior(prior: str | PriorModel) -> PriorFacts:
     """Facts from configuration files alone. On the hub only those files are fetched. Raises ModelError."""
-    if weights == DIGITS:
-        return DIGITS_FACTS
-    folder = _local_folder(weights)
+    model = as_model(prior)
+    if model.weights == DIGITS:
+        return _digits_facts(model)
+    folder = _local_folder(model.weights)
     if folder is None:
-        return inspect_folder(hub_snapshot(weights, CONFIGS, complete=missing_configs), weights)
-    return inspect_folder(folder, weights, missing_files(folder))
+        return inspect_folder(hub_snapshot(model.weights, _HUB_CONFIGS, complete=missing_configs), model)
+    return inspect_folder(folder, model, missing_files(folder))
+
+
+def _digits_facts(model: PriorModel) -> PriorFacts:
+    from rayexpand.diffusion.process import process_of
+
+    process = process_of(_DIGITS_NOISE, model.process.model_dump(), published=True)
+    return PriorFacts(weights=DIGITS, image_size=16, vae_factor=2, unet_factor=2, latent_channels=4, process=process,
+                      train_timesteps=1000, text_width=64, guidance="cfg" if model.guidance == "auto"
+                      else model.guidance)
 
 
 def check_size(facts: PriorFacts, size: int) -> None:
@@ -80,43 +104,158 @@ def check_size(facts: PriorFacts, size: int) -> None:
 
 def sampling_problems(facts: PriorFacts, method: Any) -> list[str]:
     """Where a method would not sample a generator as its own files say, or from a grid that begins without noise, one
-    line each. What a method does not say (solver, spacing, strength) is ddim, the default of the solver, and 1."""
-    problems = []
-    steps, scale = getattr(method, "steps", None), getattr(method, "guidance_scale", None)
+    line each. What a method does not say (solver, spacing, strength) is ddim, that of the weights, and 1."""
+    steps, solver = getattr(method, "steps", None), solver_of(method)
     if steps is None:
         return []  # it runs no solver
-    if facts.few_step:
-        problems.append(f"prior.weights: {facts.weights} was distilled to few steps: {facts.few_step}, which no method "
-                        "here follows. Use the model it was distilled from")
-    if facts.ends_in_noise:
+    problems = _guidance_problems(facts, method)
+    if facts.ends_in_noise and facts.process.kind == "epsilon":
         problems.append(f"prior.weights: {facts.weights} leaves no signal at the last timestep "
-                        "(rescale_betas_zero_snr, or betas that reach 1), where a noise prediction has no clean image; "
-                        "use weights trained without it")
-    said = getattr(method, "spacing", None)
-    spacing = said or DEFAULT_SPACING[getattr(method, "solver", "ddim")]
-    if said is None and facts.spacing == "trailing" != spacing:
-        remedy = ("set method.spacing: trailing (and for a model distilled to few steps, such as Turbo, "
-                  "method.guidance_scale: 1), or the spacing that you mean" if hasattr(method, "spacing")
-                  else f"{method.name} has no other grid, so use another model")
-        problems.append(f"prior.weights: the scheduler of {facts.weights} has timestep_spacing trailing, and "
-                        f"{method.name} would sample on the {spacing} grid; {remedy}")
-    if facts.turbo and scale not in (None, 1):
-        problems.append(f"method.guidance_scale: {facts.weights} is a turbo by its name, made without guidance, so "
-                        f"set method.guidance_scale: 1 instead of {scale:g}")
-    return problems + (_grid_problems(facts, method, steps) if spacing == "leading" else [])
+                        "(rescale_betas_zero_snr, or betas that reach 1), where a noise prediction has no clean image. "
+                        "Set prior.process.rescale_betas_zero_snr: false, or use weights that predict v")
+    if solver != "ddim" and facts.process.scheduler == "LCMScheduler" and facts.process.kappa == "auto":
+        problems.append(f"method.solver: {facts.weights} is a latent consistency model, which begins each step from "
+                        f"new noise, and {solver} remembers earlier steps; set method.solver: ddim")
+    spacing = facts.process.spacing_of(solver, getattr(method, "spacing", None))
+    if facts.process.frame == "edm" and spacing not in ("shipped", "karras", "exponential"):
+        problems.append(f"method.spacing: {spacing} spaces timesteps, and {facts.process.scheduler} has noise levels; "
+                        "take it out, or use karras or exponential")
+    return problems + _guided_problems(facts, method) + (
+        _grid_problems(facts, method, steps) if _is_leading(facts.process, spacing) else [])
+
+
+def _guidance_problems(facts: PriorFacts, method: Any) -> list[str]:
+    scale, said = getattr(method, "guidance_scale", None), f"method.guidance_scale: {facts.weights}"
+    if scale is None:
+        return []
+    if facts.guidance == "none":
+        return [f"{said} is sampled without guidance (prior.guidance: none), so {scale:g} has no meaning; set it to 1"
+                ] if scale not in (0, 1) else []
+    if facts.guidance == "embedded":
+        problems = [f"{said} takes the scale as an input and was trained on small ones, so {scale:g} is none of them; "
+                    "set it to at most 10"] if method.name == "gif" and scale > 10 else []
+        if getattr(method, "negative", ""):
+            problems.append(f"method.negative: {facts.weights} takes the scale of guidance as an input and reads no "
+                            "negative prompt; take it out")
+        return problems
+    if facts.turbo and scale != 1:
+        return [f"{said} is a turbo by its name, made without guidance, so set it to 1 instead of {scale:g}, or "
+                "prior.guidance: none"]
+    return [f"{said} is sampled with classifier-free guidance, where 0 leaves the prompt out; a distilled model wants 1"
+            ] if scale == 0 else []
+
+
+def _guided_problems(facts: PriorFacts, method: Any) -> list[str]:
+    """Where guidance at a step of the way has no image to work on, or no such step."""
+    if not hasattr(method, "guide_step") or getattr(method, "guidance", "") == "random":
+        return []
+    run = steps_run(method.strength, method.steps)
+    if run == 1 and method.strength == 1:
+        return ["method.steps: the one step runs from pure noise, so guidance would move noise and no image; run more "
+                "steps, or a lower strength"]
+    if method.guide_at is None:
+        return []
+    plan = schedule_of(facts.process, "ddim", method.steps, run, latent=_latent(facts))
+    first, last = plan.first.log_snr, plan.points[-2].log_snr
+    if not first <= method.guide_at <= last:
+        return [f"method.guide_at: {method.guide_at:g} is not on the way that is run, which goes from log(a/s) "
+                f"{first:.3f} to {last:.3f} at its last step; choose a value between them"]
+    if (left := plan.nearest(method.guide_at)) < method.lookahead:
+        return [f"method.guide_at: {left} steps are left at the nearest step, fewer than lookahead {method.lookahead}; "
+                "lower one of them"]
+    return []
+
+
+def _latent(facts: PriorFacts) -> tuple[int, int, int]:
+    side = facts.image_size // facts.vae_factor
+    return facts.latent_channels, side, side
+
+
+def sampling_notes(facts: PriorFacts, method: Any) -> list[str]:
+    """What a user should know of how a generator will be sampled, one line each. It builds the grid, so it imports
+    diffusers."""
+    steps = getattr(method, "steps", None)
+    if steps is None:
+        return []
+    notes = []
+    for strength, run in executed(method):
+        plan = plan_of(facts, method, run)
+        start = "pure noise" if strength is None else f"strength {strength:g}"
+        notes.append(f"{start}: {run} of {steps} steps, from log(a/s) {plan.first.log_snr:+.3f} (label "
+                     f"{plan.first.label:g}) on the {plan.spacing} grid of {facts.process.scheduler}")
+        if strength is not None and facts.few_step and run != steps:
+            notes.append(f"strength {strength:g} cuts the grid to {run} steps here; the image-to-image pipeline of LCM "
+                         f"stretches it and runs all {steps}")
+    if hasattr(method, "guide_step") and notes and min(run for _, run in executed(method)) < GUIDED_FROM_NOISE:
+        notes.append(f"fewer than {GUIDED_FROM_NOISE} steps are executed; rho, eps and guide_step are published for 50")
+    return notes
+
+
+def executed(method: Any) -> list[tuple[float | None, int]]:
+    """(strength, steps that are run) of each kind of row that a method makes; strength None: from pure noise."""
+    if starts_from_noise(method):
+        return [(None, method.steps)]
+    said = getattr(method, "strengths", None) or [getattr(method, "strength", None)]
+    return [(one, method.steps if one is None else steps_run(one, method.steps)) for one in dict.fromkeys(said)]
+
+
+def starts_from_noise(method: Any) -> bool:
+    """Whether the seed image is not looked at."""
+    variant = str(getattr(method, "variant", ""))
+    return variant.endswith("_gen") or getattr(method, "latent_prior", True) is False or not (
+        hasattr(method, "strength") or hasattr(method, "strengths"))
+
+
+def plan_of(facts: PriorFacts, method: Any, run: int) -> Schedule:
+    """The schedule of a method's rows that run so many steps."""
+    return schedule_of(facts.process, solver_of(method), method.steps, run,
+                       getattr(method, "spacing", None), _latent(facts))
+
+
+def starting_points(facts: PriorFacts, method: Any) -> dict[str, float]:
+    """log(a / s) at the start of each strength of a method that starts from images, by the strength."""
+    if getattr(method, "steps", None) is None or starts_from_noise(method):
+        return {}
+    return {f"{strength:g}": round(plan_of(facts, method, run).first.log_snr, 6)
+            for strength, run in executed(method) if strength is not None}
+
+
+def sampler_revision(facts: PriorFacts, method: Any) -> int:
+    """2 where the solvers here give other last digits than the first ones did. What is as it was: noise predictions of
+    Stable Diffusion 1.x and 2.x by first-order steps, unless a gradient runs through several of them."""
+    if getattr(method, "steps", None) is None:
+        return 1
+    process, solver = facts.process, solver_of(method)
+    as_before = (facts.family == "sd" and process.kind == "epsilon" and solver == "ddim"
+                 and process.scheduler in ("DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler")
+                 and process.fresh_noise(solver) == 0)
+    deep = getattr(method, "guidance", "") == "transform" and method.lookahead > 1
+    return 1 if as_before and not deep else 2
+
+
+def solver_of(method: Any) -> Solver:
+    found: Solver = getattr(method, "solver", "ddim")
+    return found
+
+
+def _is_leading(process: Process, spacing: str) -> bool:
+    own = process.config.get("timestep_spacing", "leading" if process.scheduler in _LEADING else "linspace")
+    return spacing == "leading" or (spacing == "shipped" and process.frame == "vp" and own == "leading"
+                                    and process.scheduler not in ("LCMScheduler", "TCDScheduler"))
+
+
+_LEADING = ("DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler", "DDPMScheduler", "DDPMParallelScheduler")
 
 
 def _grid_problems(facts: PriorFacts, method: Any, steps: int) -> list[str]:
     """Whether the leading grid, whose steps begin at the low end of each stretch, begins with noise."""
-    from_noise = "real_gen" in (variant := str(getattr(method, "variant", ""))) or "diff_gen" in variant
-    strengths = getattr(method, "strengths", None) or [getattr(method, "strength", None)]
-    least = min((one for one in strengths if one is not None), default=None)
-    run = steps if from_noise or least is None else steps_run(least, steps)
+    from_noise = starts_from_noise(method)
+    least, run = min(executed(method), key=lambda one: one[1])
     first = (run - 1) * (facts.train_timesteps // steps) + facts.steps_offset
     grid = f"method.steps: {run} of {steps} steps on the leading grid begin at timestep {first} of " \
            f"{facts.train_timesteps}"
     remedy = "Raise method.steps" + (", or set method.spacing: trailing" if hasattr(method, "spacing") else "")
-    if run < steps or (least is not None and not from_noise):
+    if not from_noise:
         return [f"{grid}, where almost no noise is added to an image, whatever its strength ({least:g}). {remedy}"
                 ] if run == 1 else []
     return [f"{grid}, where images are expected to be there already, but samples begin as pure noise. {remedy}"
@@ -139,9 +278,9 @@ def prior_model(weights: str) -> ModelFiles:
                    present=lambda: present(weights))
 
 
-def prior_hash(weights: str, progress: Progress | None = None) -> str:
+def prior_hash(prior: str | PriorModel, progress: Progress | None = None) -> str:
     """Content hash of the generator's files; trains the embedded default or downloads first where needed."""
-    return folder_hash(resolve(weights, progress))
+    return folder_hash(resolve(as_model(prior).weights, progress))
 
 
 def resolve(weights: str, progress: Progress | None = None) -> Path:

@@ -15,33 +15,42 @@ import numpy as np
 
 from rayexpand.artifacts.adapter import ADAPTER
 from rayexpand.contract.errors import ModelError
+from rayexpand.diffusion.process import LEAST_SIGNAL, Process, process_of
 from rayexpand.models.folders import (
-    CONFIGS,
+    INDEX,
+    NOISE,
     PICKLES,
     WEIGHTS,
+    configs_of,
     incomplete_message,
+    parts_of,
     read_json,
     shard_of,
     tensor_shapes,
+    tokenizers_of,
     weight_files,
 )
+from rayexpand.models.prior_config import PriorModel
 
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+SECOND = {"text_encoder_2": "CLIPTextModelWithProjection"}  # of Stable Diffusion XL
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 CONVERT = "load it once in diffusers where you trust it and call save_pretrained(folder, safe_serialization=True)"
-LEAST_SIGNAL = 1e-6  # alpha-bar below which a noise prediction has no clean image
 
-NOISE, TOKENIZER = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"
-_SUPPORTED = f"only Stable Diffusion 1.x and 2.x are supported ({', '.join(CLASSES.values())}, one text encoder)"
+_SUPPORTED = ("generators are Stable Diffusion 1.x, 2.x and XL and what was made of them: Turbo, LCM, Lightning, "
+              f"Hyper, CosXL, Playground 2 ({', '.join(CLASSES.values())}; XL has a second text encoder, "
+              f"{SECOND['text_encoder_2']})")
+_LATER = {"StableDiffusion3": "Stable Diffusion 3", "Flux": "FLUX", "PixArt": "PixArt", "Sana": "SANA"}
 _FEW_STEP = ("LCMScheduler", "TCDScheduler")
+_NOISE_LEVELS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")  # noise levels in place of timesteps
 _SCHEDULERS = (  # those of diffusers whose noise is a beta schedule over timesteps
     "DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler",
     "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler",
     "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "UniPCMultistepScheduler", *_FEW_STEP)
+    "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "UniPCMultistepScheduler", *_FEW_STEP, *_NOISE_LEVELS)
 # Inputs of a UNet that nothing here gives it, and what such a UNet is.
-_INPUTS = {"addition_embed_type": "a second text encoder and image sizes, as SDXL and its refiner",
+_INPUTS = {"addition_embed_type": "a second text encoder and image sizes, as SDXL",
            "class_embed_type": "a class or noise level, as upscalers and unCLIP",
            "num_class_embeds": "a class, as upscalers", "encoder_hid_dim_type": "image features, as IP-Adapter",
            "encoder_hid_dim": "features of another encoder"}
@@ -56,32 +65,38 @@ class PriorFacts:
     vae_factor: int  # image pixels per latent pixel, along one side
     unet_factor: int  # by which the UNet halves the latent, along one side
     latent_channels: int
-    prediction_type: str  # "epsilon" or "v_prediction"
+    process: Process
     train_timesteps: int
-    spacing: str = "leading"  # timestep_spacing of the scheduler, leading where it says none
+    family: str = "sd"  # "sd" (Stable Diffusion 1.x, 2.x) or "sdxl"
+    text_width: int = 768  # of the hidden states the network reads
+    guidance: str = "cfg"  # "cfg", "embedded" or "none"
     steps_offset: int = 1  # first timestep of the leading grid
-    few_step: str = ""  # what says that it was distilled to few steps in a way nothing here follows
+    few_step: str = ""  # what says that it was distilled to few steps
     turbo: bool = False  # whether its name says that it was distilled without guidance
     ends_in_noise: bool = False  # whether the last timestep holds no signal
+
+    @property
+    def prediction_type(self) -> str:
+        return self.process.kind
 
 
 def missing_configs(folder: Path) -> list[str]:
     """Configuration files that are not there, one line each. Raises ModelError for a folder of another kind."""
     if other := _other_kind(folder):
         raise ModelError(f"{folder} {other}")
-    return [f"{name} is missing" for name in CONFIGS if not (folder / name).is_file()]
+    return [f"{name} is missing" for name in configs_of(folder) if not (folder / name).is_file()]
 
 
 def missing_files(folder: Path) -> list[str]:
     """What keeps a folder from being loaded, one line per file. Raises ModelError for a folder of another kind."""
     problems = missing_configs(folder)
-    tokenizer = folder / "tokenizer"
-    if not (tokenizer / "tokenizer.json").is_file() and not all(
-            (tokenizer / name).is_file() for name in ("vocab.json", "merges.txt")):
-        problems.append("tokenizer/tokenizer.json (or vocab.json and merges.txt) is missing")
-    if not (folder / TOKENIZER).is_file():
-        problems.append(f"{TOKENIZER} is missing; it says how many tokens a text may have")
-    for part in WEIGHTS:
+    for tokenizer in tokenizers_of(folder):
+        if not (folder / tokenizer / "tokenizer.json").is_file() and not all(
+                (folder / tokenizer / name).is_file() for name in ("vocab.json", "merges.txt")):
+            problems.append(f"{tokenizer}/tokenizer.json (or vocab.json and merges.txt) is missing")
+        if not (folder / _words_of(tokenizer)).is_file():
+            problems.append(f"{_words_of(tokenizer)} is missing; it says how many tokens a text may have")
+    for part in parts_of(folder):
         try:
             problems += _weight_problems(folder, part)
         except ModelError as error:
@@ -89,48 +104,61 @@ def missing_files(folder: Path) -> list[str]:
     return problems
 
 
-def inspect_folder(folder: Path, weights: str, missing: Sequence[str] = ()) -> PriorFacts:
+def inspect_folder(folder: Path, prior: PriorModel, missing: Sequence[str] = ()) -> PriorFacts:
     """Facts of a folder. Raises ModelError with all that keeps it from being used, as far as configuration files and
     those beside them say; `missing`: lines that are known already."""
-    problems, read = [*missing], {}
-    for name in (one for one in CONFIGS if (folder / one).is_file()):
+    problems, read, weights = [*missing], {}, prior.weights
+    wanted = configs_of(folder)
+    for name in (one for one in wanted if (folder / one).is_file()):
         try:
             read[name] = Settings(name, read_json(folder / name), problems)
         except ModelError as error:
             problems.append(str(error))
-    if len(read) < len(CONFIGS):
+    if len(read) < len(wanted):
         raise unusable(folder, problems)
-    if other := _other_pipeline(read["model_index.json"].values):
+    if other := _other_pipeline(read[INDEX].values):
         raise ModelError(f"{folder} {other}")
     unet, vae, text = (read[f"{part}/config.json"] for part in CLASSES)
-    noise, index = read[NOISE], read["model_index.json"]
+    second = read.get("text_encoder_2/config.json")
+    noise, index = read[NOISE], read[INDEX]
     channels = vae.whole("latent_channels", 4)
-    _check_unet(unet, channels, text.whole("hidden_size", 512))
-    for name in ("latents_mean", "latents_std"):
-        if vae.values.get(name) is not None:
-            vae.refuse(f"{name}: latents are normalised by scaling_factor here and by nothing else; use another "
-                       "autoencoder")
-    _check_tokenizer(folder, text, problems)
-    prediction = _check_noise(noise)
+    widths = [one.whole("hidden_size", 512) for one in (text, second) if one is not None]
+    _check_unet(unet, channels, sum(widths), second)
+    _check_latents(vae, channels)
+    for tokenizer, encoder in zip(("tokenizer", "tokenizer_2"), (text, second), strict=True):
+        if encoder is not None:
+            _check_tokenizer(folder, tokenizer, encoder, problems)
+    process = _check_noise(noise, prior, published=second is None)
     unet_widths, vae_widths = (one.wholes("block_out_channels") for one in (unet, vae))
     problems += _wrong_shapes(folder, {
         "unet": {"conv_in.weight": (unet_widths[0], channels)},
         "vae": {"decoder.conv_in.weight": (vae_widths[-1], channels)},
-        "text_encoder": {"embeddings.token_embedding.weight": (text.whole("vocab_size", 49408),
-                                                                 text.whole("hidden_size", 512))}})
+        **{part: {"embeddings.token_embedding.weight": (one.whole("vocab_size", 49408), one.whole("hidden_size", 512))}
+           for part, one in (("text_encoder", text), ("text_encoder_2", second)) if one is not None}})
+    embedded = unet.values.get("time_cond_proj_dim") is not None
+    if prior.guidance == "embedded" and not embedded:
+        problems.append("prior.guidance: embedded needs a network with the scale as an input (time_cond_proj_dim of "
+                        "unet/config.json), and this one has none; use cfg or none")
+    elif embedded and prior.guidance in ("cfg", "none"):
+        problems.append(f"prior.guidance: {prior.guidance} leaves out an input of this network, the scale of guidance "
+                        "(time_cond_proj_dim of unet/config.json); use auto or embedded")
     facts = PriorFacts(
         weights=f"{weights.split('@')[0]}@{folder.name}" if folder.parent.name == "snapshots" else weights,
         image_size=_trained_size(unet, vae, 2 ** (len(vae_widths) - 1)), vae_factor=2 ** (len(vae_widths) - 1),
-        unet_factor=2 ** (len(unet_widths) - 1), latent_channels=channels, prediction_type=prediction,
-        train_timesteps=noise.whole("num_train_timesteps", 1000),
-        spacing=str(noise.values.get("timestep_spacing", "leading")), steps_offset=noise.whole("steps_offset", 0, 0),
-        few_step=_few_step(unet, noise),
+        unet_factor=2 ** (len(unet_widths) - 1), latent_channels=channels, process=process,
+        train_timesteps=noise.whole("num_train_timesteps", 1000), family="sd" if second is None else "sdxl",
+        text_width=sum(widths), guidance="embedded" if embedded else "none" if prior.guidance == "none" else "cfg",
+        steps_offset=noise.whole("steps_offset", 0, 0), few_step=_few_step(unet, noise),
         turbo=any("turbo" in _own_name(one) for one in (weights, str(folder), index.values.get("_name_or_path"),
                                                         unet.values.get("_name_or_path"))),
-        ends_in_noise=_last_signal(noise) < LEAST_SIGNAL)
+        ends_in_noise=process.frame == "vp" and _last_signal(Settings(NOISE, process.config, problems)) < LEAST_SIGNAL)
     if problems:
         raise unusable(folder, problems)
     return facts
+
+
+def _words_of(tokenizer: str) -> str:
+    return f"{tokenizer}/tokenizer_config.json"
 
 
 def _own_name(path: object) -> str:
@@ -174,29 +202,69 @@ class Settings:
         return found
 
 
-def _check_unet(unet: Settings, channels: int, width: int) -> None:
+def _check_unet(unet: Settings, channels: int, width: int, second: Settings | None) -> None:
+    """`width`: of the hidden states of all text encoders; `second`: the configuration of XL's second one."""
+    inputs = unet.whole("in_channels", 4)
     for name, what in _INPUTS.items():
-        if (found := unet.values.get(name)) is not None:
+        found = unet.values.get(name)
+        if name == "addition_embed_type" and second is not None:
+            _check_added(unet, second)
+        elif found is not None:
             unet.refuse(f"{name} {found!r} says that the UNet needs {what}; we have none. Use the base model")
-    if (inputs := unet.whole("in_channels", 4)) != channels:
-        unet.refuse(f"the UNet takes {inputs} channels but the autoencoder makes {channels}; inpainting and "
-                    "image-editing variants need inputs we do not have, use the base model")
+    if inputs == 2 * channels:
+        unet.refuse(f"the UNet takes {inputs} channels, the latent and the seed image beside it, as InstructPix2Pix "
+                    "and CosXL-edit: such a model starts from noise, follows three guidances and knows no strength, so it "
+                    "is no image to image here. Use the base model")
+    elif inputs == 2 * channels + 1:
+        unet.refuse(f"the UNet takes {inputs} channels, as inpainting models: with nothing masked it does nothing that "
+                    "its base model does not. Use the base model")
+    elif inputs != channels:
+        unet.refuse(f"the UNet takes {inputs} channels but the autoencoder makes {channels}; variants with more inputs "
+                    "(depth, upscalers) are not supported, use the base model")
     if (outputs := unet.whole("out_channels", 4)) != channels:
         unet.refuse(f"out_channels {outputs} is not that of the latent ({channels}); models that also predict a "
                     "variance are not supported")
     found = unet.values.get("cross_attention_dim", 1280)
     if any(one != width for one in (found if isinstance(found, list) else [found])):
-        unet.refuse(f"cross_attention_dim {found} is not the hidden_size {width} of text_encoder/config.json; UNet and "
+        of = "the hidden_size" if second is None else "the hidden_size of both text encoders together,"
+        unet.refuse(f"cross_attention_dim {found} is not {of} {width} of text_encoder/config.json; UNet and "
                     "text encoder are of two models")
 
 
-def _check_tokenizer(folder: Path, text: Settings, problems: list[str]) -> None:
+def _check_added(unet: Settings, second: Settings) -> None:
+    """Whether sizes and the pooled text of XL have the width the UNet reads."""
+    if (found := unet.values.get("addition_embed_type")) != "text_time":
+        unet.refuse(f"addition_embed_type {found!r}: with two text encoders text_time is expected, as in Stable "
+                    "Diffusion XL; use the base model")
+        return
+    each, pooled = unet.whole("addition_time_embed_dim", 256), second.whole("projection_dim", 1280)
+    reads = unet.whole("projection_class_embeddings_input_dim", 2816)
+    if reads == 5 * each + pooled:
+        unet.refuse(f"projection_class_embeddings_input_dim {reads} is that of five numbers beside the text, as the "
+                    "SDXL refiner, which continues another model's images. Use the base model")
+    elif reads != 6 * each + pooled:
+        unet.refuse(f"projection_class_embeddings_input_dim {reads} is not 6 x addition_time_embed_dim {each} + "
+                    f"projection_dim {pooled} of text_encoder_2/config.json; UNet and text encoder are of two models")
+
+
+def _check_latents(vae: Settings, channels: int) -> None:
+    """latents_mean and latents_std, where there are any, are a number for each channel."""
+    said = {name: vae.values.get(name) for name in ("latents_mean", "latents_std")}
+    if all(one is None for one in said.values()):
+        return
+    for name, found in said.items():
+        if not isinstance(found, list) or len(found) != channels or not all(
+                isinstance(one, (int, float)) and not isinstance(one, bool) and math.isfinite(one) for one in found):
+            vae.refuse(f"{name}: expected a number for each of the {channels} channels of the latent, got {found!r}")
+
+
+def _check_tokenizer(folder: Path, tokenizer: str, text: Settings, problems: list[str]) -> None:
     """Whether texts and words that the tokenizer makes are those of the text encoder."""
-    if not (folder / TOKENIZER).is_file():
+    if not (folder / _words_of(tokenizer)).is_file():
         return  # not downloaded yet
     try:
-        words = Settings(TOKENIZER, read_json(folder / TOKENIZER), problems)
-        listed = _vocabulary(folder)
+        words = Settings(_words_of(tokenizer), read_json(folder / _words_of(tokenizer)), problems)
+        listed = _vocabulary(folder / tokenizer)
     except ModelError as error:
         problems.append(str(error))
         return
@@ -212,30 +280,39 @@ def _check_tokenizer(folder: Path, text: Settings, problems: list[str]) -> None:
                     "models")
 
 
-def _vocabulary(folder: Path) -> int:
+def _vocabulary(tokenizer: Path) -> int:
     """Words of the tokenizer without those added later. Raises ModelError."""
-    if (folder / "tokenizer/tokenizer.json").is_file():
-        file = folder / "tokenizer/tokenizer.json"
+    if (tokenizer / "tokenizer.json").is_file():
+        file = tokenizer / "tokenizer.json"
         model = read_json(file).get("model")
         listed = model.get("vocab") if isinstance(model, dict) else None
     else:
-        file = folder / "tokenizer/vocab.json"
+        file = tokenizer / "vocab.json"
         listed = read_json(file) if file.is_file() else {}
     if not isinstance(listed, dict):
         raise ModelError(f"{file} holds no vocabulary; fetch or save the model again")
     return len(listed)
 
 
-def _check_noise(noise: Settings) -> str:
-    """The prediction type."""
-    prediction = noise.values.get("prediction_type", "epsilon")
-    if prediction not in PREDICTION_TYPES:
-        noise.refuse(f"prediction_type '{prediction}' is not supported; use a model that predicts one of "
+def _check_noise(noise: Settings, prior: PriorModel, *, published: bool) -> Process:
+    said = prior.process.prediction_type or noise.values.get("prediction_type", "epsilon")
+    if said not in PREDICTION_TYPES:
+        noise.refuse(f"prediction_type '{said}' is not supported; use a model that predicts one of "
                      f"{', '.join(PREDICTION_TYPES)}")
     if (name := noise.values.get("_class_name")) not in _SCHEDULERS:
-        noise.refuse(f"{name} is no noise process over a beta schedule; only diffusion models such as Stable Diffusion "
-                     "1.x and 2.x can be sampled")
-    return str(prediction)
+        noise.refuse(f"{name} is no noise process that this network can be sampled with; known are beta schedules and "
+                     "EDM's noise levels")
+    overrides = prior.process.model_dump()
+    named = [one for one in ("sigma_min", "sigma_max", "sigma_data") if overrides[one] is not None]
+    if named and name not in _NOISE_LEVELS:
+        noise.problems.append(f"prior.process.{named[0]}: {name} has timesteps and no such noise level; take it out")
+    if overrides["shift"] is not None:
+        noise.problems.append(f"prior.process.shift: is of flows, and {name} is none; take it out")
+    if overrides["rescale_betas_zero_snr"] is not None and name in _NOISE_LEVELS:
+        noise.problems.append(f"prior.process.rescale_betas_zero_snr: {name} has no betas; take it out")
+    known = said if said in PREDICTION_TYPES else "epsilon"
+    return process_of({**noise.values, "prediction_type": known}, {**overrides, "prediction_type": known},
+                      published=published)
 
 
 def _few_step(unet: Settings, noise: Settings) -> str:
@@ -352,8 +429,15 @@ def _other_kind(folder: Path) -> str:
 def _other_pipeline(index: Mapping[str, Any]) -> str:
     """What a pipeline is that is not ours, by its model_index.json; "" for Stable Diffusion."""
     parts = {name: one[1] for name, one in index.items() if isinstance(one, list) and len(one) == 2 and one[1]}
-    if {part: parts.get(part) for part in CLASSES} == CLASSES and "text_encoder_2" not in parts:
+    second = {part: one for part, one in parts.items() if part in SECOND}
+    if {part: parts.get(part) for part in CLASSES} == CLASSES and second in ({}, SECOND):
         return ""
+    name = str(index.get("_class_name"))
+    if later := [what for start, what in _LATER.items() if name.startswith(start)]:
+        return f"is a {name}: {later[0]} is not supported yet; {_SUPPORTED}"
+    if "text_encoder_2" in parts and "text_encoder" not in parts and "unet" in parts:
+        return (f"is a {name} without a first text encoder, as the SDXL refiner, which continues another model's "
+                "images. Use the base model")
     shown = {name: one for name, one in parts.items()
              if name in CLASSES or name.startswith(("text_encoder", "transformer", "prior"))}
     return (f"is a {index.get('_class_name')} with "

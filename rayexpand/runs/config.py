@@ -21,6 +21,7 @@ from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.seeds.source import wanted_ids
 from rayexpand.methods import load_method, method_class
+from rayexpand.models.prior_config import PriorModel
 
 IMAGE_BYTES = 1 << 30  # runtime.image_bytes
 
@@ -46,15 +47,16 @@ class ImageConfig(Section):
         return self
 
 
-class PriorConfig(Section):
-    weights: str = Field("digits", description="'digits' (embedded; the default for source digits only), a diffusers "
-                         "folder, or org/name@revision")
+class PriorConfig(PriorModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on CPU, bfloat16 on GPU")
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
     attention: Literal["auto", "sdpa", "eager"] = Field("auto", description="attention implementation of the UNet")
-    channels_last: bool = Field(False, description="channels-last memory format")
-    compile: bool = Field(False, description="torch.compile the UNet; minutes of warm-up, worth it on a GPU only")
+    channels_last: bool | Literal["auto"] = Field("auto", description="channels-last memory format of UNet and "
+                                                  "autoencoder; auto: on GPU")
+    compile: bool | Literal["auto"] = Field("auto", description="torch.compile the repeated blocks of the UNet; "
+                                            "minutes of warm-up, so it is worth it on a GPU only; auto: there, where a "
+                                            "C compiler is found")
     adapter: Literal["fused", "unfused"] = Field("fused", description="LoRA of an adapter: added to the weights once, "
                                                  "in float32, or kept beside them")
 

@@ -459,7 +459,7 @@ class Expander:
         """Side of the square the sampler sees; None where every image keeps its own size."""
         if "prior" not in self.config.needs:
             return self.config.image.size
-        return self.config.image.size or inspect_prior(self.config.prior.weights).image_size
+        return self.config.image.size or inspect_prior(self.config.prior).image_size
 
     def _decode(self, seed: Seed) -> Decoded:
         data = self.config.data

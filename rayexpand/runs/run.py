@@ -36,7 +36,15 @@ from rayexpand.contract.schema import SEED_REASONS, Reason, Receipt
 from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import differences, digest, override
 from rayexpand.data import seeds
-from rayexpand.models.prior import check_size, inspect_prior, prior_hash, resolve, sampling_problems
+from rayexpand.models.prior import (
+    check_size,
+    inspect_prior,
+    prior_hash,
+    resolve,
+    sampler_revision,
+    sampling_problems,
+    starting_points,
+)
 from rayexpand.models.prior_files import PriorFacts
 from rayexpand.runs.blame import Blame, forget_unexplained
 from rayexpand.runs.config import RunConfig, ids_sha256, parse, resolved, semantic, unnamed
@@ -67,6 +75,8 @@ log = logging.getLogger(__name__)
 WAVE = 20_000  # shards handed out before pending() is asked again
 BARREN_WAVES = 3  # waves without a commit before the run gives up for now
 ROLL_UP_EVERY = 500  # commits after which their receipts become one file
+STARTS = "log_snr_at_start"  # in run.json: log(a / s) of the point that images are noised to, by strength
+SAMPLER = "sampler"  # in the models of run.json: which solvers made the samples, where it is not the first ones
 FAULTS_IN_A_ROW = 3  # environment faults of one process before it stops taking shards
 
 Job = tuple[int, int]  # shard id, generation
@@ -86,6 +96,16 @@ class Run:
     def folder(self) -> Path | str:
         """Where the run lies: a path, or the URL of an object store."""
         return self.files.root
+
+    @property
+    def sampling(self) -> RunConfig:
+        """The configuration that samplers work by. What was begun before the decoder had a precision of its own goes on
+        as it began, on a GPU too."""
+        if "prior" not in self.facts["models"] or STARTS in self.facts:
+            return self.config
+        begun = self.facts["config"]["prior"]
+        as_it_was = {"vae_dtype": "float32", **{name: begun[name] for name in ("channels_last", "compile")}}
+        return self.config.model_copy(update={"prior": self.config.prior.model_copy(update=as_it_was)})
 
     def totals(self) -> Totals:
         return totals(self.plan.planned, self.store.receipts())
@@ -107,7 +127,7 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
                      for problem in unnamed(f"{name}.weights", getattr(config, name), config.data)]
     if "prior" in needs:
         try:
-            facts = inspect_prior(config.prior.weights)
+            facts = inspect_prior(config.prior)
         except ModelError as error:
             problems.append(f"prior.weights: {error}")
         else:
@@ -212,6 +232,8 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
         if "adapter" in models:
             check_base(config, models["prior"])
         facts = {**_facts(config, plan, models), "dataset": dataset}
+        if "prior" in models:
+            facts[STARTS] = starting_points(inspect_prior(config.prior), config.method)
         if "prior" in models and (found := cut_prompts(plan, config, resolve(config.prior.weights))) and found.cut:
             facts["cut_prompts"] = found.to_json()
         write_plan(plan, files, facts["plan"])
@@ -281,7 +303,7 @@ def expander_of(run: Run, attempt: int, load: Callable[[], Tools] | None = None,
     """An Expander of this process for an attempt that has begun."""
     blame = Blame(run.files, process_token(), attempt)
     blame.sweep()
-    return Expander(run.config, run.plan, run.store, blame, load=load, on_rows=on_rows)
+    return Expander(run.sampling, run.plan, run.store, blame, load=load, on_rows=on_rows)
 
 
 def in_process(expander: Expander) -> ExpandWave:
@@ -406,7 +428,9 @@ def model_hashes(config: RunConfig, on_model: Callable[[str, int, int], None] | 
     needs = config.needs
     hashes = {}
     if "prior" in needs:
-        hashes["prior"] = prior_hash(config.prior.weights, on_model)
+        hashes["prior"] = prior_hash(config.prior, on_model)
+        if (revision := sampler_revision(inspect_prior(config.prior), config.method)) > 1:
+            hashes[SAMPLER] = str(revision)
     if fitted:
         return hashes
     if "guide" in needs:
@@ -439,9 +463,12 @@ def _open(config: RunConfig, files: Files, models: dict[str, str], plan: Plan | 
     if (said := facts.get("captions_sha256")) and (said_now := captions_sha256(config) or said) != said:
         changed.append(f"artifacts.captions: {said!r} -> {said_now!r}")
     if changed:
+        last = "Set it back, or give this run another `name`."
+        if any(line.startswith(f"models.{SAMPLER}") for line in changed):
+            last = ("It was begun with solvers that gave other last digits of such samples: finish it with rayexpand "
+                    f"{facts['version']}, which began it, or give this run another `name`. It can be read as before.")
         raise DigestMismatch("\n  ".join([f"{files.root} holds another run; continuing would mix two datasets. What "
-                                          "differs (there -> here):", *changed,
-                                          "Set it back, or give this run another `name`."]))
+                                          "differs (there -> here):", *changed, last]))
     return Run(config, files, Store(files, facts["run_digest"]), plan or _read_plan(config, files, facts), facts)
 
 

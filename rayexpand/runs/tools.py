@@ -22,11 +22,12 @@ def load_tools(config: RunConfig, classes: ClassTable, *, prior: Any = None, gui
 
         torch.set_num_threads(config.runtime.torch_threads)
     if "prior" in needs and prior is None:
-        prior = load_prior(**config.prior.model_dump(exclude={"adapter"}))
+        how = ("dtype", "device", "attention", "channels_last", "compile")
+        prior = load_prior(config.prior, **{name: getattr(config.prior, name) for name in how})
         if "adapter" in needs:
             prior = prior.with_adapter(
                 artifact_folder(config, "adapter"), scale=getattr(config.method, "lora_scale", 1.0),
-                fuse=config.prior.adapter == "fused", base_sha256=prior_hash(config.prior.weights))
+                fuse=config.prior.adapter == "fused", base_sha256=prior_hash(config.prior))
     if "guide" in needs and guide is None:
         from rayexpand.models.guides import load_guide
 
@@ -51,8 +52,12 @@ def stack_fingerprint(config: RunConfig) -> dict[str, str]:
               "torch_threads": str(config.runtime.torch_threads)}
     if "prior" in config.needs:
         on_gpu = config.prior.device.startswith("cuda") or (config.prior.device == "auto" and torch.cuda.is_available())
+        half = "bfloat16" if on_gpu else "float32"
         facts |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu",
-                  "dtype": {"auto": "bfloat16" if on_gpu else "float32"}.get(config.prior.dtype, config.prior.dtype),
-                  "attention": config.prior.attention, "compile": str(config.prior.compile),
-                  "channels_last": str(config.prior.channels_last)}
+                  "dtype": {"auto": half}.get(config.prior.dtype, config.prior.dtype),
+                  "attention": config.prior.attention,
+                  **{name: str(on_gpu if said == "auto" else said) for name, said in (
+                      ("compile", config.prior.compile), ("channels_last", config.prior.channels_last))}}
+        if (decoded := {"auto": half}.get(config.prior.vae_dtype, config.prior.vae_dtype)) != "float32":
+            facts["vae_dtype"] = decoded
     return facts

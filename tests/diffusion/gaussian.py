@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
+from rayexpand.diffusion.process import Point, Prediction, Process, Schedule, prediction, process_of, schedule
+
 STABLE_DIFFUSION = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
                     "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False}
 
@@ -16,6 +18,11 @@ STABLE_DIFFUSION = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_en
 def sd_scheduler(**changes: Any) -> DDIMScheduler:
     """The scheduler Stable Diffusion 1.x was shipped with, or one that differs in `changes`."""
     return DDIMScheduler(**{**STABLE_DIFFUSION, "clip_sample": False, **changes})
+
+
+def process_in(scheduler: Any) -> Process:
+    """The noise process of a diffusers scheduler, as weights of Stable Diffusion 1.x would have it."""
+    return process_of({**scheduler.config, "_class_name": type(scheduler).__name__}, published=True)
 
 
 @dataclass
@@ -45,8 +52,12 @@ class GaussianPrior:
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return 3, height, width
 
-    def embed(self, prompts: Sequence[str], negatives: Sequence[str]) -> FakeCond:
-        return FakeCond(torch.tensor([float(len(p)) for p in prompts]).reshape(-1, 1, 1))
+    def schedule(self, solver: Any, steps: int, run: int | None = None, spacing: Any = None,
+                 latent: Any = None) -> Schedule:
+        return schedule(process_in(self.scheduler), solver, steps, run, spacing, latent)
+
+    def embed(self, prompts: Sequence[str], negatives: Sequence[str], guidance: float) -> FakeCond:
+        return FakeCond((guidance != 0) * torch.tensor([float(len(p)) for p in prompts]).reshape(-1, 1, 1))
 
     def encode(self, x_BCHW: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         return x_BCHW if noise is None else x_BCHW + 0.01 * noise
@@ -54,8 +65,8 @@ class GaussianPrior:
     def decode(self, z: torch.Tensor, cond: Any = None) -> torch.Tensor:
         return z
 
-    def predict(self, z_t: torch.Tensor, t: int, cond: FakeCond, guidance_scale: float) -> torch.Tensor:
-        self.timesteps.append(t)
-        abar = float(self.scheduler.alphas_cumprod[t])
-        mean_B111 = self.mean + (guidance_scale != 0) * cond.tokens_BTE[..., None]
-        return (1 - abar) ** 0.5 * (z_t - abar**0.5 * mean_B111) / (abar * self.std**2 + 1 - abar)
+    def predict(self, z_BCHW: torch.Tensor, at: Point, cond: FakeCond) -> Prediction:
+        self.timesteps.append(int(at.label))
+        mean_B111 = self.mean + cond.tokens_BTE[..., None]
+        noise = at.s * (z_BCHW - at.a * mean_B111) / (at.a**2 * self.std**2 + at.s**2)
+        return prediction("epsilon", noise, z_BCHW, at)

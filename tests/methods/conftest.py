@@ -9,10 +9,12 @@ import torch
 from rayexpand.contract.protocols import Tools
 from rayexpand.contract.rng import RowRng
 from rayexpand.contract.schema import ClassTable
+from rayexpand.diffusion.process import prediction, schedule
 from rayexpand.diffusion.prototypes import fit_prototypes
 from rayexpand.models.guides import load_guide
-from rayexpand.models.latent import TextCond
+from rayexpand.models.texts import TextCond
 from rayexpand.models.prior import load_prior
+from tests.diffusion.gaussian import process_in
 from tests.tiny import tiny_clip, tiny_pipeline
 
 CLASSES = ClassTable.of(["3", "7", "boot"], ["three", "seven", "rain_boot"], [5, 4, 2], ["digit", "digit", "shoe"],
@@ -45,10 +47,13 @@ class SmallestPrior:
     def latent_shape(self, height, width):
         return 3, height // 2, width // 2
 
-    def embed(self, prompts, negatives):
+    def schedule(self, solver, steps, run=None, spacing=None, latent=None):
+        return schedule(process_in(self.scheduler), solver, steps, run, spacing, latent)
+
+    def embed(self, prompts, negatives, guidance):
         tokens, negative_tokens = (torch.from_numpy(np.stack([
             RowRng(0, "test", text, 0).normals("text", (4, 16)) for text in texts])) for texts in (prompts, negatives))
-        return TextCond(tokens, negative_tokens)
+        return TextCond(tokens, negative_tokens, torch.full((len(tokens),), float(guidance)))
 
     def encode(self, x, noise):
         mean = torch.nn.functional.avg_pool2d(x, 2) * 2 - 1
@@ -57,10 +62,10 @@ class SmallestPrior:
     def decode(self, z, cond=None):
         return torch.sigmoid(torch.nn.functional.interpolate(z, scale_factor=2.0))  # neither black nor white
 
-    def predict(self, z_t, t, cond, guidance_scale):
-        texts_BTE = torch.lerp(cond.negative_tokens_BTE, cond.tokens_BTE, guidance_scale)
-        told_B111 = z_t.mean((1, 2, 3), keepdim=True) + texts_BTE.mean((1, 2))[:, None, None, None]
-        return torch.sin(z_t + 0.001 * t) + 0.1 * told_B111
+    def predict(self, z_BCHW, at, cond):
+        texts_BTE = torch.lerp(cond.negative_tokens_BTE, cond.tokens_BTE, cond.guidance_B[:, None, None])
+        told_B111 = z_BCHW.mean((1, 2, 3), keepdim=True) + texts_BTE.mean((1, 2))[:, None, None, None]
+        return prediction("epsilon", torch.sin(z_BCHW + 0.001 * at.label) + 0.1 * told_B111, z_BCHW, at)
 
 
 class SeedFeatures:

@@ -189,10 +189,10 @@ class Poisoned:
     def __getattr__(self, name):
         return getattr(self._prior, name)
 
-    def predict(self, z_t, t, cond, guidance_scale):
-        eps = self._prior.predict(z_t, t, cond, guidance_scale).clone()
-        eps[self._slot] = float("nan")
-        return eps
+    def predict(self, z_BCHW, at, cond):
+        p = self._prior.predict(z_BCHW, at, cond)
+        p.clean[self._slot] = float("nan")
+        return p
 
 
 def test_a_failed_slot_is_named_and_its_mates_keep_their_bytes(method, tools):
