@@ -74,6 +74,14 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family of generators by its name in tests/models/families.py, written when it is first asked."""
+    from tests.models import families
+
+    return families.at_once(tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="session")
 def object_store_server() -> Iterator[Server]:
     from tests.s3server import Server
 

@@ -51,11 +51,12 @@ class Checked(Result):
     config: dict[str, Any]
     problems: list[str]
     dataset: dict[str, Any] | None = None  # see data.seeds.survey; None where it cannot be listed
+    notes: list[str] = field(default_factory=list)  # how the generator of a run will be sampled
 
     def table(self) -> Table:
         from rayexpand.data.seeds import survey_lines
 
-        rows: list[tuple[str, ...]] = [*survey_lines(self.dataset or {})]
+        rows: list[tuple[str, ...]] = [*survey_lines(self.dataset or {}), *(("sampling", one) for one in self.notes)]
         rows += [("problem", one) for one in self.problems]
         return (self.kind, str(self.config.get("name", ""))), rows
 

@@ -23,6 +23,7 @@ torch and diffusers are imported where they are used: methods import this module
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -295,10 +296,8 @@ def _end(process: Process, solver: Solver, spacing: Spacing) -> Point:
     (set_alpha_to_one: false of Stable Diffusion)."""
     if spacing != "shipped" and solver != "ddim":
         return CLEAN
-    own = _scheduler(process.scheduler, process.config)
-    if own.config.get("set_alpha_to_one", True):
-        return CLEAN
-    abar = float(np.asarray(own.alphas_cumprod, np.float64)[0])
+    own = _scheduler(process.scheduler, process.config)  # Euler's file may hold set_alpha_to_one too, and ignores it
+    abar = float(getattr(own, "final_alpha_cumprod", 1.0))
     return Point(abar**0.5, (1 - abar) ** 0.5, 0.0)
 
 
@@ -369,4 +368,5 @@ def _scheduler(name: str, config: Mapping[str, Any]) -> Any:
     made = getattr(diffusers, name, None)
     if made is None:
         raise ModelError(f"scheduler/scheduler_config.json names {name}, which this diffusers does not have")
-    return made.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+    known = inspect.signature(made.__init__).parameters  # files hold what other classes read too
+    return made.from_config({key: value for key, value in config.items() if key in known})

@@ -183,7 +183,7 @@ def sampling_notes(facts: PriorFacts, method: Any) -> list[str]:
         start = "pure noise" if strength is None else f"strength {strength:g}"
         notes.append(f"{start}: {run} of {steps} steps, from log(a/s) {plan.first.log_snr:+.3f} (label "
                      f"{plan.first.label:g}) on the {plan.spacing} grid of {facts.process.scheduler}")
-        if strength is not None and facts.few_step and run != steps:
+        if strength is not None and facts.process.scheduler == "LCMScheduler" and run != steps:
             notes.append(f"strength {strength:g} cuts the grid to {run} steps here; the image-to-image pipeline of LCM "
                          f"stretches it and runs all {steps}")
     if hasattr(method, "guide_step") and notes and min(run for _, run in executed(method)) < GUIDED_FROM_NOISE:

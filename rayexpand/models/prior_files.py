@@ -131,7 +131,7 @@ def inspect_folder(folder: Path, prior: PriorModel, missing: Sequence[str] = ())
     process = _check_noise(noise, prior, published=second is None)
     unet_widths, vae_widths = (one.wholes("block_out_channels") for one in (unet, vae))
     problems += _wrong_shapes(folder, {
-        "unet": {"conv_in.weight": (unet_widths[0], channels)},
+        "unet": {"conv_in.weight": (unet_widths[0], unet.whole("in_channels", 4))},
         "vae": {"decoder.conv_in.weight": (vae_widths[-1], channels)},
         **{part: {"embeddings.token_embedding.weight": (one.whole("vocab_size", 49408), one.whole("hidden_size", 512))}
            for part, one in (("text_encoder", text), ("text_encoder_2", second)) if one is not None}})
@@ -213,8 +213,8 @@ def _check_unet(unet: Settings, channels: int, width: int, second: Settings | No
             unet.refuse(f"{name} {found!r} says that the UNet needs {what}; we have none. Use the base model")
     if inputs == 2 * channels:
         unet.refuse(f"the UNet takes {inputs} channels, the latent and the seed image beside it, as InstructPix2Pix "
-                    "and CosXL-edit: such a model starts from noise, follows three guidances and knows no strength, so it "
-                    "is no image to image here. Use the base model")
+                    "and CosXL-edit: such a model starts from noise, follows three guidances and knows no strength, so "
+                    "it is no image to image here. Use the base model")
     elif inputs == 2 * channels + 1:
         unet.refuse(f"the UNet takes {inputs} channels, as inpainting models: with nothing masked it does nothing that "
                     "its base model does not. Use the base model")

@@ -42,6 +42,7 @@ from rayexpand.models.prior import (
     prior_hash,
     resolve,
     sampler_revision,
+    sampling_notes,
     sampling_problems,
     starting_points,
 )
@@ -144,6 +145,11 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
 
         problems += [f"prior.device: {one}" for one in absent_device(config.prior.device)]
     return problems + _out_problems(config)
+
+
+def sampling_of(config: RunConfig) -> list[str]:
+    """How the generator will be sampled, one line each; it imports diffusers where there is one."""
+    return sampling_notes(inspect_prior(config.prior), config.method) if "prior" in config.needs else []
 
 
 def _class_problems(config: RunConfig) -> list[str]:

@@ -235,5 +235,5 @@ def test_no_damage_of_thousands_goes_unnoticed(image_folder: Path, tmp_path: Pat
     works = made((run_work, study_work, sweep_work, fit_work), image_folder, tmp_path_factory)
     counts, wrong = run_all(works, cases(works, 24), tmp_path)
     with capsys.disabled():
-        print(f"\n{sum(counts.values())} cases\n{table(counts)}")
+        print(f"\n{sum(counts.values())} cases\n{table(counts)}", *wrong, sep="\n")
     assert wrong == []
