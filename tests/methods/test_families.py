@@ -3,7 +3,6 @@ latent leaves the plain method's bytes. Gradients of the guided methods against 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -47,8 +46,8 @@ def method_for(name: str, family: str, **changes: Any) -> Method:
 
 
 @pytest.fixture(scope="module", params=SAMPLED)
-def family(request: pytest.FixtureRequest, family_folder: Any) -> Iterator[tuple[str, StableDiffusionPrior]]:
-    yield request.param, load_prior(str(family_folder(request.param)), device="cpu")
+def family(request: pytest.FixtureRequest, family_folder: Any) -> tuple[str, StableDiffusionPrior]:
+    return request.param, load_prior(str(family_folder(request.param)), device="cpu")
 
 
 def images_of(method: Method, batch: Batch, tools: Tools) -> list[np.ndarray]:
