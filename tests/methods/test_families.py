@@ -36,7 +36,7 @@ METHODS = [name for name in names() if name not in (*NEEDS_TOKENS, *NO_PRIOR)]
 def method_for(name: str, family: str, **changes: Any) -> Method:
     known = method_class(name).model_fields
     scale = 1.0 if family in DISTILLED else 4.0
-    own = {"prompt": "a photo of a {name}"} if name == "realfake" else {}
+    own = {"prompt": "a photo of a {name}"} if name in ("realfake", "realguidance", "diffmix") else {}
     chosen = {**SETTINGS, "guidance_scale": scale, **own, **changes}
     if name == "realguidance":
         chosen["solver"] = "ddim" if family == "lcm" else "dpmpp_2m"
