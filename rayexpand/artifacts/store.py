@@ -133,8 +133,8 @@ def _timed(make: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, An
 def _known(folder: Path, identity: str) -> Path:
     facts = read_facts(folder)
     if facts.get("digest") != identity:
-        raise StorageError(f"out: {folder} holds another artifact whose digest begins alike, or was changed by hand; "
-                           "move it away and run the same command again")
+        raise StorageError(f"out: {folder} holds another artifact whose digest begins alike, or its artifact.json was "
+                           "changed by hand; move the folder away and run the same command again")
     if gone := [name for name in facts.get("files", {}) if not (folder / name).is_file()]:
         raise DamagedFile(f"{folder / gone[0]}: is gone. {AGAIN}")
     files_hash(folder, facts.get("files", {}))

@@ -63,8 +63,8 @@ def run_work(images: Path, place: Path) -> Work:
         return api.RunFolder(str(folder))
 
     def export(folder: Path) -> Any:
-        opened(folder).export(folder.parent / "export", "imagefolder")
-        return content_of(folder.parent / "export", "README")
+        made = opened(folder).export(folder.parent / "export", "imagefolder")
+        return Outcome(content_of(folder.parent / "export", "README"), f"{made['pending']} rows pending")
 
     def select(folder: Path) -> Any:
         samples = [(image.numpy().tobytes(), label.tolist(), facts) for image, label, facts in api.dataset(
@@ -128,7 +128,8 @@ def study_work(images: Path, place: Path) -> Work:
     return Work("study", folder, {
         "study.json": "study.json", "trials": "trials/*.json", "results": "results/*.json",
         "predictions": "predictions/*.parquet", "lists": "lists/*", "run of a study": "runs/*/run.json",
-        "data of a run": "runs/*/data/*.parquet"}, {"train": train, "summary": _scores, "report": _study_page})
+        "data of a run": "runs/*/data/*.parquet"}, {"train": train, "summary": _scores, "report": _study_page},
+        absent={"results": r"'missing': \['"})
 
 
 def _scores(folder: Path) -> Any:
@@ -164,7 +165,8 @@ def sweep_work(images: Path, place: Path) -> Work:
     sweep(place / "sweeps/sweep")
     return Work("sweep", place / "sweeps/sweep", {
         "sweep.json": "sweep.json", "suggestions": "suggestions/*.json", "sweep trials": "trials/*.json",
-        "test.json": "test.json", "ids": "ids/*.txt"}, {"sweep": sweep, "report": _sweep_scores})
+        "test.json": "test.json", "ids": "ids/*.txt"}, {"sweep": sweep, "report": _sweep_scores},
+        absent={"sweep trials": r"\['[0-9a-f]{8}'"})
 
 
 def _sweep_scores(folder: Path) -> Any:

@@ -114,7 +114,7 @@ def sweep_in(folder: str) -> Sweep:
     files = open_files(folder)
     facts = read_json(files, "sweep.json")
     if facts is None:
-        raise UsageError(f"{folder} holds no sweep; give the folder <out>/<name> of one")
+        raise UsageError(f"{folder} holds no sweep, for it has no sweep.json; give the folder <out>/<name> of one")
     out, _, name = folder.rstrip("/").rpartition("/")
     config = SweepConfig(**{**facts["config"], "out": out or ".", "name": name})
     return Sweep(config, files, base_study(config), dimensions_of(config))
