@@ -64,7 +64,7 @@ def run_work(images: Path, place: Path) -> Work:
 
     def export(folder: Path) -> Any:
         made = opened(folder).export(folder.parent / "export", "imagefolder")
-        return Outcome(content_of(folder.parent / "export", "README"), f"{made['pending']} rows pending")
+        return Outcome(content_of(folder.parent / "export", "README"), f"{made.pending} rows pending")
 
     def select(folder: Path) -> Any:
         samples = [(image.numpy().tobytes(), label.tolist(), facts) for image, label, facts in api.dataset(
