@@ -233,6 +233,23 @@ def test_only_ddim_and_its_kin_end_at_the_first_timestep(name, clean):
         assert end.a**2 == pytest.approx(0.99915, abs=1e-6)
 
 
+@pytest.mark.parametrize(("name", "solver", "spacing"), [
+    ("sd", "ddim", "leading"), ("sd", "unipc", "linspace"), ("sd2v", "dpmpp_2m", "linspace"),
+    ("sdzsnr", "ddim", "shipped"),
+    ("sdturbo", "ddim", "shipped"), ("sdturbo", "unipc", "shipped"), ("lcm", "ddim", "shipped")])
+def test_the_grids_of_the_papers_are_those_of_folders_that_ship_ddim_or_pndm(name, solver, spacing):
+    """A trailing grid that was shipped wins: a network of few steps has learned no other label."""
+    made = process.schedule(family(name, published=True), solver, 10)
+    assert made.spacing == spacing
+    assert process.schedule(family(name, published=True), solver, 10, spacing="trailing").points[0].label == 999
+
+
+def test_a_multistep_solver_runs_on_the_shipped_grid_of_another_class():
+    multistep, euler = (process.schedule(family("sdxl"), solver, 10) for solver in ("dpmpp_2m", "ddim"))
+    assert multistep.points == euler.points
+    assert multistep.points[0].label == 901
+
+
 def test_zero_snr_has_no_signal_at_the_last_timestep():
     first = process.schedule(family("sdzsnr"), "ddim", 10).points[0]
     assert (first.a, first.s, first.label) == (0.0, 1.0, 999.0)
@@ -413,6 +430,21 @@ def test_ancestral_steps_are_those_of_diffusers(start, monkeypatch):
     made = process.schedule(family("sdxlturbo"), "ddim", 6, 6 - start)
     expected = theirs(reference, START / made.first.a, start)
     assert relative(ours(made, "epsilon", START, fresh), expected) < 2e-6
+
+
+def test_ddim_with_eta_1_is_that_of_diffusers():
+    """But for the last step, in which ours takes no noise."""
+    fresh = noises(9)
+    reference = made_of(diffusers.DDIMScheduler, FAMILIES["sd"].noise)
+    reference.set_timesteps(10)
+    expected = START
+    for t, noise in zip(reference.timesteps, fresh, strict=False):
+        expected = reference.step(net(expected, float(t)), t, expected, eta=1.0, variance_noise=noise).prev_sample
+    made = process.schedule(family("sd", published=True, kappa="ancestral"), "ddim", 10)
+    step, z = sampling.stepper(made, lambda i: fresh[i]), START
+    for here, there in made.steps[:-1]:
+        z = step(z, process.prediction("epsilon", net(z, here.label), z, here), here, there)
+    assert relative(z, expected) < 2e-6
 
 
 @pytest.mark.parametrize("to_one", [True, False])
