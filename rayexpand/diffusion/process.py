@@ -137,6 +137,7 @@ class Process:
     published: bool = False  # whether the grids of the papers are meant where none is named (Stable Diffusion 1.x, 2.x)
     kappa: float | Literal["auto", "ancestral"] = "auto"
     spacing: Spacing | None = None  # for methods that name none
+    even_sigmas: bool = False  # whether 1 ... 1/N are shifted, as FLUX does; the scheduler of SD3 chooses its own
 
     @property
     def frame(self) -> Frame:
@@ -162,7 +163,7 @@ class Process:
 
 
 def process_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, *, published: bool = False,
-               ) -> Process:
+               even_sigmas: bool = False) -> Process:
     """From the content of scheduler_config.json and `prior.process`. Raises ModelError for what is no noise process."""
     said = {name: value for name, value in (overrides or {}).items() if value is not None}
     kappa, spacing = said.pop("kappa", "auto"), said.pop("spacing", None)
@@ -175,7 +176,7 @@ def process_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
     if kind not in ("epsilon", "v_prediction", "minus_v", "sample", "flow"):
         raise ModelError(f"scheduler/scheduler_config.json: prediction_type '{kind}' is not known; set "
                          "prior.process.prediction_type to epsilon, v_prediction or sample")
-    return Process(kind, name, merged, published, kappa, spacing)  # type: ignore[arg-type]
+    return Process(kind, name, merged, published, kappa, spacing, even_sigmas)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -292,12 +293,14 @@ def _of_u(u: float) -> tuple[float, float]:
 
 
 def _end(process: Process, solver: Solver, spacing: Spacing) -> Point:
-    """Behind the last step: the clean latent, or the first timestep where the weights' own scheduler says so
+    """Behind the last step: the clean latent, or the first timestep where the weights' own scheduler ends there
     (set_alpha_to_one: false of Stable Diffusion)."""
     if spacing != "shipped" and solver != "ddim":
         return CLEAN
     own = _scheduler(process.scheduler, process.config)  # Euler's file may hold set_alpha_to_one too, and ignores it
     abar = float(getattr(own, "final_alpha_cumprod", 1.0))
+    if process.scheduler in ("LCMScheduler", "TCDScheduler"):  # whose last step does not ask for it
+        abar = 1.0 if process.scheduler == "LCMScheduler" else float(own.alphas_cumprod[0])
     return Point(abar**0.5, (1 - abar) ** 0.5, 0.0)
 
 
@@ -311,12 +314,12 @@ def _solver_scheduler(process: Process, solver: Solver, spacing: Spacing) -> Any
                          f"spacing '{spacing}' needs; set method.spacing: shipped")
     shared = {key: shipped[key] for key in (*_BETAS, *_BETAS_OPTIONAL) if shipped.get(key) is not None}
     shared |= {"prediction_type": "epsilon"}
-    curve = _NAMED_SIGMAS.get(spacing)
-    shared |= {curve: True} if curve else {"timestep_spacing": spacing}
+    curve = _NAMED_SIGMAS.get(spacing)  # between the ends of the weights' own grid
+    shared |= {"timestep_spacing": shipped.get("timestep_spacing", "linspace"), curve: True} if curve else {
+        "timestep_spacing": spacing}
     if solver == "ddim":
-        if curve:
-            return _scheduler("EulerDiscreteScheduler", shared)
-        return _scheduler("DDIMScheduler", {**shared, "clip_sample": False})
+        by_sigma = curve or process.scheduler not in _GRIDS  # linspace of Euler has fractions of timesteps
+        return _scheduler("EulerDiscreteScheduler" if by_sigma else "DDIMScheduler", {**shared, "clip_sample": False})
     shared |= {"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero"}
     if solver == "dpmpp_2m":
         return DPMSolverMultistepScheduler(**shared, algorithm_type="dpmsolver++", solver_type="midpoint",
@@ -340,14 +343,15 @@ def _edm_points(process: Process, steps: int, spacing: Spacing) -> tuple[Point, 
 
 
 def _flow_points(process: Process, steps: int, latent: Sequence[int] | None) -> tuple[Point, ...]:
-    scheduler, options = _scheduler(process.scheduler, process.config), dict[str, Any]()
+    scheduler = _scheduler(process.scheduler, process.config)
+    options: dict[str, Any] = {"num_inference_steps": steps}
+    if process.even_sigmas:
+        options = {"sigmas": np.linspace(1.0, 1 / steps, steps)}
     if scheduler.config.get("use_dynamic_shifting"):
         if latent is None:
             raise ModelError("the grid of this flow depends on the size of the image; give the latent's shape")
-        options = {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": _shift_of(scheduler.config, latent)}
-        scheduler.set_timesteps(**options)
-    else:
-        scheduler.set_timesteps(steps)
+        options["mu"] = _shift_of(scheduler.config, latent)
+    scheduler.set_timesteps(**options)
     return (*(Point((1 - sigma) / r, sigma / r, float(label))
               for sigma, label in zip(map(float, scheduler.sigmas[:-1]), scheduler.timesteps, strict=True)
               for r in (math.hypot(1 - sigma, sigma),)), CLEAN)
