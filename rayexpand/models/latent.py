@@ -18,6 +18,7 @@ from rayexpand.artifacts.adapter import AdapterFacts, load_lora, load_tokens, lo
 from rayexpand.contract.class_tokens import add_class_tokens
 from rayexpand.contract.device import choose_device
 from rayexpand.contract.errors import ModelError
+from rayexpand.models.embeddings import with_rows
 from rayexpand.models.folders import quiet_libraries, weight_files
 
 if TYPE_CHECKING:
@@ -135,8 +136,8 @@ class StableDiffusionPrior:
         unet, text_encoder, tokenizer = self.unet, self.text_encoder, self.tokenizer
         if facts.has_tokens:
             tokenizer = copy.deepcopy(tokenizer)
-            text_encoder = _with_rows(text_encoder, add_class_tokens(tokenizer, len(facts.classes)),
-                                      load_tokens(folder), folder)
+            first = add_class_tokens(tokenizer, len(facts.classes))
+            text_encoder = with_rows(text_encoder, tokenizer, first, load_tokens(folder), f"adapter {folder}")
         if facts.has_lora:
             unet = self._unet_with_lora(folder, facts, scale, fuse)
         return StableDiffusionPrior(unet, self.vae, text_encoder, tokenizer, self.scheduler, self.device, self.source,
@@ -279,20 +280,6 @@ def _set_up(model: Any, source: _Source) -> None:
         model.to(memory_format=torch.channels_last)
     if source.compile and isinstance(model, UNet2DConditionModel):
         model.compile()
-
-
-def _with_rows(text_encoder: CLIPTextModel, first: int, rows_NE: torch.Tensor, folder: Path | str) -> CLIPTextModel:
-    """A copy of the text encoder whose embedding table holds rows_NE from id `first` on."""
-    made = copy.deepcopy(text_encoder)
-    table_VE = made.get_input_embeddings().weight
-    (n, width), (size, own) = rows_NE.shape, table_VE.shape
-    if width != own:
-        raise ModelError(f"adapter {folder} has tokens of width {width}, but this text encoder embeds words in {own}; "
-                         "name its base model in prior.weights")
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        made.resize_token_embeddings(max(size, first + n), mean_resizing=False)  # fills new rows with random numbers
-        made.get_input_embeddings().weight[first:first + n] = rows_NE.to(table_VE)
-    return made
 
 
 def _check_lora(unet: torch.nn.Module, state: Mapping[str, torch.Tensor], folder: Path | str) -> None:
