@@ -36,21 +36,22 @@ def content_files(folder: Path) -> list[str]:
                   if file.suffix in (".json", ".txt", ".safetensors") and file.name != MAKING_OF)
 
 
-def files_hash(folder: Path, names: Iterable[str]) -> str:
-    """sha256 over (name, sha256) of these files, in this order. Raises DamagedFile where the artifact.json beside them
-    says that one is not what was written."""
+def file_sha256(file: Path) -> str:
+    """sha256 of a file's content."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def files_hash(folder: Path, names: Iterable[str], sha256: Callable[[Path], str] = file_sha256) -> str:
+    """sha256 over (name, sha256) of these files, in this order; `sha256` gives that of each. Raises DamagedFile where
+    the artifact.json beside them says that one is not what was written."""
     hasher, stated = hashlib.sha256(), read_facts(folder).get("files", {})
     for name in names:
-        found = _sha256(folder / name)
+        found = sha256(folder / name)
         if stated.get(name, found) != found:
             raise DamagedFile(f"{folder / name}: is damaged, or was changed by hand. {AGAIN}")
         hasher.update(f"{name}\0{found}\n".encode())
     return hasher.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def publish(out: str, kind: str, made_from: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Path:
@@ -79,8 +80,8 @@ def publish(out: str, kind: str, made_from: dict[str, Any], make: Callable[[Path
         try:
             facts = {"kind": kind, "digest": identity, "made_from": made_from, **_timed(make, partial)}
             with _writing(folder):
-                facts["files"] = {str(file.relative_to(partial)): _sha256(file) for file in sorted(partial.rglob("*"))
-                                  if file.is_file()}
+                facts["files"] = {str(file.relative_to(partial)): file_sha256(file)
+                                  for file in sorted(partial.rglob("*")) if file.is_file()}
                 (partial / MAKING_OF).write_bytes(sealed(MAKING_OF, facts))
                 os.rename(partial, folder)
         finally:

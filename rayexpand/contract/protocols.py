@@ -7,7 +7,7 @@ classes, T tokens, E embedding).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -52,6 +52,20 @@ class Expansion:
     details: list[str] = field(default_factory=list)
     scores: dict[str, Sequence[float]] = field(default_factory=dict)  # name -> B numbers
     redraws: dict[int, Draw] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """How often a method calls the networks of a generator for one image: forward, and back to the input."""
+
+    steps: float = 0.0  # denoising predictions
+    steps_back: float = 0.0
+    encodes: float = 0.0
+    decodes: float = 0.0
+    decodes_back: float = 0.0
+
+    def __add__(self, other: Calls) -> Calls:
+        return Calls(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
 
 class Prior(Protocol):
@@ -124,6 +138,9 @@ class Method(Protocol):
 
     A method that works on part of a call at a time may name the fields that say how many rows in a class attribute
     PIECES, in the order in which they are halved when memory runs out; None in such a field is the whole call.
+
+    A method that calls a generator oftener than plain sampling may say how often for one image in `calls(plain, rows)`:
+    Calls, where `plain` are those of plain sampling and `rows` is the size of a sampler call. A plan counts them.
 
     A method whose labels are mixtures may say in `label_words()` what they are; cards, pages and exports print it."""
 

@@ -30,7 +30,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from rayexpand.contract.prompts import Template, format_prompt, prompt_needs
-from rayexpand.contract.protocols import Batch, Cond, Expansion, Tools
+from rayexpand.contract.protocols import Batch, Calls, Cond, Expansion, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
 from rayexpand.contract.settings import Later, Section
@@ -198,6 +198,17 @@ class DistDiff(Section):
 
     def _rows(self, batch: int) -> int:
         return min(self.guide_batch or batch, batch)
+
+    def calls(self, plain: Calls, rows: int) -> Calls:
+        length = float(self.lookahead)
+        rollout, back = Calls(steps=length, decodes=length), Calls(steps_back=length, decodes_back=length)
+        if self.guidance == "direct":
+            plain += back + Calls(decodes=length)  # its steps are executed steps too
+        elif self.guidance == "transform":
+            plain += back + rollout
+        if self.recompute and self.guidance != "random":
+            plain += rollout
+        return plain + rollout + rollout if self.measure and self.guidance != "direct" else plain
 
     def needs(self) -> frozenset[str]:
         scored = self.guidance != "random" or self.measure

@@ -26,6 +26,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -33,7 +34,7 @@ from PIL import Image
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from rayexpand.contract.prompts import Template, format_prompt, prompt_needs
-from rayexpand.contract.protocols import Batch, Expansion, Tools
+from rayexpand.contract.protocols import Batch, Calls, Expansion, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
 from rayexpand.contract.settings import Later, Section
@@ -207,6 +208,13 @@ class Gif(Section):
 
     def _forward(self, function: Callable[[list[int]], torch.Tensor], rows: int) -> torch.Tensor:
         return sampling.in_chunks(function, rows, min(self.forward_chunk or rows, rows))
+
+    def calls(self, plain: Calls, rows: int) -> Calls:
+        plain = replace(plain, encodes=1.0)  # each copy is turned by itself
+        if self.guidance == "guided":
+            passes = 2.0 if self.chunk is not None and self.chunk < rows else 1.0
+            plain += Calls(decodes=passes, decodes_back=1)
+        return plain + Calls(decodes=1) if self.measure and self.guidance != "none" else plain
 
     def needs(self) -> frozenset[str]:
         scored = self.guidance == "guided" or (self.guidance == "random" and self.measure)

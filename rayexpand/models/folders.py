@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from rayexpand.artifacts.store import content_files, files_hash
+from rayexpand.artifacts.store import MAKING_OF, content_files, files_hash
 from rayexpand.contract.errors import ModelError
+from rayexpand.models.file_hashes import remembered_sha256
 
 DIGITS = "digits"
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
@@ -55,9 +56,19 @@ def folder_hash(folder: Path | str) -> str:
 
     A pipeline folder counts its configurations, tokenizer and weights, not a safety checker or other formats beside
     them; any other folder (a guide) counts its own .json, .txt and .safetensors files.
+
+    Large files that nobody touched since are not read again, but for those that `rayexpand fit` made, whose every read
+    is checked.
     """
     folder = Path(folder)
-    return files_hash(folder, sorted(loaded_files(folder)))
+    if any((one / MAKING_OF).is_file() for one in (folder, folder.parent)):
+        return files_hash(folder, sorted(loaded_files(folder)))
+    return files_hash(folder, sorted(loaded_files(folder)), model_sha256)
+
+
+def model_sha256(file: Path) -> str:
+    """sha256 of a model file, remembered in this machine's cache."""
+    return remembered_sha256(file, cache_root() / "hashes")
 
 
 def staged_folder(sha256: str) -> Path:

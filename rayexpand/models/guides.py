@@ -19,7 +19,7 @@ from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import ConfigError, ModelError
 from rayexpand.contract.protocols import Progress
 from rayexpand.diffusion.energy import resize
-from rayexpand.models.folders import ModelFiles, folder_hash, folder_model, quiet_libraries
+from rayexpand.models.folders import ModelFiles, folder_hash, folder_model, model_sha256, quiet_libraries
 from rayexpand.models.guide_files import (
     CLASSIFIER,
     CLASSIFIER_WEIGHTS,
@@ -88,8 +88,7 @@ def guide_hash(weights: str, checkpoint: str | None, progress: Progress | None =
     folder = guide_folder(weights, progress)
     if folder is not None:
         return folder_hash(folder)
-    with open(checkpoint_file(weights, checkpoint), "rb") as stream:
-        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    content = model_sha256(checkpoint_file(weights, checkpoint))
     return hashlib.sha256(f"{weights}\0{content}\n".encode()).hexdigest()
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 from rayexpand.contract.errors import UsageError
 from rayexpand.contract.schema import Receipt
+from rayexpand.models.folders import DIGITS
+from rayexpand.models.prior import resolve
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import RunConfig
 from rayexpand.runs.expander import Expander
@@ -69,6 +71,7 @@ def bench(config: RunConfig, rows: int = 0) -> Bench:
         pairs = [_pair(config, folder, number, shards, warm) for number in range(PAIRS)]
         gflop = _gflop(warm, shards[0])
         warm.close()
+    _count_networks(config)
     receipts = pairs[-1][2]
     kept = sum(receipt.kept for receipt in receipts)
     if not kept:
@@ -111,6 +114,14 @@ def _gflop(expander: Expander, shard: int) -> float | None:
     with FlopCounterMode(display=False) as counter:
         expander.config.method.expand(batch, expander.loaded())
     return counter.get_total_flops() / len(batch) / 1e9
+
+
+def _count_networks(config: RunConfig) -> None:
+    """Leaves what the networks of the generator cost in the cache of this machine, where `plan` finds it."""
+    if "prior" in config.needs and config.prior.weights != DIGITS:
+        from rayexpand.models.flops import count_once
+
+        count_once(resolve(config.prior.weights))
 
 
 def _phases(receipts: list[Receipt]) -> dict[str, float]:

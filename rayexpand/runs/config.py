@@ -24,6 +24,7 @@ from rayexpand.methods import load_method, method_class
 from rayexpand.models.prior_config import PriorModel
 
 IMAGE_BYTES = 1 << 30  # runtime.image_bytes
+PEAK_SHARE = (0.3, 0.5)  # estimate.peak_share
 
 
 class ImageConfig(Section):
@@ -141,6 +142,20 @@ class EstimateConfig(Section):
     gpus: int = Field(1, ge=1, description="GPUs (or CPU processes) to plan with")
     gpu_hour_usd: float | None = Field(None, ge=0, description="price of one GPU hour")
     preemptions_per_gpu_hour: float = Field(0.05, ge=0, description="spot losses to plan with")
+    peak_tflops: Annotated[float | None, Later(None)] = Field(
+        None, gt=0, description="dense peak of one GPU, TFLOP/s, for hours where no throughput was measured or given; "
+        "null: that of an A100, 312 in half precision, 19.5 in float32")
+    peak_share: Annotated[tuple[float, float], Later(PEAK_SHARE)] = Field(
+        PEAK_SHARE, description="least and largest share of that peak which a run keeps; an assumption, which `bench` "
+        "replaces by a measurement")
+
+    @field_validator("peak_share")
+    @classmethod
+    def _is_a_range(cls, share: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < share[0] <= share[1] <= 1:
+            raise ValueError(f"{share[0]:g} to {share[1]:g} is no range of shares; give two numbers above 0 and up to "
+                             "1, the smaller one first")
+        return share
 
 
 class RunConfig(Section):

@@ -1,7 +1,8 @@
 """What a run will cost, before it starts: images, shards, bytes, hours, money. No model is loaded.
 
-Nothing is invented: a throughput is given, or measured by an earlier run, or unknown. Lost work is counted to first
-order. With
+Nothing is invented: a throughput is given, or measured by `bench` or by an earlier run. Without one, hours are an
+interval: the counted arithmetic of the run (runs.work) over a range of shares of a GPU's peak, both named. Where the
+arithmetic is unknown, hours are. Lost work is counted to first order. With
 
     lambda   preemptions per GPU hour                     estimate.preemptions_per_gpu_hour
     T        hours of one shard on one GPU                shard rows / images per second / 3600
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,13 +29,15 @@ import pyarrow as pa
 
 from rayexpand.contract.errors import SeedDataError, UsageError, three_digits
 from rayexpand.contract.rng import PlanRng, RowRng
-from rayexpand.contract.schema import SEED_INDEX, ClassTable, Receipt, Seed, SeedIndex
+from rayexpand.contract.schema import SEED_INDEX, ClassTable, Draw, Receipt, Seed, SeedIndex
 from rayexpand.data import seeds as seed_io
 from rayexpand.data.pixels import header_size
+from rayexpand.models.cost import Cost
 from rayexpand.models.prior import present
 from rayexpand.runs.cut_prompts import CutPrompts, cut_prompts
 from rayexpand.runs.plan import make_plan
 from rayexpand.runs.status import shard_seconds
+from rayexpand.runs.work import cost_of_run, image_work, peak_tflops
 
 if TYPE_CHECKING:
     from rayexpand.runs.config import RunConfig
@@ -49,7 +52,6 @@ JPEG_QUALITY = 95
 RESTART_HOURS = 0.05  # assumed: three minutes to get a machine back and load the models
 DIGITS_SIDE = 16  # pixels, the embedded prior
 ASSUMED_SIDE = 512  # pixels, a prior whose own size is unknown before it is loaded
-SD15_TFLOP, SD15_STEPS = 42.7, 25  # counted for one 512 px image, 25 steps with classifier-free guidance
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,18 @@ class Measured:
 
     images_per_second: float | None
     bytes_per_image: float | None
+    source: str = "an earlier run"
+
+
+@dataclass(frozen=True, slots=True)
+class Hours:
+    """What follows from a throughput. Hours are those of `Estimate.unit`."""
+
+    images_per_second: float | None = None  # of one GPU, or of one CPU process
+    gpu_hours: float | None = None  # that end in committed images
+    expected_lost_hours: float | None = None  # lost to preemption, see the module's formula
+    wall_hours: float | None = None
+    cost_usd: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,34 +87,43 @@ class Estimate:
     expected_lost_hours: float | None  # GPU hours lost to preemption, see the module's formula
     wall_hours: float | None
     cost_usd: float | None
-    petaflop: float | None  # counted work of Stable Diffusion 1.5 at 512 px; None for other models and sizes
+    petaflop: float | None  # counted arithmetic; None where the networks of the generator are not known
     process_bytes: int | None  # of images in the memory of one sampler process, decoded and encoded
     notes: dict[str, str]
     cut_prompts: CutPrompts | None = None  # None where no prompt is read, or the generator is not here
     dataset: dict[str, Any] | None = None  # see data.seeds.survey; None where it cannot be listed
     unit: str = "GPU"  # what all hours are of: a GPU, or a CPU process where no GPU works
+    interval: tuple[Hours, Hours] | None = None  # slow and fast, where nothing was measured: see `notes`
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data; hours that never end are null, as unknown ones are."""
-        return {name: None if value == math.inf else value for name, value in asdict(self).items()}
+        return _without_infinity(asdict(self))
 
     def table(self) -> list[tuple[str, str, str]]:
         """(label, value, note) lines for people."""
-        def hours(value: float | None) -> str:
-            return "unknown" if value is None else "never ends" if math.isinf(value) else f"{value:,.2f} h"
+        def shown(field: str, words: Callable[[float], str], unit: str) -> str:
+            values = [getattr(one, field) for one in self.interval or (self,)]
+            if None in values:
+                return "unknown"
+            ends = list(dict.fromkeys(words(one) for one in sorted(values) if one < math.inf))
+            return " or ".join([*([f"{' to '.join(ends)} {unit}"] if ends else []),
+                                *(["never ends"] if math.inf in values else [])])
 
-        rate = ("unknown" if self.images_per_second is None else
-                f"{three_digits(self.images_per_second)} per s and {self.unit}")
+        def hours(field: str) -> str:
+            return shown(field, three_digits if self.interval else "{:,.2f}".format, "h")
+
         lines = [("images", f"{self.images:,}", "images"), ("shards", f"{self.shards:,}", "shards"),
                  ("output", human_bytes(self.bytes), "bytes"),
                  ("one process", human_bytes(self.process_bytes), "process_bytes"),
-                 ("throughput", rate, "images_per_second"),
-                 (f"{self.unit} time", hours(self.gpu_hours), "gpu_hours"),
-                 ("lost to preemption", hours(self.expected_lost_hours), "expected_lost_hours"),
-                 ("wall time", hours(self.wall_hours), "wall_hours"),
-                 ("cost", "unknown" if self.cost_usd is None else f"{self.cost_usd:,.2f} USD", "cost_usd")]
-        if self.petaflop is not None:
-            lines.append(("arithmetic", f"{self.petaflop:,.0f} PFLOP", "petaflop"))
+                 ("throughput", shown("images_per_second", three_digits, f"per s and {self.unit}"),
+                  "images_per_second"),
+                 (f"{self.unit} time", hours("gpu_hours"), "gpu_hours"),
+                 ("lost to preemption", hours("expected_lost_hours"), "expected_lost_hours"),
+                 ("wall time", hours("wall_hours"), "wall_hours"),
+                 ("cost", shown("cost_usd", three_digits if self.interval else "{:,.2f}".format, "USD"), "cost_usd")]
+        if "petaflop" in self.notes:
+            lines.append(("arithmetic", "unknown" if self.petaflop is None else f"{self.petaflop:,.0f} PFLOP",
+                          "petaflop"))
         if self.cut_prompts is not None and self.cut_prompts.cut:
             lines.append(("prompts cut", f"{self.cut_prompts.cut:,} of {self.cut_prompts.rows:,}", "cut_prompts"))
         return [(label, value, self.notes.get(field, "")) for label, value, field in lines]
@@ -133,37 +156,33 @@ def estimate_config(config: RunConfig, measured: Measured | None = None) -> Esti
              for copy in range(min(8, max(planned, 1)))]
     made = estimate(config, seeds=len(index), planned=planned, measured=measured,
                     side=few_seeds.side if image_side(config)[0] is None else None, seed_bytes=few_seeds.bytes,
-                    steps_run=sum(draw.steps_run for draw in draws) / len(draws))
+                    draws=draws)
     notes = {**made.notes, **({"cut_prompts": found.words} if found is not None else {})}
     return replace(made, cut_prompts=found, dataset=dataset, notes=notes)
 
 
 def estimate(config: RunConfig, *, seeds: int, planned: int, measured: Measured | None = None,
-             side: int | None = None, steps_run: float | None = None, seed_bytes: float = 0) -> Estimate:
+             side: int | None = None, draws: Sequence[Draw] = (), seed_bytes: float = 0) -> Estimate:
     """Expected totals of a run of `planned` samples.
 
     `measured` is an earlier run of the same job (see `measure`); fields of config.estimate win over it. `side` is the
-    image side in pixels where the caller knows it better than the configuration, `steps_run` the mean number of
-    executed sampler steps of a draw, `seed_bytes` the mean size of an encoded seed; they only sharpen the answer.
+    image side in pixels where the caller knows it better than the configuration, `draws` are those of a few rows,
+    without which no arithmetic is counted, `seed_bytes` the mean size of an encoded seed, which only sharpens the
+    answer.
     """
-    settings, notes = config.estimate, {"images": f"{seeds:,} seeds"}
+    notes, cost = {"images": f"{seeds:,} seeds"}, cost_of_run(config)
     shards = min(seeds, -(-planned // config.sampler.shard_images))
     notes["shards"] = f"of about {-(-planned // max(shards, 1)):,} images each, a seed's copies kept together"
-    size = _bytes(config, planned, measured, side, notes)
-    rate, unit = _rate(config, measured, notes), _unit(config)
-    hours = None if rate is None else planned / rate / 3600
-    lost = _lost(config, hours, max(shards, 1), notes)
-    total = None if hours is None or lost is None else hours + lost
-    wall = None if total is None else total / settings.gpus
-    if hours is not None:
-        units = unit if settings.gpus == 1 else f"{unit}s" if unit == "GPU" else f"{unit}es"
-        notes["wall_hours"] = f"with {settings.gpus:,} {units} (estimate.gpus), all busy to the end"
-    cost = None if total is None or settings.gpu_hour_usd is None else total * settings.gpu_hour_usd
-    notes["cost_usd"] = ("set estimate.gpu_hour_usd" if settings.gpu_hour_usd is None else
-                         f"{settings.gpu_hour_usd:g} USD per {unit} hour with lost hours; no storage, no network")
-    work = _petaflop(config, planned, side, steps_run, notes)
-    held = _process_bytes(config, planned, size, side, seed_bytes * seeds / max(shards, 1), notes)
-    return Estimate(seeds, planned, shards, size, rate, hours, lost, wall, cost, work, held, notes, unit=unit)
+    image = _Image(*image_side(config, side, cost))
+    size = _bytes(config, planned, measured, image, notes)
+    work = _petaflop(config, planned, seeds, image, cost, draws, notes)
+    rates, unit = _rates(config, planned, measured, work, notes), _unit(config)
+    ends = [_hours(config, planned, max(shards, 1), rate) for rate in rates]
+    _say_hours(config, ends, max(shards, 1), notes)
+    held = _process_bytes(config, planned, size, image, seed_bytes * seeds / max(shards, 1), notes)
+    known = asdict(ends[0]) if len(ends) == 1 else asdict(Hours())
+    return Estimate(seeds=seeds, images=planned, shards=shards, bytes=size, petaflop=work, process_bytes=held,
+                    notes=notes, unit=unit, interval=(ends[0], ends[1]) if len(ends) == 2 else None, **known)
 
 
 def measure(receipts: Sequence[Receipt], data_bytes: int) -> Measured:
@@ -210,10 +229,17 @@ def _few(config: RunConfig, index: SeedIndex) -> _Few:
     return _Few(round(math.sqrt(sum(areas) / len(areas))) if areas else None, sum(map(len, read)) / max(len(read), 1))
 
 
-def _process_bytes(config: RunConfig, planned: int, size: int | None, side: int | None, seed_bytes: float,
+class _Image(NamedTuple):
+    """Side in pixels, or None, and where it comes from."""
+
+    side: int | None
+    source: str
+
+
+def _process_bytes(config: RunConfig, planned: int, size: int | None, image: _Image, seed_bytes: float,
                    notes: dict[str, str]) -> int | None:
     """`size`: bytes of all samples; `seed_bytes`: of the encoded seeds of a shard. See runs.shard_images."""
-    pixels, _ = image_side(config, side)
+    pixels = image.side
     if pixels is None or size is None:
         notes["process_bytes"] = "needs the size of the images"
         return None
@@ -227,16 +253,35 @@ def _process_bytes(config: RunConfig, planned: int, size: int | None, side: int 
     return decoded + encoded
 
 
-def _rate(config: RunConfig, measured: Measured | None, notes: dict[str, str]) -> float | None:
+def _rates(config: RunConfig, planned: int, measured: Measured | None, petaflop: float | None,
+           notes: dict[str, str]) -> list[float]:
+    """Images per second of one GPU or process: one where it is given or measured, a slow and a fast one where it
+    follows from the arithmetic, none where it is unknown."""
     if config.estimate.images_per_second is not None:
-        notes["images_per_second"] = "given by estimate.images_per_second"
-        return config.estimate.images_per_second
+        notes["images_per_second"] = notes["gpu_hours"] = "given by estimate.images_per_second"
+        return [config.estimate.images_per_second]
     if measured is not None and measured.images_per_second is not None:
-        notes["images_per_second"] = "measured by an earlier run"
-        return measured.images_per_second
-    notes["images_per_second"] = "run with --set estimate.images_per_second=..., or measure a pilot of one shard"
-    notes["gpu_hours"] = notes["wall_hours"] = "needs a throughput"
-    return None
+        notes["images_per_second"] = notes["gpu_hours"] = f"measured by {measured.source}"
+        return [measured.images_per_second]
+    remedy = "measure it by `rayexpand bench` with this file, or run with --set estimate.images_per_second=..."
+    if petaflop is None or _unit(config) != "GPU":
+        notes["images_per_second"] = remedy
+        notes["gpu_hours"] = notes["wall_hours"] = "needs a throughput"
+        return []
+    peak, of = peak_tflops(config)
+    shares = config.estimate.peak_share
+    notes["images_per_second"] = f"not measured, see below; {remedy}"
+    notes["gpu_hours"] = (f"the arithmetic below at {' to '.join(f'{100 * one:g}' for one in sorted({*shares}))} % "
+                          f"(estimate.peak_share, an assumption) of {peak:g} TFLOP/s (estimate.peak_tflops: {of})")
+    return [share * peak / (1000 * petaflop / planned) for share in shares]
+
+
+def _hours(config: RunConfig, planned: int, shards: int, rate: float) -> Hours:
+    """Of a run at a throughput."""
+    hours, price = planned / rate / 3600, config.estimate.gpu_hour_usd
+    lost = _lost(config, hours, shards)
+    return Hours(rate, hours, lost, (hours + lost) / config.estimate.gpus,
+                 None if price is None else (hours + lost) * price)
 
 
 def _unit(config: RunConfig) -> str:
@@ -247,22 +292,30 @@ def _unit(config: RunConfig) -> str:
     return "CPU process" if no_gpu else "GPU"
 
 
-def _lost(config: RunConfig, hours: float | None, shards: int, notes: dict[str, str]) -> float | None:
-    if hours is None:
-        return None
-    rate = config.estimate.preemptions_per_gpu_hour
-    share = rate * (hours / shards / 2 + RESTART_HOURS)
-    notes["expected_lost_hours"] = (f"{rate:g} losses per {_unit(config)} hour, each half a shard "
-                                    f"({hours / shards * 30:,.1f} min) and {RESTART_HOURS * 60:g} min to "
-                                    "restart (assumed)")
-    if share >= 1:
+def _lost(config: RunConfig, hours: float, shards: int) -> float:
+    share = config.estimate.preemptions_per_gpu_hour * (hours / shards / 2 + RESTART_HOURS)
+    return math.inf if share >= 1 else hours * share / (1 - share)
+
+
+def _say_hours(config: RunConfig, ends: Sequence[Hours], shards: int, notes: dict[str, str]) -> None:
+    """What the hours were made with."""
+    settings, unit = config.estimate, _unit(config)
+    notes["cost_usd"] = ("set estimate.gpu_hour_usd" if settings.gpu_hour_usd is None else
+                         f"{settings.gpu_hour_usd:g} USD per {unit} hour with lost hours; no storage, no network")
+    if not ends:
+        return
+    units = unit if settings.gpus == 1 else f"{unit}s" if unit == "GPU" else f"{unit}es"
+    notes["wall_hours"] = (f"{unit} time and lost hours, with {settings.gpus:,} {units} (estimate.gpus), all busy to "
+                           "the end")
+    half = [f"{(one.gpu_hours or 0) / shards * 30:,.1f}" for one in reversed(ends)]
+    notes["expected_lost_hours"] = (f"{settings.preemptions_per_gpu_hour:g} losses per {unit} hour, each half a shard "
+                                    f"({' to '.join(half)} min) and {RESTART_HOURS * 60:g} min to restart (assumed)")
+    if any(math.isinf(one.expected_lost_hours or 0) for one in ends):
         notes["expected_lost_hours"] += "; lost faster than made, choose a smaller sampler.shard_images"
-        return math.inf
-    return hours * share / (1 - share)
 
 
-def image_side(config: RunConfig, side: int | None = None) -> tuple[int | None, str]:
-    """(side in pixels or None, where it comes from)."""
+def image_side(config: RunConfig, side: int | None = None, cost: Cost | None = None) -> tuple[int | None, str]:
+    """(side in pixels or None, where it comes from); `cost`: that of the generator, where it is known."""
     if side is not None:
         return side, "mean of a few seeds"
     if config.image.size is not None:
@@ -271,18 +324,20 @@ def image_side(config: RunConfig, side: int | None = None) -> tuple[int | None, 
         return (DIGITS_SIDE, "the built-in digits") if config.data.source == "digits" else (None, "")
     if config.prior.weights == "digits":
         return DIGITS_SIDE, "the embedded prior"
+    if cost is not None and cost.side is not None:
+        return cost.side, f"that of the generator, {cost.known}"
     return ASSUMED_SIDE, "assumed, set image.size"
 
 
-def _bytes(config: RunConfig, planned: int, measured: Measured | None, side: int | None,
+def _bytes(config: RunConfig, planned: int, measured: Measured | None, image: _Image,
            notes: dict[str, str]) -> int | None:
     if config.estimate.bytes_per_image is not None:
         notes["bytes"] = "given by estimate.bytes_per_image"
         return round(planned * (config.estimate.bytes_per_image + ROW_BYTES))
     if measured is not None and measured.bytes_per_image is not None:
-        notes["bytes"] = "bytes per image measured by an earlier run"
+        notes["bytes"] = f"bytes per image measured by {measured.source}"
         return round(planned * measured.bytes_per_image)
-    pixels, source = image_side(config, side)
+    pixels, source = image
     if pixels is None:
         notes["bytes"] = "the images keep the size they have; set image.size or estimate.bytes_per_image"
         return None
@@ -294,14 +349,21 @@ def _bytes(config: RunConfig, planned: int, measured: Measured | None, side: int
     return round(planned * (BYTES_PER_PIXEL[codec] * pixels**2 + ROW_BYTES))
 
 
-def _petaflop(config: RunConfig, planned: int, side: int | None, steps_run: float | None,
+def _petaflop(config: RunConfig, planned: int, seeds: int, image: _Image, cost: Cost | None, draws: Sequence[Draw],
               notes: dict[str, str]) -> float | None:
-    if "prior" not in config.needs or config.prior.weights == "digits" or image_side(config, side)[0] != 512:
+    if not draws or "prior" not in config.needs or config.prior.weights == "digits":
         return None
-    steps = SD15_STEPS if steps_run is None else steps_run
-    work = planned * SD15_TFLOP * steps / SD15_STEPS / 1000
-    notes["petaflop"] = (f"if the prior is Stable Diffusion 1.5: {SD15_TFLOP} TFLOP per 512 px image at {SD15_STEPS} "
-                         f"guided steps, here {steps:g}")
-    if _unit(config) == "GPU":
-        notes["petaflop"] += f"; {work / 360:,.1f} GPU hours where a GPU sustains 100 TFLOP/s"
-    return work
+    if cost is None or image.side is None:
+        notes["petaflop"] = "its networks are none of those known; `rayexpand bench` counts them on this machine"
+        return None
+    found = image_work(config, cost, image.side, planned / max(seeds, 1), draws)
+    notes["petaflop"] = found.words
+    return planned * found.tflop / 1000
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_infinity(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinity(one) for one in value]
+    return None if value == math.inf else value

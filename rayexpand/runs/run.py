@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,10 +188,12 @@ def measured(config: RunConfig) -> Measured | None:
             found = json.loads(bench_file(config).read_text())
         except FileNotFoundError:
             return None
-        return Measured(found["images_per_second"], found["bytes_per_image"])
+        return Measured(found["images_per_second"], found["bytes_per_image"],
+                        f"`rayexpand bench` ({bench_file(config)})")
     run = open_run(config.folder)
     data = run.files.entries("data")
-    return measure(list(run.store.receipts(data)), sum(entry.size for entry in data.values()))
+    return replace(measure(list(run.store.receipts(data)), sum(entry.size for entry in data.values())),
+                   source=f"what {config.folder} has made so far")
 
 
 def changed_since_planned(config: RunConfig) -> str:

@@ -45,8 +45,9 @@ def test_killed_and_run_again(family: str, name: str, guide: Path, image_folder:
                                 "image": {"size": 32, "fit": "squash"}, "guide": {"weights": str(guide)}}
     data = {"source": "imagefolder", "path": str(image_folder), "per_class": 1}
     if name == "distdiff":
-        made = fit(parse_fit({"name": "fit", "out": str(tmp_path / "artifacts"), "data": data, "guide": sections["guide"],
-                              "fit": {"prototypes": {"groups": 1}}}), lambda *_: None)
+        fit_prototypes = parse_fit({"name": "fit", "out": str(tmp_path / "artifacts"), "data": data,
+                                    "guide": sections["guide"], "fit": {"prototypes": {"groups": 1}}})
+        made = fit(fit_prototypes, lambda *_: None)
         sections["artifacts"] = {"prototypes": str(made["prototypes"])}
     fields = method_for(name, family).model_dump(exclude={"name"})  # type: ignore[attr-defined]
 

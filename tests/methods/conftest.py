@@ -12,8 +12,8 @@ from rayexpand.contract.schema import ClassTable
 from rayexpand.diffusion.process import prediction, schedule
 from rayexpand.diffusion.prototypes import fit_prototypes
 from rayexpand.models.guides import load_guide
-from rayexpand.models.texts import TextCond
 from rayexpand.models.prior import load_prior
+from rayexpand.models.texts import TextCond
 from tests.diffusion.gaussian import process_in
 from tests.tiny import tiny_clip, tiny_pipeline
 

@@ -20,8 +20,8 @@ from rayexpand.contract.schema import SEED_INDEX, ClassTable, SeedIndex, Start
 from rayexpand.diffusion import sampling
 from rayexpand.methods import load_method
 from rayexpand.methods.realfake import RealFake
-from rayexpand.models.texts import TextCond
 from rayexpand.models.prior import load_prior
+from rayexpand.models.texts import TextCond
 from tests.conftest import complete, hashes
 from tests.diffusion.gaussian import GaussianPrior, sd_scheduler
 from tests.methods.fakes import batch_of

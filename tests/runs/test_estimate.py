@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayexpand.contract.errors import SeedDataError
+from rayexpand.contract.errors import ConfigError, SeedDataError
 from rayexpand.contract.schema import DATA_SCHEMA, Reason, samples_to_arrow
 from rayexpand.data.seeds import digits_split
 from rayexpand.runs import config
-from rayexpand.runs.estimate import Measured, estimate, estimate_config, human_bytes, measure
+from rayexpand.runs.estimate import Estimate, Measured, estimate, estimate_config, human_bytes, measure
 from rayexpand.runs.status import view_run
 from rayexpand.storage.tables import parquet_bytes
 from tests.runfolder import Builder, png
@@ -99,13 +99,97 @@ def test_unknown_size_is_unknown_bytes() -> None:
     assert estimate(keeps, seeds=10, planned=20, side=32).bytes is not None
 
 
-def test_counted_work_of_stable_diffusion_scales_with_steps() -> None:
-    big = job(prior={"weights": "some/model@main"}, image={"size": 512})
-    assert estimate(big, seeds=10, planned=1000).petaflop == pytest.approx(42.7)
-    assert estimate(big, seeds=10, planned=1000, steps_run=50).petaflop == pytest.approx(85.4)
-    assert estimate(job(), seeds=10, planned=1000).petaflop is None
-    (note,) = [note for label, _, note in estimate(big, seeds=10, planned=1_000_000).table() if label == "arithmetic"]
-    assert "118.6 GPU hours where a GPU sustains 100 TFLOP/s" in note
+def plan_of(tmp_path: Path, weights: str = "some/model@main", **fields: Any) -> Estimate:
+    """A plan of 100 seeds that are not here, by img2img."""
+    return estimate_config(job(**{
+        "data": {"source": "imagefolder", "path": str(tmp_path / "gone")}, "prior": {"weights": weights},
+        "image": {"size": 512}, **fields, "estimate": {"seeds": 100, **fields.get("estimate", {})},
+        "method": {"name": "img2img", "steps": 50, "strength": 0.5, "ratio": 10, **fields.get("method", {})}}))
+
+
+def lines_of(made: Estimate) -> dict[str, tuple[str, str]]:
+    return {label: (value, note) for label, value, note in made.table()}
+
+
+def test_counted_work_follows_steps_guidance_and_size(tmp_path: Path) -> None:
+    encoded = 1.117 * (1 / 10 + 9 / 10 / 64)  # once for the copies of a seed in a call
+    assert plan_of(tmp_path).petaflop == pytest.approx(42.68 + encoded, rel=1e-3)  # 1,000 images, 25 guided steps
+    assert plan_of(tmp_path, method={"steps": 100}).petaflop == pytest.approx(2 * 50 * 0.8033 + 2.514 + encoded,
+                                                                              rel=1e-3)
+    assert plan_of(tmp_path, method={"guidance_scale": 1}).petaflop == pytest.approx(25 * 0.8033 + 2.514 + encoded,
+                                                                                     rel=1e-3)
+    large = plan_of(tmp_path, "a/sdxl", image={"size": None}).petaflop
+    assert large == pytest.approx(50 * 6.761 + 10.47 + 4.88 * encoded / 1.117, rel=1e-3)
+    assert plan_of(tmp_path, "digits").petaflop is None
+    assert "arithmetic" not in lines_of(plan_of(tmp_path, "digits"))
+
+
+def test_every_hour_names_its_source(tmp_path: Path) -> None:
+    """Given, measured, or an interval of shares of a peak that is named; never a number without a reason."""
+    made = plan_of(tmp_path, "a/sdxl", estimate={"gpus": 4, "gpu_hour_usd": 2})
+    lines = lines_of(made)
+    assert made.interval is not None
+    slow, fast = made.interval
+    assert (made.images_per_second, made.gpu_hours, made.wall_hours, made.cost_usd) == (None,) * 4
+    assert slow.images_per_second == pytest.approx(0.3 * 312e12 / (made.petaflop * 1e15 / 1000))
+    assert (slow.gpu_hours, fast.gpu_hours) == pytest.approx([1000 / 3600 / one.images_per_second
+                                                              for one in made.interval])
+    assert slow.gpu_hours / fast.gpu_hours == pytest.approx(5 / 3)
+    assert (slow.wall_hours, slow.cost_usd) == pytest.approx(
+        [(slow.gpu_hours + slow.expected_lost_hours) * times for times in (1 / 4, 2)])
+    value, note = lines["GPU time"]
+    assert value == f"{fast.gpu_hours:.3g} to {slow.gpu_hours:.3g} h"
+    assert "30 to 50 % (estimate.peak_share, an assumption) of 312 TFLOP/s" in note
+    assert "A100" in note
+    assert "rayexpand bench" in lines["throughput"][1]
+    assert " to " in lines["wall time"][0]
+    assert " to " in lines["cost"][0]
+    assert "Stable Diffusion XL (by its name) at 512 px" in lines["arithmetic"][1]
+
+
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"estimate": {"images_per_second": 3}}, "given by estimate.images_per_second"),
+        ({"estimate": {"peak_share": [0.4, 0.4], "peak_tflops": 989}}, "at 40 % (estimate.peak_share"),
+        ({"prior": {"weights": "a/sdxl", "dtype": "float32"}}, "of 19.5 TFLOP/s")]
+    for said, expected in cases:
+        assert expected in lines_of(plan_of(tmp_path, **said))["GPU time"][1]
+    same = plan_of(tmp_path, estimate={"peak_share": [0.4, 0.4]})
+    assert " to " not in lines_of(same)["GPU time"][0]
+    measured = estimate(job(), seeds=1, planned=10, measured=Measured(2.0, None, "`rayexpand bench` (x.bench.json)"))
+    assert lines_of(measured)["CPU process time"][1] == "measured by `rayexpand bench` (x.bench.json)"
+
+
+def test_no_peak_is_assumed_where_no_gpu_works(tmp_path: Path) -> None:
+    made = plan_of(tmp_path, prior={"weights": "a/sdxl", "device": "cpu"})
+    assert (made.interval, lines_of(made)["CPU process time"]) == (None, ("unknown", "needs a throughput"))
+    assert made.petaflop is not None
+
+
+def test_networks_that_nobody_counted_are_unknown(tmp_path: Path) -> None:
+    for part in ("unet", "vae"):
+        (tmp_path / "model" / part).mkdir(parents=True)
+        (tmp_path / "model" / part / "config.json").write_text('{"block_out_channels": [8, 16]}')
+    made = plan_of(tmp_path, str(tmp_path / "model"))
+    assert (made.petaflop, made.interval) == (None, None)
+    assert "bench" in lines_of(made)["arithmetic"][1]
+    assert lines_of(made)["GPU time"] == ("unknown", "needs a throughput")
+
+
+@pytest.mark.parametrize("share", [[0.5, 0.3], [0, 0.5], [0.3, 1.2], [0.3]])
+def test_a_share_is_a_range(share: list[float]) -> None:
+    with pytest.raises(ConfigError, match=r"estimate\.peak_share"):
+        job(estimate={"peak_share": share})
+
+
+def test_shares_and_peaks_of_before_leave_a_configuration_as_it_was() -> None:
+    assert not {"peak_share", "peak_tflops"} & config.resolved(job())["estimate"].keys()
+    assert config.parse(config.resolved(job(estimate={"peak_share": [0.1, 0.2]}))).estimate.peak_share == (0.1, 0.2)
+
+
+def test_an_interval_may_never_end_on_its_slow_side(tmp_path: Path) -> None:
+    made = plan_of(tmp_path, estimate={"preemptions_per_gpu_hour": 13, "peak_share": [0.1, 1]})
+    assert lines_of(made)["wall time"][0].endswith(" h or never ends")
+    assert json.loads(json.dumps(made.to_json(), allow_nan=False))["interval"][0]["wall_hours"] is None
 
 
 def test_measured_from_receipts(tmp_path: Path) -> None:
@@ -194,12 +278,6 @@ def test_a_plan_that_asks_for_words_and_counts_of_classes_that_are_not_here(tmp_
 def test_a_plan_of_a_few_rows() -> None:
     method = {"name": "diffmix", "ratio": 0.3, "targets": "balanced", "prompt": "{token}"}
     assert estimate_config(job(data={"source": "digits", "per_class": 1}, method=method)).images == 3
-
-
-def test_executed_steps_scale_the_arithmetic(tmp_path: Path) -> None:
-    big = job(data={"source": "imagefolder", "path": str(tmp_path / "gone")}, prior={"weights": "some/model@main"},
-              image={"size": 512}, estimate={"seeds": 100}, method={"name": "img2img", "steps": 20, "strength": 0.5})
-    assert estimate_config(big).petaflop == pytest.approx(500 * 42.7 * 10 / 25 / 1000)
 
 
 def test_json_is_plain() -> None:
