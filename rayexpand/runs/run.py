@@ -77,7 +77,7 @@ WAVE = 20_000  # shards handed out before pending() is asked again
 BARREN_WAVES = 3  # waves without a commit before the run gives up for now
 ROLL_UP_EVERY = 500  # commits after which their receipts become one file
 STARTS = "log_snr_at_start"  # in run.json: log(a / s) of the point that images are noised to, by strength
-SAMPLER = "sampler"  # in the models of run.json: which solvers made the samples, where it is not the first ones
+SAMPLER = "sampler_revision"  # in run.json: which solvers make the samples, where it is not the first ones
 FAULTS_IN_A_ROW = 3  # environment faults of one process before it stops taking shards
 
 Job = tuple[int, int]  # shard id, generation
@@ -249,9 +249,24 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
     elif not seeds.check(config.data):
         plan = _healed_plan(config, files)
     run = _open(config, files, models, plan)
+    if pending_jobs(run):
+        _refuse_other_solvers(run)
     if found := run.facts.get("cut_prompts"):
         log.warning("%s", words_of(found))
     return run
+
+
+def _revision(config: RunConfig) -> int:
+    return sampler_revision(inspect_prior(config.prior), config.method) if "prior" in config.needs else 1
+
+
+def _refuse_other_solvers(run: Run) -> None:
+    """Raises DigestMismatch where new samples would differ in their last digits from those that are there."""
+    if (before := run.facts.get(SAMPLER, 1)) != (now := _revision(run.config)):
+        raise DigestMismatch(f"{run.folder} was begun with revision {before} of the solvers, and this version has {now}, "
+                             "whose samples differ in the last digits; continuing would mix two datasets. Finish it "
+                             f"with rayexpand {run.facts['version']}, which began it, or give this run another `name`. "
+                             "It can be read as before")
 
 
 def _has_started(config: RunConfig) -> bool:
@@ -282,8 +297,11 @@ def open_run(folder: str, overrides: Sequence[str] = (), *, check_models: bool =
     facts = read_facts(open_files(folder))
     out, _, name = (folder if is_url(folder) else str(Path(folder).absolute())).rstrip("/").rpartition("/")
     config = parse(override({**facts["config"], "out": out or "/", "name": name}, overrides), f"{folder}/run.json")
-    return _open(config, open_files(folder, single_writer=config.store.single_writer),
-                 model_hashes(config) if check_models else facts["models"])
+    run = _open(config, open_files(folder, single_writer=config.store.single_writer),
+                model_hashes(config) if check_models else facts["models"])
+    if check_models:
+        _refuse_other_solvers(run)
+    return run
 
 
 def reopen(config: RunConfig) -> Run:
@@ -437,8 +455,6 @@ def model_hashes(config: RunConfig, on_model: Callable[[str, int, int], None] | 
     hashes = {}
     if "prior" in needs:
         hashes["prior"] = prior_hash(config.prior, on_model)
-        if (revision := sampler_revision(inspect_prior(config.prior), config.method)) > 1:
-            hashes[SAMPLER] = str(revision)
     if fitted:
         return hashes
     if "guide" in needs:
@@ -449,11 +465,12 @@ def model_hashes(config: RunConfig, on_model: Callable[[str, int, int], None] | 
 
 
 def _facts(config: RunConfig, plan: Plan, models: dict[str, str]) -> dict[str, Any]:
-    identity = plan_digest(plan)
+    identity, revision = plan_digest(plan), _revision(config)
+    revised = {SAMPLER: revision} if revision > 1 else {}
     return {"version": __version__, "created": time.time(), "name": config.name, "config": resolved(config),
-            "run_digest": digest({"plan": identity, "config": semantic(config), "models": models}),
+            "run_digest": digest({"plan": identity, "config": semantic(config), "models": models, **revised}),
             "plan_digest": identity, "plan": f"plan/{identity[:8]}", "planned": plan.planned, "shards": plan.n_shards,
-            "seeds": len(plan.index), "classes": len(plan.index.classes), "models": models,
+            "seeds": len(plan.index), "classes": len(plan.index.classes), "models": models, **revised,
             **({"ids_sha256": ids_sha256(config.data)} if config.data.ids else {}),
             **({"captions_sha256": captions_sha256(config)} if plan.captions is not None else {})}
 
@@ -462,7 +479,8 @@ def _open(config: RunConfig, files: Files, models: dict[str, str], plan: Plan | 
     """`plan`: that of the run, where it has been read."""
     facts = read_facts(files)
     before, now, is_known = _comparable(config, files, facts)
-    stated = {"plan": facts["plan_digest"], "config": before, "models": facts["models"]}
+    stated = {"plan": facts["plan_digest"], "config": before, "models": facts["models"],
+              **({SAMPLER: facts[SAMPLER]} if SAMPLER in facts else {})}
     if is_known and digest(stated) != facts["run_digest"]:
         raise DamagedFile(f"{files.at('run.json')}: is damaged, or was changed by hand: its configuration and models "
                           "do not give the run_digest that it states. Restore it from a copy; a run with other "
@@ -471,12 +489,9 @@ def _open(config: RunConfig, files: Files, models: dict[str, str], plan: Plan | 
     if (said := facts.get("captions_sha256")) and (said_now := captions_sha256(config) or said) != said:
         changed.append(f"artifacts.captions: {said!r} -> {said_now!r}")
     if changed:
-        last = "Set it back, or give this run another `name`."
-        if any(line.startswith(f"models.{SAMPLER}") for line in changed):
-            last = ("It was begun with solvers that gave other last digits of such samples: finish it with rayexpand "
-                    f"{facts['version']}, which began it, or give this run another `name`. It can be read as before.")
         raise DigestMismatch("\n  ".join([f"{files.root} holds another run; continuing would mix two datasets. What "
-                                          "differs (there -> here):", *changed, last]))
+                                          "differs (there -> here):", *changed,
+                                          "Set it back, or give this run another `name`."]))
     return Run(config, files, Store(files, facts["run_digest"]), plan or _read_plan(config, files, facts), facts)
 
 

@@ -61,4 +61,4 @@ def test_killed_and_run_again(family: str, name: str, guide: Path, image_folder:
     resumed, totals = complete(config("killed"))
     assert (totals.kept, totals.failed) == (whole.plan.planned, 0)
     assert hashes(resumed) == hashes(whole)
-    assert resumed.facts["models"]["sampler"] == "2"
+    assert resumed.facts["sampler_revision"] == 2
