@@ -263,10 +263,10 @@ def _revision(config: RunConfig) -> int:
 def _refuse_other_solvers(run: Run) -> None:
     """Raises DigestMismatch where new samples would differ in their last digits from those that are there."""
     if (before := run.facts.get(SAMPLER, 1)) != (now := _revision(run.config)):
-        raise DigestMismatch(f"{run.folder} was begun with revision {before} of the solvers, and this version has {now}, "
-                             "whose samples differ in the last digits; continuing would mix two datasets. Finish it "
-                             f"with rayexpand {run.facts['version']}, which began it, or give this run another `name`. "
-                             "It can be read as before")
+        raise DigestMismatch(f"{run.folder} was begun with revision {before} of the solvers, and this version has "
+                             f"{now}, whose samples differ in the last digits; continuing would mix two datasets. "
+                             f"Finish it with rayexpand {run.facts['version']}, which began it, or give this run "
+                             "another `name`. It can be read as before")
 
 
 def _has_started(config: RunConfig) -> bool:
