@@ -12,6 +12,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rayexpand.artifacts.store import content_files, files_hash
 from rayexpand.contract.errors import ModelError
 
@@ -22,6 +24,7 @@ INDEX, NOISE = "model_index.json", "scheduler/scheduler_config.json"
 VARIANTS = (None, "fp16", "bf16")  # the first that is there is loaded
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _FOLDERS = ("models", "model", "weights", "checkpoints", "artifacts", "data", "runs", "out")
+_NUMBERS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}  # of safetensors, as numpy has them
 HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -131,6 +134,38 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         size = f", {file.stat().st_size:,} bytes" if file.is_file() else ""
         raise ModelError(f"{file} cannot be read: it is cut off, damaged or no safetensors file ({error}{size}); fetch "
                          "or save it again") from error
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside shapes. Raises ModelError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), "np") as opened:
+            return opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} cannot be read ({error}); fetch or save it again") from error
+
+
+def tensor_values(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Some tensors of a safetensors file that `tensor_shapes` has read, in float32 and without torch: safetensors' own
+    reader for numpy refuses bfloat16."""
+    with open(file, "rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        start, values = stream.tell(), {}
+        for name in names:
+            (first, last), kind = header[name]["data_offsets"], header[name]["dtype"]
+            stream.seek(start + first)
+            data = stream.read(last - first)
+            if kind == "BF16":  # the upper half of a float32
+                values[name] = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+            elif kind in _NUMBERS:
+                values[name] = np.frombuffer(data, _NUMBERS[kind]).astype(np.float32)
+            else:
+                raise ModelError(f"{file}: {name} holds numbers of kind {kind}, which are not read here; save it in "
+                                 "float32, float16 or bfloat16")
+            values[name] = values[name].reshape(header[name]["shape"])
+    return values
 
 
 def loaded_files(folder: Path) -> list[str]:

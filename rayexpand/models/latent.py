@@ -22,6 +22,7 @@ from rayexpand.contract.device import choose_device
 from rayexpand.contract.errors import ModelError
 from rayexpand.diffusion.process import Point, Prediction, Process, Schedule, Solver, Spacing, prediction, process_of
 from rayexpand.diffusion.process import schedule as schedule_of
+from rayexpand.models.embeddings import with_rows
 from rayexpand.models.folders import quiet_libraries, read_json, weight_files
 from rayexpand.models.texts import Encoder, TextCond, TextEncoders
 
@@ -136,8 +137,8 @@ class StableDiffusionPrior:
         parts = self.parts
         if facts.has_tokens:
             tokenizer = copy.deepcopy(self.tokenizer)
-            text_encoder = _with_rows(self.text_encoder, add_class_tokens(tokenizer, len(facts.classes)),
-                                      load_tokens(folder), folder)
+            first = add_class_tokens(tokenizer, len(facts.classes))
+            text_encoder = with_rows(self.text_encoder, tokenizer, first, load_tokens(folder), f"adapter {folder}")
             parts = replace(parts, text_encoder=text_encoder, tokenizer=tokenizer)
         if facts.has_lora:
             parts = replace(parts, unet=self._unet_with_lora(folder, facts, scale, fuse))
@@ -332,20 +333,6 @@ def _can_compile() -> bool:
         return True
     log.warning("prior.compile: auto leaves the network as it is, because this machine has no triton or no C compiler")
     return False
-
-
-def _with_rows(text_encoder: CLIPTextModel, first: int, rows_NE: torch.Tensor, folder: Path | str) -> CLIPTextModel:
-    """A copy of the text encoder whose embedding table holds rows_NE from id `first` on."""
-    made = copy.deepcopy(text_encoder)
-    table_VE = made.get_input_embeddings().weight
-    (n, width), (size, own) = rows_NE.shape, table_VE.shape
-    if width != own:
-        raise ModelError(f"adapter {folder} has tokens of width {width}, but this text encoder embeds words in {own}; "
-                         "name its base model in prior.weights")
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        made.resize_token_embeddings(max(size, first + n), mean_resizing=False)  # fills new rows with random numbers
-        made.get_input_embeddings().weight[first:first + n] = rows_NE.to(table_VE)
-    return made
 
 
 def _check_lora(unet: torch.nn.Module, state: Mapping[str, torch.Tensor], folder: Path | str) -> None:
