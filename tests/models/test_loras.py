@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from rayexpand.contract.errors import ModelError
 from rayexpand.models.folders import tensor_shapes
-from rayexpand.models.lora_files import LoraFile, lora_files, lora_hash, lora_pairs, lora_problems
+from rayexpand.models.lora_files import LoraFile, _sgm_names, lora_files, lora_hash, lora_pairs, lora_problems
 from rayexpand.models.loras import merge
 from tests.tiny import tiny_adapter, tiny_pipeline
 
@@ -311,10 +311,11 @@ def test_names_of_the_original_code_are_those_of_the_checkpoint_converter(family
     with torch.device("meta"):
         model = unet(16, **options)
     names = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
-    from rayexpand.models.lora_files import _sgm_names
-
     original = _sgm_names(names)
     assert set(original) == set(names)
+    # the converter takes both; published files have these, after the attention of their level where there is one
+    assert original["up_blocks.0.upsamplers.0.conv"] == f"output_blocks.2.{1 if family == 'sd' else 2}.conv"
+    assert original["up_blocks.1.upsamplers.0.conv"] == "output_blocks.5.2.conv"
     numbers = {name: torch.tensor(float(number)) for number, name in enumerate(names)}
     checkpoint = {f"model.diffusion_model.{original[name]}.weight": number for name, number in numbers.items()}
     checkpoint |= {name.replace(".weight", ".bias"): torch.zeros(1) for name in checkpoint}  # it asks for them
