@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -114,13 +114,18 @@ def weight_files(folder: Path, part: str) -> tuple[str | None, list[str]]:
     A full-precision file wins; a folder that holds half precision only is loaded as diffusers' variant `fp16` or
     `bf16`.
     """
+    variant, names = variant_files(folder / part, WEIGHTS[part])
+    return variant, [f"{part}/{name}" for name in names]
+
+
+def variant_files(folder: Path, stem: str) -> tuple[str | None, list[str]]:
+    """(variant, names) of the safetensors that lie right in a folder under this stem. Raises ModelError."""
     for variant in VARIANTS:
-        stem = f"{part}/{WEIGHTS[part]}" + (f".{variant}" if variant else "")
-        if (folder / f"{stem}.safetensors").is_file():
-            return variant, [f"{stem}.safetensors"]
-        index = f"{part}/{WEIGHTS[part]}.safetensors.index" + (f".{variant}" if variant else "") + ".json"
-        if (folder / index).is_file():
-            return variant, [index, *sorted(f"{part}/{shard}" for shard in set(shard_of(folder / index).values()))]
+        end = f".{variant}" if variant else ""
+        if (folder / f"{stem}{end}.safetensors").is_file():
+            return variant, [f"{stem}{end}.safetensors"]
+        if (index := folder / f"{stem}.safetensors.index{end}.json").is_file():
+            return variant, [index.name, *sorted(set(shard_of(index).values()))]
     return None, []
 
 
@@ -133,29 +138,38 @@ def shard_of(index: Path) -> dict[str, str]:
     return found
 
 
-def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor of a safetensors file, by its header; what the header says is there must be there. Raises
-    ModelError."""
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says before its numbers."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    types: Mapping[str, str]  # as safetensors names them: F32, BF16, F8_E4M3
+    metadata: Mapping[str, str]
+
+
+def read_header(file: Path) -> Header:
+    """The header of a safetensors file; what it says is there must be there. Raises ModelError."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(file), "np") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return Header({name: tuple(one.get_shape()) for name, one in slices.items()},
+                          {name: one.get_dtype() for name, one in slices.items()}, opened.metadata() or {})
     except (OSError, SafetensorError) as error:
         size = f", {file.stat().st_size:,} bytes" if file.is_file() else ""
         raise ModelError(f"{file} cannot be read: it is cut off, damaged or no safetensors file ({error}{size}); fetch "
                          "or save it again") from error
 
 
-def metadata_of(file: Path) -> dict[str, str]:
-    """What the header of a safetensors file says beside shapes. Raises ModelError."""
-    from safetensors import SafetensorError, safe_open
+def tensor_shapes(file: Path) -> Mapping[str, tuple[int, ...]]:
+    """Shape of each tensor of a safetensors file, by its header. Raises ModelError."""
+    return read_header(file).shapes
 
-    try:
-        with safe_open(str(file), "np") as opened:
-            return opened.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} cannot be read ({error}); fetch or save it again") from error
+
+def metadata_of(file: Path) -> Mapping[str, str]:
+    """What the header of a safetensors file says beside shapes. Raises ModelError."""
+    return read_header(file).metadata
 
 
 def tensor_values(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
