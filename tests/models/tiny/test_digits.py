@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from rayexpand.models import folders
 from rayexpand.models.folders import folder_hash
 from rayexpand.models.guides import load_guide
 from rayexpand.models.prior import inspect_prior, load_prior
+from rayexpand.models.prior_config import PriorModel
 from rayexpand.models.tiny import digits
 from tests.diffusion.gaussian import point_at
 
@@ -113,6 +115,18 @@ def test_training_is_repeatable_and_leaves_global_state_alone(tmp_path, monkeypa
     assert facts.process.config.items() >= said.process.config.items()
     for solver in ("ddim", "dpmpp_2m", "unipc"):
         assert schedule(facts.process, solver, 10, 5).points == schedule(said.process, solver, 10, 5).points
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"guidance": "embedded"}, "prior.guidance: embedded needs a network with the scale as an input"),
+    ({"process": {"sigma_max": 80.0}}, "prior.process.sigma_max: DDIMScheduler has timesteps"),
+    ({"process": {"shift": 3.0}}, "prior.process.shift: is of flows")])
+def test_what_the_embedded_default_cannot_be_is_known_before_it_is_trained(fields, message):
+    with pytest.raises(ModelError, match=re.escape(message)):
+        inspect_prior(PriorModel(weights="digits", **fields))
+    assert inspect_prior(PriorModel(weights="digits", guidance="none")).guidance == "none"
+    zero = {"rescale_betas_zero_snr": True}
+    assert inspect_prior(PriorModel(weights="digits", process=zero)).ends_in_noise
 
 
 def test_a_failed_training_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
