@@ -137,7 +137,7 @@ def test_zero_snr_is_refused_for_noise_predictions_and_sampled_for_v():
     plan = schedule_of(sd_scheduler(rescale_betas_zero_snr=True), "ddim", 10, spacing="trailing")
     assert plan.first[:2] == (0, 1)
     z, out = torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.25)
-    with pytest.raises(ModelError, match="prior.process.rescale_betas_zero_snr: false"):
+    with pytest.raises(ModelError, match=r"prior\.process\.rescale_betas_zero_snr: false"):
         prediction("epsilon", out, z, plan.first)
     assert torch.equal(prediction("v_prediction", out, z, plan.first).clean, -out)
     assert torch.equal(prediction("v_prediction", out, z, plan.first).noise, z)

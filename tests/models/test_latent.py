@@ -99,10 +99,10 @@ def test_scale_one_leaves_out_the_unconditional_half(prior, monkeypatch):
     forward = type(prior.unet).forward
     monkeypatch.setattr(type(prior.unet), "forward", lambda self, z, *args, **kwargs: (
         sizes.append(len(z)), forward(self, z, *args, **kwargs))[1])
-    (cond, *others), z = (prior.embed(PROMPTS, NEGATIVES, scale) for scale in (1.0, 2.0, [1.0, 1.0, 1.0, 2.0])), normals(
-        4, 4, 8, 8)
+    z, scales = normals(4, 4, 8, 8), (1.0, 2.0, [1.0, 1.0, 1.0, 2.0])
+    cond, guided, mixed = (prior.embed(PROMPTS, NEGATIVES, scale) for scale in scales)
     alone = predict(prior, z, 300, cond)[1]
-    for other in (*others, others[1][:3]):
+    for other in (guided, mixed, mixed[:3]):
         predict(prior, z[:len(other)], 300, other)
     assert sizes == [4, 8, 8, 3]
     assert torch.equal(alone, prior.unet(z, torch.full((4,), 300), encoder_hidden_states=cond.tokens_BTE).sample)
@@ -325,10 +325,15 @@ def test_pickles_are_refused_by_name(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("file", "change", "message"), [
-    ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "one text encoder"),
+    ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]},
+     "with .*text_encoder_2 CLIPTextModel; .*XL has a second text encoder, CLIPTextModelWithProjection"),
+    ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
+     r"text_encoder_2/config\.json is missing"),
     ("model_index.json", {"unet": ["diffusers", "FluxTransformer2DModel"]}, "FluxTransformer2DModel"),
-    ("unet/config.json", {"in_channels": 9}, "9 channels but the autoencoder makes 4; inpainting"),
-    ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type 'sample' is not supported"),
+    ("unet/config.json", {"in_channels": 9}, "takes 9 channels, as inpainting models.*Use the base model"),
+    ("unet/config.json", {"in_channels": 8}, "takes 8 channels, .* InstructPix2Pix.*Use the base model"),
+    ("unet/config.json", {"in_channels": 5}, "takes 5 channels but the autoencoder makes 4"),
+    ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type 'flow' is not supported"),
 ])
 def test_other_kinds_of_pipeline_are_refused(folder, file, change, message):
     settings = json.loads((folder / file).read_text())
@@ -336,6 +341,16 @@ def test_other_kinds_of_pipeline_are_refused(folder, file, change, message):
     for call in (inspect_prior, load_prior):
         with pytest.raises(ModelError, match=message):
             call(str(folder))
+
+
+@torch.no_grad()
+def test_weights_that_predict_the_clean_latent_are_sampled(folder, prior):
+    settings = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(settings | {"prediction_type": "sample"}))
+    z, cond, at = normals(4, 4, 8, 8), prior.embed(PROMPTS, NEGATIVES, 2.0), point_at(prior.scheduler, 500)
+    clean, noise = load_prior(str(folder), device="cpu").predict(z, at, cond)
+    assert torch.equal(clean, prior.predict(z, at, cond).noise)  # the same output, read another way
+    torch.testing.assert_close(at.mix(clean, noise), z)
 
 
 def test_damaged_files_are_named(folder):

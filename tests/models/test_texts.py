@@ -30,7 +30,7 @@ def prior(folder: Path) -> StableDiffusionPrior:
 
 
 class Counted:
-    """An encoder whose states are the length of a text: 4 tokens of `width` float32 numbers, `pooled` of them beside."""
+    """An encoder whose states begin with the length of a text: 4 tokens of `width` numbers, `pooled` of them beside."""
 
     def __init__(self, width: int, pooled: int = 0) -> None:
         self.width, self.pooled, self.asked = width, pooled, list[str]()
@@ -62,7 +62,8 @@ def encoder(request: pytest.FixtureRequest) -> Counted:
     return Counted(width, pooled)
 
 
-def test_the_texts_used_last_are_kept_up_to_a_number_of_bytes(encoder: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_texts_used_last_are_kept_up_to_a_number_of_bytes(encoder: Counted,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "CACHED_BYTES", 3 * 128)
     kept = TextEncoders([encoder])
     for text in ("a", "bb", "ccc", "a", "dddd"):  # the last one takes the place of bb, which was used longest ago
