@@ -32,7 +32,18 @@ from rayexpand.models.folders import (
     no_folder,
 )
 from rayexpand.models.prior_config import PriorModel
-from rayexpand.models.prior_files import CONVERT, PriorFacts, inspect_folder, missing_configs, missing_files, unusable
+from rayexpand.models.prior_files import (
+    CONVERT,
+    PriorFacts,
+    Settings,
+    ends_in_noise,
+    guidance_of,
+    inspect_folder,
+    missing_configs,
+    missing_files,
+    noise_of,
+    unusable,
+)
 
 if TYPE_CHECKING:
     from rayexpand.models.latent import StableDiffusionPrior
@@ -83,12 +94,14 @@ def inspect_prior(prior: str | PriorModel) -> PriorFacts:
 
 
 def _digits_facts(model: PriorModel) -> PriorFacts:
-    from rayexpand.diffusion.process import process_of
-
-    process = process_of(_DIGITS_NOISE, model.process.model_dump(), published=True)
-    return PriorFacts(weights=DIGITS, image_size=16, vae_factor=2, unet_factor=2, latent_channels=4, process=process,
-                      train_timesteps=1000, text_width=64, guidance="cfg" if model.guidance == "auto"
-                      else model.guidance)
+    problems: list[str] = []
+    process = noise_of(Settings(NOISE, _DIGITS_NOISE, problems), model, published=True)
+    facts = PriorFacts(weights=DIGITS, image_size=16, vae_factor=2, unet_factor=2, latent_channels=4, process=process,
+                       train_timesteps=1000, text_width=32, guidance=guidance_of(model, False, problems),
+                       ends_in_noise=ends_in_noise(process, problems))
+    if problems:
+        raise ModelError("\n  ".join([f"{DIGITS} cannot be used so:", *problems]))
+    return facts
 
 
 def check_size(facts: PriorFacts, size: int) -> None:

@@ -128,30 +128,24 @@ def inspect_folder(folder: Path, prior: PriorModel, missing: Sequence[str] = ())
     for tokenizer, encoder in zip(("tokenizer", "tokenizer_2"), (text, second), strict=True):
         if encoder is not None:
             _check_tokenizer(folder, tokenizer, encoder, problems)
-    process = _check_noise(noise, prior, published=second is None)
+    process = noise_of(noise, prior, published=second is None)
     unet_widths, vae_widths = (one.wholes("block_out_channels") for one in (unet, vae))
     problems += _wrong_shapes(folder, {
         "unet": {"conv_in.weight": (unet_widths[0], unet.whole("in_channels", 4))},
         "vae": {"decoder.conv_in.weight": (vae_widths[-1], channels)},
         **{part: {"embeddings.token_embedding.weight": (one.whole("vocab_size", 49408), one.whole("hidden_size", 512))}
            for part, one in (("text_encoder", text), ("text_encoder_2", second)) if one is not None}})
-    embedded = unet.values.get("time_cond_proj_dim") is not None
-    if prior.guidance == "embedded" and not embedded:
-        problems.append("prior.guidance: embedded needs a network with the scale as an input (time_cond_proj_dim of "
-                        "unet/config.json), and this one has none; use cfg or none")
-    elif embedded and prior.guidance in ("cfg", "none"):
-        problems.append(f"prior.guidance: {prior.guidance} leaves out an input of this network, the scale of guidance "
-                        "(time_cond_proj_dim of unet/config.json); use auto or embedded")
+    guidance = guidance_of(prior, unet.values.get("time_cond_proj_dim") is not None, problems)
     facts = PriorFacts(
         weights=f"{weights.split('@')[0]}@{folder.name}" if folder.parent.name == "snapshots" else weights,
         image_size=_trained_size(unet, vae, 2 ** (len(vae_widths) - 1)), vae_factor=2 ** (len(vae_widths) - 1),
         unet_factor=2 ** (len(unet_widths) - 1), latent_channels=channels, process=process,
         train_timesteps=noise.whole("num_train_timesteps", 1000), family="sd" if second is None else "sdxl",
-        text_width=sum(widths), guidance="embedded" if embedded else "none" if prior.guidance == "none" else "cfg",
+        text_width=sum(widths), guidance=guidance,
         steps_offset=noise.whole("steps_offset", 0, 0), few_step=_few_step(unet, noise),
         turbo=any("turbo" in _own_name(one) for one in (weights, str(folder), index.values.get("_name_or_path"),
                                                         unet.values.get("_name_or_path"))),
-        ends_in_noise=process.frame == "vp" and _last_signal(Settings(NOISE, process.config, problems)) < LEAST_SIGNAL)
+        ends_in_noise=ends_in_noise(process, problems))
     if problems:
         raise unusable(folder, problems)
     return facts
@@ -294,7 +288,19 @@ def _vocabulary(tokenizer: Path) -> int:
     return len(listed)
 
 
-def _check_noise(noise: Settings, prior: PriorModel, *, published: bool) -> Process:
+def guidance_of(prior: PriorModel, embedded: bool, problems: list[str]) -> str:
+    """The mode of guidance, of a network with the scale as an input (`embedded`) or without."""
+    if prior.guidance == "embedded" and not embedded:
+        problems.append("prior.guidance: embedded needs a network with the scale as an input (time_cond_proj_dim of "
+                        "unet/config.json), and this one has none; use cfg or none")
+    elif embedded and prior.guidance in ("cfg", "none"):
+        problems.append(f"prior.guidance: {prior.guidance} leaves out an input of this network, the scale of guidance "
+                        "(time_cond_proj_dim of unet/config.json); use auto or embedded")
+    return "embedded" if embedded else "none" if prior.guidance == "none" else "cfg"
+
+
+def noise_of(noise: Settings, prior: PriorModel, *, published: bool) -> Process:
+    """The noise process that scheduler_config.json and `prior.process` say."""
     said = prior.process.prediction_type or noise.values.get("prediction_type", "epsilon")
     if said not in PREDICTION_TYPES:
         noise.refuse(f"prediction_type '{said}' is not supported; use a model that predicts one of "
@@ -321,6 +327,11 @@ def _few_step(unet: Settings, noise: Settings) -> str:
     if (name := noise.values.get("_class_name")) in _FEW_STEP:
         return f"{NOISE}: {name} samples in few steps, each from new noise"
     return ""
+
+
+def ends_in_noise(process: Process, problems: list[str]) -> bool:
+    """Whether the last timestep holds no signal."""
+    return process.frame == "vp" and _last_signal(Settings(NOISE, process.config, problems)) < LEAST_SIGNAL
 
 
 def _last_signal(noise: Settings) -> float:

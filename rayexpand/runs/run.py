@@ -289,17 +289,18 @@ def _caption_problems(plan: Plan, config: RunConfig) -> list[str]:
             "seeds out with data.ids"]
 
 
-def open_run(folder: str, overrides: Sequence[str] = (), *, check_models: bool = False) -> Run:
+def open_run(folder: str, overrides: Sequence[str] = (), *, check_models: bool = False, kept: bool = True) -> Run:
     """The run in an existing folder, with the configuration it was created with and `a.b=value` overrides of
-    operational fields. `check_models`: samples will be made, so its models must still be the ones it started with.
-    Raises UsageError, or DigestMismatch for an override of any other field or another model.
+    operational fields. `check_models`: samples will be made, so its models must still be the ones it started with, and
+    where the samples are `kept` or compared its solvers too. Raises UsageError, or DigestMismatch for an override of
+    any other field, another model or other solvers.
     """
     facts = read_facts(open_files(folder))
     out, _, name = (folder if is_url(folder) else str(Path(folder).absolute())).rstrip("/").rpartition("/")
     config = parse(override({**facts["config"], "out": out or "/", "name": name}, overrides), f"{folder}/run.json")
     run = _open(config, open_files(folder, single_writer=config.store.single_writer),
                 model_hashes(config) if check_models else facts["models"])
-    if check_models:
+    if check_models and kept:
         _refuse_other_solvers(run)
     return run
 

@@ -38,7 +38,7 @@ from rayexpand.diffusion.prototypes import fit_prototypes
 from rayexpand.methods import load_method
 from rayexpand.models.folders import quiet_libraries
 from rayexpand.models.guides import ClassifierGuide, ClipGuide, load_guide
-from rayexpand.models.latent import DTYPES, StableDiffusionPrior
+from rayexpand.models.latent import DTYPES, Parts, StableDiffusionPrior
 from rayexpand.models.prior import load_prior
 from rayexpand.models.tiny import digits
 from tests.methods import references
@@ -140,7 +140,7 @@ def random_weights(size: str, device: str, dtype: str) -> Case:
         else:
             clip = ClipGuide(open_clip.create_model(shape.clip), open_clip.get_tokenizer(shape.clip),
                              [f"a photo of a {name}" for name in CLASSES.name], where)
-    prior = StableDiffusionPrior(unet, vae, text, tokenizer, digits.build_scheduler("epsilon"), where)
+    prior = StableDiffusionPrior(Parts(unet, vae, text, tokenizer, digits.build_scheduler("epsilon")), where)
     images = [RowRng(0, "pixels", str(i), 0)("image").integers(0, 256, (shape.side, shape.side, 3), dtype=np.uint8)
               for i in range(len(CLASSES))]
     small = np.stack(images)[:, :64, :64]

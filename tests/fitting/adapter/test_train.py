@@ -392,7 +392,7 @@ def test_full_is_a_pipeline_of_its_own(raw: Callable[..., Any], prior: Path) -> 
 
     assert made.resolve() == folder.resolve()
     assert prior_hash(str(folder)) != prior_hash(str(prior))
-    assert model.embed(["a cat"], [""]).tokens_BTE.shape == (1, 16, 16)
+    assert model.embed(["a cat"], [""], 1.0).tokens_BTE.shape == (1, 16, 16)
     assert all(not np.array_equal(base[name], own[name]) for name in base if "token_embedding" not in name)
     assert load_file(folder / "vae/diffusion_pytorch_model.safetensors").keys() == load_file(
         prior / "vae/diffusion_pytorch_model.safetensors").keys()

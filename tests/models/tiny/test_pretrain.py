@@ -20,6 +20,7 @@ from rayexpand.models.tiny import digits, pretrain, views
 from rayexpand.models.tiny.architecture import build_tokenizer, tokenize
 from rayexpand.models.tiny.setting import Setting, problems
 from rayexpand.storage.checkpoints import Checkpoints
+from tests.diffusion.gaussian import point_at
 
 torch.set_num_threads(1)
 NAMES = ("red fox", "Maine Coon", "café")
@@ -132,7 +133,8 @@ def test_other_sizes_load_like_any_other_model(prediction_type: str, tmp_path: P
     with torch.no_grad():
         z = prior.encode(x / 255, None)
         assert z.shape == (9, 6, 8, 8)
-        assert prior.predict(z, 500, prior.embed(["a fox"] * 9, [""] * 9), 2.0).shape == z.shape
+        p = prior.predict(z, point_at(prior.scheduler, 500), prior.embed(["a fox"] * 9, [""] * 9, 2.0))
+        assert p.clean.shape == p.noise.shape == z.shape
     again = pretrain.load(tmp_path, setting, {})
     np.testing.assert_array_equal(pretrain.named(again, x, NAMES), guide.zero_shot(x.permute(0, 2, 3, 1).numpy()))
     assert pretrain.sample(again, ["a photo of a café"] * 2, 0, lambda *_: None).shape == (2, 3, 32, 32)
