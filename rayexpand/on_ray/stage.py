@@ -114,9 +114,9 @@ def _fetch(model: ModelFiles, sha256: str, server: Any) -> Path:
     folder = staged_folder(sha256)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{folder}.lock"):
-        if folder.is_dir():
+        if model.lies_in(folder, sha256):  # another process made it while this one waited
             return folder
-        for stale in folder.parent.glob(f"{folder.name}.partial-*"):  # of processes that were killed: we have the lock
+        for stale in [folder, *folder.parent.glob(f"{folder.name}.partial-*")]:  # damaged; of killed processes
             shutil.rmtree(stale, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
         try:

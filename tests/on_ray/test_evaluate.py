@@ -133,6 +133,8 @@ def test_a_node_without_the_extractor_gets_it(job: dict[str, Any], tmp_path: Pat
     assert extractor_hash(staged) == sha256
     assert Path(str(staged.guide)).parent == tmp_path
     assert on_ray.here_or_staged(elsewhere, sha256, server) == staged
+    (tmp_path / sha256[:16] / "open_clip_config.json").write_text("{}")
+    assert extractor_hash(on_ray.here_or_staged(elsewhere, sha256, server)) == sha256, "a damaged copy is made again"
     other = ModelServer.remote({"0" * 64: {file.name: file for file in folder.iterdir()}})
     with pytest.raises(EnvironmentFault, match="does not have the hash"):
         on_ray.here_or_staged(elsewhere, "0" * 64, other)
