@@ -24,7 +24,7 @@ from rayexpand.diffusion.process import Point, Prediction, Process, Schedule, So
 from rayexpand.diffusion.process import schedule as schedule_of
 from rayexpand.models.embeddings import with_rows
 from rayexpand.models.folders import quiet_libraries, read_json, weight_files
-from rayexpand.models.texts import Encoder, TextCond, TextEncoders
+from rayexpand.models.texts import Encoder, TextCond, TextEncoders, added_condition
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -136,10 +136,12 @@ class StableDiffusionPrior:
         self._check_adapter(folder, facts, base_sha256)
         parts = self.parts
         if facts.has_tokens:
-            tokenizer = copy.deepcopy(self.tokenizer)
-            first = add_class_tokens(tokenizer, len(facts.classes))
-            text_encoder = with_rows(self.text_encoder, tokenizer, first, load_tokens(folder), f"adapter {folder}")
-            parts = replace(parts, text_encoder=text_encoder, tokenizer=tokenizer)
+            for end, rows_NE in zip(("", "_2"), load_tokens(folder), strict=False):
+                tokenizer = copy.deepcopy(getattr(parts, f"tokenizer{end}"))
+                first = add_class_tokens(tokenizer, len(facts.classes))
+                text_encoder = with_rows(getattr(parts, f"text_encoder{end}"), tokenizer, first, rows_NE,
+                                         f"adapter {folder}")
+                parts = replace(parts, **{f"text_encoder{end}": text_encoder, f"tokenizer{end}": tokenizer})
         if facts.has_lora:
             parts = replace(parts, unet=self._unet_with_lora(folder, facts, scale, fuse))
         return StableDiffusionPrior(parts, self.device, self.process, self.options, self.source, facts)
@@ -151,11 +153,11 @@ class StableDiffusionPrior:
             raise ModelError(f"adapter {folder} was trained on base model {facts.base_sha256[:12]}, but prior.weights "
                              f"is model {str(base_sha256)[:12]}, whose weights it does not fit; name the base model in "
                              "prior.weights, or fine-tune this one with `rayexpand fit`")
-        here = (self.scheduler.config.prediction_type, len(self.tokenizer))
-        if here != (there := (facts.prediction_type, facts.tokenizer_length)):
-            raise ModelError(f"adapter {folder} was trained on a model that predicts {there[0]} and has {there[1]} "
-                             f"words, this one predicts {here[0]} and has {here[1]}; name its base model in "
-                             "prior.weights")
+        here = (self.scheduler.config.prediction_type, tuple(len(one.tokenizer) for one in self.texts.encoders))
+        if here != (there := (facts.prediction_type, facts.words)):
+            raise ModelError(f"adapter {folder} was trained on a model that predicts {there[0]} and has "
+                             f"{' and '.join(map(str, there[1]))} words, this one predicts {here[0]} and has "
+                             f"{' and '.join(map(str, here[1]))}; name its base model in prior.weights")
 
     def _unet_with_lora(self, folder: Path | str, facts: AdapterFacts, scale: float,
                         fuse: bool) -> UNet2DConditionModel:
@@ -217,10 +219,8 @@ class StableDiffusionPrior:
                  guidance_B: torch.Tensor) -> torch.Tensor:
         rows, _, height, width = z_in.shape
         more: dict[str, Any] = {}
-        if pooled is not None:  # sizes of the image before and after cropping, in float32: in bfloat16 522 px is 520
-            size = [height * self.vae_factor, width * self.vae_factor]
-            ids = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=self.device).expand(rows, 6)
-            more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
+        if pooled is not None:
+            more["added_cond_kwargs"] = added_condition(pooled, height * self.vae_factor, width * self.vae_factor)
         if self.guidance == "embedded":
             more["timestep_cond"] = _sinusoids(guidance_B - 1, int(self._time_cond)).to(self.device, self.dtype)
         t_B = torch.full((rows,), at.label, dtype=torch.float32, device=self.device)
@@ -232,6 +232,11 @@ class StableDiffusionPrior:
         posterior = self.vae.encode(x_BCHW.to(self.device, torch.float32) * 2 - 1).latent_dist
         z = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
         return (z - self._mean_1C11) * self._std_1C11
+
+    def posterior(self, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the latents that `encode` gives, float32."""
+        found = self.vae.encode(x_BCHW.to(self.device, torch.float32) * 2 - 1).latent_dist
+        return (found.mean - self._mean_1C11) * self._std_1C11, found.std * self._std_1C11
 
     def decode(self, z: torch.Tensor, cond: Any = None) -> torch.Tensor:
         """Latents to float32 images (B, 3, H, W), about [0, 1], unclamped. `cond` is not used."""

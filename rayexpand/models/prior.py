@@ -122,6 +122,11 @@ def sampling_problems(facts: PriorFacts, method: Any) -> list[str]:
     if steps is None:
         return []  # it runs no solver
     problems = _guidance_problems(facts, method)
+    if (facts.family == "sdxl" and getattr(method, "visual_token", "none") != "none"
+            and not getattr(method, "finetuned", True)):
+        problems.append(f"method.visual_token: the hidden states that {facts.weights} reads are not those of its last "
+                        "layer and not normalised, so an image feature there means nothing to weights as they are; "
+                        "set method.finetuned: true with an adapter that was trained so, or visual_token: none")
     if facts.ends_in_noise and facts.process.kind == "epsilon":
         problems.append(f"prior.weights: {facts.weights} leaves no signal at the last timestep "
                         "(rescale_betas_zero_snr, or betas that reach 1), where a noise prediction has no clean image. "
@@ -275,14 +280,14 @@ def _grid_problems(facts: PriorFacts, method: Any, steps: int) -> list[str]:
             ] if first <= facts.train_timesteps / 2 + 1 else []
 
 
-def prior_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a generator's folder, without loading the generator. Raises ModelError."""
+def prior_tokenizer(folder: Path, name: str = "tokenizer") -> Any:
+    """A tokenizer of a generator's folder, without loading the generator. Raises ModelError."""
     from transformers import CLIPTokenizer
 
     try:
-        return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+        return CLIPTokenizer.from_pretrained(folder, subfolder=name, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder}/tokenizer cannot be loaded: {error}. Fetch or save the model again") from error
+        raise ModelError(f"{folder}/{name} cannot be loaded: {error}. Fetch or save the model again") from error
 
 
 def prior_model(weights: str) -> ModelFiles:

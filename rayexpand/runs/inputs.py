@@ -28,10 +28,12 @@ from rayexpand.runs.config import RunConfig
 
 @dataclass(frozen=True)
 class ConfiguredInputs:
-    """What artifact kinds may ask of a run (artifacts.kinds.RunInputs). `guide`: its content hash, where known."""
+    """What artifact kinds may ask of a run (artifacts.kinds.RunInputs). `guide`: its content hash, where known, and
+    `text_width` that of the hidden states of its generator."""
 
     config: RunConfig
     guide: str | None = None
+    text_width: int | None = None
 
     @property
     def method(self) -> Method:
@@ -97,13 +99,14 @@ def load_artifacts(config: RunConfig, class_keys: Sequence[str], guide: str | No
             if name in config.needs and not kind.planned and name != "adapter"}  # which is part of the prior
 
 
-def check_artifacts(config: RunConfig, *, planned: bool = False) -> list[str]:
+def check_artifacts(config: RunConfig, *, planned: bool = False, text_width: int | None = None) -> list[str]:
     """What is wrong with guide and artifacts of a run as far as files on this machine say, one line each; nothing is
-    loaded, trained or downloaded, and no dataset is listed. `planned`: the plan is there, and holds the captions."""
+    loaded, trained or downloaded, and no dataset is listed. `planned`: the plan is there, and holds the captions;
+    `text_width`: of the hidden states that the generator reads, where known."""
     problems = []
     if "guide" in config.needs:
         problems += [f"guide.weights: {one}" for one in check_guide(config.guide.weights, config.guide.checkpoint)]
-    inputs = ConfiguredInputs(config)
+    inputs = ConfiguredInputs(config, text_width=text_width)
     for name, kind in KINDS.items():
         folder = inputs.folder(name)
         if name not in config.needs:

@@ -122,7 +122,7 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
     """
     problems = [] if planned else secret_problems(resolved(config))
     problems = problems or seeds.check(config.data)
-    data_is_sound, needs = not problems, config.needs
+    data_is_sound, needs, text_width = not problems, config.needs, None
     if not planned:
         problems += [problem for name in ("prior", "guide") if name in needs
                      for problem in unnamed(f"{name}.weights", getattr(config, name), config.data)]
@@ -132,12 +132,13 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
         except ModelError as error:
             problems.append(f"prior.weights: {error}")
         else:
+            text_width = facts.text_width
             problems += _size_problems(facts, config)
             problems += [] if planned else sampling_problems(facts, config.method)  # a run that began goes on as it was
         if config.image.fit == "none":
             problems.append(f"image.fit: 'none' keeps each image's own size, but {config.method.name} samples squares; "
                             "use crop, center or squash")
-    problems += check_artifacts(config, planned=planned)
+    problems += check_artifacts(config, planned=planned, text_width=text_width)
     if with_classes and data_is_sound and names_classes(config):
         problems += _class_problems(config)
     if device_here and config.prior.device.startswith("cuda") and needs & {"prior", "guide"}:

@@ -350,7 +350,7 @@ def test_visual_tokens_come_from_the_encoder_of_the_training(encoder: str, probl
     adapter = tiny_adapter(tmp_path / "seen", models / "base", keys, strategy="db", visual_token="class_mean",
                            encoder_sha256="e" * 64)
     (tmp_path / "features").mkdir()
-    write_class_features(tmp_path / "features", np.ones((4, 32), np.float32), class_keys=keys, encoder_sha256=encoder,
+    write_class_features(tmp_path / "features", np.ones((4, 16), np.float32), class_keys=keys, encoder_sha256=encoder,
                          images_per_class=None)
     config = make_config("realfake", ratio=1, prompt="a {name}", sections={
         "prior": {"weights": str(models / "base"), "device": "cpu"}, "image": {"size": 16, "fit": "squash"},

@@ -298,16 +298,6 @@ def test_an_adapter_samples_what_the_last_sheet_shows(raw: Callable[..., Any], p
 
         step = 5
 
-        class module:  # noqa: N801
-            @staticmethod
-            def text(ids: Any) -> Any:
-                return loaded.text_encoder(ids).last_hidden_state
-
-        @staticmethod
-        def ids(texts: list[str]) -> Any:
-            return loaded.tokenizer(texts, padding="max_length", max_length=loaded.tokenizer.model_max_length,
-                                    truncation=True, return_tensors="pt").input_ids
-
     drawn = np.asarray(draw_sheet(sheet, loaded, Loaded, feed, 0), int)  # type: ignore[arg-type]
     sheets = [np.asarray(Image.open(file), int) for file in sorted((folder / "sheets").iterdir())]
 
