@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayexpand.contract.errors import ModelError
 from rayexpand.contract.protocols import Progress
-from rayexpand.diffusion.process import Process, Schedule, Solver
+from rayexpand.diffusion.process import PUBLISHED, Process, Schedule, Solver
 from rayexpand.diffusion.process import schedule as schedule_of
 from rayexpand.diffusion.sampling import steps_run
 from rayexpand.models.folders import (
@@ -57,6 +57,7 @@ _DIGITS_NOISE = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "b
                  "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False,
                  "prediction_type": "v_prediction"}
 GUIDED_FROM_NOISE = 4  # executed steps below which guidance at a step is worth a word
+_TOLD = 5e-4  # the ends of the way are told with three digits, and may be given as they are told
 
 
 def load_prior(prior: str | PriorModel, *, dtype: str = "auto", device: str = "auto", attention: str = "auto",
@@ -175,7 +176,7 @@ def _guided_problems(facts: PriorFacts, method: Any) -> list[str]:
         return []
     plan = schedule_of(facts.process, "ddim", method.steps, run, latent=_latent(facts))
     first, last = plan.first.log_snr, plan.points[-2].log_snr
-    if not first <= method.guide_at <= last:
+    if not first - _TOLD <= method.guide_at <= last + _TOLD:
         return [f"method.guide_at: {method.guide_at:g} is not on the way that is run, which goes from log(a/s) "
                 f"{first:.3f} to {last:.3f} at its last step; choose a value between them"]
     if (left := plan.nearest(method.guide_at)) < method.lookahead:
@@ -239,14 +240,16 @@ def starting_points(facts: PriorFacts, method: Any) -> dict[str, float]:
 
 
 def sampler_revision(facts: PriorFacts, method: Any) -> int:
-    """2 where the solvers here give other last digits than the first ones did. What is as it was: noise predictions of
-    Stable Diffusion 1.x and 2.x by first-order steps, unless a gradient runs through several of them."""
+    """2 where the solvers here give other last digits than the first ones did, or visit other points. What is as it
+    was: noise predictions of Stable Diffusion 1.x and 2.x by first-order steps on the grid that is named or published,
+    unless a gradient runs through several of them."""
     if getattr(method, "steps", None) is None:
         return 1
-    process, solver = facts.process, solver_of(method)
+    process, solver, named = facts.process, solver_of(method), getattr(method, "spacing", None)
     as_before = (facts.family == "sd" and process.kind == "epsilon" and solver == "ddim"
                  and process.scheduler in ("DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler")
-                 and process.fresh_noise(solver) == 0)
+                 and process.fresh_noise(solver) == 0
+                 and process.spacing_of(solver, named) == (named or PUBLISHED[solver]))
     deep = getattr(method, "guidance", "") == "transform" and method.lookahead > 1
     return 1 if as_before and not deep else 2
 
