@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -257,8 +258,10 @@ def no_folder(weights: str, choices: str) -> ModelError:
     return ModelError(f"there is no folder {path} (seen from {Path.cwd()}); {hint}Give {choices}, or org/name@revision")
 
 
-def hub_snapshot(weights: str, patterns: Sequence[str], complete: Callable[[Path], list[str]]) -> Path:
-    """Snapshot folder of `org/name@revision`, named by its commit; from the cache where that is complete."""
+def hub_snapshot(weights: str, patterns: Sequence[str], complete: Callable[[Path], list[str]],
+                 more: Callable[[Collection[str]], list[str]] | None = None) -> Path:
+    """Snapshot folder of `org/name@revision`, named by its commit; from the cache where that is complete. Fetched are
+    the files of these patterns, and those that `more` names of all files of the repository."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
@@ -273,6 +276,8 @@ def hub_snapshot(weights: str, patterns: Sequence[str], complete: Callable[[Path
     except OSError:
         pass  # not in the cache, or only partly: fetch it
     try:
+        if more is not None:
+            fetch["allow_patterns"] = [*patterns, *map(escape, more(_hub_listing(repo, revision)))]
         folder = Path(snapshot_download(**fetch))
     except GatedRepoError as error:
         raise ModelError(f"{weights} asks for a licence to be accepted: open its page on the hub, accept, then run "
@@ -285,6 +290,16 @@ def hub_snapshot(weights: str, patterns: Sequence[str], complete: Callable[[Path
     if problems := complete(folder):  # offline, the hub client hands out what it has
         raise ModelError(f"{incomplete_message(folder, problems)}\n{_fetch_elsewhere(repo, revision)}")
     return folder
+
+
+def _hub_listing(repo: str, revision: str) -> set[str]:
+    """All files of a repository; none where it cannot be asked, which whoever fetches from it says."""
+    from huggingface_hub import HfApi
+
+    try:
+        return set(HfApi().list_repo_files(repo, revision=revision))
+    except (OSError, ValueError):
+        return set()
 
 
 def _fetch_elsewhere(repo: str, revision: str) -> str:

@@ -8,6 +8,8 @@ that comes with weights is ever run. Nothing here imports torch before a model i
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ from rayexpand.models.folders import (
     INDEX,
     NOISE,
     PICKLES,
+    VARIANTS,
     WEIGHTS,
     ModelFiles,
     cache_root,
@@ -49,9 +52,7 @@ if TYPE_CHECKING:
     from rayexpand.models.latent import StableDiffusionPrior
 
 _HUB_CONFIGS = (INDEX, NOISE, *(f"{part}/config.json" for part in WEIGHTS))
-_HUB_FILES = (*_HUB_CONFIGS, *(f"{words}/*.{end}" for words in ("tokenizer", "tokenizer_2") for end in ("json", "txt")),
-              "*/*.safetensors.index.json",
-              *(f"{part}/{stem}{end}.safetensors" for part, stem in WEIGHTS.items() for end in ("", "-*-of-*")))
+_HUB_SMALL = (*_HUB_CONFIGS, *(f"{words}/*.{end}" for words in ("tokenizer", "tokenizer_2") for end in ("json", "txt")))
 
 _DIGITS_NOISE = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
                  "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False,
@@ -312,7 +313,7 @@ def resolve(weights: str, progress: Progress | None = None) -> Path:
         return digits.ensure(progress) / "pipeline"
     folder = _local_folder(weights)
     if folder is None:
-        return hub_snapshot(weights, _HUB_FILES, complete=missing_files)
+        return hub_snapshot(weights, _HUB_SMALL, complete=missing_files, more=hub_weights)
     if problems := missing_files(folder):
         raise unusable(folder, problems)
     return folder
@@ -330,6 +331,23 @@ def present(weights: str) -> Path | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
+
+
+def hub_weights(listing: Collection[str]) -> list[str]:
+    """The weight files of a repository that loading reads: of each model the variant that `weight_files` would choose,
+    and of nothing else, such as other precisions and single-file copies of all of them."""
+    return [name for part, stem in WEIGHTS.items() for name in _variant_files(listing, f"{part}/{stem}")]
+
+
+def _variant_files(listing: Collection[str], stem: str) -> list[str]:
+    for end in (f".{variant}" if variant else "" for variant in VARIANTS):
+        if (whole := f"{stem}{end}.safetensors") in listing:
+            return [whole]
+        if (index := f"{stem}.safetensors.index{end}.json") in listing:
+            name, of_variant = re.escape(stem), re.escape(end)
+            shard = re.compile(rf"{name}({of_variant}-\d+-of-\d+|-\d+-of-\d+{of_variant})\.safetensors")
+            return [index, *filter(shard.fullmatch, listing)]  # what the index names beside them is said to be missing
+    return []
 
 
 def _local_folder(weights: str) -> Path | None:

@@ -40,7 +40,9 @@ def cost_of_run(config: RunConfig) -> Cost | None:
 
 def image_work(config: RunConfig, cost: Cost, side: int, copies: float, draws: Sequence[Draw]) -> ImageWork:
     """Of a run with `copies` of each seed whose draws are like these."""
-    calls, forwards = calls_of(config, copies, draws), cost.forwards(getattr(config.method, "guidance_scale", 1.0))
+    calls = calls_of(config, copies, draws)
+    once = config.prior.guidance in ("embedded", "none")
+    forwards = 1 if once else cost.forwards(getattr(config.method, "guidance_scale", 1.0))
     network, decode = cost.network, cost.decode
     doubled = f" ({forwards} x {network.at(side):.3g} with guidance)" if forwards > 1 else ""
     parts = ((calls.steps, forwards * network.at(side), f"steps{doubled}"),
