@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
     """Checks a job of any kind without loading a model. Raises ConfigError for mistakes in the file itself."""
     from rayexpand.data import seeds
-    from rayexpand.runs.run import changed_since_planned, sampling_of
+    from rayexpand.runs.run import changed_since_planned, sampling_of, weight_problems_of
 
     kind, raw, where = read_job(job, set, machine)
     config = parsed(kind, raw, where)
@@ -36,6 +36,8 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
         else:
             if kind == "run" and (changed := changed_since_planned(config)):
                 listed["since_planned"] = changed
+    if kind == "run" and not problems:
+        problems = weight_problems_of(config)
     notes = sampling_of(config) if kind == "run" and not problems else []
     return Checked(kind, config.model_dump(mode="json"), problems, listed, notes)
 

@@ -10,46 +10,47 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rayexpand.contract.errors import ModelError
 from rayexpand.contract.protocols import Progress
 from rayexpand.diffusion.process import PUBLISHED, Process, Schedule, Solver
 from rayexpand.diffusion.process import schedule as schedule_of
 from rayexpand.diffusion.sampling import steps_run
+from rayexpand.models.embedding_files import embedding_path
 from rayexpand.models.folders import (
     DIGITS,
     HUB_NAME,
     INDEX,
     NOISE,
-    PICKLES,
     VARIANTS,
     WEIGHTS,
     ModelFiles,
     cache_root,
-    folder_hash,
-    folder_model,
     hub_snapshot,
     no_folder,
 )
+from rayexpand.models.lora_files import lora_files
 from rayexpand.models.prior_config import PriorModel
 from rayexpand.models.prior_files import (
-    CONVERT,
     PriorFacts,
     Settings,
     ends_in_noise,
     guidance_of,
-    inspect_folder,
+    inspect_sources,
     missing_configs,
     missing_files,
     noise_of,
     unusable,
 )
+from rayexpand.models.single_files import SUFFIX
+from rayexpand.models.sources import ADDED, PriorSources, source_problems, sources_hash, staged_sources
 
 if TYPE_CHECKING:
     from rayexpand.models.latent import StableDiffusionPrior
+
+Prior = TypeVar("Prior", bound=PriorModel)
 
 _HUB_CONFIGS = (INDEX, NOISE, *(f"{part}/config.json" for part in WEIGHTS))
 _HUB_SMALL = (*_HUB_CONFIGS, *(f"{words}/*.{end}" for words in ("tokenizer", "tokenizer_2") for end in ("json", "txt")))
@@ -71,13 +72,13 @@ def load_prior(prior: str | PriorModel, *, dtype: str = "auto", device: str = "a
     ModelError.
     """
     model = as_model(prior)
-    folder = resolve(model.weights)
-    process = inspect_folder(folder, model).process
+    sources = sources_of(model)
+    process = inspect_sources(sources, model).process
     from rayexpand.models.latent import StableDiffusionPrior
 
-    return StableDiffusionPrior.load(folder, process, dtype=dtype, device=device, attention=attention,
-                                     channels_last=channels_last, compile=compile, guidance=model.guidance,
-                                     vae_dtype=model.vae_dtype)
+    return StableDiffusionPrior.load(sources, process, model.loras, model.embeddings, device=device, dtype=dtype,
+                                     attention=attention, channels_last=channels_last, compile=compile,
+                                     guidance=model.guidance, vae_dtype=model.vae_dtype)
 
 
 def as_model(prior: str | PriorModel) -> PriorModel:
@@ -89,10 +90,9 @@ def inspect_prior(prior: str | PriorModel) -> PriorFacts:
     model = as_model(prior)
     if model.weights == DIGITS:
         return _digits_facts(model)
-    folder = _local_folder(model.weights)
-    if folder is None:
-        return inspect_folder(hub_snapshot(model.weights, _HUB_CONFIGS, complete=missing_configs), model)
-    return inspect_folder(folder, model, missing_files(folder))
+    if not has_more(model) and not _is_staged(model.weights) and _local_folder(model.weights) is None:
+        return inspect_sources(PriorSources(hub_snapshot(model.weights, _HUB_CONFIGS, complete=missing_configs)), model)
+    return inspect_sources(sources_of(model), model)
 
 
 def _digits_facts(model: PriorModel) -> PriorFacts:
@@ -294,15 +294,75 @@ def prior_tokenizer(folder: Path, name: str = "tokenizer") -> Any:
         raise ModelError(f"{folder}/{name} cannot be loaded: {error}. Fetch or save the model again") from error
 
 
-def prior_model(weights: str) -> ModelFiles:
+def prior_model(prior: str | PriorModel) -> ModelFiles:
     """The files of a generator."""
-    return replace(folder_model(Path(weights)), find=lambda: folder_model(resolve(weights)).find(),
-                   present=lambda: present(weights))
+    model = as_model(prior)
+    return ModelFiles(lambda: sources_of(model).files(), lambda: None if has_more(model) else present(model.weights),
+                      lambda folder: sources_hash(staged_sources(folder)))
+
+
+def sources_of(prior: str | PriorModel, progress: Progress | None = None) -> PriorSources:
+    """Where each part of a generator lies, trained or downloaded where needed. Raises ModelError."""
+    model = as_model(prior)
+    path = Path(model.weights).expanduser()
+    if _is_staged(model.weights):
+        return staged_sources(path)
+    if not has_more(model):
+        return PriorSources(resolve(model.weights, progress))
+    sources = PriorSources(path if path.exists() else resolve(model.weights, progress), _path(model.config),
+                           {name: Path(file).expanduser() for name, file in model.parts.items()}, _path(model.vae),
+                           added_files(model))
+    if problems := source_problems(sources, model.process.model_dump()):
+        raise ModelError("\n".join(problems))
+    own = [part for part in sources.classes() if sources.part(part).weights == sources.folder / part]
+    if problems := missing_files(sources.folder, own):
+        raise unusable(sources.folder, problems)
+    return sources
+
+
+def has_more(model: PriorModel) -> bool:
+    """Whether its files are not those of one folder."""
+    named = (model.config, model.parts, model.vae, model.loras, model.embeddings)
+    return any(named) or Path(model.weights).expanduser().is_file()
+
+
+def added_files(model: PriorModel) -> dict[str, tuple[Path, ...]]:
+    """Files of LoRAs and embeddings by their role. Raises ModelError with all that are none."""
+    found, problems = dict[str, tuple[Path, ...]](), []
+    roles = {f"{ADDED[0]}{i}": lambda one=one: lora_files(one) for i, one in enumerate(model.loras)}
+    roles |= {f"{ADDED[1]}{i}": lambda one=one: [embedding_path(one)] for i, one in enumerate(model.embeddings)}
+    for role, files in roles.items():
+        try:
+            found[role] = tuple(files())
+        except ModelError as error:
+            problems.append(f"{role}: {error}")
+    if problems:
+        raise ModelError("\n".join(problems))
+    return found
+
+
+def staged_prior(model: Prior, folder: Path) -> Prior:
+    """A generator whose files lie in a folder under the names of their roles."""
+    def here(role: str) -> str:
+        return str(one if (one := folder / f"{role}{SUFFIX}").is_file() else folder / role)
+
+    lists = {name: tuple(one.model_copy(update={"file": here(f"prior.{name}.{i}")})
+                         for i, one in enumerate(getattr(model, name))) for name in ("loras", "embeddings")}
+    return model.model_copy(update={"weights": str(folder), "config": None, "parts": {}, "vae": None, **lists})
+
+
+def _path(said: str | None) -> Path | None:
+    return None if said is None else Path(said).expanduser()
+
+
+def _is_staged(weights: str) -> bool:
+    path = Path(weights).expanduser()
+    return path.is_dir() and staged_sources(path) != PriorSources(path)
 
 
 def prior_hash(prior: str | PriorModel, progress: Progress | None = None) -> str:
     """Content hash of the generator's files; trains the embedded default or downloads first where needed."""
-    return folder_hash(resolve(as_model(prior).weights, progress))
+    return sources_hash(sources_of(prior, progress))
 
 
 def resolve(weights: str, progress: Progress | None = None) -> Path:
@@ -355,10 +415,6 @@ def _local_folder(weights: str) -> Path | None:
     path = Path(weights).expanduser()
     if path.is_dir():
         return path
-    if path.is_file():
-        kind = "a pickle, which can run code when opened" if path.suffix in PICKLES else "a single file"
-        raise ModelError(f"{path} is {kind}; a folder in diffusers' StableDiffusionPipeline layout is "
-                         f"needed: {CONVERT}")
     if HUB_NAME.fullmatch(weights):
         return None
     raise no_folder(weights, "'digits' (the embedded default), a folder in diffusers' StableDiffusionPipeline layout")

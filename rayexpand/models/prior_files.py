@@ -31,6 +31,7 @@ from rayexpand.models.folders import (
     weight_files,
 )
 from rayexpand.models.prior_config import PriorModel
+from rayexpand.models.sources import PriorSources
 
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 SECOND = {"text_encoder_2": "CLIPTextModelWithProjection"}  # of Stable Diffusion XL
@@ -87,8 +88,9 @@ def missing_configs(folder: Path) -> list[str]:
     return [f"{name} is missing" for name in configs_of(folder) if not (folder / name).is_file()]
 
 
-def missing_files(folder: Path) -> list[str]:
-    """What keeps a folder from being loaded, one line per file. Raises ModelError for a folder of another kind."""
+def missing_files(folder: Path, parts: Sequence[str] | None = None) -> list[str]:
+    """What keeps a folder from being loaded, one line per file; `parts`: those whose weights it must hold, None for
+    all. Raises ModelError for a folder of another kind."""
     problems = missing_configs(folder)
     for tokenizer in tokenizers_of(folder):
         if not (folder / tokenizer / "tokenizer.json").is_file() and not all(
@@ -96,7 +98,7 @@ def missing_files(folder: Path) -> list[str]:
             problems.append(f"{tokenizer}/tokenizer.json (or vocab.json and merges.txt) is missing")
         if not (folder / _words_of(tokenizer)).is_file():
             problems.append(f"{_words_of(tokenizer)} is missing; it says how many tokens a text may have")
-    for part in parts_of(folder):
+    for part in parts_of(folder) if parts is None else parts:
         try:
             problems += _weight_problems(folder, part)
         except ModelError as error:
@@ -104,14 +106,14 @@ def missing_files(folder: Path) -> list[str]:
     return problems
 
 
-def inspect_folder(folder: Path, prior: PriorModel, missing: Sequence[str] = ()) -> PriorFacts:
-    """Facts of a folder. Raises ModelError with all that keeps it from being used, as far as configuration files and
+def inspect_sources(sources: PriorSources, prior: PriorModel, missing: Sequence[str] = ()) -> PriorFacts:
+    """Facts of a generator. Raises ModelError with all that keeps it from being used, as far as configuration files and
     those beside them say; `missing`: lines that are known already."""
-    problems, read, weights = [*missing], {}, prior.weights
-    wanted = configs_of(folder)
-    for name in (one for one in wanted if (folder / one).is_file()):
+    problems, read, weights, folder = [*missing], {}, prior.weights, sources.folder
+    wanted = {name: sources.json_file(name) for name in configs_of(folder)}
+    for name, file in ((name, file) for name, file in wanted.items() if file.is_file()):
         try:
-            read[name] = Settings(name, read_json(folder / name), problems)
+            read[name] = Settings(name, read_json(file), problems)
         except ModelError as error:
             problems.append(str(error))
     if len(read) < len(wanted):
@@ -130,7 +132,7 @@ def inspect_folder(folder: Path, prior: PriorModel, missing: Sequence[str] = ())
             _check_tokenizer(folder, tokenizer, encoder, problems)
     process = noise_of(noise, prior, published=second is None)
     unet_widths, vae_widths = (one.wholes("block_out_channels") for one in (unet, vae))
-    problems += _wrong_shapes(folder, {
+    problems += _wrong_shapes(sources, {
         "unet": {"conv_in.weight": (unet_widths[0], unet.whole("in_channels", 4))},
         "vae": {"decoder.conv_in.weight": (vae_widths[-1], channels)},
         **{part: {"embeddings.token_embedding.weight": (one.whole("vocab_size", 49408), one.whole("hidden_size", 512))}
@@ -374,13 +376,15 @@ def _weight_problems(folder: Path, part: str) -> list[str]:
             f"{lacking[0]}; fetch or save it again"] if lacking else []
 
 
-def _wrong_shapes(folder: Path, wanted: Mapping[str, Mapping[str, tuple[int, int]]]) -> list[str]:
+def _wrong_shapes(sources: PriorSources, wanted: Mapping[str, Mapping[str, tuple[int, int]]]) -> list[str]:
     """Where a tensor (by the end of its name) of a component that is here has another shape than its configuration
     says: weights of another model."""
     problems = []
     for part, shapes in wanted.items():
         try:
-            files = [folder / name for name in weight_files(folder, part)[1] if name.endswith(".safetensors")]
+            if (place := sources.part(part)).weights.is_file():
+                continue  # its names are others; header_check.py converts them
+            files = [file for file in place.files() if file.suffix == ".safetensors"]
             there = {name: shape for file in files if file.is_file() for name, shape in tensor_shapes(file).items()}
         except ModelError as error:
             problems.append(str(error))

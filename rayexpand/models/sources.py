@@ -36,6 +36,7 @@ from rayexpand.models.single_files import (
 
 REPLACEABLE = ("unet",)  # parts that `prior.parts` may name; `prior.vae` names the autoencoder
 _KINDS = ("unet", "vae", "text_encoder", "transformer")  # how names of parts with weights begin
+ADDED = ("prior.loras.", "prior.embeddings.")  # how roles of LoRAs and embeddings begin; a place in the list follows
 _WEIGHTS, _CONFIG, _VAE, _PART = "prior.weights", "prior.config", "prior.vae", "prior.parts."  # names of roles
 
 
@@ -67,6 +68,7 @@ class PriorSources:
     config: Path | None = None  # with a single file: pipeline folder with json and tokenizer files, and what it lacks
     parts: Mapping[str, Path] = field(default_factory=dict)
     vae: Path | None = None
+    added: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)  # role of a LoRA or embedding -> its files
 
     @property
     def folder(self) -> Path:
@@ -116,6 +118,8 @@ class PriorSources:
                 found[role + SUFFIX] = part.weights
             else:
                 found |= {f"{role}/{file.name}": file for file in (part.config / "config.json", *part.files())}
+        for role, files in self.added.items():
+            found |= {role + SUFFIX: files[0]} if len(files) == 1 else {f"{role}/{one.name}": one for one in files}
         return found
 
     def _named(self, name: str) -> Path | None:
@@ -135,9 +139,11 @@ def staged_sources(folder: Path) -> PriorSources:
     def there(role: str) -> Path | None:
         return next((one for one in (folder / (role + SUFFIX), folder / role) if one.exists()), None)
 
+    added = {name: tuple(sorted(one.iterdir())) if one.is_dir() else (one,)
+             for one in sorted(folder.glob("prior.*")) if (name := one.name.removesuffix(SUFFIX)).startswith(ADDED)}
     weights, parts = there(_WEIGHTS), {name: there(_PART + name) for name in REPLACEABLE}
     return PriorSources(weights or folder, folder / _CONFIG if weights else None,
-                   {name: file for name, file in parts.items() if file}, there(_VAE))
+                        {name: file for name, file in parts.items() if file}, there(_VAE), added)
 
 
 def sources_hash(sources: PriorSources) -> str:

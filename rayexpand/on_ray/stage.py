@@ -24,7 +24,7 @@ from rayexpand.artifacts import KINDS
 from rayexpand.contract.errors import EnvironmentFault
 from rayexpand.models.folders import ModelFiles, staged_folder
 from rayexpand.models.guides import guide_model
-from rayexpand.models.prior import prior_model
+from rayexpand.models.prior import prior_model, staged_prior
 from rayexpand.on_ray.pool import beside_driver
 from rayexpand.runs.config import GuideConfig, RunConfig
 from rayexpand.runs.estimate import human_bytes
@@ -71,7 +71,7 @@ def with_local_models(config: RunConfig, hashes: dict[str, str], server: Any) ->
     for part, sha256 in hashes.items():
         folder = str(local(_part(config, part), sha256, server))
         if part == "prior":
-            config = config.model_copy(update={"prior": config.prior.model_copy(update={"weights": folder})})
+            config = config.model_copy(update={"prior": staged_prior(config.prior, Path(folder))})
         elif part == "guide":
             config = config.model_copy(update={"guide": guide_at(config.guide, folder)})
         else:
@@ -88,7 +88,7 @@ def guide_at(guide: GuideConfig, folder: str) -> GuideConfig:
 
 def _part(config: RunConfig, part: str) -> ModelFiles:
     if part == "prior":
-        return prior_model(config.prior.weights)
+        return prior_model(config.prior)
     if part == "guide":
         return guide_model(config.guide.weights, config.guide.checkpoint)
     return artifact_model(artifact_folder(config, part), part)

@@ -21,7 +21,7 @@ from rayexpand.data import seeds
 from rayexpand.models.folders import folder_hash
 from rayexpand.models.guide_files import check_guide, class_difference, class_problem, guide_classes, present_guide
 from rayexpand.models.guides import guide_hash
-from rayexpand.models.prior import present
+from rayexpand.models.prior import has_more, present, prior_hash
 from rayexpand.models.prior_files import missing_files
 from rayexpand.runs.config import RunConfig
 
@@ -49,8 +49,11 @@ class ConfiguredInputs:
 
     @cached_property
     def prior_sha256(self) -> str | None:
-        here = present(self.config.prior.weights)
+        prior = self.config.prior
         with contextlib.suppress(ModelError):  # whoever asks for the prior says so
+            if has_more(prior):
+                return prior_hash(prior) if present(prior.weights) or Path(prior.weights).is_file() else None
+            here = present(prior.weights)
             return None if here is None or missing_files(here) else folder_hash(here)
         return None
 

@@ -36,17 +36,20 @@ from rayexpand.contract.schema import SEED_REASONS, Reason, Receipt
 from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import differences, digest, override
 from rayexpand.data import seeds
+from rayexpand.models.folders import DIGITS
 from rayexpand.models.prior import (
     check_size,
+    has_more,
     inspect_prior,
     prior_hash,
-    resolve,
     sampler_revision,
     sampling_notes,
     sampling_problems,
+    sources_of,
     starting_points,
 )
 from rayexpand.models.prior_files import PriorFacts
+from rayexpand.models.sources import source_notes
 from rayexpand.runs.blame import Blame, forget_unexplained
 from rayexpand.runs.config import RunConfig, ids_sha256, parse, resolved, semantic, unnamed
 from rayexpand.runs.cut_prompts import cut_prompts, words_of
@@ -150,7 +153,21 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
 
 def sampling_of(config: RunConfig) -> list[str]:
     """How the generator will be sampled, one line each; it imports diffusers where there is one."""
-    return sampling_notes(inspect_prior(config.prior), config.method) if "prior" in config.needs else []
+    if "prior" not in config.needs:
+        return []
+    notes = source_notes(sources_of(config.prior), config.prior.process.model_dump()) if has_more(config.prior) else []
+    return [*notes, *sampling_notes(inspect_prior(config.prior), config.method)]
+
+
+def weight_problems_of(config: RunConfig) -> list[str]:
+    """Tensors that the files of the generator lack, or have in another shape; it imports torch and diffusers."""
+    if "prior" not in config.needs or config.prior.weights == DIGITS:
+        return []
+    from rayexpand.models.added import added_problems
+    from rayexpand.models.header_check import weight_problems
+
+    sources = sources_of(config.prior)
+    return [*(f"prior.weights: {line}" for line in weight_problems(sources)), *added_problems(sources, config.prior)]
 
 
 def _class_problems(config: RunConfig) -> list[str]:
@@ -229,7 +246,8 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
         index, dataset = seeds.surveyed(config.data)
         plan = make_plan(index, config)
     if plan is not None and (problems := [*check_classes(config, plan.index.classes.key),
-                                          *check_seeds(config, plan.index), *_caption_problems(plan, config)]):
+                                          *check_seeds(config, plan.index), *_caption_problems(plan, config),
+                                          *weight_problems_of(config)]):
         raise ConfigError(where or config.name, problems)
     files.probe()
     files.sweep()
@@ -243,7 +261,7 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
         facts = {**_facts(config, plan, models), "dataset": dataset}
         if "prior" in models:
             facts[STARTS] = starting_points(inspect_prior(config.prior), config.method)
-        if "prior" in models and (found := cut_prompts(plan, config, resolve(config.prior.weights))) and found.cut:
+        if "prior" in models and (found := cut_prompts(plan, config, sources_of(config.prior).folder)) and found.cut:
             facts["cut_prompts"] = found.to_json()
         write_plan(plan, files, facts["plan"])
         create_once(files, "run.json", facts, "run")
