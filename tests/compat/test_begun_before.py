@@ -11,12 +11,16 @@ import json
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from rayexpand.runs.config import parse
+from rayexpand.runs.run import open_run
 from tests import commands
 from tests.compat import drawn, found
 
@@ -147,6 +151,20 @@ def test_a_run_by_a_generator_is_continued(unpack: Unpack) -> None:
 
     assert_complete(project, "runs/img2img", by_a_network=True)
     assert_kept(project, before)
+
+
+def test_a_run_begun_before_is_decoded_in_full_precision_on_any_device(unpack: Unpack) -> None:
+    project = unpack("models")
+    for name in ("img2img", "distdiff", "diffmix"):
+        run = open_run(str(project / "runs" / name))
+        assert "log_snr_at_start" not in run.facts
+        assert run.config.prior.vae_dtype == "auto"
+        assert (run.sampling.prior.vae_dtype, run.sampling.prior.channels_last, run.sampling.prior.compile) == (
+            "float32", False, False)
+    config = parse({**yaml.safe_load((project / "img2img.yaml").read_text()), "out": str(project / "runs")})
+    begun = open_run(str(project / "runs/img2img"))
+    assert config.prior.channels_last == "auto", "what a file does not say is decided by the device since"
+    assert replace(begun, config=config).sampling.prior.channels_last is False
 
 
 @pytest.mark.parametrize("name", ["distdiff", "diffmix"])
