@@ -232,12 +232,26 @@ def plan_of(facts: PriorFacts, method: Any, run: int) -> Schedule:
                        getattr(method, "spacing", None), _latent(facts))
 
 
-def starting_points(facts: PriorFacts, method: Any) -> dict[str, float]:
-    """log(a / s) at the start of each strength of a method that starts from images, by the strength."""
+def starting_points(facts: PriorFacts, method: Any) -> dict[str, float | None]:
+    """log(a / s) at the start of each strength of a method that starts from images, by the strength; None where that is
+    pure noise."""
     if getattr(method, "steps", None) is None or starts_from_noise(method):
         return {}
-    return {f"{strength:g}": round(plan_of(facts, method, run).first.log_snr, 6)
-            for strength, run in executed(method) if strength is not None}
+    starts = {f"{strength:g}": plan_of(facts, method, run).first.log_snr
+              for strength, run in executed(method) if strength is not None}
+    return {strength: round(start, 6) if math.isfinite(start) else None for strength, start in starts.items()}
+
+
+def has_no_grid(facts: PriorFacts, method: Any) -> list[str]:
+    """Why the steps of a method cannot be laid on the way of a generator; it imports diffusers."""
+    if getattr(method, "steps", None) is None:
+        return []
+    try:
+        for _, run in executed(method):
+            plan_of(facts, method, run)
+    except (ModelError, ValueError) as error:
+        return [f"method.steps: {error}"]
+    return []
 
 
 def sampler_revision(facts: PriorFacts, method: Any) -> int:

@@ -40,6 +40,7 @@ from rayexpand.models.folders import DIGITS
 from rayexpand.models.prior import (
     check_size,
     has_more,
+    has_no_grid,
     inspect_prior,
     prior_hash,
     sampler_revision,
@@ -160,14 +161,19 @@ def sampling_of(config: RunConfig) -> list[str]:
 
 
 def weight_problems_of(config: RunConfig) -> list[str]:
-    """Tensors that the files of the generator lack, or have in another shape; it imports torch and diffusers."""
-    if "prior" not in config.needs or config.prior.weights == DIGITS:
+    """Tensors that the files of the generator lack, or have in another shape, additions that do not fit, steps that its
+    grid has not; it imports torch and diffusers."""
+    if "prior" not in config.needs:
         return []
+    problems = has_no_grid(inspect_prior(config.prior), config.method)
+    if config.prior.weights == DIGITS and not has_more(config.prior):
+        return problems
     from rayexpand.models.added import added_problems
     from rayexpand.models.header_check import weight_problems
 
     sources = sources_of(config.prior)
-    return [*(f"prior.weights: {line}" for line in weight_problems(sources)), *added_problems(sources, config.prior)]
+    return [*(f"prior.weights: {line}" for line in weight_problems(sources)), *added_problems(sources, config.prior),
+            *problems]
 
 
 def _class_problems(config: RunConfig) -> list[str]:
