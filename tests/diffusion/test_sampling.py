@@ -12,7 +12,7 @@ from diffusers import DPMSolverMultistepScheduler, PNDMScheduler, UniPCMultistep
 from rayexpand.contract.errors import ModelError
 from rayexpand.contract.schema import ClassTable, Reason
 from rayexpand.diffusion import sampling
-from rayexpand.diffusion.process import prediction
+from rayexpand.diffusion.process import Prediction, prediction
 from tests.diffusion.gaussian import STABLE_DIFFUSION, FakeCond, GaussianPrior, schedule_of, sd_scheduler
 from tests.methods.fakes import NoiseStart, batch_of
 
@@ -322,3 +322,32 @@ def test_two_images_under_one_seed_id_are_two_seeds():
     batch = replace(batch, images=(batch.images[0], 255 - batch.images[1]))
     means = sampling.once_per_seed(batch, lambda x_nCHW, slots: x_nCHW.mean((1, 2, 3)))
     assert float(means[0]) == pytest.approx(1 - float(means[1]))
+
+
+@pytest.mark.parametrize("kappa", [1.0, 0.6])
+def test_a_step_takes_its_share_of_fresh_noise_by_the_number_of_the_whole_grid(kappa):
+    """Of 10 steps the last 4 are run; the last one ends at the data and takes none."""
+    asked, noise = [], torch.full((1, 1, 2, 2), 7.0)
+    plan = replace(schedule_of(sd_scheduler(), "ddim", 10, 4), kappa=(kappa,) * 9 + (0.0,))
+    step = sampling.stepper(plan, lambda i: (asked.append(i), noise)[1])
+    clean, eps = torch.full((1, 1, 2, 2), 0.5), torch.full((1, 1, 2, 2), -1.0)
+    for here, there in plan.steps:
+        z = step(torch.full((1, 1, 2, 2), float("nan")), Prediction(clean, eps), here, there)
+        mixed = there is not plan.points[-1]
+        expected = there.a * 0.5 + there.s * ((1 - kappa**2) ** 0.5 * -1.0 + kappa * 7.0 if mixed else -1.0)
+        torch.testing.assert_close(z, torch.full((1, 1, 2, 2), expected))
+    assert asked == list(plan.fresh_steps) == [6, 7, 8]
+    with pytest.raises(AssertionError, match="fresh noise"):
+        sampling.stepper(plan)
+
+
+def test_fresh_noise_is_that_of_the_row_and_of_the_step():
+    batch = batch_of(NoiseStart(), ClassTable.of(["a", "b"]), [("s", 0, 0), ("s", 0, 1), ("t", 1, 0)])
+    prior = GaussianPrior(sd_scheduler())
+    fresh = sampling.fresh_noise(prior, batch)
+    for i in (0, 7):
+        for row, rng in enumerate(batch.rngs):
+            assert torch.equal(fresh(i)[row], torch.from_numpy(rng.normals(f"step/{i}", (3, 16, 16))))
+    assert torch.equal(sampling.fresh_noise(prior, batch, [2, 0, 2])(7), fresh(7)[[2, 0, 2]])
+    assert len({row.numpy().tobytes() for i in (0, 7) for row in fresh(i)}) == 6
+    assert not torch.equal(fresh(0), sampling.noise_batch(prior, batch))
