@@ -127,9 +127,11 @@ def inspect_sources(sources: PriorSources, prior: PriorModel, missing: Sequence[
     widths = [one.whole("hidden_size", 512) for one in (text, second) if one is not None]
     _check_unet(unet, channels, sum(widths), second)
     _check_latents(vae, channels)
-    for tokenizer, encoder in zip(("tokenizer", "tokenizer_2"), (text, second), strict=True):
-        if encoder is not None:
-            _check_tokenizer(folder, tokenizer, encoder, problems)
+    lengths = [_check_tokenizer(folder, tokenizer, encoder, problems) for tokenizer, encoder in zip(
+        ("tokenizer", "tokenizer_2"), (text, second), strict=True) if encoder is not None]
+    if None not in lengths and len(set(lengths)) > 1:
+        problems.append(f"{_words_of('tokenizer_2')}: model_max_length {lengths[1]} is not that of the first, "
+                        f"{lengths[0]}, and the states of both encoders stand side by side; they are of two models")
     process = noise_of(noise, prior, published=second is None)
     unet_widths, vae_widths = (one.wholes("block_out_channels") for one in (unet, vae))
     problems += _wrong_shapes(sources, {
@@ -254,16 +256,17 @@ def _check_latents(vae: Settings, channels: int) -> None:
             vae.refuse(f"{name}: expected a number for each of the {channels} channels of the latent, got {found!r}")
 
 
-def _check_tokenizer(folder: Path, tokenizer: str, text: Settings, problems: list[str]) -> None:
-    """Whether texts and words that the tokenizer makes are those of the text encoder."""
+def _check_tokenizer(folder: Path, tokenizer: str, text: Settings, problems: list[str]) -> int | None:
+    """Whether texts and words that the tokenizer makes are those of the text encoder; tokens of a text, where that is
+    known."""
     if not (folder / _words_of(tokenizer)).is_file():
-        return  # not downloaded yet
+        return None  # not downloaded yet
     try:
         words = Settings(_words_of(tokenizer), read_json(folder / _words_of(tokenizer)), problems)
         listed = _vocabulary(folder / tokenizer)
     except ModelError as error:
         problems.append(str(error))
-        return
+        return None
     longest, places = words.values.get("model_max_length"), text.whole("max_position_embeddings", 77)
     if isinstance(longest, bool) or not isinstance(longest, int) or longest < 3:
         words.refuse(f"model_max_length: expected the number of tokens of a text (77 of Stable Diffusion), got "
@@ -274,6 +277,7 @@ def _check_tokenizer(folder: Path, tokenizer: str, text: Settings, problems: lis
     if listed > (known := text.whole("vocab_size", 49408)):
         text.refuse(f"the tokenizer has {listed:,} words and the text encoder vocab_size {known}; they are of two "
                     "models")
+    return longest if isinstance(longest, int) else None
 
 
 def _vocabulary(tokenizer: Path) -> int:

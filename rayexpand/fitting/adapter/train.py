@@ -105,7 +105,8 @@ def open_tuning(job: TuneJob, *, device: str | None = None,
     from rayexpand.storage.checkpoints import Checkpoints
 
     recipe = job.made.finetune
-    # the Finetuner casts what may be less than float32; 3.5 GB for a moment with Stable Diffusion 1.5
+    # the Finetuner casts what may be less than float32; 3.5 GB for a moment with Stable Diffusion 1.5, 14 GB
+    # with XL
     prior = load_prior(job.base.weights, dtype="float32", device=device or job.base.device)
     feed = LatentLoader(job.sources, recipe, job.classes, job.seed, prior.scheduler.config.num_train_timesteps)
     if feed.latents.classes != job.classes.key:

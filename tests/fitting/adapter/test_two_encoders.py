@@ -266,6 +266,14 @@ def test_a_dropped_row_reads_what_no_text_is_to_the_sampler(xl: Path) -> None:
         assert bool(text_BTE[1].any()) != forced
 
 
+def test_bf16_freezes_small_and_trains_in_fp32(xl: Path) -> None:
+    exact, model = tuner_of(loaded(xl), lr=1e-4), tuner_of(loaded(xl), lr=1e-4, precision="bf16")
+    losses = [[one.update(batch(step)) for step in range(2)] for one in (exact, model)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert {p.dtype for p in model.trainable.values()} == {torch.float32}
+    assert model.encoders[1].model.text_projection.weight.dtype == torch.bfloat16
+
+
 def _worker(xl: Path, rank: int) -> dict[str, Tensor]:
     model, data = tuner_of(loaded(xl), wrap=DistributedDataParallel, world=2, clip=None), batch()
     model.update(LatentBatch(*(x[2 * rank:2 * rank + 2] for x in data[:4])))
@@ -551,6 +559,12 @@ def test_a_prediction_of_the_clean_image_is_not_trained(raw: Callable[..., Any],
     base = change(xl, tmp_path / "base", "scheduler/scheduler_config.json", prediction_type="sample")
     (problem,) = preflight(parse_fit(raw(recipe_of("db"), base=base)))
     assert "predicts sample, and the loss here is that of epsilon or v_prediction" in problem
+
+
+def test_tokenizers_of_different_lengths_are_of_two_models(raw: Callable[..., Any], xl: Path, tmp_path: Path) -> None:
+    base = change(xl, tmp_path / "base", "tokenizer_2/tokenizer_config.json", model_max_length=12)
+    (problem,) = preflight(parse_fit(raw(recipe_of("db"), base=base)))
+    assert "tokenizer_2/tokenizer_config.json: model_max_length 12 is not that of the first, 16" in problem
 
 
 def test_both_tokenizers_take_the_class_tokens(raw: Callable[..., Any], xl: Path, tmp_path: Path) -> None:
