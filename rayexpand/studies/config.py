@@ -26,11 +26,13 @@ from rayexpand.data.seeds import DataConfig
 from rayexpand.data.subsets import SubsetConfig
 from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation.evaluate import DistanceConfig
+from rayexpand.evaluation.features import ExtractorConfig
 from rayexpand.fitting.adapter.config import AdapterFit
 from rayexpand.fitting.config import fit_config
 from rayexpand.fitting.config import preflight as fit_preflight
 from rayexpand.fitting.guide import GuideFit
 from rayexpand.models.folders import unreadable
+from rayexpand.models.prior import facts_to_come
 from rayexpand.runs import config as configs
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import DIGITS, ClusterConfig, RunConfig, not_named
@@ -185,13 +187,14 @@ def study_preflight(config: StudyConfig) -> list[str]:
             made = run_config(config, name, one, 0, config.data)
         except ConfigError:
             continue  # parse_study lists its mistakes
+        to_come = facts_to_come(one.fit.pretrain, made.prior) if one.fit and one.fit.pretrain else None
         trained = one.fit is not None and one.fit.guide is not None and one.fit.guide.kind != "clip_head"
         given_later = ("data.", "out:", *(("artifacts.prototypes: ",) if one.fit else ()),
                        *(("artifacts.adapter: ", "artifacts.class_features: ", "artifacts.image_features: ")
                          if one.fit and one.fit.adapter else ()),
                        *(("guide.weights: ",) if trained else ()),
-                       *(("prior.weights: ", "image.size: ") if one.fit and one.fit.pretrain else ()))
-        problems += [f"expansions.{name}.{line}" for line in runs.preflight(made, device_here=False)
+                       *(("prior.weights: missing",) if to_come else ()))
+        problems += [f"expansions.{name}.{line}" for line in runs.preflight(made, device_here=False, prior=to_come)
                      if not line.startswith(given_later) or ": has no effect" in line]
         if one.fit is not None and (wanted := fit_config(made, one.fit.guide, one.fit.adapter)) is not None:
             problems += [f"expansions.{name}.{line.partition(', or add `')[0]}"  # which a study cannot have there
@@ -211,8 +214,10 @@ def _samples_problems(config: StudyConfig) -> list[str]:
     if all(arm.use is None for arm in config.arms):
         problems.append("samples: no arm uses an expansion, so there are none to compare; take it out")
     if wanted.extractor.guide is None and wanted.extractor.timm is None and config.data.source != DIGITS:
-        return [*problems, not_named("samples.extractor.guide", config.data)]
-    return problems + [f"samples.{line}" for line in extractors.check(wanted.extractor)]
+        problems.append(not_named("samples.extractor.guide", config.data))
+    elif wanted.extractor != ExtractorConfig():
+        problems += [f"samples.{line}" for line in extractors.check(wanted.extractor)]
+    return problems
 
 
 def run_config(config: StudyConfig, name: str, one: ExpansionConfig, seed: int, data: DataConfig) -> RunConfig:

@@ -81,13 +81,14 @@ def _samples(study: Study, trials: Sequence[Trial], made_from: str) -> Iterator[
     wanted: dict[tuple[str, int | None, str | None], dict[str, dict[str, Any]]] = {}
     for trial in trials:
         if trial.run:
-            arm = arms[trial.arm]
+            arm, most = arms[trial.arm], int(study.opened.run(trial.run).plan.copies.max(initial=0))
+            copies = arm.copies if arm.copies is not None and arm.copies < most else None
             of = {"digest": digest([made_from, trial.list_sha256]), "list_sha256": trial.list_sha256, "arm": trial.arm,
-                  "seed": trial.seed, "run": trial.run, "copies": arm.copies, "selection": arm.config.selection,
+                  "seed": trial.seed, "run": trial.run, "copies": copies, "selection": arm.config.selection,
                   "filled": arm.config.fill}
             name = f"{SCORES}/{trial.name}"
             if not _is_done(study, name, of):
-                wanted.setdefault((trial.run, arm.copies, arm.config.selection), {})[name] = of
+                wanted.setdefault((trial.run, copies, arm.config.selection), {})[name] = of
     for (run, copies, selection), files in wanted.items():
         yield _Comparison(samples_of(study.opened.run(run), _asked(study, copies=copies, selection=selection)), files)
 

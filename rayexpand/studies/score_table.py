@@ -5,6 +5,7 @@ A number that is not there is said to be missing, and why, as far as the files t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from rayexpand.storage.tables import unsealed
 from rayexpand.studies.spreads import plus_minus, points, spread
 
 FIRST = ("coverage", "density", "recall", "precision")  # scores by the beginning of their names; then the others
-NO_SAMPLES, NOT_MEASURED, NO_NUMBER = "no samples", "not measured", "not known"
+NO_SAMPLES, NO_CLASSIFIER, NOT_MEASURED, NO_NUMBER = "no samples", "no classifier", "not measured", "not known"
 
 Result = Mapping[str, Any]
 
@@ -100,10 +101,9 @@ def score_table(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[s
                       *_cells(arm, names)))
     for one in shared["real"]:
         scores = tuple(_number(one["scores"].get(name)) for name in names)
-        lines.append((f"{one['images']:,} other real images", str(one["images_compared"]["n"]), "not trained on", "",
-                      *scores, _number(one["images_compared"]), NO_SAMPLES, NO_SAMPLES))
-    return ("arm", "n", "top-1 %", f"to {found['baseline']}, points", *names, "images compared", "process-s/image",
-            "process-s fitting"), lines
+        lines.append((f"{one['images']:,} other real images", str(one["images_compared"]["n"]), NO_CLASSIFIER,
+                      NO_CLASSIFIER, *scores, _number(one["images_compared"]), NO_SAMPLES, NO_SAMPLES))
+    return ("arm", "n", "top-1 %", "against baseline", *names, "images", "s/image", "s fitting"), lines
 
 
 def _cells(arm: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
@@ -117,19 +117,16 @@ def _cells(arm: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _number(found: Mapping[str, Any] | None, repetitions: int | None = None, missing: str = NOT_MEASURED) -> str:
-    """Mean ± standard error; with how many values, where that is less than `repetitions`."""
+    """Mean ± standard error, whose first digit is the last one of both; with how many values, where that is less than
+    `repetitions`."""
     if found is None:
         return missing
-    error = found["se"]
-    text = _digits(found["mean"]) + (f" ± {_digits(error)}" if error else "")
+    if error := found["se"]:
+        places = max(0, -math.floor(math.log10(error)))
+        text = f"{found['mean']:,.{places}f} ± {error:,.{places}f}"
+    else:
+        text = f"{found['mean']:,.4g}"
     return text if repetitions is None or found["n"] == repetitions else f"{text} (n = {found['n']})"
-
-
-def _digits(value: float) -> str:
-    """Three digits after the point at most, and three in all for small numbers."""
-    if value == int(value) and abs(value) >= 1:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) < 0.1 else f"{value:,.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
 def _ordered(names: set[str]) -> list[str]:
