@@ -10,7 +10,8 @@ Other real images, as many as the samples, say what could be reached at that num
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rayexpand.contract.errors import UsageError
@@ -20,6 +21,9 @@ from rayexpand.data.subsets import fingerprint
 from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation.distance import measure
 from rayexpand.evaluation.evaluate import DistanceConfig, EvaluateConfig, Extract, Found, Side, reference_of, samples_of
+from rayexpand.runs.estimate import estimate, first_draws
+from rayexpand.runs.run import Run
+from rayexpand.runs.work import cost_of_run
 from rayexpand.storage.tables import healthy_json, replace_json
 from rayexpand.studies.parts import Study, Trial
 from rayexpand.studies.trials import arms_of
@@ -85,12 +89,26 @@ def _samples(study: Study, trials: Sequence[Trial], made_from: str) -> Iterator[
             copies = arm.copies if arm.copies is not None and arm.copies < most else None
             of = {"digest": digest([made_from, trial.list_sha256]), "list_sha256": trial.list_sha256, "arm": trial.arm,
                   "seed": trial.seed, "run": trial.run, "copies": copies, "selection": arm.config.selection,
-                  "filled": arm.config.fill}
+                  "filled": arm.config.fill, "gflop_per_image": gflop_per_image(study.opened.run(trial.run))}
             name = f"{SCORES}/{trial.name}"
             if not _is_done(study, name, of):
                 wanted.setdefault((trial.run, copies, arm.config.selection), {})[name] = of
     for (run, copies, selection), files in wanted.items():
         yield _Comparison(samples_of(study.opened.run(run), _asked(study, copies=copies, selection=selection)), files)
+
+
+def gflop_per_image(run: Run) -> float | None:
+    """Counted arithmetic of one sample; None for methods without a generator, and for one of which nothing is known."""
+    config, plan = run.config, run.plan
+    if "prior" not in config.needs:
+        return None
+    if cost_of_run(config) is None and (folder := Path(config.prior.weights)).is_dir():
+        from rayexpand.models.flops import count_once
+
+        count_once(folder)
+    found = estimate(config, seeds=len(plan.index), planned=plan.planned,
+                     draws=first_draws(config, plan.index, plan.planned))
+    return None if found.petaflop is None else 1e6 * found.petaflop / plan.planned
 
 
 def _real(study: Study, trials: Sequence[Trial], made_from: str, todo: Sequence[_Comparison]) -> list[_Comparison]:
@@ -106,7 +124,7 @@ def _real(study: Study, trials: Sequence[Trial], made_from: str, todo: Sequence[
             of = {"digest": digest([made_from, real_sha256, images, seed]), "images": images, "seed": seed}
             if not _is_done(study, name := f"{REAL}/{images}-{seed}", of):
                 chosen = _asked(study, reference=wanted.real, images=images, seed=seed)
-                found.append(_Comparison(reference_of(chosen), {name: of}))
+                found.append(_Comparison(replace(reference_of(chosen), name="other real images"), {name: of}))
     return found
 
 

@@ -76,6 +76,7 @@ def of_samples(found: Sequence[Result]) -> dict[str, Any]:
     """Spreads over repetitions: how many images were compared, and their scores."""
     names = dict.fromkeys(name for one in found for name in one["scores"])
     return {"images_compared": spread(one["n_samples"] for one in found),
+            "gflop_per_image": spread(one.get("gflop_per_image") for one in found),
             "scores": {name: spread(one["scores"].get(name, {}).get("value") for one in found) for name in names}}
 
 
@@ -102,17 +103,18 @@ def score_table(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[s
     for one in shared["real"]:
         scores = tuple(_number(one["scores"].get(name)) for name in names)
         lines.append((f"{one['images']:,} other real images", str(one["images_compared"]["n"]), NO_CLASSIFIER,
-                      NO_CLASSIFIER, *scores, _number(one["images_compared"]), NO_SAMPLES, NO_SAMPLES))
-    return ("arm", "n", "top-1 %", "against baseline", *names, "images", "s/image", "s fitting"), lines
+                      NO_CLASSIFIER, *scores, _number(one["images_compared"]), *(NO_SAMPLES,) * 3))
+    return ("arm", "n", "top-1 %", "against baseline", *names, "images", "GFLOP/image", "s/image", "s fitting"), lines
 
 
 def _cells(arm: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
-    """Scores, images compared, seconds of one image and of what was fitted."""
+    """Scores, images compared, arithmetic and seconds of one image, seconds of what was fitted."""
     if not (arm["synthetic_rows"] or {"mean": 0})["mean"]:
-        return (NO_SAMPLES,) * (len(names) + 3)
+        return (NO_SAMPLES,) * (len(names) + 4)
     own, repetitions = arm["samples"], len(arm["seeds"])
     cells = [_number(own["scores"].get(name), repetitions) for name in names]
     return (*cells, _number(own["images_compared"], repetitions),
+            _number(own["gflop_per_image"], missing=NO_NUMBER),
             _number(arm["seconds_per_image"], missing=NO_NUMBER), _number(arm["cost"]["fitting"], missing=NO_NUMBER))
 
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rayexpand.contract.errors import ConfigError, UsageError
+from rayexpand.contract.settings import differences, digest
+from rayexpand.data.seeds import DataConfig
 from rayexpand.fitting.config import FitConfig
+from rayexpand.models import cost
+from rayexpand.models.prior import inspect_prior
+from rayexpand.runs import estimate
 from rayexpand.runs import run as runs
-from rayexpand.studies.config import parse_study
+from rayexpand.studies import sample_scores
+from rayexpand.studies.config import load_study, parse_study, run_config
 from rayexpand.studies.expansions import pending_runs
+from rayexpand.studies.priors import PriorFit
+from rayexpand.studies.sample_scores import gflop_per_image
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.trials import make_trials
+from tests.commands import ROOT
 from tests.models.tiny.test_pretrain import TINY, ZERO_SNR
 from tests.studies.test_study import expanded, raw_study
 from tests.tiny import tiny_pipeline
@@ -32,42 +42,75 @@ def made(section: dict[str, Any], method: dict[str, Any] | None = None, **fields
     return {"method": {**METHOD, **(method or {})}, "fit": {"pretrain": section}, **fields}
 
 
-def test_arms_with_one_section_share_a_generator(tmp_path: Path) -> None:
-    """Two guidance scales of one generator and a third one of zero terminal SNR, which samples in two steps."""
-    study = expanded(raw(tmp_path, {
-        "plain": made(PRIOR), "guided": made(PRIOR, {"guidance_scale": 3}),
-        "few": made({**PRIOR, "unet": ZERO_SNR}, {"steps": 2})}, seeds=[0]))
-    found = {name: runs.open_run(study.expansions[name, 0].folder) for name in ("plain", "guided", "few")}  # type: ignore[union-attr]
-    weights = {name: run.config.prior.weights for name, run in found.items()}
+class Fit:
+    """Makes a folder with random weights for each section, and keeps what it was asked for."""
 
-    assert weights["plain"] == weights["guided"] != weights["few"]
-    assert all(Path(one).parent.parent == tmp_path / "small/artifacts" for one in weights.values())
-    assert {run.config.guide.weights for run in found.values()} == {"digits"}
-    assert {run.totals().kept for run in found.values()} == {40}
-    fitting = {one.arm: one.fitting_seconds for one in make_trials(study) if not one.control_of}
-    assert fitting["original"] == 0
-    assert fitting["plain"] == fitting["guided"] > 0
-    assert len([*Path(tmp_path, "small/artifacts").glob("prior-*[0-9a-f]/pipeline")]) == 2
-    assert list(pending_runs(prepare_study(study.config))) == []
+    def __init__(self, out: Path) -> None:
+        self.tasks: list[FitConfig] = []
+        self._out = out
+
+    def __call__(self, task: FitConfig, progress: Any) -> dict[str, Path]:
+        self.tasks.append(task)
+        folder = self._out / digest([task.fit.pretrain.model_dump(mode="json"), task.seed])[:8]
+        if not folder.is_dir():
+            tiny_pipeline(folder / "pipeline")
+        return {"prior": folder}
+
+
+def test_arms_with_one_section_share_a_generator(tmp_path: Path) -> None:
+    """Two guidance scales of one generator, and one of another size. The guide stays that of the run."""
+    unet = {**TINY["unet"], "channels": [16, 16]}
+    study = prepare_study(parse_study(raw(tmp_path, {
+        "plain": made(PRIOR), "guided": made(PRIOR, {"guidance_scale": 3}), "other": made({**PRIOR, "unet": unet})},
+        seeds=[0])))
+    fit = Fit(tmp_path / "made")
+    found = {run.config.name: run.config for run in pending_runs(study, fit=fit)}
+
+    assert found["plain-0"].prior.weights == found["guided-0"].prior.weights != found["other-0"].prior.weights
+    assert {config.guide.weights for config in found.values()} == {"digits"}
+    assert {task.out for task in fit.tasks} == {f"{tmp_path}/small/artifacts"}
+    assert {(task.data.split, task.data.per_class) for task in fit.tasks} == {("pool", 2)}
+    assert fit.tasks[0].fit == fit.tasks[1].fit
+    assert fit.tasks[2].fit.pretrain.unet.channels == (16, 16)
 
 
 def test_each_repetition_trains_its_own_where_that_is_said(tmp_path: Path) -> None:
-    tasks: list[FitConfig] = []
-    pipeline = tiny_pipeline(tmp_path / "made/pipeline")
-
-    def fit(task: FitConfig, progress: Any) -> dict[str, Path]:
-        tasks.append(task)
-        return {"prior": pipeline.parent}
-
     study = prepare_study(parse_study(raw(tmp_path, {
         "same": made({**PRIOR, "seed": 7}), "own": made({**PRIOR, "seed": None})}, seeds=[3, 4])))
-    found = list(pending_runs(study, fit=fit))
+    fit = Fit(tmp_path / "made")
+    found = {run.config.name: run.config.prior.weights for run in pending_runs(study, fit=fit)}
 
-    assert [(task.name, task.seed) for task in tasks] == [("same-3", 7), ("same-4", 7), ("own-3", 3), ("own-4", 4)]
-    assert {task.out for task in tasks} == {f"{tmp_path}/small/artifacts"}
-    assert {(task.data.split, task.data.per_class) for task in tasks} == {("pool", 2)}
-    assert {task.fit.pretrain.unet.steps for task in tasks} == {TINY["unet"]["steps"]}
-    assert {run.config.prior.weights for run in found} == {str(pipeline)}
+    assert [(task.name, task.seed) for task in fit.tasks] == [("same-3", 7), ("same-4", 7), ("own-3", 3), ("own-4", 4)]
+    assert found["same-3"] == found["same-4"]
+    assert found["own-3"] != found["own-4"]
+
+
+def test_a_generator_is_trained_and_sampled_and_paid_for(tmp_path: Path) -> None:
+    """One of zero terminal SNR, in two steps, which the embedded default would be refused."""
+    study = expanded(raw(tmp_path, {"few": made({**PRIOR, "unet": ZERO_SNR}, {"steps": 2, "ratio": 1})}, seeds=[0]))
+    run = runs.open_run(f"{tmp_path}/small/runs/few-0")
+
+    assert run.totals().kept == 20
+    assert Path(run.config.prior.weights).parent.parent == tmp_path / "small/artifacts"
+    assert inspect_prior(run.config.prior).ends_in_noise
+    fitting = {one.arm: one.fitting_seconds for one in make_trials(study)}
+    assert fitting["few"] > 0 == fitting["original"]
+    assert list(pending_runs(prepare_study(study.config))) == []
+
+
+def test_the_arithmetic_of_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guidance calls the network twice in each of eight steps, and two steps are a quarter of them."""
+    counted = replace(cost.SD1, side=16)
+    monkeypatch.setattr(sample_scores, "cost_of_run", lambda config: counted)
+    monkeypatch.setattr(estimate, "cost_of_run", lambda config: counted)
+    expansions = {"plain": made(PRIOR), "guided": made(PRIOR, {"guidance_scale": 3}),
+                  "none": {"method": {"name": "classical", "ratio": 2}}}
+    study = prepare_study(parse_study(raw(tmp_path, expansions, seeds=[0])))
+    found = {run.config.name: gflop_per_image(run) for run in pending_runs(study, fit=Fit(tmp_path / "made"))}
+
+    network, decode = (1000 * one.at(16) for one in (counted.network, counted.decode))
+    assert found == {"plain-0": pytest.approx(8 * network + decode), "guided-0": pytest.approx(16 * network + decode),
+                     "none-0": None}
 
 
 @pytest.mark.parametrize(("expansion", "problem"), [
@@ -110,3 +153,24 @@ def test_a_generator_trained_on_test_images_is_refused(tmp_path: Path, section: 
     with pytest.raises(UsageError, match=rf"{section}: \d+ of its images are training images of the generator of "
                                          "expansion e"):
         prepare_study(config)
+
+
+def test_the_job_compares_generators_at_one_plan() -> None:
+    """Each differs from the first in one thing; all have the same scales, and each of these is trained on twice."""
+    config = load_study(ROOT / "jobs/digits/study-priors.yaml")
+    priors: dict[str, list[float]] = {}
+    plans, first = set(), PriorFit(data=DataConfig(source="digits", split="pool"), samples=0).model_dump()
+    for name, one in config.expansions.items():
+        assert one.fit is not None
+        assert one.fit.pretrain is not None
+        section = one.fit.pretrain.model_dump()
+        method = run_config(config, name, one, 0, config.data).method.model_dump()
+        priors.setdefault(str(differences(first, section)), []).append(method.pop("guidance_scale"))
+        plans.add(str(method | {"steps": None}))
+        assert [arm.real for arm in config.arms if arm.use == name] == [1, 0]
+    assert len(plans) == 1
+    assert all(scales == [1, 3, 7.5] for scales in priors.values())
+    assert sorted(priors) == sorted(str(changes) for changes in (
+        [], ["seed: 0 -> 1"], ["unet.prediction_type: 'v_prediction' -> 'epsilon'"],
+        ["unet.rescale_betas_zero_snr: '(absent)' -> True", "unet.spacing: '(absent)' -> 'trailing'"],
+        ["unet.channels: (32, 64) -> (16, 32)"]))

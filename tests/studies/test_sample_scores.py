@@ -148,7 +148,8 @@ def test_the_table_has_accuracy_coverage_distance_and_cost(finished: Study) -> N
     heads, rows = table
     lines = {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
 
-    assert heads[4:] == ("coverage_k5", "density_k5", "kid_poly3_unbiased", "images", "s/image", "s fitting")
+    assert heads[4:] == ("coverage_k5", "density_k5", "kid_poly3_unbiased", "images", "GFLOP/image", "s/image",
+                         "s fitting")
     assert list(lines) == ["original", "flips 1x", "flips 3x", "alone", "20 other real images"]
     assert set(lines["original"].values()) >= {"no samples", "baseline"}
     assert lines["20 other real images"]["top-1 %"] == "no classifier"
@@ -157,7 +158,7 @@ def test_the_table_has_accuracy_coverage_distance_and_cost(finished: Study) -> N
         "coverage_k5"]["value"] for seed in (0, 1)]
     assert arm["samples"]["scores"]["coverage_k5"]["values"] == values
     assert float(lines["flips 3x"]["coverage_k5"].partition(" ")[0]) == pytest.approx(np.mean(values), abs=0.1)
-    assert lines["flips 3x"]["images"] == "60"
+    assert (lines["flips 3x"]["images"], lines["flips 3x"]["GFLOP/image"]) == ("60", "not known")
     spent = [json.loads(Path(finished.files.root, f"results/flips-3x-s{seed}.json").read_text())["expansion_seconds"]
              for seed in (0, 1)]
     assert arm["seconds_per_image"]["mean"] == pytest.approx(sum(spent) / 120)
@@ -184,7 +185,8 @@ def test_scores_that_are_missing_damaged_or_of_other_samples_are_said(tmp_path: 
     root = Path(study.files.root)
     (root / "scores/flips-1x-s0.json").unlink()
     (root / "scores/alone-s0.json").write_text("{")
-    rewrite_json(root / "scores/flips-3x-s0.json", lambda one: one.update(list_sha256="other"), "scores/flips-3x-s0.json")
+    other = "scores/flips-3x-s0.json"
+    rewrite_json(root / other, lambda one: one.update(list_sha256="of other rows"), other)
     found = summary(study.config.folder)
     table = score_table(found)
     assert table is not None
@@ -234,7 +236,7 @@ def test_train_compares_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found.failed == ()
     assert numbers["samples"]["extractor"] == f"guide {guide}"
     assert table is not None
-    assert [row[-3] for row in table[1]] == ["no samples", "20", "60", "60"]
+    assert [row[-4] for row in table[1]] == ["no samples", "20", "60", "60"]
     assert "not measured" not in str(table)
     monkeypatch.setattr(sample_scores, "measure", lambda *_: 1 / 0)
     assert api.train(said, same_process=True).failed == ()
