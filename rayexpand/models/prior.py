@@ -46,6 +46,7 @@ from rayexpand.models.prior_files import (
 )
 from rayexpand.models.single_files import SUFFIX
 from rayexpand.models.sources import ADDED, PriorSources, source_problems, sources_hash, staged_sources
+from rayexpand.models.tiny.setting import Setting
 
 if TYPE_CHECKING:
     from rayexpand.models.latent import StableDiffusionPrior
@@ -55,9 +56,8 @@ Prior = TypeVar("Prior", bound=PriorModel)
 _HUB_CONFIGS = (INDEX, NOISE, *(f"{part}/config.json" for part in WEIGHTS))
 _HUB_SMALL = (*_HUB_CONFIGS, *(f"{words}/*.{end}" for words in ("tokenizer", "tokenizer_2") for end in ("json", "txt")))
 
-_DIGITS_NOISE = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-                 "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False,
-                 "prediction_type": "v_prediction"}
+_TINY_NOISE = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+               "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False}
 GUIDED_FROM_NOISE = 4  # executed steps below which guidance at a step is worth a word
 _TOLD = 5e-4  # the ends of the way are told with three digits, and may be given as they are told
 
@@ -89,20 +89,25 @@ def inspect_prior(prior: str | PriorModel) -> PriorFacts:
     """Facts from configuration files alone. On the hub only those files are fetched. Raises ModelError."""
     model = as_model(prior)
     if model.weights == DIGITS:
-        return _digits_facts(model)
+        return facts_to_come(Setting(), model)  # of which every default is the embedded digits'
     if not has_more(model) and not _is_staged(model.weights) and _local_folder(model.weights) is None:
         return inspect_sources(PriorSources(hub_snapshot(model.weights, _HUB_CONFIGS, complete=missing_configs)), model)
     return inspect_sources(sources_of(model), model)
 
 
-def _digits_facts(model: PriorModel) -> PriorFacts:
-    problems: list[str] = []
-    process = noise_of(Settings(NOISE, _DIGITS_NOISE, problems), model, published=True)
-    facts = PriorFacts(weights=DIGITS, image_size=16, vae_factor=2, unet_factor=2, latent_channels=4, process=process,
-                       train_timesteps=1000, text_width=32, guidance=guidance_of(model, False, problems),
-                       ends_in_noise=ends_in_noise(process, problems))
+def facts_to_come(setting: Setting, model: PriorModel) -> PriorFacts:
+    """Facts of a generator that is still to be trained to a setting. `model` says how it will be sampled. Raises
+    ModelError."""
+    unet, problems = setting.unet, list[str]()
+    noise = {**_TINY_NOISE, "prediction_type": unet.prediction_type, "timestep_spacing": unet.spacing,
+             "rescale_betas_zero_snr": unet.rescale_betas_zero_snr}
+    process = noise_of(Settings(NOISE, noise, problems), model, published=True)
+    facts = PriorFacts(weights=model.weights, image_size=setting.size, vae_factor=setting.vae.factor,
+                       unet_factor=2 ** (len(unet.channels) - 1), latent_channels=setting.vae.latent_channels,
+                       process=process, train_timesteps=1000, text_width=setting.guide.text_width,
+                       guidance=guidance_of(model, False, problems), ends_in_noise=ends_in_noise(process, problems))
     if problems:
-        raise ModelError("\n  ".join([f"{DIGITS} cannot be used so:", *problems]))
+        raise ModelError("\n  ".join([f"{model.weights} cannot be used so:", *problems]))
     return facts
 
 

@@ -117,12 +117,12 @@ class Run:
 
 
 def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool = True,
-              planned: bool = False) -> list[str]:
+              planned: bool = False, prior: PriorFacts | None = None) -> list[str]:
     """Everything wrong that can be known without loading a model, one line each.
 
     `device_here`: the sampler will run in this process, so its device must be here too. `with_classes`: list the
     dataset where guide or artifacts say for which classes they were made, and compare. `planned`: the run has started,
-    so what its plan holds need not be there any more.
+    so what its plan holds need not be there any more. `prior`: of a generator that is made before the run is.
     """
     problems = [] if planned else secret_problems(resolved(config))
     problems = problems or seeds.check(config.data)
@@ -132,7 +132,7 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
                      for problem in unnamed(f"{name}.weights", getattr(config, name), config.data)]
     if "prior" in needs:
         try:
-            facts = inspect_prior(config.prior)
+            facts = prior or inspect_prior(config.prior)
         except ModelError as error:
             problems.append(f"prior.weights: {error}")
         else:
