@@ -360,7 +360,7 @@ def test_damaged_files_are_named(folder):
     state = load_file(file)
     state.pop("conv_in.weight")
     save_file(state, file, {"format": "pt"})
-    with pytest.raises(ModelError, match=r"unet lacks 1 weights .* conv_in\.weight"):
+    with pytest.raises(ModelError, match=r"lacks 1 tensor of the unet .* conv_in\.weight"):
         load_prior(str(folder))
     file.write_bytes(b"not safetensors at all")
     with pytest.raises(ModelError, match=r"unet/diffusion_pytorch_model\.safetensors cannot be read"):
