@@ -13,7 +13,7 @@ from rayexpand.contract.errors import ModelError
 from rayexpand.models import texts
 from rayexpand.models.latent import StableDiffusionPrior
 from rayexpand.models.prior import load_prior
-from rayexpand.models.texts import Text, TextCond, TextEncoders
+from rayexpand.models.texts import States, TextCond, TextEncoders
 from tests.tiny import tiny_pipeline
 
 torch.set_num_threads(1)
@@ -35,10 +35,10 @@ class Counted:
     def __init__(self, width: int, pooled: int = 0) -> None:
         self.width, self.pooled, self.asked = width, pooled, list[str]()
 
-    def __call__(self, text: str) -> Text:
+    def __call__(self, text: str) -> States:
         self.asked.append(text)
         states = float(len(text)) + torch.arange(self.width).float()
-        return Text(states.repeat(4, 1), states[:self.pooled] if self.pooled else None)
+        return States(states.repeat(4, 1), states[:self.pooled] if self.pooled else None)
 
 
 def test_texts_are_encoded_once_and_alone(prior: StableDiffusionPrior, monkeypatch: pytest.MonkeyPatch,
@@ -72,7 +72,7 @@ def test_the_texts_used_last_are_kept_up_to_a_number_of_bytes(encoder: Counted,
     for text in ("a", "ccc", "dddd"):
         kept.text(text)
     assert len(encoder.asked) == 4
-    assert torch.equal(kept.text("bb").tokens_TE, encoder("bb").tokens_TE)
+    assert torch.equal(kept.text("bb").tokens, encoder("bb").tokens)
     assert encoder.asked[4:] == ["bb", "bb"]
 
 
@@ -83,6 +83,18 @@ def test_one_text_is_kept_whatever_its_size(monkeypatch: pytest.MonkeyPatch) -> 
     for text in ("a", "a", "bb", "bb", "a"):
         kept.text(text)
     assert encoder.asked == ["a", "bb", "a"]
+
+
+def test_what_was_forgotten_is_encoded_anew_and_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "CACHED_BYTES", 2 * 128)
+    encoder = Counted(8)
+    kept = TextEncoders([encoder])
+    for text in ("a", "bb"):
+        kept.text(text)
+    kept.forget()
+    for text in ("a", "bb", "a", "bb"):
+        kept.text(text)
+    assert encoder.asked == ["a", "bb", "a", "bb"]
 
 
 def test_twice_the_bytes_are_half_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
