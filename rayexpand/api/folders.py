@@ -168,6 +168,12 @@ class StudyFolder(_Paged):
 
         return score_table(summary or self.summary())
 
+    def said_of_top1(self, summary: Mapping[str, Any] | None = None) -> list[str]:
+        """Do arms whose samples score higher teach better? In words."""
+        from rayexpand.studies.score_table import said_of_top1
+
+        return said_of_top1(summary or self.summary())
+
     def report(self) -> str:
         """Writes the page and returns where."""
         from rayexpand.reports.study import write_study_report

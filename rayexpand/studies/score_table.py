@@ -9,11 +9,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from scipy.stats import spearmanr
+
 from rayexpand.contract.errors import DamagedFile
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import unsealed
 from rayexpand.studies.spreads import plus_minus, points, spread
 
+LEAST_ARMS = 4  # that are ranked
 FIRST = ("coverage", "density", "recall", "precision")  # scores by the beginning of their names; then the others
 NO_SAMPLES, NO_CLASSIFIER, NOT_MEASURED, NO_NUMBER = "no samples", "no classifier", "not measured", "not known"
 
@@ -80,6 +84,31 @@ def of_samples(found: Sequence[Result]) -> dict[str, Any]:
             "scores": {name: spread(one["scores"].get(name, {}).get("value") for one in found) for name in names}}
 
 
+def go_with_top1(arms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Do arms whose samples score higher teach better? Spearman's rank correlation of each score with top-1 over arms,
+    in each repetition, for arms with real images and for samples alone; none for fewer than LEAST_ARMS. Arms that share
+    a generator are no independent cases, so it describes these arms and tests nothing."""
+    found = []
+    for words, alone in (("with real images", False), ("samples alone", True)):
+        own = [arm for arm in arms if arm["samples"]["scores"]
+               and alone == (not (arm["real_rows"] or {"mean": 0})["mean"])]
+        names = _ordered({name for arm in own for name in arm["samples"]["scores"]})
+        whole = [arm for arm in own if arm["seeds"] == own[0]["seeds"] and all(
+            (arm["samples"]["scores"].get(name) or {"n": 0})["n"] == len(arm["seeds"]) for name in names)]
+        if len(whole) >= LEAST_ARMS:
+            top1_AS = np.array([arm["last"]["top1"]["values"] for arm in whole])
+            scores = {name: np.array([arm["samples"]["scores"][name]["values"] for arm in whole]) for name in names}
+            found.append({"arms": words, "n": len(whole), "scores": {
+                name: spread(_spearman(x, y) for x, y in zip(top1_AS.T, score_AS.T, strict=True))
+                for name, score_AS in scores.items()}})
+    return found
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> float | None:
+    """None where all values of a side are equal."""
+    return None if np.ptp(x) == 0 or np.ptp(y) == 0 else float(spearmanr(x, y).statistic)
+
+
 # Table ---------------------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +134,13 @@ def score_table(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[s
         lines.append((f"{one['images']:,} other real images", str(one["images_compared"]["n"]), NO_CLASSIFIER,
                       NO_CLASSIFIER, *scores, _number(one["images_compared"]), *(NO_SAMPLES,) * 3))
     return ("arm", "n", "top-1 %", "against baseline", *names, "images", "GFLOP/image", "s/image", "s fitting"), lines
+
+
+def said_of_top1(found: Mapping[str, Any]) -> list[str]:
+    """The rank correlations of a summary in words, one line for each kind of arms."""
+    return [f"rank correlation with top-1 over {one['n']} arms, {one['arms']}: " + ", ".join(
+        f"{name} {_number(value, missing='none, all are equal')}" for name, value in one["scores"].items())
+        for one in (found["samples"] or {"with_top1": ()})["with_top1"]]
 
 
 def _cells(arm: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from rayexpand.contract.errors import EnvironmentFault
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import csv_cell
 from rayexpand.studies.results import Predicted, Result, StudyView, controlled, number, read_study, replaces
-from rayexpand.studies.score_table import compared_with, of_samples
+from rayexpand.studies.score_table import compared_with, go_with_top1, of_samples
 from rayexpand.studies.spreads import plus_minus, points, spread
 
 MIN_SEEDS = 3  # below this no spread over seeds is worth printing as an error bar
@@ -164,12 +164,13 @@ def summarised(study: StudyView) -> dict[str, Any]:
                                        else "baseline"))
         if control := study.controls.get(arm):
             comparisons.append(compare(study, arm, control, "control"))
+    arms = [_arm(study, arm, trials) for arm, trials in study.arms.items()]
+    samples = compared_with(study.config, study.scores)
     found = {"study": study.name,
              "trials": {"done": len(study.results), "expected": len(study.planned) or None,
                         "missing": study.missing, "failed": study.failed},
-             "baseline": study.baseline,
-             "arms": [_arm(study, arm, trials) for arm, trials in study.arms.items()],
-             "comparisons": comparisons, "samples": compared_with(study.config, study.scores)}
+             "baseline": study.baseline, "arms": arms, "comparisons": comparisons,
+             "samples": None if samples is None else {**samples, "with_top1": go_with_top1(arms)}}
     return {**found, "warnings": _warnings(study, found)}
 
 

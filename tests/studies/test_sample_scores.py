@@ -24,7 +24,7 @@ from rayexpand.studies import sample_scores
 from rayexpand.studies.config import parse_study
 from rayexpand.studies.parts import Study
 from rayexpand.studies.sample_scores import score_samples
-from rayexpand.studies.score_table import score_table
+from rayexpand.studies.score_table import go_with_top1, said_of_top1, score_table
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.summary import summary
 from rayexpand.studies.trial import run_trials
@@ -165,6 +165,31 @@ def test_the_table_has_accuracy_coverage_distance_and_cost(finished: Study) -> N
     assert found["samples"]["reference"] == 30
     assert [one["images"] for one in found["samples"]["real"]] == [20]
     assert all("" not in row for row in rows)
+
+
+def an_arm(real_rows: int, top1: Sequence[float], seeds: Sequence[int] = (0, 1), **scores: Sequence[float]) -> Any:
+    return {"real_rows": {"mean": real_rows}, "seeds": list(seeds), "last": {"top1": {"values": list(top1)}},
+            "samples": {"scores": {name: {"values": list(one), "n": len(one)} for name, one in scores.items()}}}
+
+
+def test_whether_scores_go_with_accuracy_by_hand() -> None:
+    """Over four arms of samples alone, two repetitions: in the first as accuracy, in the second two arms exchanged."""
+    arms = [an_arm(0, (0.1, 0.1), up=(1, 2), down=(4, 4), same=(1, 1)),
+            an_arm(0, (0.2, 0.2), up=(2, 1), down=(3, 3), same=(1, 1)),
+            an_arm(0, (0.3, 0.3), up=(3, 3), down=(2, 2), same=(1, 1)),
+            an_arm(0, (0.4, 0.4), up=(4, 4), down=(1, 1), same=(1, 1)),
+            an_arm(0, (0.9,), (0,), up=(0,), down=(9,), same=(1,)),
+            an_arm(20, (0.9, 0.9), up=(0, 0), down=(0, 0), same=(1, 1))]
+    (found,) = go_with_top1(arms)
+
+    assert (found["arms"], found["n"]) == ("samples alone", 4)
+    assert found["scores"]["up"]["values"] == pytest.approx([1.0, 0.8])  # 1 - 6 (1 + 1) / (4 (16 - 1))
+    assert found["scores"]["down"]["values"] == pytest.approx([-1.0, -1.0])
+    assert found["scores"]["same"] is None
+    (line,) = said_of_top1({"samples": {"with_top1": [found]}})
+    assert line == ("rank correlation with top-1 over 4 arms, samples alone: down -1, same none, all are equal, up "
+                    "0.9 ± 0.1")
+    assert go_with_top1(arms[2:]) == said_of_top1({"samples": None}) == []
 
 
 def test_the_page_and_the_csv_have_the_table(finished: Study) -> None:
