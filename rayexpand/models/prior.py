@@ -90,9 +90,11 @@ def inspect_prior(prior: str | PriorModel) -> PriorFacts:
     model = as_model(prior)
     if model.weights == DIGITS:
         return facts_to_come(Setting(), model)  # of which every default is the embedded digits'
-    if not has_more(model) and not _is_staged(model.weights) and _local_folder(model.weights) is None:
+    if has_more(model) or _is_staged(model.weights):
+        return inspect_sources(sources_of(model), model)
+    if (folder := _local_folder(model.weights)) is None:
         return inspect_sources(PriorSources(hub_snapshot(model.weights, _HUB_CONFIGS, complete=missing_configs)), model)
-    return inspect_sources(sources_of(model), model)
+    return inspect_sources(PriorSources(folder), model, missing_files(folder))
 
 
 def facts_to_come(setting: Setting, model: PriorModel) -> PriorFacts:
