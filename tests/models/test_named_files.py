@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rayexpand import api
 from rayexpand.contract.errors import ConfigError
 from rayexpand.models.prior import load_prior, prior_hash, prior_model
 from rayexpand.models.prior_config import PriorModel
 from rayexpand.models.sources import PriorSources
 from rayexpand.runs.config import parse
 from rayexpand.runs.run import preflight, prepare, sampling_of
+from tests.conftest import complete
 from tests.models import original_layout as original
 
 Folders, Files = Callable[[str], Path], Callable[[str], PriorSources]
@@ -85,7 +85,7 @@ def test_a_run_of_a_single_file_makes_the_samples_of_its_folder(single_file: Fil
     for name, prior in (("file", named(single_file("sd"))), ("folder", {"weights": str(family_folder("sd"))})):
         raw = job(tmp_path / name, **prior)
         raw["data"]["per_class"], raw["method"]["ratio"] = 1, 1
-        api.expand(raw)
+        complete(parse(raw))
         rows = [pq.read_table(file).to_pylist() for file in sorted((tmp_path / name).rglob("data/**/*.parquet"))]
         samples.append([row["image"] for table in rows for row in table])
     assert samples[0] == samples[1]
