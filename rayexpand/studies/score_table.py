@@ -18,6 +18,7 @@ from rayexpand.storage.tables import unsealed
 from rayexpand.studies.spreads import plus_minus, points, spread
 
 LEAST_ARMS = 4  # that are ranked
+ROUNDING = 1e-9  # of a mean: the error of equal numbers, summed in floating point
 FIRST = ("coverage", "density", "recall", "precision")  # scores by the beginning of their names; then the others
 NO_SAMPLES, NO_CLASSIFIER, NOT_MEASURED, NO_NUMBER = "no samples", "no classifier", "not measured", "not known"
 
@@ -159,7 +160,8 @@ def _number(found: Mapping[str, Any] | None, repetitions: int | None = None, mis
     `repetitions`."""
     if found is None:
         return missing
-    if error := found["se"]:
+    error = found["se"]
+    if error and error > ROUNDING * abs(found["mean"]):
         places = max(0, -math.floor(math.log10(error)))
         text = f"{found['mean']:,.{places}f} ± {error:,.{places}f}"
     else:

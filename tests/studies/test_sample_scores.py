@@ -24,7 +24,8 @@ from rayexpand.studies import sample_scores
 from rayexpand.studies.config import parse_study
 from rayexpand.studies.parts import Study
 from rayexpand.studies.sample_scores import score_samples
-from rayexpand.studies.score_table import go_with_top1, said_of_top1, score_table
+from rayexpand.studies.score_table import _number, go_with_top1, said_of_top1, score_table
+from rayexpand.studies.spreads import spread
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.summary import summary
 from rayexpand.studies.trial import run_trials
@@ -190,6 +191,13 @@ def test_whether_scores_go_with_accuracy_by_hand() -> None:
     assert line == ("rank correlation with top-1 over 4 arms, samples alone: down -1, same none, all are equal, up "
                     "0.9 ± 0.1")
     assert go_with_top1(arms[2:]) == said_of_top1({"samples": None}) == []
+
+
+@pytest.mark.parametrize(("values", "shown"), [
+    ((0.45, 0.51, 0.42), "0.46 ± 0.03"), ((1.2, 1.3), "1.25 ± 0.05"), ((1200, 1300), "1,250 ± 50"), ((0.5,), "0.5"),
+    ((0.8559431679999999, 0.8559431680000001, 0.8559431679999999), "0.8559"), ((0.0, 0.0), "0"), ((), "not measured")])
+def test_numbers_end_where_their_error_begins(values: Sequence[float], shown: str) -> None:
+    assert _number(spread(values)) == shown
 
 
 def test_the_page_and_the_csv_have_the_table(finished: Study) -> None:
