@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from typer.testing import CliRunner
 
 from rayexpand import api
+from rayexpand.cli.main import app
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.data.pixels import decode
 from rayexpand.evaluation import features as extractors
@@ -271,5 +273,10 @@ def test_train_compares_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert table is not None
     assert [row[-4] for row in table[1]] == ["no samples", "20", "60", "60"]
     assert "not measured" not in str(table)
-    monkeypatch.setattr(sample_scores, "measure", lambda *_: 1 / 0)
-    assert api.train(said, same_process=True).failed == ()
+    monkeypatch.setattr(sample_scores, "measure", lambda *_: 1 / 0)  # what is there is not measured again
+    (tmp_path / "study.yaml").write_text(json.dumps(said))
+    shown = CliRunner().invoke(app, ["train", str(tmp_path / "study.yaml"), "--no-ray"])
+    assert shown.exit_code == 0, shown.output
+    assert f"samples beside 30 real images, features of guide {guide}" in shown.stdout
+    heads = next(line for line in shown.stdout.splitlines() if "coverage_k5" in line)
+    assert heads.split()[-4:] == ["GFLOP/image", "s/image", "s", "fitting"], "a line is not folded in a pipe"
