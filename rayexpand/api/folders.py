@@ -162,7 +162,7 @@ class StudyFolder(_Paged):
 
         return further_scores(summary or self.summary())
 
-    def samples(self, summary: Mapping[str, Any] | None = None) -> Table | None:
+    def compared(self, summary: Mapping[str, Any] | None = None) -> Table | None:
         """Accuracy, coverage, distance and cost of every arm, where the study compares its samples with real images."""
         from rayexpand.studies.score_table import score_table
 

@@ -34,7 +34,7 @@ def train(file: File, set_: Set = None, machine: Machine = None, trust: Trust = 
         if further := found.further(numbers):
             print()
             show_table(*further)
-        if samples := found.samples(numbers):
+        if samples := found.compared(numbers):
             compared = numbers["samples"]
             print(f"\nsamples beside {compared['reference'] or 'no'} real images, features of {compared['extractor']}, "
                   "mean ± standard error over n repetitions\n")

@@ -266,7 +266,7 @@ def test_train_compares_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "guide": guide, "device": "cpu"}})
     found = api.train(said, same_process=True)
     numbers = found.summary()
-    table = found.samples(numbers)
+    table = found.compared(numbers)
 
     assert found.failed == ()
     assert numbers["samples"]["extractor"] == f"guide {guide}"
