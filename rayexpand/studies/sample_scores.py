@@ -98,10 +98,10 @@ def _samples(study: Study, trials: Sequence[Trial], made_from: str) -> Iterator[
 
 
 def gflop_per_image(run: Run) -> float | None:
-    """Counted arithmetic of one sample; None for methods without a generator, and for one of which nothing is known."""
+    """Counted arithmetic of one sample: 0 for methods without a generator, None for one of which nothing is known."""
     config, plan = run.config, run.plan
     if "prior" not in config.needs:
-        return None
+        return 0.0
     if cost_of_run(config) is None and (folder := Path(config.prior.weights)).is_dir():
         from rayexpand.models.flops import count_once
 

@@ -110,7 +110,7 @@ def test_the_arithmetic_of_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     network, decode = (1000 * one.at(16) for one in (counted.network, counted.decode))
     assert found == {"plain-0": pytest.approx(8 * network + decode), "guided-0": pytest.approx(16 * network + decode),
-                     "none-0": None}
+                     "none-0": 0.0}
 
 
 @pytest.mark.parametrize(("expansion", "problem"), [
