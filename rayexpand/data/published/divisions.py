@@ -7,7 +7,7 @@ they are the same on every machine.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,7 @@ def divided(found: Found, by: Division) -> Found:
     else:
         empty = Images([], [])
         parts = {part: joined([found.parts.get(one, empty) for one in by.of.get(part, (part,))]) for part in by.counts}
-    return Found(classes, parts, found.arrays, found.groups)
+    return replace(found, classes=classes, parts=parts)
 
 
 def counted(images: Images, by: Division, part: str) -> int:
@@ -75,7 +75,7 @@ def _kept(found: Found, by: Division) -> Found:
     for name, part in found.parts.items():
         some = part.rows([row for row, label in enumerate(part.labels) if label in renumbered])
         parts[name] = Images(some.paths, [renumbered[label] for label in some.labels])
-    return Found([found.classes[number] for number in stay], parts, found.arrays, found.groups)
+    return replace(found, classes=[found.classes[number] for number in stay], parts=parts)
 
 
 def _ready_list(name: str) -> list[str]:

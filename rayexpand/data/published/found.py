@@ -33,12 +33,13 @@ class Images:
 @dataclass(frozen=True)
 class Found:
     """A dataset in its official parts. `arrays` is the file or folder of a set whose images are rows of arrays, which
-    are read where they are; `groups` the group of an image by its path."""
+    are read where they are; `groups` the group of an image by its path; `notes` what people should know of it."""
 
     classes: Sequence[ClassWords]
     parts: Mapping[str, Images]
     arrays: str | None = None
     groups: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def joined(parts: Sequence[Images]) -> Images:

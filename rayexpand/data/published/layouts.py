@@ -139,9 +139,10 @@ def imagenet(base: Path, label: str) -> Found:
     """`train/<wnid>`, and `val/<wnid>` or `val` as it is unpacked, with its labels from the development kit or from
     Kaggle's table. Classes in the order of their ids, as torchvision has them."""
     keys = _folders(base / "train")
-    words = _words_of(base, keys)
+    words, notes = _words_of(base, keys)
     val = _tree(base, "val", keys) if _folders(base / "val") else _flat_val(base, keys)
-    return Found([ClassWords(key, words[key]) for key in keys], {"train": _tree(base, "train", keys), "val": val})
+    return Found([ClassWords(key, words[key]) for key in keys], {"train": _tree(base, "train", keys), "val": val},
+                 notes=notes)
 
 
 def _beside(base: Path, name: str) -> Path | None:
@@ -150,18 +151,19 @@ def _beside(base: Path, name: str) -> Path | None:
     return next((one / name for one in (base, *above) if (one / name).is_file()), None)
 
 
-def _words_of(base: Path, keys: Sequence[str]) -> dict[str, str]:
-    """First name of each synset; without a file that says it, torchvision's name, if all 1,000 are there."""
+def _words_of(base: Path, keys: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """First name of each synset; without a file that says it, torchvision's, if all 1,000 are there. And a note."""
     if file := _beside(base, "LOC_synset_mapping.txt"):
-        return {key: _synset(key, words).name for key, words in _lines(file, 2)}
+        return {key: _synset(key, words).name for key, words in _lines(file, 2)}, ()
     if file := _beside(base, f"{DEVKIT}/data/meta.mat"):
-        return {key: _synset(key, words).name for _, key, words in _synsets(file)}
+        return {key: _synset(key, words).name for _, key, words in _synsets(file)}, ()
     if len(keys) != 1000:
         raise SeedDataError(f"imagenet: {len(keys)} classes in '{base / 'train'}', and no file that names them; put "
                             f"LOC_synset_mapping.txt there, or {DEVKIT}, which {DEVKIT}.tar.gz unpacks to")
     from torchvision.models import ResNet50_Weights
 
-    return dict(zip(keys, ResNet50_Weights.IMAGENET1K_V1.meta["categories"], strict=True))
+    note = "class names are torchvision's; LOC_synset_mapping.txt beside the images would give the first of each synset"
+    return dict(zip(keys, ResNet50_Weights.IMAGENET1K_V1.meta["categories"], strict=True)), (note,)
 
 
 def _synsets(file: Path) -> list[tuple[int, str, str]]:

@@ -54,6 +54,7 @@ def prepare(name: str, folder: str, split: str = "official", label: str = "", al
     `allow_counts`; DigestMismatch where the files are there with another content.
     """
     chosen, by, label = _chosen(name, split, label)
+    split = "official" if by == chosen.divisions["official"] else split
     base = _base(name, chosen, folder)
     with _reading(name, base):
         everything = chosen.read(base, label)
@@ -66,7 +67,7 @@ def prepare(name: str, folder: str, split: str = "official", label: str = "", al
             f"unpack the published files again ({_archives(chosen)}), or take the set as it is with --allow-counts"]))
     stem = "-".join([name, *([label] if label != chosen.labels[0] else []), *([split] if split != "official" else [])])
     images = {part: counted(some, by, part) for part, some in found.parts.items()}
-    notes = [*wrong, *([by.about] if by.about else [])]
+    notes = [*wrong, *([by.about] if by.about else []), *found.notes]
     return _written(Prepared(name, split, label, len(found.classes), images, by.counts, {}, {}, None, notes),
                     base / stem, found, chosen, by)
 

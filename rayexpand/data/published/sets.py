@@ -108,7 +108,7 @@ SETS: Mapping[str, PublishedSet] = {
         "Oxford-IIIT Pets", vision.pets,
         {"images": "images.tar.gz", "annotations/trainval.txt": "annotations.tar.gz",
          "annotations/test.txt": "annotations.tar.gz"}, ("", "oxford-iiit-pet"),
-        _papers(_PETS, "realfake", "diffmix", gif=Division(
+        _papers(_PETS, "realfake", gif=Division(
             {"train": 3842, "test": 3548}, 37, draw=Draw(("train", "test", "unlisted"), lambda n: n * 52 // 100),
             about="52 % of each class of all 7,390 images of the folder; which ones is not published, and the 3,507 "
                   "that are stated for testing are those of the lists less 3,842")), metaclass="animal"),
@@ -145,7 +145,7 @@ SETS: Mapping[str, PublishedSet] = {
         {"img_align_celeba": "img_align_celeba.zip", **{name: name for name in (
             "list_attr_celeba.txt", "list_eval_partition.txt", "identity_CelebA.txt", "list_bbox_celeba.txt",
             "list_landmarks_align_celeba.txt")}}, ("", "celeba"),
-        _papers(Division({"train": 162770, "valid": 19867, "test": 19962}, 2), "realfake"), _CELEBA_LABELS,
+        _papers(Division({"train": 162770, "valid": 19867, "test": 19962}, 2)), _CELEBA_LABELS,
         metaclass="person", noun="person"),
     "imagenet": PublishedSet(
         "ImageNet-1k (ILSVRC 2012)", layouts.imagenet,

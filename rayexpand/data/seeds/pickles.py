@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import struct
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ _INSTRUCTIONS = """PROTO FRAME STOP MARK POP POP_MARK PUT BINPUT LONG_BINPUT MEM
     GLOBAL STACK_GLOBAL REDUCE BUILD"""
 _CODES = frozenset(getattr(pickle, name)[0] for name in _INSTRUCTIONS.split())
 _FAILURES = (pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError,
-             OverflowError, MemoryError, RecursionError, AssertionError)
+             OverflowError, struct.error, MemoryError, RecursionError, AssertionError)
 
 
 class _Dtype:
