@@ -14,12 +14,12 @@ import numpy as np
 
 import rayexpand
 from rayexpand.contract.errors import SeedDataError, few
-from rayexpand.data.published.found import Found, Images, joined
+from rayexpand.data.published.found import FoundSet, Images, joined
 from rayexpand.data.seeds.index import subset_rank
 
 
 @dataclass(frozen=True)
-class Draw:
+class RandomPart:
     """Some images of each class become part `train`, the others `test`."""
 
     of: tuple[str, ...]  # official parts that are drawn from
@@ -33,7 +33,7 @@ class Division:
     classes: int
     of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # official parts of each, where they differ
     about: str = ""  # what is ours
-    draw: Draw | None = None
+    draw: RandomPart | None = None
     per_class: Mapping[str, int] = field(default_factory=dict)  # as data.per_class of a part
     without: tuple[str, ...] = ()  # keys of classes that are left out
     only: str | None = None  # ready file with the keys of the classes that stay
@@ -41,7 +41,7 @@ class Division:
     also: Mapping[str, int] = field(default_factory=dict)  # counts of another release that passes
 
 
-def divided(found: Found, by: Division) -> Found:
+def divided(found: FoundSet, by: Division) -> FoundSet:
     """The dataset in the parts of a division."""
     found = _kept(found, by)
     classes = [words._replace(name=by.rename(words.name)) if by.rename else words for words in found.classes]
@@ -60,7 +60,7 @@ def counted(images: Images, by: Division, part: str) -> int:
     return int(np.minimum(np.bincount(images.labels), most).sum())
 
 
-def _kept(found: Found, by: Division) -> Found:
+def _kept(found: FoundSet, by: Division) -> FoundSet:
     """Without the classes that a division leaves out; the others are numbered anew."""
     keys = [words.key for words in found.classes]
     wanted = keys if by.only is None else _ready_list(by.only)
@@ -82,7 +82,7 @@ def _ready_list(name: str) -> list[str]:
     return Path(rayexpand.__file__).with_name("jobs").joinpath(name).read_text(encoding="utf-8").split()
 
 
-def _drawn(every: Images, draw: Draw) -> dict[str, Images]:
+def _drawn(every: Images, draw: RandomPart) -> dict[str, Images]:
     labels = np.asarray(every.labels, np.int64) if draw.by_class else np.zeros(len(every), np.int64)
     most = np.array([draw.count(size) for size in np.bincount(labels).tolist()], np.int64)
     taken = subset_rank(every.paths, labels, seed=0) < most[labels]

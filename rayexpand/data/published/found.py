@@ -31,7 +31,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundSet:
     """A dataset in its official parts. `arrays` is the file or folder of a set whose images are rows of arrays, which
     are read where they are; `groups` the group of an image by its path; `notes` what people should know of it."""
 

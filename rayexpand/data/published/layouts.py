@@ -11,7 +11,7 @@ import numpy as np
 from scipy.io import loadmat
 
 from rayexpand.contract.errors import SeedDataError, few
-from rayexpand.data.published.found import ClassWords, Found, Images
+from rayexpand.data.published.found import ClassWords, FoundSet, Images
 from rayexpand.data.seeds import EXTENSIONS, DataConfig, build_index
 
 MEDMNIST = {
@@ -50,14 +50,14 @@ def _tree(base: Path, part: str, keys: Sequence[str], below: str = "") -> Images
     return Images([path for path, _ in found], [label for _, label in found])
 
 
-def birds(base: Path, label: str) -> Found:
+def birds(base: Path, label: str) -> FoundSet:
     """CUB-200-2011: numbered lists of classes, images, labels and a split; keys are the folder names."""
     classes = dict(_lines(base / "classes.txt", 2))
     label_of = {number: position for position, number in enumerate(sorted(classes, key=int))}
     labels = {image: label_of[number] for image, number in _lines(base / "image_class_labels.txt", 2)}
     is_train = {image: flag == "1" for image, flag in _lines(base / "train_test_split.txt", 2)}
     rows = [(f"images/{path}", labels[image], is_train[image]) for image, path in _lines(base / "images.txt", 2)]
-    return Found([_numbered(classes[number]) for number in label_of], {
+    return FoundSet([_numbered(classes[number]) for number in label_of], {
         part: Images([path for path, _, one in rows if one == wanted], [key for _, key, one in rows if one == wanted])
         for part, wanted in (("train", True), ("test", False))})
 
@@ -67,7 +67,7 @@ def _numbered(folder: str) -> ClassWords:
     return ClassWords(folder, folder.partition(".")[2].replace("_", " ") or folder)
 
 
-def dogs(base: Path, label: str) -> Found:
+def dogs(base: Path, label: str) -> FoundSet:
     """Stanford Dogs: lists in MATLAB files; keys are the folder names, `n02085620-Chihuahua`."""
     parts, keys = {}, dict[int, str]()
     for part in ("train", "test"):
@@ -77,10 +77,10 @@ def dogs(base: Path, label: str) -> Found:
         keys |= {number: path.split("/")[0] for path, number in zip(paths, labels, strict=True)}
         parts[part] = Images([f"Images/{path}" for path in paths], labels)
     names = [keys[number].partition("-")[2].replace("_", " ") for number in range(len(keys))]
-    return Found([ClassWords(keys[number], name) for number, name in enumerate(names)], parts)
+    return FoundSet([ClassWords(keys[number], name) for number, name in enumerate(names)], parts)
 
 
-def tiny_imagenet(base: Path, label: str) -> Found:
+def tiny_imagenet(base: Path, label: str) -> FoundSet:
     """Classes in the order of their ids, which is that of folder readers. The labels of its test images are not
     published."""
     keys = sorted(word for (word,) in _lines(base / "wnids.txt", 1))
@@ -88,7 +88,7 @@ def tiny_imagenet(base: Path, label: str) -> Found:
     words = dict(line.split("\t", 1) for line in (base / "words.txt").read_text(encoding="utf-8").splitlines() if line)
     lines = [line.split("\t") for line in (base / "val/val_annotations.txt").read_text(encoding="utf-8").splitlines()]
     val = Images([f"val/images/{line[0]}" for line in lines], [label_of[line[1]] for line in lines])
-    return Found([_synset(key, words[key]) for key in keys],
+    return FoundSet([_synset(key, words[key]) for key in keys],
                  {"train": _tree(base, "train", keys, "images"), "val": val})
 
 
@@ -96,7 +96,7 @@ def _synset(key: str, words: str) -> ClassWords:
     return ClassWords(key, words.split(",")[0].strip())
 
 
-def waterbirds(base: Path, label: str) -> Found:
+def waterbirds(base: Path, label: str) -> FoundSet:
     """`label` is `bird` (land or water) or `species`, which are those of CUB by its folder names."""
     with (base / "metadata.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
@@ -111,37 +111,37 @@ def waterbirds(base: Path, label: str) -> Found:
         parts[part] = Images(paths, [number[path.partition("/")[0]] for path in paths] if label == "species" else [
             int(line["y"]) for line in some])
     kinds = ("land", "water")
-    return Found(classes, parts, groups={
+    return FoundSet(classes, parts, groups={
         line["img_filename"]: f"{kinds[int(line['y'])]} bird on {kinds[int(line['place'])]}" for line in lines})
 
 
-def caltech(base: Path, label: str) -> Found:
+def caltech(base: Path, label: str) -> FoundSet:
     """Caltech-101 has no split. `background` is its folder of all sorts of things, the 102nd class of some papers."""
     top = "101_ObjectCategories"
     keys = _folders(base / top)
     every = _tree(base, top, keys)
     rest = keys.index("BACKGROUND_Google") if "BACKGROUND_Google" in keys else -1
-    return Found([ClassWords(key, "background" if number == rest else key.replace("_", " "))
+    return FoundSet([ClassWords(key, "background" if number == rest else key.replace("_", " "))
                   for number, key in enumerate(keys)], {"all": every})
 
 
-def flower_folders(base: Path, label: str) -> Found:
+def flower_folders(base: Path, label: str) -> FoundSet:
     """Flowers-102 as `<part>/<number>/<image>`, a split of its own that many courses and GIF use."""
     from torchvision.datasets import Flowers102
 
     parts = [part for part in ("train", "valid", "test") if (base / part).is_dir()]
     keys = sorted({key for part in parts for key in _folders(base / part)}, key=int)
-    return Found([ClassWords(key, Flowers102.classes[int(key) - 1]) for key in keys],
+    return FoundSet([ClassWords(key, Flowers102.classes[int(key) - 1]) for key in keys],
                  {part: _tree(base, part, keys) for part in parts})
 
 
-def imagenet(base: Path, label: str) -> Found:
+def imagenet(base: Path, label: str) -> FoundSet:
     """`train/<wnid>`, and `val/<wnid>` or `val` as it is unpacked, with its labels from the development kit or from
     Kaggle's table. Classes in the order of their ids, as torchvision has them."""
     keys = _folders(base / "train")
     words, notes = _words_of(base, keys)
     val = _tree(base, "val", keys) if _folders(base / "val") else _flat_val(base, keys)
-    return Found([ClassWords(key, words[key]) for key in keys], {"train": _tree(base, "train", keys), "val": val},
+    return FoundSet([ClassWords(key, words[key]) for key in keys], {"train": _tree(base, "train", keys), "val": val},
                  notes=notes)
 
 
@@ -193,7 +193,7 @@ def _flat_val(base: Path, keys: Sequence[str]) -> Images:
     return Images([f"val/{name}" for name in names], [number[key] for key in found])
 
 
-def arrays(source: str, path: str, parts: Sequence[str], base: Path, names: Sequence[str] | None = None) -> Found:
+def arrays(source: str, path: str, parts: Sequence[str], base: Path, names: Sequence[str] | None = None) -> FoundSet:
     """Sets whose images are rows of arrays: counted where they are."""
     found, keys = {}, list[str]()
     for part in parts:
@@ -201,12 +201,12 @@ def arrays(source: str, path: str, parts: Sequence[str], base: Path, names: Sequ
         sound = [row for row, fault in enumerate(index.table["fault"].to_pylist()) if not fault]
         found[part] = Images([], index.labels[sound].tolist())
         keys = [*index.classes.key]
-    return Found([ClassWords(key, names[int(key)] if names else key.replace("_", " ")) for key in keys], found, path)
+    return FoundSet([ClassWords(key, names[int(key)] if names else key.replace("_", " ")) for key in keys], found, path)
 
 
-def cifar(base: Path, label: str) -> Found:
+def cifar(base: Path, label: str) -> FoundSet:
     return arrays("cifar", ".", ("train", "test"), base)
 
 
-def medmnist(name: str, base: Path, label: str) -> Found:
+def medmnist(name: str, base: Path, label: str) -> FoundSet:
     return arrays("npz", f"{name}.npz", ("train", "val", "test"), base, MEDMNIST[name])

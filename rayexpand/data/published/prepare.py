@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from rayexpand.contract.errors import DigestMismatch, RayexpandError, SeedDataError, UsageError, few, looked_at
 from rayexpand.data import seeds
 from rayexpand.data.published.divisions import Division, counted, divided
-from rayexpand.data.published.found import Found
+from rayexpand.data.published.found import FoundSet
 from rayexpand.data.published.sets import SETS, PublishedSet
 from rayexpand.data.seeds.labels import with_class_names
 from rayexpand.data.seeds.places import inside
@@ -124,7 +124,7 @@ def _reading(name: str, base: Path) -> Iterator[None]:
                             f"{_archives(SETS[name])} again") from error
 
 
-def _there(name: str, base: Path, found: Found) -> tuple[Found, dict[str, list[str]]]:
+def _there(name: str, base: Path, found: FoundSet) -> tuple[FoundSet, dict[str, list[str]]]:
     """What is on the disk, and by official part the paths that the lists name and nobody has. Raises SeedDataError for
     what a manifest could not read."""
     if found.arrays is not None:
@@ -168,7 +168,7 @@ def _names(folder: Path, boundary: str) -> set[str] | None:
     return {entry.name for entry in files}
 
 
-def _wrong(name: str, by: Division, found: Found, absent: Mapping[str, Sequence[str]], classes: int) -> list[str]:
+def _wrong(name: str, by: Division, found: FoundSet, absent: Mapping[str, Sequence[str]], classes: int) -> list[str]:
     """What differs from what was published, one line each."""
     lines = [f"{part}: {len(paths):,} images that the lists name are not there ({few(paths, 3)})"
              for part, paths in absent.items() if paths]
@@ -182,7 +182,7 @@ def _wrong(name: str, by: Division, found: Found, absent: Mapping[str, Sequence[
     return lines
 
 
-def _written(so_far: Prepared, stem: Path, found: Found, chosen: PublishedSet, by: Division) -> Prepared:
+def _written(so_far: Prepared, stem: Path, found: FoundSet, chosen: PublishedSet, by: Division) -> Prepared:
     """Writes the files that are not there, the manifest last."""
     words = [(one.key, one.name, one.metaclass or chosen.metaclass, one.noun or chosen.noun) for one in found.classes]
     classes, manifest = stem.with_name(f"{stem.name}-classes.csv"), stem.with_name(f"{stem.name}.parquet")
@@ -208,7 +208,7 @@ def _written(so_far: Prepared, stem: Path, found: Found, chosen: PublishedSet, b
     return replace(so_far, sections=sections, files=files, groups=str(groups) if groups else None, notes=notes)
 
 
-def _section(part: str, found: Found, manifest: Path, classes: Path, by: Division) -> dict[str, Any]:
+def _section(part: str, found: FoundSet, manifest: Path, classes: Path, by: Division) -> dict[str, Any]:
     if found.arrays is None:
         where = {"source": "manifest", "path": str(manifest), "split": part}
     else:
@@ -219,7 +219,7 @@ def _section(part: str, found: Found, manifest: Path, classes: Path, by: Divisio
     return {**where, "classes": str(classes), **({"per_class": by.per_class[part]} if part in by.per_class else {})}
 
 
-def _table(found: Found, facts: Mapping[str, Any]) -> pa.Table:
+def _table(found: FoundSet, facts: Mapping[str, Any]) -> pa.Table:
     columns = {"path": pa.array([path for one in found.parts.values() for path in one.paths], pa.string()),
                "label": pa.array([label for one in found.parts.values() for label in one.labels], pa.int64()),
                "split": pa.array([part for part, one in found.parts.items() for _ in range(len(one))], pa.string())}

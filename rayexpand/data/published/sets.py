@@ -9,14 +9,14 @@ from pathlib import Path
 
 from rayexpand.data.published import layouts
 from rayexpand.data.published import torchvision_layouts as vision
-from rayexpand.data.published.divisions import Division, Draw
-from rayexpand.data.published.found import Found
+from rayexpand.data.published.divisions import Division, RandomPart
+from rayexpand.data.published.found import FoundSet
 
 
 @dataclass(frozen=True)
 class PublishedSet:
     title: str
-    read: Callable[[Path, str], Found]  # (folder of the set, label) -> what is there
+    read: Callable[[Path, str], FoundSet]  # (folder of the set, label) -> what is there
     files: Mapping[str, str]  # what must be in the folder -> the published file that it comes from
     homes: tuple[str, ...]  # where that folder may be, below the one that is given
     divisions: Mapping[str, Division]  # the first is the official one
@@ -97,7 +97,8 @@ SETS: Mapping[str, PublishedSet] = {
         "Oxford Flowers-102", vision.flowers,
         {"jpg": "102flowers.tgz", "imagelabels.mat": "imagelabels.mat", "setid.mat": "setid.mat"}, ("", "flowers-102"),
         _papers(_FLOWERS, "diffcoremix", diffmix=Division(
-            {"train": 4094, "test": 4095}, 102, draw=Draw(("train", "val", "test"), lambda n: n // 2, by_class=False),
+            {"train": 4094, "test": 4095}, 102,
+            draw=RandomPart(("train", "val", "test"), lambda n: n // 2, by_class=False),
             about="a random half of all images; which ones is not published")), metaclass="flower", noun="flower"),
     "flowers-folders": PublishedSet(
         "Oxford Flowers-102 as folders train, valid, test", layouts.flower_folders,
@@ -109,7 +110,7 @@ SETS: Mapping[str, PublishedSet] = {
         {"images": "images.tar.gz", "annotations/trainval.txt": "annotations.tar.gz",
          "annotations/test.txt": "annotations.tar.gz"}, ("", "oxford-iiit-pet"),
         _papers(_PETS, "realfake", gif=Division(
-            {"train": 3842, "test": 3548}, 37, draw=Draw(("train", "test", "unlisted"), lambda n: n * 52 // 100),
+            {"train": 3842, "test": 3548}, 37, draw=RandomPart(("train", "test", "unlisted"), lambda n: n * 52 // 100),
             about="52 % of each class of all 7,390 images of the folder; which ones is not published, and the 3,507 "
                   "that are stated for testing are those of the lists less 3,842")), metaclass="animal"),
     "dtd": PublishedSet(
@@ -121,10 +122,10 @@ SETS: Mapping[str, PublishedSet] = {
         "Caltech-101", layouts.caltech, {"101_ObjectCategories": "caltech-101.zip, its 101_ObjectCategories.tar.gz"},
         ("", "caltech101", "caltech-101"),
         _papers(Division({"all": 8677}, 101, without=("BACKGROUND_Google",)),
-                gif=Division({"train": 3060, "test": 6084}, 102, draw=Draw(("all",), lambda n: 30),
+                gif=Division({"train": 3060, "test": 6084}, 102, draw=RandomPart(("all",), lambda n: 30),
                              about="30 of each class and of the background; which ones is not published, and the 6,085 "
                                    "that are stated for testing are one more than the archive has"),
-                distdiff=Division({"train": 3000, "test": 5242}, 100, draw=Draw(("all",), lambda n: 30),
+                distdiff=Division({"train": 3000, "test": 5242}, 100, draw=RandomPart(("all",), lambda n: 30),
                                   without=("BACKGROUND_Google", "Faces_easy"),
                                   about="30 of each class; which ones is not published, and the 6,085 that are stated "
                                         "for testing do not fit 100 classes"))),
@@ -138,7 +139,7 @@ SETS: Mapping[str, PublishedSet] = {
     "eurosat": PublishedSet(
         "EuroSAT, RGB", vision.eurosat, {"2750": "EuroSAT.zip"}, ("", "eurosat"),
         _papers(Division({"all": 27000}, 10), realfake=Division(
-            {"train": 21600, "test": 5400}, 10, draw=Draw(("all",), lambda n: n * 4 // 5),
+            {"train": 21600, "test": 5400}, 10, draw=RandomPart(("all",), lambda n: n * 4 // 5),
             about="four fifths of each class; which ones is not published"))),
     "celeba": PublishedSet(
         "CelebA", vision.celeba,

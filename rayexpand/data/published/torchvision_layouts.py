@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rayexpand.contract.errors import SeedDataError
-from rayexpand.data.published.found import ClassWords, Found, Images
+from rayexpand.data.published.found import ClassWords, FoundSet, Images
 
 _SPLITS = {part: (part,) for part in ("train", "val", "test")}
 # "A {name} person" (Real-Fake), without and with the attribute
@@ -65,42 +65,42 @@ def _by_name(names: Iterable[Any]) -> list[ClassWords]:
     return [ClassWords(str(name), str(name)) for name in names]
 
 
-def flowers(base: Path, label: str) -> Found:
+def flowers(base: Path, label: str) -> FoundSet:
     """Keys are the official numbers from 1."""
     read, parts = _read(base, "flowers-102", "Flowers102", _SPLITS, _listed)
-    return Found([ClassWords(str(number), name) for number, name in enumerate(read.classes, 1)], parts)
+    return FoundSet([ClassWords(str(number), name) for number, name in enumerate(read.classes, 1)], parts)
 
 
-def aircraft(base: Path, label: str) -> Found:
+def aircraft(base: Path, label: str) -> FoundSet:
     splits = {part: (part, label) for part in _SPLITS}
     read, parts = _read(base, "fgvc-aircraft-2013b", "FGVCAircraft", splits, _listed)
-    return Found(_by_name(read.classes), parts)
+    return FoundSet(_by_name(read.classes), parts)
 
 
-def cars(base: Path, label: str) -> Found:
+def cars(base: Path, label: str) -> FoundSet:
     splits = {part: (part,) for part in ("train", "test")}
     read, parts = _read(base, "stanford_cars", "StanfordCars", splits, lambda one: one._samples)
-    return Found(_by_name(read.classes), parts)
+    return FoundSet(_by_name(read.classes), parts)
 
 
-def textures(base: Path, label: str) -> Found:
+def textures(base: Path, label: str) -> FoundSet:
     """DTD; `label` is the number of the partition."""
     read, parts = _read(base, "dtd/dtd", "DTD", {part: (part, int(label)) for part in _SPLITS}, _listed)
-    return Found(_by_name(read.classes), parts)
+    return FoundSet(_by_name(read.classes), parts)
 
 
-def eurosat(base: Path, label: str) -> Found:
+def eurosat(base: Path, label: str) -> FoundSet:
     read, parts = _read(base, "eurosat", "EuroSAT", {"all": ()}, lambda one: one.samples)
-    return Found([ClassWords(name, EUROSAT_NAMES.get(name, name)) for name in read.classes], parts)
+    return FoundSet([ClassWords(name, EUROSAT_NAMES.get(name, name)) for name in read.classes], parts)
 
 
-def imagenette(base: Path, label: str) -> Found:
+def imagenette(base: Path, label: str) -> FoundSet:
     splits = {part: (part,) for part in ("train", "val")}
     read, parts = _read(base, "imagenette2", "Imagenette", splits, lambda one: one._samples)
-    return Found([ClassWords(wnid, names[0]) for wnid, names in zip(read.wnids, read.classes, strict=True)], parts)
+    return FoundSet([ClassWords(wnid, names[0]) for wnid, names in zip(read.wnids, read.classes, strict=True)], parts)
 
 
-def pets(base: Path, label: str) -> Found:
+def pets(base: Path, label: str) -> FoundSet:
     """`unlisted` are images of the folder that are in neither list; GIF takes all of the folder."""
     splits = {"train": ("trainval",), "test": ("test",)}
     read, parts = _read(base, "oxford-iiit-pet", "OxfordIIITPet", splits,
@@ -112,7 +112,7 @@ def pets(base: Path, label: str) -> Found:
               if path.endswith(".jpg") and path not in listed and _breed(path) in breeds]
     parts["unlisted"] = Images(others, [breeds[_breed(path)] for path in others])
     nouns = [read.bin_classes[species[breed]].lower() if breed in species else "" for breed in range(len(read.classes))]
-    return Found([ClassWords(name, name, noun=noun) for name, noun in zip(read.classes, nouns, strict=True)], parts)
+    return FoundSet([ClassWords(name, name, noun=noun) for name, noun in zip(read.classes, nouns, strict=True)], parts)
 
 
 def _breed(path: str) -> str:
@@ -120,7 +120,7 @@ def _breed(path: str) -> str:
     return os.path.basename(path).rpartition("_")[0]
 
 
-def celeba(base: Path, label: str) -> Found:
+def celeba(base: Path, label: str) -> FoundSet:
     """Two classes, without and with the attribute `label`."""
     splits = {part: (part,) for part in ("train", "valid", "test")}
     _, parts = _read(base, "celeba", "CelebA", splits, lambda one: zip(
@@ -128,4 +128,4 @@ def celeba(base: Path, label: str) -> Found:
         one.attr[:, one.attr_names.index(label)].tolist(), strict=True))
     words = label.replace("_", " ").lower()
     without, with_it = CELEBA_NAMES.get(label, (f"not {words}", words))
-    return Found([ClassWords(f"not {label}", without), ClassWords(label, with_it)], parts)
+    return FoundSet([ClassWords(f"not {label}", without), ClassWords(label, with_it)], parts)
