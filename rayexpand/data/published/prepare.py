@@ -27,8 +27,6 @@ from rayexpand.data.seeds.labels import with_class_names
 from rayexpand.data.seeds.places import inside
 from rayexpand.data.seeds.source import class_mapping
 
-ROLES = {"data": ("train", "all"), "test": ("test", "val", "valid")}  # section of a job -> the part that it reads
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -60,7 +58,7 @@ def prepare(name: str, folder: str, split: str = "official", label: str = "", al
         everything = chosen.read(base, label)
         there, absent = _there(name, base, everything)
         found = divided(there, by)
-    wrong = _wrong(name, by, found, absent, chosen.classes.get(label, by.classes))
+    wrong = _wrong(by, found, absent, chosen.classes.get(label, by.classes))
     if wrong and not allow_counts:
         raise SeedDataError("\n  ".join([
             f"{name}: what is in '{base}' is not what was published", *wrong,
@@ -168,7 +166,7 @@ def _names(folder: Path, boundary: str) -> set[str] | None:
     return {entry.name for entry in files}
 
 
-def _wrong(name: str, by: Division, found: FoundSet, absent: Mapping[str, Sequence[str]], classes: int) -> list[str]:
+def _wrong(by: Division, found: FoundSet, absent: Mapping[str, Sequence[str]], classes: int) -> list[str]:
     """What differs from what was published, one line each."""
     lines = [f"{part}: {len(paths):,} images that the lists name are not there ({few(paths, 3)})"
              for part, paths in absent.items() if paths]
@@ -196,7 +194,8 @@ def _written(so_far: Prepared, stem: Path, found: FoundSet, chosen: PublishedSet
         files[str(groups)] = _write(groups, content := _csv(("seed_id", "group"), sorted(found.groups.items())))
         _same(groups, groups.read_bytes() == content)
     if found.arrays is None:
-        table = _table(found, {"set": so_far.name, "split": so_far.split, "label": so_far.label, "notes": so_far.notes})
+        table = _table(found, {"set": so_far.name, "split": so_far.split, "label": so_far.label,
+                               "notes": [note for note in so_far.notes if note not in found.notes]})
         sink = io.BytesIO()
         pq.write_table(table, sink)
         files[str(manifest)] = _write(manifest, sink.getvalue())
