@@ -16,8 +16,8 @@ from tests.commands import ROOT
 
 PACKAGE = ROOT / "rayexpand"
 FILES = sorted(PACKAGE.rglob("*.py"))
-LIGHT = ("contract.settings", "contract.schema", "contract.protocols", "data.pixels", "data.seeds", "storage.objects",
-         "cli")
+LIGHT = ("contract.settings", "contract.schema", "contract.protocols", "data.pixels", "data.seeds",
+         "data.published", "storage.objects", "cli")
 
 
 @cache

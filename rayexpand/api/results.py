@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -126,6 +127,38 @@ class Scores(Result):
 
 
 @dataclass(frozen=True)
+class PreparedData(Result):
+    """A published dataset in its official layout, ready to be read. `sections` has the `data` of a job for each part,
+    `published` the numbers of images that `images` should be, `notes` what differs and what is not published."""
+
+    name: str
+    split: str
+    label: str
+    classes: int
+    images: Mapping[str, int]
+    published: Mapping[str, int]
+    sections: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, bool]  # path -> whether this call wrote it
+    groups: str | None
+    notes: Sequence[str]
+
+    def table(self) -> Table:
+        rows: list[tuple[str, ...]] = [(part, f"{count:,} images, {self.published.get(part, 0):,} published")
+                                       for part, count in self.images.items()]
+        return (f"{self.name}, {self.split}", f"{self.classes:,} classes"), rows
+
+    def job_text(self) -> str:
+        """The sections `data` and `test` of a job, as YAML; further parts as comments."""
+        lines, used = [], set[str]()
+        for section, parts in (("data", ("train", "all")), ("test", ("test", "val", "valid"))):
+            if part := next((one for one in parts if one in self.sections), None):
+                used.add(part)
+                lines.append(_one_line({section: self.sections[part]}))
+        lines += [f"# {_one_line({part: section})}" for part, section in self.sections.items() if part not in used]
+        return "\n".join([*lines, *([f"# groups: {self.groups}"] if self.groups else [])])
+
+
+@dataclass(frozen=True)
 class ClusterJob(Result):
     """A job on a cluster: how it ended, or stands where it was not waited for."""
 
@@ -138,6 +171,14 @@ class ClusterJob(Result):
     def table(self) -> Table:
         return ("job", ""), [(name.replace("_", " "), text(value)) for name, value in self.to_dict().items()
                              if value != ""]
+
+
+def _one_line(content: Mapping[str, Mapping[str, Any]]) -> str:
+    import yaml
+
+    ((name, section),) = content.items()
+    body = yaml.safe_dump(dict(section), default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
+    return f"{name}: {body.strip()}"
 
 
 def text(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rayexpand.api.driving import Relay, at, driver, extract_with, fit_with, train_trials
 from rayexpand.api.files import KINDS, Job, Set, as_overrides, config_of, data_of, parsed, preflight, read_job, where_of
 from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, drive_to_end
-from rayexpand.api.results import Artifact, Checked, ClusterJob, Event, Planned, Scores, Selected
+from rayexpand.api.results import Artifact, Checked, ClusterJob, Event, Planned, PreparedData, Scores, Selected
 from rayexpand.contract.errors import ConfigError, RayexpandError, UsageError
 from rayexpand.contract.secrets import secret_problems
 
@@ -40,6 +40,28 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
         problems = weight_problems_of(config)
     notes = sampling_of(config) if kind == "run" and not problems else []
     return Checked(kind, config.model_dump(mode="json"), problems, listed, notes)
+
+
+def prepare_data(name: str, folder: str | os.PathLike[str], *, split: str = "official", label: str = "",
+                 allow_counts: bool = False) -> PreparedData:
+    """Makes the official layout of a published dataset readable: a manifest and class words beside its images.
+
+    `split`: the official one, or the name of a paper; `label`: which of its labels; `allow_counts`: also with other
+    counts than those published, which are then in `.notes`. `published_sets` has the names.
+    """
+    from rayexpand.data.published import prepare
+
+    return PreparedData(**vars(prepare(name, os.fspath(folder), split, label, allow_counts)))
+
+
+def published_sets() -> list[dict[str, Any]]:
+    """The datasets that `prepare_data` knows: `name`, `title`, `labels`, `files`, and by split images and classes."""
+    from rayexpand.data.published import SETS
+
+    return [{"name": name, "title": one.title, "labels": [*filter(None, one.labels)],
+             "files": [*dict.fromkeys(one.files.values())],
+             "splits": {split: {"images": dict(by.counts), "classes": by.classes, "about": by.about}
+                        for split, by in one.divisions.items()}} for name, one in SETS.items()]
 
 
 def plan(job: Job, *, set: Set = (), machine: Job | None = None) -> Planned:

@@ -10,9 +10,8 @@ import typer.core
 from rayexpand import __version__
 from rayexpand.contract.errors import EXIT_DONE
 
-ORDER = ("demo", "init", "jobs", "validate", "schema", "plan", "bench", "fit", "expand", "status", "verify", "retry",
-         "regen",
-         "select", "evaluate", "train", "sweep", "report", "card", "export", "submit")
+ORDER = ("demo", "init", "data", "jobs", "validate", "schema", "plan", "bench", "fit", "expand", "status", "verify",
+         "retry", "regen", "select", "evaluate", "train", "sweep", "report", "card", "export", "submit")
 
 
 class Commands(typer.core.TyperGroup):

@@ -15,14 +15,14 @@ import time
 import traceback
 from typing import Any
 
-from rayexpand.cli import cluster, expand, fit, jobs, judge, pages, start, study, validate
+from rayexpand.cli import cluster, data, expand, fit, jobs, judge, pages, start, study, validate
 from rayexpand.cli.app import app
 from rayexpand.cli.lines import json_stderr
 from rayexpand.contract.errors import EXIT_FAULT, Interrupted, RayexpandError
 from rayexpand.contract.secrets import masked, masked_output
 
 LOG_JSON = "--log-json"
-COMMANDS = (start, jobs, validate, fit, expand, judge, study, pages, cluster)  # each joins the app when it is imported
+COMMANDS = (start, data, jobs, validate, fit, expand, judge, study, pages, cluster)  # each joins the app by its import
 
 
 def main() -> None:

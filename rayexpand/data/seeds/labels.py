@@ -100,3 +100,12 @@ def class_label_names(schema: pa.Schema, column: str) -> list[str] | None:
         return [str(name) for name in feature["names"]] if feature["_type"] == "ClassLabel" else None
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def with_class_names(schema: pa.Schema, column: str, names: Sequence[str]) -> pa.Schema:
+    """`schema` with a Hugging Face ClassLabel for `column`, which `class_label_names` reads again."""
+    features: dict[str, dict[str, object]] = {field.name: {"dtype": str(field.type), "_type": "Value"}
+                                              for field in schema}
+    features[column] = {"names": [*names], "_type": "ClassLabel"}
+    return schema.with_metadata({**(schema.metadata or {}),
+                                 b"huggingface": json.dumps({"info": {"features": features}}).encode()})

@@ -22,16 +22,17 @@ from rayexpand.data.seeds.places import read_bytes, read_text
 class DataConfig(Section):
     """Which seeds a run starts from."""
 
-    source: Literal["digits", "imagefolder", "parquet", "webdataset", "manifest", "npz"] = Field(description=(
+    source: Literal["digits", "imagefolder", "parquet", "webdataset", "manifest", "npz", "cifar"] = Field(description=(
         "digits: built in; imagefolder: one folder per class; parquet: Hugging Face layout; webdataset: tar shards; "
-        "manifest: CSV or parquet file of image paths and labels; npz: MedMNIST arrays"))
+        "manifest: CSV or parquet file of image paths and labels; npz: MedMNIST arrays; cifar: python batches of "
+        "CIFAR-10 or CIFAR-100"))
     path: str | None = Field(default=None, description=(
         "dataset folder or fsspec URL, or one file (parquet, tar, manifest, npz), or a pattern with * (parquet, tar); "
         "relative paths start at the working directory"))
     split: str | None = Field(default=None, description=(
         "imagefolder: sub-folder ('train'); parquet, webdataset: prefix of the file names ('train-*.parquet'), also "
-        "looked for in data/ and <split>/; manifest: value of split_column; npz: prefix of the arrays; digits: seeds "
-        "(the default), test, or pool, which the tiny prior and guide are trained on"))
+        "looked for in data/ and <split>/; manifest: value of split_column; npz: prefix of the arrays; cifar: train or "
+        "test; digits: seeds (the default), test, or pool, which the tiny prior and guide are trained on"))
     classes: str | None = Field(default=None, description=(
         "file that maps class ids to names: JSON object, CSV with columns key,name[,metaclass,noun], or lines "
         "'n01440764 tench, Tinca tinca'"))
