@@ -47,7 +47,8 @@ def method(request):
 
 
 def test_the_methods_of_this_package():
-    assert {"classical", "dafusion", "diffmix", "distdiff", "gif", "img2img", "realguidance", "text2img"} <= {*names()}
+    assert {"classical", "dafusion", "diffcoremix", "diffmix", "distdiff", "gif", "img2img", "realguidance",
+            "text2img"} <= {*names()}
     assert not [name for name in names() if name.startswith("_")]
 
 
