@@ -523,6 +523,39 @@ def test_a_shard_that_runs_out_of_memory_on_the_way_has_one_shape(make_config: M
     assert (shapes, totals.kept) == ({4}, 40)
 
 
+class Small(ScriptedJudge):
+    """Runs out of memory above four images, and raises at one."""
+
+    def __init__(self, bad: bytes = b"") -> None:
+        self.bad = bad
+
+    def seen(self, images: Any) -> Any:
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("the judge")
+        if any(image.tobytes() == self.bad for image in images):
+            raise RuntimeError("this image ends the judge")
+        return super().seen(images)
+
+
+def test_faults_of_the_judge_are_those_of_a_call(make_config: MakeConfig, accept: Accepting,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    small, _ = complete(make_config("Fake", ratio=2, batch=4, sections={"accept": accept()}))
+    monkeypatch.setattr("rayexpand.runs.tools._guide", lambda *given: Small())
+    run, _ = complete(make_config("Fake", ratio=2, batch=8, name="less", sections={"accept": accept()}))
+    assert {tuple(receipt.shape) for receipt in run.store.receipts()} == {(4,)}
+    assert (hashes(run), attempts(run)) == (hashes(small), attempts(small))
+
+    row = next(row for receipt in small.store.receipts() for row in small.store.data(receipt).to_pylist()
+               if row["attempt"] == 1)
+    with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
+        bad = np.asarray(image).tobytes()
+    monkeypatch.setattr("rayexpand.runs.tools._guide", lambda *given: Small(bad))
+    run, _ = complete(make_config("Fake", ratio=2, batch=4, name="bad", sections={"accept": accept()}))
+    lost = row["sample_id"]
+    assert refused(run)[lost] == "sampler_error"
+    assert hashes(run) == {name: value for name, value in hashes(small).items() if name != lost}
+
+
 def test_the_judge_is_loaded_and_hashed_apart_from_the_guide(make_config: MakeConfig, judge_folder: Path,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     from rayexpand.runs import tools
