@@ -27,7 +27,7 @@ class Attempt(NamedTuple):
 
 
 @dataclass(slots=True)
-class Line:
+class Share:
     name: str
     attempts: int = 0
     accepted: int = 0
@@ -45,17 +45,17 @@ def acceptance(view: RunView, classes: ClassTable, receipts: list[Receipt]) -> d
     found = [one for receipt in receipts for one in _attempts(view, receipt, classes, prompts)]
     if not found:
         return None
-    by_class, by_template = dict[str, Line](), dict[str, Line]()
+    by_class, by_template = dict[str, Share](), dict[str, Share]()
     for one in found:
         for lines, name in ((by_class, classes.display[one.label]), (by_template, one.template)):
-            line = lines.setdefault(name, Line(name))
+            line = lines.setdefault(name, Share(name))
             line.attempts, line.accepted = line.attempts + 1, line.accepted + one.accepted
     return {"attempts": len(found), "accepted": sum(one.accepted for one in found), "words": _words(accept),
             "by_class": _lowest(by_class), "by_template": _lowest(by_template) if len(by_template) > 1 else [],
             "classes": len(by_class), "templates": len(by_template)}
 
 
-def _lowest(lines: Mapping[str, Line]) -> list[Line]:
+def _lowest(lines: Mapping[str, Share]) -> list[Share]:
     return sorted(lines.values(), key=lambda line: (line.share, line.name))[:MOST]
 
 

@@ -482,6 +482,8 @@ def test_real_methods_keep_every_hash_alone_resumed_and_beside_a_failure(
     seeds = {"source": "imagefolder", "path": str(few)}
     sections: dict[str, Any] = {"prior": {"weights": str(tiny)}, "image": {"size": 16},
                                 "guide": {"weights": str(tiny.parent / "clip")}}
+    if hasattr(method_class(method), "acceptance"):
+        sections["accept"] = {"guide": sections["guide"]}
     fields = {name: value for name, value in {"steps": 4, "guide_step": 2}.items()
               if name in method_class(method).model_fields} | OWN_FIELDS.get(method, {})
     config = make_config(method, data=seeds, sections=sections, **fields)
