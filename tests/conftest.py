@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,38 @@ def object_stores(object_store_server: Server, monkeypatch: pytest.MonkeyPatch) 
     return object_store_server
 
 
+@pytest.fixture(scope="session")
+def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny import tiny_clip
+
+    return tiny_clip(tmp_path_factory.mktemp("judge") / "clip")
+
+
+class ScriptedJudge:
+    """A guide whose cosine with any text is a number in [0, 1) that follows from the bytes of the image."""
+
+    size, classes = (16, 16), ()
+
+    def seen(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        score_B = np.array([int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=4).digest()) / 2**32
+                            for image in images])
+        return np.stack([score_B, np.sqrt(1 - score_B**2)], axis=1), np.zeros((len(images), 1))
+
+    def texts(self, prompts: Sequence[str]) -> np.ndarray:
+        return np.array([[1.0, 0.0]] * len(prompts))
+
+
+Accepting = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def accept(judge_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Accepting:
+    """A section `accept` by the scripted judge, who accepts half of all attempts: `accept(attempts=2)`."""
+    monkeypatch.setattr("rayexpand.runs.tools._guide", lambda *given: ScriptedJudge())
+    return lambda **fields: {"guide": {"weights": str(judge_folder)}, "to": "prompt", "above": 0.5, "attempts": 3,
+                             **fields}
+
+
 MakeConfig = Callable[..., RunConfig]
 
 
@@ -144,6 +177,13 @@ def hashes(run: runs.Run) -> dict[str, str]:
             assert row["sample_id"] not in found
             found[row["sample_id"]] = row["sample_sha256"]
     return found
+
+
+def attempts(run: runs.Run) -> dict[str, int]:
+    """Attempt of each committed row, kept or refused, by sample id."""
+    return {row["sample_id"]: row["attempt"] for receipt in run.store.receipts()
+            for table in (run.store.data(receipt, ["sample_id", "attempt"]), run.store.refused(receipt))
+            for row in table.to_pylist()}
 
 
 def refused(run: runs.Run) -> dict[str, str]:

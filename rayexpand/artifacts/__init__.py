@@ -6,6 +6,7 @@ from rayexpand.artifacts.class_features import ClassFeaturesKind
 from rayexpand.artifacts.image_features import ImageFeaturesKind
 from rayexpand.artifacts.kinds import ArtifactKind
 from rayexpand.artifacts.prototypes import PrototypesKind
+from rayexpand.artifacts.thresholds import ThresholdsKind
 
 KINDS: dict[str, ArtifactKind] = {kind.name: kind for kind in (
-    PrototypesKind(), AdapterKind(), ClassFeaturesKind(), ImageFeaturesKind(), CaptionsKind())}
+    PrototypesKind(), AdapterKind(), ClassFeaturesKind(), ImageFeaturesKind(), CaptionsKind(), ThresholdsKind())}

@@ -276,7 +276,7 @@ def adapter_fits(method: Any, strategy: str, visual_token: str, adapter: str) ->
         problems.append(f"{adapter} is trained with visual_token {visual_token}, but method.visual_token is {own}; "
                         f"what was not trained cannot be read at sampling: set method.visual_token to {visual_token}, "
                         f"or fine-tune with {own}")
-    asks, parts = _asks_for_tokens(method), PARTS[strategy]
+    asks, parts = asks_for_tokens(method), PARTS[strategy]
     if asks and TOKENS not in parts:
         problems.append(f"the prompt has {{token}}, but {adapter} (strategy {strategy}) has no class tokens; use "
                         "{name} as in training, or an adapter with tokens (ti, ti_db)")
@@ -287,7 +287,8 @@ def adapter_fits(method: Any, strategy: str, visual_token: str, adapter: str) ->
     return problems
 
 
-def _asks_for_tokens(method: Any) -> bool:
+def asks_for_tokens(method: Any) -> bool:
+    """Whether a prompt of the method has the class token."""
     return any("token" in (key for _, key, _, _ in Formatter().parse(one)) for one in _texts(method.model_dump())
                if "{token}" in one)
 
@@ -325,7 +326,7 @@ class AdapterKind(ArtifactKind):
             problems.append(problem)
         problems += adapter_fits(run.method, facts.strategy, facts.visual_token, str(folder))
         problems += [one for kind in (CLASS_FEATURES, IMAGE_FEATURES) if (one := _encoder_problem(run, kind, facts))]
-        if facts.has_tokens and facts.has_lora and not _asks_for_tokens(run.method):
+        if facts.has_tokens and facts.has_lora and not asks_for_tokens(run.method):
             log.warning("artifacts.adapter: %s has class tokens, but no prompt of %s has {token}, so they are not "
                         "used; it was trained with the prompt %r", folder, run.method.name, facts.prompt)
         return problems

@@ -31,6 +31,12 @@ class RunInputs(Protocol):
     def guide_sha256(self) -> str | None: ...
     @property
     def text_width(self) -> int | None: ...
+    @property
+    def judge_weights(self) -> str | None: ...
+    @property
+    def judge_sha256(self) -> str | None: ...
+    @property
+    def comparison(self) -> str | None: ...  # of the judge: seed, class, prompt or confidence
     def folder(self, kind: str) -> Path | None: ...
 
 
@@ -66,8 +72,8 @@ class ArtifactKind(ABC):
         """Content hash. Raises ModelError where the files are not there."""
         return files_hash(folder, self.files(folder))
 
-    def unnamed(self, method: Method) -> str:
-        """What to do where a method needs one and the run names none."""
+    def unnamed(self, who: str) -> str:
+        """What to do where a method, or the judge, needs one and the run names none."""
         how = "this same file" if self.by_run else f"a file with fit: {{{self.name}: ...}}"
-        return (f"{method.name} needs {self.wants} named; make them with `rayexpand fit` and {how}, and set "
+        return (f"{who} needs {self.wants} named; make them with `rayexpand fit` and {how}, and set "
                 f"artifacts.{self.name} to the folder it prints")

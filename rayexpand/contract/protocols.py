@@ -43,15 +43,13 @@ class Batch:
 class Expansion:
     """What a method made of one batch, slot by slot.
 
-    `images[i]` is uint8 (H, W, 3), or float (H, W, 3) in [0, 1], or None where `reasons[i]` says why. A slot may ask
-    for another attempt: `redraws[i]` is then its next Draw (attempt + 1), and images[i], reasons[i] are ignored.
+    `images[i]` is uint8 (H, W, 3), or float (H, W, 3) in [0, 1], or None where `reasons[i]` says why.
     """
 
     images: list[np.ndarray | None]
     reasons: list[Reason | None] = field(default_factory=list)
     details: list[str] = field(default_factory=list)
     scores: dict[str, Sequence[float]] = field(default_factory=dict)  # name -> B numbers
-    redraws: dict[int, Draw] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +120,8 @@ class Guide(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """The loaded models and artifacts a method asked for in `needs()`; None where it did not."""
+    """The loaded models and artifacts a method asked for in `needs()`, and those of the section `accept`; None where
+    nobody did."""
 
     classes: ClassTable
     prior: Any = None  # with the adapter, where the method needs one
@@ -130,6 +129,8 @@ class Tools:
     prototypes: Any = None
     class_features: Any = None  # float32 tensor (K, D)
     image_features: Any = None  # its rows(seed_ids) are float32 (B, D), zeros for the seed id "filler"
+    judge: Any = None  # the guide of the section `accept`
+    thresholds: Any = None  # Thresholds of the classes by that guide
 
 
 class Method(Protocol):
@@ -142,7 +143,10 @@ class Method(Protocol):
     A method that calls a generator oftener than plain sampling may say how often for one image in `calls(plain, rows)`:
     Calls, where `plain` are those of plain sampling and `rows` is the size of a sampler call. A plan counts them.
 
-    A method whose labels are mixtures may say in `label_words()` what they are; cards, pages and exports print it."""
+    A method whose labels are mixtures may say in `label_words()` what they are; cards, pages and exports print it.
+
+    A method whose samples are meant to be judged may give in `acceptance()` fields of the section `accept`, which a job
+    file without them gets; None where it is set to keep all."""
 
     name: str
 

@@ -190,6 +190,13 @@ def prepare(image: np.ndarray, size: int | None, fit: Literal["crop", "center", 
     return np.array(picture.resize((size, size), Image.Resampling[cut_by.upper()], box=box))
 
 
+def to_uint8(image: np.ndarray) -> np.ndarray | None:
+    """A sample as it is kept: uint8 as it is, floats in [0, 1] rounded; None where one is not finite."""
+    if image.dtype == np.uint8:
+        return image
+    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8) if np.isfinite(image).all() else None
+
+
 def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 (H, W, 3) to uint8 (height, width, 3), bilinear and antialiased, whatever that does to the aspect."""
     if image.shape[:2] == (height, width):

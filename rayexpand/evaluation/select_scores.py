@@ -37,6 +37,7 @@ from rayexpand.data.pixels import decode, prepare
 from rayexpand.data.seeds import SeedReader
 from rayexpand.evaluation.select_rules import CONFIDENCE, CONTRAST, ENTROPY, FEATURES, TOP
 from rayexpand.models.guide_files import guide_folder, kind_of
+from rayexpand.models.scores import confidence, log_probabilities
 from rayexpand.runs.config import GuideConfig
 from rayexpand.runs.run import Run, open_run
 from rayexpand.storage.places import open_files
@@ -214,10 +215,8 @@ class Scorer:
 
 def scores_of(logits_BK: np.ndarray, label_B: np.ndarray) -> dict[str, np.ndarray]:
     """CONFIDENCE, ENTROPY and TOP, float64 (B,), of class logits and the classes the rows are to be."""
-    shifted_BK = logits_BK - logits_BK.max(axis=1, keepdims=True)
-    log_p_BK = shifted_BK - np.log(np.exp(shifted_BK).sum(axis=1, keepdims=True))
-    p_BK = np.exp(log_p_BK)
-    return {CONFIDENCE: p_BK[np.arange(len(label_B)), label_B], ENTROPY: -(p_BK * log_p_BK).sum(axis=1),
+    log_p_BK = log_probabilities(logits_BK)
+    return {CONFIDENCE: confidence(logits_BK, label_B), ENTROPY: -(np.exp(log_p_BK) * log_p_BK).sum(axis=1),
             TOP: logits_BK.argmax(axis=1).astype(np.float64)}
 
 

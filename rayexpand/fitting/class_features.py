@@ -43,7 +43,7 @@ from rayexpand.fitting.features import Block, Intake, by_class, gathered
 from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
 from rayexpand.models.guide_files import CLASSIFIER, check_guide, features_of, kind_of, present_guide
 from rayexpand.models.guides import guide_hash
-from rayexpand.runs.config import GuideConfig, unnamed
+from rayexpand.runs.config import GuideConfig, RunConfig, unnamed
 
 VERSION = 1  # raised when the code below makes something else of the same configuration
 _CHUNK = 1 << 14  # rows copied at once
@@ -51,6 +51,9 @@ SHOWN = 20  # refused images named in artifact.json
 
 
 class ImageFeaturesFit(Section):
+    guide: Annotated[GuideConfig | None, Later(None)] = Field(None, description="a guide of any kind that compares "
+                                                              "samples with these images (accept); null: the CLIP "
+                                                              "model that guide of the file names")
     batch: int = Field(64, ge=1, description="images of one guide call; features may depend on it in the last digit")
     resize: Resize = Field("crop", description="crop: shorter side, then the middle (CLIP's own); squash: both sides")
     guide_2: Annotated[GuideConfig | None, Later(None)] = Field(
@@ -75,7 +78,7 @@ def width_by(section: ImageFeaturesFit, config: FitBase) -> int | None:
 
 def guides_of(section: ImageFeaturesFit, config: FitBase) -> list[GuideConfig]:
     """Those whose features stand side by side."""
-    return [config.guide, *([section.guide_2] if section.guide_2 is not None else [])]
+    return [section.guide or config.guide, *([section.guide_2] if section.guide_2 is not None else [])]
 
 
 def drawn(index: SeedIndex, images: int | None, seed: int) -> SeedIndex:
@@ -156,15 +159,17 @@ class ImageFeaturesMaker(Maker):
     kind = "image_features"
     text = "CLIP feature of each image"
     section: ClassVar[type[ImageFeaturesFit]] = ImageFeaturesFit
+    by_guide = True
 
-    def for_run(self) -> ImageFeaturesFit:
-        return self.section()
+    def for_run(self, config: RunConfig) -> ImageFeaturesFit:
+        judge = None if config.accept is None or self.kind in config.method.needs() else config.accept.guide
+        return self.section(guide=judge)
 
     def make(self, section: ImageFeaturesFit, config: FitBase, world: World) -> Path:
         guides = guides_of(section, config)
         hashes = [guide_hash(one.weights, one.checkpoint, world.progress) for one in guides]
         made_from = {"version": VERSION, "data": data_facts(config, world.index), "guide_sha256": hashes[0],
-                     **section.model_dump(exclude={"guide_2"}), **self._drawn_from(section, config),
+                     **section.model_dump(exclude={"guide", "guide_2"}), **self._drawn_from(section, config),
                      **({"guide_2_sha256": hashes[1]} if section.guide_2 is not None else {})}
         index = self._used(section, config, world)
 

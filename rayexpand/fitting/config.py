@@ -11,6 +11,7 @@ One YAML names the data and what to make of it:
       captions: {column: text}                   # a text about each image (captions.py)
       class_features: {images: 64}               # mean CLIP feature of each class (class_features.py)
       image_features: {}                         # CLIP feature of each image (class_features.py)
+      thresholds: {}                             # how alike images of a class are, for accept (thresholds.py)
       pretrain: {size: 16}                       # a small generator with its guide, from nothing (pretrain.py)
       adapter: {recipe: {preset: diffmix}}       # fine-tune the generator `prior` names (adapter/config.py)
 
@@ -46,13 +47,14 @@ from rayexpand.fitting.maker import ARTIFACTS, FitBase, Maker
 from rayexpand.fitting.pretrain import PretrainMaker
 from rayexpand.fitting.prompts import PromptsMaker
 from rayexpand.fitting.prototypes import PrototypesFit, PrototypesMaker
+from rayexpand.fitting.thresholds import ThresholdsMaker
 from rayexpand.models.guide_files import CLASSIFIER, CLIP_HEAD, check_guide, kind_of, present_guide
 from rayexpand.runs.config import RunConfig, unnamed
 from rayexpand.storage.places import is_url
 
 # In the order in which they run. A new kind is an entry here, and one in artifacts.KINDS where methods read it.
 MAKERS: tuple[Maker, ...] = (PretrainMaker(), GuideMaker(), PrototypesMaker(), PromptsMaker(), CaptionsMaker(),
-                             ClassFeaturesMaker(), ImageFeaturesMaker(), AdapterMaker())
+                             ClassFeaturesMaker(), ImageFeaturesMaker(), ThresholdsMaker(), AdapterMaker())
 # The parts of `fit:`, each None where it is not asked for.
 if TYPE_CHECKING:
     FitSection = Any
@@ -93,7 +95,7 @@ def fit_config(config: RunConfig, guide: GuideFit | None = None, adapter: Adapte
     """What the method of a run needs to have fitted, on the run's own seeds; None where it needs nothing. `guide`:
     train one rather than use the run's; `adapter`: how to fine-tune the generator, which a run does not say."""
     said = {"guide": guide, "adapter": adapter, "prototypes": PrototypesFit(groups=groups)}
-    made = FitSection(**{maker.kind: said.get(maker.kind, maker.for_run()) for maker in MAKERS
+    made = FitSection(**{maker.kind: said.get(maker.kind, maker.for_run(config)) for maker in MAKERS
                          if maker.kind in config.needs})
     if made == FitSection():
         return None
@@ -124,7 +126,12 @@ def preflight(config: FitConfig, *, device_here: bool = True, on_ray: bool = Tru
     for maker, section in wanted:
         problems += maker.problems(section, config, on_ray=on_ray)
     made = config.fit.guide
-    scores = config.fit.prototypes is not None or makes_features(config.fit)
+    own = {maker.kind: getattr(section, "guide", None) for maker, section in wanted if maker.by_guide}
+    scores = None in own.values()
+    for kind, guide in own.items():
+        if guide is not None:
+            problems += [f"fit.{kind}.guide.weights: {one}" for one in check_guide(guide.weights, guide.checkpoint)]
+            problems += unnamed(f"fit.{kind}.guide.weights", guide, config.data)
     if (made is None and scores) or (made is not None and made.kind == CLIP_HEAD):
         problems += [f"guide.weights: {one}" for one in check_guide(config.guide.weights, config.guide.checkpoint)]
         if config.fit.pretrain is None:  # which makes both
@@ -143,7 +150,7 @@ def preflight(config: FitConfig, *, device_here: bool = True, on_ray: bool = Tru
 
 def makes_features(fit: Any) -> bool:
     """Whether a CLIP guide is asked for features that condition a generator."""
-    return fit.class_features is not None or fit.image_features is not None
+    return any(section is not None and section.guide is None for section in (fit.class_features, fit.image_features))
 
 
 def _encoder_problems(config: FitConfig) -> list[str]:

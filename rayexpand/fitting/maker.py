@@ -22,7 +22,7 @@ from rayexpand.contract.settings import Device, Section
 from rayexpand.data.seeds import DataConfig
 from rayexpand.diffusion.prototypes import ClassPrototypes
 from rayexpand.fitting.adapter.config import BaseConfig
-from rayexpand.runs.config import ClusterConfig, GuideConfig, RuntimeConfig
+from rayexpand.runs.config import ClusterConfig, GuideConfig, RunConfig, RuntimeConfig
 
 ARTIFACTS = "artifacts"
 
@@ -80,6 +80,7 @@ class Maker(ABC):
     kind: ClassVar[str]
     text: ClassVar[str]
     section: ClassVar[type[BaseModel]]
+    by_guide: ClassVar[bool] = False  # whether it asks a guide for features: that of its section, or of the file
 
     @abstractmethod
     def make(self, section: Any, config: Any, world: World) -> Path:
@@ -97,8 +98,8 @@ class Maker(ABC):
         """Whether it computes in this process also where there is a cluster, so that its device must be here."""
         return False
 
-    def for_run(self) -> Any:
-        """The section for a run whose method needs this kind; None where a run does not say enough."""
+    def for_run(self, config: RunConfig) -> Any:
+        """The section for a run that needs this kind; None where a run does not say enough."""
         return None
 
     def role(self, section: Any) -> str:
@@ -108,6 +109,11 @@ class Maker(ABC):
     def applied(self, config: Any, folder: Path) -> Any:
         """The file as later makers see it."""
         return config
+
+
+def with_guide(config: FitBase, guide: GuideConfig | None) -> FitBase:
+    """The file as a maker sees it whose section names a guide of its own."""
+    return config if guide is None else config.model_copy(update={"guide": guide})
 
 
 def data_facts(config: FitBase, index: SeedIndex) -> dict[str, Any]:

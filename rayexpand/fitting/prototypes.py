@@ -31,6 +31,7 @@ class PrototypesMaker(Maker):
     kind = "prototypes"
     text = "prototypes of each class by the guide's features"
     section = PrototypesFit
+    by_guide = True
 
     def make(self, section: PrototypesFit, config: FitBase, world: World) -> Path:
         guide = guide_hash(config.guide.weights, config.guide.checkpoint, world.progress)

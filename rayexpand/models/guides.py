@@ -29,6 +29,7 @@ from rayexpand.models.guide_files import (
     check_architecture,
     checkpoint_file,
     class_problem,
+    guide_classes,
     guide_folder,
     kind_of,
     present_guide,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 CLASS_PROMPT = "a photo of a {}"  # CLIP (Radford et al. 2021), section 3.1.4
 TEXTS_PER_CALL = 256
+TEXTS_KNOWN = 10_000  # texts whose features are kept
 IMAGES_PER_CALL = 256
 
 
@@ -51,12 +53,16 @@ def load_guide(weights: str, checkpoint: str | None, class_names: Sequence[str],
     folder = guide_folder(weights)
     if class_keys is not None and folder is not None and (problem := class_problem(folder, class_keys)):
         raise ModelError(problem)
+    guide: ClipGuide | ClassifierGuide
     if folder is not None and kind_of(folder) == CLASSIFIER:
-        return ClassifierGuide.load(folder, device)
+        guide = ClassifierGuide.load(folder, device)
+        guide.classes = guide_classes(folder) or ()
+        return guide
     guide = ClipGuide.load(str(folder or weights), checkpoint, [CLASS_PROMPT.format(name) for name in class_names],
                            device)
     if folder is not None and kind_of(folder) == CLIP_HEAD:
         guide.texts_KD = read_tensors(folder / HEAD_WEIGHTS)["weight"].to(guide.device)
+        guide.classes = guide_classes(folder) or ()
     return guide
 
 
@@ -103,6 +109,7 @@ class ImageGuide(ABC):
     filter: Literal["bicubic", "bilinear"]  # how its own preprocessing resizes
     mean: torch.Tensor
     std: torch.Tensor
+    classes: tuple[str, ...] = ()  # keys of the classes it was trained on, none where it takes any
 
     def features(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Features (B, D) as the model gives them, not normalised, of images (B, 3, H, W) in [0, 1] of any size. They
@@ -124,6 +131,14 @@ class ImageGuide(ABC):
     def _embed(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """(B, D) of normalised images of the model's own size."""
 
+    def seen(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """(features (B, D) float32, logits (B, K) float64) of uint8 images of the model's own size, in one call."""
+        import torch
+
+        with torch.inference_mode():
+            h_BD = self.features(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255)
+            return h_BD.float().cpu().numpy(), self.head(h_BD).double().cpu().numpy()
+
     def zero_shot(self, images: np.ndarray) -> np.ndarray:
         """int64 (n,): class of each uint8 (n, H, W, 3) image."""
         import torch
@@ -143,6 +158,7 @@ class ClipGuide(ImageGuide):
 
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
+        self._tokenizer, self._known = tokenizer, dict[str, np.ndarray]()
         settings = get_model_preprocess_cfg(model)
         size = settings["size"]
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
@@ -188,6 +204,18 @@ class ClipGuide(ImageGuide):
         import torch.nn.functional as F  # noqa: N812
 
         return self.scale * F.normalize(h_BD, dim=-1) @ self.texts_KD.T
+
+    def texts(self, prompts: Sequence[str]) -> np.ndarray:
+        """float32 (B, D) of length 1. Each text is read by itself, so that it does not depend on the others."""
+        import torch
+
+        if len(self._known) > TEXTS_KNOWN:
+            self._known.clear()
+        for prompt in set(prompts) - self._known.keys():
+            with torch.inference_mode():
+                text_1D = self.model.encode_text(self._tokenizer([prompt]).to(self.device), normalize=True)
+            self._known[prompt] = text_1D[0].float().cpu().numpy()
+        return np.stack([self._known[prompt] for prompt in prompts])
 
     def _embed(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         return self.model.encode_image(x_BCHW)

@@ -162,7 +162,8 @@ def _guidance_problems(facts: PriorFacts, method: Any) -> list[str]:
         problems = [f"{said} takes the scale as an input and was trained on small ones, so {scale:g} is none of them; "
                     "set it to at most 10"] if method.name == "gif" and scale > 10 else []
         if getattr(method, "negative", ""):
-            problems.append(f"method.negative: {facts.weights} takes the scale of guidance as an input and reads no "
+            field = "negatives" if hasattr(method, "negatives") else "negative"
+            problems.append(f"method.{field}: {facts.weights} takes the scale of guidance as an input and reads no "
                             "negative prompt; take it out")
         return problems
     if facts.turbo and scale != 1:

@@ -30,6 +30,7 @@ from rayexpand.on_ray.pool import Pool, any_starting, beside_driver, choose_pool
 from rayexpand.on_ray.stage import open_model_server, run_models, with_local_models
 from rayexpand.runs import run as runs
 from rayexpand.runs.blame import ProcessFault
+from rayexpand.runs.config import MODELS
 from rayexpand.runs.driving import Listener, RunProgress, jobs_of
 from rayexpand.runs.expander import Expander
 from rayexpand.runs.store import Totals
@@ -158,7 +159,7 @@ def expand(run: runs.Run, jobs: Callable[[], list[runs.Job]], *, to_the_end: boo
     capacity.
     """
     with connected(run.config.cluster):
-        pool = choose_pool(run.config.cluster, models=bool(run.config.needs & {"prior", "guide"}))
+        pool = choose_pool(run.config.cluster, models=bool(run.config.needs & MODELS))
         attempt = runs.begin(run)
         heartbeats = beside_driver(Heartbeats)
         server = open_model_server(run_models(run.config, run.facts["models"]))

@@ -74,6 +74,9 @@ def with_local_models(config: RunConfig, hashes: dict[str, str], server: Any) ->
             config = config.model_copy(update={"prior": staged_prior(config.prior, Path(folder))})
         elif part == "guide":
             config = config.model_copy(update={"guide": guide_at(config.guide, folder)})
+        elif part == "judge" and config.accept is not None:
+            own = config.accept.model_copy(update={"guide": guide_at(config.accept.guide, folder)})
+            config = config.model_copy(update={"accept": own})
         else:
             config = config.model_copy(update={"artifacts": {**config.artifacts, part: folder}})
     return config
@@ -91,11 +94,13 @@ def _part(config: RunConfig, part: str) -> ModelFiles:
         return prior_model(config.prior)
     if part == "guide":
         return guide_model(config.guide.weights, config.guide.checkpoint)
+    if part == "judge" and config.accept is not None:
+        return guide_model(config.accept.guide.weights, config.accept.guide.checkpoint)
     return artifact_model(artifact_folder(config, part), part)
 
 
 def artifact_model(folder: Path, kind: str) -> ModelFiles:
-    """An artifact that samplers load: prototypes, an adapter, class or image features."""
+    """An artifact that samplers load: prototypes, an adapter, class or image features, thresholds."""
     return ModelFiles(lambda: {name: folder / name for name in KINDS[kind].files(folder)},
                       lambda: folder if folder.is_dir() else None, KINDS[kind].sha256)
 

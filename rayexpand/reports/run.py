@@ -26,6 +26,7 @@ from rayexpand.contract.schema import SEED_INDEX, ClassTable, Reason, Receipt, S
 from rayexpand.data import seeds
 from rayexpand.data.pixels import decode
 from rayexpand.methods import label_words_of
+from rayexpand.reports.acceptance import acceptance
 from rayexpand.reports.card import GPU_CAVEAT, PROMISE
 from rayexpand.reports.templates import COLOURS, render, settings_of
 from rayexpand.runs.cut_prompts import words_of
@@ -91,7 +92,9 @@ def write_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None, l
         reasons=_reasons(view), selections=_selections(view), classes=_class_lines(view, classes),
         n_classes=len(classes),
         lowest=LOWEST_CLASSES if len(classes) > ALL_CLASSES else 0, sheet=contact_sheet(view, classes),
-        guidance=_guidance(view), look=look, refused=_refused_rows(view, classes),
+        guidance=_guidance(view), look=look,
+        acceptance=acceptance(view, classes, spread(list(view.receipts), FILES_SEARCHED)),
+        refused=_refused_rows(view, classes),
         cut_words=words_of(view.run["cut_prompts"]) if view.run.get("cut_prompts") else "",
         label_words=label_words_of(view.run["config"]["method"], len(classes)), config=_yaml(view.run["config"]),
         settings=settings_of(view.run["config"]), dataset=seeds.survey_lines(view.run.get("dataset", {})),
@@ -141,8 +144,9 @@ def _guidance(view: RunView) -> dict[str, Any] | None:
     found: list[tuple[tuple[str, int], dict[str, float]]] = []  # seed and group, scores
     for receipt in spread([r for r in view.receipts if r.kept], FILES_SEARCHED):
         for row in view.store.data(receipt, ["seed_id", "group", "scores"]).to_pylist():
-            if row["scores"]:
-                found.append(((row["seed_id"], row["group"]), {one["name"]: one["value"] for one in row["scores"]}))
+            scores = {one["name"]: one["value"] for one in row["scores"] or () if not one["name"].startswith("accept_")}
+            if scores:
+                found.append(((row["seed_id"], row["group"]), scores))
     if not found:
         return None
     columns = {name: [scores[name] for _, scores in found if name in scores]

@@ -21,7 +21,7 @@ from rayexpand.contract.schema import Receipt
 from rayexpand.models.folders import DIGITS
 from rayexpand.models.prior import resolve
 from rayexpand.runs import run as runs
-from rayexpand.runs.config import RunConfig
+from rayexpand.runs.config import MODELS, RunConfig
 from rayexpand.runs.expander import Expander
 
 PAIRS = 3
@@ -106,7 +106,7 @@ def _pair(config: RunConfig, folder: str, number: int, shards: list[int],
 
 
 def _gflop(expander: Expander, shard: int) -> float | None:
-    if not expander.config.needs & {"prior", "guide"}:
+    if not expander.config.needs & MODELS:
         return None
     from torch.utils.flop_counter import FlopCounterMode
 

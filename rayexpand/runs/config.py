@@ -69,7 +69,62 @@ class GuideConfig(Section):
     checkpoint: str | None = Field(None, description="safetensors file for a model name")
 
 
+class Accept(Section):
+    """A guide judges each sample as it is made, and a row that is refused is drawn again."""
+
+    guide: GuideConfig = Field(GuideConfig(), description="which guide judges, apart from the guide of the method; a "
+                               "classifier of other classes too, with `wanted`")
+    score: Literal["cosine", "confidence"] = Field(
+        "cosine", description="cosine: of the features of the sample and what `to` says (DiffCoRe-Mix); confidence: "
+        "probability of the sample's class")
+    to: Literal["seed", "class", "prompt"] = Field(
+        default_factory=lambda data: "class" if data.get("score") == "confidence" else "seed",
+        description="what the cosine is with: the features of its seed image (artifact image_features; DiffCoRe-Mix), "
+        "the mean of its class (artifact thresholds), or the text of its prompt (CLIP); of a confidence: the class")
+    wanted: str | None = Field(None, description="with confidence: key of the guide's class whose probability counts, "
+                               "such as safe of a safety model; null: the class of the sample")
+    above: float | Literal["class"] = Field(
+        "class", description="what the score must exceed: a number, or what real images of the class reach on average "
+        "(artifact thresholds; DiffCoRe-Mix, equation 5; its released code: 0.6)")
+    deviations: float = Field(0.0, ge=0, description="with class: so many standard deviations less (ours)")
+    quantile: float | None = Field(None, ge=0, le=1, description="with class: instead of the mean what all but this "
+                                   "share of the real images reach (ours)")
+    attempts: int = Field(5, ge=1, description="how often a row is drawn at most; prompt and noise are new each time "
+                          "(DiffCoRe-Mix draws until it accepts, its released code once; 5 is ours)")
+    exhausted: Literal["reject", "best"] = Field("reject", description="after the last attempt: the row is rejected, "
+                                                 "or the try with the best score is kept")
+
+    @model_validator(mode="after")
+    def _says_nothing_in_vain(self) -> Accept:
+        unused = {"to": self.score == "confidence" and self.to != "class",
+                  "wanted": self.score == "cosine" and self.wanted is not None,
+                  "deviations": bool(self.deviations) and (self.above != "class" or self.quantile is not None),
+                  "quantile": self.quantile is not None and self.above != "class"}
+        because = {"to": "score confidence", "wanted": "score cosine", "quantile": f"above {self.above}",
+                   "deviations": f"above {self.above}" if self.above != "class" else "a quantile"}
+        for field, is_unused in unused.items():
+            if is_unused:
+                raise ValueError(f"{field}: has no effect with {because[field]}; take it out")
+        if self.wanted is not None and self.above == "class":
+            raise ValueError(f"above: class is what the images of each class reach, and all rows have the class "
+                             f"{self.wanted!r} to reach; give a number")
+        return self
+
+    @property
+    def comparison(self) -> str:
+        """What thresholds know it by: seed, class, prompt or confidence."""
+        return self.to if self.score == "cosine" else self.score
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of Tools, as of a method."""
+        compared = {"seed": "image_features", "class": "thresholds"}.get(self.comparison)
+        wanted = {"judge", compared, "thresholds" if self.above == "class" else None}
+        return frozenset(one for one in wanted if one is not None)
+
+
 DIGITS = "digits"
+MODELS = frozenset({"prior", "guide", "judge"})  # of what a run needs, those that are loaded on its device
 
 
 def unnamed(field: str, section: Any, data: DataConfig) -> list[str]:
@@ -167,10 +222,13 @@ class RunConfig(Section):
     prior: PriorConfig = PriorConfig()
     guide: GuideConfig = GuideConfig()
     artifacts: dict[str, str] = Field({}, description="folders that `rayexpand fit` made, by kind: prototypes, "
-                                      "adapter, class_features, image_features, captions")
+                                      "adapter, class_features, image_features, captions, thresholds")
     method: Any = Field(description="name of a method and its fields")
     sampler: SamplerConfig = SamplerConfig()
     codec: CodecConfig = CodecConfig()
+    accept: Annotated[Accept | None, Later(None)] = Field(None, description="judge samples as they are made, and draw "
+                                                          "again what is refused; null: keep all, unless the method "
+                                                          "brings a judge")
     limits: LimitsConfig = LimitsConfig()
     store: StoreConfig = StoreConfig()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -195,7 +253,7 @@ class RunConfig(Section):
     @property
     def needs(self) -> frozenset[str]:
         """What samplers of this run load, and what its plan reads."""
-        return self.method.needs()
+        return self.method.needs() | (frozenset() if self.accept is None else self.accept.needs)
 
     @property
     def folder(self) -> str:
@@ -228,8 +286,15 @@ def parse(raw: Mapping[str, Any], where: str = "configuration") -> RunConfig:
             problems += mistakes(error, method_class(method["name"]), "method.")
         except ConfigError as error:
             problems += error.problems
+    fields = {**{str(k): v for k, v in raw.items()}, "method": loaded}
+    if (brought := getattr(loaded, "acceptance", lambda: None)()) is not None:
+        if isinstance(said := fields.get("accept", {}), Mapping):
+            fields["accept"] = {**brought, **said}
+        elif said is None:
+            problems.append(f"accept: null does not turn off the judge that {method['name']} brings; the method has a "  # type: ignore[index]
+                            "field for that")
     try:
-        config = RunConfig(**{**{str(k): v for k, v in raw.items()}, "method": loaded})
+        config = RunConfig(**fields)
     except ValidationError as error:
         raise ConfigError(where, mistakes(error, RunConfig, "") + problems + _data_problems(raw)) from error
     if problems:

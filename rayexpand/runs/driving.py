@@ -103,7 +103,7 @@ class Here:
     """Drives in this process. A sampler call past its deadline ends the process; see `Child`."""
 
     def __init__(self) -> None:
-        self._priors, self._guides = dict[str, Any](), dict[str, Any]()
+        self._priors, self._guides, self._judges = dict[str, Any](), dict[str, Any](), dict[str, Any]()
 
     def __call__(self, run: Run, progress: Listener, *, retry: bool = False) -> Totals:
         heard = RunProgress(run, progress, retry=retry)
@@ -117,14 +117,16 @@ class Here:
             expander.close()
 
     def tools(self, run: Run) -> Tools:
-        """What a run needs, with the prior and guide of an earlier one where they are the same."""
-        own, guide = prior_key(run), guide_key(run)
+        """What a run needs, with the models of an earlier one where they are the same."""
+        own, guide, judge = prior_key(run), guide_key(run), guide_key(run, "judge")
         found = load_tools(run.sampling, run.plan.index.classes, prior=self._priors.get(own),
-                           guide=self._guides.get(guide))
+                           guide=self._guides.get(guide), judge=self._judges.get(judge))
         if found.prior is not None:
             self._priors[own] = found.prior
         if found.guide is not None:
             self._guides[guide] = found.guide
+        if found.judge is not None:
+            self._judges[judge] = found.judge
         return found
 
 
@@ -135,10 +137,10 @@ def prior_key(run: Run) -> str:
                    getattr(run.config.method, "lora_scale", 1.0) if has_adapter else None])
 
 
-def guide_key(run: Run) -> str:
-    """Runs with one key have the same guide, asked about the same classes."""
+def guide_key(run: Run, part: str = "guide") -> str:
+    """Runs with one key have the same guide, or judge, asked about the same classes."""
     classes = run.plan.index.classes
-    return digest([run.facts["models"].get("guide"), classes.key, classes.asked, run.config.prior.device])
+    return digest([run.facts["models"].get(part), classes.key, classes.asked, run.config.prior.device])
 
 
 class Child:

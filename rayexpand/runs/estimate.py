@@ -34,6 +34,7 @@ from rayexpand.data import seeds as seed_io
 from rayexpand.data.pixels import header_size
 from rayexpand.models.cost import Cost
 from rayexpand.models.prior import present
+from rayexpand.runs.config import MODELS
 from rayexpand.runs.cut_prompts import CutPrompts, cut_prompts
 from rayexpand.runs.plan import make_plan
 from rayexpand.runs.status import shard_seconds
@@ -175,6 +176,9 @@ def estimate(config: RunConfig, *, seeds: int, planned: int, measured: Measured 
     answer.
     """
     notes, cost = {"images": f"{seeds:,} seeds"}, cost_of_run(config)
+    if config.accept is not None and config.accept.attempts > 1:
+        notes["images"] += (f"; hours count one attempt for each, and up to {config.accept.attempts} are made "
+                            "(accept.attempts)")
     shards = min(seeds, -(-planned // config.sampler.shard_images))
     notes["shards"] = f"of about {-(-planned // max(shards, 1)):,} images each, a seed's copies kept together"
     image = _Image(*image_side(config, side, cost))
@@ -291,7 +295,7 @@ def _hours(config: RunConfig, planned: int, shards: int, rate: float) -> Hours:
 def _unit(config: RunConfig) -> str:
     """What the work runs on, as far as it is known before it starts: the embedded prior is made for CPUs."""
     prior = config.prior
-    no_gpu = (not config.needs & {"prior", "guide"} or prior.device == "cpu" or config.cluster.gpus_per_actor == 0
+    no_gpu = (not config.needs & MODELS or prior.device == "cpu" or config.cluster.gpus_per_actor == 0
               or (prior.weights == "digits" and prior.device == "auto"))
     return "CPU process" if no_gpu else "GPU"
 

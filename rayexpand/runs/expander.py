@@ -1,11 +1,14 @@
 """Expander: a plain callable that does all the work of one shard and knows nothing of Ray.
 
-    seeds -> decode ahead -> method.expand on full planned shapes -> encode behind -> commit -> Receipt
+    seeds -> decode ahead -> method.expand on full planned shapes, judge -> encode behind -> commit -> Receipt
 
 It owns failures. A row that cannot be made is refused and its slot becomes a filler, so batch-mates keep their slots
 and their bytes; an exception is traced to its row by bisection at full shape; out of memory halves the shape (first
 the pieces a guided method works in, then the call); a fault of the process or of the environment commits nothing
 (blame.py and errors.py say which is which).
+
+With a section `accept`, a row that is rejected is drawn again while attempts are left. Rows that wait for that make a
+call as soon as they fill one, so calls are full until fewer rows are left than one holds.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import socket
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -30,9 +34,10 @@ from rayexpand.contract.errors import EnvironmentFault, Interrupted, RayexpandEr
 from rayexpand.contract.protocols import Batch, Expansion, Method, Tools
 from rayexpand.contract.rng import RowRng
 from rayexpand.contract.schema import Draw, Reason, Receipt, Sample, Seed, Start, Status, sample_sha256
-from rayexpand.data.pixels import decode, encode, header_size, prepare, resized
+from rayexpand.data.pixels import decode, encode, header_size, prepare, resized, to_uint8
 from rayexpand.data.seeds import SeedReader
 from rayexpand.models.prior import inspect_prior
+from rayexpand.runs.accept import SCORE, TRY, judge
 from rayexpand.runs.blame import DEAD_UNEXPLAINED, DECODE, ENCODE, SHARD, Blame, ProcessFault, Row, Verdicts
 from rayexpand.runs.config import RunConfig
 from rayexpand.runs.plan import Call, Plan, Unit, pack
@@ -173,21 +178,33 @@ class Expander:
                 return self._run_calls(work, wanted)
             except _Smaller:
                 self.on_rows(-work.told)
-                work.results, work.redraws, work.told = {}, {}, 0
+                work.results, work.tries, work.waiting, work.told = {}, {}, {}, 0
 
     def _run_calls(self, work: _Work, wanted: set[str]) -> None:
-        """The planned calls, then rounds of redraws until none asks again."""
-        planned = pack(work.units, self.config.method, self.plan.batch)
-        calls, next_number = [call.only(wanted) for call in planned], len(planned)
-        while calls := self._parts(work, calls):
-            for call, following in zip(calls, [*calls[1:], None], strict=True):
-                work.images.ahead(call, None if work.verdicts.careful else following)
-                self._run_call(work, call)
-                self.on_rows(len(work.results) - work.told)
-                work.told = len(work.results)
-            units, work.redraws = list(work.redraws.values()), {}
-            calls = pack(units, self.config.method, self.plan.batch, next_number)
-            next_number += len(calls)
+        """The planned calls, and those of rows that are drawn again; a call that is not full comes when no other is
+        left."""
+        planned = [call.only(wanted) for call in pack(work.units, self.config.method, self.plan.batch)]
+        number = len(planned)
+        if self.config.accept is not None:
+            work.waiting = {unit[0].sample_id: unit for call in planned if not call.is_full for unit in call.units}
+            planned = [call for call in planned if call.is_full]
+        todo = deque(self._parts(work, planned))
+        while True:
+            formed = pack(work.waiting.values(), self.config.method, self.plan.batch)
+            formed = [call for call in formed if call.is_full] or ([] if todo else formed)
+            for call in formed:
+                for unit in call.units:
+                    del work.waiting[unit[0].sample_id]
+            todo.extendleft(reversed(self._parts(work, [replace(call, number=number + i)
+                                                        for i, call in enumerate(formed)])))
+            number += len(formed)
+            if not todo:
+                return
+            call, following = todo.popleft(), todo[0] if todo else None
+            work.images.ahead(call, None if work.verdicts.careful else following)
+            self._run_call(work, call)
+            self.on_rows(len(work.results) - work.told)
+            work.told = len(work.results)
 
     def _parts(self, work: _Work, calls: Sequence[Call]) -> list[Call]:
         """The calls that have a row. Those of a method without tensors come in parts where their images are large:
@@ -211,7 +228,7 @@ class Expander:
         return {row["sample_id"] for row in refused.to_pylist() if row["status"] == Status.FAILED}
 
     def _run_call(self, work: _Work, call: Call) -> None:
-        """Decides every row of a call, or queues its redraw."""
+        """Decides every row of a call, or has it wait for another."""
         slots, faulty = self._sound(work, call)
         for unit, fault in faulty:
             self._refuse(work, unit, fault)
@@ -238,17 +255,20 @@ class Expander:
     def _refuse(self, work: _Work, unit: Slots, fault: RowFault) -> None:
         for draw in unit:
             if draw is not None:
-                self._submit(work, draw, None, Reason(fault.reason), fault.detail[:_DETAIL_CHARS], {})
+                self._decided(work, draw, None, Reason(fault.reason), fault.detail[:_DETAIL_CHARS], {})
+
+    def _decided(self, work: _Work, draw: Draw, *made: Any) -> None:
+        work.results[draw.sample_id] = self._submit(work, draw, *made)
 
     def _submit(self, work: _Work, draw: Draw, image: np.ndarray | None, reason: Reason | None, detail: str,
-                scores: dict[str, float]) -> None:
+                scores: dict[str, float]) -> Future[Sample]:
         size = work.images.size(draw.seed_id) if self.config.image.restore and draw.start == Start.IMAGE else None
         finish = partial(self._finish, draw, image, reason, detail, scores, work.images.note(draw.seed_id), size)
         future = work.images.encode(finish, 0 if image is None else image.nbytes)
-        work.results[draw.sample_id] = future
         if work.verdicts.careful:
             with self.blame.mark(work.key, ENCODE, _row(draw), 1):  # at least the call of this row was made before
                 concurrent.futures.wait([future])
+        return future
 
     def _sound(self, work: _Work, call: Call) -> tuple[tuple[Draw | None, ...], list[tuple[Slots, RowFault]]]:
         """The slots with fillers for units that cannot be sampled, and those units with their faults."""
@@ -289,7 +309,7 @@ class Expander:
                         raise EnvironmentFault(
                             f"out of memory with a single unit of {call.unit} row(s): {error}. Use a smaller "
                             "image.size, prior.dtype: bfloat16, or a larger device.") from error
-                    if work.results:
+                    if work.results or work.tries:
                         raise _Smaller from error
                     continue
             start += size
@@ -366,6 +386,8 @@ class Expander:
             try:
                 expansion = self.method.expand(batch, tools)
                 _check(expansion, batch)
+                if self.config.accept is not None:
+                    expansion = judge(self.config.accept, batch, expansion, tools)
             except Exception as error:
                 fault = _sorted(error)
                 for one in (error, error.__cause__, error.__context__):
@@ -402,31 +424,42 @@ class Expander:
     def _take(self, work: _Work, call: Call, expansion: Expansion) -> None:
         reasons = expansion.reasons or [None] * len(call.slots)
         details = expansion.details or [""] * len(call.slots)
-        for start in range(0, len(call.slots), call.unit):
-            again: list[Draw] = []
-            for i in range(start, start + call.unit):
-                draw = call.slots[i]
-                if draw is not None and i in expansion.redraws:
-                    again.append(expansion.redraws[i])
-                elif draw is not None:
-                    scores = {name: float(values[i]) for name, values in expansion.scores.items()}
-                    self._submit(work, draw, expansion.images[i], reasons[i], details[i], scores)
-            if again:
-                work.redraws[again[0].sample_id] = tuple(again)
+        for i, draw in enumerate(call.slots):
+            if draw is not None:
+                scores = {name: float(values[i]) for name, values in expansion.scores.items()}
+                self._settle(work, draw, expansion.images[i], reasons[i], details[i], scores)
+
+    def _settle(self, work: _Work, draw: Draw, image: np.ndarray | None, reason: Reason | None, detail: str,
+                scores: dict[str, float]) -> None:
+        """Decides a row, unless it is rejected while attempts are left: then it waits for another call."""
+        accept = self.config.accept
+        if accept is None or reason is None or reason.status is not Status.REJECTED:
+            self._decided(work, draw, image, reason, detail, scores)
+            return
+        tries = work.tries.setdefault(draw.sample_id, _Tries())
+        tries.scores[f"{TRY}{draw.attempt}"] = score = scores[SCORE]
+        able = reason is Reason.BELOW_THRESHOLD and image is not None and not _is_constant(image)
+        if accept.exhausted == "best" and able and score > tries.best_score:
+            tries.best_score, tries.best = score, self._submit(work, draw, image, None, "", scores)
+        if draw.attempt + 1 < accept.attempts:
+            work.waiting[draw.sample_id] = (self.plan.redraw(draw),)
+        elif tries.best is not None:
+            work.results[draw.sample_id] = tries.best
+        elif accept.attempts == 1:
+            self._decided(work, draw, image, reason, detail, scores)
+        else:
+            detail = f"{accept.attempts} attempts; the last: {detail or reason.value}"
+            self._decided(work, draw, image, Reason.EXHAUSTED, detail, scores)
 
     def _finish(self, draw: Draw, image: np.ndarray | None, reason: Reason | None, detail: str,
                 scores: dict[str, float], note: str, size: tuple[int, int] | None) -> Sample:
         """Checks, encodes and hashes one image, brought to `size` (height, width); runs in the pool."""
         method = self.config.method.name
-        if image is not None and image.dtype != np.uint8:
-            if np.isfinite(image).all():
-                image = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
-            else:
-                image, reason = None, reason or Reason.NAN_LATENT
+        image = None if image is None else to_uint8(image)
         if image is None:
             reason = reason or Reason.NAN_LATENT
             return Sample(draw, method, reason.status, None, "", reason, detail, note, scores)
-        if reason is None and (image == image[0, 0]).all():
+        if reason is None and _is_constant(image):
             reason, detail = Reason.CONSTANT_IMAGE, f"every pixel of the sample is {image[0, 0].tolist()}"
         if size is not None:
             image = resized(image, *size)
@@ -437,8 +470,16 @@ class Expander:
 
     def _collect(self, work: _Work, wanted: set[str]) -> list[Sample]:
         with work.clock.phase("encode"):
-            samples = [work.results[sample_id].result() for sample_id in wanted]
+            samples = [self._with_tries(work, work.results[sample_id].result()) for sample_id in wanted]
         return sorted(samples, key=lambda sample: sample.draw.row)
+
+    def _with_tries(self, work: _Work, sample: Sample) -> Sample:
+        """With the scores of its other attempts, which were refused."""
+        if (tries := work.tries.get(sample.draw.sample_id)) is None:
+            return sample
+        others = {name: score for name, score in tries.scores.items()
+                  if name != f"{TRY}{sample.draw.attempt}" and math.isfinite(score)}
+        return replace(sample, scores={**sample.scores, **others})
 
     # Models and images -------------------------------------------------------------------------------------------
 
@@ -493,9 +534,19 @@ class _Work:
     clock: PhaseClock
     verdicts: Verdicts
     results: dict[str, Future[Sample]] = field(default_factory=dict)
-    redraws: dict[str, Unit] = field(default_factory=dict)
+    tries: dict[str, _Tries] = field(default_factory=dict)  # of rows that were rejected at least once
+    waiting: dict[str, Unit] = field(default_factory=dict)  # units that wait for a call, by their first sample
     last_draw: Draw | None = None
     told: int = 0  # decided rows that on_rows has heard of
+
+
+@dataclass(slots=True)
+class _Tries:
+    """The refused attempts of a row."""
+
+    scores: dict[str, float] = field(default_factory=dict)
+    best: Future[Sample] | None = None  # encoded, so that little is held
+    best_score: float = -math.inf
 
 
 class _OutOfMemory(RayexpandError):
@@ -524,11 +575,10 @@ def _check(expansion: Expansion, batch: Batch) -> None:
     for image in expansion.images:
         assert image is None or (image.ndim == 3 and image.shape[2] == 3 and (
             image.dtype == np.uint8 or image.dtype.kind == "f")), "an image must be (H, W, 3), uint8 or float in [0, 1]"
-    for i, again in expansion.redraws.items():
-        draw = batch.draws[i]
-        same = (draw.sample_id, draw.seed_id, draw.copy, draw.row, draw.attempt + 1)
-        assert (again.sample_id, again.seed_id, again.copy, again.row, again.attempt) == same, \
-            "a redraw is the same row, one attempt later"
+
+
+def _is_constant(image: np.ndarray) -> bool:
+    return bool((image == image[0, 0]).all())
 
 
 def _sorted(error: Exception) -> Exception:

@@ -12,28 +12,37 @@ from typing import Any
 import pyarrow.compute as pc
 
 from rayexpand.artifacts import KINDS
-from rayexpand.artifacts.adapter import base_problem, read_adapter
+from rayexpand.artifacts.adapter import asks_for_tokens, base_problem, read_adapter
 from rayexpand.artifacts.columns import CAPTIONS, IMAGE_FEATURES, open_image_features
 from rayexpand.contract.errors import ModelError, RayexpandError
 from rayexpand.contract.protocols import Method
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.data import seeds
 from rayexpand.models.folders import folder_hash
-from rayexpand.models.guide_files import check_guide, class_difference, class_problem, guide_classes, present_guide
+from rayexpand.models.guide_files import (
+    CLASSIFIER,
+    check_guide,
+    class_difference,
+    class_problem,
+    guide_classes,
+    kind_of,
+    present_guide,
+)
 from rayexpand.models.guides import guide_hash
 from rayexpand.models.prior import has_more, present, prior_hash
 from rayexpand.models.prior_files import missing_files
-from rayexpand.runs.config import RunConfig
+from rayexpand.runs.config import GuideConfig, RunConfig
 
 
 @dataclass(frozen=True)
 class ConfiguredInputs:
-    """What artifact kinds may ask of a run (artifacts.kinds.RunInputs). `guide`: its content hash, where known, and
-    `text_width` that of the hidden states of its generator."""
+    """What artifact kinds may ask of a run (artifacts.kinds.RunInputs). `guide`, `judge`: their content hashes, where
+    known, and `text_width` that of the hidden states of its generator."""
 
     config: RunConfig
     guide: str | None = None
     text_width: int | None = None
+    judge: str | None = None
 
     @property
     def method(self) -> Method:
@@ -59,21 +68,41 @@ class ConfiguredInputs:
 
     @cached_property
     def guide_sha256(self) -> str | None:
-        if self.guide is not None:
-            return self.guide
-        guide, here = self.config.guide, present_guide(self.config.guide.weights)
-        return None if here is None or check_guide(guide.weights, guide.checkpoint) else folder_hash(here)
+        return self.guide if self.guide is not None else _present_hash(self.config.guide)
+
+    @property
+    def judge_weights(self) -> str | None:
+        return None if self.config.accept is None else self.config.accept.guide.weights
+
+    @cached_property
+    def judge_sha256(self) -> str | None:
+        if self.judge is not None or self.config.accept is None:
+            return self.judge
+        return _present_hash(self.config.accept.guide)
+
+    @property
+    def comparison(self) -> str | None:
+        return None if self.config.accept is None else self.config.accept.comparison
 
     def folder(self, kind: str) -> Path | None:
         named = self.config.artifacts.get(kind)
         return None if named is None else Path(named).expanduser()
 
 
+def _present_hash(guide: GuideConfig) -> str | None:
+    here = present_guide(guide.weights)
+    return None if here is None or check_guide(guide.weights, guide.checkpoint) else folder_hash(here)
+
+
 def artifact_folder(config: RunConfig, kind: str) -> Path:
     """Where the configuration says an artifact is. Raises ModelError."""
     if (folder := ConfiguredInputs(config).folder(kind)) is None:
-        raise ModelError(f"artifacts.{kind}: {KINDS[kind].unnamed(config.method)}")
+        raise ModelError(f"artifacts.{kind}: {KINDS[kind].unnamed(_who_needs(config, kind))}")
     return folder
+
+
+def _who_needs(config: RunConfig, kind: str) -> str:
+    return config.method.name if kind in config.method.needs() else "accept"
 
 
 def artifact_hashes(config: RunConfig) -> dict[str, str]:
@@ -109,15 +138,40 @@ def check_artifacts(config: RunConfig, *, planned: bool = False, text_width: int
     problems = []
     if "guide" in config.needs:
         problems += [f"guide.weights: {one}" for one in check_guide(config.guide.weights, config.guide.checkpoint)]
+    problems += _judge_problems(config)
     inputs = ConfiguredInputs(config, text_width=text_width)
     for name, kind in KINDS.items():
         folder = inputs.folder(name)
         if name not in config.needs:
             problems += [f"artifacts.{name}: {_no_effect(config.method, name)}"] if folder is not None else []
         elif folder is None:
-            problems.append(f"artifacts.{name}: {kind.unnamed(config.method)}")
+            problems.append(f"artifacts.{name}: {kind.unnamed(_who_needs(config, name))}")
         elif not (kind.planned and planned):
             problems += [f"artifacts.{name}: {problem}" for problem in kind.problems(folder, inputs)]
+    return problems
+
+
+def _judge_problems(config: RunConfig) -> list[str]:
+    """What is wrong with the section `accept`, one line each."""
+    if (accept := config.accept) is None:
+        return []
+    guide, here = accept.guide, present_guide(accept.guide.weights)
+    problems = [f"accept.guide.weights: {one}" for one in check_guide(guide.weights, guide.checkpoint)]
+    if not problems and here is not None:
+        own = guide_classes(here)
+        if accept.comparison == "prompt" and kind_of(here) == CLASSIFIER:
+            problems.append(f"accept.to: {guide.weights} is a classifier and reads no prompt; name a CLIP guide, or "
+                            "set accept.to: class")
+        if accept.wanted is not None and (own is None or accept.wanted not in own):
+            problems.append(f"accept.wanted: {guide.weights} has no class {accept.wanted!r}" + (
+                f", but {', '.join(own[:5])}" if own else ": it is a CLIP guide, which has none of its own")
+                + "; correct it, or leave it out for the class of the sample")
+    if accept.comparison == "prompt" and asks_for_tokens(config.method):
+        problems.append("accept.to: the prompt has {token}, a word that no guide knows; write {name}, or set "
+                        "accept.to: class")
+    if accept.attempts > 1 and config.method.group(2) > 1:
+        problems.append(f"accept.attempts: copies of a seed share a call in {config.method.name}, so one of them alone "
+                        "cannot be drawn again; set attempts: 1")
     return problems
 
 
@@ -125,6 +179,15 @@ def _no_effect(method: Method, kind: str) -> str:
     reason, remedy = KINDS[kind].unused(method)
     name = f"{method.name} {getattr(method, 'variant', '')}".rstrip()
     return f"has no effect on {name}, which {reason}; take it out, or {remedy}"
+
+
+def check_judge(config: RunConfig, judge_sha256: str) -> None:
+    """Raises ModelError where an artifact that the judge compares with was made by another guide than the one with this
+    hash."""
+    inputs = ConfiguredInputs(config, judge=judge_sha256)
+    for name in sorted(config.needs & {"image_features", "thresholds"}):
+        if problems := KINDS[name].problems(artifact_folder(config, name), inputs):
+            raise ModelError(f"artifacts.{name}: {problems[0]}")
 
 
 def check_base(config: RunConfig, prior_sha256: str) -> None:
@@ -157,7 +220,7 @@ def check_classes(config: RunConfig, class_keys: Sequence[str]) -> list[str]:
     """Where guide or artifacts were made for other classes than the dataset's, one line each."""
     problems = []
     for field, (folder, own) in _declared(config).items():
-        if field == "guide.weights":
+        if field.endswith("guide.weights"):
             problems += [f"{field}: {problem}"] if (problem := class_problem(folder, class_keys)) else []
         elif difference := class_difference(own, class_keys):
             problems.append(f"{field}: {folder} was made for other classes than the dataset has: {difference}. Make "
@@ -171,6 +234,10 @@ def _declared(config: RunConfig) -> dict[str, tuple[Path, Sequence[str]]]:
     with contextlib.suppress(ModelError):
         if "guide" in config.needs and (here := present_guide(config.guide.weights)) and (own := guide_classes(here)):
             found["guide.weights"] = (here, own)
+    with contextlib.suppress(ModelError):
+        judge = None if config.accept is None or config.accept.wanted else config.accept.guide
+        if judge and (here := present_guide(judge.weights)) and (own := guide_classes(here)):
+            found["accept.guide.weights"] = (here, own)
     for name, kind in KINDS.items():
         if name in config.needs and (folder := inputs.folder(name)) is not None:
             with contextlib.suppress(ModelError):

@@ -43,6 +43,16 @@ class Call:
     slots: tuple[Draw | None, ...]
     unit: int
 
+    @property
+    def is_full(self) -> bool:
+        return None not in self.slots
+
+    @property
+    def units(self) -> list[Unit]:
+        """Those that are no fillers."""
+        parts = (self.slots[i:i + self.unit] for i in range(0, len(self.slots), self.unit))
+        return [tuple(draw for draw in part if draw) for part in parts if any(part)]
+
     def only(self, sample_ids: Collection[str]) -> Call:
         """The same call with every unit that holds none of `sample_ids` replaced by fillers."""
         slots: list[Draw | None] = []
@@ -120,12 +130,28 @@ class Plan:
     def rng(self, draw: Draw) -> RowRng:
         return RowRng(self.run_seed, self.method.name, draw.seed_id, draw.copy, draw.attempt)
 
+    def redraw(self, draw: Draw) -> Draw:
+        """The next attempt of a row: its prompt and negative prompt are drawn anew, and its noise follows from the
+        attempt; all else is kept. So is the prompt where another class would be drawn with a new one."""
+        position, attempt = self._position(draw), draw.attempt + 1
+        caption = "" if self.captions is None else self.captions[position].as_py()
+        new = self._draw(draw.seed_id, int(self.index.labels[position]), draw.copy, draw.row, caption, attempt)
+        asked = new if new.target_label == draw.target_label else draw
+        return replace(draw, attempt=attempt, prompt=asked.prompt, negative=asked.negative)
+
+    def attempt(self, row: int, number: int) -> Draw:
+        """The draw of a row at its attempt of this number."""
+        position = int(np.searchsorted(self.first_row, row, side="right")) - 1
+        draw = self.draws_of(position)[row - int(self.first_row[position])]
+        for _ in range(number):
+            draw = self.redraw(draw)
+        return draw
+
     def lacks_caption(self, draw: Draw) -> bool:
         """Whether the prompt of a draw asks for a caption that could not be made."""
         if self.captions is None or CAPTION_SLOT not in draw.prompt:
             return False
-        position = int(np.searchsorted(self.first_row, draw.row, side="right")) - 1
-        return not self.captions[position].as_py()  # a caption may hold the words of the slot
+        return not self.captions[self._position(draw)].as_py()  # a caption may hold the words of the slot
 
     def blank_seeds(self) -> list[str]:
         """Seeds that can be read and have an empty caption."""
@@ -140,14 +166,18 @@ class Plan:
                 if CAPTION_SLOT in draw.prompt:
                     yield draw
 
+    def _position(self, draw: Draw) -> int:
+        """Of the seed of a draw in the index."""
+        return int(np.searchsorted(self.first_row, draw.row, side="right")) - 1
+
     def _blank(self) -> np.ndarray:
         if self.captions is None:
             return np.zeros(0, np.int64)
         sound = pc.equal(self.index.table["fault"], "")
         return np.flatnonzero(pc.and_(sound, pc.equal(self.captions, "")).to_numpy())
 
-    def _draw(self, seed_id: str, label: int, copy: int, row: int, caption: str) -> Draw:
-        rng = RowRng(self.run_seed, self.method.name, seed_id, copy)
+    def _draw(self, seed_id: str, label: int, copy: int, row: int, caption: str, attempt: int = 0) -> Draw:
+        rng = RowRng(self.run_seed, self.method.name, seed_id, copy, attempt)
         draw = self.method.draw(seed_id, label, copy, row, self.index.classes, rng)
         return replace(draw, prompt=draw.prompt.replace(CAPTION_SLOT, caption)) if caption else draw
 

@@ -52,7 +52,7 @@ from rayexpand.models.prior import (
 from rayexpand.models.prior_files import PriorFacts
 from rayexpand.models.sources import source_notes
 from rayexpand.runs.blame import Blame, forget_unexplained
-from rayexpand.runs.config import RunConfig, ids_sha256, parse, resolved, semantic, unnamed
+from rayexpand.runs.config import MODELS, RunConfig, ids_sha256, parse, resolved, semantic, unnamed
 from rayexpand.runs.cut_prompts import cut_prompts, words_of
 from rayexpand.runs.estimate import Measured, measure
 from rayexpand.runs.expander import Expander
@@ -65,6 +65,7 @@ from rayexpand.runs.inputs import (
     check_artifacts,
     check_base,
     check_classes,
+    check_judge,
     check_seeds,
     names_classes,
 )
@@ -130,6 +131,8 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
     if not planned:
         problems += [problem for name in ("prior", "guide") if name in needs
                      for problem in unnamed(f"{name}.weights", getattr(config, name), config.data)]
+        if config.accept is not None:
+            problems += unnamed("accept.guide.weights", config.accept.guide, config.data)
     if "prior" in needs:
         try:
             facts = prior or inspect_prior(config.prior)
@@ -145,7 +148,7 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
     problems += check_artifacts(config, planned=planned, text_width=text_width)
     if with_classes and data_is_sound and names_classes(config):
         problems += _class_problems(config)
-    if device_here and config.prior.device.startswith("cuda") and needs & {"prior", "guide"}:
+    if device_here and config.prior.device.startswith("cuda") and needs & MODELS:
         from rayexpand.contract.device import absent_device
 
         problems += [f"prior.device: {one}" for one in absent_device(config.prior.device)]
@@ -264,6 +267,8 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
                                      plan.index.classes.key)  # refuses those of another guide
         if "adapter" in models:
             check_base(config, models["prior"])
+        if "judge" in models:
+            check_judge(config, models["judge"])
         facts = {**_facts(config, plan, models), "dataset": dataset}
         if "prior" in models:
             facts[STARTS] = starting_points(inspect_prior(config.prior), config.method)
@@ -483,10 +488,11 @@ def model_hashes(config: RunConfig, on_model: Callable[[str, int, int], None] | 
         hashes["prior"] = prior_hash(config.prior, on_model)
     if fitted:
         return hashes
-    if "guide" in needs:
-        from rayexpand.models.guides import guide_hash
+    for part, guide in (("guide", config.guide), ("judge", None if config.accept is None else config.accept.guide)):
+        if part in needs and guide is not None:
+            from rayexpand.models.guides import guide_hash
 
-        hashes["guide"] = guide_hash(config.guide.weights, config.guide.checkpoint, on_model)
+            hashes[part] = guide_hash(guide.weights, guide.checkpoint, on_model)
     return hashes | artifact_hashes(config)
 
 

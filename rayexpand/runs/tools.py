@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 from rayexpand import __version__
 from rayexpand.contract.protocols import Tools
 from rayexpand.contract.schema import ClassTable
 from rayexpand.models.prior import load_prior, prior_hash
-from rayexpand.runs.config import RunConfig
+from rayexpand.runs.config import GuideConfig, RunConfig
 from rayexpand.runs.inputs import artifact_folder, load_artifacts
 
 
-def load_tools(config: RunConfig, classes: ClassTable, *, prior: Any = None, guide: Any = None) -> Tools:
-    """Loads what the method asks for, but for a prior or guide that is loaded already. Raises ModelError."""
+def load_tools(config: RunConfig, classes: ClassTable, *, prior: Any = None, guide: Any = None,
+               judge: Any = None) -> Tools:
+    """Loads what method and judge ask for, but for models that are loaded already. Raises ModelError."""
     needs = config.needs
     if needs:
         import torch
@@ -29,12 +31,19 @@ def load_tools(config: RunConfig, classes: ClassTable, *, prior: Any = None, gui
                 artifact_folder(config, "adapter"), scale=getattr(config.method, "lora_scale", 1.0),
                 fuse=config.prior.adapter == "fused", base_sha256=prior_hash(config.prior))
     if "guide" in needs and guide is None:
-        from rayexpand.models.guides import load_guide
-
-        guide = load_guide(config.guide.weights, config.guide.checkpoint, classes.asked, device=config.prior.device,
-                           class_keys=classes.key)
+        guide = _guide(config.guide, config, classes, classes.key)
+    if config.accept is not None and judge is None:
+        own = classes.key if config.accept.wanted is None else None
+        shared = own is not None and guide is not None and config.accept.guide == config.guide
+        judge = guide if shared else _guide(config.accept.guide, config, classes, own)
     return Tools(classes, prior if "prior" in needs else None, guide if "guide" in needs else None,
-                 **load_artifacts(config, classes.key))
+                 judge=judge if "judge" in needs else None, **load_artifacts(config, classes.key))
+
+
+def _guide(said: GuideConfig, config: RunConfig, classes: ClassTable, class_keys: Sequence[str] | None) -> Any:
+    from rayexpand.models.guides import load_guide
+
+    return load_guide(said.weights, said.checkpoint, classes.asked, device=config.prior.device, class_keys=class_keys)
 
 
 def stack_fingerprint(config: RunConfig) -> dict[str, str]:
@@ -42,7 +51,7 @@ def stack_fingerprint(config: RunConfig) -> dict[str, str]:
     import torch
 
     packages = ["torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "numpy", "pillow"]
-    if "guide" in config.needs:
+    if config.needs & {"guide", "judge"}:
         packages.append("timm")
     if "adapter" in config.needs:
         packages.append("peft")
@@ -50,8 +59,10 @@ def stack_fingerprint(config: RunConfig) -> dict[str, str]:
     facts |= {"python": platform.python_version(), "machine": platform.machine(),
               "rayexpand": __version__, "cpu": torch.backends.cpu.get_cpu_capability(),
               "torch_threads": str(config.runtime.torch_threads)}
+    on_gpu = config.prior.device.startswith("cuda") or (config.prior.device == "auto" and torch.cuda.is_available())
+    if "judge" in config.needs:
+        facts["device"] = torch.cuda.get_device_name() if on_gpu else "cpu"
     if "prior" in config.needs:
-        on_gpu = config.prior.device.startswith("cuda") or (config.prior.device == "auto" and torch.cuda.is_available())
         half = "bfloat16" if on_gpu else "float32"
         facts |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu",
                   "dtype": {"auto": half}.get(config.prior.dtype, config.prior.dtype),

@@ -78,8 +78,9 @@ class ExpansionConfig(Section):
     run: str | None = Field(None, description="folder of an existing run; {seed} stands for the study's seed")
     config: dict[str, Any] | None = Field(None, description="a run configuration without name, out and data, which "
                                           "the study gives")
-    fit: ExpansionFit | None = Field(None, description="with a run configuration: fit what its method needs, for each "
-                                     "seed on its own real rows; {} for prototypes of the guide as it is")
+    fit: ExpansionFit | None = Field(None, description="with a run configuration: fit what its method and its judge "
+                                     "need, for each seed on its own real rows; {} for prototypes of the guide as it "
+                                     "is")
 
 
 class TrainingConfig(Section):
@@ -189,7 +190,9 @@ def study_preflight(config: StudyConfig) -> list[str]:
             continue  # parse_study lists its mistakes
         to_come = facts_to_come(one.fit.pretrain, made.prior) if one.fit and one.fit.pretrain else None
         trained = one.fit is not None and one.fit.guide is not None and one.fit.guide.kind != "clip_head"
-        given_later = ("data.", "out:", *(("artifacts.prototypes: ",) if one.fit else ()),
+        given_later = ("data.", "out:", *(("artifacts.prototypes: ", "artifacts.thresholds: ")
+                                          if one.fit else ()),
+                       *(("artifacts.image_features: ",) if one.fit and made.accept else ()),
                        *(("artifacts.adapter: ", "artifacts.class_features: ", "artifacts.image_features: ")
                          if one.fit and one.fit.adapter else ()),
                        *(("guide.weights: ",) if trained else ()),

@@ -52,6 +52,8 @@ COMMON: dict[str, Any] = {"ratio": RATIO, "prompt": "a photo of a {name}", "stre
                           "guidance_scale": 2.0, "measure": True}
 OWN: dict[str, dict[str, Any]] = {
     "classical": {"policy": "randaugment"},
+    "diffcoremix": {"prompt": "{context} {name}", "negatives": [],  # the tiny texts know no weather
+                    "contexts": ["a photo of a", "the digit", "a photo of the digit", "a drawing of a"]},
     "diffmix": {"variant": "real_mix", "strengths": [0.9]},  # the digits have their names already: nothing to fit
     "distdiff": {"guide_step": 7, "rho": 0.5, "eps": 3},
     "gif": {"domains": ["a photo of a"], "adjectives": [""], "rotation": 0, "flip": False},
@@ -158,7 +160,9 @@ def _loaded(fields: dict[str, Any]) -> Any:
 
 
 def _fits(fields: dict[str, Any]) -> bool:
-    return "prototypes" in _loaded(fields).needs()
+    """Whether the method, or the judge that it brings, needs something of the real rows."""
+    loaded = _loaded(fields)
+    return "prototypes" in loaded.needs() or getattr(loaded, "acceptance", lambda: None)() is not None
 
 
 def _choices(method: Any, name: str) -> Sequence[Any]:
@@ -191,8 +195,8 @@ def _fitted(folders: Sequence[str]) -> dict[str, float]:
     spent: dict[str, float] = {}
     for folder in folders:
         config = runs.open_run(folder).config
-        for place in (config.artifacts.get("prototypes"), config.guide.weights):
-            if place is not None and (facts := read_facts(place)):
+        for place in (*config.artifacts.values(), config.guide.weights):
+            if facts := read_facts(place):
                 spent[facts["kind"]] = spent.get(facts["kind"], 0.0) + facts["cpu_seconds"]
     return spent
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +33,7 @@ from rayexpand.runs.config import RunConfig
 from rayexpand.runs.store import data_name
 from rayexpand.runs.verify import verify
 from tests.commands import ROOT
-from tests.conftest import MakeConfig, complete, hashes, refused, small_run
+from tests.conftest import Accepting, MakeConfig, attempts, complete, hashes, refused, small_run
 from tests.methods import fakes
 
 BAD = "bee/2.png/1"
@@ -145,6 +146,52 @@ def test_killed_anywhere_and_run_again(few: Path, few_reference: tuple, tmp_path
     assert run.totals().pending == 0
     assert verify(run, pixels=True).problems == []
     assert run.files.list(".tmp") == [], "leftovers of the dead are swept at the next start"
+
+
+@pytest.mark.parametrize("exhausted", ["reject", "best"])
+@pytest.mark.parametrize("point", [f"{point}@shard={SHARD}" for point in SAMPLING + COMMITTING])
+def test_killed_while_rows_are_drawn_again(few: Path, accept: Accepting, tmp_path: Path, point: str,
+                                           exhausted: str) -> None:
+    """No row in both files, none in neither, and each at the attempt it would have had."""
+    config, undisturbed = (small_run(few, tmp_path / name, "Failing", ratio=2, nan=BAD, batch=4, sections={
+        "accept": accept(exhausted=exhausted)}) for name in ("out", "undisturbed"))
+    reference, _ = complete(undisturbed)
+    assert exit_code(in_child(run_command, config, failpoint=f"{point}:kill")) == -signal.SIGKILL
+    assert exit_code(in_child(run_command, config)) == 0
+
+    run = runs.open_run(config.folder)
+    assert (hashes(run), refused(run), attempts(run)) == (hashes(reference), refused(reference), attempts(reference))
+    assert hashes(run).keys().isdisjoint(refused(run))
+    assert hashes(run).keys() | refused(run).keys() == {
+        draw.sample_id for shard in range(3) for unit in run.plan.units(shard) for draw in unit}
+    assert {0, 1} < set(attempts(run).values())
+    assert verify(run, pixels=True).problems == []
+
+
+@pytest.mark.parametrize("call", range(1, 7))
+def test_killed_at_any_call_of_redraws(few: Path, accept: Accepting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                       call: int) -> None:
+    def config(name: str) -> RunConfig:
+        return small_run(few, tmp_path / name, "Fake", ratio=2, batch=4, shard_images=24, sections={
+            "accept": accept(above=0.6)})
+
+    made, plain = 0, fakes.Fake.expand
+
+    def dying(self: fakes.Fake, *arguments: Any) -> Any:
+        nonlocal made
+        made += any(draw.attempt for draw in arguments[0].draws)
+        if made == call:
+            os._exit(9)
+        return plain(self, *arguments)
+
+    reference, _ = complete(config("undisturbed"))
+    monkeypatch.setattr(fakes.Fake, "expand", dying)
+    assert exit_code(in_child(run_command, config("out"))) == 9
+    monkeypatch.setattr(fakes.Fake, "expand", plain)
+    assert exit_code(in_child(run_command, config("out"))) == 0
+
+    run = runs.open_run(config("out").folder)
+    assert (hashes(run), refused(run), attempts(run)) == (hashes(reference), refused(reference), attempts(reference))
 
 
 def test_the_promise_lists_every_crash_window() -> None:
@@ -262,15 +309,16 @@ def test_a_call_of_deadly_rows_ends(make_config: MakeConfig, monkeypatch: pytest
     assert refused(runs.open_run(config.folder)) == {f"bee/2.png/{copy}": "actor_died" for copy in range(2)}
 
 
-def test_a_deadly_redraw_costs_its_row_alone(make_config: MakeConfig) -> None:
-    """Not the other rows of its group, which need no redraw."""
-    reference = hashes(complete(make_config("DeadlyRedraw", ratio=2, name="healthy"))[0])
-    config = make_config("DeadlyRedraw", ratio=2, bad=BAD)
+def test_a_deadly_redraw_costs_its_row_alone(make_config: MakeConfig, accept: Accepting) -> None:
+    sections = {"accept": accept(exhausted="best")}
+    healthy, _ = complete(make_config("DeadlyRedraw", ratio=2, name="healthy", sections=sections))
+    bad = next(sample_id for sample_id, tries in attempts(healthy).items() if tries)
+    config = make_config("DeadlyRedraw", ratio=2, bad=bad, sections=sections)
 
     assert codes_until_done(config, at_most=8) == [11] * (DEAD_CALLS + UNSEEN_ROWS) + [EXIT_DONE]
     run = runs.open_run(config.folder)
-    assert refused(run) == {BAD: "actor_died"}
-    assert hashes(run) == {k: v for k, v in reference.items() if k != BAD}
+    assert refused(run) == {bad: "actor_died"}
+    assert hashes(run) == {k: v for k, v in hashes(healthy).items() if k != bad}
 
 
 @pytest.mark.parametrize("shard_images", [100, 8])

@@ -391,7 +391,7 @@ def test_a_run_that_grew_by_a_retry_is_noticed(tmp_path: Path, make_config: Make
 
 
 def test_scores_that_the_run_brings(make_config: MakeConfig) -> None:
-    made, _ = complete(make_config("Redraws", ratio=2, share=0.3))
+    made, _ = complete(make_config("Picky", ratio=2, share=0.3))
     found = select(parse({"name": "lucky", "run": str(made.folder), "rule": {
         "kind": "best", "score": "luck", "best": "low", "n": 1, "per": "class"}}))
     luck = {row["sample_id"]: row["scores"][0]["value"] for receipt in made.store.receipts()

@@ -411,7 +411,7 @@ def _words(*folders: str, **fields: str) -> set[str]:
 
 
 def test_what_a_job_needs_is_made_by_another() -> None:
-    kinds = "generator|adapter|captions|class_features|image_features|prototypes|guide"
+    kinds = "generator|adapter|captions|class_features|image_features|prototypes|thresholds|guide"
     missing: list[str] = []
     for path in FILES:
         if not path.stem.startswith(("expand", "select", "study", "sweep", "evaluate")):

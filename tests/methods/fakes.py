@@ -1,6 +1,6 @@
 """Cheap methods for tests: every corner of the method contract, and every way to fail. They start without torch.
 
-Any of these methods is loaded by its dotted name, `tests.methods.fakes.Redraws`. Their image is 16 x 16 and a function
+Any of these methods is loaded by its dotted name, `tests.methods.fakes.Fake`. Their image is 16 x 16 and a function
 of the draw, the keyed noise of its row and the mean colour of the seed image, so equal rows have equal bytes.
 """
 
@@ -154,22 +154,47 @@ class Groups(Fake):
         return Expansion(images, [None] * len(batch))
 
 
-class Redraws(Fake):
-    """Each attempt of a row is refused with chance `share`: a redraw until attempt `last`, `exhausted` there."""
+class Picky(Fake):
+    """Rejects each attempt of a row itself, with chance `share`, and gives no image then."""
 
     share: float = 0.5
-    last: int = 2
 
     def expand(self, batch: Batch, tools: Tools) -> Expansion:
         made = super().expand(batch, tools)
-        refused = [rng("accept").random() < self.share for rng in batch.rngs]
-        made.scores = {"luck": [float(rng("accept").random()) for rng in batch.rngs]}
-        for i, draw in enumerate(batch.draws):
-            if refused[i] and draw.attempt < self.last:
-                made.redraws[i] = replace(draw, attempt=draw.attempt + 1)
-            elif refused[i]:
-                made.images[i], made.reasons[i] = None, Reason.EXHAUSTED
+        luck = [float(rng("luck").random()) for rng in batch.rngs]
+        made.scores = {"luck": luck}
+        for i in np.flatnonzero(np.array(luck) < self.share):
+            made.images[i], made.reasons[i] = None, Reason.WRONG_CLASS
         return made
+
+
+class Numbered(Fake):
+    """The first pixel of its picture says copy, attempt and row."""
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        made = super().expand(batch, tools)
+        for image, draw in zip(made.images, batch.draws, strict=True):
+            assert image is not None
+            image[0, 0] = draw.copy, draw.attempt, draw.row % 256
+        return made
+
+
+class Worded(Fake):
+    """Draws words for its prompt and its negative prompt, and a strength."""
+
+    def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
+        word, other, strength = rng("words").integers(1000, size=3)
+        return replace(super().draw(seed_id, label, copy, row, classes, rng), prompt=f"{CAPTION_SLOT} {word}",
+                       negative=f"no {other}", strength=float(strength) / 1000)
+
+
+class MixesWords(Worded, Mixes):
+    """Its target class is drawn too, and its prompt is about that."""
+
+    def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
+        draw = super().draw(seed_id, label, copy, row, classes, rng)
+        target = int(rng("target").integers(len(classes)))
+        return replace(draw, target_label=target, prompt=f"{classes.name[target]} {draw.prompt}")
 
 
 class Bad(Fake):
@@ -318,7 +343,7 @@ class ManyBadGroups(ManyBad, Groups):
     """A group that is not whole makes other pictures."""
 
 
-class BadRedraws(Redraws):
+class BadRedraws(Fake):
     """Raises while the first redraw of any of `bads` is in a call."""
 
     bads: tuple[str, ...] = ()
@@ -329,29 +354,15 @@ class BadRedraws(Redraws):
         return super().expand(batch, tools)
 
 
-class DeadlyRedraw(Groups):
-    """Asks for a redraw of `bad` alone, which ends the process."""
+class DeadlyRedraw(Fake):
+    """The first redraw of `bad` ends the process."""
 
     bad: str = ""
 
     def expand(self, batch: Batch, tools: Tools) -> Expansion:
-        if any(draw.attempt for draw, absent in zip(batch.draws, batch.filler, strict=True) if not absent):
+        if any(draw.attempt == 1 and draw.sample_id == self.bad for draw in batch.draws):
             os._exit(11)
-        made = super().expand(batch, tools)
-        made.redraws = {i: replace(draw, attempt=1) for i, draw in enumerate(batch.draws) if draw.sample_id == self.bad}
-        return made
-
-
-class WrongRedraw(Fake):
-    """Asks for a redraw of `bad` under another sample id."""
-
-    bad: str = ""
-
-    def expand(self, batch: Batch, tools: Tools) -> Expansion:
-        made = super().expand(batch, tools)
-        made.redraws = {i: replace(draw, attempt=1, sample_id=f"{draw.sample_id}'")
-                        for i, draw in enumerate(batch.draws) if draw.sample_id == self.bad}
-        return made
+        return super().expand(batch, tools)
 
 
 class OddPicture(Fake):
@@ -407,10 +418,8 @@ class EchoThenNoise(SecondCopyFromNoise):
                           for draw, rng, image in zip(batch.draws, batch.rngs, batch.images, strict=True)])
 
 
-class RejectsAndFails(Redraws):
-    """Rejects by luck at once, and fails the samples listed in the environment variable FAILS."""
-
-    last: int = 0
+class RejectsAndFails(Picky):
+    """Rejects by luck, and fails the samples listed in the environment variable FAILS."""
 
     def expand(self, batch: Batch, tools: Tools) -> Expansion:
         made = super().expand(batch, tools)

@@ -47,7 +47,8 @@ def method(request):
 
 
 def test_the_methods_of_this_package():
-    assert {"classical", "dafusion", "diffmix", "distdiff", "gif", "img2img", "realguidance", "text2img"} <= {*names()}
+    assert {"classical", "dafusion", "diffcoremix", "diffmix", "distdiff", "gif", "img2img", "realguidance",
+            "text2img"} <= {*names()}
     assert not [name for name in names() if name.startswith("_")]
 
 
@@ -110,7 +111,7 @@ def check_expansion(made: Expansion, batch: Batch):
     assert len(made.images) == len(made.reasons) == len(batch)
     assert len(made.details) in (0, len(batch))
     assert all(len(values) == len(batch) for values in made.scores.values())
-    for i in set(range(len(batch))) - set(made.redraws):
+    for i in range(len(batch)):
         assert (made.images[i] is None) == (made.reasons[i] is not None)
 
 
@@ -274,25 +275,6 @@ def test_group_members_share_their_mean_and_nothing_else():
     assert not np.array_equal(moved[0], images[0])
     for i in (2, 3, 4, 5):
         np.testing.assert_array_equal(moved[i], images[i])
-
-
-def test_redraws_follow_the_attempt_and_end_in_exhausted():
-    method = fake("Redraws")
-    rows = [(f"s{i}", 0, 0) for i in range(64)]
-    batch, seen, exhausted = batch_of(method, CLASSES, rows), {}, 0
-    for attempt in range(3):
-        made = method.expand(batch, None)
-        check_expansion(made, batch)
-        seen[attempt] = len(made.redraws)
-        assert all(draw.attempt == attempt + 1 for draw in made.redraws.values())
-        exhausted += sum(reason is Reason.EXHAUSTED for reason in made.reasons)
-        slots = sorted(made.redraws)
-        batch = Batch(tuple(made.redraws[i] for i in slots), tuple(batch.images[i] for i in slots),
-                      tuple(replace(batch.rngs[i], attempt=attempt + 1) for i in slots), (False,) * len(slots))
-    assert 20 < seen[0] < 44
-    assert 0 < seen[1] < seen[0]
-    assert seen[2] == 0
-    assert exhausted > 0
 
 
 def test_failing_fakes_fail_where_told_and_only_there():

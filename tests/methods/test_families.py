@@ -43,8 +43,8 @@ def method_for(name: str, family: str, **changes: Any) -> Method:
     chosen = {**SETTINGS, "guidance_scale": scale, **own, **changes}
     if name == "realguidance":
         chosen["solver"] = "ddim" if family == "lcm" else "dpmpp_2m"
-    if name in ("diffmix", "realfake") and family == "lcm":
-        chosen |= {"solver": "ddim", "negative": ""}
+    if family == "lcm":
+        chosen |= {"negatives": [], **({"solver": "ddim", "negative": ""} if name in ("diffmix", "realfake") else {})}
     return load_method(name, {field: value for field, value in chosen.items() if field in known})
 
 

@@ -38,7 +38,8 @@ def raw(image_folder: Path, tmp_path: Path) -> dict[str, Any]:
     return {"name": "ants", "out": str(tmp_path / "here"), "guide": {"weights": str(tiny_clip(tmp_path / "clip"))},
             "device": "cpu", "data": {"source": "imagefolder", "path": str(broken)},
             "fit": {"captions": {"model": str(captioner), "batch": 3, "max_new_tokens": 4},
-                    "class_features": {"images": 2, "batch": 3}, "image_features": {"batch": 3}}}
+                    "class_features": {"images": 2, "batch": 3}, "image_features": {"batch": 3},
+                    "thresholds": {"batch": 3}}}
 
 
 def test_two_actors_write_what_this_process_writes(head: Head, raw: dict[str, Any], tmp_path: Path,
@@ -49,7 +50,7 @@ def test_two_actors_write_what_this_process_writes(head: Head, raw: dict[str, An
     spread = {**raw, "out": str(tmp_path / "spread"), "cluster": {"address": head.address, "actors": 2}}
     made = on_ray.fit(parse_fit(spread), quiet)
     files = {"captions": "captions.parquet", "class_features": "class_features.safetensors",
-             "image_features": "features.npy"}
+             "image_features": "features.npy", "thresholds": "thresholds.safetensors"}
 
     assert {role: folder.name for role, folder in made.items()} == {
         role: folder.name for role, folder in expected.items()}

@@ -20,7 +20,7 @@ from rayexpand.runs import run as runs
 from rayexpand.runs.verify import verify
 from tests.chaos.test_kill import BAD, SHARD
 from tests.commands import rayexpand
-from tests.conftest import MakeConfig, complete, hashes, refused
+from tests.conftest import MakeConfig, attempts, complete, hashes, refused
 from tests.on_ray.conftest import ROOT, Head, processes_of, start_head, stop_head
 from tests.s3server import Server
 
@@ -100,6 +100,26 @@ def test_the_same_hashes_with_any_number_of_actors(expand: Expand, job: Callable
     assert code == 0, stderr
     assert (summary["kept"], summary["failed"]) == (39, 1)
     check(tmp_path / "out/run", oracle)
+
+
+def test_rows_are_drawn_again_alike_on_a_cluster(expand: Expand, job: Callable[..., Path], image_folder: Path,
+                                                judge_folder: Path, tmp_path: Path) -> None:
+    """The judge is staged and loaded by each actor; one of them is killed on the way."""
+    from rayexpand.runs.config import parse
+
+    accept = {"guide": {"weights": str(judge_folder)}, "score": "confidence", "above": 0.2502, "attempts": 3,
+              "exhausted": "best"}
+    once, raw = tmp_path / "once", _raw(image_folder, tmp_path / "local")
+    code, summary, stderr = expand(job(accept=accept), "cluster.actors=2", RAYEXPAND_FAILPOINT_ONCE=str(once),
+                                   RAYEXPAND_FAILPOINT=f"after_call@shard={SHARD}:kill")
+    local, _ = complete(parse({**raw, "accept": accept}))
+
+    assert code == 0, stderr
+    assert once.exists()
+    assert (summary["kept"], summary["failed"]) == (39, 1)
+    check(tmp_path / "out/run", (hashes(local), refused(local)))
+    assert attempts(runs.open_run(str(tmp_path / "out/run"))) == attempts(local)
+    assert {0, 1, 2} == set(attempts(local).values())
 
 
 @pytest.mark.parametrize("point", ["before_call", "after_call", "before_data", "after_data", "after_receipt"])

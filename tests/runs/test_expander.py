@@ -50,8 +50,8 @@ def test_nothing_is_lost(make_config: MakeConfig) -> None:
 
 
 def test_the_same_samples_whatever_the_order_of_shards_and_processes(make_config: MakeConfig) -> None:
-    reference = hashes(complete(make_config("Redraws", ratio=3))[0])
-    run = runs.prepare(make_config("Redraws", ratio=3, name="other"))
+    reference = hashes(complete(make_config("Fake", ratio=3))[0])
+    run = runs.prepare(make_config("Fake", ratio=3, name="other"))
     for shard in reversed(range(run.plan.n_shards)):
         expander = runs.start(run)  # each shard in a fresh one
         expander(shard)
@@ -145,28 +145,6 @@ def test_a_group_is_refused_whole_and_never_split(make_config: MakeConfig, rows:
     assert set(refused(run)) == lost
     assert hashes(run) == {k: v for k, v in reference.items() if k not in lost}
     assert verify(run, pixels=True).problems == []
-
-
-def test_bad_redraws_cost_themselves_alone(make_config: MakeConfig) -> None:
-    clean, _ = complete(make_config("BadRedraws", ratio=3))
-    reference = hashes(clean)
-    redrawn = [row["sample_id"] for receipt in clean.store.receipts()
-               for row in clean.store.data(receipt, ["sample_id", "attempt"]).to_pylist() if row["attempt"]]
-    bads = redrawn[:3]
-    assert len(redrawn) > len(bads)
-    run, _ = complete(make_config("BadRedraws", ratio=3, bads=bads, name="bad"))
-
-    assert {k for k, reason in refused(run).items() if reason == "sampler_error"} == set(bads)
-    assert hashes(run) == {k: v for k, v in reference.items() if k not in bads}
-
-
-def test_a_redraw_under_another_name_loses_no_row(make_config: MakeConfig) -> None:
-    reference = hashes(complete(make_config("WrongRedraw", ratio=2))[0])
-    run, _ = complete(make_config("WrongRedraw", ratio=2, bad=ROW, name="wrong"))
-
-    assert refused(run) == {ROW: "sampler_error"}
-    assert hashes(run) == {k: v for k, v in reference.items() if k != ROW}
-    assert verify(run).problems == []
 
 
 @pytest.mark.parametrize("mode", ["gray", "int"])
@@ -352,7 +330,7 @@ def test_the_size_of_a_noise_row_is_not_that_of_its_batch_mates(make_config: Mak
     assert runs.start(run).regenerate("bee/0.png/0").sample_sha256 == hashes(run)["bee/0.png/0"]
 
 
-@pytest.mark.parametrize("method", ["Fake", "Groups", "Redraws", "FractionalRatio", "ClassQuota", "NoiseStart",
+@pytest.mark.parametrize("method", ["Fake", "Groups", "FractionalRatio", "ClassQuota", "NoiseStart",
                                     "ClassUniformReferences"])
 def test_regenerating_one_sample_gives_its_hash(make_config: MakeConfig, method: str) -> None:
     run, _ = complete(make_config(method))
@@ -361,34 +339,6 @@ def test_regenerating_one_sample_gives_its_hash(make_config: MakeConfig, method:
 
     for sample_id in list(committed)[::7]:
         assert expander.regenerate(sample_id).sample_sha256 == committed[sample_id]
-
-
-def test_redraws_keep_full_shapes_and_say_their_attempt(make_config: MakeConfig) -> None:
-    run, totals = complete(make_config("Redraws", ratio=4, share=0.5, last=2))
-    attempts = [row["attempt"] for receipt in run.store.receipts()
-                for row in run.store.data(receipt, ["attempt"]).to_pylist()]
-
-    assert set(attempts) == {0, 1, 2}
-    assert set(refused(run).values()) == {"exhausted"}
-    assert totals.rejected == len(refused(run)) > 0
-    assert totals.pending == 0
-
-
-def test_rounds_of_redraws_have_full_shapes_and_numbers_of_their_own(make_config: MakeConfig,
-                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    expander = runs.start(runs.prepare(make_config("Redraws", ratio=2, shard_images=100)))
-    calls: list[tuple[int, int]] = []
-    sample = expander._sample
-
-    def noting(work, call, alone):  # type: ignore[no-untyped-def]
-        calls.append((call.number, len(call.slots)))
-        return sample(work, call, alone)
-
-    monkeypatch.setattr(expander, "_sample", noting)
-    expander(0)
-
-    assert {slots for _, slots in calls} == {8}
-    assert len({number for number, _ in calls}) == len(calls) > 5
 
 
 def test_a_group_shares_its_fate(make_config: MakeConfig) -> None:
@@ -532,6 +482,8 @@ def test_real_methods_keep_every_hash_alone_resumed_and_beside_a_failure(
     seeds = {"source": "imagefolder", "path": str(few)}
     sections: dict[str, Any] = {"prior": {"weights": str(tiny)}, "image": {"size": 16},
                                 "guide": {"weights": str(tiny.parent / "clip")}}
+    if hasattr(method_class(method), "acceptance"):
+        sections["accept"] = {"guide": sections["guide"]}
     fields = {name: value for name, value in {"steps": 4, "guide_step": 2}.items()
               if name in method_class(method).model_fields} | OWN_FIELDS.get(method, {})
     config = make_config(method, data=seeds, sections=sections, **fields)

@@ -39,8 +39,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
     images = [_png(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(len(KEYS) * PER_CLASS)]
     _seeds(root / "seeds.parquet", [b"broken", *images[1:]])
     config = runs.parse({
-        "name": "small", "out": str(root), "method": {"name": "tests.methods.fakes.Redraws", "ratio": RATIO,
-                                                      "share": 0.2, "last": 5},
+        "name": "small", "out": str(root),
+        "method": {"name": "tests.methods.fakes.Picky", "ratio": RATIO, "share": 0.0},
         "data": {"source": "parquet", "path": str(root / "seeds.parquet")},
         "sampler": {"batch": 8, "shard_images": 16}, "limits": {"max_failed": 1.0}})
     run, totals = complete(config)

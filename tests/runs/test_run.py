@@ -195,14 +195,14 @@ def test_the_budget_stops_at_once_and_lets_a_retry_end(make_config: MakeConfig,
 
 
 def test_the_budget_names_reasons_of_failures_only(make_config: MakeConfig) -> None:
-    run = runs.prepare(make_config("Redraws", ratio=2, share=0.9, last=0, sections={"limits": {"max_failed": 0.0}}))
+    run = runs.prepare(make_config("Picky", ratio=2, share=0.9, sections={"limits": {"max_failed": 0.0}}))
     receipt = runs.start(run)(0)
-    assert "exhausted" in receipt.reasons
+    assert "wrong_class" in receipt.reasons
     failed = replace(receipt, failed=1, reasons={**receipt.reasons, "sampler_error": 1})
 
     with pytest.raises(OverBudget, match="sampler_error 1") as caught:
         runs.check_budget(run, Tally(run.plan.planned, [failed]))
-    assert "exhausted" not in str(caught.value)
+    assert "wrong_class" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("works", "asked"), [(False, 3), (True, 10)])

@@ -32,8 +32,9 @@ JOBS = [path for path in sorted((ROOT / "jobs/digits").glob("expand-*.yaml"))
         if "adapter" not in load(path).method.needs()]
 CONTROLS = {"img2img": {CONTROL}, "text2img": {CONTROL, PLAIN}, "classical": set(),
             "distdiff": {CONTROL, PLAIN, RANDOM}, "gif": {CONTROL, PLAIN, RANDOM}, "lecf": {CONTROL, PLAIN},
-            "diffmix": {CONTROL, PLAIN}, "realguidance": {CONTROL, PLAIN}}
+            "diffmix": {CONTROL, PLAIN}, "realguidance": {CONTROL, PLAIN}, "diffcoremix": {CONTROL, PLAIN}}
 REFUSED = {"dafusion": "no adapter for dafusion"}
+FITTED = {"distdiff": {"prototypes"}, "diffcoremix": {"image_features", "thresholds"}}
 SHOWN = [name for name in names() if name not in REFUSED]
 
 
@@ -140,7 +141,7 @@ def test_every_method_has_a_demo(method: str, tmp_path: Path) -> None:
 
     assert [arm.name for arm in study.arms][:4] == list(ARMS)
     assert set(controls) == CONTROLS.get(method, set(controls))
-    assert [name for name, one in study.expansions.items() if one.fit] == ["expanded"] * (method == "distdiff")
+    assert [name for name, one in study.expansions.items() if one.fit] == ["expanded"] * (method in FITTED)
     assert study.seeds == [0, 1, 2]
 
 
@@ -224,7 +225,7 @@ def test_the_demo_of_every_method_as_users_meet_it(method: str, tmp_path: Path) 
     assert result["method"] == method
     assert CONTROLS.get(method, set()) <= result["controls"].keys()
     assert result["cpu_seconds"] <= 300
-    assert set(result["fit_cpu_seconds"]) == ({"prototypes"} if method == "distdiff" else set())
+    assert set(result["fit_cpu_seconds"]) == FITTED.get(method, set())
     assert result["note"]
     if method == "img2img":
         assert result["gain"] >= 0.05
