@@ -18,10 +18,15 @@ from rayexpand.artifacts.store import MAKING_OF, content_files, files_hash
 from rayexpand.contract.errors import ModelError
 from rayexpand.models.file_hashes import remembered_sha256
 
-DIGITS = "digits"
+DIGITS, DIGITS_MAE, DIGITS_UNCLIP = EMBEDDED = ("digits", "digits-mae", "digits-unclip")  # trained here, on first use
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
-           "text_encoder_2": "model"}
+           "text_encoder_2": "model", "image_encoder": "model", "image_normalizer": "diffusion_pytorch_model"}
 INDEX, NOISE = "model_index.json", "scheduler/scheduler_config.json"
+UNCLIP = "StableUnCLIPImg2ImgPipeline"
+UNCLIP_PARTS = ("image_encoder", "image_normalizer")
+EMBEDDING_NOISE, PIXELS = "image_noising_scheduler/scheduler_config.json", "preprocessor_config.json"
+UNCLIP_PIXELS = f"feature_extractor/{PIXELS}"
+MAE_CONFIG, MAE_WEIGHTS = "config.json", "model"  # of a masked autoencoder, which is one model right in its folder
 VARIANTS = (None, "fp16", "bf16")  # the first that is there is loaded
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _FOLDERS = ("models", "model", "weights", "checkpoints", "artifacts", "data", "runs", "out")
@@ -93,15 +98,27 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def parts_of(folder: Path) -> tuple[str, ...]:
-    """The models of a pipeline folder, by its model_index.json: a second text encoder where it names one. Raises
-    ModelError."""
+    """The models of a pipeline folder, by its model_index.json: a second text encoder where it names one, the image
+    encoder of unCLIP. Raises ModelError."""
     index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
-    return tuple(part for part in WEIGHTS if part != "text_encoder_2" or (index.get(part) or [None])[0])
+    without = () if index.get("_class_name") == UNCLIP else UNCLIP_PARTS
+    return tuple(part for part in WEIGHTS if part not in without
+                 and (part != "text_encoder_2" or (index.get(part) or [None])[0]))
+
+
+def is_mae(folder: Path) -> bool:
+    """Whether a folder is a masked autoencoder in transformers' layout, by its config.json. Raises ModelError."""
+    return (not (folder / INDEX).is_file() and (folder / MAE_CONFIG).is_file()
+            and read_json(folder / MAE_CONFIG).get("model_type") == "vit_mae")
 
 
 def configs_of(folder: Path) -> tuple[str, ...]:
-    """Configuration files of a pipeline folder."""
-    return (INDEX, NOISE, *(f"{part}/config.json" for part in parts_of(folder)))
+    """Configuration files of a pipeline folder, or of a masked autoencoder."""
+    if is_mae(folder):
+        return MAE_CONFIG, PIXELS
+    parts = parts_of(folder)
+    unclip = (EMBEDDING_NOISE, UNCLIP_PIXELS) if "image_encoder" in parts else ()
+    return (INDEX, NOISE, *(f"{part}/config.json" for part in parts), *unclip)
 
 
 def tokenizers_of(folder: Path) -> tuple[str, ...]:
@@ -112,15 +129,16 @@ def weight_files(folder: Path, part: str) -> tuple[str | None, list[str]]:
     """(variant, relative names) of the safetensors of one component; no names where there are none. Raises ModelError.
 
     A full-precision file wins; a folder that holds half precision only is loaded as diffusers' variant `fp16` or
-    `bf16`.
+    `bf16`. The component "" is a masked autoencoder.
     """
+    stem, below = (f"{part}/{WEIGHTS[part]}", f"{part}/") if part else (MAE_WEIGHTS, "")
     for variant in VARIANTS:
-        stem = f"{part}/{WEIGHTS[part]}" + (f".{variant}" if variant else "")
-        if (folder / f"{stem}.safetensors").is_file():
-            return variant, [f"{stem}.safetensors"]
-        index = f"{part}/{WEIGHTS[part]}.safetensors.index" + (f".{variant}" if variant else "") + ".json"
+        named = f".{variant}" if variant else ""
+        if (folder / f"{stem}{named}.safetensors").is_file():
+            return variant, [f"{stem}{named}.safetensors"]
+        index = f"{stem}.safetensors.index{named}.json"
         if (folder / index).is_file():
-            return variant, [index, *sorted(f"{part}/{shard}" for shard in set(shard_of(folder / index).values()))]
+            return variant, [index, *sorted(f"{below}{shard}" for shard in set(shard_of(folder / index).values()))]
     return None, []
 
 
@@ -181,6 +199,8 @@ def tensor_values(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 def loaded_files(folder: Path) -> list[str]:
     """Relative names of all files of a model folder that loading reads."""
+    if is_mae(folder):
+        return [*configs_of(folder), *weight_files(folder, "")[1]]
     if not (folder / "model_index.json").is_file():
         return content_files(folder)
     words = [f"{name}/{file.name}" for name in tokenizers_of(folder) for file in (folder / name).iterdir()

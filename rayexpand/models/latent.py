@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -36,7 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ATTENTIONS = ("auto", "sdpa", "eager")
 
 _LORA_NAME = "fitted"
-_UNLOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+UNLOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class StableDiffusionPrior:
                             zero_empty_negative=parts.zero_empty_negative)
 
     @classmethod
-    def load(cls, folder: Path, process: Process, *, device: str = "auto", **options: Any) -> StableDiffusionPrior:
+    def load(cls, folder: Path, process: Process, *, device: str = "auto", **options: Any) -> Self:
         """From a complete pipeline folder (see `load_prior`). Raises ModelError."""
         where, chosen = choose_device(device), Options(**options)
         if chosen.attention not in ATTENTIONS:
@@ -115,9 +115,9 @@ class StableDiffusionPrior:
                 raise ModelError(f"{name} '{said}' is unknown; choose auto or one of {', '.join(DTYPES)}")
         try:
             with quiet_libraries():
-                parts = _parts(folder, _dtype(chosen.dtype, where))
+                parts = _parts(folder, number_of(chosen.dtype, where))
             prior = cls(parts, where, process, chosen, folder)
-        except _UNLOADABLE as error:
+        except UNLOADABLE as error:
             raise ModelError(f"{folder} cannot be loaded: {error}. Fetch or save the model again") from error
         for model in (prior.unet, prior.vae):
             _set_up(model, chosen, where)
@@ -164,8 +164,8 @@ class StableDiffusionPrior:
         base, state = self.source, load_lora(folder)
         try:
             with quiet_libraries():
-                unet = _component(base, "unet", torch.float32)
-        except _UNLOADABLE as error:
+                unet = component(base, "unet", torch.float32)
+        except UNLOADABLE as error:
             raise ModelError(f"{base} cannot be loaded: {error}. Fetch or save the model again") from error
         _check_lora(unet, state, folder)
         unet.load_lora_adapter(state, prefix="unet", adapter_name=_LORA_NAME, metadata=lora_config(facts, list(state)),
@@ -217,14 +217,18 @@ class StableDiffusionPrior:
                  guidance_B: torch.Tensor) -> torch.Tensor:
         rows, _, height, width = z_in.shape
         more: dict[str, Any] = {}
-        if pooled is not None:  # sizes of the image before and after cropping, in float32: in bfloat16 522 px is 520
-            size = [height * self.vae_factor, width * self.vae_factor]
-            ids = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=self.device).expand(rows, 6)
-            more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
+        if pooled is not None:
+            more |= self._beside(pooled, height * self.vae_factor, width * self.vae_factor)
         if self.guidance == "embedded":
             more["timestep_cond"] = _sinusoids(guidance_B - 1, int(self._time_cond)).to(self.device, self.dtype)
         t_B = torch.full((rows,), at.label, dtype=torch.float32, device=self.device)
         return self.unet(z_in.to(self.dtype), t_B, encoder_hidden_states=texts, return_dict=False, **more)[0]
+
+    def _beside(self, pooled_BP: torch.Tensor, height: int, width: int) -> dict[str, Any]:
+        """What the network is told beside hidden states: here what Stable Diffusion XL is told, the pooled text and
+        the size of the image before and after cropping (in float32: in bfloat16 522 px is 520)."""
+        ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
+        return {"added_cond_kwargs": {"text_embeds": pooled_BP, "time_ids": ids.expand(len(pooled_BP), 6)}}
 
     def encode(self, x_BCHW: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """Images (B, 3, H, W) in [0, 1] to float32 latents of about unit variance: the posterior mean, plus `noise`
@@ -258,7 +262,8 @@ def _sinusoids(w_B: torch.Tensor, width: int) -> torch.Tensor:
     return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
-def _dtype(said: str, where: torch.device) -> torch.dtype:
+def number_of(said: str, where: torch.device) -> torch.dtype:
+    """The dtype that a configuration says; auto is bfloat16 on a GPU."""
     return DTYPES.get(said, torch.bfloat16 if where.type == "cuda" else torch.float32)
 
 
@@ -267,34 +272,42 @@ def _decoder_dtype(vae: AutoencoderKL) -> torch.dtype:
 
 
 def _parts(folder: Path, dtype: torch.dtype) -> Parts:
-    import diffusers
     from transformers import CLIPTokenizer
 
     index = read_json(folder / "model_index.json")
     has_two = bool((index.get("text_encoder_2") or [None])[0])
     local: dict[str, Any] = {"pretrained_model_name_or_path": folder, "local_files_only": True}
-    models = {part: _component(folder, part, torch.float32 if part == "vae" else dtype)
+    models = {part: component(folder, part, torch.float32 if part == "vae" else dtype)
               for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if has_two else []))}
     tokenizers = {name: CLIPTokenizer.from_pretrained(**local, subfolder=name)
                   for name in ("tokenizer", *(["tokenizer_2"] if has_two else []))}
-    name = diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True)["_class_name"]
-    kind = getattr(diffusers, name, None)
-    if kind is None:
-        raise ValueError(f"scheduler/scheduler_config.json names {name}, which this diffusers does not have")
-    return Parts(**models, **tokenizers, scheduler=kind.from_pretrained(**local, subfolder="scheduler"),
+    return Parts(**models, **tokenizers, scheduler=scheduler_of(folder, "scheduler"),
                  zero_empty_negative=has_two and index.get("force_zeros_for_empty_prompt", True))
 
 
-def _component(folder: Path, part: str, dtype: torch.dtype) -> Any:
+def scheduler_of(folder: Path, part: str) -> Any:
+    """A scheduler of a pipeline folder, of the class that its file names."""
+    import diffusers
+
+    name = diffusers.DDIMScheduler.load_config(folder, subfolder=part, local_files_only=True)["_class_name"]
+    kind = getattr(diffusers, name, None)
+    if kind is None:
+        raise ValueError(f"{part}/scheduler_config.json names {name}, which this diffusers does not have")
+    return kind.from_pretrained(folder, subfolder=part, local_files_only=True)
+
+
+def component(folder: Path, part: str, dtype: torch.dtype) -> Any:
     """One model of a pipeline folder, on the CPU."""
     import diffusers
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
     kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL, "text_encoder": CLIPTextModel,
-             "text_encoder_2": CLIPTextModelWithProjection}
+             "text_encoder_2": CLIPTextModelWithProjection, "image_encoder": CLIPVisionModelWithProjection,
+             "image_normalizer": StableUnCLIPImageNormalizer}
     model, info = kinds[part].from_pretrained(
         folder, local_files_only=True, subfolder=part, use_safetensors=True, variant=weight_files(folder, part)[0],
-        output_loading_info=True, **{"dtype" if part.startswith("text") else "torch_dtype": dtype})
+        output_loading_info=True, **{"dtype" if part.endswith(("encoder", "encoder_2")) else "torch_dtype": dtype})
     # diffusers and transformers fill absent weights with random numbers and go on
     if absent := sorted(info["missing_keys"]):
         raise ValueError(f"{part} lacks {len(absent)} weights its configuration asks for, such as {absent[0]}")
@@ -311,7 +324,7 @@ def _set_up(model: Any, options: Options, where: torch.device) -> None:
     if options.attention != "auto":
         model.set_attn_processor(AttnProcessor2_0() if options.attention == "sdpa" else AttnProcessor())
     if not is_unet:
-        number = _dtype(options.vae_dtype, where)
+        number = number_of(options.vae_dtype, where)
         if number is torch.float16 and model.config.get("force_upcast", True):
             raise ModelError("prior.vae_dtype: float16 overflows in this autoencoder (force_upcast in "
                              "vae/config.json); use bfloat16, or name an autoencoder in prior.vae that is safe in "

@@ -1,13 +1,15 @@
 """Generators: where their weights are, what their configuration files say, and loading them.
 
-Weights are named in one of three ways: `digits` (the embedded default, trained on first use), a folder in diffusers'
-StableDiffusionPipeline layout, or `org/name@revision` on the Hugging Face hub. Only safetensors are read and no code
-that comes with weights is ever run. Nothing here imports torch before a model is loaded.
+Weights are named in one of three ways: `digits` (the embedded default, trained on first use; `digits-mae` and
+`digits-unclip` likewise), a folder in diffusers' StableDiffusionPipeline layout, or `org/name@revision` on the Hugging
+Face hub. Only safetensors are read and no code that comes with weights is ever run. Nothing here imports torch before a
+model is loaded.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,29 +19,40 @@ from rayexpand.contract.protocols import Progress
 from rayexpand.diffusion.process import Process, Schedule, Solver
 from rayexpand.diffusion.process import schedule as schedule_of
 from rayexpand.diffusion.sampling import steps_run
+from rayexpand.models import mae_files, prior_files
 from rayexpand.models.folders import (
     DIGITS,
+    DIGITS_MAE,
+    DIGITS_UNCLIP,
+    EMBEDDED,
+    EMBEDDING_NOISE,
     HUB_NAME,
     INDEX,
+    MAE_CONFIG,
+    MAE_WEIGHTS,
     NOISE,
     PICKLES,
+    PIXELS,
+    UNCLIP_PIXELS,
     WEIGHTS,
     ModelFiles,
-    cache_root,
     folder_hash,
     folder_model,
     hub_snapshot,
+    is_mae,
     no_folder,
 )
 from rayexpand.models.prior_config import PriorModel
-from rayexpand.models.prior_files import CONVERT, PriorFacts, inspect_folder, missing_configs, missing_files, unusable
+from rayexpand.models.prior_files import CONVERT, GENERATORS, PriorFacts, inspect_folder, unusable
 
 if TYPE_CHECKING:
-    from rayexpand.models.latent import StableDiffusionPrior
+    pass
 
-_HUB_CONFIGS = (INDEX, NOISE, *(f"{part}/config.json" for part in WEIGHTS))
+_HUB_CONFIGS = (INDEX, NOISE, *(f"{part}/config.json" for part in WEIGHTS), EMBEDDING_NOISE, UNCLIP_PIXELS, MAE_CONFIG,
+                PIXELS)
 _HUB_FILES = (*_HUB_CONFIGS, *(f"{words}/*.{end}" for words in ("tokenizer", "tokenizer_2") for end in ("json", "txt")),
-              "*/*.safetensors.index.json",
+              "*/*.safetensors.index.json", *(f"{MAE_WEIGHTS}{end}" for end in (
+                  ".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")),
               *(f"{part}/{stem}{end}.safetensors" for part, stem in WEIGHTS.items() for end in ("", "-*-of-*")))
 
 _DIGITS_NOISE = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
@@ -49,8 +62,9 @@ GUIDED_FROM_NOISE = 4  # executed steps below which guidance at a step is worth 
 
 
 def load_prior(prior: str | PriorModel, *, dtype: str = "auto", device: str = "auto", attention: str = "auto",
-               channels_last: bool | str = "auto", compile: bool | str = "auto") -> StableDiffusionPrior:
-    """A generator, by its weights or with all that the section `prior` says of it, in eval mode with frozen weights.
+               channels_last: bool | str = "auto", compile: bool | str = "auto") -> Any:
+    """A generator (StableDiffusionPrior, UnclipPrior or MaePrior), by its weights or with all that the section `prior`
+    says of it, in eval mode with frozen weights.
 
     `dtype` auto is float32 on CPU and bfloat16 on CUDA (images are encoded in float32 always); `device` auto, cpu, cuda
     or cuda:N; `attention` auto (what diffusers chooses), sdpa (fused) or eager (plain matrix products).
@@ -59,12 +73,20 @@ def load_prior(prior: str | PriorModel, *, dtype: str = "auto", device: str = "a
     """
     model = as_model(prior)
     folder = resolve(model.weights)
-    process = inspect_folder(folder, model).process
+    facts = _inspected(folder, model)
+    how: dict[str, Any] = {"device": device, "attention": attention, "vae_dtype": model.vae_dtype}
+    if facts.family == "mae":
+        from rayexpand.models.mae import MaePrior
+
+        return MaePrior.load(folder, **how)
+    how |= {"dtype": dtype, "channels_last": channels_last, "compile": compile, "guidance": model.guidance}
+    if facts.family == "unclip":
+        from rayexpand.models.unclip import UnclipPrior
+
+        return UnclipPrior.load(folder, facts.process, **how)
     from rayexpand.models.latent import StableDiffusionPrior
 
-    return StableDiffusionPrior.load(folder, process, dtype=dtype, device=device, attention=attention,
-                                     channels_last=channels_last, compile=compile, guidance=model.guidance,
-                                     vae_dtype=model.vae_dtype)
+    return StableDiffusionPrior.load(folder, facts.process, **how)
 
 
 def as_model(prior: str | PriorModel) -> PriorModel:
@@ -74,25 +96,52 @@ def as_model(prior: str | PriorModel) -> PriorModel:
 def inspect_prior(prior: str | PriorModel) -> PriorFacts:
     """Facts from configuration files alone. On the hub only those files are fetched. Raises ModelError."""
     model = as_model(prior)
-    if model.weights == DIGITS:
+    if model.weights in (DIGITS, DIGITS_UNCLIP):
         return _digits_facts(model)
+    if model.weights == DIGITS_MAE:
+        return _digits_mae_facts(model)
     folder = _local_folder(model.weights)
     if folder is None:
-        return inspect_folder(hub_snapshot(model.weights, _HUB_CONFIGS, complete=missing_configs), model)
-    return inspect_folder(folder, model, missing_files(folder))
+        return _inspected(hub_snapshot(model.weights, _HUB_CONFIGS, complete=_missing_configs), model)
+    return _inspected(folder, model, missing_files(folder))
+
+
+def missing_files(folder: Path) -> list[str]:
+    """What keeps a folder from being loaded, one line per file. Raises ModelError for a folder of another kind."""
+    return (mae_files if is_mae(folder) else prior_files).missing_files(folder)
+
+
+def _missing_configs(folder: Path) -> list[str]:
+    return (mae_files if is_mae(folder) else prior_files).missing_configs(folder)
+
+
+def _inspected(folder: Path, model: PriorModel, missing: Sequence[str] = ()) -> PriorFacts:
+    return (mae_files.inspect_mae if is_mae(folder) else inspect_folder)(folder, model, missing)
+
+
+def _digits_mae_facts(model: PriorModel) -> PriorFacts:
+    return PriorFacts(weights=DIGITS_MAE, image_size=16, vae_factor=4, unet_factor=1, latent_channels=64,
+                      process=mae_files.NOTHING, train_timesteps=0, family="mae", text_width=0, guidance="none")
 
 
 def _digits_facts(model: PriorModel) -> PriorFacts:
     from rayexpand.diffusion.process import process_of
 
     process = process_of(_DIGITS_NOISE, model.process.model_dump(), published=True)
-    return PriorFacts(weights=DIGITS, image_size=16, vae_factor=2, unet_factor=2, latent_channels=4, process=process,
-                      train_timesteps=1000, text_width=64, guidance="cfg" if model.guidance == "auto"
-                      else model.guidance)
+    return PriorFacts(weights=model.weights, image_size=16, vae_factor=2, unet_factor=2, latent_channels=4,
+                      process=process, train_timesteps=1000, text_width=64, guidance="cfg" if model.guidance == "auto"
+                      else model.guidance, family="unclip" if model.weights == DIGITS_UNCLIP else "sd")
 
 
 def check_size(facts: PriorFacts, size: int) -> None:
-    """Raises ModelError unless square images of `size` pixels fit autoencoder and UNet."""
+    """Raises ModelError unless square images of `size` pixels fit autoencoder and UNet, or the patches of a masked
+    autoencoder."""
+    if facts.family == "mae":
+        if size != facts.image_size:
+            raise ModelError(f"an image of {size} px does not fit {facts.weights}: each of its tokens stands for a "
+                             f"patch of an image of {facts.image_size} px; set image.size to {facts.image_size}, or "
+                             "leave it out")
+        return
     unit = math.lcm(8, facts.vae_factor * facts.unet_factor)  # 8: what diffusers' own pipelines ask for
     if size < unit or size % unit:
         below, above = max(size // unit * unit, unit), (size // unit + 1) * unit
@@ -105,6 +154,8 @@ def check_size(facts: PriorFacts, size: int) -> None:
 def sampling_problems(facts: PriorFacts, method: Any) -> list[str]:
     """Where a method would not sample a generator as its own files say, or from a grid that begins without noise, one
     line each. What a method does not say (solver, spacing, strength) is ddim, that of the weights, and 1."""
+    if other := _other_generator(facts, method):
+        return [other]
     steps, solver = getattr(method, "steps", None), solver_of(method)
     if steps is None:
         return []  # it runs no solver
@@ -122,6 +173,19 @@ def sampling_problems(facts: PriorFacts, method: Any) -> list[str]:
                         "take it out, or use karras or exponential")
     return problems + _guided_problems(facts, method) + (
         _grid_problems(facts, method, steps) if _is_leading(facts.process, spacing) else [])
+
+
+def _other_generator(facts: PriorFacts, method: Any) -> str:
+    """Why a method cannot sample a generator of this kind at all."""
+    wanted, found = getattr(method, "generator", "sd"), facts.generator
+    if wanted == found:
+        return ""
+    what = f"{facts.weights} is {GENERATORS[found]}"
+    if not hasattr(method, "generator"):
+        return (f"prior.weights: {what}, which follows no prompt, and {method.name} samples by prompts. Use a "
+                f"Stable Diffusion model, or method gif with generator: {found}")
+    return (f"method.generator: {wanted} is for {GENERATORS[wanted]}, and {what}; set method.generator: {found}, or "
+            "name another model in prior.weights")
 
 
 def _guidance_problems(facts: PriorFacts, method: Any) -> list[str]:
@@ -202,7 +266,8 @@ def executed(method: Any) -> list[tuple[float | None, int]]:
 def starts_from_noise(method: Any) -> bool:
     """Whether the seed image is not looked at."""
     variant = str(getattr(method, "variant", ""))
-    return variant.endswith("_gen") or getattr(method, "latent_prior", True) is False or not (
+    return variant.endswith("_gen") or getattr(method, "latent_prior", True) is False or (
+        getattr(method, "generator", "") == "unclip") or not (
         hasattr(method, "strength") or hasattr(method, "strengths"))
 
 
@@ -285,24 +350,24 @@ def prior_hash(prior: str | PriorModel, progress: Progress | None = None) -> str
 
 def resolve(weights: str, progress: Progress | None = None) -> Path:
     """Folder with everything needed to load `weights`: trained, downloaded, or as it is. Raises ModelError."""
-    if weights == DIGITS:
-        from rayexpand.models.tiny import digits
+    if weights in EMBEDDED:
+        from rayexpand.models.tiny.embedded import trained
 
-        return digits.ensure(progress) / "pipeline"
+        return trained(weights, progress)
     folder = _local_folder(weights)
     if folder is None:
         return hub_snapshot(weights, _HUB_FILES, complete=missing_files)
     if problems := missing_files(folder):
-        raise unusable(folder, problems)
+        raise (mae_files.unusable_mae if is_mae(folder) else unusable)(folder, problems)
     return folder
 
 
 def present(weights: str) -> Path | None:
     """The folder of `weights` if it is on this machine under a name of its own; nothing is trained or downloaded."""
-    if weights == DIGITS:
-        from rayexpand.models.tiny import digits
+    if weights in EMBEDDED:
+        from rayexpand.models.tiny.embedded import place
 
-        folder = cache_root() / digits.cache_name() / "pipeline"
+        folder = place(weights)
     else:
         folder = Path(weights).expanduser()
     return folder if folder.is_dir() else None
@@ -322,4 +387,5 @@ def _local_folder(weights: str) -> Path | None:
                          f"needed: {CONVERT}")
     if HUB_NAME.fullmatch(weights):
         return None
-    raise no_folder(weights, "'digits' (the embedded default), a folder in diffusers' StableDiffusionPipeline layout")
+    raise no_folder(weights, f"{', '.join(repr(name) for name in EMBEDDED)} (embedded), a folder in diffusers' "
+                             "StableDiffusionPipeline layout")

@@ -18,11 +18,18 @@ from rayexpand.contract.errors import ModelError, RayexpandError
 from rayexpand.contract.protocols import Method
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.data import seeds
-from rayexpand.models.folders import folder_hash
-from rayexpand.models.guide_files import check_guide, class_difference, class_problem, guide_classes, present_guide
+from rayexpand.models.folders import DIGITS, DIGITS_UNCLIP, folder_hash
+from rayexpand.models.guide_files import (
+    CLASS_PROMPT,
+    check_guide,
+    class_difference,
+    class_problem,
+    guide_classes,
+    present_guide,
+)
 from rayexpand.models.guides import guide_hash
-from rayexpand.models.prior import present
-from rayexpand.models.prior_files import missing_files
+from rayexpand.models.image_towers import encoder_space, guide_space
+from rayexpand.models.prior import missing_files, present, resolve
 from rayexpand.runs.config import RunConfig
 
 
@@ -103,6 +110,7 @@ def check_artifacts(config: RunConfig, *, planned: bool = False) -> list[str]:
     problems = []
     if "guide" in config.needs:
         problems += [f"guide.weights: {one}" for one in check_guide(config.guide.weights, config.guide.checkpoint)]
+        problems += _guide_text_problems(config) if not problems else []
     inputs = ConfiguredInputs(config)
     for name, kind in KINDS.items():
         folder = inputs.folder(name)
@@ -113,6 +121,34 @@ def check_artifacts(config: RunConfig, *, planned: bool = False) -> list[str]:
         elif not (kind.planned and planned):
             problems += [f"artifacts.{name}: {problem}" for problem in kind.problems(folder, inputs)]
     return problems
+
+
+def _guide_text_problems(config: RunConfig) -> list[str]:
+    """Where a guide that has its classes already is asked about them."""
+    here, asked = present_guide(config.guide.weights), getattr(config.method, "guide_text", CLASS_PROMPT)
+    if asked == CLASS_PROMPT or here is None or guide_classes(here) is None:
+        return []
+    return [f"method.guide_text: guide {here} has a head of its own for its classes and is asked nothing; take it out, "
+            "or name a CLIP guide"]
+
+
+def check_space(config: RunConfig, *, present_only: bool = False) -> list[str]:
+    """Why a guide cannot score the latents of a decoder of image embeddings, which it does without an image.
+    `present_only`: nothing is trained or downloaded for the answer."""
+    if getattr(config.method, "generator", "sd") != "unclip" or not {"prior", "guide"} <= config.needs or (
+            (config.prior.weights, config.guide.weights) == (DIGITS_UNCLIP, DIGITS)):
+        return []
+    prior, guide = config.prior.weights, config.guide
+    if present_only and not ((here := present(prior)) and not missing_files(here) and (
+            guide.checkpoint or present_guide(guide.weights))):
+        return []
+    try:
+        painted, seen = encoder_space(resolve(prior)), guide_space(guide.weights, guide.checkpoint)
+    except ModelError as error:
+        return [f"guide.weights: {error}; the guide of {prior} must be its own image encoder"]
+    return [] if painted == seen else [
+        f"guide.weights: {guide.weights} sees images otherwise than the image encoder of {prior} ({seen}, {painted}), "
+        "whose embeddings it would score without looking at an image. Name that encoder in open_clip's layout"]
 
 
 def _no_effect(method: Method, kind: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from rayexpand import __version__
 from rayexpand.contract.protocols import Tools
 from rayexpand.contract.schema import ClassTable
+from rayexpand.models.guide_files import CLASS_PROMPT
 from rayexpand.models.prior import load_prior, prior_hash
 from rayexpand.runs.config import RunConfig
 from rayexpand.runs.inputs import artifact_folder, load_artifacts
@@ -32,7 +33,7 @@ def load_tools(config: RunConfig, classes: ClassTable, *, prior: Any = None, gui
         from rayexpand.models.guides import load_guide
 
         guide = load_guide(config.guide.weights, config.guide.checkpoint, classes.asked, device=config.prior.device,
-                           class_keys=classes.key)
+                           class_keys=classes.key, prompt=getattr(config.method, "guide_text", CLASS_PROMPT))
     return Tools(classes, prior if "prior" in needs else None, guide if "guide" in needs else None,
                  **load_artifacts(config, classes.key))
 

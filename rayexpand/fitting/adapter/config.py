@@ -28,7 +28,7 @@ from rayexpand.fitting.adapter.latents import LatentsConfig, Views
 from rayexpand.fitting.adapter.recipe import FinetuneConfig, make_finetune
 from rayexpand.models.folders import DIGITS
 from rayexpand.models.prior import check_size, inspect_prior, present, prior_tokenizer
-from rayexpand.models.prior_files import PriorFacts
+from rayexpand.models.prior_files import GENERATORS, PriorFacts
 
 
 class BaseConfig(Section):
@@ -113,6 +113,9 @@ def _base_problems(made: AdapterFit, recipe: FinetuneConfig, weights: str) -> li
         facts = inspect_prior(weights)
     except ModelError as error:
         return [f"prior.weights: {error}"]
+    if facts.generator != "sd":
+        return [f"prior.weights: {weights} is {GENERATORS[facts.generator]}, which has no prompts to fine-tune; name a "
+                "Stable Diffusion model"]
     try:
         check_size(facts, made.resolution or facts.image_size)
     except ModelError as error:
