@@ -58,7 +58,7 @@ def missing_files(folder: Path) -> list[str]:
 
 def inspect_mae(folder: Path, prior: PriorModel, missing: Sequence[str] = ()) -> PriorFacts:
     """Facts of a folder. Raises ModelError with all that keeps it from being used."""
-    problems = [*missing, *_named_in_vain(prior)]
+    problems = [*missing, *named_in_vain(prior)]
     if any(not (folder / name).is_file() for name in configs_of(folder)):
         raise unusable_mae(folder, problems or missing_configs(folder))
     config = Settings(MAE_CONFIG, read_json(folder / MAE_CONFIG), problems)
@@ -93,7 +93,7 @@ def _facts(config: Settings, weights: str) -> PriorFacts:
                       family="mae", text_width=0, guidance="none")
 
 
-def _named_in_vain(prior: PriorModel) -> list[str]:
+def named_in_vain(prior: PriorModel) -> list[str]:
     """Fields of `prior` that say how something is denoised."""
     said = [f"process.{name}" for name, value in prior.process if value != getattr(ProcessConfig(), name)]
     said += ["guidance"] if prior.guidance not in ("auto", "none") else []

@@ -120,6 +120,8 @@ def _inspected(folder: Path, model: PriorModel, missing: Sequence[str] = ()) -> 
 
 
 def _digits_mae_facts(model: PriorModel) -> PriorFacts:
+    if problems := mae_files.named_in_vain(model):
+        raise ModelError("\n  ".join([f"{DIGITS_MAE} cannot be used so:", *problems]))
     return PriorFacts(weights=DIGITS_MAE, image_size=16, vae_factor=4, unet_factor=1, latent_channels=64,
                       process=mae_files.NOTHING, train_timesteps=0, family="mae", text_width=0, guidance="none")
 

@@ -29,8 +29,9 @@ class ProcessConfig(Section):
 class PriorModel(Section):
     """A generator."""
 
-    weights: str = Field("digits", description="'digits' (embedded; the default for source digits only), a diffusers "
-                         "folder, or org/name@revision")
+    weights: str = Field("digits", description="'digits' (embedded; the default for source digits only), 'digits-mae' "
+                         "or 'digits-unclip' (embedded, for method gif), a folder of diffusers or of a masked "
+                         "autoencoder, or org/name@revision")
     process: Annotated[ProcessConfig, Later(ProcessConfig())] = Field(
         ProcessConfig(), description="overrides of the noise process")
     guidance: Annotated[Literal["auto", "cfg", "embedded", "none"], Later("auto")] = Field(

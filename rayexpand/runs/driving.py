@@ -136,9 +136,10 @@ def prior_key(run: Run) -> str:
 
 
 def guide_key(run: Run) -> str:
-    """Runs with one key have the same guide, asked about the same classes."""
+    """Runs with one key have the same guide, asked the same about the same classes."""
     classes = run.plan.index.classes
-    return digest([run.facts["models"].get("guide"), classes.key, classes.asked, run.config.prior.device])
+    return digest([run.facts["models"].get("guide"), classes.key, classes.asked, run.config.prior.device,
+                   getattr(run.config.method, "guide_text", None)])
 
 
 class Child:

@@ -33,9 +33,8 @@ class ImageWork:
 
 def cost_of_run(config: RunConfig) -> Cost | None:
     """What the generator of a run costs. None for the embedded ones, which are made for CPUs, for methods that need
-    no generator, and where nothing is known of it, as of masked autoencoders."""
-    if "prior" not in config.needs or config.prior.weights in EMBEDDED or (
-            getattr(config.method, "generator", "sd") == "mae"):
+    no generator, and where nothing is known of it."""
+    if "prior" not in config.needs or config.prior.weights in EMBEDDED:
         return None
     return cost_of(config.prior.weights)
 

@@ -215,9 +215,10 @@ def test_files_that_are_missing_cut_or_of_an_encoder_alone(folder: Path) -> None
 
 
 def test_what_says_how_to_denoise_has_no_meaning(sound: Path) -> None:
-    for fields in ({"process": ProcessConfig(spacing="trailing")}, {"guidance": "cfg"}):
-        with pytest.raises(ModelError, match=r"prior\.(process\.spacing|guidance): has no meaning for a masked"):
-            inspect_prior(PriorModel(weights=str(sound), **fields))
+    for weights in (str(sound), "digits-mae"):
+        for fields in ({"process": ProcessConfig(spacing="trailing")}, {"guidance": "cfg"}):
+            with pytest.raises(ModelError, match=r"prior\.(process\.spacing|guidance): has no meaning for a masked"):
+                inspect_prior(PriorModel(weights=weights, **fields))
 
 
 # Published -----------------------------------------------------------------------------------------------------------
