@@ -334,8 +334,14 @@ def _set_up(model: Any, options: Options, where: torch.device) -> None:
                 part.to(number)
     if options.channels_last is True or (options.channels_last == "auto" and on_gpu):
         model.to(memory_format=torch.channels_last)
-    if is_unet and (options.compile is True or (options.compile == "auto" and on_gpu and _can_compile())):
+    if is_unet and _repeats_blocks(model) and (
+            options.compile is True or (options.compile == "auto" and on_gpu and _can_compile())):
         model.compile_repeated_blocks()
+
+
+def _repeats_blocks(model: Any) -> bool:
+    """Whether there is something to compile: a network without attention has none of the blocks that repeat."""
+    return any(type(module).__name__ in model._repeated_blocks for module in model.modules())
 
 
 def _can_compile() -> bool:

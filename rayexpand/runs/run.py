@@ -139,7 +139,7 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
             problems.append(f"image.fit: 'none' keeps each image's own size, but {config.method.name} samples squares; "
                             "use crop, center or squash")
     problems += check_artifacts(config, planned=planned)
-    problems += check_space(config, present_only=True) if not problems else []
+    problems += check_space(config, present_only=True) if not problems and not planned else []
     if with_classes and data_is_sound and names_classes(config):
         problems += _class_problems(config)
     if device_here and config.prior.device.startswith("cuda") and needs & {"prior", "guide"}:

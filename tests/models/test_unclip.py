@@ -131,6 +131,10 @@ def test_noise_of_a_level_leads_away_from_the_embedding(prior: UnclipPrior) -> N
     assert 0.004 < float(clean.std()) < 0.009
 
 
+def test_a_network_without_attention_has_nothing_to_compile(root: Path) -> None:
+    assert load_prior(str(root / "model"), device="cpu", compile=True).decoder.options.compile is True
+
+
 def test_files_that_count(folder: Path) -> None:
     names = loaded_files(folder)
     assert {"image_encoder/model.safetensors", "image_normalizer/diffusion_pytorch_model.safetensors",
