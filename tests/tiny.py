@@ -45,10 +45,10 @@ def tiny_pipeline(folder: Path, *, prediction_type: str = "epsilon", size: int =
     return folder
 
 
-def tiny_clip(folder: Path, seed: int = 0) -> Path:
-    """Write an open_clip folder: 16 px, 16 features."""
+def tiny_clip(folder: Path, seed: int = 0, features: int = 16) -> Path:
+    """Write an open_clip folder: 16 px."""
     tokenizer = digits.build_tokenizer()
-    config = _guide_config(len(tokenizer))
+    config = {**_guide_config(len(tokenizer)), "embed_dim": features}
     digits.save_guide(digits.build_guide(len(tokenizer), _stream("clip", seed), config), tokenizer, folder, config)
     return folder
 
@@ -71,13 +71,15 @@ def tiny_adapter(folder: Path, base: Path, class_keys: Sequence[str], *, strateg
                 rows, columns = weights.get_slice(name).get_shape()
                 lora[f"{module}.lora_A.weight"] = 0.3 * normals(f"{module} A", 2, columns)
                 lora[f"{module}.lora_B.weight"] = size * normals(f"{module} B", rows, 2)
-    text, noise = (json.loads((base / name).read_text())
-                   for name in ("text_encoder/config.json", "scheduler/scheduler_config.json"))
+    texts = [json.loads(file.read_text()) for file in sorted(base.glob("text_encoder*/config.json"))]
+    noise = json.loads((base / "scheduler/scheduler_config.json").read_text())
+    words = dict(zip(("tokenizer_length", "tokenizer_2_length"), (one["vocab_size"] for one in texts), strict=False))
     made = {"base_sha256": folder_hash(base), "strategy": strategy, "classes": tuple(class_keys),
             "names": tuple(class_keys), "metaclasses": ("",) * len(class_keys), "prompt": "a photo of a {token}",
-            "tokenizer_length": text["vocab_size"], "prediction_type": noise["prediction_type"], "targets": ("to_q",)}
+            **words, "prediction_type": noise["prediction_type"], "targets": ("to_q",)}
     has_lora, has_tokens = strategy != "ti", strategy != "db"
     write_adapter(folder, AdapterFacts(**{**made, **({"rank": 2, "alpha": 4.0} if has_lora else {}), **facts}),
                   lora if has_lora else None,
-                  0.3 * normals("tokens", len(class_keys), text["hidden_size"]) if has_tokens else None)
+                  *[0.3 * normals(f"tokens{end}", len(class_keys), text["hidden_size"]) if has_tokens else None
+                    for end, text in zip(("", "_2"), texts, strict=False)])
     return folder

@@ -13,6 +13,7 @@ from rayexpand.api.results import Event
 from rayexpand.contract.errors import OverBudget
 
 if TYPE_CHECKING:
+    from rayexpand.evaluation.evaluate import Extract
     from rayexpand.runs.config import ClusterConfig
     from rayexpand.runs.driving import Driver
     from rayexpand.runs.run import Run
@@ -81,6 +82,17 @@ def fit_with(ray: bool | str, *, on_workers: bool = False) -> Fit:
     from rayexpand.fitting.fit import fit
 
     return fit
+
+
+def extract_with(ray: bool | str) -> Extract:
+    """What turns images into features."""
+    if ray:
+        from rayexpand.on_ray.evaluate import extract
+
+        return extract
+    from rayexpand.evaluation.evaluate import in_process
+
+    return in_process
 
 
 def drive_run(run: Run, progress: Relay, *, ray: bool | str, same_process: bool, retry: bool = False,

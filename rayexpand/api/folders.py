@@ -143,7 +143,7 @@ class StudyFolder(_Paged):
     def table(self, summary: Mapping[str, Any] | None = None) -> Table:
         """Arms with their accuracy, and what each is compared with the baseline and with its control. `summary`: what
         the method of this name gave, so that it need not be counted again."""
-        from rayexpand.studies.summary import plus_minus, points
+        from rayexpand.studies.spreads import plus_minus, points
 
         found = summary or self.summary()
         against = {(one["arm"], one["kind"]): points(one["mean"]) + (
@@ -161,6 +161,18 @@ class StudyFolder(_Paged):
         from rayexpand.studies.summary import further_scores
 
         return further_scores(summary or self.summary())
+
+    def samples(self, summary: Mapping[str, Any] | None = None) -> Table | None:
+        """Accuracy, coverage, distance and cost of every arm, where the study compares its samples with real images."""
+        from rayexpand.studies.score_table import score_table
+
+        return score_table(summary or self.summary())
+
+    def said_of_top1(self, summary: Mapping[str, Any] | None = None) -> list[str]:
+        """Do arms whose samples score higher teach better? In words."""
+        from rayexpand.studies.score_table import said_of_top1
+
+        return said_of_top1(summary or self.summary())
 
     def report(self) -> str:
         """Writes the page and returns where."""
@@ -187,7 +199,7 @@ class SweepFolder(_Paged):
         return self.summary()
 
     def table(self, summary: Mapping[str, Any] | None = None) -> Table:
-        from rayexpand.studies.summary import plus_minus
+        from rayexpand.studies.spreads import plus_minus
         from rayexpand.studies.sweep.search import describe
 
         found = summary or self.summary()

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rayexpand.api.driving import Relay, at, driver, fit_with, train_trials
+from rayexpand.api.driving import Relay, at, driver, extract_with, fit_with, train_trials
 from rayexpand.api.files import KINDS, Job, Set, as_overrides, config_of, data_of, parsed, preflight, read_job, where_of
 from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, drive_to_end
 from rayexpand.api.results import Artifact, Checked, ClusterJob, Event, Planned, Scores, Selected
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
     """Checks a job of any kind without loading a model. Raises ConfigError for mistakes in the file itself."""
     from rayexpand.data import seeds
-    from rayexpand.runs.run import changed_since_planned, sampling_of
+    from rayexpand.runs.run import changed_since_planned, sampling_of, weight_problems_of
 
     kind, raw, where = read_job(job, set, machine)
     config = parsed(kind, raw, where)
@@ -36,6 +36,8 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
         else:
             if kind == "run" and (changed := changed_since_planned(config)):
                 listed["since_planned"] = changed
+    if kind == "run" and not problems:
+        problems = weight_problems_of(config)
     notes = sampling_of(config) if kind == "run" and not problems else []
     return Checked(kind, config.model_dump(mode="json"), problems, listed, notes)
 
@@ -121,17 +123,15 @@ def evaluate(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool |
     from rayexpand.evaluation import evaluate as evaluation
 
     config = at(config_of("evaluate", job, set, machine), ray)
-    extract: Any = evaluation.in_process
-    if ray:
-        from rayexpand.on_ray.evaluate import extract
-    return Scores(evaluation.evaluate(config, extract, Relay(on)))
+    return Scores(evaluation.evaluate(config, extract_with(ray), Relay(on)))
 
 
 def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,
           on: Callable[[Event], None] | None = None, same_process: bool = False) -> StudyFolder:
-    """Expands what the arms of a study need, trains every arm with every seed, and writes the page. Trials that failed
-    are lines of `.failed`; the same call tries them again."""
+    """Expands what the arms of a study need, compares the samples with real images where it asks for that, trains every
+    arm with every seed, and writes the page. What failed are lines of `.failed`; the same call tries it again."""
     from rayexpand.studies.expansions import pending_runs
+    from rayexpand.studies.sample_scores import score_samples
     from rayexpand.studies.study import prepare_study
     from rayexpand.studies.trials import make_trials
 
@@ -140,7 +140,9 @@ def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
         study = prepare_study(config)
         for run in pending_runs(study, progress, fit_with(ray, on_workers=True)):
             drive(run, progress)
-        failed = train_trials(study, make_trials(study), progress, ray=ray)
+        trials = make_trials(study)
+        failed = score_samples(study, trials, extract_with(ray), progress)
+        failed += train_trials(study, trials, progress, ray=ray)
     found = StudyFolder(config.folder, tuple(failed))
     found.report()
     return found

@@ -2,7 +2,8 @@
 
     adapter.json                      for which base model and classes, how it was trained; written last
     pytorch_lora_weights.safetensors  LoRA of the UNet in diffusers' layout; absent where only tokens were trained (ti)
-    tokens.safetensors                "tokens" (N, E) float32, row i for the class with label i; absent without (db)
+    tokens.safetensors                "tokens" (N, E) float32, row i for the class with label i; of a generator with two
+                                      text encoders also "tokens_2", the same words in the second; absent without (db)
 
 Classes go by label and key, never by name: two classes of ImageNet are called crane, and a table keyed by names would
 shift every row after the second one (Diff-Mix's code has such a table).
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rayexpand.artifacts.columns import CLASS_FEATURES, IMAGE_FEATURES, feature_facts
+from rayexpand.artifacts.columns import CLASS_FEATURES, IMAGE_FEATURES, encoders_of, feature_facts
 from rayexpand.artifacts.kinds import ArtifactKind, RunInputs
 from rayexpand.contract.class_tokens import class_token
 from rayexpand.contract.errors import ModelError
@@ -36,10 +37,12 @@ log = logging.getLogger(__name__)
 
 ADAPTER, LORA, TOKENS = "adapter.json", "pytorch_lora_weights.safetensors", "tokens.safetensors"
 VERSION = 1
+TABLES = ("tokens", "tokens_2")  # in TOKENS, by text encoder
 PARTS = {"ti": (TOKENS,), "db": (LORA,), "ti_db": (LORA, TOKENS)}  # weight files by strategy
 
 _MAKE = "fine-tune one with `rayexpand fit`, or copy the folder again"
 _PREFIX = "unet."
+_LATER = {"encoder_2_sha256": "", "tokenizer_2_length": None}  # fields not written while they are as they were before
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,8 @@ class AdapterFacts:
     init_token_id: int | None = None  # whose row the token rows started as
     visual_token: str = "none"  # noqa: S105  what the last text slot held in training: none, class_mean or instance
     encoder_sha256: str = ""  # of the image encoder whose features it held
+    encoder_2_sha256: str = ""  # of a second one, whose features stood behind those of the first
+    tokenizer_2_length: int | None = None  # of the second tokenizer; None for a generator with one text encoder
 
     @property
     def has_lora(self) -> bool:
@@ -68,6 +73,16 @@ class AdapterFacts:
     @property
     def has_tokens(self) -> bool:
         return TOKENS in PARTS[self.strategy]
+
+    @property
+    def words(self) -> tuple[int, ...]:
+        """Length of each tokenizer before class tokens were added."""
+        return tuple(one for one in (self.tokenizer_length, self.tokenizer_2_length) if one is not None)
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Names of the tables of class tokens."""
+        return TABLES[:len(self.words)]
 
 
 class _Class(BaseModel):
@@ -96,13 +111,16 @@ class _File(BaseModel):
     classes: list[_Class] = Field(min_length=1)
     visual_token: Literal["none", "class_mean", "instance"]
     encoder_sha256: str
+    encoder_2_sha256: str = ""  # this and the next came with generators that have two text encoders
+    tokenizer_2_length: int | None = Field(None, ge=1)
     files: dict[str, str]  # sha256 of each weight file
 
 
 def write_adapter(folder: Path, facts: AdapterFacts, lora: Mapping[str, torch.Tensor] | None,
-                  tokens_NE: torch.Tensor | None) -> None:
+                  tokens_NE: torch.Tensor | None, tokens_2_NE: torch.Tensor | None = None) -> None:
     """Writes an adapter. `lora` is the LoRA of the UNet as peft names it (`<module>.lora_A.weight`, (rank, in)), with
-    or without diffusers' prefix `unet.`; None exactly where facts.strategy has none, as `tokens_NE`.
+    or without diffusers' prefix `unet.`; None exactly where facts.strategy has none, as `tokens_NE`, the rows in the
+    first text encoder. `tokens_2_NE` are those in the second one, where the generator has two.
 
     Raises ModelError where trained numbers are not finite.
     """
@@ -117,7 +135,8 @@ def write_adapter(folder: Path, facts: AdapterFacts, lora: Mapping[str, torch.Te
     if lora is not None:
         tensors[LORA] = {_PREFIX + name.removeprefix(_PREFIX): one for name, one in lora.items()}
     if tokens_NE is not None:
-        tensors[TOKENS] = {"tokens": tokens_NE}
+        tables = (tokens_NE, tokens_2_NE)
+        tensors[TOKENS] = {name: one for name, one in zip(TABLES, tables, strict=True) if one is not None}
     for file, state in tensors.items():
         state = {name: one.detach().to("cpu", torch.float32).contiguous() for name, one in state.items()}
         if bad := [name for name, one in state.items() if not torch.isfinite(one).all()]:
@@ -130,7 +149,8 @@ def write_adapter(folder: Path, facts: AdapterFacts, lora: Mapping[str, torch.Te
         {"label": label, "key": key, "name": name, "metaclass": metaclass, "token": class_token(label)}
         for label, (key, name, metaclass) in enumerate(zip(facts.classes, facts.names, facts.metaclasses, strict=True))
     ], "files": {file: _sha256(folder / file) for file in tensors}}
-    del content["names"], content["metaclasses"]
+    for name in ("names", "metaclasses", *(name for name, before in _LATER.items() if content[name] == before)):
+        del content[name]
     (folder / ADAPTER).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -163,11 +183,12 @@ def read_adapter(folder: Path | str) -> AdapterFacts:
     return facts
 
 
-def load_tokens(folder: Path | str) -> torch.Tensor:
-    """(N, E) float32 token rows of an adapter that has been read."""
+def load_tokens(folder: Path | str) -> list[torch.Tensor]:
+    """(N, E) float32 token rows of an adapter that has been read, for each text encoder."""
     from safetensors.torch import load_file
 
-    return load_file(Path(folder) / TOKENS)["tokens"]
+    found = load_file(Path(folder) / TOKENS)
+    return [found[name] for name in TABLES if name in found]
 
 
 def load_lora(folder: Path | str) -> dict[str, torch.Tensor]:
@@ -221,9 +242,9 @@ def _check_files(folder: Path, facts: AdapterFacts, hashes: Mapping[str, str]) -
 def _check_shapes(folder: Path, facts: AdapterFacts, file: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     n, where = len(facts.classes), folder / file
     if file == TOKENS:
-        if set(shapes) != {"tokens"} or len(shapes["tokens"]) != 2 or shapes["tokens"][0] != n:
+        if set(shapes) != set(facts.tables) or any(len(one) != 2 or one[0] != n for one in shapes.values()):
             raise ModelError(f"{where} holds {dict(shapes)}; one row for each of its {n} classes is needed, under the "
-                             f"name tokens; {_MAKE}")
+                             f"name {' and as many under '.join(facts.tables)}; {_MAKE}")
         return
     pairs = {name.rpartition(".lora_")[0] for name in shapes}
     for module in sorted(pairs):
@@ -332,11 +353,15 @@ def _encoder_problem(run: RunInputs, kind: str, facts: AdapterFacts) -> str:
     if kind not in run.method.needs() or folder is None or not facts.encoder_sha256:
         return ""
     try:
-        own = str(feature_facts(folder, kind)["encoder_sha256"])
+        own = encoders_of(feature_facts(folder, kind))
     except ModelError:
         return ""  # listed with that artifact
-    if own == facts.encoder_sha256:
+    if own == (there := tuple(one for one in (facts.encoder_sha256, facts.encoder_2_sha256) if one)):
         return ""
-    return (f"was trained with visual tokens of image encoder {facts.encoder_sha256[:12]}, but artifacts.{kind} "
-            f"{folder} holds features of encoder {own[:12]}; make these with the same guide.weights, or fine-tune "
-            "with them")
+    return (f"was trained with visual tokens of image encoder {_short(there)}, but artifacts.{kind} {folder} holds "
+            f"features of encoder {_short(own)}; make these with the same guide.weights"
+            f"{' and guide_2.weights' if len(there) > 1 else ''}, or fine-tune with them")
+
+
+def _short(hashes: Sequence[str]) -> str:
+    return " and ".join(one[:12] for one in hashes)

@@ -2,13 +2,14 @@
 
     captions         captions.parquet           seed_id, caption; "" where none could be made
     class_features   class_features.safetensors (K, D) float32, one row for each class in label order
-                     features.json              classes, encoder, images of each class, normalised
+                     features.json              classes, encoders, images of each class, normalised
     image_features   features.npy               (n, D) float16, memory mapped: 2.0 GB for 1.3 million seeds of 768
                      ids.parquet                seed_id of each row, sorted, so that a row is found without a table
-                     features.json              encoder, normalised
+                     features.json              encoders, normalised
 
 Everything a reader takes is checked against what it says of itself. Features are those of the encoder as it gives
-them, never of unit length: a condition that was fitted with one length must be sampled with it.
+them, never of unit length: a condition that was fitted with one length must be sampled with it. Those of two encoders,
+for a generator with two text encoders, stand side by side.
 """
 
 # B rows of a call, n seeds, K classes, D features
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,15 @@ class ColumnsKind(ArtifactKind):
     """A kind of FILES: it is whole where its files are there, and readers check what they hold."""
 
     def problems(self, folder: Path, run: RunInputs) -> list[str]:
-        return [problem] if (problem := columns_problem(folder, self.name)) else []
+        if problem := columns_problem(folder, self.name):
+            return [problem]
+        if self.name == CAPTIONS or run.text_width is None:
+            return []
+        try:
+            problem = width_problem(features_width(folder, self.name), run.text_width)
+        except ModelError as error:
+            return [str(error)]
+        return [f"{folder} {problem}"] if problem else []
 
     def files(self, folder: Path) -> list[str]:
         return list(FILES[self.name])
@@ -105,14 +114,16 @@ def captions_for(folder: Path | str, seed_ids: pa.Array) -> pa.Array:
 
 
 def write_class_features(folder: Path, features_KD: np.ndarray, *, class_keys: Sequence[str], encoder_sha256: str,
-                         images_per_class: int | None) -> None:
-    """Means of unnormalised features, of `images_per_class` images of each class, None: of all."""
+                         images_per_class: int | None, encoder_2_sha256: str = "") -> None:
+    """Means of unnormalised features, of `images_per_class` images of each class, None: of all. `encoder_2_sha256`:
+    of the encoder whose features stand behind those of the first one."""
     from safetensors.numpy import save_file
 
     assert features_KD.shape[0] == len(class_keys)
     assert np.isfinite(features_KD).all()
     save_file({"features": np.ascontiguousarray(features_KD, np.float32)}, folder / FILES[CLASS_FEATURES][0])
-    _write_facts(folder, CLASS_FEATURES, encoder_sha256, classes=list(class_keys), images_per_class=images_per_class)
+    _write_facts(folder, CLASS_FEATURES, encoder_sha256, encoder_2_sha256, classes=list(class_keys),
+                 images_per_class=images_per_class)
 
 
 def read_class_features(folder: Path | str, class_keys: Sequence[str]) -> np.ndarray:
@@ -138,6 +149,35 @@ def read_class_features(folder: Path | str, class_keys: Sequence[str]) -> np.nda
     return features_KD
 
 
+def encoders_of(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Content hashes of the image encoders whose features stand side by side, in their order."""
+    return tuple(str(facts[name]) for name in ("encoder_sha256", "encoder_2_sha256") if name in facts)
+
+
+def features_width(folder: Path | str, kind: str) -> int:
+    """Numbers of each feature, as json and headers say. Raises ModelError."""
+    from safetensors import SafetensorError, safe_open
+
+    if kind == IMAGE_FEATURES:
+        return int(feature_facts(folder, kind).get("features") or 0)
+    _require(Path(folder), kind)
+    file = Path(folder, FILES[kind][0])
+    try:
+        with safe_open(file, "np") as opened:
+            return int(opened.get_slice("features").get_shape()[1])
+    except (OSError, SafetensorError, IndexError) as error:
+        raise ModelError(f"class features {file} cannot be read ({error}); {_again(kind)}") from error
+
+
+def width_problem(width: int, text_width: int) -> str:
+    """Why features of this width cannot take a slot of hidden states of the other; "" where they can."""
+    if width == text_width:
+        return ""
+    return (f"holds features of {width} numbers, but the hidden states of the generator's texts have {text_width}, and "
+            "nothing is padded, cut or projected; make them with a guide of that width (Stable Diffusion 1.x: "
+            "ViT-L/14, 768), or with guide and guide_2 side by side (XL: ViT-L/14 and ViT-bigG/14, 768 + 1280 = 2048)")
+
+
 def feature_facts(folder: Path | str, kind: str) -> dict[str, Any]:
     """features.json of class or image features: encoder_sha256, normalised (false), and more. Raises ModelError."""
     _require(Path(folder), kind)
@@ -160,9 +200,9 @@ def feature_facts(folder: Path | str, kind: str) -> dict[str, Any]:
 
 
 def write_image_features(folder: Path, seed_ids: Sequence[str], features_ND: np.ndarray,
-                         rows_n: np.ndarray | None = None, *, encoder_sha256: str) -> None:
+                         rows_n: np.ndarray | None = None, *, encoder_sha256: str, encoder_2_sha256: str = "") -> None:
     """Unnormalised features of seeds, in any order, as float16. `features_ND` may lie on disk; `rows_n` is the row of
-    each seed in it, None: the first, the second, ...
+    each seed in it, None: the first, the second, ... `encoder_2_sha256`: as in `write_class_features`.
 
     Raises ModelError for a feature that is not finite, or beyond what float16 holds (65,504)."""
     order = np.array(sorted(range(len(seed_ids)), key=seed_ids.__getitem__), np.int64)
@@ -180,7 +220,7 @@ def write_image_features(folder: Path, seed_ids: Sequence[str], features_ND: np.
     out_nD.flush()
     ids = pa.array([seed_ids[i] for i in order], pa.string())
     pq.write_table(pa.table({"seed_id": ids}), folder / "ids.parquet", compression="zstd")
-    _write_facts(folder, IMAGE_FEATURES, encoder_sha256, images=shape[0], features=shape[1])
+    _write_facts(folder, IMAGE_FEATURES, encoder_sha256, encoder_2_sha256, images=shape[0], features=shape[1])
 
 
 def open_image_features(folder: Path | str) -> ImageFeatures:
@@ -264,8 +304,9 @@ def _read_table(file: Path, schema: pa.Schema, kind: str) -> pa.Table:
     return table
 
 
-def _write_facts(folder: Path, kind: str, encoder_sha256: str, **facts: Any) -> None:
-    content = {"kind": kind, "encoder_sha256": encoder_sha256, "normalised": False, **facts}
+def _write_facts(folder: Path, kind: str, encoder_sha256: str, encoder_2_sha256: str, **facts: Any) -> None:
+    second = {"encoder_2_sha256": encoder_2_sha256} if encoder_2_sha256 else {}
+    content = {"kind": kind, "encoder_sha256": encoder_sha256, **second, "normalised": False, **facts}
     (folder / _FACTS).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

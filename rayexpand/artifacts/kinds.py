@@ -16,7 +16,8 @@ from rayexpand.contract.protocols import Method
 
 
 class RunInputs(Protocol):
-    """What a kind may ask of a run. Hashes are None where the model is not on this machine yet, or is unsound."""
+    """What a kind may ask of a run. Hashes, and the width of the hidden states that the generator reads, are None where
+    the model is not on this machine yet, or is unsound."""
 
     @property
     def method(self) -> Method: ...
@@ -28,6 +29,8 @@ class RunInputs(Protocol):
     def prior_sha256(self) -> str | None: ...
     @property
     def guide_sha256(self) -> str | None: ...
+    @property
+    def text_width(self) -> int | None: ...
     def folder(self, kind: str) -> Path | None: ...
 
 

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,14 @@ def files_hash(folder: Path, names: Iterable[str], sha256: Callable[[Path], str]
         if stated.get(name, found) != found:
             raise DamagedFile(f"{folder / name}: is damaged, or was changed by hand. {AGAIN}")
         hasher.update(f"{name}\0{found}\n".encode())
+    return hasher.hexdigest()
+
+
+def named_hash(files: Mapping[str, Path], sha256: Callable[[Path], str] = file_sha256) -> str:
+    """sha256 over the sorted (name, sha256) of files that lie in several places."""
+    hasher = hashlib.sha256()
+    for name, file in sorted(files.items()):
+        hasher.update(f"{name}\0{sha256(file)}\n".encode())
     return hasher.hexdigest()
 
 

@@ -11,6 +11,8 @@ from typing import IO, Any, cast
 
 from rayexpand.contract.secrets import masked
 
+WIDE = 10_000  # columns
+
 
 def show_json(value: Any) -> None:
     """One object on stdout, and nothing else."""
@@ -27,7 +29,8 @@ def show_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         table.add_column(title, overflow="fold")
     for row in rows:
         table.add_row(*(masked(str(cell)) for cell in row))  # before a line is folded
-    Console(soft_wrap=False, markup=False, highlight=False).print(table)
+    width = None if sys.stdout.isatty() else WIDE  # a file has no edge to fold lines at
+    Console(width=width, soft_wrap=False, markup=False, highlight=False).print(table)
 
 
 def show(result: Any, as_json: bool) -> None:

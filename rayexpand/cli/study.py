@@ -34,6 +34,13 @@ def train(file: File, set_: Set = None, machine: Machine = None, trust: Trust = 
         if further := found.further(numbers):
             print()
             show_table(*further)
+        if samples := found.samples(numbers):
+            compared = numbers["samples"]
+            print(f"\nsamples beside {compared['reference'] or 'no'} real images, features of {compared['extractor']}, "
+                  "mean ± standard error over n repetitions\n")
+            show_table(*samples)
+            print("".join(f"\n{line}" for line in found.said_of_top1(numbers)))
+            warn(compared["warnings"])
         print(f"\nreport: {found.page}")
     _failures(found)
 

@@ -222,7 +222,10 @@ def schedule(process: Process, solver: Solver, steps: int, run: int | None = Non
     a usable noise process, ValueError for more steps than it has timesteps.
     """
     spacing = process.spacing_of(solver, spacing)
-    points = _points(process, solver, steps, spacing, latent)
+    try:
+        points = _points(process, solver, steps, spacing, latent)
+    except ValueError as error:
+        raise ModelError(f"{process.scheduler} gives no {spacing} grid of {steps} steps: {error}") from error
     run = steps if run is None else run
     if not 1 <= run <= len(points) - 1:
         raise ValueError(f"cannot run {run} of {len(points) - 1} steps")

@@ -44,13 +44,9 @@ Metric = Literal["fid", "kid", "mmd2_linear", "mmd2_rbf", "precision_recall", "d
 OnRows = Callable[[str, int, int], None]
 
 
-class EvaluateConfig(Section):
-    name: str = Field("scores", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the result is "
-                      "<run>/scores/<name>.json")
-    run: str = Field(min_length=1, description="run folder whose kept samples are compared")
-    selection: str | None = Field(None, description="a decision in selections/ of the run; only rows it keeps")
-    copies: int | None = Field(None, ge=1, description="only the first so many copies of each seed")
-    reference: DataConfig = Field(description="real images to compare with")
+class DistanceConfig(Section):
+    """By what images are compared."""
+
     images: int | None = Field(None, ge=2, description="take so many images of each side, chosen by a key; a smaller "
                                "choice lies inside a larger one. null: all")
     extractor: ExtractorConfig = ExtractorConfig()
@@ -58,6 +54,15 @@ class EvaluateConfig(Section):
                                   min_length=1, description="what to compute")
     batch: int = Field(64, ge=1, description="images per call of the extractor")
     seed: int = Field(0, ge=0, description="keys the choice of `images`, of kid's subsets and of the median's rows")
+
+
+class EvaluateConfig(DistanceConfig):
+    name: str = Field("scores", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the result is "
+                      "<run>/scores/<name>.json")
+    run: str = Field(min_length=1, description="run folder whose kept samples are compared")
+    selection: str | None = Field(None, description="a decision in selections/ of the run; only rows it keeps")
+    copies: int | None = Field(None, ge=1, description="only the first so many copies of each seed")
+    reference: DataConfig = Field(description="real images to compare with")
     runtime: RuntimeConfig = RuntimeConfig()
     cluster: ClusterConfig = ClusterConfig()
 

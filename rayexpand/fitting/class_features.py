@@ -4,6 +4,12 @@
       class_features: {images: 64}      # or null: all images of a class
       image_features: {}                # float16, one row for each seed
 
+A generator with two text encoders reads two features side by side, of the image towers that go with them:
+
+    guide: {weights: ViT-L-14, checkpoint: ...}
+    fit:
+      class_features: {guide_2: {weights: ViT-bigG-14, checkpoint: ...}}     # Stable Diffusion XL: 768 + 1280
+
     paper    here              meaning, feature units
     f_i      features_ND       projected CLIP embedding of image i, as the model gives it
     S_k      `images` of k     images drawn from class k without replacement
@@ -17,9 +23,9 @@ fine-tuned with must be what it is sampled with. seed_columns.py says how both l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,19 +37,25 @@ from rayexpand.contract.errors import UsageError
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import SeedIndex
-from rayexpand.contract.settings import Section
+from rayexpand.contract.settings import Later, Section
 from rayexpand.data.batches import Resize
 from rayexpand.fitting.features import Block, Intake, by_class, gathered
 from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
+from rayexpand.models.guide_files import CLASSIFIER, check_guide, features_of, kind_of, present_guide
 from rayexpand.models.guides import guide_hash
+from rayexpand.runs.config import GuideConfig, unnamed
 
 VERSION = 1  # raised when the code below makes something else of the same configuration
+_CHUNK = 1 << 14  # rows copied at once
 SHOWN = 20  # refused images named in artifact.json
 
 
 class ImageFeaturesFit(Section):
     batch: int = Field(64, ge=1, description="images of one guide call; features may depend on it in the last digit")
     resize: Resize = Field("crop", description="crop: shorter side, then the middle (CLIP's own); squash: both sides")
+    guide_2: Annotated[GuideConfig | None, Later(None)] = Field(
+        None, description="a second CLIP model, whose features stand behind those of guide; for generators with two "
+        "text encoders, such as Stable Diffusion XL")
 
     @property
     def intake(self) -> Intake:
@@ -53,6 +65,17 @@ class ImageFeaturesFit(Section):
 class ClassFeaturesFit(ImageFeaturesFit):
     images: int | None = Field(64, ge=1, description="images drawn of each class, all where it has fewer; null: all "
                                "(Real-Fake averages drawn images and does not say how many; 64 is ours)")
+
+
+def width_by(section: ImageFeaturesFit, config: FitBase) -> int | None:
+    """Numbers of each feature; None where a guide is not on this machine yet."""
+    widths = [features_of(guide.weights, guide.checkpoint) for guide in guides_of(section, config)]
+    return None if None in widths else sum(one for one in widths if one is not None)
+
+
+def guides_of(section: ImageFeaturesFit, config: FitBase) -> list[GuideConfig]:
+    """Those whose features stand side by side."""
+    return [config.guide, *([section.guide_2] if section.guide_2 is not None else [])]
 
 
 def drawn(index: SeedIndex, images: int | None, seed: int) -> SeedIndex:
@@ -68,37 +91,61 @@ def drawn(index: SeedIndex, images: int | None, seed: int) -> SeedIndex:
     return SeedIndex(index.table.take(pa.array(np.flatnonzero(sound))), index.classes)
 
 
-def make_class_features(folder: Path, blocks: Iterable[Block], index: SeedIndex, made: ClassFeaturesFit,
-                        encoder_sha256: str, progress: Progress) -> dict[str, Any]:
-    """Writes the means of the features of `index` (see `drawn`); returns facts. Raises UsageError for a class without
-    an image, or features that are not finite."""
+def make_class_features(folder: Path, blocks: Sequence[Iterable[Block]], index: SeedIndex, made: ClassFeaturesFit,
+                        encoders_sha256: Sequence[str], progress: Progress) -> dict[str, Any]:
+    """Writes the means of the features of `index` (see `drawn`), which one or two encoders give; returns facts. Raises
+    UsageError for a class without an image, or features that are not finite."""
     scratch = folder / "features.tmp"
-    features_ND, sound_N, refused = gathered(blocks, len(index), scratch, progress)
+    features_ND, sound_N, refused = _side_by_side(blocks, len(index), scratch, progress)
     means = [found_ND.mean(axis=0, dtype=np.float64)
              for found_ND in by_class(features_ND, sound_N, index, "mean feature")]
     del features_ND
     scratch.unlink()
     write_class_features(folder, np.stack(means).astype(np.float32), class_keys=index.classes.key,
-                         encoder_sha256=encoder_sha256, images_per_class=made.images)
+                         images_per_class=made.images, **_encoders(encoders_sha256))
     counts = np.bincount(index.labels[sound_N], minlength=len(index.classes))
     return {"images": int(counts.sum()), "fewest_of_a_class": int(counts.min()), **_refusals(refused)}
 
 
-def make_image_features(folder: Path, blocks: Iterable[Block], index: SeedIndex, encoder_sha256: str,
-                        progress: Progress) -> dict[str, Any]:
-    """Writes the features of every seed that can be read; returns facts. Raises UsageError where none can, and
-    ModelError for features that are not finite."""
+def make_image_features(folder: Path, blocks: Sequence[Iterable[Block]], index: SeedIndex,
+                        encoders_sha256: Sequence[str], progress: Progress) -> dict[str, Any]:
+    """Writes the features of every seed that can be read, which one or two encoders give; returns facts. Raises
+    UsageError where none can, and ModelError for features that are not finite."""
     scratch = folder / "features.tmp"
-    features_ND, sound_N, refused = gathered(blocks, len(index), scratch, progress)
+    features_ND, sound_N, refused = _side_by_side(blocks, len(index), scratch, progress)
     rows = np.flatnonzero(sound_N)
     if not len(rows):
         raise UsageError("none of the images of this dataset can be read, so there are no features; the first: "
                          f"{next(iter(refused.values()))}")
     ids = index.table["seed_id"].take(pa.array(rows)).to_pylist()
-    write_image_features(folder, ids, features_ND, rows, encoder_sha256=encoder_sha256)
+    write_image_features(folder, ids, features_ND, rows, **_encoders(encoders_sha256))
     del features_ND
     scratch.unlink()
     return {"images": len(rows), **_refusals(refused)}
+
+
+def _side_by_side(blocks: Sequence[Iterable[Block]], count: int, scratch: Path, progress: Progress,
+                  ) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """What `gathered` gives, of the features of all encoders in their order; `scratch` is a file that goes when the
+    features do."""
+    if len(blocks) == 1:
+        return gathered(blocks[0], count, scratch, progress)
+    files = [scratch.with_name(f"{scratch.name}.{place}") for place in range(len(blocks))]
+    parts = [gathered(one, count, file, progress) for one, file in zip(blocks, files, strict=True)]
+    shape = (count, sum(features_ND.shape[1] for features_ND, _, _ in parts))
+    whole_ND = np.memmap(scratch, np.float32, "w+", shape=shape)
+    sound_N, refused, start = np.ones(count, bool), dict[str, str](), 0
+    for features_ND, sound, reasons in parts:
+        for row in range(0, count, _CHUNK):
+            whole_ND[row:row + _CHUNK, start:start + features_ND.shape[1]] = features_ND[row:row + _CHUNK]
+        sound_N, refused, start = sound_N & sound, refused | reasons, start + features_ND.shape[1]
+    for file in files:
+        file.unlink()
+    return whole_ND, sound_N, refused
+
+
+def _encoders(hashes: Sequence[str]) -> dict[str, str]:
+    return dict(zip(("encoder_sha256", "encoder_2_sha256"), hashes, strict=False))
 
 
 def _refusals(refused: dict[str, str]) -> dict[str, Any]:
@@ -114,18 +161,36 @@ class ImageFeaturesMaker(Maker):
         return self.section()
 
     def make(self, section: ImageFeaturesFit, config: FitBase, world: World) -> Path:
-        guide = guide_hash(config.guide.weights, config.guide.checkpoint, world.progress)
-        made_from = {"version": VERSION, "data": data_facts(config, world.index), "guide_sha256": guide,
-                     **section.model_dump(), **self._drawn_from(section, config)}
+        guides = guides_of(section, config)
+        hashes = [guide_hash(one.weights, one.checkpoint, world.progress) for one in guides]
+        made_from = {"version": VERSION, "data": data_facts(config, world.index), "guide_sha256": hashes[0],
+                     **section.model_dump(exclude={"guide_2"}), **self._drawn_from(section, config),
+                     **({"guide_2_sha256": hashes[1]} if section.guide_2 is not None else {})}
         index = self._used(section, config, world)
 
         def make(folder: Path) -> dict[str, Any]:
-            costs: dict[str, Any] = {}
-            blocks = world.engine.blocks(config, guide, index, section.intake, costs)
-            facts = self._write(folder, blocks, index, section, guide, world.progress)
-            return {**costs, **facts, "guide": config.guide.model_dump(mode="json")}
+            costs: list[dict[str, Any]] = [{} for _ in guides]
+            blocks = [world.engine.blocks(config.model_copy(update={"guide": guide}), sha256, index, section.intake,
+                                          cost) for guide, sha256, cost in zip(guides, hashes, costs, strict=True)]
+            facts = self._write(folder, blocks, index, section, hashes, world.progress)
+            named = dict(zip(("guide", "guide_2"), (one.model_dump(mode="json") for one in guides), strict=False))
+            return {**_summed(costs), **facts, **named}
 
         return publish(config.out, self.kind, made_from, make)
+
+    def problems(self, section: ImageFeaturesFit, config: FitBase, *, on_ray: bool) -> list[str]:
+        if (guide := section.guide_2) is None:
+            return []
+        field = f"fit.{self.kind}.guide_2.weights"
+        if found := unnamed(field, guide, config.data):
+            return found
+        if found := check_guide(guide.weights, guide.checkpoint):
+            return [f"{field}: {one}" for one in found]
+        folder = present_guide(guide.weights)
+        if folder is not None and kind_of(folder) == CLASSIFIER:
+            return [f"{field}: {guide.weights} is a classifier; features beside a text need the image tower of a CLIP "
+                    "model"]
+        return []
 
     def _drawn_from(self, section: Any, config: FitBase) -> dict[str, Any]:
         return {}
@@ -133,9 +198,17 @@ class ImageFeaturesMaker(Maker):
     def _used(self, section: Any, config: FitBase, world: World) -> SeedIndex:
         return world.index
 
-    def _write(self, folder: Path, blocks: Iterable[Block], index: SeedIndex, section: Any, guide: str,
-               progress: Progress) -> dict[str, Any]:
-        return make_image_features(folder, blocks, index, guide, progress)
+    def _write(self, folder: Path, blocks: Sequence[Iterable[Block]], index: SeedIndex, section: Any,
+               hashes: Sequence[str], progress: Progress) -> dict[str, Any]:
+        return make_image_features(folder, blocks, index, hashes, progress)
+
+
+def _summed(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds of all encoders; what is no sum is that of the last one."""
+    total: dict[str, Any] = {}
+    for name, one in ((name, one) for cost in costs for name, one in cost.items()):
+        total[name] = total.get(name, 0.0) + one if name.endswith("_seconds") else one
+    return total
 
 
 class ClassFeaturesMaker(ImageFeaturesMaker):
@@ -149,6 +222,6 @@ class ClassFeaturesMaker(ImageFeaturesMaker):
     def _used(self, section: ClassFeaturesFit, config: FitBase, world: World) -> SeedIndex:
         return drawn(world.index, section.images, config.seed)
 
-    def _write(self, folder: Path, blocks: Iterable[Block], index: SeedIndex, section: ClassFeaturesFit, guide: str,
-               progress: Progress) -> dict[str, Any]:
-        return make_class_features(folder, blocks, index, section, guide, progress)
+    def _write(self, folder: Path, blocks: Sequence[Iterable[Block]], index: SeedIndex, section: ClassFeaturesFit,
+               hashes: Sequence[str], progress: Progress) -> dict[str, Any]:
+        return make_class_features(folder, blocks, index, section, hashes, progress)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -58,9 +58,16 @@ def with_rows(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, first: int,
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         made.resize_token_embeddings(max(size, first + n), mean_resizing=False)  # fills new rows with random numbers
         made.get_input_embeddings().weight[first:first + n] = rows_NE.to(table_VE)
-    # With the eos_token_id 2 of published configurations, transformers pools at the largest id of a text, which from
-    # now on may be that of a new word.
-    for module in made.modules():
+    pool_at_end_of_text(made, tokenizer)
+    return made
+
+
+def pool_at_end_of_text(model: Any, tokenizer: CLIPTokenizer) -> None:
+    """Makes a text encoder that gets new words pool where the text ends.
+
+    With the eos_token_id 2 of the published configurations transformers pools at the largest id of a text. That is the
+    end of text as long as no later word is known, and the slot of the first new word from then on.
+    """
+    for module in model.modules():
         if hasattr(module, "eos_token_id"):
             module.eos_token_id = tokenizer.eos_token_id
-    return made

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", 
            "text_encoder_2": "model", "image_encoder": "model", "image_normalizer": "diffusion_pytorch_model"}
 INDEX, NOISE = "model_index.json", "scheduler/scheduler_config.json"
 UNCLIP = "StableUnCLIPImg2ImgPipeline"
-UNCLIP_PARTS = ("image_encoder", "image_normalizer")
+UNCLIP_CLASSES = {"image_encoder": "CLIPVisionModelWithProjection", "image_normalizer": "StableUnCLIPImageNormalizer"}
 EMBEDDING_NOISE, PIXELS = "image_noising_scheduler/scheduler_config.json", "preprocessor_config.json"
 UNCLIP_PIXELS = f"feature_extractor/{PIXELS}"
-MAE_CONFIG, MAE_WEIGHTS = "config.json", "model"  # of a masked autoencoder, which is one model right in its folder
+# Of a masked autoencoder, which is one model right in its folder.
+MAE, MAE_CONFIG, MAE_WEIGHTS = "ViTMAEForPreTraining", "config.json", "model"
 VARIANTS = (None, "fp16", "bf16")  # the first that is there is loaded
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _FOLDERS = ("models", "model", "weights", "checkpoints", "artifacts", "data", "runs", "out")
@@ -101,7 +103,7 @@ def parts_of(folder: Path) -> tuple[str, ...]:
     """The models of a pipeline folder, by its model_index.json: a second text encoder where it names one, the image
     encoder of unCLIP. Raises ModelError."""
     index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
-    without = () if index.get("_class_name") == UNCLIP else UNCLIP_PARTS
+    without = () if index.get("_class_name") == UNCLIP else UNCLIP_CLASSES
     return tuple(part for part in WEIGHTS if part not in without
                  and (part != "text_encoder_2" or (index.get(part) or [None])[0]))
 
@@ -129,16 +131,20 @@ def weight_files(folder: Path, part: str) -> tuple[str | None, list[str]]:
     """(variant, relative names) of the safetensors of one component; no names where there are none. Raises ModelError.
 
     A full-precision file wins; a folder that holds half precision only is loaded as diffusers' variant `fp16` or
-    `bf16`. The component "" is a masked autoencoder.
+    `bf16`.
     """
-    stem, below = (f"{part}/{WEIGHTS[part]}", f"{part}/") if part else (MAE_WEIGHTS, "")
+    variant, names = variant_files(folder / part, WEIGHTS[part])
+    return variant, [f"{part}/{name}" for name in names]
+
+
+def variant_files(folder: Path, stem: str) -> tuple[str | None, list[str]]:
+    """(variant, names) of the safetensors that lie right in a folder under this stem. Raises ModelError."""
     for variant in VARIANTS:
-        named = f".{variant}" if variant else ""
-        if (folder / f"{stem}{named}.safetensors").is_file():
-            return variant, [f"{stem}{named}.safetensors"]
-        index = f"{stem}.safetensors.index{named}.json"
-        if (folder / index).is_file():
-            return variant, [index, *sorted(f"{below}{shard}" for shard in set(shard_of(folder / index).values()))]
+        end = f".{variant}" if variant else ""
+        if (folder / f"{stem}{end}.safetensors").is_file():
+            return variant, [f"{stem}{end}.safetensors"]
+        if (index := folder / f"{stem}.safetensors.index{end}.json").is_file():
+            return variant, [index.name, *sorted(set(shard_of(index).values()))]
     return None, []
 
 
@@ -151,29 +157,38 @@ def shard_of(index: Path) -> dict[str, str]:
     return found
 
 
-def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor of a safetensors file, by its header; what the header says is there must be there. Raises
-    ModelError."""
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says before its numbers."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    types: Mapping[str, str]  # as safetensors names them: F32, BF16, F8_E4M3
+    metadata: Mapping[str, str]
+
+
+def read_header(file: Path) -> Header:
+    """The header of a safetensors file; what it says is there must be there. Raises ModelError."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(file), "np") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return Header({name: tuple(one.get_shape()) for name, one in slices.items()},
+                          {name: one.get_dtype() for name, one in slices.items()}, opened.metadata() or {})
     except (OSError, SafetensorError) as error:
         size = f", {file.stat().st_size:,} bytes" if file.is_file() else ""
         raise ModelError(f"{file} cannot be read: it is cut off, damaged or no safetensors file ({error}{size}); fetch "
                          "or save it again") from error
 
 
-def metadata_of(file: Path) -> dict[str, str]:
-    """What the header of a safetensors file says beside shapes. Raises ModelError."""
-    from safetensors import SafetensorError, safe_open
+def tensor_shapes(file: Path) -> Mapping[str, tuple[int, ...]]:
+    """Shape of each tensor of a safetensors file, by its header. Raises ModelError."""
+    return read_header(file).shapes
 
-    try:
-        with safe_open(str(file), "np") as opened:
-            return opened.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} cannot be read ({error}); fetch or save it again") from error
+
+def metadata_of(file: Path) -> Mapping[str, str]:
+    """What the header of a safetensors file says beside shapes. Raises ModelError."""
+    return read_header(file).metadata
 
 
 def tensor_values(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -200,7 +215,7 @@ def tensor_values(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 def loaded_files(folder: Path) -> list[str]:
     """Relative names of all files of a model folder that loading reads."""
     if is_mae(folder):
-        return [*configs_of(folder), *weight_files(folder, "")[1]]
+        return [*configs_of(folder), *variant_files(folder, MAE_WEIGHTS)[1]]
     if not (folder / "model_index.json").is_file():
         return content_files(folder)
     words = [f"{name}/{file.name}" for name in tokenizers_of(folder) for file in (folder / name).iterdir()
@@ -263,8 +278,10 @@ def no_folder(weights: str, choices: str) -> ModelError:
     return ModelError(f"there is no folder {path} (seen from {Path.cwd()}); {hint}Give {choices}, or org/name@revision")
 
 
-def hub_snapshot(weights: str, patterns: Sequence[str], complete: Callable[[Path], list[str]]) -> Path:
-    """Snapshot folder of `org/name@revision`, named by its commit; from the cache where that is complete."""
+def hub_snapshot(weights: str, patterns: Sequence[str], complete: Callable[[Path], list[str]],
+                 more: Callable[[Collection[str]], list[str]] | None = None) -> Path:
+    """Snapshot folder of `org/name@revision`, named by its commit; from the cache where that is complete. Fetched are
+    the files of these patterns, and those that `more` names of all files of the repository."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
@@ -279,6 +296,8 @@ def hub_snapshot(weights: str, patterns: Sequence[str], complete: Callable[[Path
     except OSError:
         pass  # not in the cache, or only partly: fetch it
     try:
+        if more is not None:
+            fetch["allow_patterns"] = [*patterns, *map(escape, more(_hub_listing(repo, revision)))]
         folder = Path(snapshot_download(**fetch))
     except GatedRepoError as error:
         raise ModelError(f"{weights} asks for a licence to be accepted: open its page on the hub, accept, then run "
@@ -291,6 +310,16 @@ def hub_snapshot(weights: str, patterns: Sequence[str], complete: Callable[[Path
     if problems := complete(folder):  # offline, the hub client hands out what it has
         raise ModelError(f"{incomplete_message(folder, problems)}\n{_fetch_elsewhere(repo, revision)}")
     return folder
+
+
+def _hub_listing(repo: str, revision: str) -> set[str]:
+    """All files of a repository; none where it cannot be asked, which whoever fetches from it says."""
+    from huggingface_hub import HfApi
+
+    try:
+        return set(HfApi().list_repo_files(repo, revision=revision))
+    except (OSError, ValueError):
+        return set()
 
 
 def _fetch_elsewhere(repo: str, revision: str) -> str:

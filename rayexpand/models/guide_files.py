@@ -145,6 +145,23 @@ def check_architecture(model: str | Path, file: Path) -> None:
                          "architecture that it was saved from")
 
 
+def features_of(weights: str, checkpoint: str | None) -> int | None:
+    """How many features a CLIP guide gives of an image; None where its files are not on this machine yet, or unsound,
+    and for a classifier."""
+    folder = present_guide(weights)
+    if check_guide(weights, checkpoint) or (folder is None and (weights == DIGITS or HUB_NAME.fullmatch(weights))):
+        return None
+    if folder is None:
+        import open_clip
+
+        found = (open_clip.get_model_config(weights) or {}).get("embed_dim")
+    elif kind_of(folder) == CLASSIFIER:
+        return None
+    else:
+        found = read_json(folder / _CLIP).get("model_cfg", {}).get("embed_dim")
+    return found if isinstance(found, int) else None
+
+
 def guide_classes(folder: Path) -> tuple[str, ...] | None:
     """Class keys a guide was made for, in label order; None for CLIP, which takes any."""
     return tuple(about_guide(folder)["classes"]) if (folder / _ABOUT).is_file() else None

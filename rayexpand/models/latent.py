@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,9 +23,14 @@ from rayexpand.contract.device import choose_device
 from rayexpand.contract.errors import ModelError
 from rayexpand.diffusion.process import Point, Prediction, Process, Schedule, Solver, Spacing, prediction, process_of
 from rayexpand.diffusion.process import schedule as schedule_of
-from rayexpand.models.embeddings import with_rows
-from rayexpand.models.folders import quiet_libraries, read_json, weight_files
-from rayexpand.models.texts import Encoder, TextCond, TextEncoders
+from rayexpand.models.embedding_files import EmbeddingFile, expand_prompt, token_counts
+from rayexpand.models.embeddings import add_embeddings, with_rows
+from rayexpand.models.folders import quiet_libraries, read_json
+from rayexpand.models.lora_files import LoraFile
+from rayexpand.models.loras import merge
+from rayexpand.models.part_loading import load_part
+from rayexpand.models.sources import PriorSources
+from rayexpand.models.texts import Encoder, TextCond, TextEncoders, added_condition
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -36,7 +42,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ATTENTIONS = ("auto", "sdpa", "eager")
 
 _LORA_NAME = "fitted"
-UNLOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+_UNLOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,15 @@ class Parts:
     text_encoder_2: Any = None
     tokenizer_2: Any = None
     zero_empty_negative: bool = False
+    spelled: Callable[[str], str] = str  # writes out words that are several vectors
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the models came from, for a UNet that is read again."""
+
+    files: PriorSources
+    loras: tuple[LoraFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +91,7 @@ class StableDiffusionPrior:
     decode_needs_grad = True
 
     def __init__(self, parts: Parts, device: torch.device, process: Process | None = None,
-                 options: Options = Options(), source: Path | None = None,
+                 options: Options = Options(), source: Source | None = None,
                  adapter: AdapterFacts | None = None) -> None:
         self.parts, self.options, self.source, self.adapter = parts, options, source, adapter
         self.unet, self.vae, self.text_encoder = (
@@ -99,14 +114,15 @@ class StableDiffusionPrior:
 
     def _text_encoders(self, parts: Parts) -> TextEncoders:
         if self.text_encoder_2 is None:
-            return TextEncoders([Encoder(self.text_encoder, parts.tokenizer)])
+            return TextEncoders([Encoder(self.text_encoder, parts.tokenizer)], spelled=parts.spelled)
         return TextEncoders([Encoder(self.text_encoder, parts.tokenizer, penultimate=True),
                              Encoder(self.text_encoder_2, parts.tokenizer_2, penultimate=True)],
-                            zero_empty_negative=parts.zero_empty_negative)
+                            zero_empty_negative=parts.zero_empty_negative, spelled=parts.spelled)
 
     @classmethod
-    def load(cls, folder: Path, process: Process, *, device: str = "auto", **options: Any) -> Self:
-        """From a complete pipeline folder (see `load_prior`). Raises ModelError."""
+    def load(cls, sources: PriorSources, process: Process, loras: Sequence[LoraFile] = (),
+             embeddings: Sequence[EmbeddingFile] = (), *, device: str = "auto", **options: Any) -> Self:
+        """From complete files (see `load_prior`). Raises ModelError."""
         where, chosen = choose_device(device), Options(**options)
         if chosen.attention not in ATTENTIONS:
             raise ModelError(f"attention '{chosen.attention}' is unknown; choose one of {', '.join(ATTENTIONS)}")
@@ -115,10 +131,10 @@ class StableDiffusionPrior:
                 raise ModelError(f"{name} '{said}' is unknown; choose auto or one of {', '.join(DTYPES)}")
         try:
             with quiet_libraries():
-                parts = _parts(folder, number_of(chosen.dtype, where))
-            prior = cls(parts, where, process, chosen, folder)
-        except UNLOADABLE as error:
-            raise ModelError(f"{folder} cannot be loaded: {error}. Fetch or save the model again") from error
+                parts = _parts(sources, number_of(chosen.dtype, where), loras, embeddings)
+            prior = cls(parts, where, process, chosen, Source(sources, tuple(loras)))
+        except _UNLOADABLE as error:
+            raise ModelError(f"{sources.folder} cannot be loaded: {error}. Fetch or save the model again") from error
         for model in (prior.unet, prior.vae):
             _set_up(model, chosen, where)
         return prior
@@ -136,10 +152,12 @@ class StableDiffusionPrior:
         self._check_adapter(folder, facts, base_sha256)
         parts = self.parts
         if facts.has_tokens:
-            tokenizer = copy.deepcopy(self.tokenizer)
-            first = add_class_tokens(tokenizer, len(facts.classes))
-            text_encoder = with_rows(self.text_encoder, tokenizer, first, load_tokens(folder), f"adapter {folder}")
-            parts = replace(parts, text_encoder=text_encoder, tokenizer=tokenizer)
+            for end, rows_NE in zip(("", "_2"), load_tokens(folder), strict=False):
+                tokenizer = copy.deepcopy(getattr(parts, f"tokenizer{end}"))
+                first = add_class_tokens(tokenizer, len(facts.classes))
+                text_encoder = with_rows(getattr(parts, f"text_encoder{end}"), tokenizer, first, rows_NE,
+                                         f"adapter {folder}")
+                parts = replace(parts, **{f"text_encoder{end}": text_encoder, f"tokenizer{end}": tokenizer})
         if facts.has_lora:
             parts = replace(parts, unet=self._unet_with_lora(folder, facts, scale, fuse))
         return StableDiffusionPrior(parts, self.device, self.process, self.options, self.source, facts)
@@ -151,22 +169,18 @@ class StableDiffusionPrior:
             raise ModelError(f"adapter {folder} was trained on base model {facts.base_sha256[:12]}, but prior.weights "
                              f"is model {str(base_sha256)[:12]}, whose weights it does not fit; name the base model in "
                              "prior.weights, or fine-tune this one with `rayexpand fit`")
-        here = (self.scheduler.config.prediction_type, len(self.tokenizer))
-        if here != (there := (facts.prediction_type, facts.tokenizer_length)):
-            raise ModelError(f"adapter {folder} was trained on a model that predicts {there[0]} and has {there[1]} "
-                             f"words, this one predicts {here[0]} and has {here[1]}; name its base model in "
-                             "prior.weights")
+        here = (self.scheduler.config.prediction_type, tuple(len(one.tokenizer) for one in self.texts.encoders))
+        if here != (there := (facts.prediction_type, facts.words)):
+            raise ModelError(f"adapter {folder} was trained on a model that predicts {there[0]} and has "
+                             f"{' and '.join(map(str, there[1]))} words, this one predicts {here[0]} and has "
+                             f"{' and '.join(map(str, here[1]))}; name its base model in prior.weights")
 
     def _unet_with_lora(self, folder: Path | str, facts: AdapterFacts, scale: float,
                         fuse: bool) -> UNet2DConditionModel:
         """A second UNet, in float32 until the LoRA is in it."""
         assert self.source is not None, "only a prior that was loaded from a folder takes a LoRA"
-        base, state = self.source, load_lora(folder)
-        try:
-            with quiet_libraries():
-                unet = component(base, "unet", torch.float32)
-        except UNLOADABLE as error:
-            raise ModelError(f"{base} cannot be loaded: {error}. Fetch or save the model again") from error
+        state = load_lora(folder)
+        unet = _models(self.source.files, torch.float32, self.source.loras)["unet"]
         _check_lora(unet, state, folder)
         unet.load_lora_adapter(state, prefix="unet", adapter_name=_LORA_NAME, metadata=lora_config(facts, list(state)),
                                low_cpu_mem_usage=True)  # without, peft draws initial weights from the global generator
@@ -225,10 +239,8 @@ class StableDiffusionPrior:
         return self.unet(z_in.to(self.dtype), t_B, encoder_hidden_states=texts, return_dict=False, **more)[0]
 
     def _beside(self, pooled_BP: torch.Tensor, height: int, width: int) -> dict[str, Any]:
-        """What the network is told beside hidden states: here what Stable Diffusion XL is told, the pooled text and
-        the size of the image before and after cropping (in float32: in bfloat16 522 px is 520)."""
-        ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
-        return {"added_cond_kwargs": {"text_embeds": pooled_BP, "time_ids": ids.expand(len(pooled_BP), 6)}}
+        """What the network is told beside hidden states: here what Stable Diffusion XL is told."""
+        return {"added_cond_kwargs": added_condition(pooled_BP, height, width)}
 
     def encode(self, x_BCHW: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """Images (B, 3, H, W) in [0, 1] to float32 latents of about unit variance: the posterior mean, plus `noise`
@@ -236,6 +248,11 @@ class StableDiffusionPrior:
         posterior = self.vae.encode(x_BCHW.to(self.device, torch.float32) * 2 - 1).latent_dist
         z = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
         return (z - self._mean_1C11) * self._std_1C11
+
+    def posterior(self, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the latents that `encode` gives, float32."""
+        found = self.vae.encode(x_BCHW.to(self.device, torch.float32) * 2 - 1).latent_dist
+        return (found.mean - self._mean_1C11) * self._std_1C11, found.std * self._std_1C11
 
     def decode(self, z: torch.Tensor, cond: Any = None) -> torch.Tensor:
         """Latents to float32 images (B, 3, H, W), about [0, 1], unclamped. `cond` is not used."""
@@ -271,47 +288,42 @@ def _decoder_dtype(vae: AutoencoderKL) -> torch.dtype:
     return next(vae.decoder.parameters()).dtype
 
 
-def _parts(folder: Path, dtype: torch.dtype) -> Parts:
+def _models(sources: PriorSources, dtype: torch.dtype, loras: Sequence[LoraFile]) -> dict[str, Any]:
+    """UNet, autoencoder (in float32) and text encoders. LoRAs are added in float32 before the weights are cast."""
+    found = {part: load_part(sources.part(part), kind, torch.float32 if part == "vae" or loras else dtype)
+             for part, kind in sources.classes().items()}
+    if loras:
+        networks = {part: model for part, model in found.items() if part != "vae"}
+        merge(networks, loras)
+        for model in networks.values():
+            torch.nn.Module.to(model, dtype)
+    return found
+
+
+def _parts(sources: PriorSources, dtype: torch.dtype, loras: Sequence[LoraFile],
+           embeddings: Sequence[EmbeddingFile]) -> Parts:
+    import diffusers
     from transformers import CLIPTokenizer
 
+    folder = sources.folder
     index = read_json(folder / "model_index.json")
     has_two = bool((index.get("text_encoder_2") or [None])[0])
     local: dict[str, Any] = {"pretrained_model_name_or_path": folder, "local_files_only": True}
-    models = {part: component(folder, part, torch.float32 if part == "vae" else dtype)
-              for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if has_two else []))}
+    models = _models(sources, dtype, loras)
     tokenizers = {name: CLIPTokenizer.from_pretrained(**local, subfolder=name)
                   for name in ("tokenizer", *(["tokenizer_2"] if has_two else []))}
-    return Parts(**models, **tokenizers, scheduler=scheduler_of(folder, "scheduler"),
-                 zero_empty_negative=has_two and index.get("force_zeros_for_empty_prompt", True))
-
-
-def scheduler_of(folder: Path, part: str) -> Any:
-    """A scheduler of a pipeline folder, of the class that its file names."""
-    import diffusers
-
-    name = diffusers.DDIMScheduler.load_config(folder, subfolder=part, local_files_only=True)["_class_name"]
+    name = diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True)["_class_name"]
     kind = getattr(diffusers, name, None)
     if kind is None:
-        raise ValueError(f"{part}/scheduler_config.json names {name}, which this diffusers does not have")
-    return kind.from_pretrained(folder, subfolder=part, local_files_only=True)
-
-
-def component(folder: Path, part: str, dtype: torch.dtype) -> Any:
-    """One model of a pipeline folder, on the CPU."""
-    import diffusers
-    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
-
-    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL, "text_encoder": CLIPTextModel,
-             "text_encoder_2": CLIPTextModelWithProjection, "image_encoder": CLIPVisionModelWithProjection,
-             "image_normalizer": StableUnCLIPImageNormalizer}
-    model, info = kinds[part].from_pretrained(
-        folder, local_files_only=True, subfolder=part, use_safetensors=True, variant=weight_files(folder, part)[0],
-        output_loading_info=True, **{"dtype" if part.endswith(("encoder", "encoder_2")) else "torch_dtype": dtype})
-    # diffusers and transformers fill absent weights with random numbers and go on
-    if absent := sorted(info["missing_keys"]):
-        raise ValueError(f"{part} lacks {len(absent)} weights its configuration asks for, such as {absent[0]}")
-    return model
+        raise ValueError(f"scheduler/scheduler_config.json names {name}, which this diffusers does not have")
+    if embeddings:
+        made = add_embeddings({part: (tokenizers[part.replace("text_encoder", "tokenizer")], models[part])
+                               for part in models if part.startswith("text_encoder")}, embeddings)
+        for part, (tokenizer, encoder) in made.items():
+            tokenizers[part.replace("text_encoder", "tokenizer")], models[part] = tokenizer, encoder
+    return Parts(**models, **tokenizers, scheduler=kind.from_pretrained(**local, subfolder="scheduler"),
+                 zero_empty_negative=has_two and index.get("force_zeros_for_empty_prompt", True),
+                 spelled=partial(expand_prompt, counts=token_counts(embeddings)))
 
 
 def _set_up(model: Any, options: Options, where: torch.device) -> None:

@@ -17,9 +17,11 @@ import torch
 
 from rayexpand.contract.device import choose_device
 from rayexpand.contract.errors import ModelError
-from rayexpand.models.folders import PIXELS, quiet_libraries, read_json, weight_files
-from rayexpand.models.latent import ATTENTIONS, UNLOADABLE, number_of
+from rayexpand.models.folders import MAE, PIXELS, read_json
+from rayexpand.models.latent import ATTENTIONS, number_of
+from rayexpand.models.part_loading import load_part
 from rayexpand.models.prior_files import Settings, pixel_numbers
+from rayexpand.models.sources import PartSource
 
 if TYPE_CHECKING:
     from transformers import ViTMAEForPreTraining
@@ -51,23 +53,13 @@ class MaePrior:
     def load(cls, folder: Path, *, device: str = "auto", attention: str = "auto", vae_dtype: str = "auto") -> MaePrior:
         """From a complete folder (see `load_prior`). The encoder runs in float32; `vae_dtype` is that of the decoder.
         Raises ModelError."""
-        from transformers import ViTMAEForPreTraining
-
         where = choose_device(device)
         if attention not in ATTENTIONS:
             raise ModelError(f"attention '{attention}' is unknown; choose one of {', '.join(ATTENTIONS)}")
         mean, std = pixel_numbers(Settings(PIXELS, read_json(folder / PIXELS), []))
-        more: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
-        try:
-            with quiet_libraries():
-                model, info = ViTMAEForPreTraining.from_pretrained(
-                    folder, local_files_only=True, use_safetensors=True, variant=weight_files(folder, "")[0],
-                    dtype=torch.float32, output_loading_info=True, **more)
-        except UNLOADABLE as error:
-            raise ModelError(f"{folder} cannot be loaded: {error}. Fetch or save the model again") from error
-        if absent := sorted(info["missing_keys"]):
-            raise ModelError(f"{folder} lacks {len(absent)} weights its configuration asks for, such as {absent[0]}; "
-                             "fetch or save the model again")
+        model = load_part(PartSource("", folder, folder), MAE, torch.float32)
+        if attention != "auto":
+            model.set_attn_implementation(attention)
         return cls(model, mean, std, where, number_of(vae_dtype, where))
 
     def encode(self, x_BCHW: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:

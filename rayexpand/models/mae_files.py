@@ -23,7 +23,7 @@ from rayexpand.models.folders import (
     tensor_shapes,
     tensor_values,
     unreadable,
-    weight_files,
+    variant_files,
 )
 from rayexpand.models.prior_config import PriorModel, ProcessConfig
 from rayexpand.models.prior_files import COLOURS, PriorFacts, Settings, pixel_numbers
@@ -42,7 +42,7 @@ def missing_files(folder: Path) -> list[str]:
     """What keeps a folder from being loaded, one line per file."""
     problems = missing_configs(folder)
     try:
-        names = weight_files(folder, "")[1]
+        names = variant_files(folder, MAE_WEIGHTS)[1]
     except ModelError as error:
         return [*problems, str(error)]
     problems += [f"{name} is missing" for name in names if not (folder / name).is_file()]
@@ -94,16 +94,17 @@ def _facts(config: Settings, weights: str) -> PriorFacts:
 
 
 def named_in_vain(prior: PriorModel) -> list[str]:
-    """Fields of `prior` that say how something is denoised."""
+    """Fields of `prior` that say how something is denoised, or of which parts it is made."""
     said = [f"process.{name}" for name, value in prior.process if value != getattr(ProcessConfig(), name)]
     said += ["guidance"] if prior.guidance not in ("auto", "none") else []
-    return [f"prior.{name}: has no meaning for a masked autoencoder, which denoises nothing; take it out"
-            for name in said]
+    said += [name for name in ("config", "parts", "vae", "loras", "embeddings") if getattr(prior, name)]
+    return [f"prior.{name}: has no meaning for a masked autoencoder, which denoises nothing and is one model; take it "
+            "out" for name in said]
 
 
 def _weight_problems(folder: Path, config: Settings) -> list[str]:
     """Where tensors have other shapes than the configuration says, or positions are zeros."""
-    files = [folder / name for name in weight_files(folder, "")[1] if name.endswith(".safetensors")]
+    files = [folder / name for name in variant_files(folder, MAE_WEIGHTS)[1] if name.endswith(".safetensors")]
     there = {name: (file, shape) for file in files if file.is_file() for name, shape in tensor_shapes(file).items()}
     if not there:
         return []  # not downloaded yet

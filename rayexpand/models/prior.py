@@ -9,17 +9,19 @@ model is loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from rayexpand.contract.errors import ModelError
 from rayexpand.contract.protocols import Progress
-from rayexpand.diffusion.process import Process, Schedule, Solver
+from rayexpand.diffusion.process import PUBLISHED, Process, Schedule, Solver
 from rayexpand.diffusion.process import schedule as schedule_of
 from rayexpand.diffusion.sampling import steps_run
 from rayexpand.models import mae_files, prior_files
+from rayexpand.models.embedding_files import embedding_path
 from rayexpand.models.folders import (
     DIGITS,
     DIGITS_MAE,
@@ -31,34 +33,41 @@ from rayexpand.models.folders import (
     MAE_CONFIG,
     MAE_WEIGHTS,
     NOISE,
-    PICKLES,
     PIXELS,
     UNCLIP_PIXELS,
+    VARIANTS,
     WEIGHTS,
     ModelFiles,
-    folder_hash,
-    folder_model,
     hub_snapshot,
     is_mae,
     no_folder,
 )
+from rayexpand.models.lora_files import lora_files
 from rayexpand.models.prior_config import PriorModel
-from rayexpand.models.prior_files import CONVERT, GENERATORS, PriorFacts, inspect_folder, unusable
+from rayexpand.models.prior_files import (
+    GENERATORS,
+    PriorFacts,
+    Settings,
+    ends_in_noise,
+    guidance_of,
+    inspect_sources,
+    noise_of,
+    unusable,
+)
+from rayexpand.models.single_files import SUFFIX
+from rayexpand.models.sources import ADDED, PriorSources, source_problems, sources_hash, staged_sources
+from rayexpand.models.tiny.setting import Setting
 
-if TYPE_CHECKING:
-    pass
+Prior = TypeVar("Prior", bound=PriorModel)
 
 _HUB_CONFIGS = (INDEX, NOISE, *(f"{part}/config.json" for part in WEIGHTS), EMBEDDING_NOISE, UNCLIP_PIXELS, MAE_CONFIG,
                 PIXELS)
-_HUB_FILES = (*_HUB_CONFIGS, *(f"{words}/*.{end}" for words in ("tokenizer", "tokenizer_2") for end in ("json", "txt")),
-              "*/*.safetensors.index.json", *(f"{MAE_WEIGHTS}{end}" for end in (
-                  ".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")),
-              *(f"{part}/{stem}{end}.safetensors" for part, stem in WEIGHTS.items() for end in ("", "-*-of-*")))
+_HUB_SMALL = (*_HUB_CONFIGS, *(f"{words}/*.{end}" for words in ("tokenizer", "tokenizer_2") for end in ("json", "txt")))
 
-_DIGITS_NOISE = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-                 "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False,
-                 "prediction_type": "v_prediction"}
+_TINY_NOISE = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+               "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False}
 GUIDED_FROM_NOISE = 4  # executed steps below which guidance at a step is worth a word
+_TOLD = 5e-4  # the ends of the way are told with three digits, and may be given as they are told
 
 
 def load_prior(prior: str | PriorModel, *, dtype: str = "auto", device: str = "auto", attention: str = "auto",
@@ -72,21 +81,22 @@ def load_prior(prior: str | PriorModel, *, dtype: str = "auto", device: str = "a
     ModelError.
     """
     model = as_model(prior)
-    folder = resolve(model.weights)
-    facts = _inspected(folder, model)
+    sources = sources_of(model)
     how: dict[str, Any] = {"device": device, "attention": attention, "vae_dtype": model.vae_dtype}
-    if facts.family == "mae":
+    if is_mae(sources.weights):
         from rayexpand.models.mae import MaePrior
 
-        return MaePrior.load(folder, **how)
+        mae_files.inspect_mae(sources.weights, model)
+        return MaePrior.load(sources.weights, **how)
+    facts = inspect_sources(sources, model)
     how |= {"dtype": dtype, "channels_last": channels_last, "compile": compile, "guidance": model.guidance}
     if facts.family == "unclip":
         from rayexpand.models.unclip import UnclipPrior
 
-        return UnclipPrior.load(folder, facts.process, **how)
+        return UnclipPrior.load(sources, facts.process, model.loras, model.embeddings, **how)
     from rayexpand.models.latent import StableDiffusionPrior
 
-    return StableDiffusionPrior.load(folder, facts.process, **how)
+    return StableDiffusionPrior.load(sources, facts.process, model.loras, model.embeddings, **how)
 
 
 def as_model(prior: str | PriorModel) -> PriorModel:
@@ -96,27 +106,31 @@ def as_model(prior: str | PriorModel) -> PriorModel:
 def inspect_prior(prior: str | PriorModel) -> PriorFacts:
     """Facts from configuration files alone. On the hub only those files are fetched. Raises ModelError."""
     model = as_model(prior)
-    if model.weights in (DIGITS, DIGITS_UNCLIP):
-        return _digits_facts(model)
+    if model.weights == DIGITS:
+        return facts_to_come(Setting(), model)  # of which every default is the embedded digits'
+    if model.weights == DIGITS_UNCLIP:
+        return replace(facts_to_come(Setting(), model), family="unclip")
     if model.weights == DIGITS_MAE:
         return _digits_mae_facts(model)
-    folder = _local_folder(model.weights)
-    if folder is None:
-        return _inspected(hub_snapshot(model.weights, _HUB_CONFIGS, complete=_missing_configs), model)
-    return _inspected(folder, model, missing_files(folder))
+    if is_mae(path := Path(model.weights).expanduser()):
+        return mae_files.inspect_mae(path, model, missing_files(path))
+    if has_more(model) or _is_staged(model.weights):
+        return inspect_sources(sources_of(model), model)
+    if (folder := _local_folder(model.weights)) is not None:
+        return inspect_sources(PriorSources(folder), model, missing_files(folder))
+    snapshot = hub_snapshot(model.weights, _HUB_CONFIGS, complete=_missing_configs)
+    return (mae_files.inspect_mae(snapshot, model) if is_mae(snapshot) else
+            inspect_sources(PriorSources(snapshot), model))
 
 
-def missing_files(folder: Path) -> list[str]:
-    """What keeps a folder from being loaded, one line per file. Raises ModelError for a folder of another kind."""
-    return (mae_files if is_mae(folder) else prior_files).missing_files(folder)
+def missing_files(folder: Path, parts: Sequence[str] | None = None) -> list[str]:
+    """What keeps a folder from being loaded, one line per file; `parts`: those of a pipeline whose weights it must
+    hold, None for all. Raises ModelError for a folder of another kind."""
+    return mae_files.missing_files(folder) if is_mae(folder) else prior_files.missing_files(folder, parts)
 
 
 def _missing_configs(folder: Path) -> list[str]:
     return (mae_files if is_mae(folder) else prior_files).missing_configs(folder)
-
-
-def _inspected(folder: Path, model: PriorModel, missing: Sequence[str] = ()) -> PriorFacts:
-    return (mae_files.inspect_mae if is_mae(folder) else inspect_folder)(folder, model, missing)
 
 
 def _digits_mae_facts(model: PriorModel) -> PriorFacts:
@@ -126,13 +140,20 @@ def _digits_mae_facts(model: PriorModel) -> PriorFacts:
                       process=mae_files.NOTHING, train_timesteps=0, family="mae", text_width=0, guidance="none")
 
 
-def _digits_facts(model: PriorModel) -> PriorFacts:
-    from rayexpand.diffusion.process import process_of
-
-    process = process_of(_DIGITS_NOISE, model.process.model_dump(), published=True)
-    return PriorFacts(weights=model.weights, image_size=16, vae_factor=2, unet_factor=2, latent_channels=4,
-                      process=process, train_timesteps=1000, text_width=64, guidance="cfg" if model.guidance == "auto"
-                      else model.guidance, family="unclip" if model.weights == DIGITS_UNCLIP else "sd")
+def facts_to_come(setting: Setting, model: PriorModel) -> PriorFacts:
+    """Facts of a generator that is still to be trained to a setting. `model` says how it will be sampled. Raises
+    ModelError."""
+    unet, problems = setting.unet, list[str]()
+    noise = {**_TINY_NOISE, "prediction_type": unet.prediction_type, "timestep_spacing": unet.spacing,
+             "rescale_betas_zero_snr": unet.rescale_betas_zero_snr}
+    process = noise_of(Settings(NOISE, noise, problems), model, published=True)
+    facts = PriorFacts(weights=model.weights, image_size=setting.size, vae_factor=setting.vae.factor,
+                       unet_factor=2 ** (len(unet.channels) - 1), latent_channels=setting.vae.latent_channels,
+                       process=process, train_timesteps=1000, text_width=setting.guide.text_width,
+                       guidance=guidance_of(model, False, problems), ends_in_noise=ends_in_noise(process, problems))
+    if problems:
+        raise ModelError("\n  ".join([f"{model.weights} cannot be used so:", *problems]))
+    return facts
 
 
 def check_size(facts: PriorFacts, size: int) -> None:
@@ -162,6 +183,11 @@ def sampling_problems(facts: PriorFacts, method: Any) -> list[str]:
     if steps is None:
         return []  # it runs no solver
     problems = _guidance_problems(facts, method)
+    if (facts.family == "sdxl" and getattr(method, "visual_token", "none") != "none"
+            and not getattr(method, "finetuned", True)):
+        problems.append(f"method.visual_token: the hidden states that {facts.weights} reads are not those of its last "
+                        "layer and not normalised, so an image feature there means nothing to weights as they are; "
+                        "set method.finetuned: true with an adapter that was trained so, or visual_token: none")
     if facts.ends_in_noise and facts.process.kind == "epsilon":
         problems.append(f"prior.weights: {facts.weights} leaves no signal at the last timestep "
                         "(rescale_betas_zero_snr, or betas that reach 1), where a noise prediction has no clean image. "
@@ -223,7 +249,7 @@ def _guided_problems(facts: PriorFacts, method: Any) -> list[str]:
         return []
     plan = schedule_of(facts.process, "ddim", method.steps, run, latent=_latent(facts))
     first, last = plan.first.log_snr, plan.points[-2].log_snr
-    if not first <= method.guide_at <= last:
+    if not first - _TOLD <= method.guide_at <= last + _TOLD:
         return [f"method.guide_at: {method.guide_at:g} is not on the way that is run, which goes from log(a/s) "
                 f"{first:.3f} to {last:.3f} at its last step; choose a value between them"]
     if (left := plan.nearest(method.guide_at)) < method.lookahead:
@@ -279,23 +305,39 @@ def plan_of(facts: PriorFacts, method: Any, run: int) -> Schedule:
                        getattr(method, "spacing", None), _latent(facts))
 
 
-def starting_points(facts: PriorFacts, method: Any) -> dict[str, float]:
-    """log(a / s) at the start of each strength of a method that starts from images, by the strength."""
+def starting_points(facts: PriorFacts, method: Any) -> dict[str, float | None]:
+    """log(a / s) at the start of each strength of a method that starts from images, by the strength; None where that is
+    pure noise."""
     if getattr(method, "steps", None) is None or starts_from_noise(method):
         return {}
-    return {f"{strength:g}": round(plan_of(facts, method, run).first.log_snr, 6)
-            for strength, run in executed(method) if strength is not None}
+    starts = {f"{strength:g}": plan_of(facts, method, run).first.log_snr
+              for strength, run in executed(method) if strength is not None}
+    return {strength: round(start, 6) if math.isfinite(start) else None for strength, start in starts.items()}
+
+
+def has_no_grid(facts: PriorFacts, method: Any) -> list[str]:
+    """Why the steps of a method cannot be laid on the way of a generator; it imports diffusers."""
+    if getattr(method, "steps", None) is None:
+        return []
+    try:
+        for _, run in executed(method):
+            plan_of(facts, method, run)
+    except (ModelError, ValueError) as error:
+        return [f"method.steps: {error}"]
+    return []
 
 
 def sampler_revision(facts: PriorFacts, method: Any) -> int:
-    """2 where the solvers here give other last digits than the first ones did. What is as it was: noise predictions of
-    Stable Diffusion 1.x and 2.x by first-order steps, unless a gradient runs through several of them."""
+    """2 where the solvers here give other last digits than the first ones did, or visit other points. What is as it
+    was: noise predictions of Stable Diffusion 1.x and 2.x by first-order steps on the grid that is named or published,
+    unless a gradient runs through several of them."""
     if getattr(method, "steps", None) is None:
         return 1
-    process, solver = facts.process, solver_of(method)
+    process, solver, named = facts.process, solver_of(method), getattr(method, "spacing", None)
     as_before = (facts.family == "sd" and process.kind == "epsilon" and solver == "ddim"
                  and process.scheduler in ("DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler")
-                 and process.fresh_noise(solver) == 0)
+                 and process.fresh_noise(solver) == 0
+                 and process.spacing_of(solver, named) == (named or PUBLISHED[solver]))
     deep = getattr(method, "guidance", "") == "transform" and method.lookahead > 1
     return 1 if as_before and not deep else 2
 
@@ -329,25 +371,85 @@ def _grid_problems(facts: PriorFacts, method: Any, steps: int) -> list[str]:
             ] if first <= facts.train_timesteps / 2 + 1 else []
 
 
-def prior_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a generator's folder, without loading the generator. Raises ModelError."""
+def prior_tokenizer(folder: Path, name: str = "tokenizer") -> Any:
+    """A tokenizer of a generator's folder, without loading the generator. Raises ModelError."""
     from transformers import CLIPTokenizer
 
     try:
-        return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+        return CLIPTokenizer.from_pretrained(folder, subfolder=name, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder}/tokenizer cannot be loaded: {error}. Fetch or save the model again") from error
+        raise ModelError(f"{folder}/{name} cannot be loaded: {error}. Fetch or save the model again") from error
 
 
-def prior_model(weights: str) -> ModelFiles:
+def prior_model(prior: str | PriorModel) -> ModelFiles:
     """The files of a generator."""
-    return replace(folder_model(Path(weights)), find=lambda: folder_model(resolve(weights)).find(),
-                   present=lambda: present(weights))
+    model = as_model(prior)
+    return ModelFiles(lambda: sources_of(model).files(), lambda: None if has_more(model) else present(model.weights),
+                      lambda folder: sources_hash(staged_sources(folder)))
+
+
+def sources_of(prior: str | PriorModel, progress: Progress | None = None) -> PriorSources:
+    """Where each part of a generator lies, trained or downloaded where needed. Raises ModelError."""
+    model = as_model(prior)
+    path = Path(model.weights).expanduser()
+    if _is_staged(model.weights):
+        return staged_sources(path)
+    if not has_more(model):
+        return PriorSources(resolve(model.weights, progress))
+    sources = PriorSources(path if path.exists() else resolve(model.weights, progress), _path(model.config),
+                           {name: Path(file).expanduser() for name, file in model.parts.items()}, _path(model.vae),
+                           added_files(model))
+    if problems := source_problems(sources, model.process.model_dump()):
+        raise ModelError("\n".join(problems))
+    own = [part for part in sources.classes() if sources.part(part).weights == sources.folder / part]
+    if problems := missing_files(sources.folder, own):
+        raise unusable(sources.folder, problems)
+    return sources
+
+
+def has_more(model: PriorModel) -> bool:
+    """Whether its files are not those of one folder."""
+    named = (model.config, model.parts, model.vae, model.loras, model.embeddings)
+    return any(named) or Path(model.weights).expanduser().is_file()
+
+
+def added_files(model: PriorModel) -> dict[str, tuple[Path, ...]]:
+    """Files of LoRAs and embeddings by their role. Raises ModelError with all that are none."""
+    found, problems = dict[str, tuple[Path, ...]](), []
+    roles = {f"{ADDED[0]}{i}": lambda one=one: lora_files(one) for i, one in enumerate(model.loras)}
+    roles |= {f"{ADDED[1]}{i}": lambda one=one: [embedding_path(one)] for i, one in enumerate(model.embeddings)}
+    for role, files in roles.items():
+        try:
+            found[role] = tuple(files())
+        except ModelError as error:
+            problems.append(f"{role}: {error}")
+    if problems:
+        raise ModelError("\n".join(problems))
+    return found
+
+
+def staged_prior(model: Prior, folder: Path) -> Prior:
+    """A generator whose files lie in a folder under the names of their roles."""
+    def here(role: str) -> str:
+        return str(one if (one := folder / f"{role}{SUFFIX}").is_file() else folder / role)
+
+    lists = {name: tuple(one.model_copy(update={"file": here(f"prior.{name}.{i}")})
+                         for i, one in enumerate(getattr(model, name))) for name in ("loras", "embeddings")}
+    return model.model_copy(update={"weights": str(folder), "config": None, "parts": {}, "vae": None, **lists})
+
+
+def _path(said: str | None) -> Path | None:
+    return None if said is None else Path(said).expanduser()
+
+
+def _is_staged(weights: str) -> bool:
+    path = Path(weights).expanduser()
+    return path.is_dir() and staged_sources(path) != PriorSources(path)
 
 
 def prior_hash(prior: str | PriorModel, progress: Progress | None = None) -> str:
     """Content hash of the generator's files; trains the embedded default or downloads first where needed."""
-    return folder_hash(resolve(as_model(prior).weights, progress))
+    return sources_hash(sources_of(prior, progress))
 
 
 def resolve(weights: str, progress: Progress | None = None) -> Path:
@@ -358,7 +460,7 @@ def resolve(weights: str, progress: Progress | None = None) -> Path:
         return trained(weights, progress)
     folder = _local_folder(weights)
     if folder is None:
-        return hub_snapshot(weights, _HUB_FILES, complete=missing_files)
+        return hub_snapshot(weights, _HUB_SMALL, complete=missing_files, more=hub_weights)
     if problems := missing_files(folder):
         raise (mae_files.unusable_mae if is_mae(folder) else unusable)(folder, problems)
     return folder
@@ -378,15 +480,30 @@ def present(weights: str) -> Path | None:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
+def hub_weights(listing: Collection[str]) -> list[str]:
+    """The weight files of a repository that loading reads: of each model the variant that `weight_files` would choose,
+    and of nothing else, such as other precisions and single-file copies of all of them."""
+    if INDEX not in listing:
+        return _variant_files(listing, MAE_WEIGHTS)
+    return [name for part, stem in WEIGHTS.items() for name in _variant_files(listing, f"{part}/{stem}")]
+
+
+def _variant_files(listing: Collection[str], stem: str) -> list[str]:
+    for end in (f".{variant}" if variant else "" for variant in VARIANTS):
+        if (whole := f"{stem}{end}.safetensors") in listing:
+            return [whole]
+        if (index := f"{stem}.safetensors.index{end}.json") in listing:
+            name, of_variant = re.escape(stem), re.escape(end)
+            shard = re.compile(rf"{name}({of_variant}-\d+-of-\d+|-\d+-of-\d+{of_variant})\.safetensors")
+            return [index, *filter(shard.fullmatch, listing)]  # what the index names beside them is said to be missing
+    return []
+
+
 def _local_folder(weights: str) -> Path | None:
     """The folder, or None for a name on the hub. Raises ModelError for anything else."""
     path = Path(weights).expanduser()
     if path.is_dir():
         return path
-    if path.is_file():
-        kind = "a pickle, which can run code when opened" if path.suffix in PICKLES else "a single file"
-        raise ModelError(f"{path} is {kind}; a folder in diffusers' StableDiffusionPipeline layout is "
-                         f"needed: {CONVERT}")
     if HUB_NAME.fullmatch(weights):
         return None
     raise no_folder(weights, f"{', '.join(repr(name) for name in EMBEDDED)} (embedded), a folder in diffusers' "

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from rayexpand.contract.settings import Later, Section
 from rayexpand.diffusion.process import Spacing
+from rayexpand.models.embedding_files import EmbeddingFile
+from rayexpand.models.lora_files import LoraFile
 
 
 class ProcessConfig(Section):
@@ -31,7 +33,19 @@ class PriorModel(Section):
 
     weights: str = Field("digits", description="'digits' (embedded; the default for source digits only), 'digits-mae' "
                          "or 'digits-unclip' (embedded, for method gif), a folder of diffusers or of a masked "
-                         "autoencoder, or org/name@revision")
+                         "autoencoder, org/name@revision, or a single .safetensors file with config beside it")
+    config: Annotated[str | None, Later(None)] = Field(
+        None, description="of a single file: folder with the json and tokenizer files of the model that it was made "
+        "from, and with the parts that the file lacks")
+    parts: Annotated[dict[Literal["unet"], str], Later({})] = Field(
+        {}, description="a UNet in place of that of weights: a .safetensors file, or a folder with its config.json")
+    vae: Annotated[str | None, Later(None)] = Field(
+        None, description="an autoencoder in place of that of weights: a .safetensors file, or a folder with its "
+        "config.json")
+    loras: Annotated[tuple[LoraFile, ...], Later(())] = Field(
+        (), description="LoRAs that are added to the weights, in this order")
+    embeddings: Annotated[tuple[EmbeddingFile, ...], Later(())] = Field(
+        (), description="textual inversion words that prompts may name")
     process: Annotated[ProcessConfig, Later(ProcessConfig())] = Field(
         ProcessConfig(), description="overrides of the noise process")
     guidance: Annotated[Literal["auto", "cfg", "embedded", "none"], Later("auto")] = Field(

@@ -19,9 +19,11 @@ from rayexpand.diffusion.process import LEAST_SIGNAL, Process, process_of
 from rayexpand.models.folders import (
     EMBEDDING_NOISE,
     INDEX,
+    MAE,
     NOISE,
     PICKLES,
     UNCLIP,
+    UNCLIP_CLASSES,
     UNCLIP_PIXELS,
     WEIGHTS,
     configs_of,
@@ -34,10 +36,10 @@ from rayexpand.models.folders import (
     weight_files,
 )
 from rayexpand.models.prior_config import PriorModel
+from rayexpand.models.sources import PriorSources
 
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 SECOND = {"text_encoder_2": "CLIPTextModelWithProjection"}  # of Stable Diffusion XL
-OF_UNCLIP = {"image_encoder": "CLIPVisionModelWithProjection", "image_normalizer": "StableUnCLIPImageNormalizer"}
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 COLOURS = 3
 CONVERT = "load it once in diffusers where you trust it and call save_pretrained(folder, safe_serialization=True)"
@@ -45,7 +47,7 @@ CONVERT = "load it once in diffusers where you trust it and call save_pretrained
 _SUPPORTED = ("generators are Stable Diffusion 1.x, 2.x and XL and what was made of them: Turbo, LCM, Lightning, "
               f"Hyper, CosXL, Playground 2 ({', '.join(CLASSES.values())}; XL has a second text encoder, "
               f"{SECOND['text_encoder_2']}); for method gif also Stable unCLIP ({UNCLIP}) and masked autoencoders "
-              "(ViTMAEForPreTraining)")
+              f"({MAE})")
 _LATER = {"StableDiffusion3": "Stable Diffusion 3", "Flux": "FLUX", "PixArt": "PixArt", "Sana": "SANA"}
 _KARLO = ("Karlo, which paints pixels of 64 px through a text projection of its own and enlarges them by two more "
           "networks, none of which is read here. Use Stable unCLIP, whose decoder has the layout of Stable Diffusion")
@@ -107,8 +109,9 @@ def missing_configs(folder: Path) -> list[str]:
     return [f"{name} is missing" for name in configs_of(folder) if not (folder / name).is_file()]
 
 
-def missing_files(folder: Path) -> list[str]:
-    """What keeps a folder from being loaded, one line per file. Raises ModelError for a folder of another kind."""
+def missing_files(folder: Path, parts: Sequence[str] | None = None) -> list[str]:
+    """What keeps a folder from being loaded, one line per file; `parts`: those whose weights it must hold, None for
+    all. Raises ModelError for a folder of another kind."""
     problems = missing_configs(folder)
     for tokenizer in tokenizers_of(folder):
         if not (folder / tokenizer / "tokenizer.json").is_file() and not all(
@@ -116,7 +119,7 @@ def missing_files(folder: Path) -> list[str]:
             problems.append(f"{tokenizer}/tokenizer.json (or vocab.json and merges.txt) is missing")
         if not (folder / _words_of(tokenizer)).is_file():
             problems.append(f"{_words_of(tokenizer)} is missing; it says how many tokens a text may have")
-    for part in parts_of(folder):
+    for part in parts_of(folder) if parts is None else parts:
         try:
             problems += _weight_problems(folder, part)
         except ModelError as error:
@@ -124,14 +127,14 @@ def missing_files(folder: Path) -> list[str]:
     return problems
 
 
-def inspect_folder(folder: Path, prior: PriorModel, missing: Sequence[str] = ()) -> PriorFacts:
-    """Facts of a folder. Raises ModelError with all that keeps it from being used, as far as configuration files and
+def inspect_sources(sources: PriorSources, prior: PriorModel, missing: Sequence[str] = ()) -> PriorFacts:
+    """Facts of a generator. Raises ModelError with all that keeps it from being used, as far as configuration files and
     those beside them say; `missing`: lines that are known already."""
-    problems, read, weights = [*missing], {}, prior.weights
-    wanted = configs_of(folder)
-    for name in (one for one in wanted if (folder / one).is_file()):
+    problems, read, weights, folder = [*missing], {}, prior.weights, sources.folder
+    wanted = {name: sources.json_file(name) for name in configs_of(folder)}
+    for name, file in ((name, file) for name, file in wanted.items() if file.is_file()):
         try:
-            read[name] = Settings(name, read_json(folder / name), problems)
+            read[name] = Settings(name, read_json(file), problems)
         except ModelError as error:
             problems.append(str(error))
     if len(read) < len(wanted):
@@ -145,36 +148,32 @@ def inspect_folder(folder: Path, prior: PriorModel, missing: Sequence[str] = ())
     widths = [one.whole("hidden_size", 512) for one in (text, second) if one is not None]
     _check_unet(unet, channels, sum(widths), second, image)
     _check_latents(vae, channels)
-    for tokenizer, encoder in zip(("tokenizer", "tokenizer_2"), (text, second), strict=True):
-        if encoder is not None:
-            _check_tokenizer(folder, tokenizer, encoder, problems)
-    process = _check_noise(noise, prior, published=second is None)
+    lengths = [_check_tokenizer(folder, tokenizer, encoder, problems) for tokenizer, encoder in zip(
+        ("tokenizer", "tokenizer_2"), (text, second), strict=True) if encoder is not None]
+    if None not in lengths and len(set(lengths)) > 1:
+        problems.append(f"{_words_of('tokenizer_2')}: model_max_length {lengths[1]} is not that of the first, "
+                        f"{lengths[0]}, and the states of both encoders stand side by side; they are of two models")
+    process = noise_of(noise, prior, published=second is None)
     unet_widths, vae_widths = (one.wholes("block_out_channels") for one in (unet, vae))
     if image is not None:
-        problems += _unclip_problems(folder, read, unet_widths[0])
-    problems += _wrong_shapes(folder, {
+        problems += _unclip_problems(sources, read, unet_widths[0])
+    problems += _wrong_shapes(sources, {
         "unet": {"conv_in.weight": (unet_widths[0], unet.whole("in_channels", 4))},
         "vae": {"decoder.conv_in.weight": (vae_widths[-1], channels)},
         **{part: {"embeddings.token_embedding.weight": (one.whole("vocab_size", 49408), one.whole("hidden_size", 512))}
            for part, one in (("text_encoder", text), ("text_encoder_2", second)) if one is not None}})
-    embedded = unet.values.get("time_cond_proj_dim") is not None
-    if prior.guidance == "embedded" and not embedded:
-        problems.append("prior.guidance: embedded needs a network with the scale as an input (time_cond_proj_dim of "
-                        "unet/config.json), and this one has none; use cfg or none")
-    elif embedded and prior.guidance in ("cfg", "none"):
-        problems.append(f"prior.guidance: {prior.guidance} leaves out an input of this network, the scale of guidance "
-                        "(time_cond_proj_dim of unet/config.json); use auto or embedded")
+    guidance = guidance_of(prior, unet.values.get("time_cond_proj_dim") is not None, problems)
     facts = PriorFacts(
         weights=f"{weights.split('@')[0]}@{folder.name}" if folder.parent.name == "snapshots" else weights,
         image_size=_trained_size(unet, vae, 2 ** (len(vae_widths) - 1)), vae_factor=2 ** (len(vae_widths) - 1),
         unet_factor=2 ** (len(unet_widths) - 1), latent_channels=channels, process=process,
         train_timesteps=noise.whole("num_train_timesteps", 1000),
         family="unclip" if image is not None else "sd" if second is None else "sdxl",
-        text_width=sum(widths), guidance="embedded" if embedded else "none" if prior.guidance == "none" else "cfg",
+        text_width=sum(widths), guidance=guidance,
         steps_offset=noise.whole("steps_offset", 0, 0), few_step=_few_step(unet, noise),
         turbo=any("turbo" in _own_name(one) for one in (weights, str(folder), index.values.get("_name_or_path"),
                                                         unet.values.get("_name_or_path"))),
-        ends_in_noise=process.frame == "vp" and _last_signal(Settings(NOISE, process.config, problems)) < LEAST_SIGNAL)
+        ends_in_noise=ends_in_noise(process, problems))
     if problems:
         raise unusable(folder, problems)
     return facts
@@ -284,7 +283,7 @@ def _check_embedding(unet: Settings, image: Settings) -> None:
                     "image_encoder/config.json; UNet and image encoder are of two models")
 
 
-def _unclip_problems(folder: Path, read: Mapping[str, Settings], first: int) -> list[str]:
+def _unclip_problems(sources: PriorSources, read: Mapping[str, Settings], first: int) -> list[str]:
     """What is wrong with the parts that Stable Diffusion has not; `first`: channels of the UNet's first level."""
     image, normalizer = read["image_encoder/config.json"], read["image_normalizer/config.json"]
     width, noise = image.whole("projection_dim", 512), read[EMBEDDING_NOISE]
@@ -294,7 +293,7 @@ def _unclip_problems(folder: Path, read: Mapping[str, Settings], first: int) -> 
     if (name := noise.values.get("_class_name")) not in _SCHEDULERS or name in _NOISE_LEVELS:
         noise.refuse(f"{name} cannot add noise to an embedding at a timestep; the scheduler of unCLIP is DDPMScheduler")
     pixel_numbers(read[UNCLIP_PIXELS])
-    return _wrong_shapes(folder, {
+    return _wrong_shapes(sources, {
         "unet": {"class_embedding.linear_1.weight": (4 * first, 2 * width)},
         "image_encoder": {"visual_projection.weight": (width, image.whole("hidden_size", 768))},
         "image_normalizer": {"mean": (1, width), "std": (1, width)}})
@@ -326,16 +325,17 @@ def _check_latents(vae: Settings, channels: int) -> None:
             vae.refuse(f"{name}: expected a number for each of the {channels} channels of the latent, got {found!r}")
 
 
-def _check_tokenizer(folder: Path, tokenizer: str, text: Settings, problems: list[str]) -> None:
-    """Whether texts and words that the tokenizer makes are those of the text encoder."""
+def _check_tokenizer(folder: Path, tokenizer: str, text: Settings, problems: list[str]) -> int | None:
+    """Whether texts and words that the tokenizer makes are those of the text encoder; tokens of a text, where that is
+    known."""
     if not (folder / _words_of(tokenizer)).is_file():
-        return  # not downloaded yet
+        return None  # not downloaded yet
     try:
         words = Settings(_words_of(tokenizer), read_json(folder / _words_of(tokenizer)), problems)
         listed = _vocabulary(folder / tokenizer)
     except ModelError as error:
         problems.append(str(error))
-        return
+        return None
     longest, places = words.values.get("model_max_length"), text.whole("max_position_embeddings", 77)
     if isinstance(longest, bool) or not isinstance(longest, int) or longest < 3:
         words.refuse(f"model_max_length: expected the number of tokens of a text (77 of Stable Diffusion), got "
@@ -346,6 +346,7 @@ def _check_tokenizer(folder: Path, tokenizer: str, text: Settings, problems: lis
     if listed > (known := text.whole("vocab_size", 49408)):
         text.refuse(f"the tokenizer has {listed:,} words and the text encoder vocab_size {known}; they are of two "
                     "models")
+    return longest if isinstance(longest, int) else None
 
 
 def _vocabulary(tokenizer: Path) -> int:
@@ -362,7 +363,19 @@ def _vocabulary(tokenizer: Path) -> int:
     return len(listed)
 
 
-def _check_noise(noise: Settings, prior: PriorModel, *, published: bool) -> Process:
+def guidance_of(prior: PriorModel, embedded: bool, problems: list[str]) -> str:
+    """The mode of guidance, of a network with the scale as an input (`embedded`) or without."""
+    if prior.guidance == "embedded" and not embedded:
+        problems.append("prior.guidance: embedded needs a network with the scale as an input (time_cond_proj_dim of "
+                        "unet/config.json), and this one has none; use cfg or none")
+    elif embedded and prior.guidance in ("cfg", "none"):
+        problems.append(f"prior.guidance: {prior.guidance} leaves out an input of this network, the scale of guidance "
+                        "(time_cond_proj_dim of unet/config.json); use auto or embedded")
+    return "embedded" if embedded else "none" if prior.guidance == "none" else "cfg"
+
+
+def noise_of(noise: Settings, prior: PriorModel, *, published: bool) -> Process:
+    """The noise process that scheduler_config.json and `prior.process` say."""
     said = prior.process.prediction_type or noise.values.get("prediction_type", "epsilon")
     if said not in PREDICTION_TYPES:
         noise.refuse(f"prediction_type '{said}' is not supported; use a model that predicts one of "
@@ -389,6 +402,11 @@ def _few_step(unet: Settings, noise: Settings) -> str:
     if (name := noise.values.get("_class_name")) in _FEW_STEP:
         return f"{NOISE}: {name} samples in few steps, each from new noise"
     return ""
+
+
+def ends_in_noise(process: Process, problems: list[str]) -> bool:
+    """Whether the last timestep holds no signal."""
+    return process.frame == "vp" and _last_signal(Settings(NOISE, process.config, problems)) < LEAST_SIGNAL
 
 
 def _last_signal(noise: Settings) -> float:
@@ -431,13 +449,15 @@ def _weight_problems(folder: Path, part: str) -> list[str]:
             f"{lacking[0]}; fetch or save it again"] if lacking else []
 
 
-def _wrong_shapes(folder: Path, wanted: Mapping[str, Mapping[str, tuple[int, int]]]) -> list[str]:
+def _wrong_shapes(sources: PriorSources, wanted: Mapping[str, Mapping[str, tuple[int, int]]]) -> list[str]:
     """Where a tensor (by the end of its name) of a component that is here has another shape than its configuration
     says: weights of another model."""
     problems = []
     for part, shapes in wanted.items():
         try:
-            files = [folder / name for name in weight_files(folder, part)[1] if name.endswith(".safetensors")]
+            if (place := sources.part(part)).weights.is_file():
+                continue  # its names are others; header_check.py converts them
+            files = [file for file in place.files() if file.suffix == ".safetensors"]
             there = {name: shape for file in files if file.is_file() for name, shape in tensor_shapes(file).items()}
         except ModelError as error:
             problems.append(str(error))
@@ -501,9 +521,9 @@ def _other_pipeline(index: Mapping[str, Any]) -> str:
     if name in _REFUSED:
         return f"is a {name}: this is {_REFUSED[name]}"
     second = {part: one for part, one in parts.items() if part in SECOND}
-    images = {part: one for part, one in parts.items() if part in OF_UNCLIP}
+    images = {part: one for part, one in parts.items() if part in UNCLIP_CLASSES}
     if {part: parts.get(part) for part in CLASSES} == CLASSES and second in ({}, SECOND) and (
-            name != UNCLIP or images == OF_UNCLIP):
+            name != UNCLIP or images == UNCLIP_CLASSES):
         return ""
     if later := [what for start, what in _LATER.items() if name.startswith(start)]:
         return f"is a {name}: {later[0]} is not supported yet; {_SUPPORTED}"

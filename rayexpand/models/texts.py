@@ -1,5 +1,5 @@
 """Texts of a generator: what its one or two text encoders say of prompts, kept for the next call, and the condition
-that a network gets of each row."""
+that a network gets of each row. Sampling and fine-tuning have it from here."""
 
 # B rows, T tokens, E text embedding, P pooled embedding
 
@@ -50,7 +50,8 @@ class TextCond:
         if tuple(v_BD.shape) != (rows, width):
             raise ModelError(f"visual tokens of shape {tuple(v_BD.shape)} do not fit {rows} texts of width {width}: "
                              "the image encoder must give as many features as the text encoder's hidden states have "
-                             "(ViT-L/14 with Stable Diffusion 1.x: 768). Make the features with another encoder")
+                             "(ViT-L/14 with Stable Diffusion 1.x: 768; ViT-L/14 and ViT-bigG/14 side by side with XL: "
+                             "2048). Make the features with another encoder")
         tokens_BTE, negative_tokens_BTE = self.tokens_BTE.clone(), self.negative_tokens_BTE
         tokens_BTE[:, -1] = v_BD.to(tokens_BTE)
         if both:
@@ -59,11 +60,12 @@ class TextCond:
         return replace(self, tokens_BTE=tokens_BTE, negative_tokens_BTE=negative_tokens_BTE)
 
 
-class Text(NamedTuple):
-    """Of one text."""
+class States(NamedTuple):
+    """What encoders say of one text, or of B texts with B in front: hidden states (T, E), and the pooled embedding (P,)
+    where the last encoder has a projection."""
 
-    tokens_TE: torch.Tensor
-    pooled_P: torch.Tensor | None
+    tokens: torch.Tensor
+    pooled: torch.Tensor | None
 
     @property
     def size(self) -> int:
@@ -78,16 +80,40 @@ class Encoder:
     tokenizer: CLIPTokenizer
     penultimate: bool = False  # hidden states before the last layer and without the final norm, as SDXL
 
-    def __call__(self, text: str) -> Text:
-        longest, masked = self.tokenizer.model_max_length, getattr(self.model.config, "use_attention_mask", False)
+    @property
+    def masked(self) -> bool:
+        """Whether the model does not read the padding; Stable Diffusion does."""
+        return bool(getattr(self.model.config, "use_attention_mask", False))
+
+    def __call__(self, text: str) -> States:
+        longest = self.tokenizer.model_max_length
         tokens = self.tokenizer(text, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
         with torch.no_grad():
-            out = self.model(tokens.input_ids.to(self.model.device), return_dict=True,
-                             output_hidden_states=self.penultimate,
-                             attention_mask=tokens.attention_mask.to(self.model.device) if masked else None)
-        hidden = out.hidden_states[-2] if self.penultimate else out.last_hidden_state
-        pooled = getattr(out, "text_embeds", None)
-        return Text(hidden[0], None if pooled is None else pooled[0])
+            made = self.states(tokens.input_ids.to(self.model.device),
+                               tokens.attention_mask.to(self.model.device) if self.masked else None)
+        return States(made.tokens[0], None if made.pooled is None else made.pooled[0])
+
+    def states(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> States:
+        """Of texts as ids, on the device of the model, with their graph."""
+        out = self.model(ids_BT, return_dict=True, output_hidden_states=self.penultimate, attention_mask=mask_BT)
+        return States(out.hidden_states[-2] if self.penultimate else out.last_hidden_state,
+                      getattr(out, "text_embeds", None))
+
+
+def joined(parts: Sequence[States]) -> States:
+    """What several encoders say of the same texts, side by side; the pooled embedding is that of the last one."""
+    if len(parts) == 1:
+        return parts[0]
+    return States(torch.cat([one.tokens for one in parts], dim=-1), parts[-1].pooled)
+
+
+def added_condition(pooled_BP: torch.Tensor, height: int, width: int) -> dict[str, torch.Tensor]:
+    """What the UNet of Stable Diffusion XL reads besides hidden states: the pooled text, and the sizes of an image of
+    height x width pixels before and after cropping, with no corner cut off. Sizes stay in float32: in bfloat16 522
+    pixels are 520."""
+    size = [height, width]
+    ids = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=pooled_BP.device)
+    return {"text_embeds": pooled_BP, "time_ids": ids.expand(len(pooled_BP), 6)}
 
 
 class TextEncoders:
@@ -99,36 +125,38 @@ class TextEncoders:
         """`zero_empty_negative`: no negative prompt is zeros and not the states of an empty text. `spelled` writes out
         words that are several vectors."""
         self.encoders, self.zero_empty_negative, self.spelled = tuple(encoders), zero_empty_negative, spelled
-        self._kept: OrderedDict[str, Text] = OrderedDict()
+        self._kept: OrderedDict[str, States] = OrderedDict()
         self._bytes = 0
 
     def cond(self, prompts: Sequence[str], negatives: Sequence[str], guidance: float | Sequence[float]) -> TextCond:
         """Of B prompts and B negatives."""
         texts, others = [self.text(one) for one in prompts], [self._negative(one) for one in negatives]
         scales = [guidance] * len(texts) if isinstance(guidance, (int, float)) else list(guidance)
-        return TextCond(torch.stack([one.tokens_TE for one in texts]), torch.stack([one.tokens_TE for one in others]),
-                        torch.tensor(scales, dtype=torch.float32), _stacked([one.pooled_P for one in texts]),
-                        _stacked([one.pooled_P for one in others]))
+        return TextCond(torch.stack([one.tokens for one in texts]), torch.stack([one.tokens for one in others]),
+                        torch.tensor(scales, dtype=torch.float32), _stacked([one.pooled for one in texts]),
+                        _stacked([one.pooled for one in others]))
 
-    def text(self, text: str) -> Text:
+    def text(self, text: str) -> States:
         if text in self._kept:
             self._kept.move_to_end(text)
             return self._kept[text]
-        said = [encoder(self.spelled(text)) for encoder in self.encoders]
-        made = Text(torch.cat([one.tokens_TE for one in said], dim=-1) if len(said) > 1 else said[0].tokens_TE,
-                    said[-1].pooled_P)
+        made = joined([encoder(self.spelled(text)) for encoder in self.encoders])
         self._kept[text] = made
         self._bytes += made.size
         while self._bytes > CACHED_BYTES and len(self._kept) > 1:
             self._bytes -= self._kept.popitem(last=False)[1].size
         return made
 
-    def _negative(self, text: str) -> Text:
+    def forget(self) -> None:
+        """Texts are encoded anew, for encoders whose weights have changed."""
+        self._kept.clear()
+        self._bytes = 0
+
+    def _negative(self, text: str) -> States:
         made = self.text(text)
         if text or not self.zero_empty_negative:
             return made
-        return Text(torch.zeros_like(made.tokens_TE),
-                    None if made.pooled_P is None else torch.zeros_like(made.pooled_P))
+        return States(torch.zeros_like(made.tokens), None if made.pooled is None else torch.zeros_like(made.pooled))
 
 
 def _stacked(rows: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

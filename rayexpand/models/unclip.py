@@ -16,19 +16,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rayexpand.contract.errors import ModelError
 from rayexpand.diffusion.energy import resize
 from rayexpand.diffusion.process import Process, Schedule, Solver, Spacing
 from rayexpand.diffusion.sampling import Fresh, denoise
-from rayexpand.models.folders import UNCLIP_PIXELS, quiet_libraries, read_json
+from rayexpand.models.embedding_files import EmbeddingFile
+from rayexpand.models.folders import EMBEDDING_NOISE, UNCLIP_PIXELS, read_json
 from rayexpand.models.image_towers import encoder_space
-from rayexpand.models.latent import UNLOADABLE, StableDiffusionPrior, component, scheduler_of
+from rayexpand.models.latent import StableDiffusionPrior
+from rayexpand.models.lora_files import LoraFile
+from rayexpand.models.part_loading import load_part
 from rayexpand.models.prior_files import Settings, pixel_numbers
+from rayexpand.models.sources import PriorSources
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection
@@ -89,16 +91,17 @@ class UnclipPrior:
         self.features = int(self.encoder.config.projection_dim)
 
     @classmethod
-    def load(cls, folder: Path, process: Process, *, device: str = "auto", **options: Any) -> UnclipPrior:
-        """From a complete pipeline folder (see `load_prior`). Raises ModelError."""
-        decoder = EmbeddingDecoder.load(folder, process, device=device, **options)
-        try:
-            with quiet_libraries():
-                encoder, normalizer = (component(folder, part, torch.float32)
-                                       for part in ("image_encoder", "image_normalizer"))
-                noising = scheduler_of(folder, "image_noising_scheduler")
-        except UNLOADABLE as error:
-            raise ModelError(f"{folder} cannot be loaded: {error}. Fetch or save the model again") from error
+    def load(cls, sources: PriorSources, process: Process, loras: Sequence[LoraFile] = (),
+             embeddings: Sequence[EmbeddingFile] = (), **options: Any) -> UnclipPrior:
+        """From complete files (see `load_prior`). Raises ModelError."""
+        import diffusers
+
+        decoder = EmbeddingDecoder.load(sources, process, loras, embeddings, **options)
+        encoder, normalizer = (load_part(sources.part(name), kind, torch.float32)
+                               for name, kind in sources.image_classes().items())
+        folder = sources.folder
+        noise = read_json(folder / EMBEDDING_NOISE)
+        noising = getattr(diffusers, noise["_class_name"]).from_config(noise)
         mean, std = pixel_numbers(Settings(UNCLIP_PIXELS, read_json(folder / UNCLIP_PIXELS), []))
         return cls(decoder, ImageParts(encoder, normalizer, noising, mean, std), encoder_space(folder))
 

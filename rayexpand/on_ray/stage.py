@@ -1,7 +1,9 @@
 """Model files on nodes: every process loads models whose content hash is the one the driver recorded.
 
 A model that lies on a node under its own name, or in the node's cache, is used where its hash is right; else it is
-copied once per node from the driver's, through the object store, and its hash is checked again.
+copied once per node from the driver's, through the object store, and its hash is checked again. The store holds AHEAD
+chunks for each node that is copying, however large the model is, and none of them longer than it takes to write them.
+Every copy leaves the driver's node, so for many nodes and tens of gigabytes a path that all of them see is better.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections import deque
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,14 @@ from rayexpand.artifacts import KINDS
 from rayexpand.contract.errors import EnvironmentFault
 from rayexpand.models.folders import ModelFiles, staged_folder
 from rayexpand.models.guides import guide_model
-from rayexpand.models.prior import prior_model
+from rayexpand.models.prior import prior_model, staged_prior
 from rayexpand.on_ray.pool import beside_driver
 from rayexpand.runs.config import GuideConfig, RunConfig
+from rayexpand.runs.estimate import human_bytes
 from rayexpand.runs.inputs import artifact_folder
 
-CHUNK = 64 << 20  # bytes of a model file in one object
+CHUNK = 16 << 20  # bytes of a model file in one object
+AHEAD = 2  # chunks asked for before the first of them is written
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -35,14 +40,16 @@ class ModelServer:
 
     def __init__(self, models: dict[str, dict[str, Path]], shared: Any = None) -> None:
         self._models, self._shared = models, shared  # content hash -> relative name -> file on this node
-        self._files: dict[str, list[tuple[str, list[Any]]]] = {}
 
-    def model(self, sha256: str) -> list[tuple[str, list[Any]]]:
-        """(file name, chunk references) of a model; put into the object store when first asked for."""
-        if sha256 not in self._files:
-            self._files[sha256] = [(name, [ray.put(chunk) for chunk in _chunks(file)])
-                                   for name, file in self._models[sha256].items()]
-        return self._files[sha256]
+    def files(self, sha256: str) -> dict[str, int]:
+        """Bytes of the files of a model, by relative name."""
+        return {name: file.stat().st_size for name, file in self._models[sha256].items()}
+
+    def chunk(self, sha256: str, name: str, start: int) -> bytes:
+        """CHUNK bytes of a file. They are in the object store until who asked for them has them."""
+        with open(self._models[sha256][name], "rb") as file:
+            file.seek(start)
+            return file.read(CHUNK)
 
     def shared(self) -> Any:
         return self._shared
@@ -64,7 +71,7 @@ def with_local_models(config: RunConfig, hashes: dict[str, str], server: Any) ->
     for part, sha256 in hashes.items():
         folder = str(local(_part(config, part), sha256, server))
         if part == "prior":
-            config = config.model_copy(update={"prior": config.prior.model_copy(update={"weights": folder})})
+            config = config.model_copy(update={"prior": staged_prior(config.prior, Path(folder))})
         elif part == "guide":
             config = config.model_copy(update={"guide": guide_at(config.guide, folder)})
         else:
@@ -81,7 +88,7 @@ def guide_at(guide: GuideConfig, folder: str) -> GuideConfig:
 
 def _part(config: RunConfig, part: str) -> ModelFiles:
     if part == "prior":
-        return prior_model(config.prior.weights)
+        return prior_model(config.prior)
     if part == "guide":
         return guide_model(config.guide.weights, config.guide.checkpoint)
     return artifact_model(artifact_folder(config, part), part)
@@ -102,27 +109,51 @@ def local(model: ModelFiles, sha256: str, server: Any) -> Path:
 
 
 def _fetch(model: ModelFiles, sha256: str, server: Any) -> Path:
-    """Copies a model from the driver's node, once per node. Raises EnvironmentFault when the copy is not the model."""
+    """Copies a model from the driver's node, once per node. Raises EnvironmentFault when it does not fit on the disk,
+    or when the copy is not the model."""
     folder = staged_folder(sha256)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{folder}.lock"):
-        if folder.is_dir():
+        if model.lies_in(folder, sha256):  # another process made it while this one waited
             return folder
+        for stale in [folder, *folder.parent.glob(f"{folder.name}.partial-*")]:  # damaged; of killed processes
+            shutil.rmtree(stale, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
-        for name, chunks in ray.get(server.model.remote(sha256)):
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            with open(partial / name, "wb") as file:
-                for chunk in chunks:
-                    file.write(ray.get(chunk))
-        if not model.lies_in(partial, sha256):
-            shutil.rmtree(partial)
-            raise EnvironmentFault(f"the model copied to {socket.gethostname()} does not have the hash {sha256[:12]} "
-                                   "of the run; its files changed while the run was on")
-        os.rename(partial, folder)
+        try:
+            _copy_all(server, sha256, partial)
+            if not model.lies_in(partial, sha256):
+                raise EnvironmentFault(f"the model copied to {socket.gethostname()} does not have the hash "
+                                       f"{sha256[:12]} of the run; its files changed while the run was on")
+            os.rename(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
+def _copy_all(server: Any, sha256: str, folder: Path) -> None:
+    """The files of a model from the driver's node. Raises EnvironmentFault."""
+    sizes = ray.get(server.files.remote(sha256))
+    where = f"model {sha256[:12]} ({human_bytes(sum(sizes.values()))}) cannot be copied to {folder.parent} on " \
+            f"{socket.gethostname()}"
+    if (free := shutil.disk_usage(folder).free) < sum(sizes.values()):
+        raise EnvironmentFault(f"{where}, where {human_bytes(free)} are free. {_ELSEWHERE}")
+    try:
+        for name, size in sizes.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _copy(server, sha256, name, size, folder / name)
+    except OSError as error:
+        raise EnvironmentFault(f"{where} ({error}). {_ELSEWHERE}") from error
+
+
+_ELSEWHERE = ("Give that node room (RAYEXPAND_CACHE names the folder), or name the model by a path that all nodes see, "
+              "or that each of them has: it is used wherever its content is the same")
+
+
+def _copy(server: Any, sha256: str, name: str, size: int, target: Path) -> None:
+    """One file, chunk by chunk; each is dropped when it is written."""
+    starts = iter(range(0, size, CHUNK))
+    coming = deque(server.chunk.remote(sha256, name, start) for start in islice(starts, AHEAD))
+    with open(target, "wb") as file:
+        while coming:
+            file.write(ray.get(coming.popleft()))
+            coming.extend(server.chunk.remote(sha256, name, start) for start in islice(starts, 1))

@@ -91,7 +91,7 @@ class _Row:
 def look(folder: str, strips: int) -> Look:
     """Loads the models of a guided run and looks at some of its samples. Raises UsageError for a run whose method has
     no guide or that has no sample yet, DigestMismatch where its models have changed."""
-    run = runs.open_run(folder, check_models=True)
+    run = runs.open_run(folder, check_models=True, kept=False)  # plain samples are shown beside those of the run
     method = run.config.method
     if "guide" not in method.needs():
         raise UsageError(f"--strips compares guided samples with plain ones, and {method.name} as it was run here has "

@@ -42,7 +42,7 @@ from rayexpand.runs.status import (
 )
 from rayexpand.runs.store import FOOTER
 from rayexpand.storage.tables import find_rows, parquet_facts, read_table
-from rayexpand.studies.summary import plus_minus
+from rayexpand.studies.spreads import plus_minus
 
 SHEET_CLASSES, SHEET_SAMPLES = 50, 8
 SHEET_PICTURES = 200  # about so many in all: with many classes each has fewer samples

@@ -28,11 +28,11 @@ from rayexpand.runs.status import duration, read_classes, view_run
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_json
 from rayexpand.studies.results import Predicted, StudyView, number, read_study
+from rayexpand.studies.score_table import said_of_top1, score_table
+from rayexpand.studies.spreads import plus_minus, points
 from rayexpand.studies.summary import (
     MIN_SEEDS,
     frequencies,
-    plus_minus,
-    points,
     summarised,
     summary,
     write,
@@ -65,7 +65,8 @@ def write_study_report(folder: str | Path, *, demo: Mapping[str, Any] | None = N
         tally=_tally(found), best=best, arms=arms, against=_against(found), demo=_demo(demo), scores=_scores(study),
         figures=_figures(study, found, best), classes=_classes(study, found["baseline"], best),
         frequencies=_frequencies(study, found), also=_also(found),
-        samples=_samples(study), settings=settings_of(study.config), recipe=_recipe(study),
+        samples=_samples(study), compared=score_table(found), told=said_of_top1(found),
+        settings=settings_of(study.config), recipe=_recipe(study),
         stacks=_values(study, "stack"), facts=_facts(study), trials=_trial_lines(study),
         mixed_units=len({arm["cost"]["unit"] for arm in found["arms"]}) > 1,
         config=yaml.safe_dump(dict(study.config), sort_keys=False, allow_unicode=True),

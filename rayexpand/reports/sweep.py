@@ -21,7 +21,7 @@ from rayexpand.contract.errors import UsageError
 from rayexpand.reports import figures
 from rayexpand.reports.templates import render, settings_of
 from rayexpand.studies.results import Predicted, StudyView, read_study
-from rayexpand.studies.summary import plus_minus, points, spread
+from rayexpand.studies.spreads import plus_minus, points, spread
 from rayexpand.studies.sweep.search import describe, short
 from rayexpand.studies.sweep.sweep import Sweep, best_of, read_results, read_test, without_result, write_best
 

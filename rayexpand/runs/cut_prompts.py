@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from rayexpand.artifacts.adapter import read_adapter
 from rayexpand.contract.class_tokens import add_class_tokens
 from rayexpand.contract.schema import Draw
+from rayexpand.models.embedding_files import expand_prompt, token_counts, token_words
 from rayexpand.models.prior import prior_tokenizer
 from rayexpand.runs.config import RunConfig
 from rayexpand.runs.inputs import artifact_folder
@@ -54,7 +56,9 @@ def cut_prompts(plan: Plan, config: RunConfig, folder: Path | None) -> CutPrompt
     tokenizer = prior_tokenizer(folder)
     if "adapter" in config.needs and (facts := read_adapter(artifact_folder(config, "adapter"))).has_tokens:
         add_class_tokens(tokenizer, len(facts.classes))
-    length = _counter(tokenizer)
+    counts = token_counts(config.prior.embeddings)
+    tokenizer.add_tokens([word for token, n in counts.items() for word in token_words(token, n)])
+    length = _counter(tokenizer, partial(expand_prompt, counts=counts))
     most, rows, cut, example = tokenizer.model_max_length, 0, 0, ("", 0)
     for draw in _spread(plan):
         text = max(draw.prompt, draw.negative, key=length)
@@ -64,11 +68,12 @@ def cut_prompts(plan: Plan, config: RunConfig, folder: Path | None) -> CutPrompt
     return CutPrompts(rows, cut, most, longest, text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
 
 
-def _counter(tokenizer: Any) -> Callable[[str], int]:
+def _counter(tokenizer: Any, spelled: Callable[[str], str]) -> Callable[[str], int]:
     """Tokens of a text with those of start and end; at most, where that is few enough: a byte is a token at most."""
     known: dict[str, int] = {}
 
     def length(text: str) -> int:
+        text = spelled(text)
         if (bytes_ := len(text.lower().encode()) + 2) <= tokenizer.model_max_length:
             return bytes_
         if text not in known:

@@ -119,7 +119,7 @@ class Here:
     def tools(self, run: Run) -> Tools:
         """What a run needs, with the prior and guide of an earlier one where they are the same."""
         own, guide = prior_key(run), guide_key(run)
-        found = load_tools(run.config, run.plan.index.classes, prior=self._priors.get(own),
+        found = load_tools(run.sampling, run.plan.index.classes, prior=self._priors.get(own),
                            guide=self._guides.get(guide))
         if found.prior is not None:
             self._priors[own] = found.prior
@@ -131,7 +131,7 @@ class Here:
 def prior_key(run: Run) -> str:
     """Runs with one key have the same prior, loaded the same way; an adapter is in it."""
     models, has_adapter = run.facts["models"], "adapter" in run.facts["models"]
-    return digest([models.get("prior"), models.get("adapter"), run.config.prior.model_dump(mode="json"),
+    return digest([models.get("prior"), models.get("adapter"), run.sampling.prior.model_dump(mode="json"),
                    getattr(run.config.method, "lora_scale", 1.0) if has_adapter else None])
 
 

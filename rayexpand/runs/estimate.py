@@ -151,15 +151,19 @@ def estimate_config(config: RunConfig, measured: Measured | None = None) -> Esti
             raise
         index = _stand_in(config.estimate.seeds, 1)
     planned = int(config.method.copies(index, rng).sum(dtype=np.int64))
-    first = index.table.slice(0, 1).to_pylist()[0]
-    draws = [config.method.draw(first["seed_id"], first["label"], copy, copy, index.classes,
-                                RowRng(config.seed, config.method.name, first["seed_id"], copy))
-             for copy in range(min(8, max(planned, 1)))]
     made = estimate(config, seeds=len(index), planned=planned, measured=measured,
                     side=few_seeds.side if image_side(config)[0] is None else None, seed_bytes=few_seeds.bytes,
-                    draws=draws)
+                    draws=first_draws(config, index, planned))
     notes = {**made.notes, **({"cut_prompts": found.words} if found is not None else {})}
     return replace(made, cut_prompts=found, dataset=dataset, notes=notes)
+
+
+def first_draws(config: RunConfig, index: SeedIndex, planned: int) -> list[Draw]:
+    """What the first rows of a run of `planned` samples are drawn as."""
+    first = index.table.slice(0, 1).to_pylist()[0]
+    return [config.method.draw(first["seed_id"], first["label"], copy, copy, index.classes,
+                               RowRng(config.seed, config.method.name, first["seed_id"], copy))
+            for copy in range(min(8, max(planned, 1)))]
 
 
 def estimate(config: RunConfig, *, seeds: int, planned: int, measured: Measured | None = None,

@@ -29,16 +29,18 @@ from rayexpand.models.guide_files import (
 )
 from rayexpand.models.guides import guide_hash
 from rayexpand.models.image_towers import encoder_space, guide_space
-from rayexpand.models.prior import missing_files, present, resolve
+from rayexpand.models.prior import has_more, missing_files, present, prior_hash, sources_of
 from rayexpand.runs.config import RunConfig
 
 
 @dataclass(frozen=True)
 class ConfiguredInputs:
-    """What artifact kinds may ask of a run (artifacts.kinds.RunInputs). `guide`: its content hash, where known."""
+    """What artifact kinds may ask of a run (artifacts.kinds.RunInputs). `guide`: its content hash, where known, and
+    `text_width` that of the hidden states of its generator."""
 
     config: RunConfig
     guide: str | None = None
+    text_width: int | None = None
 
     @property
     def method(self) -> Method:
@@ -54,8 +56,11 @@ class ConfiguredInputs:
 
     @cached_property
     def prior_sha256(self) -> str | None:
-        here = present(self.config.prior.weights)
+        prior = self.config.prior
         with contextlib.suppress(ModelError):  # whoever asks for the prior says so
+            if has_more(prior):
+                return prior_hash(prior) if present(prior.weights) or Path(prior.weights).is_file() else None
+            here = present(prior.weights)
             return None if here is None or missing_files(here) else folder_hash(here)
         return None
 
@@ -104,14 +109,15 @@ def load_artifacts(config: RunConfig, class_keys: Sequence[str], guide: str | No
             if name in config.needs and not kind.planned and name != "adapter"}  # which is part of the prior
 
 
-def check_artifacts(config: RunConfig, *, planned: bool = False) -> list[str]:
+def check_artifacts(config: RunConfig, *, planned: bool = False, text_width: int | None = None) -> list[str]:
     """What is wrong with guide and artifacts of a run as far as files on this machine say, one line each; nothing is
-    loaded, trained or downloaded, and no dataset is listed. `planned`: the plan is there, and holds the captions."""
+    loaded, trained or downloaded, and no dataset is listed. `planned`: the plan is there, and holds the captions;
+    `text_width`: of the hidden states that the generator reads, where known."""
     problems = []
     if "guide" in config.needs:
         problems += [f"guide.weights: {one}" for one in check_guide(config.guide.weights, config.guide.checkpoint)]
         problems += _guide_text_problems(config) if not problems else []
-    inputs = ConfiguredInputs(config)
+    inputs = ConfiguredInputs(config, text_width=text_width)
     for name, kind in KINDS.items():
         folder = inputs.folder(name)
         if name not in config.needs:
@@ -143,7 +149,7 @@ def check_space(config: RunConfig, *, present_only: bool = False) -> list[str]:
             guide.checkpoint or present_guide(guide.weights))):
         return []
     try:
-        painted, seen = encoder_space(resolve(prior)), guide_space(guide.weights, guide.checkpoint)
+        painted, seen = encoder_space(sources_of(config.prior).folder), guide_space(guide.weights, guide.checkpoint)
     except ModelError as error:
         return [f"guide.weights: {error}; the guide of {prior} must be its own image encoder"]
     return [] if painted == seen else [

@@ -36,17 +36,21 @@ from rayexpand.contract.schema import SEED_REASONS, Reason, Receipt
 from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import differences, digest, override
 from rayexpand.data import seeds
+from rayexpand.models.folders import DIGITS
 from rayexpand.models.prior import (
     check_size,
+    has_more,
+    has_no_grid,
     inspect_prior,
     prior_hash,
-    resolve,
     sampler_revision,
     sampling_notes,
     sampling_problems,
+    sources_of,
     starting_points,
 )
 from rayexpand.models.prior_files import PriorFacts
+from rayexpand.models.sources import source_notes
 from rayexpand.runs.blame import Blame, forget_unexplained
 from rayexpand.runs.config import RunConfig, ids_sha256, parse, resolved, semantic, unnamed
 from rayexpand.runs.cut_prompts import cut_prompts, words_of
@@ -114,31 +118,32 @@ class Run:
 
 
 def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool = True,
-              planned: bool = False) -> list[str]:
+              planned: bool = False, prior: PriorFacts | None = None) -> list[str]:
     """Everything wrong that can be known without loading a model, one line each.
 
     `device_here`: the sampler will run in this process, so its device must be here too. `with_classes`: list the
     dataset where guide or artifacts say for which classes they were made, and compare. `planned`: the run has started,
-    so what its plan holds need not be there any more.
+    so what its plan holds need not be there any more. `prior`: of a generator that is made before the run is.
     """
     problems = [] if planned else secret_problems(resolved(config))
     problems = problems or seeds.check(config.data)
-    data_is_sound, needs = not problems, config.needs
+    data_is_sound, needs, text_width = not problems, config.needs, None
     if not planned:
         problems += [problem for name in ("prior", "guide") if name in needs
                      for problem in unnamed(f"{name}.weights", getattr(config, name), config.data)]
     if "prior" in needs:
         try:
-            facts = inspect_prior(config.prior)
+            facts = prior or inspect_prior(config.prior)
         except ModelError as error:
             problems.append(f"prior.weights: {error}")
         else:
+            text_width = facts.text_width
             problems += _size_problems(facts, config)
             problems += [] if planned else sampling_problems(facts, config.method)  # a run that began goes on as it was
         if config.image.fit == "none":
             problems.append(f"image.fit: 'none' keeps each image's own size, but {config.method.name} samples squares; "
                             "use crop, center or squash")
-    problems += check_artifacts(config, planned=planned)
+    problems += check_artifacts(config, planned=planned, text_width=text_width)
     problems += check_space(config, present_only=True) if not problems and not planned else []
     if with_classes and data_is_sound and names_classes(config):
         problems += _class_problems(config)
@@ -151,7 +156,26 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
 
 def sampling_of(config: RunConfig) -> list[str]:
     """How the generator will be sampled, one line each; it imports diffusers where there is one."""
-    return sampling_notes(inspect_prior(config.prior), config.method) if "prior" in config.needs else []
+    if "prior" not in config.needs:
+        return []
+    notes = source_notes(sources_of(config.prior), config.prior.process.model_dump()) if has_more(config.prior) else []
+    return [*notes, *sampling_notes(inspect_prior(config.prior), config.method)]
+
+
+def weight_problems_of(config: RunConfig) -> list[str]:
+    """Tensors that the files of the generator lack, or have in another shape, additions that do not fit, steps that its
+    grid has not; it imports torch and diffusers."""
+    if "prior" not in config.needs:
+        return []
+    problems = has_no_grid(inspect_prior(config.prior), config.method)
+    if config.prior.weights == DIGITS and not has_more(config.prior):
+        return problems
+    from rayexpand.models.added import added_problems
+    from rayexpand.models.header_check import weight_problems
+
+    sources = sources_of(config.prior)
+    return [*(f"prior.weights: {line}" for line in weight_problems(sources)), *added_problems(sources, config.prior),
+            *problems]
 
 
 def _class_problems(config: RunConfig) -> list[str]:
@@ -230,7 +254,8 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
         index, dataset = seeds.surveyed(config.data)
         plan = make_plan(index, config)
     if plan is not None and (problems := [*check_classes(config, plan.index.classes.key),
-                                          *check_seeds(config, plan.index), *_caption_problems(plan, config)]):
+                                          *check_seeds(config, plan.index), *_caption_problems(plan, config),
+                                          *weight_problems_of(config)]):
         raise ConfigError(where or config.name, problems)
     files.probe()
     files.sweep()
@@ -246,7 +271,7 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
         facts = {**_facts(config, plan, models), "dataset": dataset}
         if "prior" in models:
             facts[STARTS] = starting_points(inspect_prior(config.prior), config.method)
-        if "prior" in models and (found := cut_prompts(plan, config, resolve(config.prior.weights))) and found.cut:
+        if "prior" in models and (found := cut_prompts(plan, config, sources_of(config.prior).folder)) and found.cut:
             facts["cut_prompts"] = found.to_json()
         write_plan(plan, files, facts["plan"])
         create_once(files, "run.json", facts, "run")
@@ -293,17 +318,18 @@ def _caption_problems(plan: Plan, config: RunConfig) -> list[str]:
             "seeds out with data.ids"]
 
 
-def open_run(folder: str, overrides: Sequence[str] = (), *, check_models: bool = False) -> Run:
+def open_run(folder: str, overrides: Sequence[str] = (), *, check_models: bool = False, kept: bool = True) -> Run:
     """The run in an existing folder, with the configuration it was created with and `a.b=value` overrides of
-    operational fields. `check_models`: samples will be made, so its models must still be the ones it started with.
-    Raises UsageError, or DigestMismatch for an override of any other field or another model.
+    operational fields. `check_models`: samples will be made, so its models must still be the ones it started with, and
+    where the samples are `kept` or compared its solvers too. Raises UsageError, or DigestMismatch for an override of
+    any other field, another model or other solvers.
     """
     facts = read_facts(open_files(folder))
     out, _, name = (folder if is_url(folder) else str(Path(folder).absolute())).rstrip("/").rpartition("/")
     config = parse(override({**facts["config"], "out": out or "/", "name": name}, overrides), f"{folder}/run.json")
     run = _open(config, open_files(folder, single_writer=config.store.single_writer),
                 model_hashes(config) if check_models else facts["models"])
-    if check_models:
+    if check_models and kept:
         _refuse_other_solvers(run)
     return run
 

@@ -42,7 +42,7 @@ def cost_of_run(config: RunConfig) -> Cost | None:
 def image_work(config: RunConfig, cost: Cost, side: int, copies: float, draws: Sequence[Draw]) -> ImageWork:
     """Of a run with `copies` of each seed whose draws are like these."""
     calls, scale = calls_of(config, copies, draws), getattr(config.method, "guidance_scale", 1.0) or 1.0
-    forwards = cost.forwards(scale)
+    forwards = 1 if config.prior.guidance in ("embedded", "none") else cost.forwards(scale)
     network, decode = cost.network, cost.decode
     doubled = f" ({forwards} x {network.at(side):.3g} with guidance)" if forwards > 1 else ""
     parts = ((calls.steps, forwards * network.at(side), f"steps{doubled}"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -20,20 +20,25 @@ from rayexpand.contract import settings
 from rayexpand.contract.errors import ConfigError, looked_at
 from rayexpand.contract.protocols import Method
 from rayexpand.contract.secrets import secret_problems
-from rayexpand.contract.settings import Device, Section
+from rayexpand.contract.settings import Device, Later, Section
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.subsets import SubsetConfig
+from rayexpand.evaluation import features as extractors
+from rayexpand.evaluation.evaluate import DistanceConfig
+from rayexpand.evaluation.features import ExtractorConfig
 from rayexpand.fitting.adapter.config import AdapterFit
 from rayexpand.fitting.config import fit_config
 from rayexpand.fitting.config import preflight as fit_preflight
 from rayexpand.fitting.guide import GuideFit
 from rayexpand.models.folders import unreadable
+from rayexpand.models.prior import facts_to_come
 from rayexpand.runs import config as configs
 from rayexpand.runs import run as runs
-from rayexpand.runs.config import ClusterConfig, RunConfig
+from rayexpand.runs.config import DIGITS, ClusterConfig, RunConfig, not_named
 from rayexpand.studies import extra_tests
 from rayexpand.studies.extra_tests import ExtraTest
+from rayexpand.studies.priors import PriorFit, prior_problems
 
 REPEATED = "original repeated"  # how controls are called
 
@@ -59,12 +64,14 @@ class ArmConfig(Section):
 
 
 class ExpansionFit(Section):
-    """What is made from the real rows of each seed before a method that needs it expands them."""
+    """What is made before a run expands the real rows of a seed, from those very rows; `pretrain` from its own data."""
 
     guide: GuideFit | None = Field(None, description="train a guide; null: the one the run configuration names")
     groups: int = Field(3, ge=1, description="prototypes of each class (DistDiff: 3)")
     adapter: AdapterFit | None = Field(None, description="fine-tune the generator, in the process that drives the "
                                        "study; null: the one the run configuration names")
+    pretrain: Annotated[PriorFit | None, Later(None)] = Field(
+        None, description="train the generator, from nothing; null: the one the run configuration names")
 
 
 class ExpansionConfig(Section):
@@ -91,6 +98,15 @@ class TrainingConfig(Section):
     streams: int = Field(8, ge=1, description="streams a larger training set is read in; workers must divide it")
 
 
+class SamplesConfig(DistanceConfig):
+    """What every arm's samples are compared with, beside the classifier that they train."""
+
+    reference: DataConfig | None = Field(None, description="real images that the samples of every arm are compared "
+                                         "with; null: the test images")
+    real: DataConfig | None = Field(None, description="other real images, as many as an arm has samples, that are "
+                                    "compared with them too: what the scores of real images are. null: none")
+
+
 class StudyConfig(Section):
     OLD_NAMES: ClassVar = {"also": "extra_tests"}
 
@@ -103,6 +119,9 @@ class StudyConfig(Section):
                                               "classifier is tested on once")
     frequency: tuple[int, int] = Field((5, 20), description="classes with fewer real images than the first are `few`, "
                                        "with more than the second `many`: CUB-LT; Flower-LT: [10, 30]")
+    samples: Annotated[SamplesConfig | None, Later(None)] = Field(
+        None, description="compare the samples of every arm with real images: coverage, distance. {}: with the test "
+        "images, by everything; null: not")
     validation: DataConfig | None = Field(None, description="images a sweep chooses by, so that it does not choose by "
                                           "the test")
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="repetitions; three or more for error bars")
@@ -154,6 +173,7 @@ def study_preflight(config: StudyConfig) -> list[str]:
                 for problem in renamed(seeds.check(data), section)]
     problems += [f"extra_tests.{name}.{line}" for name,
                  one in config.extra_tests.items() for line in extra_tests.problems(one)]
+    problems += _samples_problems(config)
     files = {file for arm in config.arms if (file := {**config.recipe, **arm.recipe}.get("checkpoint")) is not None}
     problems += [f"recipe.checkpoint: there is no file {file}{looked_at(file)}" for file in sorted(files)
                  if not Path(file).expanduser().is_file()]
@@ -167,17 +187,36 @@ def study_preflight(config: StudyConfig) -> list[str]:
             made = run_config(config, name, one, 0, config.data)
         except ConfigError:
             continue  # parse_study lists its mistakes
+        to_come = facts_to_come(one.fit.pretrain, made.prior) if one.fit and one.fit.pretrain else None
         trained = one.fit is not None and one.fit.guide is not None and one.fit.guide.kind != "clip_head"
         given_later = ("data.", "out:", *(("artifacts.prototypes: ",) if one.fit else ()),
                        *(("artifacts.adapter: ", "artifacts.class_features: ", "artifacts.image_features: ")
                          if one.fit and one.fit.adapter else ()),
-                       *(("guide.weights: ",) if trained else ()))
-        problems += [f"expansions.{name}.{line}" for line in runs.preflight(made, device_here=False)
+                       *(("guide.weights: ",) if trained else ()),
+                       *(("prior.weights: missing",) if to_come else ()))
+        problems += [f"expansions.{name}.{line}" for line in runs.preflight(made, device_here=False, prior=to_come)
                      if not line.startswith(given_later) or ": has no effect" in line]
         if one.fit is not None and (wanted := fit_config(made, one.fit.guide, one.fit.adapter)) is not None:
             problems += [f"expansions.{name}.{line.partition(', or add `')[0]}"  # which a study cannot have there
                          for line in fit_preflight(wanted, device_here=False, on_ray=False)
                          if line.startswith("fit.") and not line.startswith("fit.adapter.features: is missing")]
+        if one.fit is not None and one.fit.pretrain is not None:
+            problems += [f"expansions.{name}.{line}" for line in prior_problems(made, one.fit.pretrain)]
+    return problems
+
+
+def _samples_problems(config: StudyConfig) -> list[str]:
+    """What is wrong with `samples` as far as can be known without loading the extractor or listing a dataset."""
+    if (wanted := config.samples) is None:
+        return []
+    problems = [line for name in ("reference", "real") if (data := getattr(wanted, name)) is not None
+                for line in renamed(seeds.check(data), f"samples.{name}")]
+    if all(arm.use is None for arm in config.arms):
+        problems.append("samples: no arm uses an expansion, so there are none to compare; take it out")
+    if wanted.extractor.guide is None and wanted.extractor.timm is None and config.data.source != DIGITS:
+        problems.append(not_named("samples.extractor.guide", config.data))
+    elif wanted.extractor != ExtractorConfig():
+        problems += [f"samples.{line}" for line in extractors.check(wanted.extractor)]
     return problems
 
 
@@ -304,10 +343,17 @@ def _expansion_problems(config: StudyConfig) -> list[str]:
 
 def _fit_problems(made: RunConfig, fit: ExpansionFit) -> list[str]:
     """What the fit of an expansion cannot mean for its run, one line each."""
-    wanted = fit_config(made, fit.guide, fit.adapter)
+    wanted, problems = fit_config(made, fit.guide, fit.adapter), []
+    if fit.pretrain is not None:
+        if "prior" not in made.needs:
+            problems.append(f"fit.pretrain: {made.method.name} samples without a generator; take it out")
+        elif "weights" in made.prior.model_fields_set:
+            problems.append(f"prior.weights: {made.prior.weights} would not be read, for fit.pretrain trains the "
+                            "generator; take one of the two out")
     if wanted is None:
-        return [f"fit: {made.method.name} as it is set here needs nothing fitted; take it out"]
-    problems = [f"artifacts.{kind}: {folder} would not be read, for fit makes them of each seed's own rows; take one "
+        return problems if fit.pretrain is not None else [
+            f"fit: {made.method.name} as it is set here needs nothing fitted; take it out"]
+    problems += [f"artifacts.{kind}: {folder} would not be read, for fit makes them of each seed's own rows; take one "
                 "of the two out" for kind, folder in made.artifacts.items() if getattr(wanted.fit, kind)]
     problems += [f"fit.{role}: has no effect on {made.method.name} as it is set here; take it out"
                 for role in ("guide", "adapter") if getattr(fit, role) and role not in made.method.needs()]
@@ -326,6 +372,6 @@ def _fit_problems(made: RunConfig, fit: ExpansionFit) -> list[str]:
         made.method, recipe.strategy, recipe.visual_token, "it")]
 
 
-def renamed(problems: Sequence[str], section: Literal["data", "test", "validation"] | str) -> list[str]:
+def renamed(problems: Sequence[str], section: str) -> list[str]:
     return [f"{section}.{line.removeprefix('data.')}" if line.startswith("data.") else f"{section}: {line}"
             for line in problems]

@@ -14,6 +14,7 @@ from rayexpand.runs import run as runs
 from rayexpand.runs.config import RunConfig
 from rayexpand.storage.places import is_url
 from rayexpand.studies.parts import Study
+from rayexpand.studies.priors import prior_task, with_prior
 
 Fit = Callable[[FitConfig, Progress], dict[str, Path]]  # makes artifacts, here or on a cluster: folders by role
 
@@ -23,8 +24,10 @@ def pending_runs(study: Study, progress: Progress = lambda *_: None, fit: Fit = 
     each = {one.folder: (name, one) for (name, _), one in study.expansions.items() if isinstance(one, RunConfig)}
     for name, made in each.values():
         wanted = study.config.expansions[name].fit if name in study.config.expansions else None
+        out = ARTIFACTS if is_url(made.out) else f"{made.out.rpartition('/')[0]}/{ARTIFACTS}"
+        if wanted is not None and wanted.pretrain is not None:
+            made = with_prior(made, fit(prior_task(made, wanted.pretrain, out), progress)["prior"])
         if wanted is not None:
-            out = ARTIFACTS if is_url(made.out) else f"{made.out.rpartition('/')[0]}/{ARTIFACTS}"
             task = fit_config(made, wanted.guide, wanted.adapter, groups=wanted.groups, out=out)
             made = made if task is None else with_artifacts(made, fit(task, progress))
         run = runs.prepare(made, progress, where=f"expansions.{made.name}")

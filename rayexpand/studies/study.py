@@ -10,18 +10,19 @@ rows the control "original repeated" trains on the real rows alone, repeated to 
                  runs/<expansion>-0/ runs
                  lists/<digest8>.arrow
                  trials/<trial>.json what a trial needs, results/<trial>.json what it gave
+                 scores/<trial>.json its samples beside real images, where the study asks for that
                  predictions/<trial>.parquet, checkpoints/<trial>/
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from rayexpand.contract.errors import ConfigError, SeedDataError, UsageError, few
 from rayexpand.contract.rng import PlanRng
-from rayexpand.contract.schema import SeedIndex
+from rayexpand.contract.schema import ClassTable, SeedIndex
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.subsets import (
@@ -48,6 +49,8 @@ from rayexpand.studies.parts import Opened, Study, folder_of
 
 STUDY_FOLDERS = ("subsets", "lists", "trials", "results", "predictions", "checkpoints", ".tmp")
 
+Listed = tuple[SeedIndex, DataConfig]
+
 
 def prepare_study(config: StudyConfig) -> Study:
     """Lists the datasets, writes the subsets, and names every run the study needs; nothing is sampled yet.
@@ -70,8 +73,10 @@ def prepare_study(config: StudyConfig) -> Study:
         files.make_folder(folder)
     files.sweep()
     subsets = {seed: _subset(config, files, whole, seed) for seed in config.seeds}
-    _refuse_overlap(config, subsets, test, opened)
-    _open_also(config, subsets, opened)
+    trained = _trained_on(config, subsets, opened)
+    _refuse_overlap(config, trained, test, opened)
+    _open_also(config, trained, whole.classes)
+    _refuse_real_reference(config, test, opened)
     if config.resample is False and _differ(subsets):
         raise ConfigError(config.name, [
             "resample: false expands the real rows of the first seed for all, but the seeds draw other subsets, so "
@@ -86,23 +91,51 @@ def prepare_study(config: StudyConfig) -> Study:
     return Study(config, files, subsets, expansions, opened)
 
 
-def _open_also(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]], opened: Opened) -> None:
+def _trained_on(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]],
+                opened: Opened) -> list[tuple[str, Listed]]:
+    """Images that something is trained on, with how messages call them: the real rows, and those of generators that the
+    study trains."""
+    found = [(f"training images of seed {seed}", one) for seed, one in _distinct(subsets).items()]
+    used, known = {arm.use for arm in config.arms}, list[DataConfig]()
+    for name, one in config.expansions.items():
+        made = one.fit.pretrain if one.fit is not None and name in used else None
+        if made is not None and made.data not in known:
+            known.append(made.data)
+            index = _listed(opened, made.data, f"expansions.{name}.fit.pretrain.data")
+            found.append((f"training images of the generator of expansion {name}", (index, made.data)))
+    return found
+
+
+def _refuse_real_reference(config: StudyConfig, test: SeedIndex, opened: Opened) -> None:
+    """Raises UsageError where images that stand for other real ones are those that they are compared with."""
+    if config.samples is None:
+        return
+    reference = (test, config.test) if (data := config.samples.reference) is None else (
+        _listed(opened, data, "samples.reference"), data)
+    if (real := config.samples.real) is not None and (
+            shared := shared_images((_listed(opened, real, "samples.real"), real), reference)):
+        raise UsageError(f"samples.real: {len(shared):,} of its images are those that the samples are compared with "
+                         f"({few(shared)}), which would cover themselves; choose another part with samples.real.split "
+                         "or samples.real.ids")
+
+
+def _open_also(config: StudyConfig, trained: Sequence[tuple[str, Listed]], classes: ClassTable) -> None:
     """Raises UsageError or SeedDataError for a further test set that cannot be used, or has training images in it."""
     for name, one in config.extra_tests.items():
         try:
-            index = extra_tests.open_test(one, next(iter(subsets.values()))[1].classes)
+            index = extra_tests.open_test(one, classes)
             extra_tests.groups_of(one, index)
         except (SeedDataError, UsageError) as error:
             raise type(error)(f"extra_tests.{name}: {error}") from error
-        for seed, held in _distinct(subsets).items():
+        for called, held in trained:
             if shared := shared_images(held, (index, one.data)):
-                raise UsageError(f"extra_tests.{name}: {len(shared):,} of its images are training images of seed "
-                                 f"{seed} ({few(shared)}); leave them out with data.ids, or choose another part")
+                raise UsageError(f"extra_tests.{name}: {len(shared):,} of its images are {called} ({few(shared)}); "
+                                 "leave them out with data.ids, or choose another part")
 
 
-def _distinct(subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> dict[int, tuple[SeedIndex, DataConfig]]:
+def _distinct(subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> dict[int, Listed]:
     """Subsets that differ, each by the first of its seeds."""
-    found: dict[str, tuple[int, tuple[SeedIndex, DataConfig]]] = {}
+    found: dict[str, tuple[int, Listed]] = {}
     for seed, (data, index) in subsets.items():
         found.setdefault(ids_hash(index.seed_ids), (seed, (index, data)))
     return dict(found.values())
@@ -139,13 +172,13 @@ def _listed(opened: Opened, data: DataConfig, section: str) -> SeedIndex:
         raise SeedDataError(renamed([str(error)], section)[0]) from error
 
 
-def _refuse_overlap(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]], test: SeedIndex,
+def _refuse_overlap(config: StudyConfig, trained: Sequence[tuple[str, Listed]], test: SeedIndex,
                     opened: Opened) -> None:
     """No image in two of training, validation and test images."""
     held = [("test", (test, config.test))]
     if config.validation is not None:
         held.append(("validation", (_listed(opened, config.validation, "validation"), config.validation)))
-    others = [(f"training images of seed {seed}", one) for seed, one in _distinct(subsets).items()]
+    others = [*trained]
     for section, one in held:
         for name, other in others:
             if shared := shared_images(other, one):

@@ -9,17 +9,19 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rayexpand.classifier.accuracy import paired_bootstrap, summarise
+from rayexpand.classifier.accuracy import paired_bootstrap
 from rayexpand.contract.errors import EnvironmentFault
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import csv_cell
 from rayexpand.studies.results import Predicted, Result, StudyView, controlled, number, read_study, replaces
+from rayexpand.studies.score_table import compared_with, go_with_top1, of_samples
+from rayexpand.studies.spreads import plus_minus, points, spread
 
 MIN_SEEDS = 3  # below this no spread over seeds is worth printing as an error bar
 COUNTS = ("rows", "real_rows", "synthetic_rows", "updates", "samples_seen", "workers")
@@ -83,12 +85,6 @@ def _sentence(found: Mapping[str, Any]) -> str:
             f"{points(found['high'])}, {seeds}, {found['images']:,} test images: {VERDICTS[found['verdict']]}.")
 
 
-def points(share: float) -> str:
-    """A difference of shares in percentage points with its sign: one decimal, more where that would read as zero."""
-    value = 100 * share
-    return f"{value:+.1f}" if abs(value) >= 0.05 or value == 0 else f"{value:+.1g}"
-
-
 # Summary -------------------------------------------------------------------------------------------------------------
 
 
@@ -96,8 +92,9 @@ def summary(folder: str | Path) -> dict[str, Any]:
     """Every number of the page as one mapping, also written as summary.json and summary.csv into the study folder.
 
     `trials` (done, expected, missing, failed), `baseline`, `arms` (one each, with spreads {mean, se (standard error of
-    the mean), std (ddof 1), n, values}, shares in [0, 1], seconds), `comparisons`, `warnings`. Raises UsageError if
-    there is no study, EnvironmentFault if the folder cannot be written.
+    the mean), std (ddof 1), n, values}, shares in [0, 1], seconds), `comparisons`, `samples` (what they were compared
+    with; None for a study that does not ask), `warnings`. Raises UsageError if there is no study, EnvironmentFault if
+    the folder cannot be written.
     """
     study = read_study(folder)
     found = summarised(study)
@@ -148,12 +145,6 @@ def _percent(arm: Mapping[str, Any], place: Sequence[str]) -> str:
     return "" if value is None else plus_minus(value)
 
 
-def plus_minus(found: Mapping[str, Any], digits: int = 1) -> str:
-    """Mean ± standard error of shares in percent, as every page and table writes it; one value has no ±."""
-    error = found.get("se")
-    return f"{100 * found['mean']:.{digits}f}" + ("" if error is None else f" ± {100 * error:.{digits}f}")
-
-
 def _flat(place: str, value: Any) -> dict[str, float]:
     """Spreads anywhere below a mapping, as <dotted place>, and .se, .std and .n of it."""
     if not isinstance(value, Mapping):
@@ -173,12 +164,13 @@ def summarised(study: StudyView) -> dict[str, Any]:
                                        else "baseline"))
         if control := study.controls.get(arm):
             comparisons.append(compare(study, arm, control, "control"))
+    arms = [_arm(study, arm, trials) for arm, trials in study.arms.items()]
+    samples = compared_with(study.config, study.scores)
     found = {"study": study.name,
              "trials": {"done": len(study.results), "expected": len(study.planned) or None,
                         "missing": study.missing, "failed": study.failed},
-             "baseline": study.baseline,
-             "arms": [_arm(study, arm, trials) for arm, trials in study.arms.items()],
-             "comparisons": comparisons}
+             "baseline": study.baseline, "arms": arms, "comparisons": comparisons,
+             "samples": None if samples is None else {**samples, "with_top1": go_with_top1(arms)}}
     return {**found, "warnings": _warnings(study, found)}
 
 
@@ -194,7 +186,14 @@ def _arm(study: StudyView, arm: str, trials: Sequence[Result]) -> dict[str, Any]
             "by_frequency": {name: spread(number(r, f"by_frequency.{name}") for r in trials) for name in FREQUENCIES},
             "also": {name: _also([r["also"][name] for r in trials if name in (r.get("also") or {})])
                      for name in dict.fromkeys(name for r in trials for name in r.get("also") or {})},
-            "cost": _cost(trials)}
+            "samples": of_samples([study.scores[r["trial"]] for r in trials if r["trial"] in study.scores]),
+            "seconds_per_image": spread(_seconds_per_image(r) for r in trials), "cost": _cost(trials)}
+
+
+def _seconds_per_image(result: Result) -> float | None:
+    """Process-seconds of the expansion over the synthetic rows, so that what was rejected is paid for by what stays."""
+    spent, rows = number(result, "expansion_seconds"), number(result, "synthetic_rows")
+    return spent / rows if spent and rows else None
 
 
 def _also(results: Sequence[Result]) -> dict[str, Any]:
@@ -220,16 +219,6 @@ def _cost(trials: Sequence[Result]) -> dict[str, Any]:
             "expansion": spread(None if made is None else made + (fitted or 0.0)
                                 for made, fitted in zip(expansion, fitting, strict=True)),
             "fitting": spread(fitting), "wall": spread(number(r, "seconds") for r in trials)}
-
-
-def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
-    """Mean, its standard error and the sample standard deviation (None for a single value), n and the values; None if
-    there are none."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    found = summarise(known)
-    return {"mean": found.mean, "se": found.se, "std": found.std, "n": found.n, "values": known}
 
 
 def _warnings(study: StudyView, found: Mapping[str, Any]) -> list[str]:

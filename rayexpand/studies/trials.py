@@ -31,7 +31,7 @@ def make_trials(study: Study) -> list[Trial]:
     test_sha256 = fingerprint(study.opened.index(study.config.test), study.config.test)
     also = _also(study)
     data_sha256 = {seed: fingerprint(index, data) for seed, (data, index) in study.subsets.items()}
-    arms = _arms(study)
+    arms = arms_of(study)
     _refuse_equal_names(study, arms)
     made = [[_trial(study, arm, seed, data_sha256[seed], test_sha256, also) for seed in study.config.seeds]
             for arm in arms]
@@ -54,7 +54,7 @@ def pending_trials(study: Study, trials: Sequence[Trial]) -> list[Trial]:
             or found["digest"] != trial.digest or lacks_predictions(study.files, trial)]
 
 
-def _arms(study: Study) -> list[Arm]:
+def arms_of(study: Study) -> list[Arm]:
     """The arms of the configuration, one for each of their ratios."""
     return [Arm(f"{one.name} {ratio}x" if isinstance(one.ratio, list) else one.name, one,
                 make_recipe({**study.config.recipe, **one.recipe}), ratio)

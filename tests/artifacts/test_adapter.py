@@ -15,6 +15,7 @@ from rayexpand.artifacts.adapter import ADAPTER, LORA, TOKENS, AdapterFacts, loa
 from rayexpand.contract.errors import ModelError
 from rayexpand.models.folders import folder_hash
 from rayexpand.models.prior import load_prior
+from tests.diffusion.gaussian import point_at
 from tests.tiny import tiny_adapter, tiny_pipeline
 
 torch.set_num_threads(1)
@@ -84,11 +85,11 @@ def test_a_fresh_pipeline_computes_what_the_trained_modules_did(base, tmp_path):
     fresh = load_prior(str(base), device="cpu").with_adapter(tmp_path / "adapter", fuse=False, base_sha256="b" * 64)
 
     prompts, negatives = [f"a photo of a <class_{label}>" for label in range(3)], ["", "blurred", "<class_1>"]
-    cond, z = fresh.embed(prompts, negatives), torch.ones(3, 4, 8, 8)
-    expected = trained.embed(prompts, negatives)
+    cond, z = fresh.embed(prompts, negatives, 2.0), torch.ones(3, 4, 8, 8)
+    expected, at = trained.embed(prompts, negatives, 2.0), point_at(trained.scheduler, 500)
     assert torch.equal(cond.tokens_BTE, expected.tokens_BTE)
     assert torch.equal(cond.negative_tokens_BTE, expected.negative_tokens_BTE)
-    assert torch.equal(fresh.predict(z, 500, cond, 2.0), trained.predict(z, 500, expected, 2.0))
+    assert torch.equal(fresh.predict(z, at, cond).noise, trained.predict(z, at, expected).noise)
     assert len({row.numpy().tobytes() for row in cond.tokens_BTE}) == 3
 
 

@@ -1,4 +1,5 @@
-"""What was begun with the code of commit c960195 is finished by this code, and nothing that was finished is made again.
+"""What was begun with the code of commit c960195 is finished by this code or refused with what to do, and nothing that
+was finished is made again.
 
 README.md beside this file says what the folders hold and how they were made. expected.json is what that code gave where
 nothing had interrupted it.
@@ -10,12 +11,16 @@ import json
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from rayexpand.runs.config import parse
+from rayexpand.runs.run import open_run
 from tests import commands
 from tests.compat import drawn, found
 
@@ -137,16 +142,59 @@ def test_a_run_with_failed_rows_and_a_retry_is_continued_and_retried(unpack: Unp
     assert_kept(project, before)
 
 
-@pytest.mark.parametrize("name", ["img2img", "distdiff", "diffmix"])
-def test_a_run_by_a_generator_with_what_was_fitted_for_it_is_continued(name: str, unpack: Unpack) -> None:
+def test_a_run_by_a_generator_is_continued(unpack: Unpack) -> None:
+    """By first-order steps from noise predictions, whose arithmetic is as it was."""
     project = unpack("models")
-    before = look(project, f"runs/{name}/run.json", f"runs/{name}/plan/**/*", f"runs/{name}/data/*",
-                  "artifacts/**/*", "artifacts/.*/**/*")
+    before = look(project, "runs/img2img/run.json", "runs/img2img/plan/**/*", "runs/img2img/data/*")
 
-    done("expand", f"{name}.yaml")
+    done("expand", "img2img.yaml")
 
-    assert_complete(project, f"runs/{name}", by_a_network=True)
+    assert_complete(project, "runs/img2img", by_a_network=True)
     assert_kept(project, before)
+
+
+def test_a_run_begun_before_is_decoded_in_full_precision_on_any_device(unpack: Unpack) -> None:
+    project = unpack("models")
+    for name in ("img2img", "distdiff", "diffmix"):
+        run = open_run(str(project / "runs" / name))
+        assert "log_snr_at_start" not in run.facts
+        assert run.config.prior.vae_dtype == "auto"
+        assert (run.sampling.prior.vae_dtype, run.sampling.prior.channels_last, run.sampling.prior.compile) == (
+            "float32", False, False)
+    config = parse({**yaml.safe_load((project / "img2img.yaml").read_text()), "out": str(project / "runs")})
+    begun = open_run(str(project / "runs/img2img"))
+    assert config.prior.channels_last == "auto", "what a file does not say is decided by the device since"
+    assert replace(begun, config=config).sampling.prior.channels_last is False
+
+
+@pytest.mark.parametrize("name", ["distdiff", "diffmix"])
+def test_a_run_by_solvers_that_changed_since_is_refused_and_may_be_made_under_another_name(name: str,
+                                                                                           unpack: Unpack) -> None:
+    """A gradient through two steps and a multistep solver: their latents differ in the last digits, which the few small
+    images of these runs do not show."""
+    project = unpack("models")
+    before = look(project, f"runs/{name}/**/*")
+
+    for command in (f"expand {name}.yaml", f"retry runs/{name}", f"regen runs/{name} digits/1073/0"):
+        refused_as_changed(f"runs/{name}", *command.split())
+    assert look(project, f"runs/{name}/**/*") == before, "nothing is changed and nothing is added"
+
+    done("expand", f"{name}.yaml", "--set", f"name={name}-anew")
+    assert_complete(project, f"runs/{name}-anew", by_a_network=True, same_as=f"runs/{name}")
+    facts, old = (json.loads((project / "runs" / one / "run.json").read_text()) for one in (f"{name}-anew", name))
+    assert (facts["sampler_revision"], facts["plan_digest"], facts["models"]) == (
+        2, old["plan_digest"], old["models"])
+    assert facts["run_digest"] != old["run_digest"]
+
+
+def refused_as_changed(run: str, *arguments: str) -> None:
+    ended = commands.rayexpand(*arguments, "--json", *(["--no-ray"] if arguments[0] == "retry" else []))
+    assert ended.returncode == 4, ended.stdout + ended.stderr
+    said = json.loads(ended.stdout)["error"]
+    assert (said["type"], said["exit_code"]) == ("DigestMismatch", 4)
+    for words in (run, "begun with revision 1 of the solvers, and this version has 2", "Finish it with rayexpand 0.1.0",
+                  "give this run another `name`", "can be read as before"):
+        assert words in said["message"]
 
 
 # ------------------------------------------------------------------------------------------------------------- studies
@@ -308,7 +356,13 @@ OPENED = [  # archives, command, some of what it answers
     ("runs", "retry runs/pictures", {"kept": 33, "failed": 3, "pending": 18}),
     ("runs", "plan digits.yaml", {"problems": []}),
     ("models", "status runs/distdiff", {"kept": 4, "pending": 6}),
+    ("models", "verify runs/distdiff --pixels", {"problems": [], "kept": 4, "pending": 6}),
     ("models", "report runs/distdiff --strips 2", {"report": "runs/distdiff/report.html"}),
+    ("models", "card runs/distdiff", {"card": "runs/distdiff/README.md"}),
+    ("models", "export runs/distdiff out", {"count": 4, "pending": 6}),
+    ("models", "status runs/diffmix", {"kept": 4, "pending": 6}),
+    ("models", "verify runs/diffmix --pixels", {"problems": [], "kept": 4, "pending": 6}),
+    ("models", "report runs/diffmix", {"report": "runs/diffmix/report.html"}),
     ("models", "plan diffmix.yaml", {"problems": []}),
     ("study", "report runs/study", {"report": "runs/study/report.html"}),
     ("study", "status runs/study/runs/randaugment-1", {"kept": 18, "pending": 0}),

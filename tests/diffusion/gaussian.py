@@ -25,6 +25,16 @@ def process_in(scheduler: Any) -> Process:
     return process_of({**scheduler.config, "_class_name": type(scheduler).__name__}, published=True)
 
 
+def schedule_of(scheduler: Any, solver: Any, steps: int, run: int | None = None, spacing: Any = None) -> Schedule:
+    return schedule(process_in(scheduler), solver, steps, run, spacing)
+
+
+def point_at(scheduler: Any, t: int) -> Point:
+    """A timestep of a beta schedule, by alpha-bar in float64."""
+    abar = float(scheduler.alphas_cumprod[t])
+    return Point(abar**0.5, (1 - abar) ** 0.5, float(t))
+
+
 @dataclass
 class FakeCond:
     tokens_BTE: torch.Tensor
@@ -54,7 +64,7 @@ class GaussianPrior:
 
     def schedule(self, solver: Any, steps: int, run: int | None = None, spacing: Any = None,
                  latent: Any = None) -> Schedule:
-        return schedule(process_in(self.scheduler), solver, steps, run, spacing, latent)
+        return schedule_of(self.scheduler, solver, steps, run, spacing)
 
     def embed(self, prompts: Sequence[str], negatives: Sequence[str], guidance: float) -> FakeCond:
         return FakeCond((guidance != 0) * torch.tensor([float(len(p)) for p in prompts]).reshape(-1, 1, 1))

@@ -70,7 +70,7 @@ def blocks_of(features_ND: np.ndarray, *parts: list[int], refused: dict[str, str
 
 
 def means(tmp_path: Path, index: SeedIndex, blocks: Iterator[Block]) -> np.ndarray:
-    make_class_features(tmp_path, blocks, index, ClassFeaturesFit(images=None), "0" * 64, quiet)
+    make_class_features(tmp_path, [blocks], index, ClassFeaturesFit(images=None), ["0" * 64], quiet)
     return read_class_features(tmp_path, index.classes.key)
 
 
@@ -95,8 +95,8 @@ def test_images_that_cannot_be_read_are_left_out_and_a_class_of_them_is_refused(
                                                                                tmp_path: Path) -> None:
     features = np.arange(40, dtype=np.float32).reshape(20, 2)
     made = ClassFeaturesFit()
-    facts = make_class_features(tmp_path, blocks_of(features, [*range(1, 20)], refused={"ant/0.png": "decode_error"}),
-                                index, made, "0" * 64, quiet)
+    readable = blocks_of(features, [*range(1, 20)], refused={"ant/0.png": "decode_error"})
+    facts = make_class_features(tmp_path, [readable], index, made, ["0" * 64], quiet)
     assert read_class_features(tmp_path, KEYS)[0].tolist() == [5, 6]
     assert (facts["images"], facts["fewest_of_a_class"], facts["refused_examples"]) == (
         19, 4, {"ant/0.png": "decode_error"})
@@ -104,10 +104,10 @@ def test_images_that_cannot_be_read_are_left_out_and_a_class_of_them_is_refused(
                           ([*range(20)], "not finite for 1 of 5 images of class 'dog'")):
         features[19] = np.nan
         with pytest.raises(UsageError, match=message):
-            make_class_features(tmp_path, blocks_of(features, rows), index, made, "0" * 64, quiet)
+            make_class_features(tmp_path, [blocks_of(features, rows)], index, made, ["0" * 64], quiet)
     with pytest.raises(UsageError, match=r"none of the images .* the first: decode_error"):
-        make_image_features(tmp_path, blocks_of(features, [], refused={"ant/0.png": "decode_error"}), index, "0" * 64,
-                            quiet)
+        make_image_features(tmp_path, [blocks_of(features, [], refused={"ant/0.png": "decode_error"})], index,
+                            ["0" * 64], quiet)
 
 
 def test_images_are_drawn_without_replacement_and_fewer_lie_inside_more(index: SeedIndex) -> None:

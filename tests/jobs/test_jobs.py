@@ -205,6 +205,19 @@ def test_the_table_of_jobs_names_every_file() -> None:
             if not any(path.relative_to(ROOT / "jobs").match(row) for row in rows)] == []
 
 
+@pytest.mark.parametrize("method", ["diffmix", "realfake"])
+def test_what_is_fitted_for_sdxl_is_what_its_run_names(method: str) -> None:
+    fit, run = (_job(f"imagenet/{verb}-{method}-sdxl.yaml") for verb in ("fit", "expand"))
+    made = {kind for kind, one in fit.fit if one is not None}
+    assert run.artifacts == {kind: f"artifacts/{fit.name}-{kind}" for kind in made}
+    assert (run.prior.weights, run.image.size, run.data) == (fit.prior.weights, fit.fit.adapter.resolution, fit.data)
+    assert run.method.name == method
+    assert getattr(run.method, "visual_token", "none") == fit.fit.adapter.finetune.visual_token
+    if method == "realfake":  # in the order of the text encoders: ViT-L of OpenAI, ViT-bigG of LAION
+        assert [one.weights.split("/")[1] for one in (fit.guide, fit.fit.class_features.guide_2)] == [
+            "vit_large_patch14_clip_224.openai@main", "vit_gigantic_patch14_clip_224.laion2b@main"]
+
+
 @cache
 def _study(name: str) -> tuple[StudyConfig, Callable[[str], Any]]:
     config = _job(f"papers/{name}")

@@ -9,12 +9,12 @@ import torch
 from rayexpand.contract.protocols import Tools
 from rayexpand.contract.rng import RowRng
 from rayexpand.contract.schema import ClassTable
-from rayexpand.diffusion.process import prediction, schedule
+from rayexpand.diffusion.process import prediction
 from rayexpand.diffusion.prototypes import fit_prototypes
 from rayexpand.models.guides import load_guide
 from rayexpand.models.prior import load_prior
 from rayexpand.models.texts import TextCond
-from tests.diffusion.gaussian import process_in
+from tests.diffusion.gaussian import schedule_of
 from tests.tiny import tiny_clip, tiny_pipeline
 
 CLASSES = ClassTable.of(["3", "7", "boot"], ["three", "seven", "rain_boot"], [5, 4, 2], ["digit", "digit", "shoe"],
@@ -48,7 +48,7 @@ class SmallestPrior:
         return 3, height // 2, width // 2
 
     def schedule(self, solver, steps, run=None, spacing=None, latent=None):
-        return schedule(process_in(self.scheduler), solver, steps, run, spacing, latent)
+        return schedule_of(self.scheduler, solver, steps, run, spacing)
 
     def embed(self, prompts, negatives, guidance):
         tokens, negative_tokens = (torch.from_numpy(np.stack([

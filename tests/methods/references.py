@@ -1,7 +1,7 @@
 """DistDiff and GIF-SD once more, one image at a time, straight from their equations and from the plain libraries.
 
-Nothing here is shared with the package but the random streams: diffusers models, open_clip and torch functions only.
-Beside them, models so simple that every number of a guided step can be worked out by hand.
+They share nothing with the package but the random streams: diffusers models, open_clip and torch functions only. Beside
+them, models so simple that every number of a guided step can be worked out by hand.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+
+from rayexpand.diffusion.process import Point, Prediction, Schedule, prediction
+from tests.diffusion.gaussian import schedule_of
 
 
 @dataclass
@@ -194,7 +197,11 @@ class ToyPrior:
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return self.channels, height, width
 
-    def embed(self, prompts: Any, negatives: Any) -> Rows:
+    def schedule(self, solver: Any, steps: int, run: int | None = None, spacing: Any = None,
+                 latent: Any = None) -> Schedule:
+        return schedule_of(self.scheduler, solver, steps, run, spacing)
+
+    def embed(self, prompts: Any, negatives: Any, guidance: float) -> Rows:
         return Rows(len(prompts))
 
     def encode(self, x: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
@@ -203,10 +210,11 @@ class ToyPrior:
     def decode(self, z: torch.Tensor, cond: Any = None) -> torch.Tensor:
         return z
 
-    def predict(self, z_t: torch.Tensor, t: int, cond: Any, guidance_scale: float) -> torch.Tensor:
-        self.called.append(t)
+    def predict(self, z_t: torch.Tensor, at: Point, cond: Any) -> Prediction:
+        self.called.append(int(at.label))
         self.seen.append(z_t.detach())
-        return self.slope * torch.sin(z_t) if self.slope else torch.zeros_like(z_t)
+        eps = self.slope * torch.sin(z_t) if self.slope else torch.zeros_like(z_t)
+        return prediction("epsilon", eps, z_t, at)
 
 
 class MeanGuide:

@@ -315,9 +315,9 @@ class Counted(GaussianPrior):
     def encode(self, x_BCHW, noise):
         return x_BCHW
 
-    def predict(self, z_t, t, cond, guidance_scale):
+    def predict(self, z_t, at, cond):
         self.first = z_t.clone() if self.first is None else self.first
-        return super().predict(z_t, t, cond, guidance_scale)
+        return super().predict(z_t, at, cond)
 
 
 @pytest.mark.parametrize(("strength", "run", "linspace", "signal", "noise", "leading", "ddim"), [
@@ -386,7 +386,7 @@ def test_calls_hold_one_number_of_steps_and_a_prompt_for_each_row():
 
 
 def test_through_the_expander_mix_of_the_own_class_is_aug(make_config, tools, tmp_path, image_folder):
-    base = tools.prior.source.folder
+    base = tools.prior.source.files.folder
     adapter = tiny_adapter(tmp_path / "adapter", base, sorted(folder.name for folder in image_folder.iterdir()))
     plain = {"prior": {"weights": str(base)}, "image": {"size": 16}}
     sections = {**plain, "artifacts": {"adapter": str(adapter)}}

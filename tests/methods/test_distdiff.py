@@ -249,13 +249,51 @@ def test_each_text_is_encoded_once(tools):
     ({}, 381, 5), ({"guide_step": 25}, 481, 0), ({"guide_step": 10, "strength": 0.2}, 181, 0),
     ({"guide_step": 2}, 21, 23)])
 def test_the_guided_step_is_counted_from_the_end(settings, first, place):
-    prior = ToyPrior(sd_scheduler(), slope=0.1)
+    assert_rolled_out(settings, [981 - 20 * k for k in range(50)], place, [first, first - 20])
+
+
+@pytest.mark.parametrize(("settings", "spacing", "place", "rollout"), [
+    ({"guide_at": -0.09}, "leading", 5, [381, 361]),  # step 20 of 50, of the paper
+    ({"guide_at": -0.065}, "leading", 5, [381, 361]), ({"guide_at": -0.05}, "leading", 6, [361, 341]),
+    ({"guide_at": -0.09, "lookahead": 1}, "leading", 5, [381]),
+    ({"guide_at": -0.09, "lookahead": 3}, "leading", 5, [381, 361, 341]),
+    ({"guide_at": -0.418}, "leading", 0, [481, 461]), ({"guide_at": -2.0, "strength": 0.9}, "leading", 0, [881, 861]),
+    ({"guide_at": 1.95}, "leading", 23, [21, 1]), ({"guide_at": -0.09, "guide_step": 2}, "leading", 5, [381, 361]),
+    ({"guide_at": -0.09}, "trailing", 6, [379, 359])])
+def test_a_guided_noise_level_is_the_nearest_step_that_is_run(settings, spacing, place, rollout):
+    grid = [(981 if spacing == "leading" else 999) - 20 * k for k in range(50)]
+    assert_rolled_out(settings, grid, place, rollout, timestep_spacing=spacing)
+
+
+def assert_rolled_out(settings, grid, place, rollout, **scheduler):
+    """The guided rollout is made once, before the step at `place` of those that are run."""
+    prior = ToyPrior(sd_scheduler(**scheduler), slope=0.1)
     prototypes = fit_prototypes(RowRng(0, "t", "p", 0).normals("x", (9, 3)), np.arange(9) % 3, 3, 2, guide_hash="",
                                 class_keys=CLASSES.key)
     method = DistDiff(**settings)
     method.expand(batch_of(method, CLASSES, ROWS), Tools(CLASSES, prior, MeanGuide(), prototypes))
-    executed = [981 - 20 * k for k in range(50)][-method.draw("s", 0, 0, 0, CLASSES, None).steps_run:]
-    assert prior.called == [*executed[:place], first, first - 20, *executed[place:]]
+    executed = grid[-method.draw("s", 0, 0, 0, CLASSES, None).steps_run:]
+    assert prior.called == [*executed[:place], *rollout, *executed[place:]]
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance": "direct"}, {"guidance": "random"}], ids=str)
+def test_a_noise_level_and_its_step_are_one_setting(tools, settings):
+    """Step 4 of 10 begins at timestep 301, where log(a / s) is 0.15."""
+    images = []
+    for fields in ({"guide_step": 4}, {"guide_at": 0.15}, {"guide_at": 0.15, "guide_step": 9}, {"guide_step": 3}):
+        method = DistDiff(steps=10, rho=1.0, **fields, **settings)
+        images.append(np.stack(method.expand(batch_of(method, CLASSES, ROWS), tools).images))
+    np.testing.assert_array_equal(images[0], images[1])
+    np.testing.assert_array_equal(images[0], images[2])
+    assert not np.array_equal(images[0], images[3])
+
+
+def test_with_a_noise_level_the_number_of_the_step_is_not_looked_at():
+    """What of the way is run is known where the generator is: `validate` refuses a level outside of it."""
+    with pytest.raises(ValidationError, match="executes the last 5"):
+        DistDiff(steps=10)
+    assert DistDiff(steps=10, guide_at=0.1).guide_step == 20
+    assert DistDiff(steps=10, guide_at=0.1, guide_step=1, lookahead=2).lookahead == 2
 
 
 def test_recomputation_and_small_chunks_keep_less(tools):

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from rayexpand.contract.errors import ConfigError
 from rayexpand.contract.protocols import Batch, Method, Tools
 from rayexpand.diffusion import perturb, sampling
 from rayexpand.diffusion.process import Point
 from rayexpand.methods import load_method, method_class, names
 from rayexpand.models.latent import StableDiffusionPrior
-from rayexpand.models.prior import inspect_prior, load_prior, sampling_problems
+from rayexpand.models.prior import inspect_prior, load_prior, sampling_notes, sampling_problems, starting_points
+from rayexpand.runs.config import parse
+from rayexpand.runs.run import prepare
 from tests.methods.conftest import CLASSES
 from tests.methods.fakes import batch_of
 from tests.models.families import FAMILIES
@@ -169,3 +172,20 @@ def test_fresh_noise_belongs_to_the_row(family_folder: Any) -> None:
         plain, back = (sampling.fresh_noise(prior, one)(2) for one in (batch, turned))
     assert torch.equal(plain, back.flip(0))
     assert not torch.equal(plain[0], plain[2])  # two copies of one seed
+
+
+def test_more_steps_than_a_grid_has_are_refused_before_there_is_a_folder(family_folder: Any, tmp_path: Any) -> None:
+    """LCM was distilled from 50 steps."""
+    prior = {"weights": str(family_folder("lcm"))}
+    config = parse({"name": "run", "out": str(tmp_path), "data": {"source": "digits", "per_class": 1}, "prior": prior,
+                    "method": {"name": "img2img", "steps": 60, "guidance_scale": 4.0}, "image": {"size": 32}})
+    with pytest.raises(ConfigError, match=r"method\.steps: LCMScheduler gives no shipped grid of 60 steps"):
+        prepare(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_in_pure_noise_is_kept_as_null(family_folder: Any) -> None:
+    facts = inspect_prior(str(family_folder("sdzsnr")))
+    method = method_for("img2img", "sdzsnr", strength=1.0)
+    assert starting_points(facts, method) == {"1": None}
+    assert "log(a/s) -inf (label 999)" in sampling_notes(facts, method)[0]

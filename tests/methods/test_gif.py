@@ -182,10 +182,10 @@ def test_another_seed_of_the_call_changes_nothing(tools, updates):
 
 def test_a_copy_that_is_no_number_leaves_its_group_alone(tools):
     class Poisoned(Watched):
-        def predict(self, z_t, t, cond, guidance_scale):
-            eps = self._model.predict(z_t, t, cond, guidance_scale).clone()
-            eps[2] = float("nan")
-            return eps
+        def predict(self, z_t, at, cond):
+            p = self._model.predict(z_t, at, cond)
+            p.noise[2] = p.clean[2] = float("nan")
+            return p
 
     method = Gif(**QUICK)
     made = method.expand(batch_of(method, CLASSES, ROWS), replace(tools, prior=Poisoned(tools.prior)))
@@ -258,10 +258,10 @@ def test_noise_level(level, noised_to):
 def test_calls_of_one_batch(settings, decode, guide, decode_graphs):
     """The UNet is asked once per executed step, and never with a gradient."""
     class Unyielding(Watched):
-        def predict(self, z_t, t, cond, guidance_scale):
+        def predict(self, z_t, at, cond):
             assert not z_t.requires_grad
             assert not torch.is_grad_enabled()
-            return self._model.predict(z_t, t, cond, guidance_scale)
+            return self._model.predict(z_t, at, cond)
 
     toy = ToyPrior(sd_scheduler(), slope=0.1)
     prior, watched = Unyielding(toy), Watched(MeanGuide())

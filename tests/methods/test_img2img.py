@@ -16,7 +16,7 @@ from rayexpand.diffusion import sampling
 from rayexpand.methods.img2img import Img2Img
 from rayexpand.models.folders import quiet_libraries
 from rayexpand.models.prior import load_prior
-from tests.diffusion.gaussian import GaussianPrior, sd_scheduler
+from tests.diffusion.gaussian import GaussianPrior, point_at, sd_scheduler
 from tests.methods.fakes import batch_of
 from tests.tiny import tiny_pipeline
 
@@ -49,7 +49,7 @@ def test_broken_templates_are_refused(template, message):
 
 
 @pytest.mark.parametrize("fields", [{"strength": 0.01}, {"strength": 0.0}, {"strength": 1.1}, {"steps": 0},
-                                    {"ratio": 0}, {"solver": "euler"}, {"spacing": "karras"}, {"quota": 0}])
+                                    {"ratio": 0}, {"solver": "euler"}, {"spacing": "sigmoid"}, {"quota": 0}])
 def test_settings_that_cannot_work_are_refused(fields):
     with pytest.raises(ValidationError):
         Img2Img(**fields)
@@ -77,9 +77,9 @@ def test_expand_is_the_textbook_loop_on_the_keyed_noise():
     posterior = torch.stack([torch.from_numpy(rng.normals("posterior", (3, 16, 16))) for rng in batch.rngs])
     noise = torch.stack([torch.from_numpy(rng.normals("noise", (3, 16, 16))) for rng in batch.rngs])
     z = reference.add_noise(x_BCHW + 0.01 * posterior, noise, reference.timesteps[10:11])
-    cond = prior.embed([""] * 3, [""] * 3)
+    cond = prior.embed([""] * 3, [""] * 3, 7.5)
     for t in reference.timesteps[10:]:
-        z = reference.step(prior.predict(z, int(t), cond, 7.5), t, z).prev_sample
+        z = reference.step(prior.predict(z, point_at(reference, int(t)), cond).noise, t, z).prev_sample
     expected, _ = sampling.to_images(z)
     for image, wanted in zip(made.images, expected, strict=True):
         assert np.abs(image.astype(int) - wanted.astype(int)).max() <= 1

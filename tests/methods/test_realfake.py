@@ -17,13 +17,13 @@ from rayexpand.contract.errors import ModelError, UsageError
 from rayexpand.contract.protocols import Batch, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import SEED_INDEX, ClassTable, SeedIndex, Start
-from rayexpand.diffusion import sampling
+from rayexpand.diffusion.process import Point, Prediction
 from rayexpand.methods import load_method
 from rayexpand.methods.realfake import RealFake
 from rayexpand.models.prior import load_prior
 from rayexpand.models.texts import TextCond
 from tests.conftest import complete, hashes
-from tests.diffusion.gaussian import GaussianPrior, sd_scheduler
+from tests.diffusion.gaussian import GaussianPrior, schedule_of, sd_scheduler
 from tests.methods.fakes import batch_of
 from tests.tiny import tiny_adapter, tiny_pipeline
 
@@ -64,7 +64,7 @@ def latents_of(method, batch, tools):
 def cond_of():
     """Two texts of T slots and width 3; the negatives are -1 throughout."""
     tokens = torch.arange(2 * 4 * 3, dtype=torch.float32).reshape(2, 4, 3) + 100
-    return TextCond(tokens, -torch.ones(2, 4, 3))
+    return TextCond(tokens, -torch.ones(2, 4, 3), torch.full((2,), 2.0))
 
 
 class Embedder:
@@ -78,12 +78,12 @@ class Embedder:
     def __getattr__(self, name):
         return getattr(GaussianPrior(self.scheduler), name)
 
-    def embed(self, prompts, negatives):
+    def embed(self, prompts, negatives, guidance):
         return cond_of()
 
-    def predict(self, z_t, t, cond, guidance_scale):
+    def predict(self, z_t, at, cond):
         self.cond = cond
-        return z_t
+        return Prediction(z_t, z_t)
 
 
 @pytest.mark.parametrize(("visual_token", "branch"), [("class_mean", "cond_only"), ("instance", "cond_only"),
@@ -113,7 +113,7 @@ def test_each_row_gets_its_own_feature_in_the_last_slot_and_nothing_else_changes
 
 def test_only_the_last_of_the_priors_slots_changes(prior):
     texts = ["photo of crane", "photo of a great auk on a rock"]
-    plain = prior.embed(texts, ["", ""])
+    plain = prior.embed(texts, ["", ""], 2.0)
     found = plain.with_last_slot(features()[:2])
     moved = (found.tokens_BTE != plain.tokens_BTE).any(dim=-1)
 
@@ -197,12 +197,13 @@ def test_a_batch_is_the_released_loop_row_by_row(prior, tmp_path, prediction_typ
 def test_three_quarters_of_thirty_steps(spacing, first, signal, noise):
     method, prior = RealFake(spacing=spacing, visual_token="none", **PLAIN), GaussianPrior(sd_scheduler())
     method.expand(batch_of(method, CLASSES, ROWS), Tools(CLASSES, prior=prior))
-    plan = sampling.schedule(sd_scheduler(), "unipc", 30, 22, spacing)
+    start = schedule_of(sd_scheduler(), "unipc", 30, 22, spacing).first
     one, zero = torch.ones(1), torch.zeros(1)
 
     assert (len(prior.timesteps), prior.timesteps[0]) == (22, first)
-    assert float(plan.noise_to(one, zero, first)) == pytest.approx(signal, abs=5e-5 if spacing is None else 5e-4)
-    assert float(plan.noise_to(zero, one, first)) == pytest.approx(noise, abs=5e-5)
+    assert start.label == first
+    assert float(start.mix(one, zero)) == pytest.approx(signal, abs=5e-5 if spacing is None else 5e-4)
+    assert float(start.mix(zero, one)) == pytest.approx(noise, abs=5e-5)
 
 
 @pytest.mark.parametrize(("fields", "run"), [({}, 22), ({"strength": 1.0, "steps": 5}, 5)])
@@ -220,8 +221,10 @@ def test_the_unet_is_called_once_a_step_with_a_doubled_batch(prior, fields, run)
 def test_guidance_moves_away_from_the_negative_prompt(prior, monkeypatch):
     out = torch.tensor([[0.5, -1.0], [1.0, 2.0]]).reshape(2, 1, 1, 2)  # negative, then conditional
     monkeypatch.setattr(prior, "unet", lambda *args, **fields: (out,))
-    cond = TextCond(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
-    assert prior.predict(torch.zeros(1, 1, 1, 2), 0, cond, RealFake().guidance_scale).tolist() == [[[[1.5, 5.0]]]]
+    cond = TextCond(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.tensor([RealFake().guidance_scale]))
+    p = prior.predict(torch.zeros(1, 1, 1, 2), Point(0.8, 0.6, 0.0), cond)
+    assert p.noise.tolist() == [[[[1.5, 5.0]]]]
+    torch.testing.assert_close(p.clean, -0.75 * p.noise)
 
 
 def test_without_guidance_the_negative_prompt_has_no_effect(prior):
@@ -247,7 +250,7 @@ def test_start_latents_belong_to_the_row(prior, latent_prior):
             def __getattr__(self, name):
                 return getattr(prior, name)
 
-            def predict(self, z_t, t, cond, guidance_scale):
+            def predict(self, z_t, at, cond):
                 raise First(z_t)
 
         with pytest.raises(First) as found:

@@ -9,20 +9,27 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from rayexpand.diffusion.process import Point
 from rayexpand.models.cost import SD1, SD2, SDXL, Cost, Work, configurations, cost_of
 from rayexpand.models.flops import count, count_once
+from rayexpand.models.latent import StableDiffusionPrior
 from rayexpand.models.prior import load_prior
-from tests.tiny import tiny_pipeline
+from tests.models.families import build
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pipeline(tmp_path_factory.mktemp("tiny") / "model")
+@pytest.fixture(scope="module", params=["sd", "lcm", "sdxl"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(request.param, tmp_path_factory.mktemp("flops") / request.param)
 
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> Cost:
     return count(configurations(folder))
+
+
+@pytest.fixture(scope="module")
+def prior(folder: Path) -> StableDiffusionPrior:
+    return load_prior(str(folder), device="cpu")
 
 
 def tflop(call: Any) -> float:
@@ -31,37 +38,37 @@ def tflop(call: Any) -> float:
     return counter.get_total_flops() / 1e12
 
 
-@pytest.mark.parametrize("side", [16, 32, 48, 96])
-def test_counts_are_those_of_the_networks_at_every_size(folder: Path, found: Cost, side: int) -> None:
-    prior = load_prior(str(folder), device="cpu")
+@pytest.mark.parametrize("side", [48, 96])
+def test_counts_are_those_of_the_networks_at_every_size(prior: StableDiffusionPrior, found: Cost, side: int) -> None:
     z, x = torch.zeros(1, 4, side // 2, side // 2), torch.zeros(1, 3, side, side)
-    cond = prior.embed(["a three"], [""])
-    step = lambda z: prior.unet(z, torch.zeros(1), encoder_hidden_states=cond.tokens_BTE, return_dict=False)[0]  # noqa: E731
+    at, (plain, guided) = Point(0.6, 0.8, 400.0), (prior.embed(["a three"], ["a two"], scale) for scale in (1, 5))
     with torch.no_grad():
-        assert tflop(lambda: step(z)) == pytest.approx(found.network.at(side), rel=1e-6)
+        for cond, scale in ((plain, 1), (guided, 5)):
+            assert tflop(lambda cond=cond: prior.predict(z, at, cond)) == pytest.approx(
+                found.forwards(scale) * found.network.at(side), rel=1e-6)
         assert tflop(lambda: prior.encode(x, None)) == pytest.approx(found.encode.at(side), rel=1e-6)
         assert tflop(lambda: prior.decode(z)) == pytest.approx(found.decode.at(side), rel=1e-6)
-    for call, work in ((step, found.network), (prior.decode, found.decode)):
+    for call, work in ((lambda z: prior.predict(z, at, plain).clean, found.network), (prior.decode, found.decode)):
         leaf = z.clone().requires_grad_()
         out = call(leaf).sum()
         assert tflop(lambda out=out, leaf=leaf: torch.autograd.grad(out, leaf)) == pytest.approx(
             work.back_at(side), rel=1e-6)
 
 
-def test_a_text_is_counted(folder: Path, found: Cost) -> None:
-    prior = load_prior(str(folder), device="cpu")
+def test_texts_are_counted(prior: StableDiffusionPrior, found: Cost) -> None:
     with torch.no_grad():
-        assert tflop(lambda: prior._text("a four")) == pytest.approx(found.text, rel=1e-6)
+        assert tflop(lambda: prior.embed(["a four"], ["a five"], 1)) == pytest.approx(2 * found.text, rel=1e-6)
 
 
 def test_what_was_counted_once_is_known_then(folder: Path, found: Cost, tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYEXPAND_CACHE", str(tmp_path))
     assert cost_of(str(folder)) is None
+    monkeypatch.setattr("rayexpand.models.flops.count", lambda parts: found)
     assert count_once(folder) == found
     monkeypatch.setattr("rayexpand.models.flops.count", lambda parts: pytest.fail("counted again"))
     assert count_once(folder) == cost_of(str(folder)) == found
-    assert (found.side, found.doubles) == (16, True)
+    assert (found.side, found.doubles) == (32, folder.name != "lcm")
 
 
 # As published -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -12,15 +11,22 @@ import torch
 from rayexpand.artifacts.adapter import load_lora, read_adapter, write_adapter
 from rayexpand.contract.errors import ModelError
 from rayexpand.contract.rng import RowRng
-from rayexpand.models import latent
+from rayexpand.diffusion import sampling
 from rayexpand.models.folders import folder_hash
-from rayexpand.models.latent import StableDiffusionPrior, TextCond
+from rayexpand.models.latent import StableDiffusionPrior
 from rayexpand.models.prior import check_size, inspect_prior, load_prior, prior_hash
+from rayexpand.models.prior_config import PriorModel
+from tests.diffusion.gaussian import point_at
 from tests.tiny import tiny_adapter, tiny_pipeline
 
 torch.set_num_threads(1)
 PROMPTS = ["a photo of a zero", "a seven", "the digit two", "a kudu"]
 NEGATIVES = ["", "blurred", "", "a photo of a one"]
+
+
+def predict(prior, z, t, cond):
+    """Clean latent and noise at a timestep, (2, B, C, H, W)."""
+    return torch.stack(prior.predict(z, point_at(prior.scheduler, t), cond))
 
 
 def normals(*shape: int, key: int = 0) -> torch.Tensor:
@@ -61,13 +67,14 @@ def test_agrees_with_the_diffusers_pipeline(folders, priors, kind):
                     output_type="latent").images
 
     prior = priors[kind]
-    cond = prior.embed(PROMPTS, NEGATIVES)
+    cond = prior.embed(PROMPTS, NEGATIVES, 3.0)
     solver = DDIMScheduler.from_config(prior.scheduler.config, prediction_type="epsilon")  # fed with eps in both cases
     solver.set_timesteps(7)
     z = noise
     for t in solver.timesteps:
-        z = solver.step(prior.predict(z, int(t), cond, 3.0), t, z).prev_sample
+        z = solver.step(predict(prior, z, int(t), cond)[1], t, z).prev_sample
     assert torch.allclose(z, expected, atol=1e-5)
+    assert torch.allclose(sampling.denoise(prior, noise, prior.schedule("ddim", 7), cond), expected, atol=1e-5)
     assert (expected - noise).abs().max() > 0.1
 
 
@@ -75,15 +82,15 @@ def test_agrees_with_the_diffusers_pipeline(folders, priors, kind):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_one_prediction_is_guided_by_the_textbook_formula(priors, kind):
     prior, z, t, scale = priors[kind], normals(4, 4, 8, 8), 600, 4.0
-    cond = prior.embed(PROMPTS, NEGATIVES)
+    cond = prior.embed(PROMPTS, NEGATIVES, scale)
     positive, negative = (prior.unet(z, t, encoder_hidden_states=text).sample
                           for text in (cond.tokens_BTE, cond.negative_tokens_BTE))
-    expected = negative + scale * (positive - negative)
-    if kind == "v_prediction":
-        abar = prior.scheduler.alphas_cumprod[t]
-        expected = abar.sqrt() * expected + (1 - abar).sqrt() * z
-    assert torch.allclose(prior.predict(z, t, cond, scale), expected, atol=1e-5)
-    assert not torch.allclose(prior.predict(z, t, cond, 1.0), expected, atol=1e-3)
+    out, abar = negative + scale * (positive - negative), prior.scheduler.alphas_cumprod[t]
+    noise = abar.sqrt() * out + (1 - abar).sqrt() * z if kind == "v_prediction" else out
+    expected = torch.stack([(z - (1 - abar).sqrt() * noise) / abar.sqrt(), noise])
+    assert torch.allclose(predict(prior, z, t, cond), expected, atol=2e-5)
+    for made, wanted in zip(predict(prior, z, t, prior.embed(PROMPTS, NEGATIVES, 1.0)), expected, strict=True):
+        assert not torch.allclose(made, wanted, atol=1e-3)
 
 
 @torch.no_grad()
@@ -92,10 +99,12 @@ def test_scale_one_leaves_out_the_unconditional_half(prior, monkeypatch):
     forward = type(prior.unet).forward
     monkeypatch.setattr(type(prior.unet), "forward", lambda self, z, *args, **kwargs: (
         sizes.append(len(z)), forward(self, z, *args, **kwargs))[1])
-    cond, z = prior.embed(PROMPTS, NEGATIVES), normals(4, 4, 8, 8)
-    alone = prior.predict(z, 300, cond, 1.0)
-    prior.predict(z, 300, cond, 2.0)
-    assert sizes == [4, 8]
+    z, scales = normals(4, 4, 8, 8), (1.0, 2.0, [1.0, 1.0, 1.0, 2.0])
+    cond, guided, mixed = (prior.embed(PROMPTS, NEGATIVES, scale) for scale in scales)
+    alone = predict(prior, z, 300, cond)[1]
+    for other in (guided, mixed, mixed[:3]):
+        predict(prior, z[:len(other)], 300, other)
+    assert sizes == [4, 8, 8, 3]
     assert torch.equal(alone, prior.unet(z, torch.full((4,), 300), encoder_hidden_states=cond.tokens_BTE).sample)
 
 
@@ -128,51 +137,49 @@ def test_shift_factor_is_undone(folder):
 @torch.no_grad()
 def test_rows_do_not_depend_on_their_batch_mates(prior):
     z, other = normals(4, 4, 8, 8), normals(4, 4, 8, 8, key=1) * 3
-    texts, noise = prior.embed(PROMPTS, NEGATIVES), normals(4, 4, 8, 8, key=2)
+    texts, noise = prior.embed(PROMPTS, NEGATIVES, 2.0), normals(4, 4, 8, 8, key=2)
     for row in range(4):
         mixed, prompts, negatives = other.clone(), ["a nine"] * 4, ["noise"] * 4
         mixed[row], prompts[row], negatives[row] = z[row], PROMPTS[row], NEGATIVES[row]
-        cond = prior.embed(prompts, negatives)
+        cond = prior.embed(prompts, negatives, [2.0 if one == row else 3.0 for one in range(4)])
         assert torch.equal(cond[row].tokens_BTE, texts[row].tokens_BTE)
-        assert torch.equal(prior.predict(mixed, 500, cond, 2.0)[row], prior.predict(z, 500, texts, 2.0)[row])
+        assert torch.equal(predict(prior, mixed, 500, cond)[:, row], predict(prior, z, 500, texts)[:, row])
         assert torch.equal(prior.decode(mixed)[row], prior.decode(z)[row])
         x, y = prior.decode(z).clamp(0, 1), prior.decode(mixed).clamp(0, 1)
         assert torch.equal(prior.encode(x, noise)[row], prior.encode(y, noise)[row])
 
 
+@torch.no_grad()
+def test_each_row_has_the_scale_of_guidance_it_is_given(prior):
+    """As in a batch of its own scale, to rounding: where all are 1 the unconditional half is left out."""
+    z, scales = normals(4, 4, 8, 8), (1.0, 3.0, 0.0, 7.5)
+    mixed = predict(prior, z, 500, prior.embed(PROMPTS, NEGATIVES, scales))
+    for row, scale in enumerate(scales):
+        own = predict(prior, z, 500, prior.embed(PROMPTS, NEGATIVES, scale))
+        torch.testing.assert_close(mixed[:, row], own[:, row], rtol=1e-5, atol=1e-5)
+        others = [one for one in range(4) if one != row]
+        assert ((mixed - own)[:, others].abs().amax((0, 2, 3, 4)) > 1e-2).all()
+
+
 def test_conditioning_is_indexed_by_row(prior):
-    cond = prior.embed(PROMPTS, NEGATIVES)
+    cond = prior.embed(PROMPTS, NEGATIVES, [1.0, 2.0, 3.0, 4.0])
     assert len(cond) == 4
     assert cond[2].tokens_BTE.shape == (1, 16, 16)
     picked = cond[[3, 1]]
     assert torch.equal(picked.tokens_BTE, cond.tokens_BTE[[3, 1]])
     assert torch.equal(picked.negative_tokens_BTE, cond.negative_tokens_BTE[[3, 1]])
+    assert picked.guidance_B.tolist() == [4, 2]
+    assert cond[2].guidance_B.tolist() == [3]
     assert len(cond[1:3]) == 2
     assert not torch.equal(cond.tokens_BTE[0], cond.tokens_BTE[1])
 
 
-def test_texts_are_encoded_once_and_the_cache_is_bounded(folder, monkeypatch, caplog):
-    monkeypatch.setattr(latent, "CACHED_TEXTS", 3)
-    prior, calls = load_prior(str(folder), device="cpu"), []
-    forward = type(prior.text_encoder).forward
-    monkeypatch.setattr(type(prior.text_encoder), "forward", lambda self, ids, **kwargs: (
-        calls.append(len(ids)), forward(self, ids, **kwargs))[1])
-    prior.embed(["a zero", "a one"] * 3, [""] * 6)
-    assert calls == [1, 1, 1]
-    prior.embed(["a two"], [""])
-    assert len(prior._texts) == 3
-    assert "a zero" not in prior._texts
-    with caplog.at_level(logging.WARNING):
-        prior.embed(["a zero " * 20], [""])
-    assert caplog.text == ""  # `prepare` says it, once a run
-
-
 def test_gradients_reach_the_inputs_and_no_weight(prior):
     z = normals(2, 4, 8, 8).requires_grad_()
-    cond = prior.embed(PROMPTS[:2], NEGATIVES[:2])
-    eps = prior.predict(z, 400, cond, 2.0)
-    grad, = torch.autograd.grad(prior.decode(z - 0.3 * eps).square().sum(), z)
-    assert (grad.abs().amax((1, 2, 3)) > 0).all()
+    p = predict(prior, z, 400, prior.embed(PROMPTS[:2], NEGATIVES[:2], 2.0))
+    for out in (p[0], z - 0.3 * p[1]):
+        grad, = torch.autograd.grad(prior.decode(out).square().sum(), z, retain_graph=True)
+        assert (grad.abs().amax((1, 2, 3)) > 0).all()
     x = torch.zeros(1, 3, 16, 16, requires_grad=True)
     grad, = torch.autograd.grad(prior.encode(x, None).sum(), x)
     assert grad.abs().max() > 0
@@ -185,31 +192,56 @@ def test_gradients_reach_the_inputs_and_no_weight(prior):
 def test_loading_options(folders, prior):
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-    cond, z = prior.embed(PROMPTS, NEGATIVES), normals(4, 4, 8, 8)
-    expected = prior.predict(z, 500, cond, 2.0)
+    cond, z = prior.embed(PROMPTS, NEGATIVES, 2.0), normals(4, 4, 8, 8)
+    expected = predict(prior, z, 500, cond)
     assert prior.dtype == torch.float32
-    assert prior.unet._compiled_call_impl is None  # compile is off by default
+    assert not compiled_blocks(prior)  # of itself on a GPU only
+    assert not prior.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     kinds = {"sdpa": AttnProcessor2_0, "eager": AttnProcessor}
     for name, kind in kinds.items():
         other = load_prior(str(folders["epsilon"]), device="cpu", attention=name, channels_last=name == "eager")
         assert {type(p) for p in other.unet.attn_processors.values()} == {kind}
-        assert torch.allclose(other.predict(z, 500, cond, 2.0), expected, atol=1e-5)
+        assert torch.allclose(predict(other, z, 500, cond), expected, atol=2e-5)
         weight = other.unet.conv_in.weight
         assert weight.is_contiguous(memory_format=torch.channels_last) == (name == "eager")
     compiled = load_prior(str(folders["epsilon"]), device="cpu", compile=True)
-    assert compiled.unet._compiled_call_impl is not None
+    assert compiled_blocks(compiled) > 1
+
+
+def compiled_blocks(prior):
+    return sum(block._compiled_call_impl is not None for block in prior.unet.modules())
 
 
 @torch.no_grad()
 def test_half_precision_keeps_latents_and_the_autoencoder_in_float32(folders, prior):
     half = load_prior(str(folders["epsilon"]), dtype="bfloat16", device="cpu")
-    cond, z = half.embed(PROMPTS, NEGATIVES), normals(4, 4, 8, 8)
-    assert (half.unet.dtype, half.text_encoder.dtype, half.vae.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
-    eps = half.predict(z, 500, cond, 2.0)
-    expected = prior.predict(z, 500, prior.embed(PROMPTS, NEGATIVES), 2.0)
-    assert eps.dtype == torch.float32
-    assert 0 < (eps - expected).abs().max() < 0.1 * expected.abs().max()
+    cond, z = half.embed(PROMPTS, NEGATIVES, 2.0), normals(4, 4, 8, 8)
+    assert (half.unet.dtype, half.text_encoder.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert {one.dtype for one in half.vae.parameters()} == {torch.float32}
+    p, expected = predict(half, z, 500, cond), predict(prior, z, 500, prior.embed(PROMPTS, NEGATIVES, 2.0))
+    assert p.dtype == torch.float32
+    assert 0 < (p - expected).abs().max() < 0.1 * expected.abs().max()
     assert torch.equal(half.decode(z), prior.decode(z))
+
+
+@torch.no_grad()
+def test_the_decoder_alone_may_be_half_precise(folders, prior):
+    half = load_prior(PriorModel(weights=str(folders["epsilon"]), vae_dtype="bfloat16"), device="cpu")
+    x, z = torch.linspace(0, 1, 768).view(1, 3, 16, 16), normals(4, 4, 8, 8)
+    assert {one.dtype for one in half.vae.decoder.parameters()} == {torch.bfloat16}
+    assert torch.equal(half.encode(x, normals(1, 4, 8, 8)), prior.encode(x, normals(1, 4, 8, 8)))
+    made, expected = half.decode(z), prior.decode(z)
+    assert made.dtype == torch.float32
+    assert 0 < (made - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_a_decoder_that_overflows_in_float16_is_refused(folder):
+    half = PriorModel(weights=str(folder), vae_dtype="float16")
+    with pytest.raises(ModelError, match=r"prior\.vae_dtype: float16 overflows .*force_upcast.*bfloat16"):
+        load_prior(half, device="cpu")
+    config = json.loads((folder / "vae/config.json").read_text())
+    (folder / "vae/config.json").write_text(json.dumps(config | {"force_upcast": False}))
+    assert load_prior(half, device="cpu").vae.decoder.conv_in.weight.dtype == torch.float16
 
 
 def test_old_checkpoints_with_prefixed_text_weights_load(folder, prior):
@@ -221,7 +253,7 @@ def test_old_checkpoints_with_prefixed_text_weights_load(folder, prior):
     state["text_model.embeddings.position_ids"] = torch.arange(16)[None]
     save_file(state, file, {"format": "pt"})
     old = load_prior(str(folder), device="cpu")
-    assert torch.equal(old.embed(PROMPTS, NEGATIVES).tokens_BTE, prior.embed(PROMPTS, NEGATIVES).tokens_BTE)
+    assert torch.equal(*(one.embed(PROMPTS, NEGATIVES, 1.0).tokens_BTE for one in (old, prior)))
 
 
 def test_half_precision_files_alone_are_enough(folder, prior):
@@ -293,10 +325,15 @@ def test_pickles_are_refused_by_name(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("file", "change", "message"), [
-    ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "one text encoder"),
+    ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]},
+     "with .*text_encoder_2 CLIPTextModel; .*XL has a second text encoder, CLIPTextModelWithProjection"),
+    ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
+     r"text_encoder_2/config\.json is missing"),
     ("model_index.json", {"unet": ["diffusers", "FluxTransformer2DModel"]}, "FluxTransformer2DModel"),
-    ("unet/config.json", {"in_channels": 9}, "9 channels but the autoencoder makes 4; inpainting"),
-    ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type 'sample' is not supported"),
+    ("unet/config.json", {"in_channels": 9}, "takes 9 channels, as inpainting models.*Use the base model"),
+    ("unet/config.json", {"in_channels": 8}, "takes 8 channels, .* InstructPix2Pix.*Use the base model"),
+    ("unet/config.json", {"in_channels": 5}, "takes 5 channels but the autoencoder makes 4"),
+    ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type 'flow' is not supported"),
 ])
 def test_other_kinds_of_pipeline_are_refused(folder, file, change, message):
     settings = json.loads((folder / file).read_text())
@@ -306,6 +343,16 @@ def test_other_kinds_of_pipeline_are_refused(folder, file, change, message):
             call(str(folder))
 
 
+@torch.no_grad()
+def test_weights_that_predict_the_clean_latent_are_sampled(folder, prior):
+    settings = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(settings | {"prediction_type": "sample"}))
+    z, cond, at = normals(4, 4, 8, 8), prior.embed(PROMPTS, NEGATIVES, 2.0), point_at(prior.scheduler, 500)
+    clean, noise = load_prior(str(folder), device="cpu").predict(z, at, cond)
+    assert torch.equal(clean, prior.predict(z, at, cond).noise)  # the same output, read another way
+    torch.testing.assert_close(at.mix(clean, noise), z)
+
+
 def test_damaged_files_are_named(folder):
     from safetensors.torch import load_file, save_file
 
@@ -313,7 +360,7 @@ def test_damaged_files_are_named(folder):
     state = load_file(file)
     state.pop("conv_in.weight")
     save_file(state, file, {"format": "pt"})
-    with pytest.raises(ModelError, match=r"unet lacks 1 weights .* conv_in\.weight"):
+    with pytest.raises(ModelError, match=r"lacks 1 tensor of the unet .* conv_in\.weight"):
         load_prior(str(folder))
     file.write_bytes(b"not safetensors at all")
     with pytest.raises(ModelError, match=r"unet/diffusion_pytorch_model\.safetensors cannot be read"):
@@ -409,14 +456,14 @@ def adapted(prior, folder, **options):
 
 @torch.no_grad()
 def predicted(prior, prompts=PROMPTS):
-    return prior.predict(normals(4, 4, 8, 8), 500, prior.embed(prompts, NEGATIVES), 2.0)
+    return predict(prior, normals(4, 4, 8, 8), 500, prior.embed(prompts, NEGATIVES, 2.0))
 
 
 def test_fused_and_unfused_are_one_model_at_every_scale(prior, adapters):
     at = {(scale, fuse): predicted(adapted(prior, adapters["db"], scale=scale, fuse=fuse))
           for scale in (0.0, 0.5, 1.0) for fuse in (True, False)}
     for scale in (0.0, 0.5, 1.0):
-        assert torch.allclose(at[scale, True], at[scale, False], atol=1e-5)
+        assert torch.allclose(at[scale, True], at[scale, False], atol=2e-5)
     moved = (at[1.0, True] - at[0.5, True]).abs().max()
     assert moved > 0.02, "fused at 1 is another sampler than fused at 0.5"
     assert torch.equal(at[0.0, True], predicted(prior))
@@ -451,23 +498,22 @@ def test_the_base_and_its_words_are_left_as_they_were(prior, adapters):
     before = {name: one.clone() for model in (prior.unet, prior.text_encoder)
               for name, one in model.state_dict().items()}
     words, state = len(prior.tokenizer), torch.random.get_rng_state()
-    base = prior.embed(TOKENS, NEGATIVES).tokens_BTE
+    base = prior.embed(TOKENS, NEGATIVES, 1.0).tokens_BTE
     made = adapted(prior, adapters["ti_db"])
     assert torch.equal(state, torch.random.get_rng_state()), "nothing is drawn from the global generator"
     for model in (prior.unet, prior.text_encoder):
         for name, one in model.state_dict().items():
             assert torch.equal(one, before[name]), name
     assert len(prior.tokenizer) == words
-    assert torch.equal(prior.embed(TOKENS, NEGATIVES).tokens_BTE, base)
+    assert torch.equal(prior.embed(TOKENS, NEGATIVES, 1.0).tokens_BTE, base)
     table = made.text_encoder.get_input_embeddings().weight
     assert torch.equal(table[:words], prior.text_encoder.get_input_embeddings().weight)
     assert len(table) == words + 3
-    own = made.embed(TOKENS, NEGATIVES).tokens_BTE  # `base` is in the other's cache
+    own = made.embed(TOKENS, NEGATIVES, 1.0).tokens_BTE  # `base` is in the other's cache
     assert torch.equal(own[2], base[2])
     for row in (0, 1, 3):
         assert not torch.equal(own[row], base[row])
-    assert torch.equal(made.embed(TOKENS, NEGATIVES).negative_tokens_BTE, prior.embed(TOKENS, NEGATIVES)
-                       .negative_tokens_BTE)
+    assert torch.equal(*(one.embed(TOKENS, NEGATIVES, 1.0).negative_tokens_BTE for one in (made, prior)))
     assert made.vae is prior.vae
     assert not any(one.requires_grad for model in (made.unet, made.text_encoder) for one in model.parameters())
 
@@ -477,7 +523,7 @@ def test_what_an_adapter_does_not_train_is_shared(prior, adapters):
     assert tokens.unet is prior.unet
     assert lora.text_encoder is prior.text_encoder
     assert lora.unet is not prior.unet
-    assert lora._texts is not prior._texts
+    assert lora.texts is not prior.texts
     assert not torch.equal(predicted(tokens, TOKENS), predicted(prior, TOKENS))
     assert not torch.equal(predicted(lora), predicted(prior))
 
@@ -492,9 +538,9 @@ def test_loading_options_hold_for_the_adapted_unet(folders, prior, adapters, fus
     made = adapted(other, adapters["ti_db"], fuse=fuse)
     assert {type(p) for p in made.unet.attn_processors.values()} == {AttnProcessor}
     assert made.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(predicted(made, TOKENS), expected, atol=1e-5)
+    assert torch.allclose(predicted(made, TOKENS), expected, atol=2e-5)
     compiled = adapted(load_prior(str(folders["epsilon"]), device="cpu", compile=True), adapters["db"], fuse=fuse)
-    assert compiled.unet._compiled_call_impl is not None
+    assert compiled_blocks(compiled) > 1
 
 
 def test_an_adapter_of_another_model_is_refused(folders, priors, prior, adapters, tmp_path):
@@ -530,32 +576,13 @@ def test_shapes_that_do_not_fit_are_named(prior, adapters, tmp_path, wrong, mess
         adapted(prior, tmp_path / "x")
 
 
-def test_the_last_slot_holds_the_visual_token_of_its_row():
-    """Real-Fake, oracle 5.3: its code mixed the features of different images of a batch."""
-    hidden = torch.arange(2 * 4 * 3, dtype=torch.float32).view(2, 4, 3)
-    cond, v = TextCond(hidden, -hidden), torch.tensor([[0.0, 1, 2], [10, 11, 12]])
-    made = cond.with_last_slot(v)
-    assert made.tokens_BTE[:, -1].tolist() == [[0, 1, 2], [10, 11, 12]]
-    assert torch.equal(made.tokens_BTE[:, :-1], hidden[:, :-1])
-    assert torch.equal(made.negative_tokens_BTE, -hidden)
-    assert torch.equal(cond.tokens_BTE, torch.arange(24.0).view(2, 4, 3)), "the cached texts are left alone"
-    both = cond.with_last_slot(v, both=True)
-    assert torch.equal(both.negative_tokens_BTE[:, -1], v)
-    assert torch.equal(both.negative_tokens_BTE[:, :-1], -hidden[:, :-1])
-    assert torch.equal(cond[[1, 0]].with_last_slot(v[[1, 0]]).tokens_BTE, made[[1, 0]].tokens_BTE)
-    assert TextCond(hidden.bfloat16(), hidden.bfloat16()).with_last_slot(v).tokens_BTE.dtype == torch.bfloat16
-    for wrong in (v[:, :2], v[:1], v[0]):
-        with pytest.raises(ModelError, match=r"do not fit 2 texts of width 3.*another encoder"):
-            cond.with_last_slot(wrong)
-
-
 @torch.no_grad()
 def test_the_visual_token_reaches_the_unet_and_not_the_text_cache(prior):
-    cond, v = prior.embed(PROMPTS, NEGATIVES), normals(4, 16)
+    cond, v = prior.embed(PROMPTS, NEGATIVES, 2.0), normals(4, 16)
     z, kept = normals(4, 4, 8, 8), cond.tokens_BTE.clone()
-    made = prior.predict(z, 500, cond.with_last_slot(v), 2.0)
-    assert not torch.allclose(made, prior.predict(z, 500, cond, 2.0), atol=1e-3)
-    assert torch.equal(prior.embed(PROMPTS, NEGATIVES).tokens_BTE, kept)
+    made = predict(prior, z, 500, cond.with_last_slot(v))
+    assert not torch.allclose(made, predict(prior, z, 500, cond), atol=1e-3)
+    assert torch.equal(prior.embed(PROMPTS, NEGATIVES, 2.0).tokens_BTE, kept)
     order = [2, 0, 3, 1]
-    assert torch.allclose(prior.predict(z[order], 500, cond[order].with_last_slot(v[order]), 2.0), made[order],
-                          atol=1e-5)
+    assert torch.allclose(predict(prior, z[order], 500, cond[order].with_last_slot(v[order])), made[:, order],
+                          atol=2e-5)

@@ -22,6 +22,7 @@ from rayexpand.contract.errors import ModelError
 from rayexpand.models.folders import tensor_shapes
 from rayexpand.models.lora_files import LoraFile, _sgm_names, lora_files, lora_hash, lora_pairs, lora_problems
 from rayexpand.models.loras import merge
+from tests.models import families
 from tests.tiny import tiny_adapter, tiny_pipeline
 
 torch.set_num_threads(1)
@@ -60,20 +61,21 @@ def build_sd() -> Parts:
     return {"unet": unet(16), "text_encoder": CLIPTextModel(text_config(16))}
 
 
-def build_sdxl() -> Parts:
+def load_sdxl(folder: Path) -> Parts:
+    from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    return {"unet": unet(40, addition_embed_type="text_time", addition_time_embed_dim=8, use_linear_projection=True,
-                         projection_class_embeddings_input_dim=60),
-            "text_encoder": CLIPTextModel(text_config(16)),
-            "text_encoder_2": CLIPTextModelWithProjection(text_config(24))}
+    return {"unet": UNet2DConditionModel.from_pretrained(folder / "unet"),
+            "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder"),
+            "text_encoder_2": CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2")}
 
 
 @pytest.fixture(scope="module")
-def bases() -> dict[str, Parts]:
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parts]:
+    sdxl = load_sdxl(families.build("sdxl", tmp_path_factory.mktemp("families") / "sdxl"))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return {"sd": build_sd(), "sdxl": build_sdxl()}
+        return {"sd": build_sd(), "sdxl": sdxl}
 
 
 @pytest.fixture

@@ -14,15 +14,19 @@ import pytest
 
 from rayexpand import api
 from rayexpand.contract.errors import ConfigError, ModelError
-from rayexpand.diffusion import sampling
+from rayexpand.contract.rng import RowRng
+from rayexpand.diffusion.process import schedule
 from rayexpand.fitting.config import parse_fit
 from rayexpand.fitting.config import preflight as preflight_fit
 from rayexpand.methods import load_method
 from rayexpand.models.folders import folder_hash
-from rayexpand.models.prior import inspect_prior, load_prior, sampling_problems
+from rayexpand.models.prior import inspect_prior, load_prior, plan_of, sampling_problems
+from rayexpand.models.prior_config import PriorModel
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import parse
 from tests.commands import ROOT
+from tests.diffusion.gaussian import schedule_of
+from tests.methods.conftest import CLASSES
 from tests.tiny import tiny_adapter, tiny_pipeline
 
 
@@ -54,7 +58,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "text of another width": (UNET, {"cross_attention_dim": 1024}, r"cross_attention_dim 1024.*hidden_size 16"),
     "levels are a number": (UNET, {"block_out_channels": 3}, r"unet/config\.json: block_out_channels"),
     "no levels": (VAE, {"block_out_channels": "ABSENT"}, r"vae/config\.json: block_out_channels"),
-    "normalised latents": (VAE, {"latents_mean": [0.0] * 4}, "latents_mean"),
+    "half of the moments of latents": (VAE, {"latents_mean": [0.0] * 4}, "latents_std: expected a number for each"),
+    "moments of other latents": (VAE, {"latents_mean": [0.0] * 3, "latents_std": [1.0] * 4},
+                                 "latents_mean: expected a number for each of the 4 channels"),
     "zero SNR": (NOISE, {"rescale_betas_zero_snr": True}, "no signal.*rescale_betas_zero_snr"),
     "betas that end at 1": (NOISE, {"beta_end": 1.0, "beta_schedule": "linear", "beta_start": 0.9}, "no signal"),
     "flow": (NOISE, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
@@ -217,9 +223,9 @@ def write(folder: Path, name: str, content: str = "{}") -> None:
 OTHER: dict[str, tuple[Callable[[Path], None], str]] = {
     "SD3": (lambda f: pipeline(f, _class_name="StableDiffusion3Pipeline", transformer=["diffusers",
                                "SD3Transformer2DModel"], vae=["diffusers", "AutoencoderKL"]),
-            "is a StableDiffusion3Pipeline.*transformer SD3Transformer2DModel.*only Stable Diffusion 1.x"),
+            "is a StableDiffusion3Pipeline: Stable Diffusion 3 is not supported yet.*Stable Diffusion 1.x"),
     "FLUX": (lambda f: pipeline(f, _class_name="FluxPipeline", transformer=["diffusers", "FluxTransformer2DModel"]),
-             "is a FluxPipeline"),
+             "is a FluxPipeline: FLUX is not supported yet"),
     "LoRA of diffusers": (lambda f: write(f, "pytorch_lora_weights.safetensors"), "is a LoRA.*not a generator"),
     "LoRA of peft": (lambda f: write(f, "adapter_config.json"), "is a LoRA.*not a generator"),
     "a single file": (lambda f: write(f, "v1-5-pruned.safetensors"), "holds a single-file checkpoint"),
@@ -276,43 +282,82 @@ def test_a_missing_folder_beside_others_is_no_name_on_the_hub(tmp_path: Path, mo
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 
-FEW_STEP: dict[str, tuple[str, dict[str, Any], str]] = {
-    "guidance embedding": (UNET, {"time_cond_proj_dim": 256}, "time_cond_proj_dim.*distilled"),
-    "LCM": (NOISE, {"_class_name": "LCMScheduler"}, "LCMScheduler.*few steps"),
-    "TCD": (NOISE, {"_class_name": "TCDScheduler"}, "TCDScheduler.*few steps"),
-    "Turbo": (NOISE, {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
-              "trailing.*method.spacing: trailing"),
+FEW_STEP: dict[str, tuple[tuple[str, dict[str, Any]], list[int]]] = {
+    "guidance embedding": ((UNET, {"time_cond_proj_dim": 256}), [751, 501, 251, 1]),
+    "LCM": ((NOISE, {"_class_name": "LCMScheduler", "original_inference_steps": 50}), [999, 759, 499, 259]),
+    "TCD": ((NOISE, {"_class_name": "TCDScheduler", "original_inference_steps": 50}), [999, 759, 499, 259]),
+    "Turbo": ((NOISE, {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}),
+              [999, 749, 499, 249]),
 }
 
 
-@pytest.mark.parametrize(("file", "fields", "words"), FEW_STEP.values(), ids=FEW_STEP)
-def test_few_step_models_are_refused_unless_they_are_followed(folder: Path, file: str, fields: dict[str, Any],
-                                                              words: str) -> None:
-    change(folder, file, **fields)
-    (problem,) = preflight(folder, name="text2img", steps=4)
-    with pytest.raises(AssertionError, match=words):
-        raise AssertionError(problem)
-    own = preflight(folder, name="text2img", steps=4, spacing="trailing", guidance_scale=1.0)
-    assert (own == []) == ("timestep_spacing" in fields)
+@pytest.mark.parametrize(("changed", "labels"), FEW_STEP.values(), ids=FEW_STEP)
+def test_few_step_models_are_sampled_on_the_grid_of_their_files(folder: Path, changed: tuple[str, dict[str, Any]],
+                                                                labels: list[int]) -> None:
+    change(folder, changed[0], **changed[1])
+    fields = {"name": "text2img", "steps": 4, "guidance_scale": 1.0}
+    assert preflight(folder, **fields) == []
+    points = schedule(inspect_prior(str(folder)).process, "ddim", 4).points
+    assert [point.label for point in points[:-1]] == labels
 
 
-def test_the_grid_that_is_asked_for_is_the_one_of_the_model() -> None:
+def test_a_network_that_takes_the_scale_is_guided_by_it(folder: Path) -> None:
+    change(folder, UNET, time_cond_proj_dim=256)
+    assert inspect_prior(str(folder)).guidance == "embedded"
+    for guidance in ("cfg", "none"):
+        with pytest.raises(ModelError, match=rf"prior.guidance: {guidance} leaves out an input of this network"):
+            inspect_prior(PriorModel(weights=str(folder), guidance=guidance))
+    assert preflight(folder, name="text2img", steps=4, guidance_scale=8.0) == []
+    (problem,) = preflight(folder, name="text2img", steps=4, negative="blurry")
+    assert "method.negative" in problem
+    (problem,) = sampling_problems(inspect_prior(str(folder)), load_method("gif", {}))
+    assert "method.guidance_scale" in problem
+    assert "at most 10" in problem
+
+
+def test_guidance_embedded_needs_a_network_with_that_input(sound: Path) -> None:
+    with pytest.raises(ModelError, match=r"prior.guidance: embedded needs .*time_cond_proj_dim.*use cfg or none"):
+        inspect_prior(PriorModel(weights=str(sound), guidance="embedded"))
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("LCMScheduler", 1, 1), ("TCDScheduler", 0.3, 0.99)])
+def test_distilled_steps_take_fresh_noise_but_for_the_last_one(folder: Path, name: str, least: float,
+                                                               most: float) -> None:
+    change(folder, NOISE, _class_name=name)
+    plan = schedule(inspect_prior(str(folder)).process, "ddim", 4)
+    assert plan.fresh_steps == (0, 1, 2)
+    assert all(least <= one <= most for one in plan.kappa[:3])
+
+
+def test_a_solver_that_remembers_earlier_steps_is_not_of_consistency_models(folder: Path) -> None:
+    change(folder, NOISE, _class_name="LCMScheduler")
+    for solver in ("dpmpp_2m", "unipc"):
+        (problem,) = preflight(folder, name="text2img", steps=4, guidance_scale=1.0, solver=solver)
+        assert "begins each step from new noise" in problem
+        assert "set method.solver: ddim" in problem
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "unipc"])
+def test_the_grid_that_is_taken_is_the_one_of_the_model(solver: Any) -> None:
     from diffusers import EulerDiscreteScheduler
 
     turbo = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                    timestep_spacing="trailing")
     turbo.set_timesteps(4)
-    grid = sampling.schedule(turbo, "ddim", 4, spacing="trailing").timesteps
-    assert grid == (999, 749, 499, 249) == tuple(int(t) for t in turbo.timesteps)
+    for spacing in (None, "trailing"):
+        labels = [point.label for point in schedule_of(turbo, solver, 4, spacing=spacing).points[:-1]]
+        assert labels == [999, 749, 499, 249] == [int(t) for t in turbo.timesteps]
 
 
-def test_a_method_without_a_spacing_cannot_follow_a_trailing_grid(folder: Path) -> None:
+def test_a_trailing_grid_wins_over_that_of_the_papers_and_a_named_one_over_both(folder: Path) -> None:
     change(folder, NOISE, timestep_spacing="trailing")
     facts = inspect_prior(str(folder))
-    (problem,) = sampling_problems(facts, load_method("gif", {}))
-    assert "gif" in problem
-    assert "leading" in problem
-    assert sampling_problems(facts, load_method("img2img", {"spacing": "leading"})) == []  # said, so meant
+    for name in ("gif", "distdiff", "img2img"):
+        method = load_method(name, {})
+        plan = plan_of(facts, method, method.draw("s", 0, 0, 0, CLASSES, RowRng(0, name, "s", 0)).steps_run)
+        assert plan.points[0].label == 999
+        assert sampling_problems(facts, method) == []
+    assert plan_of(facts, load_method("img2img", {"spacing": "leading"}), 25).first.label == 481
 
 
 def test_turbo_is_sampled_without_guidance(folder: Path) -> None:
@@ -320,10 +365,42 @@ def test_turbo_is_sampled_without_guidance(folder: Path) -> None:
     turbo = folder.rename(folder.with_name("sd-turbo"))
     facts = inspect_prior(str(turbo))
     for scale in (7.5, 0.0):
-        fields = {"steps": 2, "spacing": "trailing", "guidance_scale": scale}
+        fields = {"steps": 2, "guidance_scale": scale}
         (problem,) = sampling_problems(facts, load_method("text2img", fields))
-        assert "guidance_scale: 1" in problem
+        assert "guidance_scale" in problem
+        assert "set it to 1" in problem
     assert sampling_problems(facts, load_method("text2img", {**fields, "guidance_scale": 1.0})) == []
+
+
+@pytest.mark.parametrize(("guidance", "scale", "words"), [
+    ("auto", 0.0, "0 leaves the prompt out; a distilled model wants 1"), ("cfg", 0.0, "0 leaves the prompt out"),
+    ("auto", 1.0, ""), ("cfg", 7.5, ""), ("none", 0.0, ""), ("none", 1.0, ""),
+    ("none", 7.5, "sampled without guidance (prior.guidance: none), so 7.5 has no meaning; set it to 1")])
+def test_a_scale_that_means_nothing_is_refused(sound: Path, guidance: str, scale: float, words: str) -> None:
+    raw = run_file(sound, sound.parent, guidance_scale=scale)
+    problems = runs.preflight(parse({**raw, "prior": {**raw["prior"], "guidance": guidance}}))
+    assert len(problems) == bool(words)
+    assert words in "".join(problems)
+
+
+@pytest.mark.parametrize("fields", [{"rescale_betas_zero_snr": True},
+                                    {"beta_end": 1.0, "beta_schedule": "linear", "beta_start": 0.9}])
+def test_zero_signal_is_refused_of_noise_predictions_and_sampled_of_v(folder: Path, fields: dict[str, Any]) -> None:
+    change(folder, NOISE, timestep_spacing="trailing", **fields)
+    (problem,) = preflight(folder)
+    assert "prior.process.rescale_betas_zero_snr: false" in problem
+    change(folder, NOISE, prediction_type="v_prediction")
+    assert preflight(folder) == []
+    process = inspect_prior(str(folder)).process
+    first = schedule(process, "ddim", 4).first
+    assert first.a < 1e-3
+
+
+def test_zero_signal_may_be_overridden(folder: Path) -> None:
+    change(folder, NOISE, rescale_betas_zero_snr=True)
+    raw = run_file(folder, folder.parent)
+    own = {**raw["prior"], "process": {"rescale_betas_zero_snr": False}}
+    assert runs.preflight(parse({**raw, "prior": own})) == []
 
 
 @pytest.mark.parametrize(("method", "words"), [

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -132,10 +133,17 @@ def test_a_node_without_the_extractor_gets_it(job: dict[str, Any], tmp_path: Pat
     assert extractor_hash(staged) == sha256
     assert Path(str(staged.guide)).parent == tmp_path
     assert on_ray.here_or_staged(elsewhere, sha256, server) == staged
+    (tmp_path / sha256[:16] / "open_clip_config.json").write_text("{}")
+    assert extractor_hash(on_ray.here_or_staged(elsewhere, sha256, server)) == sha256, "a damaged copy is made again"
     other = ModelServer.remote({"0" * 64: {file.name: file for file in folder.iterdir()}})
     with pytest.raises(EnvironmentFault, match="does not have the hash"):
         on_ray.here_or_staged(elsewhere, "0" * 64, other)
     assert sorted(file.name.split(".")[0] for file in tmp_path.iterdir()) == ["0" * 16, sha256[:16], sha256[:16]]
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    with pytest.raises(EnvironmentFault, match=r"0{12} \(.* kB\) cannot be copied to .*where 100 bytes are free.*a "
+                                               "path that all nodes see"):
+        on_ray.here_or_staged(elsewhere, "0" * 64, other)
+    assert not list(tmp_path.glob("*.partial-*"))
 
 
 @pytest.mark.usefixtures("gpu_cluster")

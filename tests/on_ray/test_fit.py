@@ -50,7 +50,7 @@ def quiet(task: str, done: int, total: int) -> None:
 
 def test_prototypes_are_the_same_bytes_for_any_number_of_actors(head: Head, raw: dict[str, Any],
                                                                 tmp_path: Path) -> None:
-    expected = fits.fit(fits.parse_fit(raw), quiet)["prototypes"]
+    expected = fits.fit(parse_fit(raw), quiet)["prototypes"]
     file = tmp_path / "fit.yaml"
     for actors in (1, 2):
         file.write_text(yaml.safe_dump({**raw, "out": str(tmp_path / str(actors)),
@@ -64,6 +64,23 @@ def test_prototypes_are_the_same_bytes_for_any_number_of_actors(head: Head, raw:
         assert Path(made["folder"]).name == expected.name
         assert ((Path(made["folder"]) / "prototypes.safetensors").read_bytes()
                 == (expected / "prototypes.safetensors").read_bytes())
+
+
+def test_features_of_two_guides_are_the_same_bytes(head: Head, raw: dict[str, Any], tmp_path: Path) -> None:
+    second = {"weights": str(tiny_clip(tmp_path / "second", seed=1, features=24))}
+    made = {**raw, "fit": {"class_features": {"images": None, "guide_2": second}}}
+    expected = fits.fit(parse_fit(made), quiet)["class_features"]
+    file = tmp_path / "fit.yaml"
+    file.write_text(yaml.safe_dump({**made, "out": str(tmp_path / "there"),
+                                    "cluster": {"address": head.address, "actors": 1}}))
+    done = subprocess.run([sys.executable, "-m", "rayexpand", "fit", str(file), "--json"], cwd=ROOT, env=head.env,
+                          text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    folder = Path(json.loads(done.stdout)["class_features"]["folder"])
+    assert folder.name == expected.name
+    for name in ("class_features.safetensors", "features.json"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes()
+    assert read_facts(folder)["process_seconds"] > 0
 
 
 def test_a_guide_that_cannot_be_loaded_is_said(head: Head, raw: dict[str, Any], tmp_path: Path,
@@ -121,7 +138,7 @@ def test_every_kind_of_model_is_copied_and_checked(head: Head, raw: dict[str, An
     import open_clip
     from safetensors.torch import load_file
 
-    folder = fits.fit(fits.parse_fit(raw), quiet)["prototypes"]
+    folder = fits.fit(parse_fit(raw), quiet)["prototypes"]
     clip = Path(raw["guide"]["weights"])
     config = json.loads((clip / "open_clip_config.json").read_text())["model_cfg"]
     (tmp_path / "tiny-staged-clip.json").write_text(json.dumps(config))

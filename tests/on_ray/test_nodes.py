@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 import ray
 import ray.data
 import yaml
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
@@ -29,6 +31,7 @@ from rayexpand.models import folders
 from rayexpand.models.folders import folder_hash
 from rayexpand.models.prior import prior_hash, resolve
 from rayexpand.on_ray import expand as on_ray
+from rayexpand.on_ray import pool, stage
 from rayexpand.on_ray.finetune import POSITION
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import parse
@@ -115,6 +118,44 @@ def test_a_notice_that_a_node_goes_saves_a_checkpoint(cluster: Cluster, image_fo
         process.wait()
 
 
+def test_a_model_larger_than_the_object_store_passes_through_it(cluster: Cluster, tmp_path: Path) -> None:
+    """300 MB to two nodes at once, through stores of 150 and 80 MB: little is kept there and nothing is spilled."""
+    large = tmp_path / "model"
+    large.mkdir()
+    (large / "config.json").write_text("{}")
+    with open(large / "model.safetensors", "wb") as file:
+        for number in range(30):
+            file.write(bytes([number]) * 10_000_000)
+    caches = [tmp_path / f"node{i}" for i in range(2)]
+    for i, cache in enumerate(caches):
+        add(cluster, resources={f"node{i}": 1}, env_vars={"RAYEXPAND_CACHE": str(cache)})
+        (cache / "staged").mkdir(parents=True)
+        (cache / "staged" / f"{folder_hash(large)[:16]}.partial-killed").mkdir()
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False)
+    sha256, most = folder_hash(large), 0
+    server = stage.open_model_server({sha256: folders.folder_model(large)})
+
+    @ray.remote(num_cpus=0)
+    def fetch() -> str:
+        away = replace(folders.folder_model(large), present=lambda: None)
+        return str(stage.local(away, sha256, server))
+
+    running = [fetch.options(resources={f"node{i}": 1}).remote() for i in range(2)]
+    while running:
+        done, running = ray.wait(running, timeout=0.02)
+        seen = get_memory_info_reply(get_state_from_address(cluster.address)).store_stats
+        most = max(most, seen.object_store_bytes_primary_copy)  # others may go at any time
+        assert {*ray.get(done)} <= {str(cache / "staged" / sha256[:16]) for cache in caches}
+    print("most bytes kept in the object stores:", most, "of 300,000,000; spilled:", seen.spilled_bytes_total)
+
+    assert seen.spilled_bytes_total == 0
+    assert 0 < most <= 2 * stage.AHEAD * stage.CHUNK + 1000 * 2 * stage.AHEAD  # for two nodes, with their headers
+    for cache in caches:
+        assert folder_hash(cache / "staged" / sha256[:16]) == sha256
+        assert [one.name for one in (cache / "staged").iterdir() if one.is_dir()] == [sha256[:16]]
+
+
 def test_nodes_with_empty_caches_get_model_and_adapter_once(cluster: Cluster, tmp_path: Path,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver has the embedded default and, in its home, an adapter of it; three nodes have nothing and train
@@ -143,7 +184,7 @@ def test_nodes_with_empty_caches_get_model_and_adapter_once(cluster: Cluster, tm
     filled = [cache for cache in caches if cache.exists()]
     assert len(filled) >= 2
     for cache in filled:
-        assert [path.name for path in cache.iterdir() if path.is_dir()] == ["staged"]
+        assert {path.name for path in cache.iterdir() if path.is_dir()} - {"hashes"} == {"staged"}
         staged = {path.name for path in (cache / "staged").iterdir() if path.is_dir()}
         assert staged == {sha256[:16] for sha256 in expected.values()}
     assert folders.cache_root() not in caches
@@ -156,7 +197,7 @@ def test_without_a_gpu_the_run_waits_and_goes_on_when_one_comes(
     config = make_config("Fake", ratio=1, sections=on(cluster, actors=1, gpus_per_actor=1, cpus_per_actor=0))
     run = runs.prepare(config, device_here=False)
     monkeypatch.setattr(on_ray, "WAITING_S", 3.0)
-    monkeypatch.setattr(on_ray, "NO_PROGRESS_S", on_ray.NO_PROGRESS_S if told_to_wait else 5)
+    monkeypatch.setattr(pool, "NO_PROGRESS_S", pool.NO_PROGRESS_S if told_to_wait else 5)
     ray.data.DataContext.get_current().execution_no_progress_timeout_s = 5
     said: list[str] = []
 

@@ -20,7 +20,8 @@ from rayexpand.contract.errors import UsageError
 from rayexpand.reports import figures
 from rayexpand.reports.run import write_report
 from rayexpand.reports.study import write_study_report
-from rayexpand.studies.summary import further_scores, points, summary
+from rayexpand.studies.spreads import points
+from rayexpand.studies.summary import further_scores, summary
 from tests.runfolder import Builder
 from tests.studyfolder import StudyFolder, answers, grid
 

@@ -36,7 +36,7 @@ from rayexpand.runs.config import RunConfig, parse, semantic
 from rayexpand.runs.driving import Here, prior_key
 from rayexpand.runs.status import read_status
 from rayexpand.runs.store import Tally, Totals, data_name
-from rayexpand.runs.tools import load_tools
+from rayexpand.runs.tools import load_tools, stack_fingerprint
 from rayexpand.runs.verify import verify
 from tests.commands import rewrite_json
 from tests.conftest import MakeConfig, complete, hashes
@@ -241,6 +241,120 @@ def test_totals_hold_what_another_driver_committed(make_config: MakeConfig) -> N
     assert totals.pending == 0
 
 
+# ---------------------------------------------------------------------------------------------------------- generators
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture
+def sampled(make_config: MakeConfig, base: Path) -> Callable[..., RunConfig]:
+    """A run by a small generator of Stable Diffusion's kind."""
+
+    def make(method: str = "img2img", prior: dict[str, Any] | None = None, **fields: Any) -> RunConfig:
+        return make_config(method, ratio=1, **fields, sections={
+            "prior": {"weights": str(base), "device": "cpu", **(prior or {})}})
+
+    return make
+
+
+@pytest.mark.parametrize(("method", "fields", "starts"), [
+    ("img2img", {}, {"0.5": -0.418195}), ("img2img", {"steps": 10, "strength": 0.9}, {"0.9": -1.635969}),
+    ("img2img", {"spacing": "trailing"}, {"0.5": -0.478025}), ("text2img", {}, {}),
+    ("diffmix", {"variant": "real_mix", "strengths": [0.5, 0.9], "steps": 50, "solver": "ddim", "prompt": "a {name}"},
+     {"0.5": -0.418195, "0.9": -2.023187})], ids=str)
+def test_the_noise_at_the_start_is_in_run_json(sampled: Callable[..., RunConfig], method: str, fields: dict[str, Any],
+                                               starts: dict[str, float]) -> None:
+    run = runs.prepare(sampled(method, **fields))
+    written = json.loads((run.folder / "run.json").read_text())
+    assert written["log_snr_at_start"] == run.facts["log_snr_at_start"] == pytest.approx(starts, abs=2e-6)
+    assert run.facts["models"].keys() == {"prior"}, "and it is no model"
+
+
+def test_a_run_without_a_generator_has_no_noise(make_config: MakeConfig) -> None:
+    facts = runs.prepare(make_config("Fake")).facts
+    assert not {"log_snr_at_start", "sampler_revision"} & facts.keys()
+
+
+def test_the_revision_of_the_solvers_is_part_of_what_a_run_is_where_it_is_not_the_first(
+        sampled: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = runs.prepare(sampled(name="ddim"))
+    second = runs.prepare(sampled(name="multistep", solver="dpmpp_2m"))
+    assert "sampler_revision" not in first.facts
+    assert second.facts["sampler_revision"] == 2
+    monkeypatch.setattr(runs, "sampler_revision", lambda facts, method: 1)
+    assert runs.prepare(sampled(name="multistep-1", solver="dpmpp_2m")).facts["run_digest"] != second.facts[
+        "run_digest"]
+    assert runs.prepare(sampled(name="ddim-1")).facts["run_digest"] == first.facts["run_digest"]
+
+
+def test_solvers_that_changed_are_refused_only_where_samples_are_made(sampled: Callable[..., RunConfig],
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    half, whole = (sampled(name=name, steps=4) for name in ("half", "whole"))
+    run, _ = complete(whole)
+    begun = runs.prepare(half)
+    expander = runs.start(begun)
+    expander(0)
+    expander.close()
+    monkeypatch.setattr(runs, "sampler_revision", lambda facts, method: 7)
+    with pytest.raises(DigestMismatch, match=r"half was begun with revision 1 of the solvers, and this version has 7.*"
+                                             r"Finish it with rayexpand \S+, which began it, or give this run another "
+                                             r"`name`"):
+        runs.prepare(half)
+    for config in (half, whole):
+        with pytest.raises(DigestMismatch, match="begun with revision 1"):
+            runs.open_run(str(config.folder), check_models=True)
+    assert runs.open_run(str(begun.folder)).totals().pending > 0
+    assert read_status(str(begun.folder)).pending == begun.totals().pending
+    assert verify(runs.open_run(str(begun.folder)), pixels=True).problems == []
+    assert runs.prepare(whole).totals() == run.totals(), "nothing is left to be made by others"
+
+
+def begun_before(run: runs.Run, **prior: Any) -> runs.Run:
+    """As if the run had begun before decoders had a precision of their own."""
+    config = {**run.facts["config"], "prior": {**run.facts["config"]["prior"], "channels_last": False,
+                                               "compile": False, **prior}}
+    facts = {name: value for name, value in run.facts.items() if name != "log_snr_at_start"}
+    return replace(run, facts={**facts, "config": config})
+
+
+def test_a_run_begun_before_is_decoded_as_it_began(sampled: Callable[..., RunConfig], make_config: MakeConfig,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    new = runs.prepare(sampled())
+    assert new.sampling is new.config
+    old = begun_before(new, channels_last=True)
+    assert old.sampling.prior.model_dump() == {**new.config.prior.model_dump(), "vae_dtype": "float32",
+                                               "channels_last": True, "compile": False}
+    assert old.sampling.model_copy(update={"prior": new.config.prior}) == new.config, "and all else is as it is said"
+    assert prior_key(old) != prior_key(new)
+    assert begun_before(runs.prepare(make_config("Fake", name="other"))).sampling.prior.vae_dtype == "auto"
+
+    asked = list[RunConfig]()
+    monkeypatch.setattr("rayexpand.runs.driving.load_tools", lambda config, *_, **__: (
+        asked.append(config), load_tools(config, ClassTable.of(CLASSES)))[1])
+    Here().tools(old)
+    runs.expander_of(old, attempt=0).close()
+    assert asked == [old.sampling]
+    assert runs.expander_of(old, attempt=0).config == old.sampling
+    assert asked[0].prior.vae_dtype == "float32"
+
+
+@pytest.mark.parametrize(("device", "vae_dtype", "decoded"), [
+    ("cpu", "auto", None), ("cuda:0", "auto", "bfloat16"), ("cuda:0", "float32", None), ("cpu", "bfloat16", "bfloat16"),
+    ("cuda:0", "float16", "float16")])
+def test_the_precision_of_the_decoder_is_part_of_the_stack_where_it_is_not_full(
+        sampled: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, device: str, vae_dtype: str,
+        decoded: str | None) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    config = sampled(prior={"vae_dtype": vae_dtype})
+    config = config.model_copy(update={"prior": config.prior.model_copy(update={"device": device})})
+    assert stack_fingerprint(config).get("vae_dtype") == decoded
+
+
 # ------------------------------------------------------------------------------------------------------------ adapters
 
 CLASSES = ("ant", "bee", "cat", "dog")
@@ -350,7 +464,7 @@ def test_visual_tokens_come_from_the_encoder_of_the_training(encoder: str, probl
     adapter = tiny_adapter(tmp_path / "seen", models / "base", keys, strategy="db", visual_token="class_mean",
                            encoder_sha256="e" * 64)
     (tmp_path / "features").mkdir()
-    write_class_features(tmp_path / "features", np.ones((4, 32), np.float32), class_keys=keys, encoder_sha256=encoder,
+    write_class_features(tmp_path / "features", np.ones((4, 16), np.float32), class_keys=keys, encoder_sha256=encoder,
                          images_per_class=None)
     config = make_config("realfake", ratio=1, prompt="a {name}", sections={
         "prior": {"weights": str(models / "base"), "device": "cpu"}, "image": {"size": 16, "fit": "squash"},

@@ -58,9 +58,9 @@ def tools(folder: Path) -> Tools:
     return Tools(CLASSES, load_prior(str(folder), device="cpu"), MeanGuide(), prototypes)
 
 
-def job(method: dict[str, Any]) -> RunConfig:
+def job(method: dict[str, Any], **prior: Any) -> RunConfig:
     return parse({"name": "job", "data": {"source": "digits"}, "method": method, "sampler": {"batch": ROWS},
-                  "prior": {"weights": "models/some"}})
+                  "prior": {"weights": "models/some", **prior}})
 
 
 def batch_of(method: Any) -> Batch:
@@ -86,7 +86,7 @@ GIF = {"name": "gif", **SHORT, "rotation": 0.0}
 def test_counted_before_and_while_a_method_runs(method: dict[str, Any], tools: Tools, cost: Cost) -> None:
     config = job(method)
     batch = batch_of(config.method)
-    tools.prior.embed(*([getattr(draw, text) for draw in batch.draws] for text in ("prompt", "negative")))  # known then
+    tools.prior.embed(*([getattr(draw, text) for draw in batch.draws] for text in ("prompt", "negative")), 1)  # known
     with FlopCounterMode(display=False) as counter:
         config.method.expand(batch, tools)
 
@@ -117,6 +117,13 @@ def test_copies_share_the_encoding_of_their_seed() -> None:
     assert calls_of(config, 2, draws).encodes == pytest.approx(1 / 2 + 1 / 2 / ROWS)
     gif = job(GIF)
     assert calls_of(gif, 1000, batch_of(gif.method).draws).encodes == 1  # each copy is turned
+
+
+@pytest.mark.parametrize(("guidance", "forwards"), [("auto", 2), ("cfg", 2), ("none", 1), ("embedded", 1)])
+def test_a_distilled_network_runs_once(guidance: str, forwards: int) -> None:
+    config = job({"name": "text2img", "steps": 4}, guidance=guidance)
+    made = image_work(config, SDXL, 512, copies=1, draws=batch_of(config.method).draws)
+    assert made.tflop == pytest.approx(4 * forwards * SDXL.network.at(512) + SDXL.decode.at(512))
 
 
 def test_steps_are_the_mean_of_the_draws() -> None:

@@ -12,13 +12,21 @@ order). The rest says how it runs and may change between two attempts at one fin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from rayexpand.artifacts.columns import CAPTIONS, CLASS_FEATURES, IMAGE_FEATURES, columns_problem
+from rayexpand.artifacts.columns import (
+    CAPTIONS,
+    CLASS_FEATURES,
+    IMAGE_FEATURES,
+    columns_problem,
+    features_width,
+    width_problem,
+)
+from rayexpand.contract.class_tokens import add_class_tokens
 from rayexpand.contract.errors import ModelError
 from rayexpand.contract.prompts import CLASS_WORDS, placeholders
 from rayexpand.contract.schema import ClassTable
@@ -26,7 +34,7 @@ from rayexpand.contract.settings import Section, mistakes
 from rayexpand.diffusion.sampling import Solver
 from rayexpand.fitting.adapter.latents import LatentsConfig, Views
 from rayexpand.fitting.adapter.recipe import FinetuneConfig, make_finetune
-from rayexpand.models.folders import DIGITS
+from rayexpand.models.folders import DIGITS, tokenizers_of
 from rayexpand.models.prior import check_size, inspect_prior, present, prior_tokenizer
 from rayexpand.models.prior_files import GENERATORS, PriorFacts
 
@@ -96,19 +104,20 @@ class AdapterFit(Section):
                      self.latents.dtype, seed)
 
 
-def adapter_problems(made: AdapterFit, weights: str | None, device: str, here: Sequence[str], *,
+def adapter_problems(made: AdapterFit, weights: str | None, device: str, here: Mapping[str, int | None], *,
                      on_ray: bool) -> list[str]:
     """What is wrong with the section as far as files on this machine say, one line each. `weights` None: of a generator
-    that the same file makes; `here`: kinds of artifacts that it makes; `on_ray`: whether `workers` are used."""
+    that the same file makes; `here`: kinds of artifacts that it makes, with the width of features where that is known;
+    `on_ray`: whether `workers` are used."""
     recipe = made.finetune
     problems = _share_problems(made, recipe, on_ray=on_ray) + _artifact_problems(made, recipe, here)
     if recipe.precision == "fp16" and device == "cpu":
         problems.append("fit.adapter.recipe.precision: fp16 needs CUDA, and device is cpu; use fp32 or bf16")
-    return problems if weights is None else problems + _base_problems(made, recipe, weights)
+    return problems if weights is None else problems + _base_problems(made, recipe, weights, here)
 
 
-def _base_problems(made: AdapterFit, recipe: FinetuneConfig, weights: str) -> list[str]:
-    problems = []
+def _base_problems(made: AdapterFit, recipe: FinetuneConfig, weights: str, here: Mapping[str, int | None],
+                   ) -> list[str]:
     try:
         facts = inspect_prior(weights)
     except ModelError as error:
@@ -116,24 +125,58 @@ def _base_problems(made: AdapterFit, recipe: FinetuneConfig, weights: str) -> li
     if facts.generator != "sd":
         return [f"prior.weights: {weights} is {GENERATORS[facts.generator]}, which has no prompts to fine-tune; name a "
                 "Stable Diffusion model"]
+    problems = _untrainable(facts, recipe)
     try:
         check_size(facts, made.resolution or facts.image_size)
     except ModelError as error:
         text = str(error).replace("image.size", "fit.adapter.resolution")
         problems.append(f"fit.adapter.resolution: {text}")
-    if recipe.has_tokens and (problem := _token_problem(recipe.init_token, weights)):
-        problems.append(f"fit.adapter.recipe.init_token: {problem}")
+    if recipe.has_tokens:
+        problems += _token_problems(recipe.init_token, weights)
+    problems += _width_problems(made, facts, here)
     if made.sheet is not None and made.sheet.steps > facts.train_timesteps:
         problems.append(f"fit.adapter.sheet.steps: {made.sheet.steps} steps, but the generator knows "
                         f"{facts.train_timesteps} timesteps")
-    if facts.few_step:
-        problems.append(f"prior.weights: {weights} was distilled to few steps ({facts.few_step}), and nothing here is "
-                        "trained so; use the model it was distilled from")
-    if made.sheet is not None and facts.ends_in_noise:
+    if made.sheet is not None and facts.ends_in_noise and facts.process.kind == "epsilon":
         problems.append("fit.adapter.sheet: this generator's scheduler ends in pure noise (rescale_betas_zero_snr, or "
                         "betas that reach 1), so no sample can be drawn from its last timestep here; set sheet: null, "
                         "or take weights trained without it")
     return problems
+
+
+def _untrainable(facts: PriorFacts, recipe: FinetuneConfig) -> list[str]:
+    """Why nothing here trains such a generator, one line each."""
+    name, process = facts.weights, facts.process
+    problems = []
+    if facts.few_step or facts.turbo:
+        found = facts.few_step or "turbo, by its name"
+        problems.append(f"prior.weights: {name} was distilled to few steps ({found}), and nothing here is trained so; "
+                        "use the model it was distilled from")
+    if process.frame == "edm":
+        problems.append(f"prior.weights: {name} has noise levels ({process.scheduler}), and training here draws "
+                        "timesteps; fine-tune a model with a schedule of betas, as Stable Diffusion XL")
+    elif process.kind not in ("epsilon", "v_prediction"):
+        problems.append(f"prior.weights: {name} predicts {process.kind}, and the loss here is that of epsilon or "
+                        "v_prediction; fine-tune a model that predicts one of them")
+    if facts.family != "sd" and recipe.strategy == "full":
+        problems.append(f"fit.adapter.recipe.strategy: full trains every weight of UNet and text encoder, of Stable "
+                        f"Diffusion 1.x and 2.x only, and {name} has two text encoders; use db or ti_db")
+    return problems
+
+
+def _width_problems(made: AdapterFit, facts: PriorFacts, here: Mapping[str, int | None]) -> list[str]:
+    """Where image features have not the width of the hidden states whose slot they take, as far as that is known."""
+    if (kind := made.features_kind) is None:
+        return []
+    width, of = here.get(kind), f"fit.{kind}"
+    if made.features is not None:
+        of = f"fit.adapter.features: {made.features}"
+        try:
+            width = features_width(Path(made.features).expanduser(), kind)
+        except ModelError:
+            return []  # listed as such
+    problem = "" if width is None else width_problem(width, facts.text_width)
+    return [f"{of} {problem}"] if problem else []
 
 
 def _share_problems(made: AdapterFit, recipe: FinetuneConfig, *, on_ray: bool) -> list[str]:
@@ -149,7 +192,7 @@ def _share_problems(made: AdapterFit, recipe: FinetuneConfig, *, on_ray: bool) -
             f"workers, accumulate {recipe.accumulate}); use a multiple of {parts}"]
 
 
-def _artifact_problems(made: AdapterFit, recipe: FinetuneConfig, here: Sequence[str]) -> list[str]:
+def _artifact_problems(made: AdapterFit, recipe: FinetuneConfig, here: Container[str]) -> list[str]:
     problems = []
     wanted = [("captions", made.captions_kind, made.captions, "{caption} in recipe.prompt"),
               ("features", made.features_kind, made.features, f"recipe.visual_token {recipe.visual_token}")]
@@ -166,11 +209,22 @@ def _artifact_problems(made: AdapterFit, recipe: FinetuneConfig, here: Sequence[
     return problems
 
 
-def _token_problem(token: int | str | None, weights: str) -> str:
-    """Why class tokens cannot start as this word of the generator's vocabulary; "" where they can, or where the
-    generator is not on this machine yet."""
-    tokenizer = _tokenizer(weights)
-    if tokenizer is None or token is None:
+def _token_problems(token: int | str | None, weights: str) -> list[str]:
+    """Why class tokens cannot start as this word, or not follow the words of each vocabulary, one line each; none where
+    the generator is not on this machine yet."""
+    problems = []
+    for tokenizer in _tokenizers(weights):
+        if problem := _start_problem(token, tokenizer):
+            problems.append(f"fit.adapter.recipe.init_token: {problem}")
+        try:
+            add_class_tokens(tokenizer, 1)
+        except ModelError as error:
+            problems.append(f"prior.weights: {weights}: {error}")
+    return list(dict.fromkeys(problems))
+
+
+def _start_problem(token: int | str | None, tokenizer: Any) -> str:
+    if token is None:
         return ""
     if isinstance(token, int):
         return "" if 0 <= token < len(tokenizer) else (
@@ -182,15 +236,16 @@ def _token_problem(token: int | str | None, weights: str) -> str:
             "null for the mean of all rows")
 
 
-def _tokenizer(weights: str) -> Any:
+def _tokenizers(weights: str) -> list[Any]:
+    """New ones of a generator's folder; none where it is not on this machine yet."""
     if weights == DIGITS:
         from rayexpand.models.tiny.digits import build_tokenizer
 
-        return build_tokenizer()
+        return [build_tokenizer()]
     folder = present(weights)
     if folder is None or not (Path(folder) / "tokenizer").is_dir():
-        return None
-    return prior_tokenizer(folder)
+        return []
+    return [prior_tokenizer(folder, name) for name in tokenizers_of(folder)]
 
 
 def word_problems(made: AdapterFit, classes: ClassTable) -> list[str]:

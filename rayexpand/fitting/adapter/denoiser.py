@@ -1,8 +1,8 @@
-"""A generator as one trainable module: text encoder with the class tokens' own rows, UNet with LoRA.
+"""A generator as one trainable module: text encoders with the class tokens' own rows, UNet with LoRA.
 
-With N class tokens the text encoder reads `where(id >= first, V[id - first], E[id])`: V is a parameter and the only
+With N class tokens a text encoder reads `where(id >= first, V[id - first], E[id])`: V is a parameter and the only
 thing of the text that trains, which equals training the whole table and restoring the old rows after each step
-(Diff-Mix's code).
+(Diff-Mix's code). Where there are two text encoders (Stable Diffusion XL) each has a V of its own for the same words.
 
     paper symbol     name here            meaning, unit
     z_t              z_t                  latents (B, C, H, W) noised to timestep t
@@ -10,13 +10,13 @@ thing of the text that trains, which equals training the whole table and restori
     E                table                the vocabulary's rows, frozen
     A, B, r          lora_A, lora_B       W + alpha / r B A; A normal with standard deviation 1 / r, B zero
     v                visual_BD            image feature that replaces the hidden state of the last text slot
-    c                text_BTE             hidden states of the text encoder
+    c                States.tokens        hidden states (B, T, E) of the text encoders, side by side
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,26 +26,36 @@ from torch.nn import functional as F  # noqa: N812  (the customary name)
 from rayexpand.contract.errors import ConfigError, ModelError
 from rayexpand.contract.rng import generator, row_key
 from rayexpand.fitting.adapter.recipe import TARGETS, FinetuneConfig
+from rayexpand.models.embeddings import pool_at_end_of_text
+from rayexpand.models.texts import Encoder, States, TextEncoders, added_condition, joined
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
 
 class Denoiser(nn.Module):
-    """Text encoder and UNet as one module, so that DDP around it averages the gradients of both."""
+    """Text encoders and UNet as one module, so that DDP around it averages the gradients of all.
 
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, end_of_text: int) -> None:
+    Where no text means zeros to the sampler (`zero_empty_negative`), rows whose text is dropped read zeros too.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, texts: TextEncoders, vae_factor: int) -> None:
         super().__init__()
-        self.unet, self.text_encoder, self._end_of_text = unet, text_encoder, end_of_text
-        self._masked = getattr(text_encoder.config, "use_attention_mask", False)  # Stable Diffusion reads its padding
-        self._text_trains = any(p.requires_grad for p in text_encoder.parameters())
+        self.unet, self._texts, self._vae_factor = unet, texts, vae_factor
+        self.text_encoder = texts.encoders[0].model
+        if len(texts.encoders) > 1:
+            self.text_encoder_2 = texts.encoders[1].model
+        self._text_trains = any(p.requires_grad for one in texts.encoders for p in one.model.parameters())
 
-    def forward(self, z_t: Tensor, t_B: Tensor, ids_BT: Tensor, visual_BD: Tensor | None = None,
+    def forward(self, z_t: Tensor, t_B: Tensor, ids: Tensor, visual_BD: Tensor | None = None,
                 shown_B: Tensor | None = None) -> Tensor:
-        """Prediction (B, C, H, W) for noised latents. `visual_BD` replaces the last slot of the text, in the rows of
-        `shown_B` where that is given."""
-        text_BTE = self.text(ids_BT)
+        """Prediction (B, C, H, W) for noised latents. `visual_BD` replaces the last slot of the text; rows that are not
+        in `shown_B`, where that is given, have neither text nor visual token."""
+        text_BTE, pooled_BP = self.text(ids)
+        if shown_B is not None and self._texts.zero_empty_negative:
+            text_BTE = torch.where(shown_B[:, None, None], text_BTE, 0)
+            pooled_BP = None if pooled_BP is None else torch.where(shown_B[:, None], pooled_BP, 0)
         if visual_BD is not None:
             if visual_BD.shape[1] != text_BTE.shape[2]:
                 raise ModelError(f"the visual token has {visual_BD.shape[1]} numbers and the text's hidden states "
@@ -54,16 +64,27 @@ class Denoiser(nn.Module):
             if shown_B is not None:
                 last_BD = torch.where(shown_B[:, None], last_BD, text_BTE[:, -1])
             text_BTE = torch.cat([text_BTE[:, :-1], last_BD[:, None]], dim=1)
-        return self.unet(z_t, t_B, encoder_hidden_states=text_BTE, return_dict=False)[0]
+        more: dict[str, Any] = {}
+        if pooled_BP is not None:
+            height, width = (side * self._vae_factor for side in z_t.shape[-2:])
+            more["added_cond_kwargs"] = added_condition(pooled_BP, height, width)
+        return self.unet(z_t, t_B, encoder_hidden_states=text_BTE, return_dict=False, **more)[0]
 
-    def text(self, ids_BT: Tensor) -> Tensor:
-        """Hidden states (B, T, E); no graph where nothing of the text trains."""
-        mask_BT = None
-        if self._masked:  # all tokens up to the first end of text
-            ends_BT = (ids_BT == self._end_of_text).long()
-            mask_BT = (ends_BT.cumsum(1) - ends_BT == 0).long()
+    def text(self, ids: Tensor) -> States:
+        """What the text encoders say of ids (B, T), or of the ids of each of two (B, 2, T); no graph where nothing of
+        the text trains."""
+        encoders = self._texts.encoders
         with nullcontext() if self._text_trains else torch.no_grad():
-            return self.text_encoder(ids_BT, attention_mask=mask_BT, return_dict=True).last_hidden_state
+            return joined([one.states(ids_BT, _mask(one, ids_BT)) for one, ids_BT in zip(
+                encoders, ids.view(len(ids), len(encoders), -1).unbind(1), strict=True)])
+
+
+def _mask(encoder: Encoder, ids_BT: Tensor) -> Tensor | None:
+    """All tokens up to the first end of text, for encoders that want it."""
+    if not encoder.masked:
+        return None
+    ends_BT = (ids_BT == encoder.tokenizer.eos_token_id).long()
+    return (ends_BT.cumsum(1) - ends_BT == 0).long()
 
 
 class ClassEmbedding(nn.Module):
@@ -120,11 +141,12 @@ def init_token_id(config: FinetuneConfig, tokenizer: CLIPTokenizer) -> int | Non
     raise ConfigError("finetune", [f"init_token: {problem}"])
 
 
-def insert_rows(text_encoder: CLIPTextModel, first: int, n_classes: int, init: int | None) -> None:
-    """Rows of the class tokens behind the vocabulary of `text_encoder`, wherever this transformers keeps its table."""
-    table = text_encoder.get_input_embeddings()
+def insert_rows(encoder: Encoder, first: int, n_classes: int, init: int | None) -> None:
+    """Rows of the class tokens behind the vocabulary of a text encoder, wherever this transformers keeps its table."""
+    table = encoder.model.get_input_embeddings()
     if len(table.weight) < first:
         raise ModelError(f"the text encoder has {len(table.weight)} rows and the tokenizer {first} tokens; they do not "
                          "belong together. Fetch or save the model again")
     row_E = table.weight.detach().float().mean(0) if init is None else table.weight[init].detach().float()
-    text_encoder.set_input_embeddings(ClassEmbedding(table, row_E.repeat(n_classes, 1), first))
+    encoder.model.set_input_embeddings(ClassEmbedding(table, row_E.repeat(n_classes, 1), first))
+    pool_at_end_of_text(encoder.model, encoder.tokenizer)

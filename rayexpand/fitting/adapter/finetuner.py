@@ -1,4 +1,4 @@
-"""Fine-tuning a latent diffusion model step by step: class tokens, LoRA, or every weight of UNet and text encoder.
+"""Fine-tuning a latent diffusion model step by step: class tokens, LoRA, or every weight of UNet and text encoders.
 
 A worker hands in its slice of the global batch with everything random decided (`draw_visit`); the step draws nothing.
 Like slices on R workers under DDP, or the whole batch on one: the same weights, but for the order of additions.
@@ -29,10 +29,10 @@ from rayexpand.fitting.adapter.denoiser import Denoiser, add_lora, init_token_id
 from rayexpand.fitting.adapter.objective import Reduce, all_reduce, l_simple, min_snr, mmd, noised
 from rayexpand.fitting.adapter.recipe import PRESETS, FinetuneConfig, make_finetune
 from rayexpand.fitting.adapter.training_draw import TrainingDraw, draw_visit
+from rayexpand.models.texts import TextEncoders
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
 
 __all__ = ["PRESETS", "FinetuneConfig", "Finetuner", "LatentBatch", "Losses", "TrainingDraw", "draw_visit",
            "make_finetune"]
@@ -49,7 +49,7 @@ class LatentBatch(NamedTuple):
     z0_BCHW: Tensor  # float32 clean latents, already times the autoencoder's scaling factor
     noise_BCHW: Tensor  # float32; holds the noise offset, if any
     t_B: Tensor  # int64 timesteps, 0 to num_train_timesteps - 1
-    text: Tensor | Sequence[str]  # B prompts, or their int64 ids (B, T) as `Finetuner.ids` makes them
+    text: Tensor | Sequence[str]  # B prompts, or their int64 ids as `Finetuner.ids` makes them
     visual_BD: Tensor | None = None  # float32 image features as wide as the hidden states; None: no visual token
     dropped_B: Tensor | None = None  # bool: these rows get the empty text and no visual token; None: none of them
     share: float = 1.0  # R B / N of N rows over R workers: 1 where all slices have the same size
@@ -64,31 +64,40 @@ class Losses(NamedTuple):
     grad_norm: float  # of all that trains, over all workers' rows, before clipping
 
 
+class AdapterTensors(NamedTuple):
+    """What an adapter holds, float32 on the CPU; None for what is not trained."""
+
+    lora: dict[str, Tensor] | None
+    tokens_NE: Tensor | None
+    tokens_2_NE: Tensor | None  # of the second text encoder
+
+
 class Finetuner:
     """A generator in training, its optimiser and the number of the next step.
 
-    Takes over `unet` and `text_encoder`: they are frozen, moved to `device` and `precision`, and LoRA and class tokens
-    are put into them; `tokenizer` gets the class tokens. `wrap` takes the one module on its device and returns what is
-    called in training (DDP goes here); `world` is the number of workers, `reduce` adds a tensor up over them. Initial
-    weights depend on `seed` only. Raises ModelError where the models cannot be trained so, ConfigError for the rest.
+    Takes over `unet` and the encoders of `texts`: they are frozen, moved to `device` and `precision`, and LoRA and
+    class tokens are put into them; tokenizers get the class tokens. `vae_factor`: image pixels per latent pixel, for
+    networks that read the size of an image. `wrap` takes the one module on its device and returns what is called in
+    training (DDP goes here); `world` is the number of workers, `reduce` adds a tensor up over them. Initial weights
+    depend on `seed` only. Raises ModelError where the models cannot be trained so, ConfigError for the rest.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
-                 scheduler: Any, config: FinetuneConfig, n_classes: int, seed: int, *,
-                 device: str | torch.device = "cpu", wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
-                 world: int = 1, reduce: Reduce = all_reduce) -> None:
+    def __init__(self, unet: UNet2DConditionModel, texts: TextEncoders, scheduler: Any, config: FinetuneConfig,
+                 n_classes: int, seed: int, *, vae_factor: int = 8, device: str | torch.device = "cpu",
+                 wrap: Callable[[nn.Module], nn.Module] = lambda module: module, world: int = 1,
+                 reduce: Reduce = all_reduce) -> None:
         self.config, self.device, self.world, self.step = config, torch.device(device), world, 0
         if config.precision == "fp16" and self.device.type != "cuda":
             raise ConfigError("finetune", [f"precision: fp16 needs CUDA and its loss scaling; on {self.device} take "
                                            "bf16 or fp32"])
-        self.unet, self.text_encoder, self.tokenizer = unet, text_encoder, tokenizer
+        self.unet, self.encoders = unet, texts.encoders
         self._said_cut = False
         self.prediction, self._abar = _noise_schedule(scheduler, self.device)
         self._reduce = reduce if world > 1 else None
-        self.first_token: int | None = None  # id of <class_0>
-        self.init_token: int | None = None  # id whose row every class token started as
+        self.words = tuple(len(one.tokenizer) for one in texts.encoders)  # so the id of <class_0> in each
+        self.init_token: int | None = None  # id whose row every class token of the first encoder started as
         self._prepare(n_classes, seed)
-        self.module = Denoiser(unet, text_encoder, tokenizer.eos_token_id)
+        self.module = Denoiser(unet, texts, vae_factor)
         self.module.to(self.device).eval()
         self._wrapped = wrap(self.module)
         self.trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -97,22 +106,23 @@ class Finetuner:
             for of_tokens in (True, False))
         self.optimiser = self._make_optimiser()
         self._scaler = torch.amp.GradScaler("cuda", enabled=config.precision == "fp16")
-        self._empty_T = self.ids([""])[0]
+        self._empty = self.ids([""])
         self.losses = Losses(math.nan, math.nan, math.nan, math.nan)
 
     def _prepare(self, n_classes: int, seed: int) -> None:
         """Freezes, casts, and puts in what trains."""
         config = self.config
         full = config.strategy == "full"
-        for model in (self.unet, self.text_encoder):
+        for model in (self.unet, *(one.model for one in self.encoders)):
             model.requires_grad_(full)
             for parameter in model.parameters():  # norms stay in fp32: CPUs cannot mix the other way round
                 small = not full and parameter.ndim > 1
                 parameter.data = parameter.data.to(DTYPES[config.precision] if small else torch.float32)
         if config.has_tokens:
-            self.init_token = init_token_id(config, self.tokenizer)
-            self.first_token = add_class_tokens(self.tokenizer, n_classes)
-            insert_rows(self.text_encoder, self.first_token, n_classes, self.init_token)
+            starts = [init_token_id(config, one.tokenizer) for one in self.encoders]
+            self.init_token = starts[0]
+            for one, start in zip(self.encoders, starts, strict=True):
+                insert_rows(one, add_class_tokens(one.tokenizer, n_classes), n_classes, start)
         if config.has_lora:
             add_lora(self.unet, config, seed)
 
@@ -162,10 +172,11 @@ class Finetuner:
         assert rows, "a worker has no rows"
         assert rows % parts == 0, f"{rows} rows cannot be computed in {parts} equal parts"
         assert (batch.visual_BD is not None) == self.config.has_visual, "visual_token and visual_BD differ"
-        ids_BT = batch.text if isinstance(batch.text, Tensor) else self.ids(batch.text)
+        ids = batch.text if isinstance(batch.text, Tensor) else self.ids(batch.text)
         if batch.dropped_B is not None:
-            ids_BT = torch.where(batch.dropped_B[:, None].to(ids_BT.device), self._empty_T.to(ids_BT.device), ids_BT)
-        whole = batch._replace(text=ids_BT)
+            dropped = batch.dropped_B.view(-1, *[1] * (ids.ndim - 1)).to(ids.device)
+            ids = torch.where(dropped, self._empty.to(ids.device), ids)
+        whole = batch._replace(text=ids)
         for start in range(0, rows, rows // parts):
             cut: dict[str, Any] = {name: x[start:start + rows // parts].to(self.device, non_blocking=True)
                                    for name, x in whole._asdict().items() if isinstance(x, Tensor)}
@@ -199,29 +210,34 @@ class Finetuner:
         return no_sync() if more else nullcontext()
 
     def ids(self, prompts: Sequence[str]) -> Tensor:
-        """int64 (B, T) ids of prompts, padded and truncated to the model's length; the first longer one is logged."""
-        longest = self.tokenizer.model_max_length
-        kept = self.tokenizer(list(prompts), padding="max_length", max_length=longest, truncation=True,
-                              return_tensors="pt").input_ids
+        """int64 ids of prompts (B, T), for two tokenizers (B, 2, T), padded and truncated to the model's length; the
+        first longer one is logged."""
+        found = [one.tokenizer(list(prompts), padding="max_length", max_length=one.tokenizer.model_max_length,
+                               truncation=True, return_tensors="pt").input_ids for one in self.encoders]
+        self._say_cut(prompts)
+        return found[0] if len(found) == 1 else torch.stack(found, dim=1)
+
+    def _say_cut(self, prompts: Sequence[str]) -> None:
+        tokenizer = self.encoders[0].tokenizer
+        longest = tokenizer.model_max_length
         for prompt in set(prompts):
             if (not self._said_cut and len(prompt.encode()) + 2 > longest
-                    and len(self.tokenizer(prompt, verbose=False).input_ids) > longest):
+                    and len(tokenizer(prompt, verbose=False).input_ids) > longest):
                 self._said_cut = True
                 log.warning("of some training texts only the first %d tokens are read, such as %r", longest, prompt)
-        return kept
 
-    def trained(self) -> tuple[dict[str, Tensor] | None, Tensor | None]:
-        """What an adapter holds, as float32 copies on the CPU: LoRA in the layout of diffusers' `load_lora_weights`
-        (None without), B times alpha / r, since that layout has no scale; and the rows V (N, E) (None without)."""
+    def trained(self) -> AdapterTensors:
+        """Copies of what has been trained: LoRA in the layout of diffusers' `load_lora_weights`, B times alpha / r,
+        since that layout has no scale; and the rows V of each text encoder."""
         lora = None
-        tokens = next((rows_NE.detach().to("cpu", copy=True) for rows_NE in self._tokens.values()), None)
+        rows = {name.partition(".")[0]: rows_NE.detach().to("cpu", copy=True) for name, rows_NE in self._tokens.items()}
         if self.config.has_lora:
             from peft import get_peft_model_state_dict
 
             scale = self.config.scale
             lora = {f"unet.{name}": (weight.detach() * (scale if "lora_B" in name else 1)).cpu().contiguous()
                     for name, weight in get_peft_model_state_dict(self.unet).items()}
-        return lora, tokens
+        return AdapterTensors(lora, rows.get("text_encoder"), rows.get("text_encoder_2"))
 
     def state(self) -> dict[str, Tensor]:
         """Copy on the CPU of everything that changes, flat and without shared memory, as safetensors wants it."""

@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayexpand.artifacts.columns import columns_hash
+from rayexpand.artifacts.columns import columns_hash, features_width, width_problem
 from rayexpand.artifacts.store import artifact_digest, publish, read_facts
+from rayexpand.contract.errors import ModelError
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import ClassTable, SeedIndex
 from rayexpand.data.seeds import DataConfig
@@ -38,6 +39,7 @@ from rayexpand.fitting.adapter.latents import (
 )
 from rayexpand.fitting.adapter.loader import Sources
 from rayexpand.fitting.adapter.train import TRAINING, Base, TuneJob, train_here
+from rayexpand.fitting.class_features import ImageFeaturesFit, width_by
 from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
 from rayexpand.models.prior import check_size, inspect_prior, load_prior, prior_hash
 from rayexpand.runs.config import RuntimeConfig
@@ -115,9 +117,10 @@ def prepare_job(made: AdapterFit, data: Data, *, out: str, weights: str, seed: i
                 engine: TuneEngine) -> tuple[TuneJob, str, dict[str, Any]]:
     """(the fine-tuning, with its latents made; the kind of artifact it becomes; what that follows from)."""
     base = Base(weights, prior_hash(weights, progress), device, runtime.torch_threads)
+    features = _folder(made.features, here, made.features_kind)
+    _check_width(made, features, weights)
     latents = _fit_latents(made, data, base, seed, out, runtime.io_threads, progress, engine)
-    sources = Sources(str(latents.absolute()), _folder(made.captions, here, made.captions_kind),
-                      _folder(made.features, here, made.features_kind))
+    sources = Sources(str(latents.absolute()), _folder(made.captions, here, made.captions_kind), features)
     hashes = {"latents": str(read_facts(latents)["digest"])}
     for source, of in (("captions", made.captions_kind), ("features", made.features_kind)):
         if of is not None:
@@ -131,6 +134,15 @@ def prepare_job(made: AdapterFit, data: Data, *, out: str, weights: str, seed: i
     identity = artifact_digest(kind, made_from)
     work = Path(out, f".{kind}-{identity[:8]}.work")
     return TuneJob(made, classes, seed, base, sources, hashes, identity, str(work.absolute()), world), kind, made_from
+
+
+def _check_width(made: AdapterFit, features: str | None, weights: str) -> None:
+    """Raises ModelError for features of another width than the hidden states have, where neither was known when the
+    plan was checked."""
+    if (kind := made.features_kind) is None or features is None:
+        return
+    if problem := width_problem(features_width(features, kind), inspect_prior(weights).text_width):
+        raise ModelError(f"fit.adapter.features: {features} {problem}")
 
 
 def _folder(named: str | None, here: Mapping[str, Path], kind: str | None) -> str | None:
@@ -211,9 +223,10 @@ class AdapterMaker(Maker):
                            engine=world.engine.tuning)
 
     def problems(self, section: AdapterFit, config: FitBase, *, on_ray: bool) -> list[str]:
-        named = [name for name, one in config.fit if one is not None]
-        weights = None if "pretrain" in named else config.prior.weights
-        return adapter_problems(section, weights, config.device, named, on_ray=on_ray)
+        here = {name: width_by(one, config) if isinstance(one, ImageFeaturesFit) else None
+                for name, one in config.fit if one is not None}
+        weights = None if "pretrain" in here else config.prior.weights
+        return adapter_problems(section, weights, config.device, here, on_ray=on_ray)
 
     def class_problems(self, section: AdapterFit, classes: ClassTable) -> list[str]:
         return word_problems(section, classes)

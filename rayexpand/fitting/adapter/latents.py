@@ -126,7 +126,7 @@ class LatentMaker:
         import torch
 
         def call(chosen: list[int]) -> torch.Tensor:
-            return torch.stack(posterior(self._prior, to_tensor([images[i] for i in chosen])), dim=1)
+            return torch.stack(self._prior.posterior(to_tensor([images[i] for i in chosen])), dim=1)
 
         with torch.no_grad():
             found = in_chunks(call, len(images), self._views.batch).cpu().numpy().astype(self._views.dtype)
@@ -141,15 +141,6 @@ def view_pictures(image: np.ndarray, seed_id: str, views: Views) -> list[np.ndar
         square = pixels.prepare(image, views.resolution, "crop", RowRng(views.seed, f"finetune/{crop}", seed_id, 0))
         found += [square, np.ascontiguousarray(square[:, ::-1])] if views.flips else [square]
     return found
-
-
-def posterior(prior: StableDiffusionPrior, x_BCHW: Any) -> tuple[Any, Any]:
-    """Mean and standard deviation of the scaled latents of images in [0, 1], float32 tensors."""
-    import torch
-
-    found = prior.vae.encode(x_BCHW.to(prior.device, torch.float32) * 2 - 1).latent_dist
-    scale, shift = prior.vae.config.scaling_factor, prior.vae.config.get("shift_factor") or 0.0
-    return (found.mean - shift) * scale, found.std * scale
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayexpand.artifacts.columns import feature_facts
+from rayexpand.artifacts.columns import encoders_of, feature_facts
 from rayexpand.contract.errors import Interrupted, ModelError
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import ClassTable
@@ -84,7 +84,7 @@ class Tuning:
     """A fine-tuning under way in this process."""
 
     job: TuneJob
-    prior: StableDiffusionPrior  # its UNet and text encoder are the ones in training
+    prior: StableDiffusionPrior  # its UNet and text encoders are the ones in training
     tuner: Finetuner
     feed: LatentLoader
     curve: LossCurve
@@ -105,14 +105,15 @@ def open_tuning(job: TuneJob, *, device: str | None = None,
     from rayexpand.storage.checkpoints import Checkpoints
 
     recipe = job.made.finetune
-    # the Finetuner casts what may be less than float32; 3.5 GB for a moment with Stable Diffusion 1.5
+    # the Finetuner casts what may be less than float32; 3.5 GB for a moment with Stable Diffusion 1.5, 14 GB
+    # with XL
     prior = load_prior(job.base.weights, dtype="float32", device=device or job.base.device)
     feed = LatentLoader(job.sources, recipe, job.classes, job.seed, prior.scheduler.config.num_train_timesteps)
     if feed.latents.classes != job.classes.key:
         raise ModelError(f"latents {job.sources.latents} are of other classes than the dataset has; move the folder "
                          "away, and `rayexpand fit` makes it again")
-    tuner = Finetuner(prior.unet, prior.text_encoder, prior.tokenizer, prior.scheduler, recipe, len(job.classes),
-                      job.seed, device=prior.device, wrap=wrap, world=job.world)
+    tuner = Finetuner(prior.unet, prior.texts, prior.scheduler, recipe, len(job.classes), job.seed,
+                      vae_factor=prior.vae_factor, device=prior.device, wrap=wrap, world=job.world)
     curve = LossCurve()
     if (found := Checkpoints(Path(job.folder), job.made.checkpoint_every).load(STAGE)) is not None:
         tensors, state = found
@@ -286,23 +287,23 @@ def write_trained(tuning: Tuning, folder: Path) -> None:
     if recipe.strategy == "full":
         write_pipeline(prior, folder)
         return
-    lora, tokens_NE = tuner.trained()
-    has_lora = lora is not None
+    has_lora, encoders = recipe.has_lora, _encoders(job)
     write_adapter(folder, AdapterFacts(
         base_sha256=job.base.sha256, strategy=recipe.strategy, classes=job.classes.key, names=job.classes.name,
         metaclasses=job.classes.metaclass, prompt=recipe.template,
-        tokenizer_length=len(prior.tokenizer) if tuner.first_token is None else tuner.first_token,
+        tokenizer_length=tuner.words[0], tokenizer_2_length=tuner.words[1] if len(tuner.words) > 1 else None,
         prediction_type=tuner.prediction, rank=recipe.rank if has_lora else None,
         alpha=float(recipe.rank) if has_lora else None,  # `trained` has the scale in B already
         targets=tuple(TARGETS[recipe.targets]) if has_lora else (), init_token_id=tuner.init_token,
-        visual_token=recipe.visual_token, encoder_sha256=_encoder(job)), lora, tokens_NE)
+        visual_token=recipe.visual_token, encoder_sha256="".join(encoders[:1]),
+        encoder_2_sha256="".join(encoders[1:])), *tuner.trained())
 
 
-def _encoder(job: TuneJob) -> str:
-    """Of the visual tokens: the image encoder's hash, "" without them."""
+def _encoders(job: TuneJob) -> tuple[str, ...]:
+    """Of the visual tokens: the hash of each image encoder; none without them."""
     kind = job.made.features_kind
-    return "" if kind is None or job.sources.features is None else str(
-        feature_facts(job.sources.features, kind)["encoder_sha256"])
+    return () if kind is None or job.sources.features is None else encoders_of(
+        feature_facts(job.sources.features, kind))
 
 
 def write_pipeline(prior: StableDiffusionPrior, folder: Path) -> None:

@@ -181,11 +181,11 @@ def unet_shape(setting: Setting) -> dict[str, Any]:
             "attention_head_dim": tuple(width // HEAD for width in unet.channels)}
 
 
-def build_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
+def build_scheduler(prediction_type: str = "v_prediction", **changes: Any) -> DDIMScheduler:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                         set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type)
+                         set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type, **changes)
 
 
 def text_encoder_of(guide: CLIP) -> CLIPTextModel:

@@ -162,7 +162,9 @@ def train(work: PretrainStage) -> Trained:
     guide = train_guide(work, tokenizer)
     text_encoder = text_encoder_of(guide).to(work.device)
     vae = train_vae(work)
-    scheduler = build_scheduler(work.setting.unet.prediction_type)
+    own = work.setting.unet
+    scheduler = build_scheduler(own.prediction_type, rescale_betas_zero_snr=own.rescale_betas_zero_snr,
+                                timestep_spacing=own.spacing)
     unet = train_unet(work, vae, caption_table(tokenizer, text_encoder, captions), scheduler)
     return Trained(work.setting, guide, assemble(vae, text_encoder, tokenizer, unet, scheduler), work.seconds)
 

@@ -6,11 +6,11 @@ No torch here, so that a file can be checked before anything heavy is imported.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayexpand.contract.settings import Section
+from rayexpand.contract.settings import Later, Section
 
 GROUPS = 8  # of every group normalisation: autoencoder and UNet channels are multiples of it
 HEAD = 16  # channels of one attention head of UNet and text tower
@@ -55,6 +55,12 @@ class UnetSetting(Section):
                                        "always does. On the finest they cost most and help least (measured)")
     layers: int = Field(1, ge=1, description="residual blocks of a level")
     prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
+    rescale_betas_zero_snr: Annotated[bool, Later(False)] = Field(
+        False, description="noise that leaves no signal at the last timestep (Lin et al. 2024), so that samples begin "
+        "where the training ended")
+    spacing: Annotated[Literal["leading", "trailing"], Later("leading")] = Field(
+        "leading", description="where the steps of a sampler lie: trailing begins at the last timestep, as few steps "
+        "and rescale_betas_zero_snr want")
     steps: int = Field(400, ge=1)
     batch: int = Field(32, ge=1)
     rate: float = Field(2e-3, gt=0, description="peak of a one-cycle AdamW")
@@ -101,6 +107,9 @@ def problems(setting: Setting) -> list[str]:
     if bad := [level for level in unet.attention if not 0 <= level < len(unet.channels)]:
         found.append(f"unet.attention: there is no level {', '.join(map(str, bad))}; levels of {len(unet.channels)} "
                      f"unet.channels are 0 to {len(unet.channels) - 1}")
+    if unet.rescale_betas_zero_snr and unet.prediction_type == "epsilon":
+        found.append("unet.prediction_type: epsilon says nothing of the image where no signal is left, at the last "
+                     "timestep of rescale_betas_zero_snr; take v_prediction")
     for name, batch in (("guide", guide.batch), ("vae", vae.batch)):
         if setting.augment != "none" and batch % 2:
             found.append(f"{name}.batch: {batch} is odd; half of a batch is augmented, so take an even number")

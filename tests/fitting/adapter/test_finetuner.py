@@ -25,6 +25,7 @@ from rayexpand.fitting.adapter.denoiser import ClassEmbedding, add_lora, init_to
 from rayexpand.fitting.adapter.finetuner import Finetuner, LatentBatch
 from rayexpand.fitting.adapter.recipe import PRESETS, FinetuneConfig, make_finetune
 from rayexpand.fitting.adapter.training_draw import draw_visit
+from rayexpand.models.texts import Encoder, TextEncoders
 from rayexpand.models.tiny import digits
 from tests.fitting.adapter.ranks import run_processes
 
@@ -46,7 +47,13 @@ def parts(prediction: str = "v_prediction") -> tuple[Any, ...]:
 def tuner(prediction: str = "v_prediction", seed: int = 0, *, wrap: Any = lambda module: module, world: int = 1,
           **fields: Any) -> Finetuner:
     config = make_finetune({"preset": "tiny", "rank": 4, "targets": "attention", **fields})
-    return Finetuner(*copy.deepcopy(parts(prediction)), config, N, seed, wrap=wrap, world=world)
+    return Finetuner(*trainable(prediction), config, N, seed, wrap=wrap, world=world)
+
+
+def trainable(prediction: str = "v_prediction") -> tuple[Any, ...]:
+    """unet, text encoders and scheduler for one Finetuner."""
+    unet, text_encoder, tokenizer, scheduler = copy.deepcopy(parts(prediction))
+    return unet, TextEncoders([Encoder(text_encoder, tokenizer)]), scheduler
 
 
 def batch(step: int, rows: int = 6, labels: Any = None, **fields: Any) -> LatentBatch:
@@ -66,6 +73,10 @@ def weights(model: Finetuner) -> dict[str, Tensor]:
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def tokenizer_of(model: Finetuner) -> CLIPTokenizer:
+    return model.encoders[0].tokenizer
 
 
 def rows(model: Finetuner) -> Tensor:
@@ -155,7 +166,7 @@ def test_only_what_is_allowed_moves(strategy: str) -> None:
     moved = {name for name, p in model.module.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if any(kind in name for kind in MOVES[strategy])}
     assert moved == set(model.trainable)
-    assert (model.tokenizer.get_vocab().keys() >= {"<class_9>"}) == (strategy != "db")
+    assert (tokenizer_of(model).get_vocab().keys() >= {"<class_9>"}) == (strategy != "db")
 
 
 def test_full_moves_everything_and_adds_nothing() -> None:
@@ -167,8 +178,8 @@ def test_full_moves_everything_and_adds_nothing() -> None:
     model.update(batch(0))
 
     assert not [name for name, p in model.module.named_parameters() if torch.equal(p, before[name])]
-    assert model.trained() == (None, None)
-    assert len(model.tokenizer) == WORDS
+    assert model.trained() == (None, None, None)
+    assert len(tokenizer_of(model)) == WORDS
 
 
 def test_first_step_moves_b_by_its_gradient_and_a_by_decay_alone() -> None:
@@ -238,7 +249,7 @@ def test_rows_equal_the_whole_table_with_restore() -> None:
 
 def test_tokens_start_from_one_row() -> None:
     model = tuner(init_token="seven")
-    row = parts()[1].get_input_embeddings().weight[model.tokenizer.convert_tokens_to_ids("seven</w>")]
+    row = parts()[1].get_input_embeddings().weight[tokenizer_of(model).convert_tokens_to_ids("seven</w>")]
 
     assert torch.equal(rows(model), row.expand(N, -1))
     mean = tuner(init_token=None)
@@ -431,14 +442,14 @@ def test_a_dropped_row_reads_the_empty_text_and_no_visual_token() -> None:
         lambda _, args, kwargs: seen.append(kwargs["encoder_hidden_states"].detach()), with_kwargs=True)
     data = batch(0, visual_BD=visual, dropped_B=dropped)
     with torch.no_grad():
-        given, empty = model.module.text(model.ids(data.text)), model.module.text(model.ids([""]))[0]
+        given, empty = (model.module.text(model.ids(texts)).tokens for texts in (data.text, [""]))
 
     model.update(data)
 
     text_BTE = seen[0]
     assert torch.equal(text_BTE[:, :-1][~dropped], given[:, :-1][~dropped])
     assert torch.equal(text_BTE[:, -1][~dropped], visual[~dropped])
-    torch.testing.assert_close(text_BTE[dropped], empty.expand(2, -1, -1))
+    torch.testing.assert_close(text_BTE[dropped], empty.expand(2, -1, -1))  # Stable Diffusion XL reads zeros there
 
 
 def test_ids_in_place_of_prompts() -> None:
@@ -448,15 +459,16 @@ def test_ids_in_place_of_prompts() -> None:
 
 
 def test_masked_text_encoders_get_the_tokenizers_mask() -> None:
-    unet, text_encoder, tokenizer, scheduler = copy.deepcopy(parts())
-    text_encoder.config.use_attention_mask = True
-    model = Finetuner(unet, text_encoder, tokenizer, scheduler, FinetuneConfig(strategy="db"), N, 0)
+    unet, encoders, scheduler = trainable()
+    encoders.encoders[0].model.config.use_attention_mask = True
+    model = Finetuner(unet, encoders, scheduler, FinetuneConfig(strategy="db"), N, 0)
+    tokenizer = tokenizer_of(model)
     texts = ["a photo of a seven", "", "a three"]
     tokens = tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt")
 
     expected = parts()[1](tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
 
-    torch.testing.assert_close(model.module.text(model.ids(texts)), expected)
+    torch.testing.assert_close(model.module.text(model.ids(texts)).tokens, expected)
 
 
 def test_a_visual_token_of_another_width() -> None:
@@ -535,7 +547,7 @@ def test_both_places_of_the_embedding_table() -> None:
         first = len(model.get_input_embeddings().weight)
         ids = torch.tensor([[0, 5, 7, 1]])
         expected = model(ids).last_hidden_state
-        insert_rows(model, first, 2, 7)
+        insert_rows(Encoder(model, parts()[2]), first, 2, 7)
 
         assert torch.equal(model(ids).last_hidden_state, expected)
         assert torch.equal(model(torch.tensor([[0, 5, first + 1, 1]])).last_hidden_state, expected)
@@ -545,11 +557,11 @@ def test_both_places_of_the_embedding_table() -> None:
 
 
 def test_a_tokenizer_with_more_words_than_the_text_encoder() -> None:
-    unet, text_encoder, tokenizer, scheduler = copy.deepcopy(parts())
-    tokenizer.add_tokens(["zebra"])
+    unet, encoders, scheduler = trainable()
+    encoders.encoders[0].tokenizer.add_tokens(["zebra"])
 
     with pytest.raises(ModelError, match=r"573 rows and the tokenizer 574"):
-        Finetuner(unet, text_encoder, tokenizer, scheduler, make_finetune({"preset": "tiny"}), N, 0)
+        Finetuner(unet, encoders, scheduler, make_finetune({"preset": "tiny"}), N, 0)
 
 
 # ---- checkpoints and adapters ----
@@ -599,7 +611,7 @@ def test_diffusers_reads_the_adapter_back(targets: str, alpha: float | None) -> 
     model = tuner(targets=targets, alpha=alpha, lr=1e-2)
     for step in range(2):
         model.update(batch(step))
-    lora, tokens_NE = load(save(model.trained()[0])), model.trained()[1]
+    lora, tokens_NE = load(save(model.trained().lora)), model.trained().tokens_NE
     unet, text_encoder, tokenizer, scheduler = copy.deepcopy(parts())
     pipe = digits.assemble(digits.build_vae(generator(row_key(0, "test", "", 0, 0, "vae"))), text_encoder, tokenizer,
                            unet, scheduler)
@@ -615,7 +627,7 @@ def test_diffusers_reads_the_adapter_back(targets: str, alpha: float | None) -> 
         z_t, t_B = batch(0, 2).z0_BCHW, torch.tensor([10, 800])
         found = unet(z_t, t_B, encoder_hidden_states=text_BTE).sample
 
-        assert torch.equal(text_BTE, model.module.text(ids))
+        assert torch.equal(text_BTE, model.module.text(ids).tokens)
         assert torch.equal(found, model.module(z_t, t_B, ids))
         assert not torch.equal(found, parts()[0](z_t, t_B, encoder_hidden_states=text_BTE).sample)
 
@@ -623,7 +635,7 @@ def test_diffusers_reads_the_adapter_back(targets: str, alpha: float | None) -> 
 def test_a_step_after_sampling_with_the_same_parts() -> None:
     model, other = tuner(), tuner()
     model.unet.requires_grad_(False)  # what a sampler does with the models it is given
-    model.text_encoder.requires_grad_(False)
+    model.encoders[0].model.requires_grad_(False)
 
     assert model.update(batch(0)) == other.update(batch(0))
     assert_same(weights(model), weights(other))
@@ -691,7 +703,7 @@ def test_bf16_freezes_small_and_trains_in_fp32(strategy: str) -> None:
 def test_precisions_on_a_gpu(precision: str, tolerance: float) -> None:
     fields = {"mmd_gamma": 0.05, "lr": 1e-4}
     config = make_finetune({"preset": "tiny", "precision": precision, **fields})
-    model, resumed = (Finetuner(*copy.deepcopy(parts()), config, N, seed, device="cuda") for seed in (0, 1))
+    model, resumed = (Finetuner(*trainable(), config, N, seed, device="cuda") for seed in (0, 1))
     exact = tuner(targets="attention+ff", rank=8, **fields)
 
     losses = [model.update(batch(step)) for step in range(3)]
@@ -727,9 +739,9 @@ def test_a_gradient_that_is_not_finite_is_divergence_too() -> None:
     DDIMScheduler(prediction_type="sample"),
     type("Flow", (), {"config": {"prediction_type": "epsilon"}})()])
 def test_schedulers_that_cannot_train(scheduler: Any) -> None:
-    unet, text_encoder, tokenizer, _ = copy.deepcopy(parts())
+    unet, encoders, _ = trainable()
     with pytest.raises(ModelError, match="cannot be fine-tuned"):
-        Finetuner(unet, text_encoder, tokenizer, scheduler, FinetuneConfig(), N, 0)
+        Finetuner(unet, encoders, scheduler, FinetuneConfig(), N, 0)
 
 
 def test_artifacts_made_before_terms_had_a_number_keep_their_names() -> None:

@@ -298,16 +298,6 @@ def test_an_adapter_samples_what_the_last_sheet_shows(raw: Callable[..., Any], p
 
         step = 5
 
-        class module:  # noqa: N801
-            @staticmethod
-            def text(ids: Any) -> Any:
-                return loaded.text_encoder(ids).last_hidden_state
-
-        @staticmethod
-        def ids(texts: list[str]) -> Any:
-            return loaded.tokenizer(texts, padding="max_length", max_length=loaded.tokenizer.model_max_length,
-                                    truncation=True, return_tensors="pt").input_ids
-
     drawn = np.asarray(draw_sheet(sheet, loaded, Loaded, feed, 0), int)  # type: ignore[arg-type]
     sheets = [np.asarray(Image.open(file), int) for file in sorted((folder / "sheets").iterdir())]
 
@@ -392,7 +382,7 @@ def test_full_is_a_pipeline_of_its_own(raw: Callable[..., Any], prior: Path) -> 
 
     assert made.resolve() == folder.resolve()
     assert prior_hash(str(folder)) != prior_hash(str(prior))
-    assert model.embed(["a cat"], [""]).tokens_BTE.shape == (1, 16, 16)
+    assert model.embed(["a cat"], [""], 1.0).tokens_BTE.shape == (1, 16, 16)
     assert all(not np.array_equal(base[name], own[name]) for name in base if "token_embedding" not in name)
     assert load_file(folder / "vae/diffusion_pytorch_model.safetensors").keys() == load_file(
         prior / "vae/diffusion_pytorch_model.safetensors").keys()

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,14 @@ import torch
 
 from rayexpand.contract.errors import ModelError
 from rayexpand.data.seeds import digits_split
+from rayexpand.diffusion.process import schedule
 from rayexpand.models import folders
 from rayexpand.models.folders import folder_hash
 from rayexpand.models.guides import load_guide
-from rayexpand.models.prior import DIGITS_FACTS, inspect_prior, load_prior
+from rayexpand.models.prior import inspect_prior, load_prior
+from rayexpand.models.prior_config import PriorModel
 from rayexpand.models.tiny import digits
+from tests.diffusion.gaussian import point_at
 
 torch.set_num_threads(1)
 SHORT = replace(digits.RECIPE, guide_steps=2, vae_steps=2, unet_steps=2, measured_samples=0)
@@ -105,8 +109,24 @@ def test_training_is_repeatable_and_leaves_global_state_alone(tmp_path, monkeypa
     other = digits.ensure(None, tmp_path / "b", replace(SHORT, seed=1))
     for part in ("pipeline", "guide"):
         assert folder_hash(first / part) == folder_hash(second / part) != folder_hash(other / part)
-    facts = inspect_prior(str(first / "pipeline"))
-    assert replace(facts, weights="digits") == DIGITS_FACTS == inspect_prior("digits")
+    facts, said = inspect_prior(str(first / "pipeline")), inspect_prior("digits")
+    assert replace(facts, weights="digits", process=said.process) == said
+    assert replace(facts.process, config=said.process.config) == said.process
+    assert facts.process.config.items() >= said.process.config.items()
+    for solver in ("ddim", "dpmpp_2m", "unipc"):
+        assert schedule(facts.process, solver, 10, 5).points == schedule(said.process, solver, 10, 5).points
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"guidance": "embedded"}, "prior.guidance: embedded needs a network with the scale as an input"),
+    ({"process": {"sigma_max": 80.0}}, "prior.process.sigma_max: DDIMScheduler has timesteps"),
+    ({"process": {"shift": 3.0}}, "prior.process.shift: is of flows")])
+def test_what_the_embedded_default_cannot_be_is_known_before_it_is_trained(fields, message):
+    with pytest.raises(ModelError, match=re.escape(message)):
+        inspect_prior(PriorModel(weights="digits", **fields))
+    assert inspect_prior(PriorModel(weights="digits", guidance="none")).guidance == "none"
+    zero = {"rescale_betas_zero_snr": True}
+    assert inspect_prior(PriorModel(weights="digits", process=zero)).ends_in_noise
 
 
 def test_a_failed_training_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
@@ -204,12 +224,12 @@ def test_trained_default_loads_like_any_other_model(digits_prior):
     assert 0.8 < prior.encode(x, None).std() < 1.2
 
     wanted = np.arange(100) % 10
-    cond = prior.embed([digits.PROMPT.format(digits.CLASS_NAMES[k]) for k in wanted], [""] * 100)
+    cond = prior.embed([digits.PROMPT.format(digits.CLASS_NAMES[k]) for k in wanted], [""] * 100, 2.0)
     solver = DDIMScheduler.from_config(prior.scheduler.config, prediction_type="epsilon")
     solver.set_timesteps(10)
     z = torch.from_numpy(SHORT.stream("test noise").standard_normal((100, 4, 8, 8), dtype=np.float32))
     for t in solver.timesteps:
-        z = solver.step(prior.predict(z, int(t), cond, 2.0), t, z).prev_sample
+        z = solver.step(prior.predict(z, point_at(solver, int(t)), cond).noise, t, z).prev_sample
     samples = (prior.decode(z).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     assert (guide.zero_shot(samples) == wanted).mean() >= 0.93
     pipe = StableDiffusionPipeline.from_pretrained(digits_prior / "pipeline")

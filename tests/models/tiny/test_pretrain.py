@@ -15,11 +15,13 @@ from rayexpand.contract.rng import generator, row_key
 from rayexpand.data.seeds import digits_split
 from rayexpand.models.folders import folder_hash
 from rayexpand.models.guides import load_guide
-from rayexpand.models.prior import inspect_prior, load_prior
+from rayexpand.models.prior import facts_to_come, inspect_prior, load_prior
+from rayexpand.models.prior_config import PriorModel
 from rayexpand.models.tiny import digits, pretrain, views
 from rayexpand.models.tiny.architecture import build_tokenizer, tokenize
 from rayexpand.models.tiny.setting import Setting, problems
 from rayexpand.storage.checkpoints import Checkpoints
+from tests.diffusion.gaussian import point_at
 
 torch.set_num_threads(1)
 NAMES = ("red fox", "Maine Coon", "café")
@@ -132,7 +134,8 @@ def test_other_sizes_load_like_any_other_model(prediction_type: str, tmp_path: P
     with torch.no_grad():
         z = prior.encode(x / 255, None)
         assert z.shape == (9, 6, 8, 8)
-        assert prior.predict(z, 500, prior.embed(["a fox"] * 9, [""] * 9), 2.0).shape == z.shape
+        p = prior.predict(z, point_at(prior.scheduler, 500), prior.embed(["a fox"] * 9, [""] * 9, 2.0))
+        assert p.clean.shape == p.noise.shape == z.shape
     again = pretrain.load(tmp_path, setting, {})
     np.testing.assert_array_equal(pretrain.named(again, x, NAMES), guide.zero_shot(x.permute(0, 2, 3, 1).numpy()))
     assert pretrain.sample(again, ["a photo of a café"] * 2, 0, lambda *_: None).shape == (2, 3, 32, 32)
@@ -224,3 +227,56 @@ def test_photos_are_mirrored_moved_by_whole_pixels_and_never_turned() -> None:
     for row, whole in zip(moved, inner, strict=True):
         assert any(torch.equal(row[:, 4 + dy:12 + dy, 4 + dx:12 + dx], whole)
                    for dy in range(-2, 3) for dx in range(-2, 3))
+
+
+ZERO_SNR = {**TINY["unet"], "rescale_betas_zero_snr": True, "spacing": "trailing"}
+
+
+def test_a_generator_learns_from_pure_noise_and_samples_from_there(tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last timestep of its training holds no signal, and a few steps begin at it; diffusers' own too."""
+    from diffusers import DDIMScheduler
+
+    signal: list[float] = []
+    plain = DDIMScheduler.add_noise
+
+    def noised(scheduler: DDIMScheduler, *given: torch.Tensor) -> torch.Tensor:
+        signal.append(float(scheduler.alphas_cumprod[-1]))
+        return plain(scheduler, *given)
+
+    monkeypatch.setattr(DDIMScheduler, "add_noise", noised)
+    _train(tmp_path, Setting(**{**TINY, "unet": ZERO_SNR}))
+    assert set(signal) == {0.0}
+
+    first = load_prior(str(tmp_path / "pipeline"), device="cpu").schedule("ddim", 4).points[0]
+    assert (first.a, first.s, first.label) == (0.0, 1.0, 999.0)
+    again = pretrain.load(tmp_path, Setting(**{**TINY, "unet": ZERO_SNR, "sample_steps": 4}), {})
+    assert torch.isfinite(pretrain.sample(again, ["a photo of a café"], 0, lambda *_: None)).all()
+    again.pipe.scheduler.set_timesteps(4)
+    assert again.pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
+def test_what_a_setting_will_give_is_known_before_it_is_trained(tmp_path: Path) -> None:
+    """All that its files say afterwards, and that the embedded default's say."""
+    cases = {"tiny": Setting(**TINY), "zero": Setting(**{**TINY, "unet": ZERO_SNR}),
+             "epsilon": Setting(**{**TINY, "unet": {**TINY["unet"], "prediction_type": "epsilon"}})}
+    for name, setting in cases.items():
+        _train(tmp_path / name, setting)
+        expected = inspect_prior(str(tmp_path / name / "pipeline"))
+        found = facts_to_come(setting, PriorModel(weights=expected.weights))
+        assert replace(found, process=expected.process) == expected
+        assert (found.process.kind, found.process.spacing_of("ddim")) == (
+            expected.process.kind, expected.process.spacing_of("ddim"))
+        assert [key for key, value in found.process.config.items() if expected.process.config[key] != value] == []
+    assert inspect_prior(str(tmp_path / "zero/pipeline")).ends_in_noise
+
+
+def test_fields_that_came_later_change_no_digest() -> None:
+    assert not {"spacing", "rescale_betas_zero_snr"} & Setting().model_dump()["unet"].keys()
+    assert Setting(unet=ZERO_SNR).model_dump()["unet"]["spacing"] == "trailing"
+
+
+def test_a_noise_prediction_where_no_signal_is_left_is_refused() -> None:
+    found = problems(Setting(**{**TINY, "unet": {**ZERO_SNR, "prediction_type": "epsilon"}}))
+    assert [line.partition(":")[0] for line in found] == ["unet.prediction_type"]
+    assert problems(Setting(**{**TINY, "unet": ZERO_SNR})) == []
