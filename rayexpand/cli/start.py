@@ -15,7 +15,8 @@ from rayexpand.cli.show import show_json, show_table
 @app.command()
 def demo(out: Annotated[str, typer.Option(help="folder for the runs and the report; else runs/demo, or "
                                           "runs/demo-METHOD")] = "",
-         method: Annotated[str, typer.Option(help="what expands: img2img, or another one that fine-tunes nothing")] =
+         method: Annotated[str, typer.Option(help="what expands: img2img, or another one that fine-tunes nothing; "
+                                             "gif-mae and gif-dalle are GIF with its other generators")] =
          "img2img", as_json: Json = False) -> None:
     """Expand real digits on this machine, train classifiers, and show the gain with its controls.
 

@@ -69,8 +69,8 @@ class Calls:
 class Prior(Protocol):
     """A generator with a latent space. `encode`, `decode` are deterministic given their arguments."""
 
-    space: str  # names the latent space, e.g. "vae4"; artifacts record it
-    decode_needs_grad: bool
+    space: str  # names the latent space: "vae4", "mae1024x197", or by its hash what an image encoder sees
+    decode_needs_grad: bool  # whether guidance goes through `decode`; False where a latent is what a guide sees
 
     def encode(self, x_BCHW: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """Images in [0, 1] to latents; `noise` is the posterior noise, None takes the mean."""

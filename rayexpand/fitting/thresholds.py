@@ -37,7 +37,8 @@ from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.settings import Later, Section
 from rayexpand.fitting.features import Intake, by_class, gathered
 from rayexpand.fitting.maker import FitBase, Maker, World, data_facts, with_guide
-from rayexpand.models.guides import CLASS_PROMPT, ClipGuide, guide_hash, load_guide
+from rayexpand.models.guide_files import CLASS_PROMPT
+from rayexpand.models.guides import ClipGuide, guide_hash, load_guide
 from rayexpand.models.scores import confidence, unit
 from rayexpand.runs.config import GuideConfig, RunConfig
 
@@ -114,7 +115,7 @@ def thresholds_of(parts: Iterator[np.ndarray], guide: Any, names: tuple[str, ...
     """Thresholds of the features of each class, and the positions of classes of one image, whose pairs have the mean
     numbers of all other classes. Raises UsageError where no class has two images."""
     rows: dict[str, list[tuple[float, float, np.ndarray]]] = {"seed": [], "class": [], "confidence": []}
-    texts_KD = guide.texts([CLASS_PROMPT.format(name) for name in names]) if isinstance(guide, ClipGuide) else None
+    texts_KD = guide.texts([CLASS_PROMPT.format(name=name) for name in names]) if isinstance(guide, ClipGuide) else None
     if texts_KD is not None:
         rows["prompt"] = []
     means, alone, draws = [], [], PlanRng(0, "thresholds")

@@ -14,10 +14,14 @@ from typing import Any
 import torch
 
 from rayexpand.contract.errors import ModelError
-from rayexpand.models.folders import quiet_libraries, read_json
+from rayexpand.models.folders import MAE, UNCLIP_CLASSES, quiet_libraries, read_json
 
 _TEXT = "text_model."  # which the names of a CLIP text encoder have or not, by the version of transformers
 _OPEN_CLIP = {"text_encoder": "cond_stage_model.model.", "text_encoder_2": "conditioner.embedders.1.model."}
+_MAE_NAMES = (("decoder.decoder_encoder.layer.", "decoder.decoder_layers."), ("vit.encoder.layer.", "vit.layers."),
+              ("attention.attention.query", "attention.q_proj"), ("attention.attention.key", "attention.k_proj"),
+              ("attention.attention.value", "attention.v_proj"), ("attention.output.dense", "attention.o_proj"),
+              ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"))
 # What files hold beside the weights of a module: positions, training losses, the image side of CLIP.
 _BESIDE = re.compile(r"(^|\.)(position_ids|logit_scale|attn_mask|visual\..*|text_projection(\.weight)?|loss\..*|"
                      r"logvar)$")
@@ -29,6 +33,10 @@ def module_class(class_name: str) -> Any:
     import transformers
 
     kind = getattr(diffusers, class_name, None) or getattr(transformers, class_name, None)
+    if class_name == UNCLIP_CLASSES["image_normalizer"]:  # of a pipeline, and nowhere else by name
+        from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+
+        kind = StableUnCLIPImageNormalizer
     if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
         return kind
     raise ModelError(f"model_index.json names {class_name}, and neither diffusers nor transformers has such a model; "
@@ -59,7 +67,17 @@ def module_names(tensors: Mapping[str, Any], module: Any, *, sharded: bool = Fal
         if not sharded:  # as from_pretrained
             fix(named)
         return named
+    if type(module).__name__ == MAE:
+        return {_mae_name(name): one for name, one in named.items()}
     return _without_beside(_text_names(named, module), module)
+
+
+def _mae_name(name: str) -> str:
+    """The name in memory of a tensor of a masked autoencoder, as files of the hub name it, and as transformers 5 does
+    that saves it again."""
+    for theirs, ours in _MAE_NAMES:
+        name = name.replace(theirs, ours)
+    return name
 
 
 def converted(tensors: Mapping[str, torch.Tensor], places: Mapping[str, str], part: str,

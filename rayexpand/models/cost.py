@@ -9,8 +9,9 @@ On a square image of s pixels a call costs c_0 + c_1 q + c_2 q^2 with q = (s / 5
 timestep need does not depend on the image (c_0), convolutions and projections go with the pixels (c_1), self-attention
 with their square (c_2).
 
-Known are the published architectures below, and every folder whose networks were counted on this machine (`count`,
-which `rayexpand bench` calls). Nothing here imports torch.
+Known are the published architectures below, every folder whose networks were counted on this machine (`count`, which
+`rayexpand bench` calls), and masked autoencoders, whose arithmetic follows from their configuration. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 from rayexpand.contract.errors import ModelError
 from rayexpand.contract.settings import digest
-from rayexpand.models.folders import HUB_NAME, cache_root, read_json
+from rayexpand.models.folders import HUB_NAME, cache_root, is_mae, read_json
 from rayexpand.storage.notes import keep_note, read_note
 
 Curve = tuple[float, float, float]  # c_0, c_1, c_2
@@ -93,6 +94,10 @@ _NAMES: tuple[tuple[str, Cost, int], ...] = (
     (r"(diffusion|sd)-?v?1", SD1, 512))
 
 
+# Widths of the transformers of ViT-MAE as published, by the word in the name: encoder and layers, then the decoder's.
+_MAES = {"base": (768, 12), "large": (1024, 24), "huge": (1280, 32)}
+
+
 def cost_of(weights: str) -> Cost | None:
     """What a generator costs, as it was counted on this machine, else by its configuration, else by its name. That of
     Stable Diffusion 1.x where its name says nothing, as `known` then says; None where its configuration is here, is
@@ -100,7 +105,13 @@ def cost_of(weights: str) -> Cost | None:
     parts = _configurations(weights)
     if {"unet", "vae"} <= parts.keys():
         return counted(parts) or _published(parts["unet"], parts["vae"])
+    if parts.get("", {}).get("model_type") == "vit_mae":
+        return replace(autoencoder(parts[""]), known="by its configuration")
     name = weights.partition("@")[0].lower()
+    if found := re.search(r"vit-?mae-(base|large|huge)", name):
+        width, layers = _MAES[found[1]]
+        return replace(autoencoder({"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+                                    "patch_size": 14 if found[1] == "huge" else 16}), known="by its name")
     for pattern, cost, side in _NAMES:
         if re.search(pattern, name):
             return replace(cost, known="by its name", side=side, doubles="lcm" not in name)
@@ -116,10 +127,36 @@ def _configurations(weights: str) -> dict[str, Any]:
         if match := HUB_NAME.fullmatch(weights):
             from huggingface_hub import try_to_load_from_cache
 
-            files = {part: try_to_load_from_cache(match["repo"], f"{part}/config.json", revision=match["revision"])
-                     for part in COUNTED}
+            files = {part: try_to_load_from_cache(match["repo"], f"{part}/config.json".lstrip("/"),
+                                                  revision=match["revision"]) for part in (*COUNTED, "")}
             return {part: read_json(Path(file)) for part, file in files.items() if isinstance(file, str)}
     return {}
+
+
+def autoencoder(config: Mapping[str, Any]) -> Cost:
+    """Of a masked autoencoder of this config.json, with nothing hidden, at its own size."""
+    def said(name: str, default: int) -> int:
+        return int(config.get(name, default))
+
+    side, patch, width, other = (said(name, default) for name, default in (
+        ("image_size", 224), ("patch_size", 16), ("hidden_size", 768), ("decoder_hidden_size", 512)))
+    patches, pixels = (side // patch) ** 2, 3 * patch * patch
+    tokens = patches + 1
+    encode = _transformer(tokens, width, said("intermediate_size", 3072), said("num_hidden_layers", 12))
+    decode = _transformer(tokens, other, said("decoder_intermediate_size", 2048), said("decoder_num_hidden_layers", 8))
+    first, ends = 2 * patches * pixels * width, 2 * tokens * other * (width + pixels)
+    return Cost("masked autoencoder", "", side, Work((0.0, 0.0, 0.0)), _constant(*(one + first for one in encode)),
+                _constant(*(one + ends for one in decode)), 0.0, doubles=False)
+
+
+def _transformer(tokens: int, width: int, inner: int, layers: int) -> tuple[int, int]:
+    """Operations forward, and back to the input."""
+    linear, attention = 2 * tokens * width * (4 * width + 2 * inner), 2 * tokens * tokens * width
+    return layers * (linear + 2 * attention), layers * (linear + 5 * attention)
+
+
+def _constant(forward: int, backward: int) -> Work:
+    return Work((forward / 1e12, 0.0, 0.0), (backward / 1e12, 0.0, 0.0))
 
 
 def _published(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Cost | None:
@@ -156,7 +193,8 @@ def keep(parts: Mapping[str, Any], cost: Cost) -> None:
 
 def configurations(folder: Path) -> dict[str, Any]:
     """Configurations by part of a generator's folder, without what says nothing of its size. Raises ModelError."""
-    return {part: read_json(file) for part in COUNTED if (file := folder / part / "config.json").is_file()}
+    return {part: read_json(file) for part in (*COUNTED, *([""] if is_mae(folder) else []))
+            if (file := folder / part / "config.json").is_file()}
 
 
 def _at(curve: Curve, side: float) -> float:

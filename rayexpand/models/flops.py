@@ -65,6 +65,8 @@ def _rest(unet: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
         1, tokens, width if isinstance(width, int) else max(width))}
     if (guidance := unet.get("time_cond_proj_dim")) is not None:
         rest["timestep_cond"] = torch.zeros(1, guidance)
+    if unet.get("class_embed_type") == "projection":
+        rest["class_labels"] = torch.zeros(1, unet["projection_class_embeddings_input_dim"])
     if unet.get("addition_embed_type") == "text_time":
         ids = 6
         pooled = unet["projection_class_embeddings_input_dim"] - ids * unet["addition_time_embed_dim"]

@@ -19,10 +19,16 @@ from rayexpand.artifacts.store import MAKING_OF, content_files, files_hash
 from rayexpand.contract.errors import ModelError
 from rayexpand.models.file_hashes import remembered_sha256
 
-DIGITS = "digits"
+DIGITS, DIGITS_MAE, DIGITS_UNCLIP = EMBEDDED = ("digits", "digits-mae", "digits-unclip")  # trained here, on first use
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
-           "text_encoder_2": "model"}
+           "text_encoder_2": "model", "image_encoder": "model", "image_normalizer": "diffusion_pytorch_model"}
 INDEX, NOISE = "model_index.json", "scheduler/scheduler_config.json"
+UNCLIP = "StableUnCLIPImg2ImgPipeline"
+UNCLIP_CLASSES = {"image_encoder": "CLIPVisionModelWithProjection", "image_normalizer": "StableUnCLIPImageNormalizer"}
+EMBEDDING_NOISE, PIXELS = "image_noising_scheduler/scheduler_config.json", "preprocessor_config.json"
+UNCLIP_PIXELS = f"feature_extractor/{PIXELS}"
+# Of a masked autoencoder, which is one model right in its folder.
+MAE, MAE_CONFIG, MAE_WEIGHTS = "ViTMAEForPreTraining", "config.json", "model"
 VARIANTS = (None, "fp16", "bf16")  # the first that is there is loaded
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _FOLDERS = ("models", "model", "weights", "checkpoints", "artifacts", "data", "runs", "out")
@@ -94,15 +100,27 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def parts_of(folder: Path) -> tuple[str, ...]:
-    """The models of a pipeline folder, by its model_index.json: a second text encoder where it names one. Raises
-    ModelError."""
+    """The models of a pipeline folder, by its model_index.json: a second text encoder where it names one, the image
+    encoder of unCLIP. Raises ModelError."""
     index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
-    return tuple(part for part in WEIGHTS if part != "text_encoder_2" or (index.get(part) or [None])[0])
+    without = () if index.get("_class_name") == UNCLIP else UNCLIP_CLASSES
+    return tuple(part for part in WEIGHTS if part not in without
+                 and (part != "text_encoder_2" or (index.get(part) or [None])[0]))
+
+
+def is_mae(folder: Path) -> bool:
+    """Whether a folder is a masked autoencoder in transformers' layout, by its config.json. Raises ModelError."""
+    return (not (folder / INDEX).is_file() and (folder / MAE_CONFIG).is_file()
+            and read_json(folder / MAE_CONFIG).get("model_type") == "vit_mae")
 
 
 def configs_of(folder: Path) -> tuple[str, ...]:
-    """Configuration files of a pipeline folder."""
-    return (INDEX, NOISE, *(f"{part}/config.json" for part in parts_of(folder)))
+    """Configuration files of a pipeline folder, or of a masked autoencoder."""
+    if is_mae(folder):
+        return MAE_CONFIG, PIXELS
+    parts = parts_of(folder)
+    unclip = (EMBEDDING_NOISE, UNCLIP_PIXELS) if "image_encoder" in parts else ()
+    return (INDEX, NOISE, *(f"{part}/config.json" for part in parts), *unclip)
 
 
 def tokenizers_of(folder: Path) -> tuple[str, ...]:
@@ -196,6 +214,8 @@ def tensor_values(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 def loaded_files(folder: Path) -> list[str]:
     """Relative names of all files of a model folder that loading reads."""
+    if is_mae(folder):
+        return [*configs_of(folder), *variant_files(folder, MAE_WEIGHTS)[1]]
     if not (folder / "model_index.json").is_file():
         return content_files(folder)
     words = [f"{name}/{file.name}" for name in tokenizers_of(folder) for file in (folder / name).iterdir()

@@ -40,6 +40,7 @@ from rayexpand.models.folders import (
 if TYPE_CHECKING:
     import torch
 
+CLASS_PROMPT = "a photo of a {name}"  # CLIP (Radford et al. 2021), section 3.1.4
 CLIP_HEAD, CLASSIFIER = "clip_head", "classifier"  # kinds in guide.json
 CLASSIFIER_WEIGHTS, HEAD_WEIGHTS = "model.safetensors", "head.safetensors"
 
@@ -234,6 +235,19 @@ def checkpoint_file(model: str, checkpoint: str | None) -> Path:
         raise ModelError(f"guide.checkpoint {path} does not exist{looked_at(path)}; give the path of a safetensors "
                          "file")
     return path
+
+
+def clip_files(weights: str, checkpoint: str | None) -> tuple[dict[str, Any], Path] | None:
+    """open_clip's model configuration and the weights of a guide; None for one that is no CLIP. Raises ModelError."""
+    import open_clip
+
+    folder = guide_folder(weights)
+    if folder is None:
+        file = checkpoint_file(weights, checkpoint)
+        return dict(open_clip.get_model_config(weights)), file
+    if kind_of(folder) == CLASSIFIER:
+        return None
+    return dict(read_json(folder / _CLIP)["model_cfg"]), _clip_weights(folder)[0]
 
 
 def kind_of(folder: Path) -> str:

@@ -21,6 +21,7 @@ from rayexpand.contract.protocols import Progress
 from rayexpand.diffusion.energy import resize
 from rayexpand.models.folders import ModelFiles, folder_hash, folder_model, model_sha256, quiet_libraries
 from rayexpand.models.guide_files import (
+    CLASS_PROMPT,
     CLASSIFIER,
     CLASSIFIER_WEIGHTS,
     CLIP_HEAD,
@@ -39,15 +40,14 @@ from rayexpand.models.guide_files import (
 if TYPE_CHECKING:
     import torch
 
-CLASS_PROMPT = "a photo of a {}"  # CLIP (Radford et al. 2021), section 3.1.4
 TEXTS_PER_CALL = 256
 TEXTS_KNOWN = 10_000  # texts whose features are kept
 IMAGES_PER_CALL = 256
 
 
 def load_guide(weights: str, checkpoint: str | None, class_names: Sequence[str], *, device: str = "auto",
-               class_keys: Sequence[str] | None = None) -> ClipGuide | ClassifierGuide:
-    """The guide named by `weights`. CLIP is asked about "a photo of a <class name>", so names come as people say them
+               class_keys: Sequence[str] | None = None, prompt: str = CLASS_PROMPT) -> ClipGuide | ClassifierGuide:
+    """The guide named by `weights`. CLIP is asked about `prompt` with each class name, so names come as people say them
     (`ClassTable.asked`); a guide that knows its classes is refused where they are not `class_keys`. Raises ModelError.
     """
     folder = guide_folder(weights)
@@ -58,7 +58,7 @@ def load_guide(weights: str, checkpoint: str | None, class_names: Sequence[str],
         guide = ClassifierGuide.load(folder, device)
         guide.classes = guide_classes(folder) or ()
         return guide
-    guide = ClipGuide.load(str(folder or weights), checkpoint, [CLASS_PROMPT.format(name) for name in class_names],
+    guide = ClipGuide.load(str(folder or weights), checkpoint, [prompt.format(name=name) for name in class_names],
                            device)
     if folder is not None and kind_of(folder) == CLIP_HEAD:
         guide.texts_KD = read_tensors(folder / HEAD_WEIGHTS)["weight"].to(guide.device)

@@ -30,7 +30,8 @@ def header_problems(folder: Path, part: str, class_name: str) -> list[str]:
 def weight_problems(sources: PriorSources) -> list[str]:
     """The same of every part of a generator, for sources that `source_problems` has nothing to say about."""
     try:
-        return [line for name, kind in sources.classes().items() for line in part_problems(sources.part(name), kind)]
+        kinds = {**sources.classes(), **sources.image_classes()}
+        return [line for name, kind in kinds.items() for line in part_problems(sources.part(name), kind)]
     except ModelError as error:
         return [str(error)]
 

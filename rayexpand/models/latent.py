@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -121,7 +121,7 @@ class StableDiffusionPrior:
 
     @classmethod
     def load(cls, sources: PriorSources, process: Process, loras: Sequence[LoraFile] = (),
-             embeddings: Sequence[EmbeddingFile] = (), *, device: str = "auto", **options: Any) -> StableDiffusionPrior:
+             embeddings: Sequence[EmbeddingFile] = (), *, device: str = "auto", **options: Any) -> Self:
         """From complete files (see `load_prior`). Raises ModelError."""
         where, chosen = choose_device(device), Options(**options)
         if chosen.attention not in ATTENTIONS:
@@ -131,7 +131,7 @@ class StableDiffusionPrior:
                 raise ModelError(f"{name} '{said}' is unknown; choose auto or one of {', '.join(DTYPES)}")
         try:
             with quiet_libraries():
-                parts = _parts(sources, _dtype(chosen.dtype, where), loras, embeddings)
+                parts = _parts(sources, number_of(chosen.dtype, where), loras, embeddings)
             prior = cls(parts, where, process, chosen, Source(sources, tuple(loras)))
         except _UNLOADABLE as error:
             raise ModelError(f"{sources.folder} cannot be loaded: {error}. Fetch or save the model again") from error
@@ -232,11 +232,15 @@ class StableDiffusionPrior:
         rows, _, height, width = z_in.shape
         more: dict[str, Any] = {}
         if pooled is not None:
-            more["added_cond_kwargs"] = added_condition(pooled, height * self.vae_factor, width * self.vae_factor)
+            more |= self._beside(pooled, height * self.vae_factor, width * self.vae_factor)
         if self.guidance == "embedded":
             more["timestep_cond"] = _sinusoids(guidance_B - 1, int(self._time_cond)).to(self.device, self.dtype)
         t_B = torch.full((rows,), at.label, dtype=torch.float32, device=self.device)
         return self.unet(z_in.to(self.dtype), t_B, encoder_hidden_states=texts, return_dict=False, **more)[0]
+
+    def _beside(self, pooled_BP: torch.Tensor, height: int, width: int) -> dict[str, Any]:
+        """What the network is told beside hidden states: here what Stable Diffusion XL is told."""
+        return {"added_cond_kwargs": added_condition(pooled_BP, height, width)}
 
     def encode(self, x_BCHW: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """Images (B, 3, H, W) in [0, 1] to float32 latents of about unit variance: the posterior mean, plus `noise`
@@ -275,7 +279,8 @@ def _sinusoids(w_B: torch.Tensor, width: int) -> torch.Tensor:
     return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
-def _dtype(said: str, where: torch.device) -> torch.dtype:
+def number_of(said: str, where: torch.device) -> torch.dtype:
+    """The dtype that a configuration says; auto is bfloat16 on a GPU."""
     return DTYPES.get(said, torch.bfloat16 if where.type == "cuda" else torch.float32)
 
 
@@ -331,7 +336,7 @@ def _set_up(model: Any, options: Options, where: torch.device) -> None:
     if options.attention != "auto":
         model.set_attn_processor(AttnProcessor2_0() if options.attention == "sdpa" else AttnProcessor())
     if not is_unet:
-        number = _dtype(options.vae_dtype, where)
+        number = number_of(options.vae_dtype, where)
         if number is torch.float16 and model.config.get("force_upcast", True):
             raise ModelError("prior.vae_dtype: float16 overflows in this autoencoder (force_upcast in "
                              "vae/config.json); use bfloat16, or name an autoencoder in prior.vae that is safe in "
@@ -341,8 +346,14 @@ def _set_up(model: Any, options: Options, where: torch.device) -> None:
                 part.to(number)
     if options.channels_last is True or (options.channels_last == "auto" and on_gpu):
         model.to(memory_format=torch.channels_last)
-    if is_unet and (options.compile is True or (options.compile == "auto" and on_gpu and _can_compile())):
+    if is_unet and _repeats_blocks(model) and (
+            options.compile is True or (options.compile == "auto" and on_gpu and _can_compile())):
         model.compile_repeated_blocks()
+
+
+def _repeats_blocks(model: Any) -> bool:
+    """Whether there is something to compile: a network without attention has none of the blocks that repeat."""
+    return any(type(module).__name__ in model._repeated_blocks for module in model.modules())
 
 
 def _can_compile() -> bool:

@@ -1,46 +1,56 @@
 """Generators: where their weights are, what their configuration files say, and loading them.
 
-Weights are named in one of three ways: `digits` (the embedded default, trained on first use), a folder in diffusers'
-StableDiffusionPipeline layout, or `org/name@revision` on the Hugging Face hub. Only safetensors are read and no code
-that comes with weights is ever run. Nothing here imports torch before a model is loaded.
+Weights are named in one of three ways: `digits` (the embedded default, trained on first use; `digits-mae` and
+`digits-unclip` likewise), a folder in diffusers' StableDiffusionPipeline layout, or `org/name@revision` on the Hugging
+Face hub. Only safetensors are read and no code that comes with weights is ever run. Nothing here imports torch before a
+model is loaded.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from rayexpand.contract.errors import ModelError
 from rayexpand.contract.protocols import Progress
 from rayexpand.diffusion.process import PUBLISHED, Process, Schedule, Solver
 from rayexpand.diffusion.process import schedule as schedule_of
 from rayexpand.diffusion.sampling import steps_run
+from rayexpand.models import mae_files, prior_files
 from rayexpand.models.embedding_files import embedding_path
 from rayexpand.models.folders import (
     DIGITS,
+    DIGITS_MAE,
+    DIGITS_UNCLIP,
+    EMBEDDED,
+    EMBEDDING_NOISE,
     HUB_NAME,
     INDEX,
+    MAE_CONFIG,
+    MAE_WEIGHTS,
     NOISE,
+    PIXELS,
+    UNCLIP_PIXELS,
     VARIANTS,
     WEIGHTS,
     ModelFiles,
-    cache_root,
     hub_snapshot,
+    is_mae,
     no_folder,
 )
 from rayexpand.models.lora_files import lora_files
 from rayexpand.models.prior_config import PriorModel
 from rayexpand.models.prior_files import (
+    GENERATORS,
     PriorFacts,
     Settings,
     ends_in_noise,
     guidance_of,
     inspect_sources,
-    missing_configs,
-    missing_files,
     noise_of,
     unusable,
 )
@@ -48,12 +58,10 @@ from rayexpand.models.single_files import SUFFIX
 from rayexpand.models.sources import ADDED, PriorSources, source_problems, sources_hash, staged_sources
 from rayexpand.models.tiny.setting import Setting
 
-if TYPE_CHECKING:
-    from rayexpand.models.latent import StableDiffusionPrior
-
 Prior = TypeVar("Prior", bound=PriorModel)
 
-_HUB_CONFIGS = (INDEX, NOISE, *(f"{part}/config.json" for part in WEIGHTS))
+_HUB_CONFIGS = (INDEX, NOISE, *(f"{part}/config.json" for part in WEIGHTS), EMBEDDING_NOISE, UNCLIP_PIXELS, MAE_CONFIG,
+                PIXELS)
 _HUB_SMALL = (*_HUB_CONFIGS, *(f"{words}/*.{end}" for words in ("tokenizer", "tokenizer_2") for end in ("json", "txt")))
 
 _TINY_NOISE = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
@@ -63,8 +71,9 @@ _TOLD = 5e-4  # the ends of the way are told with three digits, and may be given
 
 
 def load_prior(prior: str | PriorModel, *, dtype: str = "auto", device: str = "auto", attention: str = "auto",
-               channels_last: bool | str = "auto", compile: bool | str = "auto") -> StableDiffusionPrior:
-    """A generator, by its weights or with all that the section `prior` says of it, in eval mode with frozen weights.
+               channels_last: bool | str = "auto", compile: bool | str = "auto") -> Any:
+    """A generator (StableDiffusionPrior, UnclipPrior or MaePrior), by its weights or with all that the section `prior`
+    says of it, in eval mode with frozen weights.
 
     `dtype` auto is float32 on CPU and bfloat16 on CUDA (images are encoded in float32 always); `device` auto, cpu, cuda
     or cuda:N; `attention` auto (what diffusers chooses), sdpa (fused) or eager (plain matrix products).
@@ -73,12 +82,21 @@ def load_prior(prior: str | PriorModel, *, dtype: str = "auto", device: str = "a
     """
     model = as_model(prior)
     sources = sources_of(model)
-    process = inspect_sources(sources, model).process
+    how: dict[str, Any] = {"device": device, "attention": attention, "vae_dtype": model.vae_dtype}
+    if is_mae(sources.weights):
+        from rayexpand.models.mae import MaePrior
+
+        mae_files.inspect_mae(sources.weights, model)
+        return MaePrior.load(sources.weights, **how)
+    facts = inspect_sources(sources, model)
+    how |= {"dtype": dtype, "channels_last": channels_last, "compile": compile, "guidance": model.guidance}
+    if facts.family == "unclip":
+        from rayexpand.models.unclip import UnclipPrior
+
+        return UnclipPrior.load(sources, facts.process, model.loras, model.embeddings, **how)
     from rayexpand.models.latent import StableDiffusionPrior
 
-    return StableDiffusionPrior.load(sources, process, model.loras, model.embeddings, device=device, dtype=dtype,
-                                     attention=attention, channels_last=channels_last, compile=compile,
-                                     guidance=model.guidance, vae_dtype=model.vae_dtype)
+    return StableDiffusionPrior.load(sources, facts.process, model.loras, model.embeddings, **how)
 
 
 def as_model(prior: str | PriorModel) -> PriorModel:
@@ -90,11 +108,36 @@ def inspect_prior(prior: str | PriorModel) -> PriorFacts:
     model = as_model(prior)
     if model.weights == DIGITS:
         return facts_to_come(Setting(), model)  # of which every default is the embedded digits'
+    if model.weights == DIGITS_UNCLIP:
+        return replace(facts_to_come(Setting(), model), family="unclip")
+    if model.weights == DIGITS_MAE:
+        return _digits_mae_facts(model)
+    if is_mae(path := Path(model.weights).expanduser()):
+        return mae_files.inspect_mae(path, model, missing_files(path))
     if has_more(model) or _is_staged(model.weights):
         return inspect_sources(sources_of(model), model)
-    if (folder := _local_folder(model.weights)) is None:
-        return inspect_sources(PriorSources(hub_snapshot(model.weights, _HUB_CONFIGS, complete=missing_configs)), model)
-    return inspect_sources(PriorSources(folder), model, missing_files(folder))
+    if (folder := _local_folder(model.weights)) is not None:
+        return inspect_sources(PriorSources(folder), model, missing_files(folder))
+    snapshot = hub_snapshot(model.weights, _HUB_CONFIGS, complete=_missing_configs)
+    return (mae_files.inspect_mae(snapshot, model) if is_mae(snapshot) else
+            inspect_sources(PriorSources(snapshot), model))
+
+
+def missing_files(folder: Path, parts: Sequence[str] | None = None) -> list[str]:
+    """What keeps a folder from being loaded, one line per file; `parts`: those of a pipeline whose weights it must
+    hold, None for all. Raises ModelError for a folder of another kind."""
+    return mae_files.missing_files(folder) if is_mae(folder) else prior_files.missing_files(folder, parts)
+
+
+def _missing_configs(folder: Path) -> list[str]:
+    return (mae_files if is_mae(folder) else prior_files).missing_configs(folder)
+
+
+def _digits_mae_facts(model: PriorModel) -> PriorFacts:
+    if problems := mae_files.named_in_vain(model):
+        raise ModelError("\n  ".join([f"{DIGITS_MAE} cannot be used so:", *problems]))
+    return PriorFacts(weights=DIGITS_MAE, image_size=16, vae_factor=4, unet_factor=1, latent_channels=64,
+                      process=mae_files.NOTHING, train_timesteps=0, family="mae", text_width=0, guidance="none")
 
 
 def facts_to_come(setting: Setting, model: PriorModel) -> PriorFacts:
@@ -114,7 +157,14 @@ def facts_to_come(setting: Setting, model: PriorModel) -> PriorFacts:
 
 
 def check_size(facts: PriorFacts, size: int) -> None:
-    """Raises ModelError unless square images of `size` pixels fit autoencoder and UNet."""
+    """Raises ModelError unless square images of `size` pixels fit autoencoder and UNet, or the patches of a masked
+    autoencoder."""
+    if facts.family == "mae":
+        if size != facts.image_size:
+            raise ModelError(f"an image of {size} px does not fit {facts.weights}: each of its tokens stands for a "
+                             f"patch of an image of {facts.image_size} px; set image.size to {facts.image_size}, or "
+                             "leave it out")
+        return
     unit = math.lcm(8, facts.vae_factor * facts.unet_factor)  # 8: what diffusers' own pipelines ask for
     if size < unit or size % unit:
         below, above = max(size // unit * unit, unit), (size // unit + 1) * unit
@@ -127,6 +177,8 @@ def check_size(facts: PriorFacts, size: int) -> None:
 def sampling_problems(facts: PriorFacts, method: Any) -> list[str]:
     """Where a method would not sample a generator as its own files say, or from a grid that begins without noise, one
     line each. What a method does not say (solver, spacing, strength) is ddim, that of the weights, and 1."""
+    if other := _other_generator(facts, method):
+        return [other]
     steps, solver = getattr(method, "steps", None), solver_of(method)
     if steps is None:
         return []  # it runs no solver
@@ -149,6 +201,19 @@ def sampling_problems(facts: PriorFacts, method: Any) -> list[str]:
                         "take it out, or use karras or exponential")
     return problems + _guided_problems(facts, method) + (
         _grid_problems(facts, method, steps) if _is_leading(facts.process, spacing) else [])
+
+
+def _other_generator(facts: PriorFacts, method: Any) -> str:
+    """Why a method cannot sample a generator of this kind at all."""
+    wanted, found = getattr(method, "generator", "sd"), facts.generator
+    if wanted == found:
+        return ""
+    what = f"{facts.weights} is {GENERATORS[found]}"
+    if not hasattr(method, "generator"):
+        return (f"prior.weights: {what}, which follows no prompt, and {method.name} samples by prompts. Use a "
+                f"Stable Diffusion model, or method gif with generator: {found}")
+    return (f"method.generator: {wanted} is for {GENERATORS[wanted]}, and {what}; set method.generator: {found}, or "
+            "name another model in prior.weights")
 
 
 def _guidance_problems(facts: PriorFacts, method: Any) -> list[str]:
@@ -230,7 +295,8 @@ def executed(method: Any) -> list[tuple[float | None, int]]:
 def starts_from_noise(method: Any) -> bool:
     """Whether the seed image is not looked at."""
     variant = str(getattr(method, "variant", ""))
-    return variant.endswith("_gen") or getattr(method, "latent_prior", True) is False or not (
+    return variant.endswith("_gen") or getattr(method, "latent_prior", True) is False or (
+        getattr(method, "generator", "") == "unclip") or not (
         hasattr(method, "strength") or hasattr(method, "strengths"))
 
 
@@ -389,24 +455,24 @@ def prior_hash(prior: str | PriorModel, progress: Progress | None = None) -> str
 
 def resolve(weights: str, progress: Progress | None = None) -> Path:
     """Folder with everything needed to load `weights`: trained, downloaded, or as it is. Raises ModelError."""
-    if weights == DIGITS:
-        from rayexpand.models.tiny import digits
+    if weights in EMBEDDED:
+        from rayexpand.models.tiny.embedded import trained
 
-        return digits.ensure(progress) / "pipeline"
+        return trained(weights, progress)
     folder = _local_folder(weights)
     if folder is None:
         return hub_snapshot(weights, _HUB_SMALL, complete=missing_files, more=hub_weights)
     if problems := missing_files(folder):
-        raise unusable(folder, problems)
+        raise (mae_files.unusable_mae if is_mae(folder) else unusable)(folder, problems)
     return folder
 
 
 def present(weights: str) -> Path | None:
     """The folder of `weights` if it is on this machine under a name of its own; nothing is trained or downloaded."""
-    if weights == DIGITS:
-        from rayexpand.models.tiny import digits
+    if weights in EMBEDDED:
+        from rayexpand.models.tiny.embedded import place
 
-        folder = cache_root() / digits.cache_name() / "pipeline"
+        folder = place(weights)
     else:
         folder = Path(weights).expanduser()
     return folder if folder.is_dir() else None
@@ -418,6 +484,8 @@ def present(weights: str) -> Path | None:
 def hub_weights(listing: Collection[str]) -> list[str]:
     """The weight files of a repository that loading reads: of each model the variant that `weight_files` would choose,
     and of nothing else, such as other precisions and single-file copies of all of them."""
+    if INDEX not in listing:
+        return _variant_files(listing, MAE_WEIGHTS)
     return [name for part, stem in WEIGHTS.items() for name in _variant_files(listing, f"{part}/{stem}")]
 
 
@@ -439,4 +507,5 @@ def _local_folder(weights: str) -> Path | None:
         return path
     if HUB_NAME.fullmatch(weights):
         return None
-    raise no_folder(weights, "'digits' (the embedded default), a folder in diffusers' StableDiffusionPipeline layout")
+    raise no_folder(weights, f"{', '.join(repr(name) for name in EMBEDDED)} (embedded), a folder in diffusers' "
+                             "StableDiffusionPipeline layout")

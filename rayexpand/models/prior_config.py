@@ -31,8 +31,9 @@ class ProcessConfig(Section):
 class PriorModel(Section):
     """A generator."""
 
-    weights: str = Field("digits", description="'digits' (embedded; the default for source digits only), a diffusers "
-                         "folder, org/name@revision, or a single .safetensors file with config beside it")
+    weights: str = Field("digits", description="'digits' (embedded; the default for source digits only), 'digits-mae' "
+                         "or 'digits-unclip' (embedded, for method gif), a folder of diffusers or of a masked "
+                         "autoencoder, org/name@revision, or a single .safetensors file with config beside it")
     config: Annotated[str | None, Later(None)] = Field(
         None, description="of a single file: folder with the json and tokenizer files of the model that it was made "
         "from, and with the parts that the file lacks")

@@ -17,9 +17,14 @@ from rayexpand.artifacts.adapter import ADAPTER
 from rayexpand.contract.errors import ModelError
 from rayexpand.diffusion.process import LEAST_SIGNAL, Process, process_of
 from rayexpand.models.folders import (
+    EMBEDDING_NOISE,
     INDEX,
+    MAE,
     NOISE,
     PICKLES,
+    UNCLIP,
+    UNCLIP_CLASSES,
+    UNCLIP_PIXELS,
     WEIGHTS,
     configs_of,
     incomplete_message,
@@ -36,12 +41,19 @@ from rayexpand.models.sources import PriorSources
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 SECOND = {"text_encoder_2": "CLIPTextModelWithProjection"}  # of Stable Diffusion XL
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+COLOURS = 3
 CONVERT = "load it once in diffusers where you trust it and call save_pretrained(folder, safe_serialization=True)"
 
 _SUPPORTED = ("generators are Stable Diffusion 1.x, 2.x and XL and what was made of them: Turbo, LCM, Lightning, "
               f"Hyper, CosXL, Playground 2 ({', '.join(CLASSES.values())}; XL has a second text encoder, "
-              f"{SECOND['text_encoder_2']})")
+              f"{SECOND['text_encoder_2']}); for method gif also Stable unCLIP ({UNCLIP}) and masked autoencoders "
+              f"({MAE})")
 _LATER = {"StableDiffusion3": "Stable Diffusion 3", "Flux": "FLUX", "PixArt": "PixArt", "Sana": "SANA"}
+_KARLO = ("Karlo, which paints pixels of 64 px through a text projection of its own and enlarges them by two more "
+          "networks, none of which is read here. Use Stable unCLIP, whose decoder has the layout of Stable Diffusion")
+_REFUSED = {"StableUnCLIPPipeline": "Stable unCLIP without an image encoder, which starts from texts; use its image "
+                                    f"variation, {UNCLIP}",
+            "UnCLIPPipeline": _KARLO, "UnCLIPImageVariationPipeline": _KARLO}
 _FEW_STEP = ("LCMScheduler", "TCDScheduler")
 _NOISE_LEVELS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")  # noise levels in place of timesteps
 _SCHEDULERS = (  # those of diffusers whose noise is a beta schedule over timesteps
@@ -57,6 +69,10 @@ _INPUTS = {"addition_embed_type": "a second text encoder and image sizes, as SDX
            "encoder_hid_dim": "features of another encoder"}
 
 
+GENERATORS = {"sd": "a latent diffusion model", "unclip": "a decoder of image embeddings (unCLIP)",
+              "mae": "a masked autoencoder"}
+
+
 @dataclass(frozen=True, slots=True)
 class PriorFacts:
     """What configuration files say about a generator. Sizes in pixels of the image."""
@@ -68,7 +84,7 @@ class PriorFacts:
     latent_channels: int
     process: Process
     train_timesteps: int
-    family: str = "sd"  # "sd" (Stable Diffusion 1.x, 2.x) or "sdxl"
+    family: str = "sd"  # "sd" (Stable Diffusion 1.x, 2.x), "sdxl", "unclip" or "mae" (a masked autoencoder)
     text_width: int = 768  # of the hidden states the network reads
     guidance: str = "cfg"  # "cfg", "embedded" or "none"
     steps_offset: int = 1  # first timestep of the leading grid
@@ -79,6 +95,11 @@ class PriorFacts:
     @property
     def prediction_type(self) -> str:
         return self.process.kind
+
+    @property
+    def generator(self) -> str:
+        """What a method must say that it samples: "sd" for latent diffusion by prompts, "unclip" or "mae"."""
+        return self.family if self.family in GENERATORS else "sd"
 
 
 def missing_configs(folder: Path) -> list[str]:
@@ -122,10 +143,10 @@ def inspect_sources(sources: PriorSources, prior: PriorModel, missing: Sequence[
         raise ModelError(f"{folder} {other}")
     unet, vae, text = (read[f"{part}/config.json"] for part in CLASSES)
     second = read.get("text_encoder_2/config.json")
-    noise, index = read[NOISE], read[INDEX]
+    noise, index, image = read[NOISE], read[INDEX], read.get("image_encoder/config.json")
     channels = vae.whole("latent_channels", 4)
     widths = [one.whole("hidden_size", 512) for one in (text, second) if one is not None]
-    _check_unet(unet, channels, sum(widths), second)
+    _check_unet(unet, channels, sum(widths), second, image)
     _check_latents(vae, channels)
     lengths = [_check_tokenizer(folder, tokenizer, encoder, problems) for tokenizer, encoder in zip(
         ("tokenizer", "tokenizer_2"), (text, second), strict=True) if encoder is not None]
@@ -134,6 +155,8 @@ def inspect_sources(sources: PriorSources, prior: PriorModel, missing: Sequence[
                         f"{lengths[0]}, and the states of both encoders stand side by side; they are of two models")
     process = noise_of(noise, prior, published=second is None)
     unet_widths, vae_widths = (one.wholes("block_out_channels") for one in (unet, vae))
+    if image is not None:
+        problems += _unclip_problems(sources, read, unet_widths[0])
     problems += _wrong_shapes(sources, {
         "unet": {"conv_in.weight": (unet_widths[0], unet.whole("in_channels", 4))},
         "vae": {"decoder.conv_in.weight": (vae_widths[-1], channels)},
@@ -144,7 +167,8 @@ def inspect_sources(sources: PriorSources, prior: PriorModel, missing: Sequence[
         weights=f"{weights.split('@')[0]}@{folder.name}" if folder.parent.name == "snapshots" else weights,
         image_size=_trained_size(unet, vae, 2 ** (len(vae_widths) - 1)), vae_factor=2 ** (len(vae_widths) - 1),
         unet_factor=2 ** (len(unet_widths) - 1), latent_channels=channels, process=process,
-        train_timesteps=noise.whole("num_train_timesteps", 1000), family="sd" if second is None else "sdxl",
+        train_timesteps=noise.whole("num_train_timesteps", 1000),
+        family="unclip" if image is not None else "sd" if second is None else "sdxl",
         text_width=sum(widths), guidance=guidance,
         steps_offset=noise.whole("steps_offset", 0, 0), few_step=_few_step(unet, noise),
         turbo=any("turbo" in _own_name(one) for one in (weights, str(folder), index.values.get("_name_or_path"),
@@ -200,13 +224,16 @@ class Settings:
         return found
 
 
-def _check_unet(unet: Settings, channels: int, width: int, second: Settings | None) -> None:
-    """`width`: of the hidden states of all text encoders; `second`: the configuration of XL's second one."""
+def _check_unet(unet: Settings, channels: int, width: int, second: Settings | None, image: Settings | None) -> None:
+    """`width`: of the hidden states of all text encoders; `second`: the configuration of XL's second one; `image`: of
+    unCLIP's image encoder."""
     inputs = unet.whole("in_channels", 4)
     for name, what in _INPUTS.items():
         found = unet.values.get(name)
         if name == "addition_embed_type" and second is not None:
             _check_added(unet, second)
+        elif name == "class_embed_type" and image is not None:
+            _check_embedding(unet, image)
         elif found is not None:
             unet.refuse(f"{name} {found!r} says that the UNet needs {what}; we have none. Use the base model")
     if inputs == 2 * channels:
@@ -243,6 +270,48 @@ def _check_added(unet: Settings, second: Settings) -> None:
     elif reads != 6 * each + pooled:
         unet.refuse(f"projection_class_embeddings_input_dim {reads} is not 6 x addition_time_embed_dim {each} + "
                     f"projection_dim {pooled} of text_encoder_2/config.json; UNet and text encoder are of two models")
+
+
+def _check_embedding(unet: Settings, image: Settings) -> None:
+    """Whether the UNet of unCLIP reads an image embedding and, as wide, the level of noise in it."""
+    width, reads = image.whole("projection_dim", 512), unet.values.get("projection_class_embeddings_input_dim")
+    if (found := unet.values.get("class_embed_type")) != "projection":
+        unet.refuse(f"class_embed_type {found!r}: the decoder of unCLIP reads an image embedding as projection; this "
+                    "one would paint without it")
+    elif reads != 2 * width:
+        unet.refuse(f"projection_class_embeddings_input_dim {reads!r} is not 2 x projection_dim {width} of "
+                    "image_encoder/config.json; UNet and image encoder are of two models")
+
+
+def _unclip_problems(sources: PriorSources, read: Mapping[str, Settings], first: int) -> list[str]:
+    """What is wrong with the parts that Stable Diffusion has not; `first`: channels of the UNet's first level."""
+    image, normalizer = read["image_encoder/config.json"], read["image_normalizer/config.json"]
+    width, noise = image.whole("projection_dim", 512), read[EMBEDDING_NOISE]
+    if (found := normalizer.whole("embedding_dim", 768)) != width:
+        normalizer.refuse(f"embedding_dim {found} is not projection_dim {width} of image_encoder/config.json; they are "
+                          "of two models")
+    if (name := noise.values.get("_class_name")) not in _SCHEDULERS or name in _NOISE_LEVELS:
+        noise.refuse(f"{name} cannot add noise to an embedding at a timestep; the scheduler of unCLIP is DDPMScheduler")
+    pixel_numbers(read[UNCLIP_PIXELS])
+    return _wrong_shapes(sources, {
+        "unet": {"class_embedding.linear_1.weight": (4 * first, 2 * width)},
+        "image_encoder": {"visual_projection.weight": (width, image.whole("hidden_size", 768))},
+        "image_normalizer": {"mean": (1, width), "std": (1, width)}})
+
+
+def pixel_numbers(pixels: Settings) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each colour, as preprocessor_config.json says; 0 and 1 where it does not, which
+    is a problem."""
+    made = []
+    for name, otherwise in (("image_mean", 0.0), ("image_std", 1.0)):
+        found = pixels.values.get(name)
+        sound = isinstance(found, list) and len(found) == COLOURS and all(
+            isinstance(one, (int, float)) and not isinstance(one, bool) and math.isfinite(one) for one in found)
+        if not isinstance(found, list) or not sound or (name == "image_std" and min(found) <= 0):
+            pixels.refuse(f"{name}: expected a number for each of {COLOURS} colours, got {found!r}")
+            found = [otherwise] * COLOURS
+        made.append([float(one) for one in found])
+    return made[0], made[1]
 
 
 def _check_latents(vae: Settings, channels: int) -> None:
@@ -448,17 +517,21 @@ def _other_kind(folder: Path) -> str:
 def _other_pipeline(index: Mapping[str, Any]) -> str:
     """What a pipeline is that is not ours, by its model_index.json; "" for Stable Diffusion."""
     parts = {name: one[1] for name, one in index.items() if isinstance(one, list) and len(one) == 2 and one[1]}
-    second = {part: one for part, one in parts.items() if part in SECOND}
-    if {part: parts.get(part) for part in CLASSES} == CLASSES and second in ({}, SECOND):
-        return ""
     name = str(index.get("_class_name"))
+    if name in _REFUSED:
+        return f"is a {name}: this is {_REFUSED[name]}"
+    second = {part: one for part, one in parts.items() if part in SECOND}
+    images = {part: one for part, one in parts.items() if part in UNCLIP_CLASSES}
+    if {part: parts.get(part) for part in CLASSES} == CLASSES and second in ({}, SECOND) and (
+            name != UNCLIP or images == UNCLIP_CLASSES):
+        return ""
     if later := [what for start, what in _LATER.items() if name.startswith(start)]:
         return f"is a {name}: {later[0]} is not supported yet; {_SUPPORTED}"
     if "text_encoder_2" in parts and "text_encoder" not in parts and "unet" in parts:
         return (f"is a {name} without a first text encoder, as the SDXL refiner, which continues another model's "
                 "images. Use the base model")
     shown = {name: one for name, one in parts.items()
-             if name in CLASSES or name.startswith(("text_encoder", "transformer", "prior"))}
+             if name in CLASSES or name.startswith(("text_encoder", "transformer", "prior", "image_"))}
     return (f"is a {index.get('_class_name')} with "
             f"{', '.join(f'{name} {one}' for name, one in shown.items()) or 'no part that we know'}; {_SUPPORTED}")
 

@@ -17,10 +17,16 @@ from rayexpand.artifacts.store import named_hash
 from rayexpand.contract.errors import ModelError
 from rayexpand.models.folders import (
     INDEX,
+    MAE,
+    MAE_WEIGHTS,
     NOISE,
+    UNCLIP_CLASSES,
+    WEIGHTS,
     folder_hash,
+    is_mae,
     loaded_files,
     model_sha256,
+    parts_of,
     read_json,
     variant_files,
 )
@@ -51,7 +57,7 @@ class PartSource:
     @property
     def stem(self) -> str:
         """How the weights are called in a folder, without variant and suffix."""
-        return "model" if self.name.startswith("text_encoder") else "diffusion_pytorch_model"
+        return WEIGHTS.get(self.name, "diffusion_pytorch_model") if self.name else MAE_WEIGHTS
 
     def files(self) -> list[Path]:
         """The files of its weights, an index of shards among them. Raises ModelError."""
@@ -91,10 +97,18 @@ class PriorSources:
         return PartSource(name, here := _own_folder(named, name), here)
 
     def classes(self) -> dict[str, str]:
-        """Class name of each part that has weights, by model_index.json. Raises ModelError."""
+        """Class name of each part that has weights, by model_index.json; that of unCLIP's image encoder is none of
+        them. A masked autoencoder is one part without a name. Raises ModelError."""
+        if is_mae(self.folder):
+            return {"": MAE}
         index = read_json(self.folder / INDEX)
         return {name: str(one[1]) for name, one in index.items()
                 if name.startswith(_KINDS) and isinstance(one, list) and len(one) == 2 and one[1]}
+
+    def image_classes(self) -> dict[str, str]:
+        """The same of what unCLIP has for image embeddings. Raises ModelError."""
+        return {name: UNCLIP_CLASSES[name] for name in ([] if is_mae(self.folder) else parts_of(self.folder))
+                if name in UNCLIP_CLASSES}
 
     def json_file(self, name: str) -> Path:
         """The json file that counts for a name such as `vae/config.json`: that of the part that is in use."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from rayexpand.contract.errors import UsageError
 from rayexpand.contract.schema import Receipt
-from rayexpand.models.folders import DIGITS
+from rayexpand.models.folders import EMBEDDED
 from rayexpand.models.prior import resolve
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import MODELS, RunConfig
@@ -118,7 +118,8 @@ def _gflop(expander: Expander, shard: int) -> float | None:
 
 def _count_networks(config: RunConfig) -> None:
     """Leaves what the networks of the generator cost in the cache of this machine, where `plan` finds it."""
-    if "prior" in config.needs and config.prior.weights != DIGITS:
+    if "prior" in config.needs and config.prior.weights not in EMBEDDED and (
+            getattr(config.method, "generator", "sd") != "mae"):
         from rayexpand.models.flops import count_once
 
         count_once(resolve(config.prior.weights))

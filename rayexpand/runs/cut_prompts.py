@@ -51,7 +51,7 @@ def words_of(found: dict[str, Any]) -> str:
 def cut_prompts(plan: Plan, config: RunConfig, folder: Path | None) -> CutPrompts | None:
     """Counts the prompts of a plan that are cut by the tokenizer in the generator's `folder`. None where no prompt is
     read, or where the generator is not on this machine."""
-    if "prior" not in config.needs or folder is None:
+    if "prior" not in config.needs or folder is None or getattr(config.method, "generator", "sd") != "sd":
         return None
     tokenizer = prior_tokenizer(folder)
     if "adapter" in config.needs and (facts := read_adapter(artifact_folder(config, "adapter"))).has_tokens:

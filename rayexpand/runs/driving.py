@@ -138,9 +138,10 @@ def prior_key(run: Run) -> str:
 
 
 def guide_key(run: Run, part: str = "guide") -> str:
-    """Runs with one key have the same guide, or judge, asked about the same classes."""
+    """Runs with one key have the same guide, or judge, asked the same about the same classes."""
     classes = run.plan.index.classes
-    return digest([run.facts["models"].get(part), classes.key, classes.asked, run.config.prior.device])
+    return digest([run.facts["models"].get(part), classes.key, classes.asked, run.config.prior.device,
+                   getattr(run.config.method, "guide_text", None) if part == "guide" else None])
 
 
 class Child:

@@ -33,6 +33,7 @@ from rayexpand.contract.schema import SEED_INDEX, ClassTable, Draw, Receipt, See
 from rayexpand.data import seeds as seed_io
 from rayexpand.data.pixels import header_size
 from rayexpand.models.cost import Cost
+from rayexpand.models.folders import EMBEDDED
 from rayexpand.models.prior import present
 from rayexpand.runs.config import MODELS
 from rayexpand.runs.cut_prompts import CutPrompts, cut_prompts
@@ -296,7 +297,7 @@ def _unit(config: RunConfig) -> str:
     """What the work runs on, as far as it is known before it starts: the embedded prior is made for CPUs."""
     prior = config.prior
     no_gpu = (not config.needs & MODELS or prior.device == "cpu" or config.cluster.gpus_per_actor == 0
-              or (prior.weights == "digits" and prior.device == "auto"))
+              or (prior.weights in EMBEDDED and prior.device == "auto"))
     return "CPU process" if no_gpu else "GPU"
 
 
@@ -330,7 +331,7 @@ def image_side(config: RunConfig, side: int | None = None, cost: Cost | None = N
         return config.image.size, "image.size"
     if "prior" not in config.needs:
         return (DIGITS_SIDE, "the built-in digits") if config.data.source == "digits" else (None, "")
-    if config.prior.weights == "digits":
+    if config.prior.weights in EMBEDDED:
         return DIGITS_SIDE, "the embedded prior"
     if cost is not None and cost.side is not None:
         return cost.side, f"that of the generator, {cost.known}"
@@ -359,7 +360,7 @@ def _bytes(config: RunConfig, planned: int, measured: Measured | None, image: _I
 
 def _petaflop(config: RunConfig, planned: int, seeds: int, image: _Image, cost: Cost | None, draws: Sequence[Draw],
               notes: dict[str, str]) -> float | None:
-    if not draws or "prior" not in config.needs or config.prior.weights == "digits":
+    if not draws or "prior" not in config.needs or config.prior.weights in EMBEDDED:
         return None
     if cost is None or image.side is None:
         notes["petaflop"] = "its networks are none of those known; `rayexpand bench` counts them on this machine"

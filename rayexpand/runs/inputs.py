@@ -18,8 +18,9 @@ from rayexpand.contract.errors import ModelError, RayexpandError
 from rayexpand.contract.protocols import Method
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.data import seeds
-from rayexpand.models.folders import folder_hash
+from rayexpand.models.folders import DIGITS, DIGITS_UNCLIP, folder_hash
 from rayexpand.models.guide_files import (
+    CLASS_PROMPT,
     CLASSIFIER,
     check_guide,
     class_difference,
@@ -29,8 +30,8 @@ from rayexpand.models.guide_files import (
     present_guide,
 )
 from rayexpand.models.guides import guide_hash
-from rayexpand.models.prior import has_more, present, prior_hash
-from rayexpand.models.prior_files import missing_files
+from rayexpand.models.image_towers import encoder_space, guide_space
+from rayexpand.models.prior import has_more, missing_files, present, prior_hash, sources_of
 from rayexpand.runs.config import GuideConfig, RunConfig
 
 
@@ -138,6 +139,7 @@ def check_artifacts(config: RunConfig, *, planned: bool = False, text_width: int
     problems = []
     if "guide" in config.needs:
         problems += [f"guide.weights: {one}" for one in check_guide(config.guide.weights, config.guide.checkpoint)]
+        problems += _guide_text_problems(config) if not problems else []
     problems += _judge_problems(config)
     inputs = ConfiguredInputs(config, text_width=text_width)
     for name, kind in KINDS.items():
@@ -173,6 +175,34 @@ def _judge_problems(config: RunConfig) -> list[str]:
         problems.append(f"accept.attempts: copies of a seed share a call in {config.method.name}, so one of them alone "
                         "cannot be drawn again; set attempts: 1")
     return problems
+
+
+def _guide_text_problems(config: RunConfig) -> list[str]:
+    """Where a guide that has its classes already is asked about them."""
+    here, asked = present_guide(config.guide.weights), getattr(config.method, "guide_text", CLASS_PROMPT)
+    if asked == CLASS_PROMPT or here is None or guide_classes(here) is None:
+        return []
+    return [f"method.guide_text: guide {here} has a head of its own for its classes and is asked nothing; take it out, "
+            "or name a CLIP guide"]
+
+
+def check_space(config: RunConfig, *, present_only: bool = False) -> list[str]:
+    """Why a guide cannot score the latents of a decoder of image embeddings, which it does without an image.
+    `present_only`: nothing is trained or downloaded for the answer."""
+    if getattr(config.method, "generator", "sd") != "unclip" or not {"prior", "guide"} <= config.needs or (
+            (config.prior.weights, config.guide.weights) == (DIGITS_UNCLIP, DIGITS)):
+        return []
+    prior, guide = config.prior.weights, config.guide
+    if present_only and not ((here := present(prior)) and not missing_files(here) and (
+            guide.checkpoint or present_guide(guide.weights))):
+        return []
+    try:
+        painted, seen = encoder_space(sources_of(config.prior).folder), guide_space(guide.weights, guide.checkpoint)
+    except ModelError as error:
+        return [f"guide.weights: {error}; the guide of {prior} must be its own image encoder"]
+    return [] if painted == seen else [
+        f"guide.weights: {guide.weights} sees images otherwise than the image encoder of {prior} ({seen}, {painted}), "
+        "whose embeddings it would score without looking at an image. Name that encoder in open_clip's layout"]
 
 
 def _no_effect(method: Method, kind: str) -> str:

@@ -67,6 +67,7 @@ from rayexpand.runs.inputs import (
     check_classes,
     check_judge,
     check_seeds,
+    check_space,
     names_classes,
 )
 from rayexpand.runs.plan import Plan, make_plan, plan_digest, read_plan, write_plan
@@ -146,6 +147,7 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
             problems.append(f"image.fit: 'none' keeps each image's own size, but {config.method.name} samples squares; "
                             "use crop, center or squash")
     problems += check_artifacts(config, planned=planned, text_width=text_width)
+    problems += check_space(config, present_only=True) if not problems and not planned else []
     if with_classes and data_is_sound and names_classes(config):
         problems += _class_problems(config)
     if device_here and config.prior.device.startswith("cuda") and needs & MODELS:
@@ -262,6 +264,8 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
     files.sweep()
     models = model_hashes(config, on_model)
     if plan is not None:
+        if problems := check_space(config):
+            raise ConfigError(where or config.name, problems)
         if "prototypes" in models:
             KINDS["prototypes"].load(artifact_folder(config, "prototypes"), ConfiguredInputs(config, models["guide"]),
                                      plan.index.classes.key)  # refuses those of another guide

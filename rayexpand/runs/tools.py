@@ -10,6 +10,7 @@ from typing import Any
 from rayexpand import __version__
 from rayexpand.contract.protocols import Tools
 from rayexpand.contract.schema import ClassTable
+from rayexpand.models.guide_files import CLASS_PROMPT
 from rayexpand.models.prior import load_prior, prior_hash
 from rayexpand.runs.config import GuideConfig, RunConfig
 from rayexpand.runs.inputs import artifact_folder, load_artifacts
@@ -30,20 +31,23 @@ def load_tools(config: RunConfig, classes: ClassTable, *, prior: Any = None, gui
             prior = prior.with_adapter(
                 artifact_folder(config, "adapter"), scale=getattr(config.method, "lora_scale", 1.0),
                 fuse=config.prior.adapter == "fused", base_sha256=prior_hash(config.prior))
+    prompt = getattr(config.method, "guide_text", CLASS_PROMPT)
     if "guide" in needs and guide is None:
-        guide = _guide(config.guide, config, classes, classes.key)
+        guide = _guide(config.guide, config, classes, classes.key, prompt)
     if config.accept is not None and judge is None:
         own = classes.key if config.accept.wanted is None else None
-        shared = own is not None and guide is not None and config.accept.guide == config.guide
+        shared = own is not None and guide is not None and (config.accept.guide, CLASS_PROMPT) == (config.guide, prompt)
         judge = guide if shared else _guide(config.accept.guide, config, classes, own)
     return Tools(classes, prior if "prior" in needs else None, guide if "guide" in needs else None,
                  judge=judge if "judge" in needs else None, **load_artifacts(config, classes.key))
 
 
-def _guide(said: GuideConfig, config: RunConfig, classes: ClassTable, class_keys: Sequence[str] | None) -> Any:
+def _guide(said: GuideConfig, config: RunConfig, classes: ClassTable, class_keys: Sequence[str] | None,
+           prompt: str = CLASS_PROMPT) -> Any:
     from rayexpand.models.guides import load_guide
 
-    return load_guide(said.weights, said.checkpoint, classes.asked, device=config.prior.device, class_keys=class_keys)
+    return load_guide(said.weights, said.checkpoint, classes.asked, device=config.prior.device, class_keys=class_keys,
+                      prompt=prompt)
 
 
 def stack_fingerprint(config: RunConfig) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rayexpand.contract.protocols import Calls
 from rayexpand.contract.schema import Draw, Start
 from rayexpand.models.cost import Cost, cost_of
+from rayexpand.models.folders import EMBEDDED
 
 if TYPE_CHECKING:
     from rayexpand.runs.config import RunConfig
@@ -31,18 +32,17 @@ class ImageWork:
 
 
 def cost_of_run(config: RunConfig) -> Cost | None:
-    """What the generator of a run costs. None for the embedded default, which is made for CPUs, for methods that need
+    """What the generator of a run costs. None for the embedded ones, which are made for CPUs, for methods that need
     no generator, and where nothing is known of it."""
-    if "prior" not in config.needs or config.prior.weights == "digits":
+    if "prior" not in config.needs or config.prior.weights in EMBEDDED:
         return None
     return cost_of(config.prior.weights)
 
 
 def image_work(config: RunConfig, cost: Cost, side: int, copies: float, draws: Sequence[Draw]) -> ImageWork:
     """Of a run with `copies` of each seed whose draws are like these."""
-    calls = calls_of(config, copies, draws)
-    once = config.prior.guidance in ("embedded", "none")
-    forwards = 1 if once else cost.forwards(getattr(config.method, "guidance_scale", 1.0))
+    calls, scale = calls_of(config, copies, draws), getattr(config.method, "guidance_scale", 1.0) or 1.0
+    forwards = 1 if config.prior.guidance in ("embedded", "none") else cost.forwards(scale)
     network, decode = cost.network, cost.decode
     doubled = f" ({forwards} x {network.at(side):.3g} with guidance)" if forwards > 1 else ""
     parts = ((calls.steps, forwards * network.at(side), f"steps{doubled}"),

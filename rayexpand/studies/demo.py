@@ -4,6 +4,7 @@ A study of three seeds, each with its own two digits per class, five copies of e
 same number of optimiser steps in every arm; tested on 500 digits that neither the prior nor any arm has seen. Controls
 beside the table: the originals repeated to as many rows, an expansion with an empty prompt, and the guide's own
 zero-shot accuracy; for a method other than image-to-image also image-to-image, and for a guided one its random twin.
+GIF-MAE and GIF-DALLE have generators of their own, and what these make without a perturbation beside them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.device import torch_threads
 from rayexpand.contract.errors import RayexpandError, UsageError
 from rayexpand.data.seeds import digits_split
+from rayexpand.models.folders import DIGITS_MAE, DIGITS_UNCLIP
 from rayexpand.models.guides import load_guide
 from rayexpand.models.tiny import digits
 from rayexpand.runs import run as runs
@@ -38,6 +40,7 @@ ARMS = ("original", "original + RandAugment", "expanded", "expanded + RandAugmen
 CONTROL = "empty-prompt expansion"
 PLAIN = "img2img expansion"
 RANDOM = "random perturbation"
+UNGUIDED = "without perturbation"
 REPEATED = "original repeated"
 NOTE = ("The gain shows that knowledge of captioned digits in the generator reaches a classifier through the samples; "
         "it does not show data made from nothing: the generator saw 1,000 other captioned digits, its guide alone "
@@ -46,6 +49,12 @@ GUIDED_NOTE = (" What guidance adds is the difference to its random perturbation
                "are too few to call a point or two a difference.")
 NO_PRIOR_NOTE = ("No generator took part, so the gain shows what varying the real digits alone does; it does not show "
                  "new digits.")
+VARIANT_NOTES = {
+    "gif-mae": "The generator saw 1,000 other digits without their labels and draws the real ones again in other "
+               "brightness and texture; the gain shows what that does, and no new shapes are made.",
+    "gif-dalle": "The generator saw 1,000 other digits without their labels, told by the embeddings of a guide that "
+                 "learned from captions; most of the gain is what its own noise makes of an embedding, as the control "
+                 "without perturbation shows."}
 
 # Settings for the embedded default. COMMON where a method has the field, a new method too; then its own.
 COMMON: dict[str, Any] = {"ratio": RATIO, "prompt": "a photo of a {name}", "strength": 0.9, "steps": 10,
@@ -57,12 +66,16 @@ OWN: dict[str, dict[str, Any]] = {
     "diffmix": {"variant": "real_mix", "strengths": [0.9]},  # the digits have their names already: nothing to fit
     "distdiff": {"guide_step": 7, "rho": 0.5, "eps": 3},
     "gif": {"domains": ["a photo of a"], "adjectives": [""], "rotation": 0, "flip": False},
+    "gif-mae": {"generator": "mae", "strength": None, "steps": None, "guidance_scale": None},
+    "gif-dalle": {"generator": "unclip", "strength": None, "eps": 0.5},
     "lecf": {"strength": None, "prompts": {"*": [
         "a photo of a {name}", "the digit {name}", "a photo of the digit {name}", "a drawing of a {name}",
         "a handwritten {name} shape"]}},
     "realfake": {"finetuned": False},
     "realguidance": {"strength": 0.1, "steps": 25},
 }
+# Demos of one method with another generator: its name, and the weights.
+VARIANTS: dict[str, tuple[str, str]] = {"gif-mae": ("gif", DIGITS_MAE), "gif-dalle": ("gif", DIGITS_UNCLIP)}
 FITTED = {"prior", "guide", "prototypes"}  # what the demo has, or makes for a method
 SAMPLER = {"batch": 50, "shard_images": 50}
 EMPTY_STRENGTH = 0.5  # an empty prompt keeps the label only at moderate strength: at 0.9 nothing of the digit is left
@@ -91,7 +104,7 @@ class DemoResult:
     def summary(self) -> dict[str, Any]:
         arms = {name: {"accuracies": values, "mean": float(np.mean(values)), "se": standard_error(values)}
                 for name, values in self.accuracies.items()}
-        controls = {name: arms.pop(name) for name in (REPEATED, CONTROL, PLAIN, RANDOM) if name in arms}
+        controls = {name: arms.pop(name) for name in (REPEATED, CONTROL, UNGUIDED, PLAIN, RANDOM) if name in arms}
         return {"method": self.method, "arms": arms, "control_arms": controls, "fit_cpu_seconds": self.fitted,
                 "controls": {"guide zero-shot": self.guide_zero_shot,
                              **{name: arm["mean"] for name, arm in controls.items()}},
@@ -115,9 +128,10 @@ def demo(out: Path | str, progress: Listener, method: str = "img2img") -> DemoRe
 
 
 def settings(method: str, **changes: Any) -> dict[str, Any]:
-    """The fields of a method on the embedded default."""
-    known = methods.method_class(method).model_fields  # type: ignore[attr-defined]
-    return {"name": method, **{field: value for field, value in COMMON.items() if field in known},
+    """The fields of a method, or of a name in VARIANTS, on the embedded default."""
+    name = VARIANTS[method][0] if method in VARIANTS else method
+    known = methods.method_class(name).model_fields  # type: ignore[attr-defined]
+    return {"name": name, **{field: value for field, value in COMMON.items() if field in known},
             **OWN.get(method, {}), **changes}
 
 
@@ -131,6 +145,7 @@ def study_of(out: Path, method: str = "img2img") -> StudyConfig:
                          "artifacts, and use `rayexpand expand`; or choose another method")
     # With `random`, nothing is measured either: the twin needs no guide.
     unmeasured = {"measure": False} if "measure" in fields else {}
+    own_prior = {"prior": {"weights": VARIANTS[method][1]}} if method in VARIANTS else {}
     wanted: dict[str, dict[str, Any]] = {"expanded": fields}
     controls: list[dict[str, Any]] = []
 
@@ -138,14 +153,16 @@ def study_of(out: Path, method: str = "img2img") -> StudyConfig:
         wanted[name] = own
         controls.append({"name": arm, "use": name, "control": False})
 
-    if "prior" in loaded.needs():
+    if own_prior:
+        control(UNGUIDED, "unguided", {**fields, **unmeasured, "guidance": "none"})
+    elif "prior" in loaded.needs():
         control(CONTROL, "empty-prompt", settings("img2img", prompt="", strength=EMPTY_STRENGTH))
-        if method != "img2img":
-            control(PLAIN, "img2img", settings("img2img"))
+    if "prior" in loaded.needs() and method != "img2img":
+        control(PLAIN, "img2img", settings("img2img"))
     if "random" in _choices(loaded, "guidance"):
         control(RANDOM, "random", {**fields, **unmeasured, "guidance": "random"})
-    expansions = {name: {"method": own, "sampler": SAMPLER, **({"fit": {}} if _fits(own) else {})}
-                  for name, own in wanted.items()}
+    expansions = {name: {"method": own, "sampler": SAMPLER, **({"fit": {}} if _fits(own) else {}),
+                         **(own_prior if own["name"] == fields["name"] else {})} for name, own in wanted.items()}
     randaugment = {"recipe": {"augment": "randaugment"}, "control": False}
     return parse_study({
         "name": out.absolute().name, "out": str(out.parent), "seeds": list(range(SUBSETS)),
@@ -183,7 +200,8 @@ def _demo(out: Path, progress: Listener, method: str) -> DemoResult:
     differences = [a - b for a, b in zip(accuracies[ARMS[2]], accuracies[ARMS[0]], strict=True)]
     measured = json.loads((cached / "measured.json").read_text())
     folders = [f"{study.config.folder}/runs/expanded-{seed}" for seed in study.config.seeds]
-    note = NO_PRIOR_NOTE if CONTROL not in accuracies else NOTE + GUIDED_NOTE * (RANDOM in accuracies)
+    note = VARIANT_NOTES.get(method) or (NO_PRIOR_NOTE if CONTROL not in accuracies else NOTE)
+    note += GUIDED_NOTE * (RANDOM in accuracies)
     return DemoResult(accuracies, zero_shot, float(np.mean(differences)), standard_error(differences),
                       rate_of([runs.open_run(one) for one in folders]).images_per_second,
                       time.perf_counter() - started, study.config.folder, folders, measured, method,

@@ -123,3 +123,36 @@ def test_needs_no_torch() -> None:
     script = ("import sys\nfrom rayexpand.models.cost import cost_of\nassert cost_of('a/sdxl-turbo').side == 512\n"
               "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# Masked autoencoders -------------------------------------------------------------------------------------------------
+
+
+def test_a_masked_autoencoder_is_counted_as_torch_counts_it(tmp_path: Path) -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from rayexpand.models.prior import load_prior
+    from tests.models.gif_priors import tiny_mae
+
+    prior, found = load_prior(str(tiny_mae(tmp_path / "mae")), device="cpu"), cost_of(str(tmp_path / "mae"))
+    assert found is not None
+    assert (found.side, found.known, found.forwards(4.0)) == (16, "by its configuration", 1)
+    x = torch.rand(1, 3, 16, 16)
+    with FlopCounterMode(display=False) as encoded:
+        z = prior.encode(x, None)
+    z = z.detach().requires_grad_()
+    with FlopCounterMode(display=False) as decoded:
+        out = prior.decode(z)
+    with FlopCounterMode(display=False) as back:
+        torch.autograd.grad(out.sum(), z)
+    for work, forward in ((found.encode, encoded), (found.decode, decoded)):
+        assert work.at(16) == pytest.approx(forward.get_total_flops() / 1e12)
+    assert found.decode.back_at(16) == pytest.approx(back.get_total_flops() / 1e12)
+
+
+def test_vit_mae_by_its_name() -> None:
+    large = cost_of("facebook/vit-mae-large@main")
+    assert large is not None
+    assert (large.side, large.known) == (224, "by its name")
+    assert large.encode.at(224) == pytest.approx(0.123, rel=0.01)  # 2 x 61.6 billion multiplications (ViT-L/16)

@@ -20,7 +20,7 @@ from rayexpand.runs import run as runs
 from rayexpand.runs.config import load
 from rayexpand.studies import demo
 from rayexpand.studies.config import StudyConfig, load_study, parse_study
-from rayexpand.studies.demo import ARMS, CONTROL, PLAIN, RANDOM, REPEATED, SAMPLER, settings, study_of
+from rayexpand.studies.demo import ARMS, CONTROL, PLAIN, RANDOM, REPEATED, SAMPLER, UNGUIDED, settings, study_of
 from rayexpand.studies.parts import Study, Trial
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.trials import make_trials
@@ -32,10 +32,11 @@ JOBS = [path for path in sorted((ROOT / "jobs/digits").glob("expand-*.yaml"))
         if "adapter" not in load(path).method.needs()]
 CONTROLS = {"img2img": {CONTROL}, "text2img": {CONTROL, PLAIN}, "classical": set(),
             "distdiff": {CONTROL, PLAIN, RANDOM}, "gif": {CONTROL, PLAIN, RANDOM}, "lecf": {CONTROL, PLAIN},
-            "diffmix": {CONTROL, PLAIN}, "realguidance": {CONTROL, PLAIN}, "diffcoremix": {CONTROL, PLAIN}}
+            "diffmix": {CONTROL, PLAIN}, "realguidance": {CONTROL, PLAIN}, "diffcoremix": {CONTROL, PLAIN},
+            **{name: {UNGUIDED, PLAIN, RANDOM} for name in demo.VARIANTS}}
 REFUSED = {"dafusion": "no adapter for dafusion"}
 FITTED = {"distdiff": {"prototypes"}, "diffcoremix": {"image_features", "thresholds"}}
-SHOWN = [name for name in names() if name not in REFUSED]
+SHOWN = [name for name in (*names(), *demo.VARIANTS) if name not in REFUSED]
 
 
 UPDATES = 60  # of the 200 that users get, and one test instead of five: the gates hold all the same
@@ -177,7 +178,9 @@ def test_a_method_there_is_not_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_the_jobs_for_digits_have_the_settings_of_the_demo(path: Path) -> None:
     job = load(path)
-    fields = settings(job.method.name, **({"ratio": 10} if job.method.name == "lecf" else {}))  # half are filtered out
+    name = {"mae": "gif-mae", "unclip": "gif-dalle"}.get(getattr(job.method, "generator", ""), job.method.name)
+    fields = settings(name, **({"ratio": 10} if name == "lecf" else {}))  # half are filtered out
+    assert name not in demo.VARIANTS or job.prior.weights == demo.VARIANTS[name][1]
 
     assert job.method == load_method(fields.pop("name"), fields)
     assert job.method.name not in ("img2img", "distdiff", "gif") or job.sampler.model_dump() == SAMPLER
@@ -227,6 +230,8 @@ def test_the_demo_of_every_method_as_users_meet_it(method: str, tmp_path: Path) 
     assert result["cpu_seconds"] <= 300
     assert set(result["fit_cpu_seconds"]) == FITTED.get(method, set())
     assert result["note"]
+    if method in demo.VARIANTS:
+        assert result["gain"] >= {"gif-mae": -0.01, "gif-dalle": 0.02}[method]
     if method == "img2img":
         assert result["gain"] >= 0.05
         assert result["arms"]["expanded"]["mean"] >= 0.88

@@ -36,7 +36,7 @@ from rayexpand.fitting.adapter.latents import LatentsConfig, Views
 from rayexpand.fitting.adapter.recipe import FinetuneConfig, make_finetune
 from rayexpand.models.folders import DIGITS, tokenizers_of
 from rayexpand.models.prior import check_size, inspect_prior, present, prior_tokenizer
-from rayexpand.models.prior_files import PriorFacts
+from rayexpand.models.prior_files import GENERATORS, PriorFacts
 
 
 class BaseConfig(Section):
@@ -122,6 +122,9 @@ def _base_problems(made: AdapterFit, recipe: FinetuneConfig, weights: str, here:
         facts = inspect_prior(weights)
     except ModelError as error:
         return [f"prior.weights: {error}"]
+    if facts.generator != "sd":
+        return [f"prior.weights: {weights} is {GENERATORS[facts.generator]}, which has no prompts to fine-tune; name a "
+                "Stable Diffusion model"]
     problems = _untrainable(facts, recipe)
     try:
         check_size(facts, made.resolution or facts.image_size)

@@ -20,9 +20,15 @@ import torch
 from rayexpand.models.tiny.setting import GROUPS, HEAD, GuideSetting, Setting
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        StableUnCLIPImg2ImgPipeline,
+        UNet2DConditionModel,
+    )
     from open_clip import CLIP
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 CONTEXT = 16  # tokens of one text
 EOS = 1  # never 2: CLIPTextModel reads 2 as "pool at the largest id", which breaks once tokens are added
@@ -126,6 +132,35 @@ def build_unet(rng: np.random.Generator, **changes: Any) -> UNet2DConditionModel
     return unet
 
 
+def unclip_unet_shape(features: int) -> dict[str, Any]:
+    """What `build_unet` takes for a network that is told an image embedding and the level of noise in it, as wide, and
+    no text: on digits attention to texts cost more and followed the embedding worse (measured)."""
+    return {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2,
+            "mid_block_type": "UNetMidBlock2D", "class_embed_type": "projection",
+            "projection_class_embeddings_input_dim": 2 * features, "resnet_time_scale_shift": "scale_shift"}
+
+
+def assemble_unclip(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel,
+                    image_encoder: CLIPVisionModelWithProjection, mean_D: torch.Tensor, std_D: torch.Tensor,
+                    ) -> StableUnCLIPImg2ImgPipeline:
+    """A whole unCLIP around the autoencoder, texts and scheduler of a generator: diffusers opens no folder in which a
+    part is missing. `mean_D`, `std_D`: of image embeddings."""
+    from diffusers import DDPMScheduler, StableUnCLIPImg2ImgPipeline
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+    from transformers import CLIPImageProcessor
+
+    side, normalizer = image_encoder.config.image_size, StableUnCLIPImageNormalizer(len(mean_D))
+    normalizer.load_state_dict({"mean": mean_D[None], "std": std_D[None]})
+    made = StableUnCLIPImg2ImgPipeline(
+        feature_extractor=CLIPImageProcessor(size={"height": side, "width": side}, do_center_crop=False,
+                                             image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        image_encoder=image_encoder, image_normalizer=normalizer.requires_grad_(False),
+        image_noising_scheduler=DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2"), tokenizer=pipe.tokenizer,
+        text_encoder=pipe.text_encoder, unet=unet, scheduler=pipe.scheduler, vae=pipe.vae)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
 def vae_shape(setting: Setting) -> dict[str, Any]:
     """What `build_vae` takes for a setting."""
     levels = len(setting.vae.channels)
@@ -165,19 +200,48 @@ def text_encoder_of(guide: CLIP) -> CLIPTextModel:
         projection_dim=guide.text_projection.shape[1], bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS)
     model = CLIPTextModel(config)
     state = {"embeddings.token_embedding.weight": guide.token_embedding.weight,
-             "embeddings.position_embedding.weight": guide.positional_embedding}
+             "embeddings.position_embedding.weight": guide.positional_embedding,
+             **_blocks(guide.transformer.resblocks),
+             **{f"final_layer_norm.{kind}": guide.ln_final.get_parameter(kind) for kind in ("weight", "bias")}}
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
+
+
+def image_encoder_of(guide: CLIP, size: int) -> CLIPVisionModelWithProjection:
+    """The guide's image tower as a CLIPVisionModelWithProjection. Frozen. It has the same features because the guide
+    pools at the class token (`guide_config`): a mean over tokens would be copied without a complaint and be wrong."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    tower = guide.visual
+    first, patch = tower.transformer.resblocks[0], tower.conv1.kernel_size[0]
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(
+        hidden_size=tower.conv1.out_channels, hidden_act="gelu", intermediate_size=first.mlp.c_fc.out_features,
+        num_hidden_layers=len(tower.transformer.resblocks), num_attention_heads=first.attn.num_heads, image_size=size,
+        patch_size=patch, projection_dim=tower.proj.shape[1]))
+    state = {"embeddings.class_embedding": tower.class_embedding,
+             "embeddings.patch_embedding.weight": tower.conv1.weight,
+             "embeddings.position_embedding.weight": tower.positional_embedding,
+             **_blocks(tower.transformer.resblocks)}
+    for ours, theirs in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
+        state |= {f"{theirs}.{kind}": getattr(tower, ours).get_parameter(kind) for kind in ("weight", "bias")}
+    model.load_state_dict({**{f"vision_model.{name}": one for name, one in state.items()},
+                           "visual_projection.weight": tower.proj.T})
+    return model.eval().requires_grad_(False)
+
+
+def _blocks(resblocks: Iterable[Any]) -> dict[str, torch.Tensor]:
+    """Transformer blocks of open_clip under their names in transformers."""
+    state: dict[str, torch.Tensor] = {}
     names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
              "attn.out_proj": "self_attn.out_proj"}
-    for i, block in enumerate(guide.transformer.resblocks):
+    for i, block in enumerate(resblocks):
         for kind in ("weight", "bias"):
             query, key, value = getattr(block.attn, f"in_proj_{kind}").chunk(3)
             state |= {f"encoder.layers.{i}.self_attn.{n}_proj.{kind}": part
                       for n, part in (("q", query), ("k", key), ("v", value))}
             state |= {f"encoder.layers.{i}.{theirs}.{kind}": block.get_parameter(f"{ours}.{kind}")
                       for ours, theirs in names.items()}
-    state |= {f"final_layer_norm.{kind}": guide.ln_final.get_parameter(kind) for kind in ("weight", "bias")}
-    model.load_state_dict(state)
-    return model.eval().requires_grad_(False)
+    return state
 
 
 def assemble(vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel,

@@ -8,11 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
-from rayexpand.contract.errors import ModelError
 from rayexpand.contract.protocols import Progress
 from rayexpand.data.seeds import digits_split
 from rayexpand.models.folders import cache_root
@@ -39,6 +32,7 @@ from rayexpand.models.tiny.architecture import (
     text_encoder_of,
     tokenize,
 )
+from rayexpand.models.tiny.once import trained_once
 from rayexpand.models.tiny.pretrain import PROMPT
 from rayexpand.models.tiny.setting import GuideSetting, Setting, UnetSetting, VaeSetting
 
@@ -106,50 +100,11 @@ def cache_name(recipe: DigitsRecipe = RECIPE) -> str:
 def ensure(progress: Progress | None = None, cache: Path | None = None, recipe: DigitsRecipe = RECIPE) -> Path:
     """Folder with `pipeline/` (diffusers), `guide/` (open_clip) and `measured.json`; trained on first use.
 
-    Of many processes that ask at once one trains and the others wait. The folder appears by one rename, so a killed
-    training leaves nothing that looks finished. `progress(stage, done, total)` is called as training proceeds, with
-    total 0 while waiting. Raises ModelError when the cache cannot be written.
+    `progress(stage, done, total)` is called as training proceeds, with total 0 while waiting. Raises ModelError when
+    the cache cannot be written.
     """
     report = progress or (lambda stage, done, total: None)
-    root = cache_root(cache)
-    folder = root / cache_name(recipe)
-    if folder.is_dir():
-        return folder
-    _prepare(root)
-    with _locked(root / f"{folder.name}.lock", report):
-        if folder.is_dir():
-            return folder
-        for stale in root.glob(f"{folder.name}.partial-*"):
-            shutil.rmtree(stale)
-        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=root))
-        train(partial, recipe, report)
-        os.rename(partial, folder)
-    return folder
-
-
-def _prepare(root: Path) -> None:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        writable = os.access(root, os.W_OK | os.X_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise ModelError(f"the embedded models are kept in {root}, which cannot be written; set the environment "
-                         "variable RAYEXPAND_CACHE to a folder that can")
-
-
-@contextmanager
-def _locked(path: Path, report: Progress) -> Iterator[None]:
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        report("waiting for another process that trains the digits models", 0, 0)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    return trained_once(cache_root(cache) / cache_name(recipe), lambda folder: train(folder, recipe, report), report)
 
 
 def train(folder: Path, recipe: DigitsRecipe, report: Progress) -> None:
