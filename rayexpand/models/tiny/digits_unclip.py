@@ -47,7 +47,7 @@ STAGE = "decoder of embeddings"
 class UnclipRecipe:
     """What decides the trained weights, beside the embedded default; its digest names the cache folder."""
 
-    version: int = 1  # raised when the code below trains something else from the same numbers
+    version: int = 2  # raised when the code below trains something else from the same numbers
     seed: int = 0
     steps: int = 1000
     batch: int = 32

@@ -65,7 +65,9 @@ def test_a_decoder_of_embeddings_is_trained_alike_twice(few: None, tmp_path: Pat
     assert folder_hash(first / "pipeline") == folder_hash(again / "pipeline")
     assert json.loads((first / "measured.json").read_text()).keys() == {"named_right", "cosine"}
     facts, stated = inspect_prior(str(first / "pipeline")), inspect_prior("digits-unclip")
-    assert replace(facts, weights="digits-unclip", text_width=stated.text_width) == stated
+    assert replace(facts, weights="digits-unclip", process=stated.process, text_width=stated.text_width) == stated
+    assert replace(facts.process, config=stated.process.config) == stated.process
+    assert facts.process.config.items() >= stated.process.config.items()
     guide = tmp_path / "a" / digits.cache_name(base) / "guide"
     assert encoder_space(first / "pipeline") == guide_space(str(guide), None)
     other = digits_unclip.cache_name(short, replace(base, seed=1))
