@@ -359,8 +359,8 @@ def _fit_problems(made: RunConfig, fit: ExpansionFit) -> list[str]:
     problems += [f"artifacts.{kind}: {folder} would not be read, for fit makes them of each seed's own rows; take one "
                 "of the two out" for kind, folder in made.artifacts.items() if getattr(wanted.fit, kind)]
     problems += [f"fit.{role}: has no effect on {made.method.name} as it is set here; take it out"
-                for role in ("guide", "adapter") if getattr(fit, role) and role not in made.method.needs()]
-    if fit.adapter is None or "adapter" not in made.method.needs():
+                for role in ("guide", "adapter") if getattr(fit, role) and not getattr(wanted.fit, role)]
+    if fit.adapter is None or wanted.fit.adapter is None:
         return problems
     recipe, plain = fit.adapter.finetune, AdapterFit()
     first = "run `rayexpand fit` first, in a file of its own, and name the folder it prints in "

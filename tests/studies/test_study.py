@@ -250,14 +250,17 @@ def test_what_is_wrong_with_a_fine_tuning_is_said_before_anything_is_made(tmp_pa
 
 
 def test_a_part_of_fit_that_a_method_does_not_need_is_refused(tmp_path: Path) -> None:
-    raw = fitted(tmp_path, {"name": "distdiff"}, {"prompt": "a {token}"})
-    with pytest.raises(ConfigError, match=r"fit\.adapter: has no effect on distdiff"):
+    raw = fitted(tmp_path, {"name": "realfake", "finetuned": False, "prompt": "a {name}", "visual_token": "class_mean"},
+                 {"strategy": "db"})
+    with pytest.raises(ConfigError, match=r"fit\.adapter: has no effect on realfake"):
         parse_study(raw)
+    raw = fitted(tmp_path, {"name": "distdiff"}, {"strategy": "db"})
+    assert parse_study(raw).expansions["e"].fit is not None, "a guided method samples with an adapter that is fitted"
     raw["expansions"]["e"] |= {"fit": {}, "artifacts": {"prototypes": "artifacts/there", "adapter": "artifacts/there"}}
     with pytest.raises(ConfigError) as refused:
         parse_study(raw)
     for words in (r"artifacts\.prototypes: artifacts/there would not be read, for fit makes them",
-                  r"artifacts\.adapter: has no effect on distdiff, which samples from the weights"):
+                  r"artifacts\.adapter: artifacts/there has no adapter\.json"):
         assert any(re.match(rf"expansions\.e\.{words}", line) for line in refused.value.problems), words
 
 
@@ -627,7 +630,7 @@ def test_a_weight_that_leaves_no_row(study: Study) -> None:
 
 
 def test_a_generator_is_fine_tuned_on_the_rows_of_each_seed(tmp_path: Path) -> None:
-    """Once for all expansions that ask for the same; a method without adapter has no use for it."""
+    """Once for all expansions that ask for the same; a method that takes the weights as they are has no use for it."""
     text = "a photo of a {token} shape"
     fit = {"adapter": {"recipe": {"preset": "tiny", "strategy": "ti", "steps": 1, "batch": 4, "prompt": text},
                        "flips": False, "sheet": None, "tensorboard": False}}
@@ -640,6 +643,6 @@ def test_a_generator_is_fine_tuned_on_the_rows_of_each_seed(tmp_path: Path) -> N
 
     assert adapters["diff_mix", 0] == adapters["diff_gen", 0] != adapters["diff_mix", 1] == adapters["diff_gen", 1]
     assert all(run.facts["models"]["adapter"] for run in made)
-    vanilla = {"real": {"method": {"name": "img2img", "ratio": 1}, "fit": fit}}
-    with pytest.raises(ConfigError, match=r"expansions\.real\.fit: img2img .* needs nothing fitted"):
+    vanilla = {"real": {"method": {"name": "diffmix", "variant": "real_mix", "prompt": "a {name}"}, "fit": fit}}
+    with pytest.raises(ConfigError, match=r"expansions\.real\.fit: diffmix .* needs nothing fitted"):
         parse_study(raw_study(tmp_path, expansions=vanilla, arms=[{"name": "real", "use": "real"}]))
