@@ -171,6 +171,9 @@ def _judge_problems(config: RunConfig) -> list[str]:
     if accept.comparison == "prompt" and asks_for_tokens(config.method):
         problems.append("accept.to: the prompt has {token}, a word that no guide knows; write {name}, or set "
                         "accept.to: class")
+    if accept.comparison == "seed" and (targets := getattr(config.method, "targets", "reference")) != "reference":
+        problems.append(f"accept.to: {config.method.name} with targets {targets} makes samples of other classes than "
+                        "their seed images have, so being like these says nothing; set accept.to: class")
     if accept.attempts > 1 and config.method.group(2) > 1:
         problems.append(f"accept.attempts: copies of a seed share a call in {config.method.name}, so one of them alone "
                         "cannot be drawn again; set attempts: 1")

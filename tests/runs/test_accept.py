@@ -97,6 +97,18 @@ def test_all_problems_at_once(make_config: MakeConfig, judge_folder: Path, tmp_p
     assert gone[0].startswith("accept.guide.weights: ")
 
 
+@pytest.mark.parametrize(("method", "accept", "refused_"), [
+    ({"variant": "real_mix"}, {}, True), ({"variant": "real_gen"}, {"above": 0.6}, True),
+    ({"variant": "real_mix", "targets": "balanced"}, {}, True), ({"variant": "real_mix"}, {"to": "class"}, False),
+    ({"variant": "real_mix", "targets": "reference"}, {}, False), ({"variant": "real_aug"}, {}, False)])
+def test_a_sample_of_another_class_is_not_compared_with_its_seed(method: dict[str, Any], accept: dict[str, Any],
+                                                                refused_: bool) -> None:
+    config = parse({**GOOD, "method": {"name": "diffmix", "prompt": "a {name}", **method}, "accept": accept})
+    found = [one for one in runs.preflight(config) if one.startswith("accept.to: diffmix with targets")]
+    assert bool(found) is refused_
+    assert all("other classes than their seed images have" in one for one in found)
+
+
 def test_artifacts_of_another_guide_are_refused(make_config: MakeConfig, judge_folder: Path, tmp_path: Path) -> None:
     for name in ("thresholds", "image_features"):
         (tmp_path / name).mkdir()
