@@ -404,6 +404,15 @@ def test_batched_redraws_are_those_of_a_literal_loop(make_config: MakeConfig, ju
     assert totals.rejected == totals.planned - len(found) > 0
 
 
+def test_the_same_command_again_makes_nothing(make_config: MakeConfig, accept: Accepting, calls: list[Any]) -> None:
+    config = make_config("Worded", ratio=2, sections={"accept": accept()})
+    run, _ = complete(config)
+    made, before = len(calls), (hashes(run), refused(run))
+    again, _ = complete(config)
+    assert (len(calls), hashes(again), refused(again)) == (made, *before)
+    assert len(again.plan.index) == 20, "samples are never taken for real images"
+
+
 @pytest.mark.parametrize("exhausted", ["reject", "best"])
 def test_rows_do_not_depend_on_the_batch_the_shards_or_their_order(make_config: MakeConfig, accept: Accepting,
                                                                   exhausted: str) -> None:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from rayexpand.artifacts.columns import open_image_features
 from rayexpand.contract.errors import ConfigError, DigestMismatch, SeedDataError, UsageError
 from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.data.subsets import ids_hash, shared_images
@@ -646,3 +647,28 @@ def test_a_generator_is_fine_tuned_on_the_rows_of_each_seed(tmp_path: Path) -> N
     vanilla = {"real": {"method": {"name": "diffmix", "variant": "real_mix", "prompt": "a {name}"}, "fit": fit}}
     with pytest.raises(ConfigError, match=r"expansions\.real\.fit: diffmix .* needs nothing fitted"):
         parse_study(raw_study(tmp_path, expansions=vanilla, arms=[{"name": "real", "use": "real"}]))
+
+
+@pytest.mark.study
+def test_what_a_judge_compares_with_is_made_of_the_rows_of_each_seed(tmp_path: Path) -> None:
+    """For a method that brings its judge, and for one that is given one; the class means of both are made once."""
+    own = {"method": {"name": "diffcoremix", "ratio": 1, "steps": 4, "prompt": "{context} {name}", "negatives": [],
+                      "contexts": ["the digit"]}, "fit": {}}
+    given = {"method": {"name": "img2img", "ratio": 1, "steps": 4}, "fit": {},
+             "accept": {"to": "class", "deviations": 1.0}}
+    raw = raw_study(tmp_path, expansions={"own": own, "given": given},
+                    arms=[{"name": name, "use": name} for name in ("own", "given")])
+    study = prepare_study(parse_study(raw))
+    made = {(run.config.name, run.config.seed): run for run in pending_runs(study)}
+    folders = {key: {kind: Path(folder).resolve() for kind, folder in run.config.artifacts.items()}
+               for key, run in made.items()}
+    assert {name: set(folders[f"{name}-0", 0]) for name in ("own", "given")} == {
+        "own": {"image_features", "thresholds"}, "given": {"thresholds"}}
+    for seed in (0, 1):
+        features = open_image_features(folders[f"own-{seed}", seed]["image_features"])
+        assert set(features.ids.to_pylist()) == set(study.subsets[seed][1].seed_ids)
+        assert folders[f"own-{seed}", seed]["thresholds"] == folders[f"given-{seed}", seed]["thresholds"]
+    assert folders["own-0", 0]["thresholds"] != folders["own-1", 1]["thresholds"]
+    raw["expansions"]["given"].pop("fit")
+    with pytest.raises(ConfigError, match=r"expansions\.given\.artifacts\.thresholds: accept needs scores of the real"):
+        prepare_study(parse_study(raw))
