@@ -5,6 +5,7 @@ study.py makes a study of it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -16,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from rayexpand.artifacts.adapter import adapter_fits
 from rayexpand.classifier.recipe import Recipe, make_recipe
+from rayexpand.classifier.seed_mixing import SeedMix
 from rayexpand.contract import settings
 from rayexpand.contract.errors import ConfigError, looked_at
 from rayexpand.contract.protocols import Method
@@ -46,21 +48,35 @@ REPEATED = "original repeated"  # how controls are called
 class ArmConfig(Section):
     name: str = Field(min_length=1, description="what tables and figures call it")
     use: str | None = Field(None, description="name of an expansion; null: real rows only")
-    ratio: int | list[int] | None = Field(None, description="only the first so many copies of each seed; a list makes "
-                                          "one arm of each; null: all")
+    ratio: int | float | list[int | float] | None = Field(
+        None, description="only the first so many copies of each seed; 2.5 takes the third copy of half of each class, "
+        "rounded down; a list makes one arm of each; null: all")
     real: float = Field(1.0, ge=0, description="how often each real row is used per epoch; 0: synthetic only")
     weight: float = Field(1.0, gt=0, description="the same for synthetic rows")
     replace: float | None = Field(None, ge=0, le=1, description="instead of the union: probability that a real row is "
                                   "replaced by a synthetic one (Diff-Mix)")
-    draw: Literal["uniform", "inverse_freq"] = Field("uniform", description="with replace: any synthetic row, or first "
-                                                     "a class, rare ones more often (Diff-Mix, long tail)")
+    draw: Literal["uniform", "inverse_freq", "own"] = Field(
+        "uniform", description="with replace: any synthetic row; inverse_freq: first a class, rare ones more often "
+        "(Diff-Mix, long tail); own: a sample of the very row that it replaces, which stays where it has none "
+        "(DA-Fusion)")
     fill: bool = Field(False, description="of each class only as many synthetic rows as bring it to the size of the "
                        "largest real class (SYNAuG)")
     selection: str | None = Field(None, description="a decision in selections/ of the expansion; only rows it keeps. "
                                   "For a run the study makes, `select` it when `train` asks for it, and train again")
     soft_label: dict[str, float] = Field({}, description="arguments of the method's soft label, such as gamma")
+    mix: Annotated[SeedMix | None, Later(None)] = Field(
+        None, description="mix samples with a real image as they are trained (DiffCoRe-Mix); {}: with their own seeds, "
+        "pixel or patch at even odds; null: not. Controls are not mixed")
     recipe: dict[str, Any] = Field({}, description="recipe fields of this arm alone")
     control: bool = Field(True, description="also train on the real rows repeated to as many rows")
+
+    @field_validator("ratio")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        """5.0 is 5, in names too."""
+        if isinstance(value, list):
+            return [cls._whole(one) for one in value]
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class ExpansionFit(Section):
@@ -259,6 +275,9 @@ def _arm_problems(config: StudyConfig) -> list[str]:
         if arm.name.lower().startswith(REPEATED):
             problems.append(f"{where}: names that start with '{REPEATED}' are those of the automatic controls; rename "
                             "the arm")
+        if arm.mix is not None and arm.use is None and arm.mix.partner == "seed":
+            problems.append(f"{where}.mix.partner: real rows alone were made from no other image; set partner: class, "
+                            "or give `use`")
         problems += [f"{where}.{line}" for line in [*_ratio_problems(arm), *_soft_label_problems(config, arm)]]
     if config.frequency[0] > config.frequency[1] + 1:
         problems.append(f"frequency: classes would be both few (under {config.frequency[0]}) and many (over "
@@ -274,14 +293,14 @@ def _arm_problems(config: StudyConfig) -> list[str]:
 
 def _ratio_problems(arm: ArmConfig) -> list[str]:
     ratios = ratios_of(arm)
-    problems = [f"ratio: {one} copies of each seed are none to train on; give 1 or more, or leave `use` out"
-                for one in ratios if one < 1]
+    problems = [f"ratio: {one} copies of each seed are none to train on; give more than 0, or leave `use` out"
+                for one in ratios if not 0 < one < math.inf]
     if len(set(ratios)) < len(ratios):
         problems.append(f"ratio: {ratios} gives a value twice, which would be one arm twice; give each once")
     return problems if ratios or arm.ratio is None else ["ratio: an empty list makes no arm; give ratios, or null"]
 
 
-def ratios_of(arm: ArmConfig) -> list[int]:
+def ratios_of(arm: ArmConfig) -> list[int | float]:
     return arm.ratio if isinstance(arm.ratio, list) else [] if arm.ratio is None else [arm.ratio]
 
 

@@ -27,7 +27,7 @@ class Arm:
     name: str
     config: ArmConfig
     recipe: Recipe
-    copies: int | None = None  # of each seed that are used
+    copies: int | float | None = None  # of each seed that are used
     control_of: str = ""
 
 

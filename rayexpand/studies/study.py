@@ -16,6 +16,7 @@ rows the control "original repeated" trains on the real rows alone, repeated to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -199,7 +200,8 @@ def _run_problems(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, S
             if (folder := folder_of(made)) not in most:
                 most[folder] = int(_planned_copies(made, subsets[seed][1], opened).max(initial=0))
             problems += [f"arms.{arm.name}.ratio: {one} copies of each seed asked for, but {folder} has {most[folder]} "
-                         f"at most; lower it, or make more copies" for one in ratios_of(arm) if one > most[folder]]
+                         "at most; lower it, or make more copies"
+                         for one in ratios_of(arm) if math.ceil(one) > most[folder]]
             if isinstance(made, str) and arm.selection is not None and (
                     f"{arm.selection}.parquet" not in opened.run(made).files.list("selections")):
                 problems.append(f"arms.{arm.name}.selection: {made} has no selection {arm.selection!r}; make it with "
