@@ -25,7 +25,7 @@ from rayexpand.loader.training_set import TrainingSet
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import parse as runs_config
 from rayexpand.storage.tables import parquet_bytes, read_json
-from rayexpand.studies.config import parse_study
+from rayexpand.studies.config import parse_study, study_preflight
 from rayexpand.studies.expansions import pending_runs
 from rayexpand.studies.parts import Study, Trial, read_result
 from rayexpand.studies.study import prepare_study
@@ -154,6 +154,50 @@ def test_real_rows_alone_and_synthetic_rows_alone(tmp_path: Path) -> None:
 
     assert {name: (rows.n_real, len(rows), rows.epoch_rows) for name, rows in lists.items()} == {
         "real": (20, 20, 20), "synthetic": (0, 60, 60), "replaced": (20, 80, 20), "original repeated 3x": (20, 20, 60)}
+
+
+def test_an_arm_takes_samples_of_several_expansions(tmp_path: Path) -> None:
+    classical = {name: {"method": {"name": "classical", "policy": name, "ratio": 2}}
+                 for name in ("cutout", "randaugment")}
+    arms = [{"name": name, "use": use, "control": False, **more} for name, use, more in (
+        ("one", "cutout", {}), ("both", ["cutout", "randaugment"], {"control": True}),
+        ("half", ["cutout", "randaugment"], {"ratio": 1, "real": 0}), ("mixed", ["cutout", "randaugment"], {
+            "mix": {"pixel": 1.0}, "weight": 2}))]
+    study = expanded(raw_study(tmp_path, arms=arms, seeds=[0], expansions=classical))
+    trials = {one.arm: one for one in make_trials(study)}
+    lists = {name: TrainingSet.load(tmp_path / "small" / one.rows) for name, one in trials.items()}
+
+    assert {name: (rows.n_real, rows.n_synthetic, rows.epoch_rows) for name, rows in lists.items()} == {
+        "one": (20, 40, 60), "both": (20, 80, 100), "half": (0, 40, 40), "mixed": (20, 80, 180),
+        "original repeated 5x": (20, 0, 100)}
+    assert trials["both"].group == "cutout + randaugment"
+    assert (trials["one"].run.endswith("cutout-0"), trials["both"].run) == (True, "")
+    assert [part.method["policy"] for part in lists["both"].parts[1:]] == ["cutout", "randaugment"]
+    assert trials["both"].expansion_seconds > trials["one"].expansion_seconds
+
+
+@pytest.mark.parametrize(("arm", "words"), [
+    ({"use": ["flips"]}, "arms.a.use: a list names two expansions or more"),
+    ({"use": []}, "arms.a.use: a list names two expansions or more"),
+    ({"use": ["flips", "flips"]}, "arms.a.use: a list names two expansions or more"),
+    ({"use": ["flips", "other"]}, "arms.a.use: 'other' is no expansion"),
+    ({"use": ["flips", "more"], "fill": True}, "arms.a.fill: fills each class from one expansion"),
+    ({"use": ["flips", "more"], "soft_label": {"gama": 1}}, "unknown, the soft label of classical and classical takes "
+                                                            "no arguments"),
+    ({"use": ["flips", "mixed"], "soft_label": {"gama": 1}}, "arms.a.soft_label.gama: did you mean 'gamma'?"),
+    ({"use": ["flips", "mixed"], "soft_label": {"gamma": 1}}, "")])
+def test_what_cannot_be_meant_by_several_expansions(tmp_path: Path, arm: dict[str, Any], words: str) -> None:
+    flips = {"method": {"name": "classical", "policy": "randaugment", "ratio": 3}}
+    mixed = {"method": {"name": "diffmix", "variant": "real_mix", "prompt": "a {name}"}}
+    raw = raw_study(tmp_path, expansions={"flips": flips, "more": flips, "mixed": mixed}, arms=[{"name": "a", **arm}])
+    if not words:
+        assert parse_study(raw).arms[0].uses == ("flips", "mixed")
+        assert "arms.a.use: `samples` compares what one expansion made" in "".join(study_preflight(parse_study({
+            **raw, "samples": {}})))
+        return
+    with pytest.raises(ConfigError) as found:
+        parse_study(raw)
+    assert [one for one in found.value.problems if words in one], found.value.problems
 
 
 def test_a_full_dataset_is_expanded_once_for_all_seeds(tmp_path: Path) -> None:
