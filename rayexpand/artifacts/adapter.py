@@ -319,6 +319,8 @@ class AdapterKind(ArtifactKind):
 
     def unused(self, method: Method) -> tuple[str, str]:
         variant = str(getattr(method, "variant", ""))
+        if getattr(method, "generator", "sd") != "sd":
+            return "samples from a generator that reads no text", "set method.generator: sd"
         return "samples from the weights as they are", (
             "set method.finetuned: true" if hasattr(method, "finetuned")
             else f"choose {variant.replace('real_', 'diff_')}" if variant.startswith("real_")

@@ -145,7 +145,7 @@ def check_artifacts(config: RunConfig, *, planned: bool = False, text_width: int
     for name, kind in KINDS.items():
         folder = inputs.folder(name)
         if name not in config.needs:
-            problems += [f"artifacts.{name}: {_no_effect(config.method, name)}"] if folder is not None else []
+            problems += [f"artifacts.{name}: {no_effect(config.method, name)}"] if folder is not None else []
         elif folder is None:
             problems.append(f"artifacts.{name}: {kind.unnamed(_who_needs(config, name))}")
         elif not (kind.planned and planned):
@@ -208,7 +208,8 @@ def check_space(config: RunConfig, *, present_only: bool = False) -> list[str]:
         "whose embeddings it would score without looking at an image. Name that encoder in open_clip's layout"]
 
 
-def _no_effect(method: Method, kind: str) -> str:
+def no_effect(method: Method, kind: str) -> str:
+    """Why a method as it is set does not read an artifact, and what to do."""
     reason, remedy = KINDS[kind].unused(method)
     name = f"{method.name} {getattr(method, 'variant', '')}".rstrip()
     return f"has no effect on {name}, which {reason}; take it out, or {remedy}"

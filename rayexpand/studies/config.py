@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from rayexpand.artifacts.adapter import adapter_fits
+from rayexpand.artifacts.adapter import adapter_fits, may_adapt
 from rayexpand.classifier.recipe import Recipe, make_recipe
 from rayexpand.classifier.seed_mixing import SeedMix
 from rayexpand.contract import settings
@@ -38,6 +38,7 @@ from rayexpand.models.prior import facts_to_come
 from rayexpand.runs import config as configs
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import DIGITS, ClusterConfig, RunConfig, not_named
+from rayexpand.runs.inputs import no_effect
 from rayexpand.studies import extra_tests
 from rayexpand.studies.extra_tests import ExtraTest
 from rayexpand.studies.priors import PriorFit, prior_problems
@@ -392,13 +393,15 @@ def _fit_problems(made: RunConfig, fit: ExpansionFit) -> list[str]:
         elif "weights" in made.prior.model_fields_set:
             problems.append(f"prior.weights: {made.prior.weights} would not be read, for fit.pretrain trains the "
                             "generator; take one of the two out")
+    if fit.adapter is not None and not ("adapter" in made.needs or may_adapt(made.method)):
+        problems.append(f"fit.adapter: {no_effect(made.method, 'adapter')}")
     if wanted is None:
-        return problems if fit.pretrain is not None else [
+        return problems if problems or fit.pretrain is not None else [
             f"fit: {made.method.name} as it is set here needs nothing fitted; take it out"]
     problems += [f"artifacts.{kind}: {folder} would not be read, for fit makes them of each seed's own rows; take one "
                 "of the two out" for kind, folder in made.artifacts.items() if getattr(wanted.fit, kind)]
-    problems += [f"fit.{role}: has no effect on {made.method.name} as it is set here; take it out"
-                for role in ("guide", "adapter") if getattr(fit, role) and not getattr(wanted.fit, role)]
+    if fit.guide is not None and wanted.fit.guide is None:
+        problems.append(f"fit.guide: has no effect on {made.method.name} as it is set here; take it out")
     if fit.adapter is None or wanted.fit.adapter is None:
         return problems
     recipe, plain = fit.adapter.finetune, AdapterFit()

@@ -689,7 +689,7 @@ def test_a_generator_is_fine_tuned_on_the_rows_of_each_seed(tmp_path: Path) -> N
     assert adapters["diff_mix", 0] == adapters["diff_gen", 0] != adapters["diff_mix", 1] == adapters["diff_gen", 1]
     assert all(run.facts["models"]["adapter"] for run in made)
     vanilla = {"real": {"method": {"name": "diffmix", "variant": "real_mix", "prompt": "a {name}"}, "fit": fit}}
-    with pytest.raises(ConfigError, match=r"expansions\.real\.fit: diffmix .* needs nothing fitted"):
+    with pytest.raises(ConfigError, match=r"expansions\.real\.fit\.adapter: has no effect on diffmix real_mix, which"):
         parse_study(raw_study(tmp_path, expansions=vanilla, arms=[{"name": "real", "use": "real"}]))
 
 
