@@ -21,6 +21,7 @@ from rayexpand.artifacts.columns import open_image_features
 from rayexpand.contract.errors import ConfigError, DigestMismatch, SeedDataError, UsageError
 from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.data.subsets import ids_hash, shared_images
+from rayexpand.loader.loader import Loader
 from rayexpand.loader.training_set import TrainingSet
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import parse as runs_config
@@ -30,7 +31,7 @@ from rayexpand.studies.expansions import pending_runs
 from rayexpand.studies.parts import Study, Trial, read_result
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.summary import summary
-from rayexpand.studies.trial import run_trials
+from rayexpand.studies.trial import open_work, run_trials
 from rayexpand.studies.trials import _fitting_seconds, make_trials, pending_trials
 from tests.commands import rewrite_json
 from tests.tiny import tiny_pipeline
@@ -504,6 +505,10 @@ ARM_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"use": "flips", "fill": True, "replace": 0.5}, "fill: counts rows of a union .* leave replace out"),
     ({"use": "flips", "fill": True, "weight": 2}, "fill: counts rows of a union .* leave weight out"),
     ({"fill": True}, "fill need `use`"),
+    ({"mix": {}}, "mix.partner: real rows alone were made from no other image; set partner: class"),
+    ({"use": "flips", "ratio": [2.5, 0.0]}, "ratio: 0 copies of each seed are none"),
+    ({"use": "flips", "ratio": [2.5, 2.5]}, "gives a value twice"),
+    ({"use": "flips", "draw": "own"}, "draw: says what replaces a real row"),
     ({"use": "flips", "draw": "inverse_freq"}, "draw: says what replaces a real row"),
     ({"use": "flips", "real": 0, "recipe": {"cmo": 0.5}}, "recipe.cmo: goes by the real images of each class"),
     ({"weight": 2, "draw": "inverse_freq", "soft_label": {"gamma": 1}}, "draw, soft_label, weight need `use`"),
@@ -511,7 +516,7 @@ ARM_MISTAKES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arm", "words"), ARM_MISTAKES)
+@pytest.mark.parametrize(("arm", "words"), [*ARM_MISTAKES, ({"use": "flips", "mix": {"pixl": 1}}, "mean 'pixel'")])
 def test_mistakes_of_an_arm(tmp_path: Path, arm: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_study(raw_study(tmp_path, arms=[{"name": "a", **arm}]))
@@ -564,6 +569,61 @@ def test_an_arm_fills_every_class_up_to_the_largest(tmp_path: Path) -> None:
     more = raw_study(tmp_path / "more", arms=arms, seeds=[0], subset={"kind": "counts", "counts": [9, *[1] * 9]})
     with pytest.raises(UsageError, match=r"fill: 9 classes have fewer samples .*one has 3 of 8"):
         make_trials(expanded(more))
+
+
+def test_arms_that_mix_and_their_controls(tmp_path: Path) -> None:
+    """Controls are the real rows as they are; an arm of mixed real rows is no control."""
+    arms = [{"name": "pixel alone", "mix": {"partner": "class", "pixel": 1.0}},
+            {"name": "mixed", "use": "flips", "mix": {}, "ratio": [1.5, 3]},
+            {"name": "samples", "use": "flips", "mix": {"probability": 0.5}, "real": 0, "ratio": 1},
+            {"name": "own", "use": "flips", "replace": 0.5, "draw": "own", "recipe": {"cutmix": 1.0}}]
+    study = expanded(raw_study(tmp_path, arms=arms, seeds=[0]))
+    trials = {one.arm: one for one in make_trials(study)}
+    lists = {arm: TrainingSet.load(Path(study.files.root) / one.rows) for arm, one in trials.items()}
+
+    assert list(trials) == ["pixel alone", "mixed 1.5x", "mixed 3x", "samples", "own", "original repeated 2.5x",
+                            "original repeated 4x", "original repeated 1x"]
+    assert {arm: rows.epoch_rows for arm, rows in lists.items()} == {
+        "pixel alone": 20, "mixed 1.5x": 50, "mixed 3x": 80, "samples": 20, "own": 20, "original repeated 2.5x": 50,
+        "original repeated 4x": 80, "original repeated 1x": 20}
+    assert all((rows.mix is None) == (arm == "own" or "repeated" in arm) for arm, rows in lists.items())
+    assert [text for _, text in run_trials(study.files, trials.values(), study.config.training)] == [""] * 8
+    results = {arm: read_result(study.files, one.name) or {} for arm, one in trials.items()}
+    assert {arm: (found["real_rows"], found["synthetic_rows"], found["rows"]) for arm, found in results.items()
+            if "repeated" not in arm} == {"pixel alone": (20, 0, 20), "mixed 1.5x": (20, 30, 50),
+                                          "mixed 3x": (20, 60, 80), "samples": (0, 20, 20), "own": (20, 60, 80)}
+    assert {arm for arm, found in results.items() if "mixing" in found} == {"pixel alone", "mixed 1.5x", "mixed 3x",
+                                                                            "samples"}
+    mixing = {arm: found["mixing"] for arm, found in results.items() if "mixing" in found}
+    assert (mixing["pixel alone"]["mixed"], mixing["pixel alone"]["pixel"]) == (1, 1)
+    assert mixing["mixed 3x"]["mixed"] == pytest.approx(0.75)
+    assert mixing["samples"]["mixed"] == pytest.approx(0.5, abs=0.35)
+    for one in mixing.values():
+        assert one["real_pixels"] == pytest.approx(0.5, abs=0.3)
+    again = {one.arm: one.digest for one in make_trials(prepare_study(parse_study(raw_study(tmp_path, seeds=[0], arms=[
+        *arms[:1], {**arms[1], "mix": {"pixel": 0.25}}, *arms[2:]]))))}
+    assert {arm for arm, one in trials.items() if one.digest != again[arm]} == {"mixed 1.5x", "mixed 3x"}
+
+
+def test_everything_an_arm_can_say_goes_with_mixing(tmp_path: Path) -> None:
+    """One arm for each field, and all of them with the recipe's own mixing; every batch can be made."""
+    arms = [{"name": "weighted", "use": "flips", "weight": 2.5, "real": 0.5},
+            {"name": "replaced", "use": "flips", "replace": 0.5},
+            {"name": "own", "use": "flips", "replace": 0.5, "draw": "own"},
+            {"name": "rare", "use": "flips", "replace": 0.5, "draw": "inverse_freq"},
+            {"name": "filled", "use": "flips", "fill": True, "ratio": 2},
+            {"name": "pasted", "use": "flips", "recipe": {"cmo": 1.0, "cmo_span": [0, 1], "cutmix": 0, "mixup": 0}},
+            {"name": "compared", "use": "flips", "recipe": {"augment": "augmix", "jsd": 12, "cutmix": 0, "mixup": 0}}]
+    made = raw_study(tmp_path, arms=[{**arm, "mix": {"partner": partner}, "name": f"{arm['name']} {partner}",
+                                      "control": False} for arm in arms for partner in ("seed", "class")],
+                     seeds=[0], recipe={**SMALL, "mixup": 0.4, "cutmix": 1.0, "gridmask": 0.8},
+                     subset={"kind": "counts", "counts": [3, 2, 1, 2, 2, 2, 2, 2, 2, 2]})
+    study = expanded(made)
+    for trial in make_trials(study):
+        feed = open_work(study.files, trial, study.config.training).feed
+        mixed = [batch.x_BHWC for batch in feed.batches(0, 3)]
+        plain = Loader(replace(feed.rows, mix=None), feed.recipe, trial.seed)
+        assert any((one != other.x_BHWC).any() for one, other in zip(mixed, plain.batches(0, 3), strict=True))
 
 
 ALSO = {"data": {"source": "digits", "split": "test", "per_class": 2}}
