@@ -238,7 +238,7 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
     result = {
         "trial": trial.name, "arm": trial.arm, "seed": trial.seed, "digest": trial.digest, "group": trial.group,
         "control_of": trial.control_of or None, "ratio": trial.ratio, "augment": trial.augment, "run": trial.run,
-        "rows": len(rows), "real_rows": rows.n_real, "synthetic_rows": len(rows) - rows.n_real,
+        "rows": rows.n_real + rows.n_synthetic, "real_rows": rows.n_real, "synthetic_rows": rows.n_synthetic,
         "updates": work.feed.total_steps, "samples_seen": work.feed.total_steps * work.feed.batch,
         "history": curve.history, "last": scores_of(answers, work.n_classes),
         "by_frequency": frequency_groups(answers, _real_counts(rows), low_high),
@@ -248,6 +248,7 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
         "gpu_seconds": curve.seconds * gpus * max(workers, 1),
         "expansion_seconds": trial.expansion_seconds, "fitting_seconds": trial.fitting_seconds,
         "device": device, "workers": workers,
+        **({} if (mixing := work.feed.mixing()) is None else {"mixing": mixing}),
         "ids_sha256": trial.ids_sha256, "list_sha256": trial.list_sha256, "recipe": trial.recipe, "stack": _stack()}
     replace_json(files, f"results/{trial.name}.json", result)
     return result
