@@ -166,9 +166,9 @@ def summarised(study: StudyView) -> dict[str, Any]:
             comparisons.append(compare(study, arm, control, "control"))
     arms = [_arm(study, arm, trials) for arm, trials in study.arms.items()]
     plain = {r["seed"]: number(r, "seconds") for r in study.arms.get(study.baseline or "", ())}
-    for arm in arms:
-        arm["cost"]["overhead"] = spread(overhead(number(r, "seconds"), plain.get(r["seed"]))
-                                         for r in study.arms[arm["arm"]])
+    for one in arms:
+        one["cost"]["overhead"] = spread(overhead(number(r, "seconds"), plain.get(r["seed"]))
+                                         for r in study.arms[one["arm"]])
     samples = compared_with(study.config, study.scores)
     found = {"study": study.name,
              "trials": {"done": len(study.results), "expected": len(study.planned) or None,

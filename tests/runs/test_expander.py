@@ -476,7 +476,7 @@ ABOVE = 0.25  # of a classifier that was not trained: about half of what it sees
 OWN_FIELDS: dict[str, dict[str, Any]] = {
     "dafusion": {"prompt": "a {token}"}, "diffmix": {"prompt": "a {token}"},
     "realfake": {"prompt": "a {token}", "visual_token": "none"},
-    "realguidance": {"prompt": "a {name}", "strength": 0.5}}
+    "realguidance": {"prompt": "a {name}", "strength": 0.5}, "vae": {"sample": True}}
 
 
 JUDGED = [pytest.param(method, True, marks=() if method == "classical" else pytest.mark.study) for method in names()]

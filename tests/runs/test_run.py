@@ -355,6 +355,20 @@ def test_the_precision_of_the_decoder_is_part_of_the_stack_where_it_is_not_full(
     assert stack_fingerprint(config).get("vae_dtype") == decoded
 
 
+@pytest.mark.parametrize(("compile", "possible", "said"), [
+    ("auto", True, "True"), ("auto", False, "False"), (True, False, "True"), (False, True, "False")])
+def test_the_stack_says_compiled_where_a_network_is(
+        sampled: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, compile: bool | str, possible: bool,
+        said: str) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("rayexpand.models.latent.can_compile", lambda: possible)
+    config = sampled(prior={"compile": compile})
+    config = config.model_copy(update={"prior": config.prior.model_copy(update={"device": "cuda:0"})})
+    assert stack_fingerprint(config)["compile"] == said
+
+
 # ------------------------------------------------------------------------------------------------------------ adapters
 
 CLASSES = ("ant", "bee", "cat", "dog")
