@@ -5,6 +5,7 @@ study.py makes a study of it.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -36,7 +37,8 @@ from rayexpand.models.prior import facts_to_come
 from rayexpand.runs import config as configs
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import DIGITS, ClusterConfig, RunConfig, not_named
-from rayexpand.studies import extra_tests
+from rayexpand.studies import baselines, extra_tests
+from rayexpand.studies.baselines import Baseline
 from rayexpand.studies.extra_tests import ExtraTest
 from rayexpand.studies.priors import PriorFit, prior_problems
 
@@ -129,6 +131,9 @@ class StudyConfig(Section):
     recipe: dict[str, Any] = Field({}, description="preset and fields of the training recipe")
     expansions: dict[str, ExpansionConfig] = Field({}, description="runs the arms use, by name")
     arms: list[ArmConfig] = Field(min_length=1)
+    baselines: Annotated[list[Baseline], Later([])] = Field(
+        [], description="rows that need no expansion, by their kind or as sections: what a model trained on other "
+        "images makes of the same real images")
     baseline: str | None = Field(None, description="arm the others are compared with; null: the first")
     resample: bool | None = Field(None, description="expand anew for each seed; null: where the subsets differ")
     training: TrainingConfig = TrainingConfig()
@@ -143,6 +148,17 @@ class StudyConfig(Section):
         return {name: one if not isinstance(one, Mapping) or {"run", "config"} & set(one) else
                 {"config": {key: field for key, field in one.items() if key != "fit"},
                  **({"fit": one["fit"]} if "fit" in one else {})} for name, one in value.items()}
+
+    @field_validator("baselines", mode="before")
+    @classmethod
+    def _by_kind(cls, value: Any) -> Any:
+        return baselines.short_form(value)
+
+    @property
+    def used(self) -> set[str]:
+        """Names of the expansions that arms or baselines use."""
+        named = [*(arm.use for arm in self.arms), *(one.use for one in self.baselines)]
+        return {one for one in named if one is not None}
 
     @property
     def folder(self) -> str:
@@ -174,7 +190,7 @@ def study_preflight(config: StudyConfig) -> list[str]:
                 for problem in renamed(seeds.check(data), section)]
     problems += [f"extra_tests.{name}.{line}" for name,
                  one in config.extra_tests.items() for line in extra_tests.problems(one)]
-    problems += _samples_problems(config)
+    problems += _samples_problems(config) + _baseline_problems(config)
     files = {file for arm in config.arms if (file := {**config.recipe, **arm.recipe}.get("checkpoint")) is not None}
     problems += [f"recipe.checkpoint: there is no file {file}{looked_at(file)}" for file in sorted(files)
                  if not Path(file).expanduser().is_file()]
@@ -208,13 +224,23 @@ def study_preflight(config: StudyConfig) -> list[str]:
     return problems
 
 
+def _baseline_problems(config: StudyConfig) -> list[str]:
+    """What is wrong with the baselines whose recipe can be made; `_recipe_problems` names the others."""
+    found = []
+    for one in config.baselines:
+        with contextlib.suppress(ValueError):
+            found += [f"baselines.{one.called}.{line}" for line in baselines.problems(
+                one, baselines.recipe_of(one, config.recipe), config.data)]
+    return found
+
+
 def _samples_problems(config: StudyConfig) -> list[str]:
     """What is wrong with `samples` as far as can be known without loading the extractor or listing a dataset."""
     if (wanted := config.samples) is None:
         return []
     problems = [line for name in ("reference", "real") if (data := getattr(wanted, name)) is not None
                 for line in renamed(seeds.check(data), f"samples.{name}")]
-    if all(arm.use is None for arm in config.arms):
+    if not config.used:
         problems.append("samples: no arm uses an expansion, so there are none to compare; take it out")
     if wanted.extractor.guide is None and wanted.extractor.timm is None and config.data.source != DIGITS:
         problems.append(not_named("samples.extractor.guide", config.data))
@@ -233,7 +259,12 @@ def run_config(config: StudyConfig, name: str, one: ExpansionConfig, seed: int, 
 
 def _arm_problems(config: StudyConfig) -> list[str]:
     problems = []
-    names = [arm.name for arm in config.arms]
+    names = [*(arm.name for arm in config.arms), *(one.called for one in config.baselines)]
+    problems += [f"baselines.{one.called}: the name is given twice; every row needs its own, so give `name`"
+                 for one in config.baselines if names.count(one.called) > 1]
+    problems += [f"baselines.{one.called}.use: '{one.use}' is no expansion; known: "
+                 f"{', '.join(config.expansions) or 'none, add a section expansions'}" for one in config.baselines
+                 if one.use is not None and one.use not in config.expansions]
     for arm in config.arms:
         where = f"arms.{arm.name}"
         if names.count(arm.name) > 1:
@@ -309,6 +340,13 @@ def unknown_soft_labels(arm: ArmConfig, method: Method) -> list[str]:
 
 def _recipe_problems(config: StudyConfig) -> list[str]:
     problems = []
+    for one in config.baselines:
+        try:
+            baselines.recipe_of(one, config.recipe)
+        except ValidationError as error:
+            problems += settings.mistakes(error, Recipe, f"baselines.{one.called}.recipe.")
+        except ValueError as error:
+            problems.append(f"baselines.{one.called}.recipe.{error}")
     for where, own in [("recipe", {}), *((f"arms.{arm.name}.recipe", arm.recipe) for arm in config.arms if arm.recipe)]:
         try:
             make_recipe({**config.recipe, **own})

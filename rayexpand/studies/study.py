@@ -85,7 +85,7 @@ def prepare_study(config: StudyConfig) -> Study:
     shared = not config.resample and not _differ(subsets)
     expansions = {(name, seed): _expansion(config, name, one, config.seeds[0] if shared else seed, subsets, opened)
                   for name, one in config.expansions.items() for seed in config.seeds
-                  if name in {arm.use for arm in config.arms}}
+                  if name in config.used}
     if problems := _run_problems(config, subsets, expansions, opened):
         raise ConfigError(config.name, problems)
     return Study(config, files, subsets, expansions, opened)
@@ -96,9 +96,9 @@ def _trained_on(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, See
     """Images that something is trained on, with how messages call them: the real rows, and those of generators that the
     study trains."""
     found = [(f"training images of seed {seed}", one) for seed, one in _distinct(subsets).items()]
-    used, known = {arm.use for arm in config.arms}, list[DataConfig]()
+    known = list[DataConfig]()
     for name, one in config.expansions.items():
-        made = one.fit.pretrain if one.fit is not None and name in used else None
+        made = one.fit.pretrain if one.fit is not None and name in config.used else None
         if made is not None and made.data not in known:
             known.append(made.data)
             index = _listed(opened, made.data, f"expansions.{name}.fit.pretrain.data")

@@ -19,7 +19,16 @@ from rayexpand.classifier.accuracy import paired_bootstrap
 from rayexpand.contract.errors import EnvironmentFault
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import csv_cell
-from rayexpand.studies.results import Predicted, Result, StudyView, controlled, number, read_study, replaces
+from rayexpand.studies.results import (
+    Predicted,
+    Result,
+    StudyView,
+    controlled,
+    note_of,
+    number,
+    read_study,
+    replaces,
+)
 from rayexpand.studies.score_table import compared_with, go_with_top1, of_samples
 from rayexpand.studies.spreads import plus_minus, points, spread
 
@@ -107,7 +116,8 @@ def write_numbers(files: Files, found: Mapping[str, Any]) -> None:
     every number."""
     write(files, "summary.json", as_json(found))
     lines = [{"arm": arm["arm"], "group": arm["group"], "control_of": arm["control_of"] or "",
-              "seeds": len(arm["seeds"]), **_flat("", arm)} for arm in found["arms"]]
+              "seeds": len(arm["seeds"]), **_flat("", arm), **({"note": arm["note"]} if "note" in arm else {})}
+             for arm in found["arms"]]
     text = io.StringIO()
     table = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
     table.writeheader()
@@ -171,7 +181,13 @@ def summarised(study: StudyView) -> dict[str, Any]:
                         "missing": study.missing, "failed": study.failed},
              "baseline": study.baseline, "arms": arms, "comparisons": comparisons,
              "samples": None if samples is None else {**samples, "with_top1": go_with_top1(arms)}}
-    return {**found, "warnings": _warnings(study, found)}
+    notes = _notes(found)
+    return {**found, **({"notes": notes} if notes else {}), "warnings": _warnings(study, found)}
+
+
+def _notes(found: Mapping[str, Any]) -> list[str]:
+    """What must be said below every table."""
+    return [f"{arm['arm']} {arm['note']}." for arm in found["arms"] if "note" in arm]
 
 
 def _arm(study: StudyView, arm: str, trials: Sequence[Result]) -> dict[str, Any]:
@@ -187,7 +203,8 @@ def _arm(study: StudyView, arm: str, trials: Sequence[Result]) -> dict[str, Any]
             "also": {name: _also([r["also"][name] for r in trials if name in (r.get("also") or {})])
                      for name in dict.fromkeys(name for r in trials for name in r.get("also") or {})},
             "samples": of_samples([study.scores[r["trial"]] for r in trials if r["trial"] in study.scores]),
-            "seconds_per_image": spread(_seconds_per_image(r) for r in trials), "cost": _cost(trials)}
+            "seconds_per_image": spread(_seconds_per_image(r) for r in trials), "cost": _cost(trials),
+            **({"note": note} if (note := note_of(first)) else {})}
 
 
 def _seconds_per_image(result: Result) -> float | None:
