@@ -136,6 +136,10 @@ class StudyConfig(Section):
         "images makes of the same real images")
     baseline: str | None = Field(None, description="arm the others are compared with; null: the first")
     resample: bool | None = Field(None, description="expand anew for each seed; null: where the subsets differ")
+    vary: Annotated[Literal["all", "classifier", "data"], Later("all")] = Field(
+        "all", description="what differs between the seeds. classifier: the real images and the samples are those of "
+        "the first seed, so that ± shows the classifier alone; data: the classifier seed is the first one, so that ± "
+        "shows the samples, and the real images unless subset.seed names one subset")
     training: TrainingConfig = TrainingConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -298,6 +302,9 @@ def _arm_problems(config: StudyConfig) -> list[str]:
                  if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]
     if config.baseline is not None and config.baseline not in names:
         problems.append(f"baseline: '{config.baseline}' is no arm; known: {', '.join(names)}")
+    if (config.vary, config.resample) in (("classifier", True), ("data", False)):
+        problems.append(f"vary: {config.vary} and resample: {str(config.resample).lower()} contradict each other; take "
+                        "resample out")
     if len(set(config.seeds)) < len(config.seeds):
         problems.append("seeds: a seed is given twice; each is one repetition")
     return problems

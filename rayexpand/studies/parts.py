@@ -60,6 +60,8 @@ class Trial:
     run: str
     fitting_seconds: float = 0.0  # of all processes, for what the expansion had fitted
     baseline: dict[str, Any] = field(default_factory=dict)  # settings, guide, sha256 of it and of what C is chosen by
+    classifier_seed: int | None = None  # both are `seed`, unless the study varies one alone
+    data_seed: int | None = None  # of the real images and the samples
 
     @property
     def digest(self) -> str:
@@ -70,7 +72,13 @@ class Trial:
         drw = {"drw": "divided by the weights"} if self.recipe.get("drw") else {}  # before, by the number of images
         known = {name: value for name, value in self.baseline.items() if name not in ("guide", "validation")}
         return digest({**{name: getattr(self, name) for name in names}, **({"also": also} if also else {}), **drw,
-                       **({"baseline": known} if known else {})})
+                       **({"baseline": known} if known else {}),
+                       **({"classifier_seed": self.trained_by} if self.trained_by != self.seed else {})})
+
+    @property
+    def trained_by(self) -> int:
+        """The random seed of the classifier: initial weights, order, augmentation."""
+        return self.seed if self.classifier_seed is None else self.classifier_seed
 
     @property
     def is_trained(self) -> bool:

@@ -72,7 +72,8 @@ def prepare_study(config: StudyConfig) -> Study:
     for folder in STUDY_FOLDERS:
         files.make_folder(folder)
     files.sweep()
-    subsets = {seed: _subset(config, files, whole, seed) for seed in config.seeds}
+    drawn_by = {seed: config.seeds[0] if config.vary == "classifier" else seed for seed in config.seeds}
+    subsets = {seed: _subset(config, files, whole, drawn_by[seed]) for seed in config.seeds}
     trained = _trained_on(config, subsets, opened)
     _refuse_overlap(config, trained, test, opened)
     _open_also(config, trained, whole.classes)
@@ -82,7 +83,7 @@ def prepare_study(config: StudyConfig) -> Study:
             "resample: false expands the real rows of the first seed for all, but the seeds draw other subsets, so "
             "their samples would be made from images that are not trained on; take resample out, or give all seeds "
             "one subset with subset.seed"])
-    shared = not config.resample and not _differ(subsets)
+    shared = not config.resample and not _differ(subsets) and config.vary != "data"
     expansions = {(name, seed): _expansion(config, name, one, config.seeds[0] if shared else seed, subsets, opened)
                   for name, one in config.expansions.items() for seed in config.seeds
                   if name in config.used}

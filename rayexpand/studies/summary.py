@@ -181,8 +181,26 @@ def summarised(study: StudyView) -> dict[str, Any]:
                         "missing": study.missing, "failed": study.failed},
              "baseline": study.baseline, "arms": arms, "comparisons": comparisons,
              "samples": None if samples is None else {**samples, "with_top1": go_with_top1(arms)}}
-    notes = _notes(found)
+    notes = [*_notes(found), *_varied(study)]
     return {**found, **({"notes": notes} if notes else {}), "warnings": _warnings(study, found)}
+
+
+def _varied(study: StudyView) -> list[str]:
+    """What ± shows: in what the repetitions differ, and in what not."""
+    by_seed = {result["seed"]: result for result in study.results}
+    if len(by_seed) < 2:
+        return []
+    made = [[result["run"] for result in trials if result.get("run")] for trials in study.arms.values()]
+    differ = {"real images": len({result.get("ids_sha256") for result in study.results}) > 1,
+              **({"samples": any(len(set(runs)) > 1 for runs in made)} if any(made) else {}),
+              "classifier seed": len({result.get("classifier_seed", seed) for seed, result in by_seed.items()}) > 1}
+    shown, same = ([name for name in differ if differ[name] == value] for value in (True, False))
+    return [f"± is over repetitions that differ in {_joined(shown) or 'nothing'}" + (
+        f"; {_joined(same)}: the same in all, so ± does not show what others would change." if same else ".")]
+
+
+def _joined(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _notes(found: Mapping[str, Any]) -> list[str]:

@@ -113,7 +113,7 @@ def check_recipes(trials: Iterable[Trial], n_classes: int) -> None:
     own = [one for one in trials if one.is_trained and one.recipe["backbone"] != OF_GUIDE]
     for trial in {json.dumps(one.recipe, sort_keys=True): one for one in own}.values():
         try:
-            try_recipe(Recipe(**trial.recipe), n_classes, trial.seed)
+            try_recipe(Recipe(**trial.recipe), n_classes, trial.trained_by)
         except UsageError as error:
             raise type(error)(f"arms.{trial.arm}", error.problems) if isinstance(error, ConfigError) else \
                 type(error)(f"arms.{trial.arm}: {error}") from error
@@ -123,10 +123,8 @@ def open_work(files: Files, trial: Trial, training: TrainingConfig) -> TrialWork
     """Reads the training set of a trial (copied here once where it lies in an object store)."""
     rows = TrainingSet.load(_local(files, trial.rows))
     recipe = Recipe(**trial.recipe)
-    return TrialWork(trial,
-                     Loader(rows, recipe, trial.seed, shuffle_rows=training.shuffle_rows, streams=training.streams),
-                     recipe,
-                     rows.n_classes)
+    loader = Loader(rows, recipe, trial.trained_by, shuffle_rows=training.shuffle_rows, streams=training.streams)
+    return TrialWork(trial, loader, recipe, rows.n_classes)
 
 
 def make_classifier(work: TrialWork, device: str, wrap: Callable[[Any], Any] = lambda model: model,
@@ -140,8 +138,8 @@ def make_classifier(work: TrialWork, device: str, wrap: Callable[[Any], Any] = l
                                              work.recipe)
     if baseline.get("kind") == "clip_distill":
         teacher = baseline_models.teacher(baseline, work.feed, device, rank, world)
-    return Classifier(work.recipe, work.n_classes, work.trial.seed, work.feed.total_steps, device=device, wrap=wrap,
-                      world=world, class_counts=_real_counts(work.feed.rows), mean=mean, module=module,
+    return Classifier(work.recipe, work.n_classes, work.trial.trained_by, work.feed.total_steps, device=device,
+                      wrap=wrap, world=world, class_counts=_real_counts(work.feed.rows), mean=mean, module=module,
                       teacher=teacher)
 
 
@@ -283,6 +281,8 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
         "expansion_seconds": trial.expansion_seconds, "fitting_seconds": trial.fitting_seconds,
         "device": device, "workers": workers,
         "ids_sha256": trial.ids_sha256, "list_sha256": trial.list_sha256, "recipe": trial.recipe, "stack": _stack()}
+    if trial.classifier_seed is not None:
+        result |= {"classifier_seed": trial.classifier_seed, "data_seed": trial.data_seed}
     if trial.baseline:
         result["baseline"] = {**trial.baseline, **(facts or {}), "note": note_of(trial.baseline["kind"])}
     replace_json(files, f"results/{trial.name}.json", result)

@@ -144,8 +144,14 @@ def _trial(study: Study, arm: Arm, seed: int, data_sha256: str, test_sha256: str
                   arm.recipe.augment, arm.recipe.model_dump(mode="json"), name, rows.digest, ids,
                   data_sha256, study.config.test.model_dump(mode="json"), test_sha256, also,
                   list(study.config.frequency), _file_sha256(arm.recipe.checkpoint), max(1, training.workers), order,
-                  seconds, folder, fitting, _baseline(study, arm))
+                  seconds, folder, fitting, _baseline(study, arm), *_seeds(study, seed))
     return trial, rows.epoch_rows
+
+
+def _seeds(study: Study, seed: int) -> tuple[int | None, int | None]:
+    """Seeds of classifier and data where the study varies one alone."""
+    first, vary = study.config.seeds[0], study.config.vary
+    return {"all": (None, None), "classifier": (seed, first), "data": (first, seed)}[vary]
 
 
 def _baseline(study: Study, arm: Arm) -> dict[str, Any]:

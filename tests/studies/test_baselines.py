@@ -101,7 +101,6 @@ def test_each_is_marked_wherever_it_is_shown(done: tuple[Study, list[Trial]]) ->
     found = summary(str(study.files.root))
     lines = list(csv.DictReader(io.StringIO((Path(study.files.root) / "summary.csv").read_text())))
 
-    assert [line for line in found["notes"] if NOTE in line] == found["notes"]
     for kind in ALL:
         assert f"{kind} {NOTE}" in page
         assert sum(line.startswith(kind) for line in found["notes"]) == 1
@@ -117,7 +116,7 @@ def test_a_study_without_them_says_and_digests_what_it_did(tmp_path: Path, done:
     assert trial.digest == beside.digest
     assert trial.digest == replace(trial, baseline={}).digest != replace(trial, baseline={"kind": "x"}).digest
     assert [problem for _, problem in run_trials(study.files, [trial], study.config.training) if problem] == []
-    assert "notes" not in summary(str(study.files.root))
+    assert not any(NOTE in line for line in summary(str(study.files.root)).get("notes", ()))
     write_study_report(str(study.files.root))
 
 

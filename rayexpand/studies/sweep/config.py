@@ -171,7 +171,7 @@ def identity(study: StudyConfig) -> dict[str, Any]:
     data = by_content(study.data)
     found = {"arm": arm.model_dump(mode="json", exclude={"name", "recipe", "control"}),
              "recipe": make_recipe({**study.recipe, **arm.recipe}).model_dump(mode="json"),
-             **study.model_dump(mode="json", include={"subset", "seeds", "resample"}),
+             **study.model_dump(mode="json", include={"subset", "seeds", "resample", "vary"}),
              "data": data, "test": by_content(study.test),
              "order": [study.training.shuffle_rows, study.training.streams]}
     if arm.use is not None:
