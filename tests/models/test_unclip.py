@@ -120,14 +120,14 @@ def test_nothing_to_follow_is_zeros_also_in_the_half_that_says_the_level(prior: 
 
 def test_noise_of_a_level_leads_away_from_the_embedding(prior: UnclipPrior) -> None:
     """At level 0 there is some already (0.0064 of a deviation), and at 999 little is left."""
-    z = numbers(3, B, D)
-    found = [float(F.cosine_similarity(prior._labels(z, variation(prior, level=level))[:, :D], z).mean())
+    z, noise = numbers(3, B, D), variation(prior).level_noise_BD
+    found = [float(F.cosine_similarity(prior.labels(z, noise, torch.full((B,), level))[:, :D], z).mean())
              for level in (0, 100, 500, 999)]
     assert found == sorted(found, reverse=True)
     assert found[0] > 0.999
     assert found[1] > 0.9
     assert found[3] < 0.5
-    clean = (prior._labels(z, variation(prior))[:, :D] - z) / prior.normalizer.std
+    clean = (prior.labels(z, noise, torch.zeros(B, dtype=torch.int64))[:, :D] - z) / prior.normalizer.std
     assert 0.004 < float(clean.std()) < 0.009
 
 
