@@ -175,10 +175,6 @@ def summarised(study: StudyView) -> dict[str, Any]:
         if control := study.controls.get(arm):
             comparisons.append(compare(study, arm, control, "control"))
     arms = [_arm(study, arm, trials) for arm, trials in study.arms.items()]
-    plain = {r["seed"]: number(r, "seconds") for r in study.arms.get(study.baseline or "", ())}
-    for one in arms:
-        one["cost"]["overhead"] = spread(overhead(number(r, "seconds"), plain.get(r["seed"]))
-                                         for r in study.arms[one["arm"]])
     samples = compared_with(study.config, study.scores)
     found = {"study": study.name,
              "trials": {"done": len(study.results), "expected": len(study.planned) or None,
@@ -210,12 +206,6 @@ def _joined(names: Sequence[str]) -> str:
 def _notes(found: Mapping[str, Any]) -> list[str]:
     """What must be said below every table."""
     return [f"{arm['arm']} {arm['note']}." for arm in found["arms"] if "note" in arm]
-
-
-def overhead(seconds: float | None, plain: float | None) -> float | None:
-    """DiffCoRe-Mix's A_O as a share: how much longer a training takes than the plain one; that samples were made is not
-    in it. None where one of the two is not known."""
-    return (seconds - plain) / plain if seconds is not None and plain else None
 
 
 def _arm(study: StudyView, arm: str, trials: Sequence[Result]) -> dict[str, Any]:
