@@ -471,7 +471,7 @@ def test_the_stack_names_what_is_left_out_of_the_digest(make_config: MakeConfig,
 OWN_FIELDS: dict[str, dict[str, Any]] = {
     "dafusion": {"prompt": "a {token}"}, "diffmix": {"prompt": "a {token}"},
     "realfake": {"prompt": "a {token}", "visual_token": "none"},
-    "realguidance": {"prompt": "a {name}", "strength": 0.5}}
+    "realguidance": {"prompt": "a {name}", "strength": 0.5}, "vae": {"sample": True}}
 
 
 @pytest.mark.parametrize("method", names())
