@@ -63,6 +63,7 @@ class Slots(NamedTuple):
     occurrence: np.ndarray  # uint32
 
 
+_COUNTED = 10_000  # rows of an epoch that say what mixing does
 _UNMIXED = RowMixes(np.zeros(0, np.int64), np.zeros(0, np.int64), [])
 
 
@@ -198,6 +199,18 @@ class Loader:
         batch.x_BHWC[:, top:bottom, left:right] = tail_BHWC[:, top:bottom, left:right]
         lam = np.float32(mix.lam)
         return batch._replace(y_BK=lam * batch.y_BK + (1 - lam) * self.targets(items))
+
+    def mixing(self) -> dict[str, float] | None:
+        """What is mixed with real images in the first epoch, by its first rows: share of the rows that are mixed; of
+        these, share of pixel mixes and mean share of real pixels. None where the set says nothing of mixing."""
+        if self._mixer is None:
+            return None
+        slots = self.slots(0)
+        items, occurrence = slots.items.ravel()[:_COUNTED], slots.occurrence.ravel()[:_COUNTED]
+        found = self._mixer.draw(items, occurrence, _Streams(self.seed, 0, "mix").at).mixtures
+        return {"rows": len(items), "mixed": len(found) / len(items),
+                "pixel": sum(one.box is None for one in found) / max(1, len(found)),
+                "real_pixels": sum(one.lam for one in found) / max(1, len(found))}
 
     def tail_items(self, step: int) -> np.ndarray:
         """int64 (B,): the items of the second, tail-weighted batch of a step."""

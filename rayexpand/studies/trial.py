@@ -248,6 +248,7 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
         "gpu_seconds": curve.seconds * gpus * max(workers, 1),
         "expansion_seconds": trial.expansion_seconds, "fitting_seconds": trial.fitting_seconds,
         "device": device, "workers": workers,
+        **({} if (mixing := work.feed.mixing()) is None else {"mixing": mixing}),
         "ids_sha256": trial.ids_sha256, "list_sha256": trial.list_sha256, "recipe": trial.recipe, "stack": _stack()}
     replace_json(files, f"results/{trial.name}.json", result)
     return result

@@ -543,7 +543,8 @@ def test_realfake_as_published(data: str, captions: bool, size: int, epochs: int
     assert (trained.size, trained.epochs) == (size, epochs)
     assert {(arm.real, arm.replace) for arm in config.arms if arm.use} == {(0, None), (1, None)}
     if data.startswith("in"):
-        assert next(arm for arm in config.arms if arm.name == "synthetic").ratio == [1, 2, 5, 10]
+        more = {"in10": [2.5], "in100": [6.5]}.get(data, [])  # where samples alone pass real images
+        assert next(arm for arm in config.arms if arm.name == "synthetic").ratio == sorted([1, 2, 5, 10, *more])
 
 
 def test_realfake_as_its_code_has_it() -> None:
