@@ -284,6 +284,26 @@ def test_gif_as_published(data: str, strength: float, scale: float, eps: float, 
     assert (recipe.lr, recipe.batch, recipe.epochs, recipe.weight_decay) == (lr, 256, 100, 1e-4)
 
 
+@pytest.mark.parametrize(("data", "ratio"), [
+    ("cifar100s", 20), ("caltech101", 20), ("cars", 20), ("dtd", 20), ("flowers", 20), ("pets", 30),
+    ("organsmnist", 5), ("pathmnist", 5), ("breastmnist", 5), ("cifar100s-ablations", 5)])
+def test_gifs_other_systems_as_published(data: str, ratio: int) -> None:
+    config, method = _study(f"gif/study-{data}.yaml")
+    mae, dalle = method("gif-mae"), method("gif-dalle")
+
+    assert (mae.generator, mae.eps, mae.ratio, mae.level) == ("mae", 5, ratio, "channel")
+    assert (dalle.generator, dalle.steps, dalle.guidance_scale, dalle.eps, dalle.ratio) == ("unclip", 100, 4, 0.1, ratio)
+    assert (method("mae").guidance, method("dalle").guidance) == ("random", "none")
+    for plain, guided in (("mae", mae), ("dalle", dalle)):
+        changed = method(plain).model_dump()
+        assert {name: value for name, value in guided.model_dump().items() if changed[name] != value} == {
+            "guidance": "guided"}
+    if data.endswith("mnist"):
+        raw = config.expansions["gif-dalle"].config
+        assert raw is not None
+        assert raw["prior"]["weights"] == f"artifacts/gif-{data}-dalle-generator"
+
+
 def test_distdiff_as_its_code_has_it() -> None:
     """Beside the setting of the equations: the same but for what the released code does otherwise."""
     for path in [one for one in PAPERS if one.parent.name == "distdiff" and one.name.startswith("study")]:
@@ -323,7 +343,7 @@ def test_gif_turns_seeds_as_torchvision() -> None:
     for path in [one for one in PAPERS if one.parent.name == "gif" and one.name.startswith("study")]:
         config, method = _study(f"gif/{path.name}")
         found |= {f"{path.stem}: {name}": method(name).rotation_filter for name, one in config.expansions.items()
-                  if one.config is not None and method(name).name == "gif"}
+                  if one.config is not None and method(name).name == "gif" and method(name).generator == "sd"}
     assert len(found) > 20
     assert set(found.values()) == {"nearest"}
 
@@ -342,7 +362,7 @@ def test_a_sweep_runs_as_the_released_code_too() -> None:
 
 @pytest.mark.parametrize(("paper", "sets", "space"), [
     ("gif", "caltech101 cars dtd flowers pets", {
-        "arms.GIF-SD.use": ["cutout", "gridmask", "randaugment", "sd", "gif-sd"],
+        "arms.GIF-SD.use": ["cutout", "gridmask", "randaugment", "sd", "gif-sd", "mae", "gif-mae", "dalle", "gif-dalle"],
         "arms.GIF-SD.ratio": [5, 10, 15, 20]}),
     ("distdiff", "caltech101 cars cifar100s dtd imagenette pathmnist", {
         "expansions.distdiff.method.ratio": [1, 5, 10, 20]})])
