@@ -209,6 +209,9 @@ def _other_generator(facts: PriorFacts, method: Any) -> str:
     if wanted == found:
         return ""
     what = f"{facts.weights} is {GENERATORS[found]}"
+    if not hasattr(method, "generator") and getattr(method, "steps", None) is None:
+        return (f"prior.weights: {what}, and {method.name} decodes the latents of a latent diffusion model. What this "
+                f"one makes of an image by itself is method gif with generator: {found} and guidance: none")
     if not hasattr(method, "generator"):
         return (f"prior.weights: {what}, which follows no prompt, and {method.name} samples by prompts. Use a "
                 f"Stable Diffusion model, or method gif with generator: {found}")

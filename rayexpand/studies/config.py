@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from rayexpand.artifacts.adapter import adapter_fits
+from rayexpand.artifacts.adapter import adapter_fits, may_adapt
 from rayexpand.classifier.recipe import Recipe, make_recipe
 from rayexpand.classifier.seed_mixing import SeedMix
 from rayexpand.contract import settings
@@ -38,6 +38,7 @@ from rayexpand.models.prior import facts_to_come
 from rayexpand.runs import config as configs
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import DIGITS, ClusterConfig, RunConfig, not_named
+from rayexpand.runs.inputs import no_effect
 from rayexpand.studies import extra_tests
 from rayexpand.studies.extra_tests import ExtraTest
 from rayexpand.studies.priors import PriorFit, prior_problems
@@ -47,7 +48,8 @@ REPEATED = "original repeated"  # how controls are called
 
 class ArmConfig(Section):
     name: str = Field(min_length=1, description="what tables and figures call it")
-    use: str | None = Field(None, description="name of an expansion; null: real rows only")
+    use: str | tuple[str, ...] | None = Field(None, description="name of an expansion, or several, whose samples are "
+                                              "taken together; null: real rows only")
     ratio: int | float | list[int | float] | None = Field(
         None, description="only the first so many copies of each seed; 2.5 takes the third copy of half of each class, "
         "rounded down; a list makes one arm of each; null: all")
@@ -69,6 +71,16 @@ class ArmConfig(Section):
         "pixel or patch at even odds; null: not. Controls are not mixed")
     recipe: dict[str, Any] = Field({}, description="recipe fields of this arm alone")
     control: bool = Field(True, description="also train on the real rows repeated to as many rows")
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Names of its expansions."""
+        return () if self.use is None else (self.use,) if isinstance(self.use, str) else self.use
+
+    @property
+    def group(self) -> str:
+        """What its expansions are called together; "" for real rows only."""
+        return " + ".join(self.uses)
 
     @field_validator("ratio")
     @classmethod
@@ -230,6 +242,8 @@ def _samples_problems(config: StudyConfig) -> list[str]:
         return []
     problems = [line for name in ("reference", "real") if (data := getattr(wanted, name)) is not None
                 for line in renamed(seeds.check(data), f"samples.{name}")]
+    problems += [f"arms.{arm.name}.use: `samples` compares what one expansion made; name one, or take `samples` out"
+                 for arm in config.arms if len(arm.uses) > 1]
     if all(arm.use is None for arm in config.arms):
         problems.append("samples: no arm uses an expansion, so there are none to compare; take it out")
     if wanted.extractor.guide is None and wanted.extractor.timm is None and config.data.source != DIGITS:
@@ -254,9 +268,11 @@ def _arm_problems(config: StudyConfig) -> list[str]:
         where = f"arms.{arm.name}"
         if names.count(arm.name) > 1:
             problems.append(f"{where}: the name is given twice; every arm needs its own")
-        if arm.use is not None and arm.use not in config.expansions:
-            problems.append(f"{where}.use: '{arm.use}' is no expansion; known: "
-                            f"{', '.join(config.expansions) or 'none, add a section expansions'}")
+        problems += [f"{where}.use: '{one}' is no expansion; known: "
+                     f"{', '.join(config.expansions) or 'none, add a section expansions'}"
+                     for one in arm.uses if one not in config.expansions]
+        if arm.use is not None and not isinstance(arm.use, str) and len({*arm.use}) < max(2, len(arm.use)):
+            problems.append(f"{where}.use: a list names two expansions or more, each once; write one as it is")
         if arm.use is None:
             plain = ArmConfig(name=arm.name)
             unused = [field for field in ("draw", "fill", "ratio", "replace", "selection", "soft_label", "weight")
@@ -270,6 +286,8 @@ def _arm_problems(config: StudyConfig) -> list[str]:
         if arm.fill:
             problems += [f"{where}.fill: counts rows of a union in which every row is used once; leave {field} out"
                          for field in ("real", "weight", "replace") if getattr(arm, field) not in (1, None)]
+            if len(arm.uses) > 1:
+                problems.append(f"{where}.fill: fills each class from one expansion; name one in use")
         if arm.draw != "uniform" and arm.use is not None and arm.replace is None:
             problems.append(f"{where}.draw: says what replaces a real row, and nothing does; give replace, or leave it")
         if arm.name.lower().startswith(REPEATED):
@@ -306,24 +324,27 @@ def ratios_of(arm: ArmConfig) -> list[int | float]:
 
 def _soft_label_problems(config: StudyConfig, arm: ArmConfig) -> list[str]:
     """Arguments that the method's soft label does not have; those of a run that exists are known when it is opened."""
-    one = config.expansions.get(arm.use or "")
-    if not arm.soft_label or one is None or one.config is None or not isinstance(one.config.get("method"), Mapping):
-        return []
-    try:
-        method = run_config(config, str(arm.use), one, 0, config.data).method
-    except ConfigError:
-        return []  # listed with the expansion
-    return unknown_soft_labels(arm, method)
+    methods = []
+    for name in arm.uses if arm.soft_label else ():
+        one = config.expansions.get(name)
+        if one is None or one.config is None or not isinstance(one.config.get("method"), Mapping):
+            return []
+        try:
+            methods.append(run_config(config, name, one, 0, config.data).method)
+        except ConfigError:
+            return []  # listed with the expansion
+    return unknown_soft_labels(arm, methods)
 
 
-def unknown_soft_labels(arm: ArmConfig, method: Method) -> list[str]:
+def unknown_soft_labels(arm: ArmConfig, methods: Sequence[Method]) -> list[str]:
+    """Arguments that the soft label of none of these methods has."""
     columns = ("source", "target", "strength", "n_classes")
-    known = [name for name, one in signature(method.soft_label).parameters.items()
+    known = [name for method in methods for name, one in signature(method.soft_label).parameters.items()
              if name not in columns and one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)]
     return [f"soft_label.{key}: " + (f"did you mean '{near[0]}'?" if (near := get_close_matches(key, known, n=1)) else
-                                     f"unknown, the soft label of {method.name} takes "
+                                     f"unknown, the soft label of {' and '.join(one.name for one in methods)} takes "
                                      f"{', '.join(known) or 'no arguments; take it out'}")
-            for key in arm.soft_label if key not in known]
+            for key in arm.soft_label if methods and key not in known]
 
 
 def _recipe_problems(config: StudyConfig) -> list[str]:
@@ -372,14 +393,16 @@ def _fit_problems(made: RunConfig, fit: ExpansionFit) -> list[str]:
         elif "weights" in made.prior.model_fields_set:
             problems.append(f"prior.weights: {made.prior.weights} would not be read, for fit.pretrain trains the "
                             "generator; take one of the two out")
+    if fit.adapter is not None and not ("adapter" in made.needs or may_adapt(made.method)):
+        problems.append(f"fit.adapter: {no_effect(made.method, 'adapter')}")
     if wanted is None:
-        return problems if fit.pretrain is not None else [
+        return problems if problems or fit.pretrain is not None else [
             f"fit: {made.method.name} as it is set here needs nothing fitted; take it out"]
     problems += [f"artifacts.{kind}: {folder} would not be read, for fit makes them of each seed's own rows; take one "
                 "of the two out" for kind, folder in made.artifacts.items() if getattr(wanted.fit, kind)]
-    problems += [f"fit.{role}: has no effect on {made.method.name} as it is set here; take it out"
-                for role in ("guide", "adapter") if getattr(fit, role) and role not in made.method.needs()]
-    if fit.adapter is None or "adapter" not in made.method.needs():
+    if fit.guide is not None and wanted.fit.guide is None:
+        problems.append(f"fit.guide: has no effect on {made.method.name} as it is set here; take it out")
+    if fit.adapter is None or wanted.fit.adapter is None:
         return problems
     recipe, plain = fit.adapter.finetune, AdapterFit()
     first = "run `rayexpand fit` first, in a file of its own, and name the folder it prints in "

@@ -49,7 +49,9 @@ GUIDED_NOTE = (" What guidance adds is the difference to its random perturbation
                "are too few to call a point or two a difference.")
 NO_PRIOR_NOTE = ("No generator took part, so the gain shows what varying the real digits alone does; it does not show "
                  "new digits.")
-VARIANT_NOTES = {
+OWN_NOTES = {
+    "vae": "No UNet took part: the samples are the real digits as the autoencoder draws them again. What they lose is "
+           "lost for every sample of this generator, and what they gain is not knowledge of digits.",
     "gif-mae": "The generator saw 1,000 other digits without their labels and draws the real ones again in other "
                "brightness and texture; the gain shows what that does, and no new shapes are made.",
     "gif-dalle": "The generator saw 1,000 other digits without their labels, told by the embeddings of a guide that "
@@ -73,6 +75,7 @@ OWN: dict[str, dict[str, Any]] = {
         "a handwritten {name} shape"]}},
     "realfake": {"finetuned": False},
     "realguidance": {"strength": 0.1, "steps": 25},
+    "vae": {"sample": True},  # for five copies
 }
 # Demos of one method with another generator: its name, and the weights.
 VARIANTS: dict[str, tuple[str, str]] = {"gif-mae": ("gif", DIGITS_MAE), "gif-dalle": ("gif", DIGITS_UNCLIP)}
@@ -200,7 +203,7 @@ def _demo(out: Path, progress: Listener, method: str) -> DemoResult:
     differences = [a - b for a, b in zip(accuracies[ARMS[2]], accuracies[ARMS[0]], strict=True)]
     measured = json.loads((cached / "measured.json").read_text())
     folders = [f"{study.config.folder}/runs/expanded-{seed}" for seed in study.config.seeds]
-    note = VARIANT_NOTES.get(method) or (NO_PRIOR_NOTE if CONTROL not in accuracies else NOTE)
+    note = OWN_NOTES.get(method) or (NO_PRIOR_NOTE if CONTROL not in accuracies else NOTE)
     note += GUIDED_NOTE * (RANDOM in accuracies)
     return DemoResult(accuracies, zero_shot, float(np.mean(differences)), standard_error(differences),
                       rate_of([runs.open_run(one) for one in folders]).images_per_second,

@@ -38,7 +38,7 @@ class Trial:
     name: str
     arm: str
     seed: int
-    group: str  # expansion, "" for real rows only
+    group: str  # expansion, several joined by " + ", "" for real rows only
     ratio: float
     control_of: str
     augment: str
@@ -55,7 +55,7 @@ class Trial:
     workers: int  # BatchNorm statistics, sums and pairs of mixed images depend on it
     order: list[int]  # [shuffle_rows, streams] where the list is read in windows, else []
     expansion_seconds: float  # of all processes, for the copies the arm uses
-    run: str
+    run: str  # folder of the one expansion, else ""
     fitting_seconds: float = 0.0  # of all processes, for what the expansion had fitted
 
     @property

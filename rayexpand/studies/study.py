@@ -86,7 +86,7 @@ def prepare_study(config: StudyConfig) -> Study:
     shared = not config.resample and not _differ(subsets)
     expansions = {(name, seed): _expansion(config, name, one, config.seeds[0] if shared else seed, subsets, opened)
                   for name, one in config.expansions.items() for seed in config.seeds
-                  if name in {arm.use for arm in config.arms}}
+                  if name in {one for arm in config.arms for one in arm.uses}}
     if problems := _run_problems(config, subsets, expansions, opened):
         raise ConfigError(config.name, problems)
     return Study(config, files, subsets, expansions, opened)
@@ -97,7 +97,7 @@ def _trained_on(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, See
     """Images that something is trained on, with how messages call them: the real rows, and those of generators that the
     study trains."""
     found = [(f"training images of seed {seed}", one) for seed, one in _distinct(subsets).items()]
-    used, known = {arm.use for arm in config.arms}, list[DataConfig]()
+    used, known = {one for arm in config.arms for one in arm.uses}, list[DataConfig]()
     for name, one in config.expansions.items():
         made = one.fit.pretrain if one.fit is not None and name in used else None
         if made is not None and made.data not in known:
@@ -194,9 +194,9 @@ def _run_problems(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, S
     exists a selection (of a run to be made, `make_trials` asks for it, when it can be decided)."""
     problems: list[str] = []
     most: dict[str, int] = {}  # copies of one seed, by folder
-    for arm in config.arms:
-        for seed in config.seeds if arm.use is not None else []:
-            made = expansions[str(arm.use), seed]
+    for arm, seed in ((arm, seed) for arm in config.arms for seed in config.seeds):
+        runs = [expansions[name, seed] for name in arm.uses]
+        for made in runs:
             if (folder := folder_of(made)) not in most:
                 most[folder] = int(_planned_copies(made, subsets[seed][1], opened).max(initial=0))
             problems += [f"arms.{arm.name}.ratio: {one} copies of each seed asked for, but {folder} has {most[folder]} "
@@ -206,9 +206,9 @@ def _run_problems(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, S
                     f"{arm.selection}.parquet" not in opened.run(made).files.list("selections")):
                 problems.append(f"arms.{arm.name}.selection: {made} has no selection {arm.selection!r}; make it with "
                                 f"`rayexpand select` and a file with name: {arm.selection} and run: {made}")
-            if isinstance(made, str) and arm.soft_label:
-                problems += [f"arms.{arm.name}.{line}"
-                             for line in unknown_soft_labels(arm, opened.run(made).config.method)]
+        if arm.soft_label and any(isinstance(made, str) for made in runs):
+            methods = [opened.run(made).config.method if isinstance(made, str) else made.method for made in runs]
+            problems += [f"arms.{arm.name}.{line}" for line in unknown_soft_labels(arm, methods)]
     return list(dict.fromkeys(problems))
 
 

@@ -165,6 +165,10 @@ def summarised(study: StudyView) -> dict[str, Any]:
         if control := study.controls.get(arm):
             comparisons.append(compare(study, arm, control, "control"))
     arms = [_arm(study, arm, trials) for arm, trials in study.arms.items()]
+    plain = {r["seed"]: number(r, "seconds") for r in study.arms.get(study.baseline or "", ())}
+    for one in arms:
+        one["cost"]["overhead"] = spread(overhead(number(r, "seconds"), plain.get(r["seed"]))
+                                         for r in study.arms[one["arm"]])
     samples = compared_with(study.config, study.scores)
     found = {"study": study.name,
              "trials": {"done": len(study.results), "expected": len(study.planned) or None,
@@ -172,6 +176,12 @@ def summarised(study: StudyView) -> dict[str, Any]:
              "baseline": study.baseline, "arms": arms, "comparisons": comparisons,
              "samples": None if samples is None else {**samples, "with_top1": go_with_top1(arms)}}
     return {**found, "warnings": _warnings(study, found)}
+
+
+def overhead(seconds: float | None, plain: float | None) -> float | None:
+    """DiffCoRe-Mix's A_O as a share: how much longer a training takes than the plain one; that samples were made is not
+    in it. None where one of the two is not known."""
+    return (seconds - plain) / plain if seconds is not None and plain else None
 
 
 def _arm(study: StudyView, arm: str, trials: Sequence[Result]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ ROWS = [("a/1.png", 0, 0), ("b", 1, 0), ("a/1.png", 0, 1), ("ü n", 2, 3)]
 OTHERS = [("other0", 2, 5), ("other1", 0, 1), ("other2", 1, 0), ("other3", 2, 2)]
 # Few steps: the contract is about rows and bytes, not about image quality.
 SMALL = {"steps": 4, "guide_step": 2, "strengths": [0.5]}
-OWN = {"realguidance": {"strength": 0.5}}
+OWN = {"realguidance": {"strength": 0.5}, "vae": {"sample": True}}
 
 
 def small(name, **changes):
@@ -48,7 +48,7 @@ def method(request):
 
 def test_the_methods_of_this_package():
     assert {"classical", "dafusion", "diffcoremix", "diffmix", "distdiff", "gif", "img2img", "realguidance",
-            "text2img"} <= {*names()}
+            "text2img", "vae"} <= {*names()}
     assert not [name for name in names() if name.startswith("_")]
 
 
@@ -182,10 +182,10 @@ def test_rows_of_methods_that_load_nothing_do_not_depend_on_the_shape_of_a_call(
 
 
 class Poisoned:
-    """A prior whose noise prediction is not a number in one slot."""
+    """A prior whose noise prediction, or decoded image where there is none, is not a number in one slot."""
 
-    def __init__(self, prior, slot):
-        self._prior, self._slot = prior, slot
+    def __init__(self, prior, slot, predicts):
+        self._prior, self._slot, self._predicts = prior, slot, predicts
 
     def __getattr__(self, name):
         return getattr(self._prior, name)
@@ -195,13 +195,19 @@ class Poisoned:
         p.clean[self._slot] = float("nan")
         return p
 
+    def decode(self, z_BCHW, cond=None):
+        x_BCHW = self._prior.decode(z_BCHW, cond)
+        if not self._predicts:
+            x_BCHW[self._slot] = float("nan")
+        return x_BCHW
+
 
 def test_a_failed_slot_is_named_and_its_mates_keep_their_bytes(method, tools):
     if "prior" not in method.needs():
         pytest.skip("no prior")
     batch = batch_of(method, CLASSES, ROWS)
     alone = expand(method, batch, tools)
-    made = method.expand(batch, replace(tools, prior=Poisoned(tools.prior, 1)))
+    made = method.expand(batch, replace(tools, prior=Poisoned(tools.prior, 1, batch.draws[0].steps_run > 0)))
     check_expansion(made, batch)
     assert made.reasons == [None, Reason.NAN_LATENT, None, None]
     for i in (0, 2, 3):

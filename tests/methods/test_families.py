@@ -30,7 +30,7 @@ ROWS = [("a/1.png", 0, 0), ("b", 1, 0), ("a/1.png", 0, 1)]
 
 # Few steps, and weights as they are: fine-tuning has tests of its own.
 SETTINGS: dict[str, Any] = {"steps": 4, "guide_step": 2, "lookahead": 2, "strength": 0.75, "strengths": [0.75],
-                            "variant": "real_mix", "finetuned": False}
+                            "variant": "real_mix", "finetuned": False, "sample": True}
 NEEDS_TOKENS = ("dafusion",)  # its prompt is a word that was learned
 NO_PRIOR = ("classical",)
 METHODS = [name for name in names() if name not in (*NEEDS_TOKENS, *NO_PRIOR)]

@@ -33,6 +33,7 @@ JOBS = [path for path in sorted((ROOT / "jobs/digits").glob("expand-*.yaml"))
 CONTROLS = {"img2img": {CONTROL}, "text2img": {CONTROL, PLAIN}, "classical": set(),
             "distdiff": {CONTROL, PLAIN, RANDOM}, "gif": {CONTROL, PLAIN, RANDOM}, "lecf": {CONTROL, PLAIN},
             "diffmix": {CONTROL, PLAIN}, "realguidance": {CONTROL, PLAIN}, "diffcoremix": {CONTROL, PLAIN},
+            "vae": {CONTROL, PLAIN},
             **{name: {UNGUIDED, PLAIN, RANDOM} for name in demo.VARIANTS}}
 REFUSED = {"dafusion": "no adapter for dafusion"}
 FITTED = {"distdiff": {"prototypes"}, "diffcoremix": {"image_features", "thresholds"}}

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from rayexpand.artifacts.columns import open_image_features
 from rayexpand.contract.errors import ConfigError, DigestMismatch, SeedDataError, UsageError
 from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.data.subsets import ids_hash, shared_images
@@ -25,7 +26,7 @@ from rayexpand.loader.training_set import TrainingSet
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import parse as runs_config
 from rayexpand.storage.tables import parquet_bytes, read_json
-from rayexpand.studies.config import parse_study
+from rayexpand.studies.config import parse_study, study_preflight
 from rayexpand.studies.expansions import pending_runs
 from rayexpand.studies.parts import Study, Trial, read_result
 from rayexpand.studies.study import prepare_study
@@ -156,6 +157,50 @@ def test_real_rows_alone_and_synthetic_rows_alone(tmp_path: Path) -> None:
         "real": (20, 20, 20), "synthetic": (0, 60, 60), "replaced": (20, 80, 20), "original repeated 3x": (20, 20, 60)}
 
 
+def test_an_arm_takes_samples_of_several_expansions(tmp_path: Path) -> None:
+    classical = {name: {"method": {"name": "classical", "policy": name, "ratio": 2}}
+                 for name in ("cutout", "randaugment")}
+    arms = [{"name": name, "use": use, "control": False, **more} for name, use, more in (
+        ("one", "cutout", {}), ("both", ["cutout", "randaugment"], {"control": True}),
+        ("half", ["cutout", "randaugment"], {"ratio": 1, "real": 0}), ("mixed", ["cutout", "randaugment"], {
+            "mix": {"pixel": 1.0}, "weight": 2}))]
+    study = expanded(raw_study(tmp_path, arms=arms, seeds=[0], expansions=classical))
+    trials = {one.arm: one for one in make_trials(study)}
+    lists = {name: TrainingSet.load(tmp_path / "small" / one.rows) for name, one in trials.items()}
+
+    assert {name: (rows.n_real, rows.n_synthetic, rows.epoch_rows) for name, rows in lists.items()} == {
+        "one": (20, 40, 60), "both": (20, 80, 100), "half": (0, 40, 40), "mixed": (20, 80, 180),
+        "original repeated 5x": (20, 0, 100)}
+    assert trials["both"].group == "cutout + randaugment"
+    assert (trials["one"].run.endswith("cutout-0"), trials["both"].run) == (True, "")
+    assert [part.method["policy"] for part in lists["both"].parts[1:]] == ["cutout", "randaugment"]
+    assert trials["both"].expansion_seconds > trials["one"].expansion_seconds
+
+
+@pytest.mark.parametrize(("arm", "words"), [
+    ({"use": ["flips"]}, "arms.a.use: a list names two expansions or more"),
+    ({"use": []}, "arms.a.use: a list names two expansions or more"),
+    ({"use": ["flips", "flips"]}, "arms.a.use: a list names two expansions or more"),
+    ({"use": ["flips", "other"]}, "arms.a.use: 'other' is no expansion"),
+    ({"use": ["flips", "more"], "fill": True}, "arms.a.fill: fills each class from one expansion"),
+    ({"use": ["flips", "more"], "soft_label": {"gama": 1}}, "unknown, the soft label of classical and classical takes "
+                                                            "no arguments"),
+    ({"use": ["flips", "mixed"], "soft_label": {"gama": 1}}, "arms.a.soft_label.gama: did you mean 'gamma'?"),
+    ({"use": ["flips", "mixed"], "soft_label": {"gamma": 1}}, "")])
+def test_what_cannot_be_meant_by_several_expansions(tmp_path: Path, arm: dict[str, Any], words: str) -> None:
+    flips = {"method": {"name": "classical", "policy": "randaugment", "ratio": 3}}
+    mixed = {"method": {"name": "diffmix", "variant": "real_mix", "prompt": "a {name}"}}
+    raw = raw_study(tmp_path, expansions={"flips": flips, "more": flips, "mixed": mixed}, arms=[{"name": "a", **arm}])
+    if not words:
+        assert parse_study(raw).arms[0].uses == ("flips", "mixed")
+        assert "arms.a.use: `samples` compares what one expansion made" in "".join(study_preflight(parse_study({
+            **raw, "samples": {}})))
+        return
+    with pytest.raises(ConfigError) as found:
+        parse_study(raw)
+    assert [one for one in found.value.problems if words in one], found.value.problems
+
+
 def test_a_full_dataset_is_expanded_once_for_all_seeds(tmp_path: Path) -> None:
     raw = raw_study(tmp_path, subset={"kind": "full"}, data={"source": "digits", "per_class": 2})
     shared, again = prepare_study(parse_study(raw)), prepare_study(parse_study({**raw, "resample": True}))
@@ -251,14 +296,17 @@ def test_what_is_wrong_with_a_fine_tuning_is_said_before_anything_is_made(tmp_pa
 
 
 def test_a_part_of_fit_that_a_method_does_not_need_is_refused(tmp_path: Path) -> None:
-    raw = fitted(tmp_path, {"name": "distdiff"}, {"prompt": "a {token}"})
-    with pytest.raises(ConfigError, match=r"fit\.adapter: has no effect on distdiff"):
+    raw = fitted(tmp_path, {"name": "realfake", "finetuned": False, "prompt": "a {name}", "visual_token": "class_mean"},
+                 {"strategy": "db"})
+    with pytest.raises(ConfigError, match=r"fit\.adapter: has no effect on realfake"):
         parse_study(raw)
+    raw = fitted(tmp_path, {"name": "distdiff"}, {"strategy": "db"})
+    assert parse_study(raw).expansions["e"].fit is not None, "a guided method samples with an adapter that is fitted"
     raw["expansions"]["e"] |= {"fit": {}, "artifacts": {"prototypes": "artifacts/there", "adapter": "artifacts/there"}}
     with pytest.raises(ConfigError) as refused:
         parse_study(raw)
     for words in (r"artifacts\.prototypes: artifacts/there would not be read, for fit makes them",
-                  r"artifacts\.adapter: has no effect on distdiff, which samples from the weights"):
+                  r"artifacts\.adapter: artifacts/there has no adapter\.json"):
         assert any(re.match(rf"expansions\.e\.{words}", line) for line in refused.value.problems), words
 
 
@@ -687,7 +735,7 @@ def test_a_weight_that_leaves_no_row(study: Study) -> None:
 
 
 def test_a_generator_is_fine_tuned_on_the_rows_of_each_seed(tmp_path: Path) -> None:
-    """Once for all expansions that ask for the same; a method without adapter has no use for it."""
+    """Once for all expansions that ask for the same; a method that takes the weights as they are has no use for it."""
     text = "a photo of a {token} shape"
     fit = {"adapter": {"recipe": {"preset": "tiny", "strategy": "ti", "steps": 1, "batch": 4, "prompt": text},
                        "flips": False, "sheet": None, "tensorboard": False}}
@@ -700,6 +748,31 @@ def test_a_generator_is_fine_tuned_on_the_rows_of_each_seed(tmp_path: Path) -> N
 
     assert adapters["diff_mix", 0] == adapters["diff_gen", 0] != adapters["diff_mix", 1] == adapters["diff_gen", 1]
     assert all(run.facts["models"]["adapter"] for run in made)
-    vanilla = {"real": {"method": {"name": "img2img", "ratio": 1}, "fit": fit}}
-    with pytest.raises(ConfigError, match=r"expansions\.real\.fit: img2img .* needs nothing fitted"):
+    vanilla = {"real": {"method": {"name": "diffmix", "variant": "real_mix", "prompt": "a {name}"}, "fit": fit}}
+    with pytest.raises(ConfigError, match=r"expansions\.real\.fit\.adapter: has no effect on diffmix real_mix, which"):
         parse_study(raw_study(tmp_path, expansions=vanilla, arms=[{"name": "real", "use": "real"}]))
+
+
+@pytest.mark.study
+def test_what_a_judge_compares_with_is_made_of_the_rows_of_each_seed(tmp_path: Path) -> None:
+    """For a method that brings its judge, and for one that is given one; the class means of both are made once."""
+    own = {"method": {"name": "diffcoremix", "ratio": 1, "steps": 4, "prompt": "{context} {name}", "negatives": [],
+                      "contexts": ["the digit"]}, "fit": {}}
+    given = {"method": {"name": "img2img", "ratio": 1, "steps": 4}, "fit": {},
+             "accept": {"to": "class", "deviations": 1.0}}
+    raw = raw_study(tmp_path, expansions={"own": own, "given": given},
+                    arms=[{"name": name, "use": name} for name in ("own", "given")])
+    study = prepare_study(parse_study(raw))
+    made = {(run.config.name, run.config.seed): run for run in pending_runs(study)}
+    folders = {key: {kind: Path(folder).resolve() for kind, folder in run.config.artifacts.items()}
+               for key, run in made.items()}
+    assert {name: set(folders[f"{name}-0", 0]) for name in ("own", "given")} == {
+        "own": {"image_features", "thresholds"}, "given": {"thresholds"}}
+    for seed in (0, 1):
+        features = open_image_features(folders[f"own-{seed}", seed]["image_features"])
+        assert set(features.ids.to_pylist()) == set(study.subsets[seed][1].seed_ids)
+        assert folders[f"own-{seed}", seed]["thresholds"] == folders[f"given-{seed}", seed]["thresholds"]
+    assert folders["own-0", 0]["thresholds"] != folders["own-1", 1]["thresholds"]
+    raw["expansions"]["given"].pop("fit")
+    with pytest.raises(ConfigError, match=r"expansions\.given\.artifacts\.thresholds: accept needs scores of the real"):
+        prepare_study(parse_study(raw))
