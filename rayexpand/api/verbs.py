@@ -79,10 +79,16 @@ def plan(job: Job, *, set: Set = (), machine: Job | None = None) -> Planned:
 
 
 def bench(job: Job, *, rows: int = 0, set: Set = (), machine: Job | None = None) -> Any:
-    """How fast a run is on this machine; see runs.bench.Bench."""
+    """How fast a run is on this machine (runs.bench.Bench). Of a study whose samples are there: what its arms cost in
+    training, and how much more than the baseline (studies.bench.TrainingBench). `rows`: at least so many are timed."""
+    kind, raw, where = read_job(job, set, machine)
+    if kind == "study":
+        from rayexpand.studies.bench import bench_study
+
+        return bench_study(parsed(kind, raw, where), rows)
     from rayexpand.runs.bench import bench
 
-    return bench(config_of("run", job, set, machine, "bench"), rows)
+    return bench(parsed(kind, raw, where, "run", "bench"), rows)
 
 
 def fit(job: Job, *, set: Set = (), machine: Job | None = None, out: str | None = None, ray: bool | str = False,

@@ -268,14 +268,22 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def may_adapt(method: Method) -> bool:
+    """Whether a method that asks for no adapter samples with one that its run names: what one paper fine-tunes serves
+    the others. Not where a field says that the weights are taken as they are, nor a generator that reads no text."""
+    as_they_are = not getattr(method, "finetuned", True) or str(getattr(method, "variant", "")).startswith("real_")
+    return "prior" in method.needs() and not as_they_are and getattr(method, "generator", "sd") == "sd"
+
+
 def adapter_fits(method: Any, strategy: str, visual_token: str, adapter: str) -> list[str]:
     """Where a method does not sample as an adapter of this strategy and visual token was trained, one line each.
     `adapter`: what to call it."""
     problems = []
     if (own := getattr(method, "visual_token", "none")) != visual_token:
-        problems.append(f"{adapter} is trained with visual_token {visual_token}, but method.visual_token is {own}; "
-                        f"what was not trained cannot be read at sampling: set method.visual_token to {visual_token}, "
-                        f"or fine-tune with {own}")
+        reads, remedy = (f"method.visual_token is {own}", f"set method.visual_token to {visual_token}, or ") if hasattr(
+            method, "visual_token") else (f"{method.name} reads none", "")
+        problems.append(f"{adapter} is trained with visual_token {visual_token}, but {reads}; what was not trained "
+                        f"cannot be read at sampling: {remedy}fine-tune with {own}")
     asks, parts = asks_for_tokens(method), PARTS[strategy]
     if asks and TOKENS not in parts:
         problems.append(f"the prompt has {{token}}, but {adapter} (strategy {strategy}) has no class tokens; use "
@@ -311,6 +319,8 @@ class AdapterKind(ArtifactKind):
 
     def unused(self, method: Method) -> tuple[str, str]:
         variant = str(getattr(method, "variant", ""))
+        if getattr(method, "generator", "sd") != "sd":
+            return "samples from a generator that reads no text", "set method.generator: sd"
         return "samples from the weights as they are", (
             "set method.finetuned: true" if hasattr(method, "finetuned")
             else f"choose {variant.replace('real_', 'diff_')}" if variant.startswith("real_")

@@ -1,4 +1,5 @@
-"""RandAugment (Cubuk et al. 2020) and AutoAugment's ImageNet policy (Cubuk et al. 2019) from a given generator.
+"""RandAugment (Cubuk et al. 2020), AutoAugment's ImageNet policy (Cubuk et al. 2019), AugMix (Hendrycks et al. 2020)
+and GridMask from a given generator.
 
 torchvision's own transforms draw from torch's global generator; here the drawing is ours and keyed, and the pixel work
 is torchvision's on PIL images, which draws nothing.
@@ -10,7 +11,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def randaugment(image: np.ndarray, rng: np.random.Generator, num_ops: int = 2, bin_: int = 9,
@@ -33,6 +34,55 @@ def autoaugment(image: np.ndarray, rng: np.random.Generator, *, spare: bool = Fa
         if rng.random() < probability:
             picture = _one_op(picture, op, bin_ or 0, 10, rng, spare)
     return np.array(picture)
+
+
+def augmix(image: np.ndarray, rng: np.random.Generator, severity: int = 3, width: int = 3) -> np.ndarray:
+    """uint8 (H, W, 3): the image mixed with `width` chains of 1 to 3 operations, as AugMix's released code does:
+    weights of the chains from Dirichlet(1, ..., 1), share of their mixture from Beta(1, 1). Rounded to levels."""
+    weights, m = rng.dirichlet(np.ones(width)), rng.beta(1, 1)
+    mixture = np.zeros(image.shape)
+    for weight in weights:
+        picture = Image.fromarray(image)
+        for op in rng.integers(len(AUGMIX_OPS), size=int(rng.integers(1, 4))):
+            picture = _augmix_op(picture, AUGMIX_OPS[op], rng.uniform(0.1, severity) / 10, rng.random() < 0.5)
+        mixture += weight * np.asarray(picture)
+    return np.rint((1 - m) * image + m * mixture).astype(np.uint8)
+
+
+def _augmix_op(picture: Image.Image, op: str, level: float, is_mirrored: bool) -> Image.Image:
+    """`level` is a share of the operation's range; geometry is bilinear on black, a shear about the corner."""
+    width, height = picture.size
+    sign = -1 if is_mirrored else 1
+
+    def affine(*terms: float) -> Image.Image:
+        return picture.transform(picture.size, Image.Transform.AFFINE, terms, Image.Resampling.BILINEAR)
+
+    ops: dict[str, Callable[[], Image.Image]] = {
+        "AutoContrast": lambda: ImageOps.autocontrast(picture),
+        "Equalize": lambda: ImageOps.equalize(picture),
+        "Posterize": lambda: ImageOps.posterize(picture, 4 - int(4 * level)),
+        "Rotate": lambda: picture.rotate(sign * int(30 * level), Image.Resampling.BILINEAR),
+        "Solarize": lambda: ImageOps.solarize(picture, 256 - int(256 * level)),
+        "ShearX": lambda: affine(1, sign * 0.3 * level, 0, 0, 1, 0),
+        "ShearY": lambda: affine(1, 0, 0, sign * 0.3 * level, 1, 0),
+        "TranslateX": lambda: affine(1, 0, sign * int(width / 3 * level), 0, 1, 0),
+        "TranslateY": lambda: affine(1, 0, 0, 0, 1, sign * int(height / 3 * level)),
+    }
+    return ops[op]()
+
+
+def gridmask(shape: tuple[int, ...], rng: np.random.Generator, keep: float = 0.6) -> np.ndarray:
+    """bool (H, W), True in the holes (Chen et al. 2020, as DistDiff runs it): squares of side d - ceil(keep * d) at
+    period d, d uniform on 96..223 of a 224-pixel shorter side, turned."""
+    height, width = shape
+    low = max(2, round(min(shape) * 96 / 224))
+    d = int(rng.integers(low, max(low + 1, min(shape))))
+    kept = math.ceil(keep * d)
+    phase_y, phase_x = rng.integers(d, size=2)
+    angle = math.radians(int(rng.integers(360)))
+    y, x = np.mgrid[:height, :width] - np.array([height - 1, width - 1]).reshape(2, 1, 1) / 2
+    turned_y, turned_x = math.cos(angle) * y - math.sin(angle) * x, math.sin(angle) * y + math.cos(angle) * x
+    return (np.mod(turned_y - phase_y, d) >= kept) & (np.mod(turned_x - phase_x, d) >= kept)
 
 
 def is_blank(image: np.ndarray) -> bool:
@@ -60,6 +110,9 @@ SIGNED = frozenset({"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "B
                     "Sharpness"})
 RANDAUGMENT_OPS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color",
                    "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize")
+# None of them is a type of corruption that robustness is measured by (ImageNet-C).
+AUGMIX_OPS = ("AutoContrast", "Equalize", "Posterize", "Rotate", "Solarize", "ShearX", "ShearY", "TranslateX",
+              "TranslateY")
 
 # (operation, probability, bin of 10) twice per row: the ImageNet policy of the AutoAugment paper, appendix, in order.
 AUTOAUGMENT_IMAGENET: tuple[tuple[tuple[str, float, int | None], tuple[str, float, int | None]], ...] = (

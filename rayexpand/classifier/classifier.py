@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (the customary name)
 
 from rayexpand.classifier.backbones import build_backbone
-from rayexpand.classifier.mixing import apply_mix, draw_mix, smooth
+from rayexpand.classifier.mixing import apply_image_mixes, apply_mix, draw_mix, smooth
 from rayexpand.classifier.recipe import Recipe, drw_is_on, drw_weights, lr_at
 from rayexpand.contract.errors import ConfigError, Diverged
 from rayexpand.contract.rng import generator, row_key
@@ -36,6 +36,8 @@ class TrainBatch(NamedTuple):
     x_BHWC: np.ndarray  # uint8
     y_BK: np.ndarray  # float32
     step: int
+    views_BVHWC: np.ndarray | None = None  # uint8; two augmented views of each image, compared with it (recipe.jsd)
+    mix_B5: np.ndarray | None = None  # float32; how each image is mixed with its partner (recipe.mix_per image)
 
 
 class Teacher(NamedTuple):
@@ -102,8 +104,12 @@ class Classifier:
         """Leaves the gradient of a batch in the weights, and returns its loss."""
         assert batch.y_BK.shape == (len(batch.x_BHWC), self.n_classes)
         x_BCHW, y_BK = self._images(batch.x_BHWC), torch.from_numpy(batch.y_BK).to(self.device)
+        if batch.mix_B5 is not None:
+            x_BCHW, y_BK = apply_image_mixes(x_BCHW, y_BK, torch.from_numpy(batch.mix_B5).to(self.device))
         mix = draw_mix(self.recipe, self.seed, self.step, x_BCHW.shape[-1])
         x_BCHW, y_BK = apply_mix(x_BCHW, y_BK, mix)
+        if batch.views_BVHWC is not None:
+            x_BCHW = torch.cat([x_BCHW, *(self._images(batch.views_BVHWC[:, view]) for view in (0, 1))])
         is_weighed = drw_is_on(self.recipe, self.step, self.total_steps)
         weight = self._mean_over_workers((y_BK * self._weights_K).sum(dim=1).mean()) if is_weighed else None
         y_BK = smooth(y_BK, self.recipe.smoothing, self.recipe.smoothing_mode)
@@ -113,11 +119,14 @@ class Classifier:
             logits_BK = self._wrapped(x_BCHW)
         if weight is not None:  # smoothing has no part in the divisor, as with torch's label_smoothing
             y_BK = y_BK * self._weights_K / weight
-        loss = loss_of(logits_BK.float(), y_BK, self.recipe.loss)
+        logits_BK, own = logits_BK.float(), slice(len(y_BK))  # views of the same images come behind them
+        loss = loss_of(logits_BK[own], y_BK, self.recipe.loss)
         if (teacher := self._teacher) is not None:
-            taught_BK = teacher.logits(batch, x_BCHW * self._std + self._mean)
-            loss = (1 - teacher.weight) * loss + teacher.weight * distillation(taught_BK, logits_BK.float(),
+            taught_BK = teacher.logits(batch, x_BCHW[own] * self._std + self._mean)
+            loss = (1 - teacher.weight) * loss + teacher.weight * distillation(taught_BK, logits_BK[own],
                                                                                teacher.temperature)
+        if batch.views_BVHWC is not None:
+            loss = loss + self.recipe.jsd * jensen_shannon(*logits_BK.chunk(3))
         loss.backward()
         return loss.detach()
 
@@ -210,6 +219,14 @@ def loss_of(logits_BK: Tensor, y_BK: Tensor, kind: str) -> Tensor:
     if kind == "bce":
         return F.binary_cross_entropy_with_logits(logits_BK, y_BK)
     return -(y_BK * F.log_softmax(logits_BK, dim=1)).sum(dim=1).mean()
+
+
+def jensen_shannon(*logits_BK: Tensor) -> Tensor:
+    """Mean over the batch of the Jensen-Shannon divergence of several answers for the same images, in nats (AugMix,
+    Hendrycks et al. 2020; the mean answer at least 1e-7, as in its code)."""
+    logp_VBK = F.log_softmax(torch.stack(logits_BK), dim=-1)
+    mean_BK = logp_VBK.exp().mean(dim=0).clamp(min=1e-7).log()
+    return (logp_VBK.exp() * (logp_VBK - mean_BK)).sum(dim=-1).mean()
 
 
 def distillation(teacher_BK: Tensor, student_BK: Tensor, temperature: float) -> Tensor:

@@ -2,8 +2,9 @@
 
 One draw of MixUp or CutMix per optimiser step, keyed by (seed, step), mixes image i of the global batch of B with image
 B-1-i (timm's pairing). A worker's slice holds every image together with its partner, in an order in which flipping the
-slice gives the partners, so W workers mix exactly what one process mixes and exchange nothing. The partners of CMO come
-from a second batch, which the loader draws and pastes.
+slice gives the partners, so W workers mix exactly what one process mixes and exchange nothing. With `mix_per: image`
+each image has a draw of its own, which the loader keys by the image. The partners of CMO come from a second batch,
+which the loader draws and pastes.
 
     here              meaning, unit
     lam               share of the image itself, and of its label; 1 - lam is the partner's
@@ -13,13 +14,13 @@ from a second batch, which the loader draws and pastes.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from rayexpand.classifier.recipe import Recipe, cmo_is_on
+from rayexpand.classifier.seed_mixing import clipped_box
 from rayexpand.contract.rng import generator, row_key
 
 
@@ -48,9 +49,19 @@ def draw_mix(recipe: Recipe, seed: int, step: int, size: int) -> Mix | None:
     With both alphas set MixUp and CutMix take even odds (timm's switch_prob). Everything is drawn, used or not, so
     that the settings of one do not move the draws of another.
     """
-    if not recipe.mixup and not recipe.cutmix:
+    if not (recipe.mixup or recipe.cutmix) or recipe.mix_per == "image":
         return None
-    rng = generator(row_key(seed, "classifier", "", step, 0, "mix"))
+    return _drawn(recipe, generator(row_key(seed, "classifier", "", step, 0, "mix")), size)
+
+
+def draw_image_mix(recipe: Recipe, rng: np.random.Generator, size: int) -> tuple[float, int, int, int, int]:
+    """The mix of one image as its share and the box of its partner, which is empty for MixUp; 1 and an empty box leave
+    it as it is."""
+    mix = _drawn(recipe, rng, size)
+    return (1.0, 0, 0, 0, 0) if mix is None else (mix.lam, *(mix.box or (0, 0, 0, 0)))
+
+
+def _drawn(recipe: Recipe, rng: np.random.Generator, size: int) -> Mix | None:
     mixes, cuts = rng.random() < recipe.mix_probability, rng.random() < 0.5
     top, left = (int(v) for v in rng.integers(size, size=2))
     if not mixes:
@@ -74,8 +85,7 @@ def draw_paste(recipe: Recipe, seed: int, step: int, total_steps: int, size: int
 
 def cut(lam: float, center: tuple[int, int], size: int) -> Mix:
     """CutMix (Yun et al. 2019): box of side size x sqrt(1 - lam) about `center` (row, column), clipped to the image."""
-    side = int(size * math.sqrt(1 - lam))
-    (top, bottom), (left, right) = ((max(0, at - side // 2), min(size, at + (side + 1) // 2)) for at in center)
+    top, bottom, left, right = clipped_box(lam, center, size)
     return Mix(1 - (bottom - top) * (right - left) / size**2, (top, bottom, left, right))
 
 
@@ -90,6 +100,17 @@ def apply_mix(x_BCHW: torch.Tensor, y_BK: torch.Tensor, mix: Mix | None) -> tupl
     x = x_BCHW.clone()
     x[:, :, top:bottom, left:right] = x_BCHW.flip(0)[:, :, top:bottom, left:right]
     return x, y
+
+
+def apply_image_mixes(x_BCHW: torch.Tensor, y_BK: torch.Tensor, mix_B5: torch.Tensor
+                      ) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `apply_mix`, each image by its own row of (share of itself, top, bottom, left, right)."""
+    lam_B, (top, bottom, left, right) = mix_B5[:, 0], mix_B5[:, 1:].T[:, :, None, None, None]
+    row_H1, column_W = (torch.arange(side, device=x_BCHW.device) for side in x_BCHW.shape[2:])
+    is_box = (row_H1[:, None] >= top) & (row_H1[:, None] < bottom) & (column_W >= left) & (column_W < right)
+    keeps = torch.where((bottom > top) & (right > left), 1.0, lam_B[:, None, None, None])
+    x = torch.where(is_box, x_BCHW.flip(0), keeps * x_BCHW + (1 - keeps) * x_BCHW.flip(0))
+    return x, lam_B[:, None] * y_BK + (1 - lam_B[:, None]) * y_BK.flip(0)
 
 
 def smooth(y_BK: torch.Tensor, smoothing: float, mode: str) -> torch.Tensor:

@@ -54,10 +54,20 @@ class Recipe(Section):
     rotation: float = Field(0.0, ge=0, le=180, description="random rotation within +- degrees, before the crop")
     hflip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip")
     colour_jitter: float = Field(0.0, ge=0, le=1, description="brightness, contrast, saturation, each 1 +- this")
-    augment: Literal["none", "randaugment", "autoaugment", "timm"] = Field(
-        "none", description="randaugment: 2 operations at magnitude 9; timm: timm_augment")
+    augment: Literal["none", "randaugment", "autoaugment", "timm", "augmix"] = Field(
+        "none", description="randaugment: 2 operations at magnitude 9; timm: timm_augment; augmix: 3 chains of 1 to 3 "
+        "operations, severity 3, as the paper's code")
     timm_augment: str | None = Field(None, description="timm policy, for example rand-m7-mstd0.5-inc1")
+    jsd: Annotated[float, Later(0.0)] = Field(
+        0.0, ge=0, description="with augmix: weight of the Jensen-Shannon divergence of the answers for the image and "
+        "two augmented views of it, beside the loss of the image alone (AugMix: 12); 0: one view in its place")
     erasing: float = Field(0.0, ge=0, le=1, description="probability of random erasing")
+    gridmask: Annotated[float, Later(0.0)] = Field(
+        0.0, ge=0, le=1, description="probability of a grid of square holes at the end of its rise (DistDiff: 0.8); 0: "
+        "off")
+    gridmask_until: Annotated[float, Later(0.8)] = Field(
+        0.8, gt=0, description="epoch (0-based) until which that probability rises from 0, linearly by whole epochs; "
+        "up to 1 a share of the training. DistDiff: 80 of 100")
 
     optimiser: Literal["sgd", "nesterov", "adamw", "lamb"] = "adamw"
     lr: float = Field(0.01, gt=0)
@@ -88,6 +98,9 @@ class Recipe(Section):
     mixup: float = Field(0.0, ge=0, description="alpha of MixUp; 0: off")
     cutmix: float = Field(0.0, ge=0, description="alpha of CutMix; 0: off. With both, one of them at even odds")
     mix_probability: float = Field(1.0, ge=0, le=1, description="share of the batches that are mixed")
+    mix_per: Annotated[Literal["batch", "image"], Later("batch")] = Field(
+        "batch", description="one draw of MixUp and CutMix for a batch (timm's default), or one for each image (timm's "
+        "elem, CutMix as DistDiff compares it); mix_probability is then the share of the images")
     cmo: float = Field(0.0, ge=0, le=1, description="share of the batches on which boxes of images from a "
                        "tail-weighted batch are pasted (CMO: 0.5); 0: off")
     cmo_power: float = Field(1.0, ge=0, description="the tail-weighted batch draws a real image of a class of n with "
@@ -117,6 +130,13 @@ class Recipe(Section):
                             "crop from it")
         if (self.augment == "timm") != (self.timm_augment is not None):
             problems.append("augment timm and timm_augment go together")
+        problems += self._augmix_problems()
+        if self.gridmask and _epoch(self.gridmask_until, self.gridmask_until <= 1, self.epochs) > self.epochs:
+            problems.append(f"gridmask_until {self.gridmask_until:g} is behind the last of {self.epochs} epochs; lower "
+                            "it, or give a share of the training")
+        if self.mix_per == "image" and not (self.mixup or self.cutmix):
+            problems.append("mix_per says how MixUp and CutMix are drawn, and both are off; set mixup or cutmix, or "
+                            "leave it out")
         if self.warmup_epochs >= self.epochs:
             problems.append(f"warmup_epochs {self.warmup_epochs:g} leaves nothing of {self.epochs} epochs")
         if self.optimiser == "nesterov" and not self.momentum:
@@ -136,6 +156,20 @@ class Recipe(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _augmix_problems(self) -> list[str]:
+        if not self.jsd:
+            return []
+        problems = [] if self.augment == "augmix" else ["jsd compares views of AugMix; set augment: augmix, or jsd: 0"]
+        problems += [f"jsd compares three views of an image, which {name} would mix with others; leave {name} at 0, or "
+                     "jsd" for name in ("mixup", "cutmix", "cmo") if getattr(self, name)]
+        return problems if self.loss == "ce" else [*problems, "jsd stands beside the cross-entropy; take loss: ce"]
+
+
+def gridmask_probability(recipe: Recipe, step: int, total_steps: int) -> float:
+    """Probability of GridMask at an optimiser step: 0 in the first epoch, then rising linearly by whole epochs."""
+    until = _epoch(recipe.gridmask_until, recipe.gridmask_until <= 1, recipe.epochs)
+    return recipe.gridmask * min(1.0, math.floor(step * recipe.epochs / total_steps + 1e-9) / until)
 
 
 def cmo_is_on(recipe: Recipe, step: int, total_steps: int) -> bool:

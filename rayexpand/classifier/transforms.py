@@ -1,7 +1,8 @@
 """From a decoded image to the square a classifier sees, in training (keyed draws) and in tests (none).
 
-Order in training: resize and crop with the rotation before the crop, horizontal flip, colour jitter, policy, erasing.
-All of it is on uint8 pixels; the classifier scales and normalises. Resizing is with antialiasing by the recipe's
+Order in training: resize and crop with the rotation before the crop, horizontal flip, colour jitter, policy, erasing,
+grid of holes. All of it is on uint8 pixels; the classifier scales and normalises. A row that is mixed with a real image
+is mixed after the crop, which both images have with the same draws. Resizing is with antialiasing by the recipe's
 `filter`, bicubic where it names none (torchvision's default is bilinear); rotation is nearest-neighbour on black,
 torchvision's default.
 
@@ -14,6 +15,7 @@ torchvision's default.
     crop resized      a rectangle of crop_scale of the area and an aspect of 3/4 to 4/3, to size (torchvision, timm)
     erasing           a rectangle of 2 to 33 % of the area and an aspect of 0.3 to 3.3 (torchvision) in the mean colour,
                       which is 0 after normalisation
+    gridmask          DistDiff's grid of square holes (augment.py) in the mean colour, as its probability rises
 """
 
 from __future__ import annotations
@@ -35,9 +37,14 @@ from rayexpand.contract.errors import UsageError
 _TRIES = 10  # of a random rectangle before the fallback, as in torchvision
 
 
-def train_transform(image: np.ndarray, rng: np.random.Generator, recipe: Recipe) -> np.ndarray:
-    """uint8 (H, W, 3) to uint8 (size, size, 3); everything random about it comes from `rng`."""
-    image = _cropped(image, rng, recipe)
+def train_transform(image: np.ndarray, rng: np.random.Generator, recipe: Recipe, gridmask: float = 0.0) -> np.ndarray:
+    """uint8 (H, W, 3) to uint8 (size, size, 3); everything random about it comes from `rng`. `gridmask`: its
+    probability at this step."""
+    return finished(cropped(image, rng, recipe), rng, recipe, gridmask)
+
+
+def finished(image: np.ndarray, rng: np.random.Generator, recipe: Recipe, gridmask: float = 0.0) -> np.ndarray:
+    """What follows the crop in training."""
     if recipe.hflip and rng.random() < recipe.hflip:
         image = image[:, ::-1]
     if recipe.colour_jitter:
@@ -48,9 +55,19 @@ def train_transform(image: np.ndarray, rng: np.random.Generator, recipe: Recipe)
         image = augment.autoaugment(np.ascontiguousarray(image), rng)
     elif recipe.augment == "timm":
         image = _timm_policy(np.ascontiguousarray(image), rng, recipe)
+    elif recipe.augment == "augmix" and not recipe.jsd:
+        image = augment.augmix(np.ascontiguousarray(image), rng)
     if recipe.erasing and rng.random() < recipe.erasing:
         image = _erased(image, rng, recipe.mean)
+    if recipe.gridmask and rng.random() < gridmask:
+        holes = augment.gridmask(image.shape[:2], rng)
+        image = np.where(holes[..., None], _level(recipe.mean), image)
     return image
+
+
+def augmix_views(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """uint8 (2, H, W, 3): two views of a finished image, which a classifier is to answer for as for the image."""
+    return np.stack([augment.augmix(np.ascontiguousarray(image), rng) for _ in range(2)])
 
 
 def test_transform(image: np.ndarray, recipe: Recipe) -> np.ndarray:
@@ -69,7 +86,7 @@ def test_transform(image: np.ndarray, recipe: Recipe) -> np.ndarray:
     return _window(_resized(image, height, width, recipe), top, left, size)
 
 
-def _cropped(image: np.ndarray, rng: np.random.Generator, recipe: Recipe) -> np.ndarray:
+def cropped(image: np.ndarray, rng: np.random.Generator, recipe: Recipe) -> np.ndarray:
     size, pad = recipe.size, recipe.crop_pad
     if recipe.crop == "resized":
         return _resized_crop(_rotated(image, rng, recipe.rotation), rng, recipe)
@@ -154,9 +171,14 @@ def _erased(image: np.ndarray, rng: np.random.Generator, mean: tuple[float, floa
         if 0 < tall < height and 0 < wide < width:
             top, left = _below(rng, height - tall + 1), _below(rng, width - wide + 1)
             image = image.copy()
-            image[top:top + tall, left:left + wide] = np.rint(np.array(mean) * 255)
+            image[top:top + tall, left:left + wide] = _level(mean)
             break
     return image
+
+
+def _level(mean: tuple[float, float, float]) -> np.ndarray:
+    """uint8 (3,): the colour that is 0 after normalisation."""
+    return np.rint(np.array(mean) * 255).astype(np.uint8)
 
 
 def _timm_policy(image: np.ndarray, rng: np.random.Generator, recipe: Recipe) -> np.ndarray:

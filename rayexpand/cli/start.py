@@ -42,8 +42,8 @@ def demo(out: Annotated[str, typer.Option(help="folder for the runs and the repo
     print(f"two real digits per class, expanded by {method}; test accuracy in %, mean ± standard error over three "
           "subsets\n")
     show_table(("trained on", "accuracy", "n"), rows)
-    for kind, seconds in found["fit_cpu_seconds"].items():
-        print(f"\nfitted for {method} on each subset: {kind}, {seconds:.1f} CPU seconds in all")
+    if fitted := [f"{kind.replace('_', ' ')}, {seconds:.1f}" for kind, seconds in found["fit_cpu_seconds"].items()]:
+        print(f"\nfitted for {method} on each subset: {'; '.join(fitted)} CPU seconds in all")
     print(f"\ngain of expanded over original: {100 * found['gain']:+.1f} ± {100 * found['gain_se']:.1f} points")
     print(f"{found['note']}\nsamples beside their seeds: {found['samples']}\nreport: {found['report']}")
 

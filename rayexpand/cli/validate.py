@@ -50,11 +50,17 @@ def plan(file: File, set_: Set = None, machine: Machine = None, trust: Trust = N
 
 @app.command()
 def bench(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None,
-          rows: Annotated[int, typer.Option(help="measure at least so many rows; 0: one shard")] = 0,
+          rows: Annotated[int, typer.Option(help="measure at least so many rows; 0: one shard, or 30 steps "
+                                                 "of each arm")] = 0,
           as_json: Json = False) -> None:
-    """Measure a run on this machine: images/s, share of the bare sampler's speed, seconds by phase.
+    """Measure a run on this machine: images/s, share of the bare sampler's speed, seconds by phase. Of a study whose
+    samples are there: seconds of loader and optimiser step of each arm, and its overhead over the baseline.
 
-    Example: rayexpand bench my.yaml --rows 100
+    Examples:
+
+        rayexpand bench my.yaml --rows 100
+
+        rayexpand bench study.yaml --set recipe.batch=16
     """
     from rayexpand import api
 

@@ -61,7 +61,8 @@ class EvaluateConfig(DistanceConfig):
                       "<run>/scores/<name>.json")
     run: str = Field(min_length=1, description="run folder whose kept samples are compared")
     selection: str | None = Field(None, description="a decision in selections/ of the run; only rows it keeps")
-    copies: int | None = Field(None, ge=1, description="only the first so many copies of each seed")
+    copies: int | float | None = Field(None, gt=0, description="only the first so many copies of each seed; 2.5 takes "
+                                       "the third copy of half of each class, rounded down")
     reference: DataConfig = Field(description="real images to compare with")
     runtime: RuntimeConfig = RuntimeConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -176,16 +177,17 @@ def samples_of(run: Run, config: EvaluateConfig) -> Side:
     chosen = read_selection(run, config.selection) if config.selection else None
     rng = PlanRng(config.seed, "evaluate")
     whole = chosen is None and config.copies is None and config.images is None
+    taken = run.plan.first_copies(config.copies)
 
     def rows_of(receipt: Receipt) -> tuple[np.ndarray, np.ndarray]:
         """Rows of a data file, and the number that ranks each for `images`."""
         if whole:
             return np.arange(receipt.kept), np.zeros(receipt.kept)
-        table = run.store.data(receipt, ["sample_id", "copy"])
+        table = run.store.data(receipt, ["sample_id", "copy", "row"])
         ids = table["sample_id"].to_pylist()
         keep = np.ones(len(ids), bool) if chosen is None else np.asarray(chosen.keeps(ids))
         if config.copies is not None:
-            keep &= table["copy"].to_numpy() < config.copies
+            keep &= table["copy"].to_numpy() < taken[run.plan.position(table["row"].to_numpy())]
         return np.flatnonzero(keep), rng.per_seed("images", ids)[keep]
 
     receipts = [receipt for receipt in run.store.receipts() if receipt.kept]

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, create_model, field_validator
 
+from rayexpand.artifacts.adapter import may_adapt
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import Section, mistakes, read
@@ -96,8 +97,9 @@ def fit_config(config: RunConfig, guide: GuideFit | None = None, adapter: Adapte
     train one rather than use the run's; `adapter`, `captions`: how to fine-tune the generator and where captions come
     from, which a run does not say."""
     said = {"guide": guide, "adapter": adapter, "captions": captions, "prototypes": PrototypesFit(groups=groups)}
+    needs = config.needs | ({"adapter"} if adapter is not None and may_adapt(config.method) else frozenset())
     made = FitSection(**{maker.kind: said.get(maker.kind, maker.for_run(config)) for maker in MAKERS
-                         if maker.kind in config.needs})
+                         if maker.kind in needs})
     if made == FitSection():
         return None
     return FitConfig(name=config.name, out=out, seed=config.seed, data=config.data, guide=config.guide,

@@ -14,7 +14,8 @@ No pair is looked at for mean and deviation: with the sums S = sum u_i and C = s
     mean = (|S|^2 - N) / (N (N - 1)) = (N |m|^2 - 1) / (N - 1),   m = S / N
     mean of squares = (|C|^2 - N) / (N (N - 1)),   |C| the Frobenius norm
 
-so sums of parts of a class add up (`Pairs`). An image and the mean of the others is u_i . (S - u_i) / |S - u_i|, which
+so sums of parts of a class add up (`Pairs`). With `pairs` so many drawn ones are looked at instead, as the paper does
+(z, without a value); their mean has no bias. An image and the mean of the others is u_i . (S - u_i) / |S - u_i|, which
 follows from S too. Quantiles of pairs are exact up to 4,096 images of a class, and those of so many drawn images above.
 """
 
@@ -50,6 +51,8 @@ class ThresholdsFit(Section):
     guide: Annotated[GuideConfig | None, Later(None)] = Field(None, description="the guide that will judge; null: that "
                                                               "of the file")
     batch: int = Field(64, ge=1, description="images of one guide call; features may depend on it in the last digit")
+    pairs: Annotated[int | None, Later(None)] = Field(None, ge=1, description="look at so many drawn pairs of each "
+                                                      "class (paper: z, without a value); null: at all, by sums")
 
     @property
     def intake(self) -> Intake:
@@ -86,10 +89,23 @@ class Pairs:
         return (total - self.count) / (self.count * (self.count - 1)) if self.count > 1 else float("nan")
 
 
-def pair_statistics(units_ND: np.ndarray, rng: np.random.Generator) -> tuple[float, float, np.ndarray]:
-    """(mean, deviation, quantiles) of the cosines of pairs; not numbers for a single image."""
+def drawn_pairs(count: int, z: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(i, j), i < j, of z different pairs of `count` images."""
+    chosen = np.sort(rng.choice(count * (count - 1) // 2, z, replace=False))
+    ends = np.cumsum(np.arange(count - 1, 0, -1))  # pairs with a first image of at most i
+    i = np.searchsorted(ends, chosen, side="right")
+    return i, chosen - ends[i] + count
+
+
+def pair_statistics(units_ND: np.ndarray, rng: np.random.Generator,
+                    z: int | None = None) -> tuple[float, float, np.ndarray]:
+    """(mean, deviation, quantiles) of the cosines of pairs, of z drawn ones where there are more; not numbers for a
+    single image."""
     if len(units_ND) < 2:
         return float("nan"), float("nan"), np.full(len(LEVELS), np.nan)
+    if z is not None and z < len(units_ND) * (len(units_ND) - 1) // 2:
+        i, j = drawn_pairs(len(units_ND), z, rng)
+        return statistics((units_ND[i] * units_ND[j]).sum(axis=1))
     pairs = Pairs.of(units_ND)
     some_ND = units_ND if len(units_ND) <= MOST else units_ND[np.sort(rng.permutation(len(units_ND))[:MOST])]
     cosines = (some_ND @ some_ND.T)[np.triu_indices(len(some_ND), 1)]
@@ -111,7 +127,8 @@ def statistics(scores: np.ndarray) -> tuple[float, float, np.ndarray]:
     return float(scores.mean()), float(scores.std()), np.quantile(scores, LEVELS)
 
 
-def thresholds_of(parts: Iterator[np.ndarray], guide: Any, names: tuple[str, ...]) -> tuple[Thresholds, list[int]]:
+def thresholds_of(parts: Iterator[np.ndarray], guide: Any, names: tuple[str, ...],
+                  z: int | None = None) -> tuple[Thresholds, list[int]]:
     """Thresholds of the features of each class, and the positions of classes of one image, whose pairs have the mean
     numbers of all other classes. Raises UsageError where no class has two images."""
     rows: dict[str, list[tuple[float, float, np.ndarray]]] = {"seed": [], "class": [], "confidence": []}
@@ -124,7 +141,7 @@ def thresholds_of(parts: Iterator[np.ndarray], guide: Any, names: tuple[str, ...
         means.append(units_ND.mean(axis=0))
         if len(units_ND) == 1:
             alone.append(label)
-        rows["seed"].append(pair_statistics(units_ND, draws.dataset(f"class {label}")))
+        rows["seed"].append(pair_statistics(units_ND, draws.dataset(f"class {label}"), z))
         rows["class"].append(statistics(to_the_others(units_ND)))
         rows["confidence"].append(statistics(confidence(_logits(guide, found_ND), np.full(len(found_ND), label))))
         if texts_KD is not None:
@@ -175,7 +192,8 @@ class ThresholdsMaker(Maker):
             features_ND, sound_N, refused = gathered(blocks, len(world.index), scratch, world.progress)
             guide = load_guide(config.guide.weights, config.guide.checkpoint, classes.asked, device="cpu",
                                class_keys=classes.key)
-            made, alone = thresholds_of(by_class(features_ND, sound_N, world.index, "threshold"), guide, classes.asked)
+            made, alone = thresholds_of(by_class(features_ND, sound_N, world.index, "threshold"), guide, classes.asked,
+                                        section.pairs)
             del features_ND
             scratch.unlink()
             images = np.bincount(world.index.labels[sound_N], minlength=len(classes)).tolist()

@@ -14,6 +14,10 @@ shuffle_rows x mean bytes of an image / W, and of each stream the rest of a chun
 65,536 images of 110 kB are 7.2 GB over all workers. What does not fit in `cache_bytes` is refused, with the value of
 shuffle_rows that fits; it is never chosen by the machine, since the order depends on it.
 
+Rows that are mixed with a real image (`mix` of an arm) need that image too: at most one for each image of a step, read
+when the step is made. From Parquet that is a row group for each, where the real rows are not in memory already; store
+real images as files, or in small row groups. CMO pastes boxes of images that are not mixed.
+
 Where the recipe asks for CMO, a step may have a second batch: real rows drawn with weight 1 / n_c ** power, keyed by
 (seed, step), of whose images one box is pasted onto the first batch, the same box on all. In an epoch that replaces
 real rows, a drawn row shows what replaced it. Image i of a global batch always meets image i of the second one.
@@ -30,8 +34,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from rayexpand.classifier.recipe import Recipe
-from rayexpand.classifier.transforms import test_transform, train_transform
+from rayexpand.classifier.recipe import Recipe, gridmask_probability
+from rayexpand.classifier.transforms import augmix_views, cropped, finished, test_transform
 from rayexpand.contract.errors import RowFault, UsageError
 from rayexpand.contract.rng import generator, row_key
 from rayexpand.contract.schema import SeedIndex
@@ -39,6 +43,7 @@ from rayexpand.data import pixels
 from rayexpand.data.seeds import DataConfig, SeedReader
 from rayexpand.data.subsets import sound_rows
 from rayexpand.loader.images import CACHE_BYTES, ImageReader, Windowed
+from rayexpand.loader.row_mixing import RowMixer, RowMixes
 from rayexpand.loader.training_set import RowSource, TrainingSet
 
 if TYPE_CHECKING:
@@ -56,6 +61,10 @@ class Slots(NamedTuple):
 
     items: np.ndarray  # int64
     occurrence: np.ndarray  # uint32
+
+
+_COUNTED = 10_000  # rows of an epoch that say what mixing does
+_UNMIXED = RowMixes(np.zeros(0, np.int64), np.zeros(0, np.int64), [])
 
 
 class TestBatch(NamedTuple):
@@ -86,6 +95,7 @@ class Loader:
         self._window: tuple[tuple[int, int, int], Windowed] | None = None  # of (epoch, rank, world)
         self._fits = False
         self._kept: dict[tuple[int, int, int], Slots] = {}
+        self._mixer = None if rows.mix is None else RowMixer(rows, recipe.size)
         self._shown: dict[int, np.ndarray] = {}  # of one epoch that replaces rows: what is shown for each real row
         if recipe.cmo and not rows.n_real:
             raise UsageError("recipe.cmo: boxes are cut from real images, and this list has none; give it real rows, "
@@ -124,16 +134,55 @@ class Loader:
         """The images and labels of some slots of a step; `encoded`, where the images were read already."""
         from rayexpand.classifier.classifier import TrainBatch
 
+        epoch = step // self.epoch_steps
         encoded = self._images.encoded(slots.items) if encoded is None else encoded
-        x_BHWC = self._augmented(slots, encoded, _Streams(self.seed, step // self.epoch_steps, "augment"))
-        return TrainBatch(x_BHWC, self.targets(slots.items), step)
+        y_BK, mixes = self.targets(slots.items), _UNMIXED
+        if self._mixer is not None:
+            mixes = self._mixer.draw(*slots, _Streams(self.seed, epoch, "mix").at)
+            y_BK = self._mixer.labels(y_BK, slots.items, mixes)
+        x_BHWC, views_BVHWC = self._augmented(slots, encoded, (epoch, "augment"), step, mixes)
+        return TrainBatch(x_BHWC, y_BK, step, views_BVHWC, self._image_mixes(slots, epoch))
 
-    def _augmented(self, slots: Slots, encoded: Sequence[bytes], streams: _Streams) -> np.ndarray:
-        x_BHWC = np.empty((len(slots.items), self.recipe.size, self.recipe.size, 3), np.uint8)
+    def _augmented(self, slots: Slots, encoded: Sequence[bytes], key: tuple[int, str], step: int,
+                   mixes: RowMixes = _UNMIXED) -> tuple[np.ndarray, np.ndarray | None]:
+        """uint8 images of some slots, and where the recipe compares them two views of each. A real image that is mixed
+        in is cropped with the draws of its row."""
+        recipe, size = self.recipe, self.recipe.size
+        x_BHWC = np.empty((len(slots.items), size, size, 3), np.uint8)
+        views_BVHWC = np.empty((len(slots.items), 2, size, size, 3), np.uint8) if recipe.jsd else None
+        streams, same = _Streams(self.seed, *key), _Streams(self.seed, *key)
+        partners = iter(self._images.decode(mixes.partners, self._beside(mixes.partners)))
+        mixtures = dict(zip(mixes.at.tolist(), mixes.mixtures, strict=True))
+        grid = gridmask_probability(recipe, step, self.total_steps)
         decoded = self._images.decode(slots.items, encoded)
         for i, (item, repeat, image) in enumerate(zip(slots.items, slots.occurrence, decoded, strict=True)):
-            x_BHWC[i] = train_transform(image, streams.at(item, repeat), self.recipe)
-        return x_BHWC
+            rng = streams.at(item, repeat)
+            image = cropped(image, rng, recipe)
+            if (mixture := mixtures.get(i)) is not None:
+                image = mixture.of(image, cropped(next(partners), same.at(item, repeat), recipe))
+            x_BHWC[i] = finished(image, rng, recipe, grid)
+            if views_BVHWC is not None:
+                views_BVHWC[i] = augmix_views(x_BHWC[i], rng)
+        return x_BHWC, views_BVHWC
+
+    def _image_mixes(self, slots: Slots, epoch: int) -> np.ndarray | None:
+        """float32 (B, 5): how each image is mixed with its partner of the batch, where the recipe draws that for each
+        image."""
+        from rayexpand.classifier.mixing import draw_image_mix
+
+        if self.recipe.mix_per == "batch":
+            return None
+        streams = _Streams(self.seed, epoch, "image mix")
+        return np.array([draw_image_mix(self.recipe, streams.at(item, repeat), self.recipe.size)
+                         for item, repeat in zip(slots.items, slots.occurrence, strict=True)], np.float32)
+
+    def _beside(self, items: np.ndarray) -> list[bytes]:
+        """Encoded images that a step needs beside its slots; none is kept where a window fills the memory."""
+        if not self.is_windowed or not len(items):
+            return self._images.encoded(items)
+        unique, where = np.unique(items, return_inverse=True)
+        found = self._images.fetch(unique)
+        return [found[i] for i in where]
 
     def _pasted(self, batch: TrainBatch, rank: int, world: int) -> TrainBatch:
         """A worker's slice with the boxes of CMO, where its step has some."""
@@ -144,18 +193,24 @@ class Loader:
             return batch
         at = worker_rows(self.batch, rank, world)
         items = self.tail_items(batch.step)[at]
-        if self.is_windowed:  # nothing of it is kept: the window fills the memory
-            unique, where = np.unique(items, return_inverse=True)
-            found = self._images.fetch(unique)
-            encoded = [found[i] for i in where]
-        else:
-            encoded = self._images.encoded(items)
-        tail_BHWC = self._augmented(Slots(items, at.astype(np.uint32)), encoded,
-                                    _Streams(self.seed, batch.step, "augment tail"))
+        tail_BHWC, _ = self._augmented(Slots(items, at.astype(np.uint32)), self._beside(items),
+                                       (batch.step, "augment tail"), batch.step)
         top, bottom, left, right = mix.box
         batch.x_BHWC[:, top:bottom, left:right] = tail_BHWC[:, top:bottom, left:right]
         lam = np.float32(mix.lam)
         return batch._replace(y_BK=lam * batch.y_BK + (1 - lam) * self.targets(items))
+
+    def mixing(self) -> dict[str, float] | None:
+        """What is mixed with real images in the first epoch, by its first rows: share of the rows that are mixed; of
+        these, share of pixel mixes and mean share of real pixels. None where the set says nothing of mixing."""
+        if self._mixer is None:
+            return None
+        slots = self.slots(0)
+        items, occurrence = slots.items.ravel()[:_COUNTED], slots.occurrence.ravel()[:_COUNTED]
+        found = self._mixer.draw(items, occurrence, _Streams(self.seed, 0, "mix").at).mixtures
+        return {"rows": len(items), "mixed": len(found) / len(items),
+                "pixel": sum(one.box is None for one in found) / max(1, len(found)),
+                "real_pixels": sum(one.lam for one in found) / max(1, len(found))}
 
     def tail_items(self, step: int) -> np.ndarray:
         """int64 (B,): the items of the second, tail-weighted batch of a step."""

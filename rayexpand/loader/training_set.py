@@ -11,6 +11,10 @@ are neighbours.
     label       class the row is trained as
     source      class of the image it was made from
     strength    share of the schedule that was run (what soft labels depend on)
+    seed        item of the real image it was made from, itself for a real one; only where rows are mixed with it, or
+                replaced by samples of their own
+
+A part of weight 0 is in no epoch: real images that samples are mixed with where no real row is trained.
 
 14 million rows are 280 MB, mapped from the file and shared by all processes of a machine.
 """
@@ -28,6 +32,7 @@ from typing import IO, Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from rayexpand.classifier.seed_mixing import SeedMix
 from rayexpand.contract.errors import DamagedFile, UsageError
 from rayexpand.contract.rng import generator, row_key
 from rayexpand.contract.schema import ClassTable, SeedIndex
@@ -36,22 +41,24 @@ from rayexpand.data.subsets import ids_hash, inverse_frequency, sound_rows
 
 COLUMNS = pa.schema([("chunk", pa.int32()), ("row", pa.int32()), ("label", pa.int32()), ("source", pa.int32()),
                       ("strength", pa.float32())])
+_WITH_SEED = COLUMNS.append(pa.field("seed", pa.int32()))
 
 Mode = Literal["union", "replace"]
-DrawRule = Literal["uniform", "inverse_freq"]
+DrawRule = Literal["uniform", "inverse_freq", "own"]
 
 
 @dataclass(frozen=True)
 class RowSource:
     """Where rows come from: seeds as (index, configuration), or a run folder with what is taken of it.
 
-    `copies`: the first so many of each seed; `selection`: name of a decision in selections/; `limit`: so many rows of
-    each class, int (K,), of those that are left; `weight`: how often each row is used per epoch.
+    `copies`: the first so many of each seed, with a fraction one more of that share of each class; `selection`: name
+    of a decision in selections/; `limit`: so many rows of each class, int (K,), of those that are left; `weight`: how
+    often each row is used per epoch.
     """
 
     seeds: tuple[SeedIndex, DataConfig] | None = None
     run: str | None = None
-    copies: int | None = None
+    copies: int | float | None = None
     selection: str | None = None
     limit: np.ndarray | None = None
     weight: float = 1.0
@@ -96,6 +103,7 @@ class TrainingSet:
     p: float = 0.0
     draw: DrawRule = "uniform"
     soft_label: dict[str, float] = field(default_factory=dict)
+    mix: SeedMix | None = None
 
     @classmethod
     def of_seeds(cls, index: SeedIndex, data: DataConfig, weight: float = 1.0) -> TrainingSet:
@@ -105,7 +113,7 @@ class TrainingSet:
     @classmethod
     def join(cls, blocks: Sequence[tuple[RowSource, dict[str, np.ndarray], SetPart]], classes: ClassTable, *,
              mode: Mode = "union", p: float = 0.0, soft_label: Mapping[str, float] | None = None,
-             draw: DrawRule = "uniform") -> TrainingSet:
+             draw: DrawRule = "uniform", mix: SeedMix | None = None) -> TrainingSet:
         """Rows of several parts in one set, those of seeds first: (where they come from, columns, what is known).
         Raises UsageError for a part or an epoch without a row."""
         tables, made, first, chunk = [], list[SetPart](), 0, 0
@@ -115,10 +123,10 @@ class TrainingSet:
             block["chunk"] += np.int32(chunk)
             made.append(replace(part, first=first, stop=first + len(block["row"]), chunk=chunk))
             first, chunk = made[-1].stop, int(block["chunk"][-1]) + 1
-            tables.append(pa.table(block, COLUMNS))
+            tables.append(pa.table(block, _WITH_SEED if "seed" in block else COLUMNS))
         built = cls(pa.concat_tables(tables).combine_chunks(),
                     tuple(rows.seeds[0].table for rows, _, _ in blocks if rows.seeds), tuple(made), classes, mode, p,
-                    draw, dict(soft_label or {}))
+                    draw, dict(soft_label or {}), mix)
         if not built.epoch_rows:
             shown = " and ".join(f"{part.weight:g} x {len(part):,}" for part in made)
             raise UsageError(f"training set: an epoch has no row, because {shown} rows round to 0; raise the weights")
@@ -133,7 +141,17 @@ class TrainingSet:
 
     @property
     def n_real(self) -> int:
+        """Real rows that are trained."""
+        return sum(len(part) for part in self.parts if part.is_real and part.weight)
+
+    @property
+    def n_seeds(self) -> int:
+        """Real rows, also those that are only mixed with; items 0..n_seeds-1."""
         return sum(len(part) for part in self.parts if part.is_real)
+
+    @property
+    def n_synthetic(self) -> int:
+        return len(self) - self.n_seeds
 
     @property
     def epoch_rows(self) -> int:
@@ -146,8 +164,11 @@ class TrainingSet:
     def digest(self) -> str:
         """sha256 of what decides the training: rows by identity, weights, mode, labels."""
         parts = [[part.rows_sha256, part.weight, part.method] for part in self.parts]
-        facts = [parts, self.classes.key, self.mode, self.p, self.draw, self.soft_label]
+        facts = [parts, self.classes.key, self.mode, self.p, self.draw, self.soft_label, *self._mix_facts().values()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _mix_facts(self) -> dict[str, Any]:
+        return {} if self.mix is None else {"mix": self.mix.model_dump(mode="json")}
 
     def column(self, name: str) -> np.ndarray:
         """A column of the set, not copied."""
@@ -189,13 +210,16 @@ class TrainingSet:
         if self.draw == "uniform":
             items[where] = n_real + (share * (len(self) - n_real)).astype(np.int64)
             return items
+        if self.draw == "own":
+            order, first, have = _grouped(self.column("seed")[n_real:], n_real)
+            where, share = where[own := have[where] > 0], share[own]
+            items[where] = n_real + order[first[where] + (share * have[where]).astype(np.int64)]
+            return items
         labels = self.column("label")
-        order = np.argsort(labels[n_real:], kind="stable")
-        have = np.bincount(labels[n_real:], minlength=self.n_classes)
+        order, first, have = _grouped(labels[n_real:], self.n_classes)
         q = inverse_frequency(np.bincount(labels[:n_real], minlength=self.n_classes)) * (have > 0)
         edges = np.cumsum(q) / q.sum()
         chosen = np.searchsorted(edges, _stream(seed, epoch, "class").random(n_real)[where], side="right")
-        first = np.cumsum(have) - have
         items[where] = n_real + order[first[chosen] + (share * have[chosen]).astype(np.int64)]
         return items
 
@@ -208,7 +232,7 @@ class TrainingSet:
     def _write(self, sink: IO[bytes]) -> None:
         """Arrow IPC streams one behind the other: the table, then the seed index of every real part."""
         facts = {"parts": [asdict(part) for part in self.parts], "mode": self.mode, "p": self.p, "draw": self.draw,
-                 "soft_label": self.soft_label, "classes": asdict(self.classes)}
+                 "soft_label": self.soft_label, "classes": asdict(self.classes), **self._mix_facts()}
         table = self.table.replace_schema_metadata({b"study": json.dumps(facts).encode()})
         for one in (table, *self.indexes):
             with pa.ipc.new_stream(sink, one.schema) as writer:
@@ -231,11 +255,19 @@ class TrainingSet:
             raise DamagedFile(f"{path}: is no training set, or damaged ({error}). Run `rayexpand train` again, which "
                               "writes it anew") from error
         classes = ClassTable(**{name: tuple(values) for name, values in facts.pop("classes").items()})
-        return cls(tables[0], tuple(tables[1:]), parts, classes, **facts)
+        mix = facts.pop("mix", None)
+        return cls(tables[0], tuple(tables[1:]), parts, classes, mix=mix and SeedMix(**mix), **facts)
 
 
 def _stream(seed: int, epoch: int, name: str) -> np.random.Generator:
     return generator(row_key(seed, "study", "", epoch, 0, name))
+
+
+def _grouped(key: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions of a column of 0..n-1 by their value and then their place; where each value begins among them, and how
+    often it is there."""
+    have = np.bincount(key, minlength=n)
+    return np.argsort(key, kind="stable"), np.cumsum(have) - have, have
 
 
 def _repeats(part: SetPart) -> tuple[int, int]:

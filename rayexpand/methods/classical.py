@@ -98,7 +98,7 @@ class Classical(Section):
         if self.policy == "cutout":
             hole = _cutout(image.shape[:2], rng, self.cutout_size)
         elif self.policy == "gridmask":
-            hole = _gridmask(image.shape[:2], rng, self.gridmask_keep)
+            hole = augment.gridmask(image.shape[:2], rng, self.gridmask_keep)
         else:
             hole = _erased(image.shape[:2], rng)
         return np.where(hole[..., None], np.array(self.fill, np.uint8), image)
@@ -162,16 +162,3 @@ def _erased(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
         if h < height and w < width:
             return _rectangle(shape, int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w)
     return np.zeros(shape, bool)
-
-
-def _gridmask(shape: tuple[int, ...], rng: np.random.Generator, keep: float) -> np.ndarray:
-    """Square holes of side d - ceil(keep * d) at period d, d uniform on 96..223 of a 224-pixel shorter side, turned."""
-    height, width = shape
-    low = max(2, round(min(shape) * 96 / 224))
-    d = int(rng.integers(low, max(low + 1, min(shape))))
-    kept = math.ceil(keep * d)
-    phase_y, phase_x = rng.integers(d, size=2)
-    angle = math.radians(int(rng.integers(360)))
-    y, x = np.mgrid[:height, :width] - np.array([height - 1, width - 1]).reshape(2, 1, 1) / 2
-    turned_y, turned_x = math.cos(angle) * y - math.sin(angle) * x, math.sin(angle) * y + math.cos(angle) * x
-    return (np.mod(turned_y - phase_y, d) >= kept) & (np.mod(turned_x - phase_x, d) >= kept)

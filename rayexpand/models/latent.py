@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -347,7 +347,7 @@ def _set_up(model: Any, options: Options, where: torch.device) -> None:
     if options.channels_last is True or (options.channels_last == "auto" and on_gpu):
         model.to(memory_format=torch.channels_last)
     if is_unet and _repeats_blocks(model) and (
-            options.compile is True or (options.compile == "auto" and on_gpu and _can_compile())):
+            options.compile is True or (options.compile == "auto" and on_gpu and can_compile())):
         model.compile_repeated_blocks()
 
 
@@ -356,8 +356,9 @@ def _repeats_blocks(model: Any) -> bool:
     return any(type(module).__name__ in model._repeated_blocks for module in model.modules())
 
 
-def _can_compile() -> bool:
-    """Whether torch.compile finds the compilers it calls."""
+@cache
+def can_compile() -> bool:
+    """Whether torch.compile finds the compilers it calls; warns once where it does not."""
     from importlib.util import find_spec
 
     if find_spec("triton") and any(shutil.which(name) for name in ("cc", "gcc", "clang")):

@@ -125,21 +125,25 @@ class UnclipPrior:
         x_BCHW = resize(x_BCHW.to(self.device, torch.float32).clamp(0, 1), (side, side), antialias=True)
         return self.encoder((x_BCHW - self.mean) / self.std).image_embeds
 
+    def posterior(self, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the latents that the decoder denoises, float32."""
+        return self.decoder.posterior(x_BCHW)
+
     def decode(self, z: torch.Tensor, cond: Variation) -> torch.Tensor:
         """Embeddings (B, D) to float32 images (B, 3, H, W), about [0, 1], unclamped."""
-        labels_BP = self._labels(z.to(self.device, torch.float32), cond)
+        level_B = torch.full((len(z),), cond.level, dtype=torch.int64, device=self.device)
+        labels_BP = self.labels(z.to(self.device, torch.float32), cond.level_noise_BD, level_B)
         empty = [""] * len(z)
         told = replace(self.decoder.embed(empty, empty, cond.guidance_scale), pooled_BP=labels_BP,
                        negative_pooled_BP=torch.zeros_like(labels_BP))
         inner: Any = self.decoder
         return self.decoder.decode(denoise(inner, cond.noise_BChw.to(self.device), cond.schedule, told, cond.fresh))
 
-    def _labels(self, z_BD: torch.Tensor, cond: Variation) -> torch.Tensor:
-        """(B, 2 D): embeddings with noise of the level, and what says the level."""
+    def labels(self, z_BD: torch.Tensor, noise_BD: torch.Tensor, level_B: torch.Tensor) -> torch.Tensor:
+        """What the network is told, (B, 2 D): embeddings with noise of a level (int64), and what says the level."""
         from diffusers.models.embeddings import get_timestep_embedding
 
-        level_B = torch.full((len(z_BD),), cond.level, dtype=torch.int64, device=self.device)
-        noisy_BD = self.normalizer.unscale(self.noising.add_noise(
-            self.normalizer.scale(z_BD), cond.level_noise_BD.to(z_BD), level_B))
+        noisy_BD = self.normalizer.unscale(self.noising.add_noise(self.normalizer.scale(z_BD), noise_BD.to(z_BD),
+                                                                  level_B))
         return torch.cat([noisy_BD, get_timestep_embedding(level_B, self.features, flip_sin_to_cos=True,
                                                            downscale_freq_shift=0)], dim=1)

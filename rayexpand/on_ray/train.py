@@ -176,7 +176,7 @@ def loaded_batches(work: TrialWork, config: dict[str, Any], start: int, rank: in
     spans = spans_of(start, work.feed.total_steps, max(1, SPAN_IMAGES // rows))
     for batch in loaded_steps(TrainingLoaderActor, {"config": config, "rank": rank, "world": world}, spans,
                               processes=config["training"]["loaders"], rows=rows, spent=time_spent or LoaderTime()):
-        yield TrainBatch(batch["x"], batch["y"], int(batch["step"][0]))
+        yield TrainBatch(batch["x"], batch["y"], int(batch["step"][0]), batch.get("views"), batch.get("mix"))
 
 
 class TrainingLoaderActor:
@@ -196,7 +196,8 @@ class TrainingLoaderActor:
 
     def _made(self, first: int, stop: int) -> Iterator[tuple[int, Columns]]:
         for made in self._feed.batches(first, stop, self._rank, self._world):
-            yield made.step, {"x": made.x_BHWC, "y": made.y_BK}
+            more = {"views": made.views_BVHWC, "mix": made.mix_B5}
+            yield made.step, {"x": made.x_BHWC, "y": made.y_BK, **{k: v for k, v in more.items() if v is not None}}
 
 
 def _mean(value: Any) -> Any:

@@ -24,6 +24,7 @@ class Attempt(NamedTuple):
     label: int
     template: str  # the prompt with its class as {name}, "" where it is not known
     accepted: bool
+    decides: bool  # it is the attempt that the row was decided by
 
 
 @dataclass(slots=True)
@@ -50,7 +51,9 @@ def acceptance(view: RunView, classes: ClassTable, receipts: list[Receipt]) -> d
         for lines, name in ((by_class, classes.display[one.label]), (by_template, one.template)):
             line = lines.setdefault(name, Share(name))
             line.attempts, line.accepted = line.attempts + 1, line.accepted + one.accepted
+    decided = [one.accepted for one in found if one.decides]
     return {"attempts": len(found), "accepted": sum(one.accepted for one in found), "words": _words(accept),
+            "rows": len(decided), "never": len(decided) - sum(decided), "best": accept["exhausted"] == "best",
             "by_class": _lowest(by_class), "by_template": _lowest(by_template) if len(by_template) > 1 else [],
             "classes": len(by_class), "templates": len(by_template)}
 
@@ -77,10 +80,10 @@ def _attempts(view: RunView, receipt: Receipt, classes: ClassTable,
     for row in [*kept, *(row for row in others if row["status"] == Status.REJECTED)]:
         scores = {one["name"]: one["value"] for one in row["scores"] or ()}
         for number in sorted(int(name.removeprefix(TRY)) for name in scores if name.startswith(TRY)):
-            yield Attempt(row["label"], _template(prompts(row, number), row["label"], classes), False)
+            yield Attempt(row["label"], _template(prompts(row, number), row["label"], classes), False, False)
         if np.isfinite(scores.get(SCORE, np.nan)):
             yield Attempt(row["label"], _template(row["prompt"], row["label"], classes),
-                          "status" not in row and scores[SCORE] > scores[ABOVE])
+                          "status" not in row and scores[SCORE] > scores[ABOVE], True)
 
 
 def _prompts(view: RunView) -> Callable[[Mapping[str, Any], int], str]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
 from rayexpand.artifacts import KINDS
+from rayexpand.artifacts.adapter import may_adapt
 from rayexpand.contract.errors import ConfigError, EnvironmentFault, SeedDataError
 from rayexpand.contract.protocols import Method
 from rayexpand.contract.settings import Device, Later, Section, digest, mistakes, read
@@ -253,7 +254,8 @@ class RunConfig(Section):
     @property
     def needs(self) -> frozenset[str]:
         """What samplers of this run load, and what its plan reads."""
-        return self.method.needs() | (frozenset() if self.accept is None else self.accept.needs)
+        adapted = {"adapter"} if "adapter" in self.artifacts and may_adapt(self.method) else frozenset()
+        return self.method.needs() | adapted | (frozenset() if self.accept is None else self.accept.needs)
 
     @property
     def folder(self) -> str:

@@ -145,7 +145,7 @@ def check_artifacts(config: RunConfig, *, planned: bool = False, text_width: int
     for name, kind in KINDS.items():
         folder = inputs.folder(name)
         if name not in config.needs:
-            problems += [f"artifacts.{name}: {_no_effect(config.method, name)}"] if folder is not None else []
+            problems += [f"artifacts.{name}: {no_effect(config.method, name)}"] if folder is not None else []
         elif folder is None:
             problems.append(f"artifacts.{name}: {kind.unnamed(_who_needs(config, name))}")
         elif not (kind.planned and planned):
@@ -171,6 +171,9 @@ def _judge_problems(config: RunConfig) -> list[str]:
     if accept.comparison == "prompt" and asks_for_tokens(config.method):
         problems.append("accept.to: the prompt has {token}, a word that no guide knows; write {name}, or set "
                         "accept.to: class")
+    if accept.comparison == "seed" and (targets := getattr(config.method, "targets", "reference")) != "reference":
+        problems.append(f"accept.to: {config.method.name} with targets {targets} makes samples of other classes than "
+                        "their seed images have, so being like these says nothing; set accept.to: class")
     if accept.attempts > 1 and config.method.group(2) > 1:
         problems.append(f"accept.attempts: copies of a seed share a call in {config.method.name}, so one of them alone "
                         "cannot be drawn again; set attempts: 1")
@@ -205,7 +208,8 @@ def check_space(config: RunConfig, *, present_only: bool = False) -> list[str]:
         "whose embeddings it would score without looking at an image. Name that encoder in open_clip's layout"]
 
 
-def _no_effect(method: Method, kind: str) -> str:
+def no_effect(method: Method, kind: str) -> str:
+    """Why a method as it is set does not read an artifact, and what to do."""
     reason, remedy = KINDS[kind].unused(method)
     name = f"{method.name} {getattr(method, 'variant', '')}".rstrip()
     return f"has no effect on {name}, which {reason}; take it out, or {remedy}"

@@ -26,6 +26,7 @@ from rayexpand.contract.protocols import Method
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import ASKED, CAPTION_SLOT, SEED_INDEX, ClassTable, Draw, SeedIndex
 from rayexpand.contract.settings import digest
+from rayexpand.methods._copies import MAX_COPIES, ratio_copies
 from rayexpand.runs.config import RunConfig
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import parquet_bytes, read_json, reading, sealed, table_of
@@ -147,6 +148,18 @@ class Plan:
             draw = self.redraw(draw)
         return draw
 
+    def first_copies(self, copies: float | None) -> np.ndarray:
+        """uint16[n]: how many of the planned copies of each seed are the first `copies`. A fraction f takes one more of
+        floor(f * n_c) seeds of each class c, those that a run of this ratio would have given one more; None: all."""
+        if copies is None or copies == int(copies):
+            return self.copies if copies is None else np.minimum(self.copies, min(int(copies), MAX_COPIES))
+        wanted = ratio_copies(self.index, copies, PlanRng(self.run_seed, self.method.name), down=True)
+        return np.minimum(self.copies, wanted)
+
+    def position(self, row: np.ndarray) -> np.ndarray:
+        """int64: positions in the index of the seeds of rows."""
+        return np.searchsorted(self.first_row, row, side="right") - 1
+
     def lacks_caption(self, draw: Draw) -> bool:
         """Whether the prompt of a draw asks for a caption that could not be made."""
         if self.captions is None or CAPTION_SLOT not in draw.prompt:
@@ -168,7 +181,7 @@ class Plan:
 
     def _position(self, draw: Draw) -> int:
         """Of the seed of a draw in the index."""
-        return int(np.searchsorted(self.first_row, draw.row, side="right")) - 1
+        return int(self.position(np.array(draw.row)))
 
     def _blank(self) -> np.ndarray:
         if self.captions is None:

@@ -67,12 +67,15 @@ def stack_fingerprint(config: RunConfig) -> dict[str, str]:
     if "judge" in config.needs:
         facts["device"] = torch.cuda.get_device_name() if on_gpu else "cpu"
     if "prior" in config.needs:
+        from rayexpand.models.latent import can_compile
+
+        compiled = on_gpu and can_compile() if config.prior.compile == "auto" else config.prior.compile
         half = "bfloat16" if on_gpu else "float32"
         facts |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu",
                   "dtype": {"auto": half}.get(config.prior.dtype, config.prior.dtype),
                   "attention": config.prior.attention,
-                  **{name: str(on_gpu if said == "auto" else said) for name, said in (
-                      ("compile", config.prior.compile), ("channels_last", config.prior.channels_last))}}
+                  "compile": str(compiled),
+                  "channels_last": str(on_gpu if config.prior.channels_last == "auto" else config.prior.channels_last)}
         if (decoded := {"auto": half}.get(config.prior.vae_dtype, config.prior.vae_dtype)) != "float32":
             facts["vae_dtype"] = decoded
     return facts

@@ -6,6 +6,7 @@ study.py makes a study of it.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -15,8 +16,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from rayexpand.artifacts.adapter import adapter_fits
+from rayexpand.artifacts.adapter import adapter_fits, may_adapt
 from rayexpand.classifier.recipe import Recipe, make_recipe
+from rayexpand.classifier.seed_mixing import SeedMix
 from rayexpand.contract import settings
 from rayexpand.contract.errors import ConfigError, looked_at
 from rayexpand.contract.protocols import Method
@@ -40,6 +42,7 @@ from rayexpand.models.prior import facts_to_come
 from rayexpand.runs import config as configs
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import DIGITS, ClusterConfig, RunConfig, guide_of_run, not_named
+from rayexpand.runs.inputs import no_effect
 from rayexpand.studies import baselines, extra_tests
 from rayexpand.studies.baselines import Baseline
 from rayexpand.studies.extra_tests import ExtraTest
@@ -50,23 +53,48 @@ REPEATED = "original repeated"  # how controls are called
 
 class ArmConfig(Section):
     name: str = Field(min_length=1, description="what tables and figures call it")
-    use: str | None = Field(None, description="name of an expansion; null: real rows only")
-    ratio: int | list[int] | None = Field(None, description="only the first so many copies of each seed; a list makes "
-                                          "one arm of each; null: all")
+    use: str | tuple[str, ...] | None = Field(None, description="name of an expansion, or several, whose samples are "
+                                              "taken together; null: real rows only")
+    ratio: int | float | list[int | float] | None = Field(
+        None, description="only the first so many copies of each seed; 2.5 takes the third copy of half of each class, "
+        "rounded down; a list makes one arm of each; null: all")
     real: float = Field(1.0, ge=0, description="how often each real row is used per epoch; 0: synthetic only")
     weight: float = Field(1.0, gt=0, description="the same for synthetic rows")
     replace: float | None = Field(None, ge=0, le=1, description="instead of the union: probability that a real row is "
                                   "replaced by a synthetic one (Diff-Mix)")
-    draw: Literal["uniform", "inverse_freq"] = Field("uniform", description="with replace: any synthetic row, or first "
-                                                     "a class, rare ones more often (Diff-Mix, long tail)")
+    draw: Literal["uniform", "inverse_freq", "own"] = Field(
+        "uniform", description="with replace: any synthetic row; inverse_freq: first a class, rare ones more often "
+        "(Diff-Mix, long tail); own: a sample of the very row that it replaces, which stays where it has none "
+        "(DA-Fusion)")
     fill: bool = Field(False, description="of each class only as many synthetic rows as bring it to the size of the "
                        "largest real class (SYNAuG)")
     selection: str | None = Field(None, description="a decision in selections/ of the expansion; only rows it keeps. "
                                   "One of `selections` the study makes; for another of a run the study makes, `select` "
                                   "it when `train` asks for it, and train again")
     soft_label: dict[str, float] = Field({}, description="arguments of the method's soft label, such as gamma")
+    mix: Annotated[SeedMix | None, Later(None)] = Field(
+        None, description="mix samples with a real image as they are trained (DiffCoRe-Mix); {}: with their own seeds, "
+        "pixel or patch at even odds; null: not. Controls are not mixed")
     recipe: dict[str, Any] = Field({}, description="recipe fields of this arm alone")
     control: bool = Field(True, description="also train on the real rows repeated to as many rows")
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Names of its expansions."""
+        return () if self.use is None else (self.use,) if isinstance(self.use, str) else self.use
+
+    @property
+    def group(self) -> str:
+        """What its expansions are called together; "" for real rows only."""
+        return " + ".join(self.uses)
+
+    @field_validator("ratio")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        """5.0 is 5, in names too."""
+        if isinstance(value, list):
+            return [cls._whole(one) for one in value]
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class ExpansionFit(Section):
@@ -170,8 +198,7 @@ class StudyConfig(Section):
     @property
     def used(self) -> set[str]:
         """Names of the expansions that arms or baselines use."""
-        named = [*(arm.use for arm in self.arms), *(one.use for one in self.baselines)]
-        return {one for one in named if one is not None}
+        return {name for arm in self.arms for name in arm.uses} | {one.use for one in self.baselines if one.use}
 
     @property
     def folder(self) -> str:
@@ -257,7 +284,7 @@ def _selection_problems(config: StudyConfig) -> list[str]:
 def _judge_problems(config: StudyConfig, expansion: str, made: RunConfig) -> list[str]:
     """The problem of decisions by the guide of a run that names none."""
     found = []
-    for name in dict.fromkeys(arm.selection for arm in config.arms if arm.use == expansion):
+    for name in dict.fromkeys(arm.selection for arm in config.arms if expansion in arm.uses):
         chosen, _ = selecting.checked({**config.selections.get(str(name), {}), "name": "x", "run": "of the study"})
         if chosen is not None and chosen.guide is None and chosen.rule.wants() & BY_GUIDE:
             found += guide_of_run(f"selections.{name}.guide.weights", made)
@@ -280,6 +307,8 @@ def _samples_problems(config: StudyConfig) -> list[str]:
         return []
     problems = [line for name in ("reference", "real") if (data := getattr(wanted, name)) is not None
                 for line in renamed(seeds.check(data), f"samples.{name}")]
+    problems += [f"arms.{arm.name}.use: `samples` compares what one expansion made; name one, or take `samples` out"
+                 for arm in config.arms if len(arm.uses) > 1]
     if not config.used:
         problems.append("samples: no arm uses an expansion, so there are none to compare; take it out")
     if wanted.extractor.guide is None and wanted.extractor.timm is None and config.data.source != DIGITS:
@@ -309,9 +338,11 @@ def _arm_problems(config: StudyConfig) -> list[str]:
         where = f"arms.{arm.name}"
         if names.count(arm.name) > 1:
             problems.append(f"{where}: the name is given twice; every arm needs its own")
-        if arm.use is not None and arm.use not in config.expansions:
-            problems.append(f"{where}.use: '{arm.use}' is no expansion; known: "
-                            f"{', '.join(config.expansions) or 'none, add a section expansions'}")
+        problems += [f"{where}.use: '{one}' is no expansion; known: "
+                     f"{', '.join(config.expansions) or 'none, add a section expansions'}"
+                     for one in arm.uses if one not in config.expansions]
+        if arm.use is not None and not isinstance(arm.use, str) and len({*arm.use}) < max(2, len(arm.use)):
+            problems.append(f"{where}.use: a list names two expansions or more, each once; write one as it is")
         if arm.use is None:
             plain = ArmConfig(name=arm.name)
             unused = [field for field in ("draw", "fill", "ratio", "replace", "selection", "soft_label", "weight")
@@ -325,11 +356,16 @@ def _arm_problems(config: StudyConfig) -> list[str]:
         if arm.fill:
             problems += [f"{where}.fill: counts rows of a union in which every row is used once; leave {field} out"
                          for field in ("real", "weight", "replace") if getattr(arm, field) not in (1, None)]
+            if len(arm.uses) > 1:
+                problems.append(f"{where}.fill: fills each class from one expansion; name one in use")
         if arm.draw != "uniform" and arm.use is not None and arm.replace is None:
             problems.append(f"{where}.draw: says what replaces a real row, and nothing does; give replace, or leave it")
         if arm.name.lower().startswith(REPEATED):
             problems.append(f"{where}: names that start with '{REPEATED}' are those of the automatic controls; rename "
                             "the arm")
+        if arm.mix is not None and arm.use is None and arm.mix.partner == "seed":
+            problems.append(f"{where}.mix.partner: real rows alone were made from no other image; set partner: class, "
+                            "or give `use`")
         problems += [f"{where}.{line}" for line in [*_ratio_problems(arm), *_soft_label_problems(config, arm)]]
     if config.frequency[0] > config.frequency[1] + 1:
         problems.append(f"frequency: classes would be both few (under {config.frequency[0]}) and many (over "
@@ -348,37 +384,40 @@ def _arm_problems(config: StudyConfig) -> list[str]:
 
 def _ratio_problems(arm: ArmConfig) -> list[str]:
     ratios = ratios_of(arm)
-    problems = [f"ratio: {one} copies of each seed are none to train on; give 1 or more, or leave `use` out"
-                for one in ratios if one < 1]
+    problems = [f"ratio: {one} copies of each seed are none to train on; give more than 0, or leave `use` out"
+                for one in ratios if not 0 < one < math.inf]
     if len(set(ratios)) < len(ratios):
         problems.append(f"ratio: {ratios} gives a value twice, which would be one arm twice; give each once")
     return problems if ratios or arm.ratio is None else ["ratio: an empty list makes no arm; give ratios, or null"]
 
 
-def ratios_of(arm: ArmConfig) -> list[int]:
+def ratios_of(arm: ArmConfig) -> list[int | float]:
     return arm.ratio if isinstance(arm.ratio, list) else [] if arm.ratio is None else [arm.ratio]
 
 
 def _soft_label_problems(config: StudyConfig, arm: ArmConfig) -> list[str]:
     """Arguments that the method's soft label does not have; those of a run that exists are known when it is opened."""
-    one = config.expansions.get(arm.use or "")
-    if not arm.soft_label or one is None or one.config is None or not isinstance(one.config.get("method"), Mapping):
-        return []
-    try:
-        method = run_config(config, str(arm.use), one, 0, config.data).method
-    except ConfigError:
-        return []  # listed with the expansion
-    return unknown_soft_labels(arm, method)
+    methods = []
+    for name in arm.uses if arm.soft_label else ():
+        one = config.expansions.get(name)
+        if one is None or one.config is None or not isinstance(one.config.get("method"), Mapping):
+            return []
+        try:
+            methods.append(run_config(config, name, one, 0, config.data).method)
+        except ConfigError:
+            return []  # listed with the expansion
+    return unknown_soft_labels(arm, methods)
 
 
-def unknown_soft_labels(arm: ArmConfig, method: Method) -> list[str]:
+def unknown_soft_labels(arm: ArmConfig, methods: Sequence[Method]) -> list[str]:
+    """Arguments that the soft label of none of these methods has."""
     columns = ("source", "target", "strength", "n_classes")
-    known = [name for name, one in signature(method.soft_label).parameters.items()
+    known = [name for method in methods for name, one in signature(method.soft_label).parameters.items()
              if name not in columns and one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)]
     return [f"soft_label.{key}: " + (f"did you mean '{near[0]}'?" if (near := get_close_matches(key, known, n=1)) else
-                                     f"unknown, the soft label of {method.name} takes "
+                                     f"unknown, the soft label of {' and '.join(one.name for one in methods)} takes "
                                      f"{', '.join(known) or 'no arguments; take it out'}")
-            for key in arm.soft_label if key not in known]
+            for key in arm.soft_label if methods and key not in known]
 
 
 def _recipe_problems(config: StudyConfig) -> list[str]:
@@ -434,14 +473,17 @@ def _fit_problems(made: RunConfig, fit: ExpansionFit) -> list[str]:
         elif "weights" in made.prior.model_fields_set:
             problems.append(f"prior.weights: {made.prior.weights} would not be read, for fit.pretrain trains the "
                             "generator; take one of the two out")
+    if fit.adapter is not None and not ("adapter" in made.needs or may_adapt(made.method)):
+        problems.append(f"fit.adapter: {no_effect(made.method, 'adapter')}")
     if wanted is None:
-        return problems if fit.pretrain is not None else [
+        return problems if problems or fit.pretrain is not None else [
             f"fit: {made.method.name} as it is set here needs nothing fitted; take it out"]
     problems += [f"artifacts.{kind}: {folder} would not be read, for fit makes them of each seed's own rows; take one "
                 "of the two out" for kind, folder in made.artifacts.items() if getattr(wanted.fit, kind)]
     problems += [f"fit.{role}: has no effect on {made.method.name} as it is set here; take it out"
-                for role in ("guide", "adapter", "captions") if getattr(fit, role) and role not in made.method.needs()]
-    if fit.adapter is None or "adapter" not in made.method.needs():
+                 for role in ("guide", "captions") if getattr(fit, role) is not None
+                 and getattr(wanted.fit, role) is None]
+    if fit.adapter is None or wanted.fit.adapter is None:
         return problems
     recipe, plain = fit.adapter.finetune, AdapterFit()
     first = "run `rayexpand fit` first, in a file of its own, and name the folder it prints in "

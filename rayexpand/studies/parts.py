@@ -28,7 +28,7 @@ class Arm:
     name: str
     config: ArmConfig
     recipe: Recipe
-    copies: int | None = None  # of each seed that are used
+    copies: int | float | None = None  # of each seed that are used
     control_of: str = ""
     baseline: Baseline | None = None  # that it is the row of
 
@@ -40,7 +40,7 @@ class Trial:
     name: str
     arm: str
     seed: int
-    group: str  # expansion, "" for real rows only
+    group: str  # expansion, several joined by " + ", "" for real rows only
     ratio: float
     control_of: str
     augment: str
@@ -57,7 +57,7 @@ class Trial:
     workers: int  # BatchNorm statistics, sums and pairs of mixed images depend on it
     order: list[int]  # [shuffle_rows, streams] where the list is read in windows, else []
     expansion_seconds: float  # of all processes, for the copies the arm uses
-    run: str
+    run: str  # folder of the one expansion, else ""
     fitting_seconds: float = 0.0  # of all processes, for what the expansion had fitted
     baseline: dict[str, Any] = field(default_factory=dict)  # settings, guide, sha256 of it and of what C is chosen by
     classifier_seed: int | None = None  # both are `seed`, unless the study varies one alone

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from rayexpand.classifier.seed_mixing import SeedMix
 from rayexpand.contract.errors import ConfigError, UsageError, few
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import DATA_SCHEMA, ClassTable, Receipt
@@ -24,31 +26,61 @@ _READ = ["label", "copy", "source_label", "strength"]  # of a data file
 
 def training_set(parts: Sequence[RowSource], mode: Mode = "union", p: float = 0.0,
                  soft_label: Mapping[str, float] | None = None, draw: DrawRule = "uniform",
-                 opened: Callable[[str], Run] = open_run) -> TrainingSet:
+                 opened: Callable[[str], Run] = open_run, mix: SeedMix | None = None) -> TrainingSet:
     """Training set of `parts`. Mode union: an epoch uses each row `weight` times. Mode replace (Diff-Mix): an epoch is
     one pass over the real rows, each replaced with probability `p` by a synthetic row; `draw` uniform takes any of
-    them, inverse_freq first a class with probability proportional to 1 / (real rows of the class + 1).
+    them, inverse_freq first a class with probability proportional to 1 / (real rows of the class + 1), own one that was
+    made from the very row. `mix`: samples are mixed with real images, which are then in the set with weight 0 where
+    they are not trained.
 
     Seeds that the index refuses are left out. Raises ConfigError with everything that does not fit together (classes,
     modes, weights), UsageError for a run that is not complete or an unknown selection. `opened`: opens a run folder.
     """
     parts = sorted(parts, key=lambda one: one.seeds is None)
-    if problems := _problems(parts, mode, p):
+    if problems := _problems(parts, mode, p, draw, mix):
         raise ConfigError("training set", problems)
     found = [None if one.run is None else opened(one.run) for one in parts]
     tables = [one.seeds[0].classes if one.seeds else run.plan.index.classes  # type: ignore[union-attr]
               for one, run in zip(parts, found, strict=True)]
     if problems := _class_problems(parts, tables) + _pending_problems(found):
         raise ConfigError("training set", problems)
-    blocks = [(one, *(seed_rows(one) if run is None else _sample_rows(one, run)))
+    with_seeds = mix is not None or draw == "own"
+    blocks = [(one, *(seed_rows(one) if run is None else _sample_rows(one, run, with_seeds)))
               for one, run in zip(parts, found, strict=True)]
-    return TrainingSet.join(blocks, tables[0], mode=mode, p=p, soft_label=soft_label, draw=draw)
+    if with_seeds:
+        _name_seeds(blocks, found)
+    return TrainingSet.join(blocks, tables[0], mode=mode, p=p, soft_label=soft_label, draw=draw, mix=mix)
 
 
-def _problems(parts: Sequence[RowSource], mode: str, p: float) -> list[str]:
+def _name_seeds(blocks: Sequence[tuple[RowSource, dict[str, np.ndarray], SetPart]], runs: Sequence[Run | None]) -> None:
+    """The column `seed` of every block. Raises UsageError for samples that were made from none of the real rows."""
+    first, ids = 0, list[pa.Array]()
+    for rows, block, _ in blocks:
+        if rows.seeds is not None:
+            ids.append(rows.seeds[0].table["seed_id"].combine_chunks().take(pa.array(block["row"])))
+            block["seed"] = np.arange(first, first := first + len(block["row"]), dtype=np.int32)
+    known = pa.concat_arrays(ids)
+    for (rows, block, _), run in zip(blocks, runs, strict=True):
+        if run is None:
+            continue
+        of_run = run.plan.index.table["seed_id"]
+        at = pc.index_in(of_run, known).fill_null(-1).to_numpy()  # item of each seed of the run
+        position = block.pop("seed")
+        block["seed"] = at[position].astype(np.int32)
+        if lost := np.unique(position[block["seed"] < 0]).tolist():
+            raise UsageError(f"training set: {rows.name} has samples of {len(lost):,} images that are none of the real "
+                             f"rows ({few(of_run.take(lost).to_pylist())}), so there is nothing to mix them with or to "
+                             "replace by them; use the seeds that the run was made from")
+
+
+def _problems(parts: Sequence[RowSource], mode: str, p: float, draw: str, mix: SeedMix | None) -> list[str]:
     found = [f"{one.name}: give either seeds or a run" for one in parts if (one.seeds is None) == (one.run is None)]
     found += [f"{one.name}: weight is {one.weight:g}; a row is used more than 0 times per epoch, or left out"
-              for one in parts if not one.weight > 0]
+              for one in parts if not (one.weight > 0 or (one.weight == 0 and one.seeds and mix))]
+    if mix is not None and not any(one.seeds is not None for one in parts):
+        found.append("mixing needs the real images; give the seeds, of weight 0 where they are not to be trained")
+    if mode != "replace" and draw != "uniform":
+        found.append(f"draw {draw} says what replaces a real row, and nothing does; set mode replace")
     found += [f"{one.name}: copies, selection and limit are about runs; take them out" for one in parts
               if one.seeds is not None and any(value is not None for value in (one.copies, one.selection, one.limit))]
     if not parts:
@@ -83,20 +115,22 @@ def _pending_problems(opened: Sequence[Run | None]) -> list[str]:
 class _Block:
     """The rows of one data file that are taken."""
 
-    columns: dict[str, np.ndarray]  # row, label, source, strength
+    columns: dict[str, np.ndarray]  # row, label, source, strength; seed: position in the seed index of the run
     group: np.ndarray  # row group of each
     ids: list[str]  # sample ids, where they decide
     identity: bytes
 
 
-def _sample_rows(rows: RowSource, run: Run) -> tuple[dict[str, np.ndarray], SetPart]:
+def _sample_rows(rows: RowSource, run: Run, with_seeds: bool) -> tuple[dict[str, np.ndarray], SetPart]:
     chosen = read_selection(run, rows.selection) if rows.selection else None
     receipts = [receipt for receipt in run.store.receipts() if receipt.kept]
     block = {name: np.empty(sum(receipt.kept for receipt in receipts), COLUMNS.field(name).type.to_pandas_dtype())
              for name in COLUMNS.names}
+    if with_seeds:
+        block["seed"] = np.empty(len(block["row"]), np.int32)
     identity, filled, ids = hashlib.sha256(), 0, list[str]()
     chunks: list[tuple[str, int]] = []
-    for receipt, found in zip(receipts, _blocks(run, receipts, rows, chosen), strict=True):
+    for receipt, found in zip(receipts, _blocks(run, receipts, rows, chosen, with_seeds), strict=True):
         size = len(found.group)
         identity.update(found.identity)
         ids += found.ids
@@ -136,20 +170,27 @@ def _first_of_each_class(labels: np.ndarray, ids: Sequence[str], limit: np.ndarr
     return rank < limit[labels]
 
 
-def _blocks(run: Run, receipts: Sequence[Receipt], rows: RowSource, chosen: Selection | None) -> Iterator[_Block]:
+def _blocks(run: Run, receipts: Sequence[Receipt], rows: RowSource, chosen: Selection | None,
+            with_seeds: bool) -> Iterator[_Block]:
     named = ["sample_id"] if chosen is not None or rows.limit is not None else []
+    taken = run.plan.first_copies(rows.copies)
+    numbered = ["row"] if with_seeds or isinstance(rows.copies, float) else []
 
     def block(receipt: Receipt) -> _Block:
         with run.store.open(receipt) as file:
-            table = read_columns(file, run.files.at(f"data/{receipt.data_file}"), _READ + named, DATA_SCHEMA)
+            table = read_columns(file, run.files.at(f"data/{receipt.data_file}"), _READ + named + numbered,
+                                 DATA_SCHEMA)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        keep = np.ones(len(table), bool) if rows.copies is None else table["copy"].to_numpy() < rows.copies
+        position = run.plan.position(table["row"].to_numpy()) if numbered else None  # of their seeds
+        most = taken[position] if isinstance(rows.copies, float) else rows.copies
+        keep = np.ones(len(table), bool) if most is None else table["copy"].to_numpy() < most
         if chosen is not None:
             keep &= chosen.keeps(table["sample_id"].to_pylist()).to_numpy(zero_copy_only=False)
         identity = receipt.content_sha256.encode() + (b"" if keep.all() else np.packbits(keep).tobytes())
         columns = {"row": np.concatenate([np.arange(size) for size in sizes] or [np.arange(0)])[keep],
                    "label": table["label"].to_numpy()[keep], "source": table["source_label"].to_numpy()[keep],
-                   "strength": table["strength"].to_numpy()[keep]}
+                   "strength": table["strength"].to_numpy()[keep],
+                   **({"seed": position[keep]} if position is not None and with_seeds else {})}
         ids = table["sample_id"].filter(pa.array(keep)).to_pylist() if rows.limit is not None else []
         return _Block(columns, np.repeat(np.arange(len(sizes)), sizes)[keep], ids, identity if keep.any() else b"")
 

@@ -16,6 +16,7 @@ rows the control "original repeated" trains on the real rows alone, repeated to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -194,20 +195,21 @@ def _run_problems(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, S
     exists a selection (of a run to be made, `make_trials` asks for it, when it can be decided)."""
     problems: list[str] = []
     most: dict[str, int] = {}  # copies of one seed, by folder
-    for arm in config.arms:
-        for seed in config.seeds if arm.use is not None else []:
-            made = expansions[str(arm.use), seed]
+    for arm, seed in ((arm, seed) for arm in config.arms for seed in config.seeds):
+        runs = [expansions[name, seed] for name in arm.uses]
+        for made in runs:
             if (folder := folder_of(made)) not in most:
                 most[folder] = int(_planned_copies(made, subsets[seed][1], opened).max(initial=0))
             problems += [f"arms.{arm.name}.ratio: {one} copies of each seed asked for, but {folder} has {most[folder]} "
-                         f"at most; lower it, or make more copies" for one in ratios_of(arm) if one > most[folder]]
+                         "at most; lower it, or make more copies"
+                         for one in ratios_of(arm) if math.ceil(one) > most[folder]]
             if isinstance(made, str) and arm.selection not in (None, *config.selections) and (
                     f"{arm.selection}.parquet" not in opened.run(made).files.list("selections")):
                 problems.append(f"arms.{arm.name}.selection: {made} has no selection {arm.selection!r}; make it with "
                                 f"`rayexpand select` and a file with name: {arm.selection} and run: {made}")
-            if isinstance(made, str) and arm.soft_label:
-                problems += [f"arms.{arm.name}.{line}"
-                             for line in unknown_soft_labels(arm, opened.run(made).config.method)]
+        if arm.soft_label and any(isinstance(made, str) for made in runs):
+            methods = [opened.run(made).config.method if isinstance(made, str) else made.method for made in runs]
+            problems += [f"arms.{arm.name}.{line}" for line in unknown_soft_labels(arm, methods)]
     return list(dict.fromkeys(problems))
 
 

@@ -270,7 +270,7 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
     result = {
         "trial": trial.name, "arm": trial.arm, "seed": trial.seed, "digest": trial.digest, "group": trial.group,
         "control_of": trial.control_of or None, "ratio": trial.ratio, "augment": trial.augment, "run": trial.run,
-        "rows": len(rows), "real_rows": rows.n_real, "synthetic_rows": len(rows) - rows.n_real,
+        "rows": rows.n_real + rows.n_synthetic, "real_rows": rows.n_real, "synthetic_rows": rows.n_synthetic,
         "updates": steps, "samples_seen": steps * work.feed.batch,
         "history": curve.history, "last": scores_of(answers, work.n_classes),
         "by_frequency": frequency_groups(answers, _real_counts(rows), low_high),
@@ -280,6 +280,7 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
         "gpu_seconds": curve.seconds * gpus * max(workers, 1),
         "expansion_seconds": trial.expansion_seconds, "fitting_seconds": trial.fitting_seconds,
         "device": device, "workers": workers,
+        **({} if (mixing := work.feed.mixing()) is None else {"mixing": mixing}),
         "ids_sha256": trial.ids_sha256, "list_sha256": trial.list_sha256, "recipe": trial.recipe, "stack": _stack()}
     if trial.classifier_seed is not None:
         result |= {"classifier_seed": trial.classifier_seed, "data_seed": trial.data_seed}

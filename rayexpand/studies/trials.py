@@ -9,8 +9,6 @@ from dataclasses import replace
 from typing import Any
 from unicodedata import normalize
 
-import numpy as np
-
 from rayexpand.artifacts.store import process_seconds
 from rayexpand.classifier.recipe import make_recipe
 from rayexpand.contract.errors import ConfigError, UsageError
@@ -58,7 +56,7 @@ def pending_trials(study: Study, trials: Sequence[Trial]) -> list[Trial]:
 
 def arms_of(study: Study) -> list[Arm]:
     """The arms of the configuration, one for each of their ratios, and its baselines."""
-    return [Arm(f"{one.name} {ratio}x" if isinstance(one.ratio, list) else one.name, one,
+    return [Arm(f"{one.name} {ratio:g}x" if isinstance(one.ratio, list) else one.name, one,
                 make_recipe({**study.config.recipe, **one.recipe}), ratio)
             for one in study.config.arms for ratio in (one.ratio if isinstance(one.ratio, list) else [one.ratio])] + [
         Arm(one.called, ArmConfig(name=one.called, use=one.use, control=False), recipe_of(one, study.config.recipe),
@@ -75,7 +73,7 @@ def _controls(study: Study, arms: Sequence[Arm], epoch_rows: Sequence[tuple[int,
     """
     taken = {arm.name for arm in arms}
     served = {(rows, _recipe_digest(arm)) for arm, rows in zip(arms, epoch_rows, strict=True)
-              if arm.config.use is None and arm.baseline is None}
+              if arm.config.use is None and arm.config.mix is None and arm.baseline is None}
     found = []
     for arm, rows in zip(arms, epoch_rows, strict=True):
         is_wanted = arm.config.use is not None and arm.config.control and arm.config.replace is None
@@ -100,8 +98,14 @@ def _repeated(study: Study, control: Arm, seed: int, epoch_rows: int) -> Arm:
 
 def _planned(study: Study, arm: Arm) -> float:
     """Rows of an epoch over the real ones, if everything planned for the first seed is kept."""
-    run = study.opened.run(folder_of(study.expansions[str(arm.config.use), study.config.seeds[0]]))
-    return arm.config.real + float(_used(run, arm.copies).sum()) / len(run.plan.index) * arm.config.weight
+    runs = [study.opened.run(folder) for folder in _folders(study, arm, study.config.seeds[0])]
+    planned = sum(float(run.plan.first_copies(arm.copies).sum()) / len(run.plan.index) for run in runs)
+    return arm.config.real + planned * arm.config.weight
+
+
+def _folders(study: Study, arm: Arm, seed: int) -> list[str]:
+    """Runs of an arm for a study seed."""
+    return [folder_of(study.expansions[name, seed]) for name in arm.config.uses]
 
 
 def _recipe_digest(arm: Arm) -> str:
@@ -120,31 +124,31 @@ def _trial(study: Study, arm: Arm, seed: int, data_sha256: str, test_sha256: str
     """A trial, its training set written, with its rows of an epoch. Raises UsageError for a run of other
     real images."""
     data, index = study.subsets[seed]
-    parts = [RowSource(seeds=(index, data), weight=arm.config.real)] if arm.config.real else []
-    seconds, fitting, folder = 0.0, 0.0, ""
-    if arm.config.use is not None:
-        folder = folder_of(study.expansions[arm.config.use, seed])
-        limit = fill_counts(real_counts(index)) if arm.config.fill else None
-        parts.append(RowSource(run=folder, copies=arm.copies, selection=arm.config.selection, limit=limit,
-                               weight=arm.config.weight))
-        run = study.opened.run(folder)
-        seconds, fitting = _expansion_seconds(run, arm.copies), _fitting_seconds(run)
+    is_read = arm.config.real > 0 or arm.config.mix is not None  # real images are also mixed with
+    parts = [RowSource(seeds=(index, data), weight=arm.config.real)] if is_read else []
+    folders, limit = _folders(study, arm, seed), fill_counts(real_counts(index)) if arm.config.fill else None
+    parts += [RowSource(run=folder, copies=arm.copies, selection=arm.config.selection, limit=limit,
+                        weight=arm.config.weight) for folder in folders]
+    runs = [study.opened.run(folder) for folder in folders]
     rows = training_set(parts, mode="union" if arm.config.replace is None else "replace", p=arm.config.replace or 0.0,
-                        soft_label=arm.config.soft_label, draw=arm.config.draw, opened=study.opened.run)
+                        soft_label=arm.config.soft_label, draw=arm.config.draw, mix=arm.config.mix,
+                        opened=study.opened.run)
     ids = ids_hash(index.seed_ids)
-    if any(part.ids_sha256 != ids for part in rows.parts):
-        raise UsageError(f"arms.{arm.name}: {folder} was made from other images than the real rows of study seed "
+    if others := [part.run for part in rows.parts if part.ids_sha256 != ids]:
+        raise UsageError(f"arms.{arm.name}: {others[0]} was made from other images than the real rows of study seed "
                          f"{seed}; delete that run, or take `resample` out")
     ratio = sum(len(part) * part.weight for part in rows.parts if not part.is_real) / len(sound_rows(index))
     name = f"lists/{rows.digest[:8]}.arrow"
     training = study.config.training
     order = [training.shuffle_rows, training.streams] if rows.epoch_rows > training.shuffle_rows else []
     study.files.replace(name, rows.to_bytes())  # also where it is there: it holds paths, and folders may have moved
-    trial = Trial(f"{_slug(arm.name)}-s{seed}", arm.name, seed, arm.config.use or "", ratio, arm.control_of,
+    trial = Trial(f"{_slug(arm.name)}-s{seed}", arm.name, seed, arm.config.group, ratio, arm.control_of,
                   arm.recipe.augment, arm.recipe.model_dump(mode="json"), name, rows.digest, ids,
                   data_sha256, study.config.test.model_dump(mode="json"), test_sha256, also,
                   list(study.config.frequency), _file_sha256(arm.recipe.checkpoint), max(1, training.workers), order,
-                  seconds, folder, fitting, _baseline(study, arm), *_seeds(study, seed))
+                  sum(_expansion_seconds(run, arm.copies) for run in runs),
+                  folders[0] if len(folders) == 1 else "", _fitting_seconds(*runs), _baseline(study, arm),
+                  *_seeds(study, seed))
     return trial, rows.epoch_rows
 
 
@@ -185,23 +189,19 @@ def _file_sha256(path: str | None) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _expansion_seconds(run: Run, copies: int | None) -> float:
+def _expansion_seconds(run: Run, copies: float | None) -> float:
     """Process-seconds spent on the copies an arm uses."""
     spent = sum(shard_seconds(receipt) for receipt in run.store.receipts())
-    return spent * float(_used(run, copies).sum()) / run.plan.planned
+    return spent * float(run.plan.first_copies(copies).sum()) / run.plan.planned
 
 
-def _fitting_seconds(run: Run) -> float:
-    """Process-seconds of the artifacts and models of a run that `fit` made, whatever else uses them."""
-    named = [*run.config.artifacts.values(), run.config.guide.weights, run.config.prior.weights]
+def _fitting_seconds(*runs: Run) -> float:
+    """Process-seconds of the artifacts and models of runs that `fit` made, each once, whatever else uses them."""
+    named = [one for run in runs for one in (*run.config.artifacts.values(), run.config.guide.weights,
+                                             run.config.prior.weights)]
     folders = {os.path.realpath(one) for one in named if os.path.isdir(one)}
     parts = {os.path.dirname(one) for one in folders if os.path.basename(one) in ("guide", "pipeline")}  # of one prior
     return sum(map(process_seconds, sorted(folders | parts)))
-
-
-def _used(run: Run, copies: int | None) -> np.ndarray:
-    """Copies of each seed an arm uses."""
-    return run.plan.copies if copies is None else np.minimum(run.plan.copies, copies)
 
 
 def _differing(arm: Arm, study: Study) -> str:

@@ -17,7 +17,14 @@ from torch import nn
 
 from rayexpand.classifier import classifier as module
 from rayexpand.classifier.backbones import build_backbone
-from rayexpand.classifier.classifier import Classifier, TrainBatch, loss_of, make_optimiser, try_recipe
+from rayexpand.classifier.classifier import (
+    Classifier,
+    TrainBatch,
+    jensen_shannon,
+    loss_of,
+    make_optimiser,
+    try_recipe,
+)
 from rayexpand.classifier.mixing import Mix, apply_mix, draw_mix, smooth, worker_rows
 from rayexpand.classifier.recipe import Recipe, drw_weights, lr_at
 from rayexpand.contract.errors import ConfigError, RayexpandError
@@ -317,3 +324,57 @@ def test_a_recipe_the_network_cannot_take_is_refused(fields: dict[str, Any], pro
         assert len(refused.value.problems) == len(problems)
         assert all(re.match(*pair) for pair in zip(problems, refused.value.problems, strict=True)), refused.value
     assert torch.equal(torch.get_rng_state(), before)
+
+
+ANSWERS = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.6, 0.1, 0.3]])
+
+
+def test_jensen_shannon_divergence_by_hand() -> None:
+    """Of three answers, in nats and any order; 12 times it is 0.485577. Logits may be shifted."""
+    logits = [one.log()[None] for one in ANSWERS]
+    for shuffled in (logits, logits[::-1], [one + 5 for one in logits]):
+        assert float(jensen_shannon(*shuffled)) == pytest.approx(0.0404648, abs=1e-6)
+    assert float(jensen_shannon(*[logits[0]] * 3)) == pytest.approx(0, abs=1e-7)
+    both = [torch.cat([one, logits[0]]) for one in logits]
+    assert float(jensen_shannon(*both)) == pytest.approx((0.0404648 + float(jensen_shannon(
+        logits[0], logits[0], logits[0]))) / 2, abs=1e-6)
+
+
+def test_views_are_compared_with_the_image_and_not_labelled() -> None:
+    """The loss is that of the image alone plus 12 times the divergence; views equal to the image add nothing to it."""
+    chosen = recipe(augment="augmix", jsd=12.0, smoothing=0.0, backbone_args={"width": 8, "norm": "group"})
+    (batch,), rng = batches(1), np.random.default_rng(0)
+    other = rng.integers(0, 256, (8, 2, 8, 8, 3)).astype(np.uint8)
+    same = np.repeat(batch.x_BHWC[:, None], 2, 1)
+
+    def loss(views: np.ndarray | None) -> float:
+        return float(Classifier(chosen, CLASSES, 0, 5)._backward(batch._replace(views_BVHWC=views)))
+
+    ours = Classifier(chosen, CLASSES, 0, 5)
+    ours.module.train()
+    logits = [ours.module(ours._images(x)) for x in (batch.x_BHWC, other[:, 0], other[:, 1])]
+    wanted = (loss_of(logits[0], torch.from_numpy(batch.y_BK), "ce") + 12 * jensen_shannon(*logits)).item()
+    assert loss(other) == pytest.approx(wanted, abs=1e-5)
+    assert loss(same) == pytest.approx(loss(None), abs=1e-5)
+    assert loss(other) > loss(None) + 0.001
+
+
+def test_an_image_has_a_mix_of_its_own() -> None:
+    """A step with one mix for each image is the step on images and labels that were mixed one by one."""
+    chosen = recipe(mixup=1.0, cutmix=1.0, mix_per="image")
+    (batch,) = batches(1)
+    mixes = np.array([[0.3, 0, 0, 0, 0], [0.75, 0, 4, 2, 6], [1, 0, 0, 0, 0], [0.9375, 7, 8, 0, 4]] * 2, np.float32)
+    x, y = batch.x_BHWC.astype(np.float64), batch.y_BK.copy()
+    for i, (lam, top, bottom, left, right) in enumerate(mixes):
+        y[i] = lam * batch.y_BK[i] + (1 - lam) * batch.y_BK[7 - i]
+        if bottom > top:
+            at = slice(int(top), int(bottom)), slice(int(left), int(right))
+            x[i][at] = batch.x_BHWC[7 - i][at]
+        else:
+            x[i] = lam * x[i] + (1 - lam) * batch.x_BHWC[7 - i]
+
+    ours, theirs = (Classifier(chosen, CLASSES, 0, 5) for _ in range(2))
+    theirs._images = lambda _: torch.from_numpy(x).float().permute(0, 3, 1, 2).div(255).sub(0.5)  # type: ignore[method-assign]
+    loss = ours.update(batch._replace(mix_B5=mixes))
+    assert loss == pytest.approx(theirs.update(TrainBatch(batch.x_BHWC, y.astype(np.float32), 0)), abs=1e-6)
+    torch.testing.assert_close(weights(ours), weights(theirs), atol=1e-5, rtol=0)

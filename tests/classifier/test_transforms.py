@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rayexpand.classifier import transforms
-from rayexpand.classifier.recipe import Recipe
-from rayexpand.classifier.transforms import train_transform
+from rayexpand.classifier import augment, transforms
+from rayexpand.classifier.recipe import Recipe, gridmask_probability
+from rayexpand.classifier.transforms import augmix_views, train_transform
 from rayexpand.contract.errors import UsageError
 from rayexpand.contract.rng import generator, row_key
 
@@ -19,7 +19,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "square_pad": {"crop": "square_pad", "resize": 40, "crop_pad": 2, "rotation": 15},
     "resized": {"crop": "resized", "rotation": 10}, "jitter": {"colour_jitter": 0.4}, "erasing": {"erasing": 1.0},
     "randaugment": {"augment": "randaugment"}, "autoaugment": {"augment": "autoaugment"}, "timm": POLICY,
-    "augmix": {"augment": "timm", "timm_augment": "augmix-m3-w3"},
+    "augmix": {"augment": "timm", "timm_augment": "augmix-m3-w3"}, "own augmix": {"augment": "augmix"},
+    "gridmask": {"gridmask": 0.8},
     "auto": {"augment": "timm", "timm_augment": "original-mstd0.5"}}
 
 
@@ -233,3 +234,97 @@ def test_timm_policies_leave_the_global_generators_alone() -> None:
 def test_a_policy_timm_does_not_know_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"recipe.timm_augment: timm has no policy '{name}'"):
         train_transform(photo(), rng(), recipe(augment="timm", timm_augment=name))
+
+
+# --- AugMix and GridMask
+
+
+OPS = {  # op, level as a share of its range: which pixel of the photo is shown at (10, 20)
+    ("TranslateX", 0.3): (10, 20 + 3), ("TranslateY", 0.3): (10 + 3, 20), ("Rotate", 0.03): (10, 20)}
+
+
+@pytest.mark.parametrize(("op", "level"), OPS)
+def test_geometry_of_augmix(op: str, level: float) -> None:
+    """A translation by a third of the side times the level, in whole pixels; a rotation by whole degrees."""
+    found = np.asarray(augment._augmix_op(Image.fromarray(photo()), op, level, is_mirrored=False))
+    row, column = OPS[op, level]
+    np.testing.assert_array_equal(found[10, 20], photo()[row, column])
+
+
+@pytest.mark.parametrize(("op", "level", "pixel", "wanted"), [
+    ("Posterize", 0.3, 0b10111111, 0b10110000 & 0b11100000), ("Posterize", 0.2, 0b10111111, 0b10110000),
+    ("Solarize", 0.3, 180, 75), ("Solarize", 0.3, 178, 178), ("AutoContrast", 0.1, 100, 0)])
+def test_levels_of_augmix(op: str, level: float, pixel: int, wanted: int) -> None:
+    """4 - int(4 level) bits are kept; what is 256 - int(256 level) and more is inverted."""
+    image = np.full((4, 4, 3), 250, np.uint8)
+    image[0, 0] = pixel
+    assert np.asarray(augment._augmix_op(Image.fromarray(image), op, level, is_mirrored=True))[0, 0, 0] == wanted
+
+
+def test_augmix_is_a_mixture_of_three_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One to three of nine operations in each of three chains, at levels of 0.1 to 3 of 10, mirrored half of the time;
+    without a change the image stays."""
+    calls: list[tuple[str, float, bool]] = []
+    monkeypatch.setattr(augment, "_augmix_op", lambda picture, *drawn: calls.append(drawn) or picture)
+    lengths = []
+    for key in range(400):
+        before = len(calls)
+        np.testing.assert_array_equal(augment.augmix(photo(), rng(key)), photo())
+        lengths.append(len(calls) - before)
+
+    assert (min(lengths), max(lengths)) == (3, 9)
+    assert np.mean(lengths) == pytest.approx(6, abs=0.22)  # 3 sigma
+    names, counts = np.unique([op for op, _, _ in calls], return_counts=True)
+    assert set(names) == set(augment.AUGMIX_OPS)
+    assert len(names) == 9
+    assert counts == pytest.approx(len(calls) / 9, rel=0.2)
+    levels = np.array([level for _, level, _ in calls])
+    assert (levels.min(), levels.max()) == pytest.approx((0.01, 0.3), abs=0.01)
+    assert np.mean([is_mirrored for _, _, is_mirrored in calls]) == pytest.approx(0.5, abs=0.04)
+
+
+def test_shares_of_augmix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains that paint all white: the share of the mixture is uniform, and weights sum to 1."""
+    monkeypatch.setattr(augment, "_augmix_op", lambda picture, *_: Image.new("RGB", picture.size, (255, 255, 255)))
+    black = np.zeros((2, 2, 3), np.uint8)
+    shares = np.array([augment.augmix(black, rng(key))[0, 0, 0] for key in range(1500)]) / 255
+    assert np.quantile(shares, [0.1, 0.5, 0.9]) == pytest.approx([0.1, 0.5, 0.9], abs=0.045)
+
+
+def test_with_jsd_the_image_itself_stays_clean() -> None:
+    chosen = recipe(crop="none", augment="augmix", jsd=12.0)
+    np.testing.assert_array_equal(train_transform(photo(), rng(), chosen), photo())
+    views = augmix_views(photo(), rng())
+    assert views.shape == (2, 32, 32, 3)
+    assert len({photo().tobytes(), views[0].tobytes(), views[1].tobytes()}) == 3
+
+
+@pytest.mark.parametrize(("fields", "epochs", "wanted"), [
+    ({"gridmask_until": 80}, [0, 40, 80, 99], [0, 0.4, 0.8, 0.8]), ({}, [0, 40, 80, 99], [0, 0.4, 0.8, 0.8]),
+    ({"gridmask_until": 1.0}, [0, 50], [0, 0.4]), ({"gridmask": 0.0}, [99], [0])])
+def test_the_probability_of_gridmask_rises(fields: dict[str, Any], epochs: list[int], wanted: list[float]) -> None:
+    chosen = Recipe(epochs=100, **{"gridmask": 0.8, **fields})
+    assert [gridmask_probability(chosen, 7 * epoch, 700) for epoch in epochs] == pytest.approx(wanted)
+    assert [gridmask_probability(chosen, 7 * epoch + 6, 700) for epoch in epochs] == pytest.approx(wanted)  # by epochs
+
+
+def test_holes_have_the_mean_colour_at_their_probability() -> None:
+    chosen = recipe(crop="none", gridmask=0.8, mean=(1.0, 0.0, 0.0))
+    grey = np.full((32, 32, 3), 7, np.uint8)
+    made = [train_transform(grey, rng(key), chosen, 0.4) for key in range(400)]
+    holed = [image for image in made if (image != 7).any()]
+
+    assert len(holed) / 400 == pytest.approx(0.4, abs=0.075)
+    for image in holed:
+        assert {tuple(pixel) for pixel in image.reshape(-1, 3).tolist()} <= {(7, 7, 7), (255, 0, 0)}
+    np.testing.assert_array_equal(train_transform(grey, rng(), chosen), grey)  # in the first epoch
+
+
+def test_fields_of_mixing_that_do_not_go_together() -> None:
+    for fields, words in (({"jsd": 12}, "set augment: augmix"),
+                          ({"augment": "augmix", "jsd": 12, "cutmix": 1.0}, "leave cutmix at 0"),
+                          ({"augment": "augmix", "jsd": 12, "loss": "bce"}, "take loss: ce"),
+                          ({"mix_per": "image"}, "both are off"),
+                          ({"gridmask": 0.8, "gridmask_until": 80, "epochs": 20}, "behind the last of 20 epochs")):
+        with pytest.raises(ValueError, match=words):
+            recipe(**fields)

@@ -14,7 +14,7 @@ from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.fitting.config import parse_fit
 from rayexpand.fitting.fit import fit, fit_for, with_artifacts
 from rayexpand.fitting.guide import GuideFit
-from rayexpand.fitting.thresholds import Pairs, pair_statistics, thresholds_of, to_the_others
+from rayexpand.fitting.thresholds import Pairs, drawn_pairs, pair_statistics, thresholds_of, to_the_others
 from rayexpand.models.guides import guide_hash, load_guide
 from rayexpand.models.scores import cosine, unit
 from rayexpand.runs import run as runs
@@ -88,6 +88,25 @@ def test_quantiles_of_a_large_class_are_those_of_drawn_images(monkeypatch: pytes
     assert np.abs(quantiles - np.quantile(brute(units_ND), LEVELS))[5:-5].max() < 0.05
 
 
+@pytest.mark.parametrize(("count", "z"), [(2, 1), (3, 2), (5, 10), (40, 7), (40, 780)])
+def test_drawn_pairs_differ_and_have_no_image_twice(count: int, z: int) -> None:
+    i, j = drawn_pairs(count, z, rng())
+    assert (i < j).all()
+    assert (i.min() >= 0, j.max() < count) == (True, True)
+    assert len({*zip(i.tolist(), j.tolist(), strict=True)}) == z
+    assert z < count * (count - 1) // 2 or sorted(zip(i, j, strict=True)) == [*itertools.combinations(range(count), 2)]
+
+
+def test_the_mean_over_drawn_pairs_has_no_bias_and_that_of_all_pairs_is_exact() -> None:
+    units_ND = unit(rng().standard_normal((12, 4)) + 0.5)
+    pairs = brute(units_ND)
+    for z in (66, 1000):
+        assert pair_statistics(units_ND, rng(), z)[:2] == pytest.approx((pairs.mean(), pairs.std()))
+    means = np.array([pair_statistics(units_ND, np.random.default_rng(seed), 8)[0] for seed in range(1000)])
+    assert abs(means.mean() - pairs.mean()) < 3 * means.std() / 1000**0.5
+    assert means.std() > 0.01
+
+
 class Head:
     """A guide that is no CLIP."""
 
@@ -139,6 +158,9 @@ def test_fit_makes_thresholds_of_the_guide(raw: dict[str, Any], judge_folder: Pa
         p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
         assert found.above("confidence")[label] == pytest.approx(p[:, label].mean(), abs=1e-5)
     assert fit(parse_fit({**raw, "seed": 5, "fit": {"kind": "thresholds", "batch": 7}}), quiet)["thresholds"] == made
+    drawn = fit(parse_fit({**raw, "fit": {"kind": "thresholds", "batch": 7, "pairs": 3}}), quiet)["thresholds"]
+    assert (read_thresholds(drawn, KEYS).above("seed") != found.above("seed")).all()
+    assert (read_thresholds(drawn, KEYS).above("class") == found.above("class")).all()
     assert {file.name for file in made.iterdir()} == {"thresholds.safetensors", "thresholds.json", "artifact.json"}
 
 

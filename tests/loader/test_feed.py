@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -806,3 +807,21 @@ def test_a_list_of_many_rows_is_cheap(tmp_path: Path) -> None:
     assert (tmp_path / "list.arrow").stat().st_size < 21 * len(rows)
     assert feed.slots(0, 7, 8).items.shape == (len(rows) // 256, 32)
     assert len(np.unique(feed.order(0))) == len(rows) // 256 * 256
+
+
+GOLDEN: dict[str, tuple[dict[str, Any], str]] = {  # of version 6a2c908, before rows were mixed with real images
+    "plain": ({}, "bfd240720bbae4ac"),
+    "crops": ({"crop": "resized", "rotation": 10, "hflip": 0.5, "colour_jitter": 0.3, "erasing": 0.5},
+              "f2e724485bd2ac1a"),
+    "policy": ({"crop": "pad", "crop_pad": 4, "augment": "randaugment"}, "f7e891a63c0d3d08"),
+    "cmo": ({"cmo": 1.0, "cmo_span": (0.0, 1.0), "epochs": 2}, "fdf781cc7a6a7d70")}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_training_without_mixing_has_the_bytes_it_always_had(name: str, real: RowSource, run: runs.Run) -> None:
+    """Images and labels of 14 steps, and the digest that results of finished trials are found by."""
+    fields, wanted = GOLDEN[name]
+    rows, found = training_set([replace(real, weight=2.0), samples(run)]), hashlib.sha256()
+    for batch in Loader(rows, recipe(**fields), 3).batches(0, 14):
+        found.update(batch.x_BHWC.tobytes() + batch.y_BK.tobytes())
+    assert (found.hexdigest()[:16], rows.digest[:16]) == (wanted, "e059669e5d3ded32")

@@ -206,9 +206,9 @@ def test_erased_rectangles_keep_to_area_and_aspect():
 
 
 def test_gridmask_period_and_share():
-    masks = [classical._gridmask((224, 224), rng, 0.6) for rng in streams(60)]
+    masks = [augment.gridmask((224, 224), rng, 0.6) for rng in streams(60)]
     assert np.mean(masks) == pytest.approx(0.4**2, abs=0.03)  # holes of 0.4 d by 0.4 d
-    small = [classical._gridmask((32, 32), rng, 0.6) for rng in streams(200)]
+    small = [augment.gridmask((32, 32), rng, 0.6) for rng in streams(200)]
     share = np.mean([((d - np.ceil(0.6 * d)) / d) ** 2 for d in range(14, 32)])
     assert np.mean(small) == pytest.approx(share, abs=0.02)
 
@@ -220,7 +220,7 @@ def test_gridmask_by_hand():
         def integers(self, low, high=None, size=None):
             return np.zeros(2, int) if size else 10 if high else 0
 
-    hole = classical._gridmask((21, 21), Fixed(), 0.6)
+    hole = augment.gridmask((21, 21), Fixed(), 0.6)
     expected = np.isin(np.mod(np.arange(21) - 10, 10), [6, 7, 8, 9])
     np.testing.assert_array_equal(hole, expected[:, None] & expected[None, :])
 

@@ -189,6 +189,7 @@ def test_counts_are_floors_of_each_class(ratio, expected):
         np.repeat(np.arange(4), sizes).astype(np.int32)]), ClassTable.of(list("abcd"), counts=sizes))
     counts = DiffCoReMix(ratio=ratio).copies(index, PlanRng(0, "diffcoremix"))
     assert np.bincount(index.labels, counts).tolist() == expected
+    assert len(index) + int(counts.sum()) == 135 + sum(expected), "rows of real images and samples together"
     chosen = DiffCoReMix(ratio=ratio).copies(index, PlanRng(1, "diffcoremix"))
     assert ratio in (1.0,) or not np.array_equal(chosen, counts), "another random seed, other images"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -467,10 +467,26 @@ def test_the_diversity_of_latents_and_the_released_input_of_clip(tools: Tools, u
     np.testing.assert_allclose(made.scores["class_term_before"], p[:, s.argmax()], rtol=1e-3)
 
 
-def test_what_clip_is_asked(root: Path) -> None:
-    asked = partial(load_guide, str(root / "guide"), None, ["rain boot"], device="cpu")
-    plain, other = asked(), asked(prompt="This is a photo of a {name}")
-    assert torch.equal(plain.texts_KD, asked(prompt="a photo of a {name}").texts_KD)
-    assert not torch.allclose(plain.texts_KD, other.texts_KD)
-    tokens = other.model.encode_text
-    assert callable(tokens)
+@pytest.mark.parametrize("asked", ["a photo of a {name}", "This is a photo of a {name}"])
+def test_what_clip_is_asked(root: Path, asked: str) -> None:
+    """The texts of the head, by open_clip itself."""
+    import open_clip
+
+    guide = load_guide(str(root / "guide"), None, ["rain boot", "cup"], device="cpu", prompt=asked)
+    words = open_clip.get_tokenizer(f"local-dir:{root / 'guide'}")([asked.format(name=name) for name in (
+        "rain boot", "cup")])
+    with torch.no_grad():
+        texts = F.normalize(guide.model.encode_text(words), dim=1)
+    torch.testing.assert_close(guide.texts_KD, texts, atol=1e-6, rtol=0)
+    assert not torch.allclose(texts[0], texts[1], atol=1e-3)
+
+
+def test_the_text_that_a_run_asks_is_that_of_its_method(root: Path) -> None:
+    from rayexpand.runs.config import parse
+    from rayexpand.runs.tools import load_tools
+
+    heads = [load_tools(parse({
+        "name": "a", "data": {"source": "digits"}, "prior": {"weights": str(root / "mae"), "device": "cpu"},
+        "guide": {"weights": str(root / "guide")}, "method": {"name": "gif", "generator": "mae", **asked}}), CLASSES)
+        .guide.texts_KD for asked in ({}, {"guide_text": "This is a photo of a {name}"})]
+    assert not torch.allclose(*heads, atol=1e-3)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from rayexpand.contract.errors import ModelError
 from rayexpand.diffusion import perturb
 from rayexpand.methods.gif import Gif
+from rayexpand.models.conversion import skeleton
 from rayexpand.models.folders import folder_hash, folder_model, loaded_files
 from rayexpand.models.mae import MaePrior, masked, ordered
 from rayexpand.models.prior import check_size, inspect_prior, load_prior, prior_hash, prior_model
@@ -268,14 +269,40 @@ def published(name: str) -> str:
     return name
 
 
-def test_vit_mae_large_on_no_memory_has_the_published_names_and_shapes() -> None:
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Of no memory."""
+    folder = tmp_path_factory.mktemp("large")
+    write(folder / "config.json", LARGE)
+    return skeleton(folder, "ViTMAEForPreTraining").to("meta")
 
-    with torch.device("meta"):
-        model = ViTMAEForPreTraining(ViTMAEConfig(**LARGE))
-    assert sum(one.numel() for one in model.parameters()) == 329_541_888
-    shapes = {published(name): tuple(one.shape) for name, one in model.state_dict().items()}
+
+def test_vit_mae_large_on_no_memory_has_the_published_names_and_shapes(large: Any) -> None:
+    assert sum(one.numel() for one in large.parameters()) == 329_541_888
+    shapes = {published(name): tuple(one.shape) for name, one in large.state_dict().items()}
     assert {name: shapes.get(name) for name in PUBLISHED} == PUBLISHED
+
+
+def test_vit_mae_large_by_all_its_names_and_its_tokens(large: Any, tmp_path: Path) -> None:
+    """A whole header passes, and one that lacks or changes a tensor does not; 197 tokens of 1024 channels go in."""
+    from rayexpand.models.header_check import part_problems
+    from rayexpand.models.sources import PartSource
+
+    write(tmp_path / "config.json", LARGE)
+    shapes = {published(name): tuple(one.shape) for name, one in large.state_dict().items()}
+    part, block = PartSource("", tmp_path, tmp_path), "vit.encoder.layer.23.attention.attention"
+    header(tmp_path / "model.safetensors", shapes)
+    assert part_problems(part, "ViTMAEForPreTraining") == []
+    del shapes[f"{block}.key.bias"]
+    header(tmp_path / "model.safetensors", shapes | {f"{block}.query.weight": (1024, 512)})
+    lacking, other = part_problems(part, "ViTMAEForPreTraining")
+    assert "lacks 1 tensor" in lacking
+    assert "vit.layers.23.attention.q_proj.weight is [1024, 512] in place of [1024, 1024]" in other
+    with torch.device("meta"), masked(large, 0.0), torch.no_grad():
+        seen = large.vit(torch.empty(2, 3, 224, 224), noise=ordered(large, 2))
+        assert tuple(seen.last_hidden_state.shape) == (2, 197, 1024)
+        drawn = large.decoder(seen.last_hidden_state, ids_restore=ordered(large, 2).long()).logits
+        assert tuple(large.unpatchify(drawn).shape) == (2, 3, 224, 224)
 
 
 def test_a_file_under_the_published_names_loads(prior: MaePrior, folder: Path, x: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from rayexpand.contract.errors import ModelError
 from rayexpand.models.folders import folder_hash, loaded_files
 from rayexpand.models.guides import load_guide
-from rayexpand.models.image_towers import encoder_space, guide_space
+from rayexpand.models.image_towers import _of_open_clip, _of_transformers, encoder_space, guide_space
 from rayexpand.models.prior import inspect_prior, load_prior
 from rayexpand.models.unclip import UnclipPrior, Variation
 from tests.methods.conftest import CLASSES
@@ -120,14 +120,14 @@ def test_nothing_to_follow_is_zeros_also_in_the_half_that_says_the_level(prior: 
 
 def test_noise_of_a_level_leads_away_from_the_embedding(prior: UnclipPrior) -> None:
     """At level 0 there is some already (0.0064 of a deviation), and at 999 little is left."""
-    z = numbers(3, B, D)
-    found = [float(F.cosine_similarity(prior._labels(z, variation(prior, level=level))[:, :D], z).mean())
+    z, noise = numbers(3, B, D), variation(prior).level_noise_BD
+    found = [float(F.cosine_similarity(prior.labels(z, noise, torch.full((B,), level))[:, :D], z).mean())
              for level in (0, 100, 500, 999)]
     assert found == sorted(found, reverse=True)
     assert found[0] > 0.999
     assert found[1] > 0.9
     assert found[3] < 0.5
-    clean = (prior._labels(z, variation(prior))[:, :D] - z) / prior.normalizer.std
+    clean = (prior.labels(z, noise, torch.zeros(B, dtype=torch.int64))[:, :D] - z) / prior.normalizer.std
     assert 0.004 < float(clean.std()) < 0.009
 
 
@@ -291,6 +291,41 @@ def shapes_of(part: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
                  "image_encoder": lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**plain)),
                  "image_normalizer": lambda: StableUnCLIPImageNormalizer(**plain)}[part]()
     return {name: tuple(one.shape) for name, one in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("name", "size"), [("ViT-H-14", (1024, 1280, 32)), ("ViT-L-14-quickgelu", (768, 1024, 24))])
+def test_published_image_towers_have_the_same_tensors_in_both_layouts(name: str, size: tuple[int, int, int]) -> None:
+    """By name and shape, on no memory: the guide that goes with a published decoder is told to be its encoder."""
+    import open_clip
+
+    config = published(*size)["image_encoder"]
+    clip = open_clip.get_model_config(name)
+    with torch.device("meta"):
+        tower = open_clip.CustomTextCLIP if clip.get("custom_text") else open_clip.CLIP
+        guide = tower(**{key: one for key, one in clip.items() if key != "custom_text"})
+    ours, theirs = ({key: np.broadcast_to(np.float16(0), shape) for key, shape in shapes.items()} for shapes in (
+        {key: tuple(one.shape) for key, one in guide.state_dict().items()}, shapes_of("image_encoder", config)))
+    prefix = "vision_model." if any(key.startswith("vision_model.") for key in theirs) else ""
+    found = [[(key, value.shape) for key, value in tensors] for tensors in (
+        _of_open_clip(ours.__getitem__, size[2]), _of_transformers(theirs.__getitem__, prefix, size[2]))]
+    assert found[0] == found[1]
+    assert len(found[0]) == 8 + 12 * size[2]
+    vision = clip["vision_cfg"]
+    assert vision["width"] // vision.get("head_width", 64) == config["num_attention_heads"]
+    assert clip.get("quick_gelu", False) == (config["hidden_act"] == "quick_gelu")
+    assert {key for key in ours if key.startswith("visual.")} == {f"visual.{key}" for key in _read(size[2])}
+
+
+def _read(layers: int) -> set[str]:
+    """Every tensor of a tower that is hashed, as open_clip names it."""
+    asked: set[str] = set()
+
+    def read(name: str) -> np.ndarray:
+        asked.add(name.removeprefix("visual."))
+        return np.zeros(1)
+
+    list(_of_open_clip(read, layers))
+    return asked
 
 
 @pytest.mark.parametrize(("features", "width", "layers"), [(1024, 1280, 32), (768, 1024, 24)], ids=["h", "l"])

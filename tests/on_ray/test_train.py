@@ -127,6 +127,24 @@ def test_two_workers_train_what_one_process_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
+def test_two_workers_mix_and_compare_views_as_one_process_does(tmp_path: Path) -> None:
+    """What belongs to a row comes through the loaders with it: mixes with real images and partners, views of AugMix."""
+    group = {"backbone_args": GROUP}
+    arms = [{"name": "mixed", "mix": {"partner": "class"}, "recipe": {**group, "cutmix": 1.0, "mix_per": "image"}},
+            {"name": "views", "recipe": {**group, "augment": "augmix", "jsd": 12, "gridmask": 0.8}}]
+    spread, trials = study_of(tmp_path / "spread", 2, arms, updates=6, epochs=2)
+    assert train_study(spread, trials) == []
+    alone, same = study_of(tmp_path / "alone", 0, arms, updates=6, epochs=2)
+    for trial in same:
+        training.run_trial(alone.files, trial, alone.config.training)
+    found, expected = results(spread, trials), results(alone, same)
+    for arm in expected:
+        np.testing.assert_allclose([one["loss"] for one in found[arm]["history"]],
+                                   [one["loss"] for one in expected[arm]["history"]], rtol=1e-5)
+    assert found["mixed"]["mixing"] == expected["mixed"]["mixing"]
+
+
+@pytest.mark.usefixtures("cluster")
 def test_small_trials_are_tasks_with_the_same_numbers(tmp_path: Path) -> None:
     arms = [{"name": "original"}, {"name": "faster", "recipe": {"lr": 0.02}}]
     tasks, trials = study_of(tmp_path / "tasks", 0, arms)

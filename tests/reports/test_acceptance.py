@@ -34,6 +34,10 @@ def test_every_attempt_counts_by_class_and_prompt(make_config: MakeConfig, accep
     page = Path(write_report(str(run.folder))).read_text()
     assert "What the judge accepted" in page
     assert "cosine to the prompt above 0.5, in up to 2 attempts" in page
+    never = totals.rejected if exhausted == "reject" else sum(one[SCORE] <= 0.5 for one in scores)
+    assert (found["rows"], found["never"]) == (totals.planned, never)
+    assert f"{never} of 120 rows were never accepted: " + (
+        "they are rejected" if exhausted == "reject" else "the best attempt of each is kept") in page
     assert "What the scores say" not in page, "the scores of the judge have a section of their own"
 
 

@@ -97,6 +97,18 @@ def test_all_problems_at_once(make_config: MakeConfig, judge_folder: Path, tmp_p
     assert gone[0].startswith("accept.guide.weights: ")
 
 
+@pytest.mark.parametrize(("method", "accept", "refused_"), [
+    ({"variant": "real_mix"}, {}, True), ({"variant": "real_gen"}, {"above": 0.6}, True),
+    ({"variant": "real_mix", "targets": "balanced"}, {}, True), ({"variant": "real_mix"}, {"to": "class"}, False),
+    ({"variant": "real_mix", "targets": "reference"}, {}, False), ({"variant": "real_aug"}, {}, False)])
+def test_a_sample_of_another_class_is_not_compared_with_its_seed(method: dict[str, Any], accept: dict[str, Any],
+                                                                refused_: bool) -> None:
+    config = parse({**GOOD, "method": {"name": "diffmix", "prompt": "a {name}", **method}, "accept": accept})
+    found = [one for one in runs.preflight(config) if one.startswith("accept.to: diffmix with targets")]
+    assert bool(found) is refused_
+    assert all("other classes than their seed images have" in one for one in found)
+
+
 def test_artifacts_of_another_guide_are_refused(make_config: MakeConfig, judge_folder: Path, tmp_path: Path) -> None:
     for name in ("thresholds", "image_features"):
         (tmp_path / name).mkdir()
@@ -390,6 +402,15 @@ def test_batched_redraws_are_those_of_a_literal_loop(make_config: MakeConfig, ju
     assert kept == found
     assert {attempt for attempt, _ in found.values()} == {0, 1, 2, 3}
     assert totals.rejected == totals.planned - len(found) > 0
+
+
+def test_the_same_command_again_makes_nothing(make_config: MakeConfig, accept: Accepting, calls: list[Any]) -> None:
+    config = make_config("Worded", ratio=2, sections={"accept": accept()})
+    run, _ = complete(config)
+    made, before = len(calls), (hashes(run), refused(run))
+    again, _ = complete(config)
+    assert (len(calls), hashes(again), refused(again)) == (made, *before)
+    assert len(again.plan.index) == 20, "samples are never taken for real images"
 
 
 @pytest.mark.parametrize("exhausted", ["reject", "best"])

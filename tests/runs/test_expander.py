@@ -14,16 +14,19 @@ from PIL import Image
 
 from rayexpand import __version__
 from rayexpand.artifacts.columns import write_captions
+from rayexpand.classifier.backbones import build_backbone
+from rayexpand.classifier.recipe import make_recipe
 from rayexpand.contract.errors import ConfigError, DigestMismatch, EnvironmentFault, OverBudget
 from rayexpand.contract.protocols import Batch, Expansion, Tools
 from rayexpand.contract.schema import Draw, Start
 from rayexpand.data.seeds import build_index
 from rayexpand.fitting.fit import fit_for
 from rayexpand.methods import method_class, names
+from rayexpand.models.guide_files import save_classifier
 from rayexpand.runs import run as runs
 from rayexpand.runs.tools import stack_fingerprint
 from rayexpand.runs.verify import verify
-from tests.conftest import MakeConfig, complete, hashes, refused
+from tests.conftest import MakeConfig, attempts, complete, hashes, refused
 from tests.methods import fakes
 from tests.tiny import tiny_adapter, tiny_clip, tiny_pipeline
 
@@ -467,6 +470,8 @@ def test_the_stack_names_what_is_left_out_of_the_digest(make_config: MakeConfig,
     assert plain["rayexpand"] == __version__
 
 
+ABOVE = 0.25  # of a classifier that was not trained: about half of what it sees of four classes
+
 # Beside few steps: what leaves at least one of them, and prompts for classes without a metaclass.
 OWN_FIELDS: dict[str, dict[str, Any]] = {
     "dafusion": {"prompt": "a {token}"}, "diffmix": {"prompt": "a {token}"},
@@ -474,16 +479,26 @@ OWN_FIELDS: dict[str, dict[str, Any]] = {
     "realguidance": {"prompt": "a {name}", "strength": 0.5}, "vae": {"sample": True}}
 
 
-@pytest.mark.parametrize("method", names())
+JUDGED = [pytest.param(method, True, marks=() if method == "classical" else pytest.mark.study) for method in names()]
+
+
+@pytest.mark.parametrize(("method", "judged"), [*((method, False) for method in names()), *JUDGED])
 def test_real_methods_keep_every_hash_alone_resumed_and_beside_a_failure(
-        make_config: MakeConfig, tiny: Path, image_folder: Path, tmp_path: Path, method: str) -> None:
-    """The promise, for every method there is: regenerated alone, in another order, and with a failed batch-mate."""
+        make_config: MakeConfig, tiny: Path, image_folder: Path, tmp_path: Path, method: str, judged: bool) -> None:
+    """The promise, for every method there is: regenerated alone, in another order, and with a failed batch-mate; by
+    itself, and with a judge that asks a classifier for the class of each sample and has rows drawn again."""
     few = shutil.copytree(image_folder, tmp_path / "few", ignore=shutil.ignore_patterns("3.png", "4.png"))  # 3 shards
     seeds = {"source": "imagefolder", "path": str(few)}
     sections: dict[str, Any] = {"prior": {"weights": str(tiny)}, "image": {"size": 16},
                                 "guide": {"weights": str(tiny.parent / "clip")}}
     if hasattr(method_class(method), "acceptance"):
         sections["accept"] = {"guide": sections["guide"]}
+    if judged:
+        (tmp_path / "judge").mkdir()
+        recipe = make_recipe({"size": 16, "backbone_args": {"width": 4}})
+        save_classifier(tmp_path / "judge", build_backbone(recipe, 4, seed=0), recipe, ["ant", "bee", "cat", "dog"])
+        sections["accept"] = {"guide": {"weights": str(tmp_path / "judge")}, "score": "confidence", "above": ABOVE,
+                              "exhausted": "best", "attempts": 1 if method == "gif" else 3}
     fields = {name: value for name, value in {"steps": 4, "guide_step": 2}.items()
               if name in method_class(method).model_fields} | OWN_FIELDS.get(method, {})
     config = make_config(method, data=seeds, sections=sections, **fields)
@@ -495,6 +510,8 @@ def test_real_methods_keep_every_hash_alone_resumed_and_beside_a_failure(
     run, totals = complete(make_config(method, ratio=2, data=seeds, sections=sections, **fields))
     committed = hashes(run)
     assert totals.kept == 24
+    if judged:
+        assert set(attempts(run).values()) == ({0} if method == "gif" else {0, 1, 2})
 
     expander = runs.start(run)
     for sample_id in list(committed)[::9]:

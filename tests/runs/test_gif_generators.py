@@ -42,7 +42,7 @@ def config(root: Path, image_folder: Path, tmp_path: Path) -> Any:
 
 
 def test_a_sound_run_of_each(config: Any) -> None:
-    for generator, more in (("mae", {}), ("unclip", {"steps": 2})):
+    for generator, more in (("mae", {}), ("unclip", {"steps": 3})):  # 2 would not begin as noise
         job = config(generator, generator=generator, ratio=2, **more)
         assert runs.preflight(job) == []
         assert parse(resolved(job)) == job
@@ -84,11 +84,14 @@ def test_images_of_another_size_do_not_fit(root: Path, image_folder: Path, tmp_p
     assert "image.size: an image of 32 px does not fit" in problem
 
 
-def test_neither_is_fine_tuned(root: Path) -> None:
-    for prior in ("mae", "unclip"):
+def test_neither_takes_an_adapter(config: Any, root: Path, tmp_path: Path) -> None:
+    for prior, words in (("mae", "has no prompts to fine-tune"), ("unclip", "takes no adapter; set strategy: full")):
         raw = {"name": "a", "data": {"source": "digits"}, "prior": {"weights": str(root / prior)},
                "fit": {"adapter": {}}}
-        assert "has no prompts to fine-tune" in "".join(preflight_fit(parse_fit(raw)))
+        assert words in "".join(preflight_fit(parse_fit(raw)))
+        job = config(prior, generator=prior)
+        named = parse({**resolved(job), "artifacts": {"adapter": str(tmp_path)}})
+        assert any("artifacts.adapter: has no effect on gif" in one for one in runs.preflight(named))
 
 
 def test_a_guide_with_a_head_is_asked_nothing(config: Any, root: Path) -> None:

@@ -355,6 +355,20 @@ def test_the_precision_of_the_decoder_is_part_of_the_stack_where_it_is_not_full(
     assert stack_fingerprint(config).get("vae_dtype") == decoded
 
 
+@pytest.mark.parametrize(("compile", "possible", "said"), [
+    ("auto", True, "True"), ("auto", False, "False"), (True, False, "True"), (False, True, "False")])
+def test_the_stack_says_compiled_where_a_network_is(
+        sampled: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, compile: bool | str, possible: bool,
+        said: str) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("rayexpand.models.latent.can_compile", lambda: possible)
+    config = sampled(prior={"compile": compile})
+    config = config.model_copy(update={"prior": config.prior.model_copy(update={"device": "cuda:0"})})
+    assert stack_fingerprint(config)["compile"] == said
+
+
 # ------------------------------------------------------------------------------------------------------------ adapters
 
 CLASSES = ("ant", "bee", "cat", "dog")
@@ -457,6 +471,30 @@ def test_runs_share_a_prior_only_with_the_same_adapter(fitted: Callable[..., Run
     assert prior_key(run) not in others | {own}
 
 
+def test_what_one_paper_fine_tunes_serves_another_method(make_config: MakeConfig, models: Path, image_folder: Path,
+                                                         tmp_path: Path) -> None:
+    """img2img asks for no adapter; one that its run names is sampled with, and is part of what the run is."""
+    def config(name: str, adapter: Path | None = None, **fields: Any) -> RunConfig:
+        named = {} if adapter is None else {"artifacts": {"adapter": str(adapter)}}
+        return make_config("img2img", ratio=1, steps=4, name=name, data={**of(image_folder), "per_class": 1}, sections={
+            "prior": {"weights": str(models / "base"), "device": "cpu"}, "image": {"size": 16}, **named},
+            **{"prompt": "a {name}", **fields})
+
+    lora = tiny_adapter(tmp_path / "lora", models / "base", CLASSES, strategy="db")
+    made = {name: complete(config(name, folder))[0] for name, folder in (
+        ("plain", None), ("adapted", lora), ("untrained", models / "new"))}
+    assert hashes(made["untrained"]) == hashes(made["plain"])
+    assert not set(hashes(made["adapted"]).values()) & set(hashes(made["plain"]).values())
+    assert made["adapted"].facts["models"]["adapter"] == folder_hash(lora)
+    assert made["plain"].facts["models"].keys() == {"prior"}
+    with pytest.raises(DigestMismatch, match=r"models\.adapter"):
+        runs.prepare(config("adapted"))
+    seen = tiny_adapter(tmp_path / "seen", models / "base", CLASSES, strategy="db", visual_token="class_mean")
+    (found,) = runs.preflight(config("seen", seen))
+    assert "is trained with visual_token class_mean, but img2img reads none; what was not trained" in found
+    assert found.endswith("at sampling: fine-tune with none")
+
+
 @pytest.mark.parametrize(("encoder", "problems"), [("e" * 64, 0), ("f" * 64, 1)])
 def test_visual_tokens_come_from_the_encoder_of_the_training(encoder: str, problems: int, make_config: MakeConfig,
                                                              models: Path, tmp_path: Path) -> None:
@@ -482,7 +520,7 @@ def test_everything_wrong_with_an_adapter_is_said_at_once(fitted: Callable[..., 
                         visual_token="class_mean")
     found = "\n".join(runs.preflight(fitted(seen, base="other")))
     for words in (f"trained on base model {there}, but prior.weights {models / 'other'} is model {own}",
-                  "is trained with visual_token class_mean, but method.visual_token is none",
+                  "is trained with visual_token class_mean, but diffmix reads none",
                   "the prompt has {token}, but", "(strategy db) has no class tokens; use {name}",
                   "was made for other classes than the dataset has: class 1 is 'cat' there and 'bee' here"):
         assert words in found, words
@@ -514,7 +552,8 @@ def test_tokens_that_no_prompt_has_are_the_model_as_it_is(
     ("adapter", {"name": "diffmix", "variant": "real_mix"}, "diffmix real_mix, which samples from the weights as they "
      "are; take it out, or choose diff_mix"),
     ("adapter", {"name": "realfake", "finetuned": False, "prompt": "a {name}"}, "or set method.finetuned: true"),
-    ("adapter", {"name": "img2img"}, "img2img, which samples from the weights as they are; take it out"),
+    ("adapter", {"name": "classical", "policy": "randaugment"}, "classical, which samples from the weights as they "
+     "are; take it out"),
     ("captions", {"name": "img2img"}, "which has no {caption} in its prompt"),
     ("class_features", {"name": "realfake", "finetuned": False, "prompt": "a {name}"}, "visual_token: class_mean"),
     ("image_features", {"name": "img2img"}, "visual_token: instance"),

@@ -17,19 +17,21 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from rayexpand.artifacts.columns import open_image_features
 from rayexpand.contract.errors import ConfigError, DigestMismatch, SeedDataError, UsageError
 from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.data.subsets import ids_hash, shared_images
+from rayexpand.loader.loader import Loader
 from rayexpand.loader.training_set import TrainingSet
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import parse as runs_config
 from rayexpand.storage.tables import parquet_bytes, read_json
-from rayexpand.studies.config import parse_study
+from rayexpand.studies.config import parse_study, study_preflight
 from rayexpand.studies.expansions import pending_runs
 from rayexpand.studies.parts import Study, Trial, read_result
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.summary import summary
-from rayexpand.studies.trial import run_trials
+from rayexpand.studies.trial import open_work, run_trials
 from rayexpand.studies.trials import _fitting_seconds, make_trials, pending_trials
 from tests.commands import rewrite_json
 from tests.tiny import tiny_pipeline
@@ -155,6 +157,50 @@ def test_real_rows_alone_and_synthetic_rows_alone(tmp_path: Path) -> None:
         "real": (20, 20, 20), "synthetic": (0, 60, 60), "replaced": (20, 80, 20), "original repeated 3x": (20, 20, 60)}
 
 
+def test_an_arm_takes_samples_of_several_expansions(tmp_path: Path) -> None:
+    classical = {name: {"method": {"name": "classical", "policy": name, "ratio": 2}}
+                 for name in ("cutout", "randaugment")}
+    arms = [{"name": name, "use": use, "control": False, **more} for name, use, more in (
+        ("one", "cutout", {}), ("both", ["cutout", "randaugment"], {"control": True}),
+        ("half", ["cutout", "randaugment"], {"ratio": 1, "real": 0}), ("mixed", ["cutout", "randaugment"], {
+            "mix": {"pixel": 1.0}, "weight": 2}))]
+    study = expanded(raw_study(tmp_path, arms=arms, seeds=[0], expansions=classical))
+    trials = {one.arm: one for one in make_trials(study)}
+    lists = {name: TrainingSet.load(tmp_path / "small" / one.rows) for name, one in trials.items()}
+
+    assert {name: (rows.n_real, rows.n_synthetic, rows.epoch_rows) for name, rows in lists.items()} == {
+        "one": (20, 40, 60), "both": (20, 80, 100), "half": (0, 40, 40), "mixed": (20, 80, 180),
+        "original repeated 5x": (20, 0, 100)}
+    assert trials["both"].group == "cutout + randaugment"
+    assert (trials["one"].run.endswith("cutout-0"), trials["both"].run) == (True, "")
+    assert [part.method["policy"] for part in lists["both"].parts[1:]] == ["cutout", "randaugment"]
+    assert trials["both"].expansion_seconds > trials["one"].expansion_seconds
+
+
+@pytest.mark.parametrize(("arm", "words"), [
+    ({"use": ["flips"]}, "arms.a.use: a list names two expansions or more"),
+    ({"use": []}, "arms.a.use: a list names two expansions or more"),
+    ({"use": ["flips", "flips"]}, "arms.a.use: a list names two expansions or more"),
+    ({"use": ["flips", "other"]}, "arms.a.use: 'other' is no expansion"),
+    ({"use": ["flips", "more"], "fill": True}, "arms.a.fill: fills each class from one expansion"),
+    ({"use": ["flips", "more"], "soft_label": {"gama": 1}}, "unknown, the soft label of classical and classical takes "
+                                                            "no arguments"),
+    ({"use": ["flips", "mixed"], "soft_label": {"gama": 1}}, "arms.a.soft_label.gama: did you mean 'gamma'?"),
+    ({"use": ["flips", "mixed"], "soft_label": {"gamma": 1}}, "")])
+def test_what_cannot_be_meant_by_several_expansions(tmp_path: Path, arm: dict[str, Any], words: str) -> None:
+    flips = {"method": {"name": "classical", "policy": "randaugment", "ratio": 3}}
+    mixed = {"method": {"name": "diffmix", "variant": "real_mix", "prompt": "a {name}"}}
+    raw = raw_study(tmp_path, expansions={"flips": flips, "more": flips, "mixed": mixed}, arms=[{"name": "a", **arm}])
+    if not words:
+        assert parse_study(raw).arms[0].uses == ("flips", "mixed")
+        assert "arms.a.use: `samples` compares what one expansion made" in "".join(study_preflight(parse_study({
+            **raw, "samples": {}})))
+        return
+    with pytest.raises(ConfigError) as found:
+        parse_study(raw)
+    assert [one for one in found.value.problems if words in one], found.value.problems
+
+
 def test_a_full_dataset_is_expanded_once_for_all_seeds(tmp_path: Path) -> None:
     raw = raw_study(tmp_path, subset={"kind": "full"}, data={"source": "digits", "per_class": 2})
     shared, again = prepare_study(parse_study(raw)), prepare_study(parse_study({**raw, "resample": True}))
@@ -250,14 +296,17 @@ def test_what_is_wrong_with_a_fine_tuning_is_said_before_anything_is_made(tmp_pa
 
 
 def test_a_part_of_fit_that_a_method_does_not_need_is_refused(tmp_path: Path) -> None:
-    raw = fitted(tmp_path, {"name": "distdiff"}, {"prompt": "a {token}"})
-    with pytest.raises(ConfigError, match=r"fit\.adapter: has no effect on distdiff"):
+    raw = fitted(tmp_path, {"name": "realfake", "finetuned": False, "prompt": "a {name}", "visual_token": "class_mean"},
+                 {"strategy": "db"})
+    with pytest.raises(ConfigError, match=r"fit\.adapter: has no effect on realfake"):
         parse_study(raw)
+    raw = fitted(tmp_path, {"name": "distdiff"}, {"strategy": "db"})
+    assert parse_study(raw).expansions["e"].fit is not None, "a guided method samples with an adapter that is fitted"
     raw["expansions"]["e"] |= {"fit": {}, "artifacts": {"prototypes": "artifacts/there", "adapter": "artifacts/there"}}
     with pytest.raises(ConfigError) as refused:
         parse_study(raw)
     for words in (r"artifacts\.prototypes: artifacts/there would not be read, for fit makes them",
-                  r"artifacts\.adapter: has no effect on distdiff, which samples from the weights"):
+                  r"artifacts\.adapter: artifacts/there has no adapter\.json"):
         assert any(re.match(rf"expansions\.e\.{words}", line) for line in refused.value.problems), words
 
 
@@ -502,6 +551,10 @@ ARM_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"use": "flips", "fill": True, "replace": 0.5}, "fill: counts rows of a union .* leave replace out"),
     ({"use": "flips", "fill": True, "weight": 2}, "fill: counts rows of a union .* leave weight out"),
     ({"fill": True}, "fill need `use`"),
+    ({"mix": {}}, "mix.partner: real rows alone were made from no other image; set partner: class"),
+    ({"use": "flips", "ratio": [2.5, 0.0]}, "ratio: 0 copies of each seed are none"),
+    ({"use": "flips", "ratio": [2.5, 2.5]}, "gives a value twice"),
+    ({"use": "flips", "draw": "own"}, "draw: says what replaces a real row"),
     ({"use": "flips", "draw": "inverse_freq"}, "draw: says what replaces a real row"),
     ({"use": "flips", "real": 0, "recipe": {"cmo": 0.5}}, "recipe.cmo: goes by the real images of each class"),
     ({"weight": 2, "draw": "inverse_freq", "soft_label": {"gamma": 1}}, "draw, soft_label, weight need `use`"),
@@ -509,7 +562,7 @@ ARM_MISTAKES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arm", "words"), ARM_MISTAKES)
+@pytest.mark.parametrize(("arm", "words"), [*ARM_MISTAKES, ({"use": "flips", "mix": {"pixl": 1}}, "mean 'pixel'")])
 def test_mistakes_of_an_arm(tmp_path: Path, arm: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_study(raw_study(tmp_path, arms=[{"name": "a", **arm}]))
@@ -562,6 +615,61 @@ def test_an_arm_fills_every_class_up_to_the_largest(tmp_path: Path) -> None:
     more = raw_study(tmp_path / "more", arms=arms, seeds=[0], subset={"kind": "counts", "counts": [9, *[1] * 9]})
     with pytest.raises(UsageError, match=r"fill: 9 classes have fewer samples .*one has 3 of 8"):
         make_trials(expanded(more))
+
+
+def test_arms_that_mix_and_their_controls(tmp_path: Path) -> None:
+    """Controls are the real rows as they are; an arm of mixed real rows is no control."""
+    arms = [{"name": "pixel alone", "mix": {"partner": "class", "pixel": 1.0}},
+            {"name": "mixed", "use": "flips", "mix": {}, "ratio": [1.5, 3]},
+            {"name": "samples", "use": "flips", "mix": {"probability": 0.5}, "real": 0, "ratio": 1},
+            {"name": "own", "use": "flips", "replace": 0.5, "draw": "own", "recipe": {"cutmix": 1.0}}]
+    study = expanded(raw_study(tmp_path, arms=arms, seeds=[0]))
+    trials = {one.arm: one for one in make_trials(study)}
+    lists = {arm: TrainingSet.load(Path(study.files.root) / one.rows) for arm, one in trials.items()}
+
+    assert list(trials) == ["pixel alone", "mixed 1.5x", "mixed 3x", "samples", "own", "original repeated 2.5x",
+                            "original repeated 4x", "original repeated 1x"]
+    assert {arm: rows.epoch_rows for arm, rows in lists.items()} == {
+        "pixel alone": 20, "mixed 1.5x": 50, "mixed 3x": 80, "samples": 20, "own": 20, "original repeated 2.5x": 50,
+        "original repeated 4x": 80, "original repeated 1x": 20}
+    assert all((rows.mix is None) == (arm == "own" or "repeated" in arm) for arm, rows in lists.items())
+    assert [text for _, text in run_trials(study.files, trials.values(), study.config.training)] == [""] * 8
+    results = {arm: read_result(study.files, one.name) or {} for arm, one in trials.items()}
+    assert {arm: (found["real_rows"], found["synthetic_rows"], found["rows"]) for arm, found in results.items()
+            if "repeated" not in arm} == {"pixel alone": (20, 0, 20), "mixed 1.5x": (20, 30, 50),
+                                          "mixed 3x": (20, 60, 80), "samples": (0, 20, 20), "own": (20, 60, 80)}
+    assert {arm for arm, found in results.items() if "mixing" in found} == {"pixel alone", "mixed 1.5x", "mixed 3x",
+                                                                            "samples"}
+    mixing = {arm: found["mixing"] for arm, found in results.items() if "mixing" in found}
+    assert (mixing["pixel alone"]["mixed"], mixing["pixel alone"]["pixel"]) == (1, 1)
+    assert mixing["mixed 3x"]["mixed"] == pytest.approx(0.75)
+    assert mixing["samples"]["mixed"] == pytest.approx(0.5, abs=0.35)
+    for one in mixing.values():
+        assert one["real_pixels"] == pytest.approx(0.5, abs=0.3)
+    again = {one.arm: one.digest for one in make_trials(prepare_study(parse_study(raw_study(tmp_path, seeds=[0], arms=[
+        *arms[:1], {**arms[1], "mix": {"pixel": 0.25}}, *arms[2:]]))))}
+    assert {arm for arm, one in trials.items() if one.digest != again[arm]} == {"mixed 1.5x", "mixed 3x"}
+
+
+def test_everything_an_arm_can_say_goes_with_mixing(tmp_path: Path) -> None:
+    """One arm for each field, and all of them with the recipe's own mixing; every batch can be made."""
+    arms = [{"name": "weighted", "use": "flips", "weight": 2.5, "real": 0.5},
+            {"name": "replaced", "use": "flips", "replace": 0.5},
+            {"name": "own", "use": "flips", "replace": 0.5, "draw": "own"},
+            {"name": "rare", "use": "flips", "replace": 0.5, "draw": "inverse_freq"},
+            {"name": "filled", "use": "flips", "fill": True, "ratio": 2},
+            {"name": "pasted", "use": "flips", "recipe": {"cmo": 1.0, "cmo_span": [0, 1], "cutmix": 0, "mixup": 0}},
+            {"name": "compared", "use": "flips", "recipe": {"augment": "augmix", "jsd": 12, "cutmix": 0, "mixup": 0}}]
+    made = raw_study(tmp_path, arms=[{**arm, "mix": {"partner": partner}, "name": f"{arm['name']} {partner}",
+                                      "control": False} for arm in arms for partner in ("seed", "class")],
+                     seeds=[0], recipe={**SMALL, "mixup": 0.4, "cutmix": 1.0, "gridmask": 0.8},
+                     subset={"kind": "counts", "counts": [3, 2, 1, 2, 2, 2, 2, 2, 2, 2]})
+    study = expanded(made)
+    for trial in make_trials(study):
+        feed = open_work(study.files, trial, study.config.training).feed
+        mixed = [batch.x_BHWC for batch in feed.batches(0, 3)]
+        plain = Loader(replace(feed.rows, mix=None), feed.recipe, trial.seed)
+        assert any((one != other.x_BHWC).any() for one, other in zip(mixed, plain.batches(0, 3), strict=True))
 
 
 ALSO = {"data": {"source": "digits", "split": "test", "per_class": 2}}
@@ -673,7 +781,7 @@ def test_a_weight_that_leaves_no_row(study: Study) -> None:
 
 
 def test_a_generator_is_fine_tuned_on_the_rows_of_each_seed(tmp_path: Path) -> None:
-    """Once for all expansions that ask for the same; a method without adapter has no use for it."""
+    """Once for all expansions that ask for the same; a method that takes the weights as they are has no use for it."""
     text = "a photo of a {token} shape"
     fit = {"adapter": {"recipe": {"preset": "tiny", "strategy": "ti", "steps": 1, "batch": 4, "prompt": text},
                        "flips": False, "sheet": None, "tensorboard": False}}
@@ -686,6 +794,31 @@ def test_a_generator_is_fine_tuned_on_the_rows_of_each_seed(tmp_path: Path) -> N
 
     assert adapters["diff_mix", 0] == adapters["diff_gen", 0] != adapters["diff_mix", 1] == adapters["diff_gen", 1]
     assert all(run.facts["models"]["adapter"] for run in made)
-    vanilla = {"real": {"method": {"name": "img2img", "ratio": 1}, "fit": fit}}
-    with pytest.raises(ConfigError, match=r"expansions\.real\.fit: img2img .* needs nothing fitted"):
+    vanilla = {"real": {"method": {"name": "diffmix", "variant": "real_mix", "prompt": "a {name}"}, "fit": fit}}
+    with pytest.raises(ConfigError, match=r"expansions\.real\.fit\.adapter: has no effect on diffmix real_mix, which"):
         parse_study(raw_study(tmp_path, expansions=vanilla, arms=[{"name": "real", "use": "real"}]))
+
+
+@pytest.mark.study
+def test_what_a_judge_compares_with_is_made_of_the_rows_of_each_seed(tmp_path: Path) -> None:
+    """For a method that brings its judge, and for one that is given one; the class means of both are made once."""
+    own = {"method": {"name": "diffcoremix", "ratio": 1, "steps": 4, "prompt": "{context} {name}", "negatives": [],
+                      "contexts": ["the digit"]}, "fit": {}}
+    given = {"method": {"name": "img2img", "ratio": 1, "steps": 4}, "fit": {},
+             "accept": {"to": "class", "deviations": 1.0}}
+    raw = raw_study(tmp_path, expansions={"own": own, "given": given},
+                    arms=[{"name": name, "use": name} for name in ("own", "given")])
+    study = prepare_study(parse_study(raw))
+    made = {(run.config.name, run.config.seed): run for run in pending_runs(study)}
+    folders = {key: {kind: Path(folder).resolve() for kind, folder in run.config.artifacts.items()}
+               for key, run in made.items()}
+    assert {name: set(folders[f"{name}-0", 0]) for name in ("own", "given")} == {
+        "own": {"image_features", "thresholds"}, "given": {"thresholds"}}
+    for seed in (0, 1):
+        features = open_image_features(folders[f"own-{seed}", seed]["image_features"])
+        assert set(features.ids.to_pylist()) == set(study.subsets[seed][1].seed_ids)
+        assert folders[f"own-{seed}", seed]["thresholds"] == folders[f"given-{seed}", seed]["thresholds"]
+    assert folders["own-0", 0]["thresholds"] != folders["own-1", 1]["thresholds"]
+    raw["expansions"]["given"].pop("fit")
+    with pytest.raises(ConfigError, match=r"expansions\.given\.artifacts\.thresholds: accept needs scores of the real"):
+        prepare_study(parse_study(raw))

@@ -122,10 +122,10 @@ def _base_problems(made: AdapterFit, recipe: FinetuneConfig, weights: str, here:
         facts = inspect_prior(weights)
     except ModelError as error:
         return [f"prior.weights: {error}"]
-    if facts.generator != "sd":
-        return [f"prior.weights: {weights} is {GENERATORS[facts.generator]}, which has no prompts to fine-tune; name a "
-                "Stable Diffusion model"]
-    problems = _untrainable(facts, recipe)
+    if facts.generator == "mae":
+        return [f"prior.weights: {weights} is {GENERATORS['mae']}, which has no prompts to fine-tune and redraws "
+                "images of other domains as they are; name a Stable Diffusion model, or Stable unCLIP"]
+    problems = _untrainable(facts, recipe) + (_told_problems(made, weights) if facts.generator == "unclip" else [])
     try:
         check_size(facts, made.resolution or facts.image_size)
     except ModelError as error:
@@ -144,6 +144,21 @@ def _base_problems(made: AdapterFit, recipe: FinetuneConfig, weights: str, here:
     return problems
 
 
+def _told_problems(made: AdapterFit, weights: str) -> list[str]:
+    """What means nothing to a decoder that is told image embeddings and no texts, one line each."""
+    recipe, what = made.finetune, f"{weights} is {GENERATORS['unclip']}, which"
+    problems = []
+    if recipe.strategy != "full":
+        problems.append(f"fit.adapter.recipe.strategy: {what} has no prompts for class tokens and takes no adapter; "
+                        "set strategy: full, which trains its UNet and makes a generator")
+    if recipe.prompt is not None:
+        problems.append(f"fit.adapter.recipe.prompt: {what} reads no prompt; take it out")
+    if recipe.has_visual:
+        problems.append(f"fit.adapter.recipe.visual_token: {what} is told the embedding of each image as it is; take "
+                        "it out")
+    return problems
+
+
 def _untrainable(facts: PriorFacts, recipe: FinetuneConfig) -> list[str]:
     """Why nothing here trains such a generator, one line each."""
     name, process = facts.weights, facts.process
@@ -158,7 +173,7 @@ def _untrainable(facts: PriorFacts, recipe: FinetuneConfig) -> list[str]:
     elif process.kind not in ("epsilon", "v_prediction"):
         problems.append(f"prior.weights: {name} predicts {process.kind}, and the loss here is that of epsilon or "
                         "v_prediction; fine-tune a model that predicts one of them")
-    if facts.family != "sd" and recipe.strategy == "full":
+    if facts.family == "sdxl" and recipe.strategy == "full":
         problems.append(f"fit.adapter.recipe.strategy: full trains every weight of UNet and text encoder, of Stable "
                         f"Diffusion 1.x and 2.x only, and {name} has two text encoders; use db or ti_db")
     return problems

@@ -15,6 +15,7 @@ thing of the text that trains, which equals training the whole table and restori
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +35,21 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 
+Labels = Callable[[Tensor], Tensor]  # what a feed tells of images (B, 2 D + 1) to what a UNet is told (B, 2 D)
+
+
 class Denoiser(nn.Module):
     """Text encoders and UNet as one module, so that DDP around it averages the gradients of all.
 
     Where no text means zeros to the sampler (`zero_empty_negative`), rows whose text is dropped read zeros too.
+    `labels`, of a decoder of image embeddings, makes what the UNet is told of images (`draw_told`); where that is
+    dropped it is zeros.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, texts: TextEncoders, vae_factor: int) -> None:
+    def __init__(self, unet: UNet2DConditionModel, texts: TextEncoders, vae_factor: int,
+                 labels: Labels | None = None) -> None:
         super().__init__()
+        self._labels = labels
         self.unet, self._texts, self._vae_factor = unet, texts, vae_factor
         self.text_encoder = texts.encoders[0].model
         if len(texts.encoders) > 1:
@@ -56,7 +64,11 @@ class Denoiser(nn.Module):
         if shown_B is not None and self._texts.zero_empty_negative:
             text_BTE = torch.where(shown_B[:, None, None], text_BTE, 0)
             pooled_BP = None if pooled_BP is None else torch.where(shown_B[:, None], pooled_BP, 0)
-        if visual_BD is not None:
+        more: dict[str, Any] = {}
+        if visual_BD is not None and self._labels is not None:
+            labels_BP = self._labels(visual_BD)
+            more["class_labels"] = labels_BP if shown_B is None else labels_BP * shown_B[:, None]
+        elif visual_BD is not None:
             if visual_BD.shape[1] != text_BTE.shape[2]:
                 raise ModelError(f"the visual token has {visual_BD.shape[1]} numbers and the text's hidden states "
                                  f"{text_BTE.shape[2]}. Take features of a guide whose width is the text encoder's")
@@ -64,7 +76,6 @@ class Denoiser(nn.Module):
             if shown_B is not None:
                 last_BD = torch.where(shown_B[:, None], last_BD, text_BTE[:, -1])
             text_BTE = torch.cat([text_BTE[:, :-1], last_BD[:, None]], dim=1)
-        more: dict[str, Any] = {}
         if pooled_BP is not None:
             height, width = (side * self._vae_factor for side in z_t.shape[-2:])
             more["added_cond_kwargs"] = added_condition(pooled_BP, height, width)

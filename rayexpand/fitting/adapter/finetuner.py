@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from rayexpand.contract.class_tokens import add_class_tokens
 from rayexpand.contract.errors import ConfigError, Diverged, ModelError
-from rayexpand.fitting.adapter.denoiser import Denoiser, add_lora, init_token_id, insert_rows
+from rayexpand.fitting.adapter.denoiser import Denoiser, Labels, add_lora, init_token_id, insert_rows
 from rayexpand.fitting.adapter.objective import Reduce, all_reduce, l_simple, min_snr, mmd, noised
 from rayexpand.fitting.adapter.recipe import PRESETS, FinetuneConfig, make_finetune
 from rayexpand.fitting.adapter.training_draw import TrainingDraw, draw_visit
@@ -50,7 +50,8 @@ class LatentBatch(NamedTuple):
     noise_BCHW: Tensor  # float32; holds the noise offset, if any
     t_B: Tensor  # int64 timesteps, 0 to num_train_timesteps - 1
     text: Tensor | Sequence[str]  # B prompts, or their int64 ids as `Finetuner.ids` makes them
-    visual_BD: Tensor | None = None  # float32 image features as wide as the hidden states; None: no visual token
+    # float32 image features as wide as the hidden states, or what a decoder of embeddings is told; None: neither
+    visual_BD: Tensor | None = None
     dropped_B: Tensor | None = None  # bool: these rows get the empty text and no visual token; None: none of them
     share: float = 1.0  # R B / N of N rows over R workers: 1 where all slices have the same size
 
@@ -79,25 +80,27 @@ class Finetuner:
     class tokens are put into them; tokenizers get the class tokens. `vae_factor`: image pixels per latent pixel, for
     networks that read the size of an image. `wrap` takes the one module on its device and returns what is called in
     training (DDP goes here); `world` is the number of workers, `reduce` adds a tensor up over them. Initial weights
-    depend on `seed` only. Raises ModelError where the models cannot be trained so, ConfigError for the rest.
+    depend on `seed` only. `labels` is that of a decoder of image embeddings (see Denoiser), whose text is always empty:
+    of it the UNet trains and nothing else. Raises ModelError where the models cannot be trained so, ConfigError for the
+    rest.
     """
 
     def __init__(self, unet: UNet2DConditionModel, texts: TextEncoders, scheduler: Any, config: FinetuneConfig,
                  n_classes: int, seed: int, *, vae_factor: int = 8, device: str | torch.device = "cpu",
                  wrap: Callable[[nn.Module], nn.Module] = lambda module: module, world: int = 1,
-                 reduce: Reduce = all_reduce) -> None:
+                 reduce: Reduce = all_reduce, labels: Labels | None = None) -> None:
         self.config, self.device, self.world, self.step = config, torch.device(device), world, 0
         if config.precision == "fp16" and self.device.type != "cuda":
             raise ConfigError("finetune", [f"precision: fp16 needs CUDA and its loss scaling; on {self.device} take "
                                            "bf16 or fp32"])
-        self.unet, self.encoders = unet, texts.encoders
+        self.unet, self.encoders, self._told = unet, texts.encoders, labels is not None
         self._said_cut = False
         self.prediction, self._abar = _noise_schedule(scheduler, self.device)
         self._reduce = reduce if world > 1 else None
         self.words = tuple(len(one.tokenizer) for one in texts.encoders)  # so the id of <class_0> in each
         self.init_token: int | None = None  # id whose row every class token of the first encoder started as
         self._prepare(n_classes, seed)
-        self.module = Denoiser(unet, texts, vae_factor)
+        self.module = Denoiser(unet, texts, vae_factor, labels)
         self.module.to(self.device).eval()
         self._wrapped = wrap(self.module)
         self.trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -114,7 +117,7 @@ class Finetuner:
         config = self.config
         full = config.strategy == "full"
         for model in (self.unet, *(one.model for one in self.encoders)):
-            model.requires_grad_(full)
+            model.requires_grad_(full and (model is self.unet or not self._told))
             for parameter in model.parameters():  # norms stay in fp32: CPUs cannot mix the other way round
                 small = not full and parameter.ndim > 1
                 parameter.data = parameter.data.to(DTYPES[config.precision] if small else torch.float32)
@@ -171,7 +174,7 @@ class Finetuner:
         rows, parts = len(batch.z0_BCHW), self.config.accumulate
         assert rows, "a worker has no rows"
         assert rows % parts == 0, f"{rows} rows cannot be computed in {parts} equal parts"
-        assert (batch.visual_BD is not None) == self.config.has_visual, "visual_token and visual_BD differ"
+        assert (batch.visual_BD is not None) == (self.config.has_visual or self._told), "visual_token and visual_BD"
         ids = batch.text if isinstance(batch.text, Tensor) else self.ids(batch.text)
         if batch.dropped_B is not None:
             dropped = batch.dropped_B.view(-1, *[1] * (ids.ndim - 1)).to(ids.device)

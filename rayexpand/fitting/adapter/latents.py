@@ -2,6 +2,7 @@
 
     latents-1f0c9a3e/part-000000000.safetensors   mean, std  float16 or float32 (n, V, C, h, w), already scaled
                                                   row        int64 (n,) of the seed index; reasons of refused ones
+                                                  embedding  float32 (n, V, D), of a decoder of image embeddings
                      ids.parquet                  seed_id, label, part, place of each seed, in the order of the index
                      facts.json                   what a reader has to know
 
@@ -12,13 +13,13 @@ Posteriors rather than samples are kept, because training draws a new sample at 
 A part is as many neighbours as fill about a quarter of a gigabyte; finished parts survive a killed making.
 """
 
-# n seeds of a part, V views, C latent channels, h w latent sides, B images of a call
+# n seeds of a part, V views, C latent channels, h w latent sides, D features, B images of a call
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +40,7 @@ from rayexpand.data.seeds import DataConfig
 from rayexpand.diffusion.sampling import in_chunks, to_tensor
 
 if TYPE_CHECKING:
-    from rayexpand.models.latent import StableDiffusionPrior
+    import torch
 
 VERSION = 1  # raised when the code below makes other numbers
 PART_BYTES = 256 << 20
@@ -80,6 +81,7 @@ class LatentPart:
     mean: np.ndarray  # (n, V, C, h, w), scaled
     std: np.ndarray
     refused: dict[str, str]  # the others: reason by seed id
+    embedding: np.ndarray | None = None  # float32 (n, V, D): what a decoder of image embeddings is told of each view
 
 
 def spans(count: int, views: Views, latent_shape: tuple[int, int, int]) -> list[range]:
@@ -93,8 +95,9 @@ class LatentMaker:
     """Reads, decodes, cuts and encodes rows of a seed index. Every call has one shape, so a latent depends on its
     image, the autoencoder and that shape alone."""
 
-    def __init__(self, index: SeedIndex, data: DataConfig, prior: StableDiffusionPrior, views: Views,
+    def __init__(self, index: SeedIndex, data: DataConfig, prior: Any, views: Views,
                  io_threads: int = 1) -> None:
+        """`prior`: StableDiffusionPrior or UnclipPrior."""
         self._prior, self._views = prior, views
         self._images = SeedBatches(index, data, max(1, views.batch // views.count), io_threads,
                                    lambda image, seed_id: view_pictures(image, seed_id, views))
@@ -105,14 +108,20 @@ class LatentMaker:
         shape = (views.count, *self._prior.latent_shape(views.resolution, views.resolution))
         sound, refused = [np.zeros(0, np.int64)], dict[str, str]()
         means, stds = [np.zeros((0, *shape), views.dtype)], [np.zeros((0, *shape), views.dtype)]
+        embeds = not self._prior.decode_needs_grad
+        told = [np.zeros((0, views.count, self._prior.features), np.float32)] if embeds else []
         for good, pictures, bad in self._images(rows):
             refused |= bad
             sound.append(good)
             if pictures:
-                mean, std = self._encode([view for one in pictures for view in one])
+                squares = [view for one in pictures for view in one]
+                mean, std = self._encode(squares)
                 means.append(mean.reshape(len(good), *shape))
                 stds.append(std.reshape(len(good), *shape))
-        return LatentPart(rows.start, np.concatenate(sound), np.concatenate(means), np.concatenate(stds), refused)
+                if embeds:
+                    told.append(self._called(self._prior.encode, squares).reshape(len(good), views.count, -1))
+        return LatentPart(rows.start, np.concatenate(sound), np.concatenate(means), np.concatenate(stds), refused,
+                          np.concatenate(told) if embeds else None)
 
     @property
     def device(self) -> str:
@@ -125,12 +134,18 @@ class LatentMaker:
         """Scaled posterior means and deviations (B, C, h, w) of pictures of one size."""
         import torch
 
+        found = self._called(lambda x_BCHW: torch.stack(self._prior.posterior(x_BCHW), dim=1), images)
+        return found[:, 0].astype(self._views.dtype), found[:, 1].astype(self._views.dtype)
+
+    def _called(self, function: Callable[[torch.Tensor], torch.Tensor], images: list[np.ndarray]) -> np.ndarray:
+        """What a network says of pictures of one size, so many at once."""
+        import torch
+
         def call(chosen: list[int]) -> torch.Tensor:
-            return torch.stack(self._prior.posterior(to_tensor([images[i] for i in chosen])), dim=1)
+            return function(to_tensor([images[i] for i in chosen]))
 
         with torch.no_grad():
-            found = in_chunks(call, len(images), self._views.batch).cpu().numpy().astype(self._views.dtype)
-        return found[:, 0], found[:, 1]
+            return in_chunks(call, len(images), self._views.batch).cpu().numpy()
 
 
 def view_pictures(image: np.ndarray, seed_id: str, views: Views) -> list[np.ndarray]:
@@ -161,7 +176,8 @@ def write_part(folder: Path, part: LatentPart) -> None:
 
     path = folder / _name(part.first)
     partial = path.with_suffix(".partial")
-    save_file({"mean": part.mean, "std": part.std, "row": part.rows}, partial,
+    told = {} if part.embedding is None else {"embedding": part.embedding}
+    save_file({"mean": part.mean, "std": part.std, "row": part.rows, **told}, partial,
               metadata={"refused": json.dumps(part.refused)})
     os.replace(partial, path)
 
@@ -240,17 +256,32 @@ class Latents:
         mean, std = (self._slice(part, name)[place, view].astype(np.float32) for name in ("mean", "std"))
         return mean, std
 
+    @cached_property
+    def embeds(self) -> bool:
+        """Whether there is an image embedding of each view."""
+        return "embedding" in self._file(int(self._part[0]))
+
+    def embedding(self, item: int, view: int) -> np.ndarray:
+        """float32 (D,) image embedding of one view of one seed."""
+        found: np.ndarray = self._slice(int(self._part[item]), "embedding")[int(self._place[item]), view]
+        return found
+
     def _slice(self, part: int, name: str) -> Any:
+        return self._file(part)[name]
+
+    def _file(self, part: int) -> dict[str, Any]:
+        """Its tensors by name, to be read in pieces."""
         from safetensors import SafetensorError, safe_open
 
         if part not in self._open:
             try:
                 file = safe_open(self.folder / self._parts[part], "np")
-                self._open[part] = {key: file.get_slice(key) for key in ("mean", "std")} | {"file": file}
+                self._open[part] = {key: file.get_slice(key) for key in file.keys()} | {"file": file}  # noqa: SIM118
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"latents {self.folder / self._parts[part]} cannot be read ({error}); move the folder "
                                  "away, and `rayexpand fit` makes it again") from error
-        return self._open[part][name]
+        found: dict[str, Any] = self._open[part]
+        return found
 
 
 def make_here(maker: LatentMaker, wanted: Iterable[range]) -> Iterator[LatentPart]:

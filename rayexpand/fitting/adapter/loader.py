@@ -26,7 +26,7 @@ from rayexpand.contract.rng import generator, row_key
 from rayexpand.contract.schema import CAPTION_SLOT, ClassTable
 from rayexpand.fitting.adapter.latents import Latents
 from rayexpand.fitting.adapter.recipe import FinetuneConfig
-from rayexpand.fitting.adapter.training_draw import draw_visit
+from rayexpand.fitting.adapter.training_draw import draw_told, draw_visit
 
 
 class LatentRows(NamedTuple):
@@ -37,7 +37,7 @@ class LatentRows(NamedTuple):
     t_B: np.ndarray  # int64 timesteps
     dropped_B: np.ndarray  # bool: empty text, no visual token
     texts: list[str]
-    visual_BD: np.ndarray | None  # float32
+    visual_BD: np.ndarray | None  # float32: visual token, or what a decoder of embeddings is told (`draw_told`)
     step: int
 
 
@@ -58,7 +58,9 @@ class LatentLoader:
                  timesteps: int) -> None:
         self.latents = Latents(sources.latents)
         self.recipe, self.seed, self.timesteps = recipe, seed, timesteps
-        self._prompts = [format_prompt(recipe.template, label, classes) for label in range(len(classes))]
+        self.names = classes.name
+        self._prompts = ([""] * len(classes) if self.latents.embeds else  # such a decoder is told images and no texts
+                         [format_prompt(recipe.template, label, classes) for label in range(len(classes))])
         self._captions = None if sources.captions is None else _captions(self.latents, sources.captions)
         self.rows = np.arange(len(self.latents)) if self._captions is None else np.flatnonzero(self._captions != "")
         self._refuse_idle_classes(classes, sources)
@@ -108,22 +110,35 @@ class LatentLoader:
         first = step * self.recipe.batch + rank * share
         rows = [self._visit(item, first + i) for i, item in enumerate(items)]
         z0, noise, t, dropped = (np.stack([row[i] for row in rows]) for i in range(4))
-        return LatentRows(z0, noise, t, dropped, [self._text(item) for item in items],
-                          None if self._visual is None else self._visual(self.latents, items), step)
+        visual = None if self._visual is None else self._visual(self.latents, items)
+        if self.latents.embeds:
+            visual = np.stack([self._told(item, first + i) for i, item in enumerate(items)])
+        return LatentRows(z0, noise, t, dropped, [self._text(item) for item in items], visual, step)
 
     def _visit(self, item: int, place: int) -> tuple[np.ndarray, np.ndarray, np.int64, np.bool_]:
         """(z0, noise, t, dropped) of image `place` of the stream."""
-        latents, seed_id = self.latents, self.latents.seed_id(item)
-        view = 0
-        if latents.views > 1:
-            view = int(generator(row_key(self.seed, "finetune", seed_id, place, 0, "view")).integers(latents.views))
-        mean, std = latents.posterior(item, view)
+        seed_id = self.latents.seed_id(item)
+        mean, std = self.latents.posterior(item, self._view(seed_id, place))
         visit = draw_visit(self.recipe, self.seed, seed_id, place, mean.shape, self.timesteps)
         return mean + std * visit.posterior_CHW, visit.noise_CHW, np.int64(visit.t), np.bool_(visit.dropped)
 
+    def _told(self, item: int, place: int) -> np.ndarray:
+        """What a decoder of image embeddings is told of it, of the same view."""
+        seed_id = self.latents.seed_id(item)
+        return draw_told(self.seed, seed_id, place, self.latents.embedding(item, self._view(seed_id, place)))
+
+    def _view(self, seed_id: str, place: int) -> int:
+        if self.latents.views == 1:
+            return 0
+        return int(generator(row_key(self.seed, "finetune", seed_id, place, 0, "view")).integers(self.latents.views))
+
     def shown(self, classes: int) -> tuple[list[str], np.ndarray | None]:
-        """(text, visual token) of the first image of each of the first `classes` classes that have one."""
+        """(text, visual token) of the first image of each of the first `classes` classes that have one; (name, image
+        embedding) for a decoder of these."""
         items = self.rows[np.unique(self.latents.labels[self.rows], return_index=True)[1][:classes]].tolist()
+        if self.latents.embeds:
+            return [self.names[self.latents.labels[item]] for item in items], np.stack([
+                self.latents.embedding(item, 0) for item in items])
         return [self._text(item) for item in items], None if self._visual is None else self._visual(self.latents, items)
 
     def _text(self, item: int) -> str:

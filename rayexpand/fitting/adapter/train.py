@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +29,15 @@ from rayexpand.fitting.adapter.config import AdapterFit
 from rayexpand.fitting.adapter.loader import LatentLoader, LatentRows, Sources
 from rayexpand.fitting.adapter.recipe import TARGETS
 from rayexpand.fitting.adapter.sample_grid import draw_sheet
-from rayexpand.models.folders import quiet_libraries
-from rayexpand.models.prior import load_prior
+from rayexpand.models.folders import loaded_files, quiet_libraries
+from rayexpand.models.prior import load_prior, sources_of
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from rayexpand.fitting.adapter.finetuner import Finetuner, LatentBatch
     from rayexpand.models.latent import StableDiffusionPrior
+    from rayexpand.models.unclip import UnclipPrior
 
 STAGE = "finetune"  # name of the checkpoint file
 TRAINING = "training.json"  # how it went, until it is part of artifact.json
@@ -84,7 +88,7 @@ class Tuning:
     """A fine-tuning under way in this process."""
 
     job: TuneJob
-    prior: StableDiffusionPrior  # its UNet and text encoders are the ones in training
+    prior: Any  # StableDiffusionPrior or UnclipPrior; its UNet and text encoders are the ones in training
     tuner: Finetuner
     feed: LatentLoader
     curve: LossCurve
@@ -108,12 +112,14 @@ def open_tuning(job: TuneJob, *, device: str | None = None,
     # the Finetuner casts what may be less than float32; 3.5 GB for a moment with Stable Diffusion 1.5, 14 GB
     # with XL
     prior = load_prior(job.base.weights, dtype="float32", device=device or job.base.device)
-    feed = LatentLoader(job.sources, recipe, job.classes, job.seed, prior.scheduler.config.num_train_timesteps)
+    model = prior if prior.decode_needs_grad else prior.decoder
+    feed = LatentLoader(job.sources, recipe, job.classes, job.seed, model.scheduler.config.num_train_timesteps)
     if feed.latents.classes != job.classes.key:
         raise ModelError(f"latents {job.sources.latents} are of other classes than the dataset has; move the folder "
                          "away, and `rayexpand fit` makes it again")
-    tuner = Finetuner(prior.unet, prior.texts, prior.scheduler, recipe, len(job.classes), job.seed,
-                      vae_factor=prior.vae_factor, device=prior.device, wrap=wrap, world=job.world)
+    tuner = Finetuner(model.unet, model.texts, model.scheduler, recipe, len(job.classes), job.seed,
+                      vae_factor=model.vae_factor, device=model.device, wrap=wrap, world=job.world,
+                      labels=None if model is prior else partial(told_labels, prior))
     curve = LossCurve()
     if (found := Checkpoints(Path(job.folder), job.made.checkpoint_every).load(STAGE)) is not None:
         tensors, state = found
@@ -121,6 +127,12 @@ def open_tuning(job: TuneJob, *, device: str | None = None,
         curve = LossCurve(**state)
     curve.starts.append(tuner.step)
     return Tuning(job, prior, tuner, feed, curve)
+
+
+def told_labels(prior: UnclipPrior, told_BD: Tensor) -> Tensor:
+    """What the network is told, of what a feed tells of images (`draw_told`)."""
+    D = prior.features
+    return prior.labels(told_BD[:, :D], told_BD[:, D:2 * D], told_BD[:, 2 * D].long())
 
 
 def tune(tuning: Tuning, batches: Iterable[LatentRows], *, save: Callable[[], None],
@@ -285,7 +297,10 @@ def write_trained(tuning: Tuning, folder: Path) -> None:
     job, prior, tuner = tuning.job, tuning.prior, tuning.tuner
     recipe = job.made.finetune
     if recipe.strategy == "full":
-        write_pipeline(prior, folder)
+        if prior.decode_needs_grad:
+            write_pipeline(prior, folder)
+        else:
+            write_decoder(prior, sources_of(job.base.weights).folder, folder)
         return
     has_lora, encoders = recipe.has_lora, _encoders(job)
     write_adapter(folder, AdapterFacts(
@@ -308,15 +323,33 @@ def _encoders(job: TuneJob) -> tuple[str, ...]:
 
 def write_pipeline(prior: StableDiffusionPrior, folder: Path) -> None:
     """A complete folder in diffusers' layout, safetensors only. Raises ModelError where weights are not finite."""
-    import torch
     from diffusers import StableDiffusionPipeline
 
-    for model in (prior.unet, prior.text_encoder):
-        if bad := [name for name, one in model.named_parameters() if not torch.isfinite(one).all()]:
-            raise ModelError(f"the trained numbers of {bad[0]} are not finite: training diverged. Lower the learning "
-                             "rate")
+    _refuse_infinite(prior.unet, prior.text_encoder)
     with quiet_libraries():
         StableDiffusionPipeline(
             vae=prior.vae, text_encoder=prior.text_encoder, tokenizer=prior.tokenizer, unet=prior.unet,
             scheduler=prior.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         ).save_pretrained(folder, safe_serialization=True)
+
+
+def write_decoder(prior: UnclipPrior, base: Path, folder: Path) -> None:
+    """The folder of a decoder of image embeddings with another UNet; its other parts stay the files that they are, so
+    that the guide that went with it still does. Raises ModelError where weights are not finite."""
+    _refuse_infinite(prior.decoder.unet)
+    for name in (one for one in loaded_files(base) if not one.startswith("unet/")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base / name, folder / name)
+    unet = prior.decoder.unet
+    unet.register_to_config(_name_or_path="")  # else the folder it was read from, which would be in every hash
+    with quiet_libraries():
+        unet.save_pretrained(folder / "unet", safe_serialization=True)
+
+
+def _refuse_infinite(*models: nn.Module) -> None:
+    import torch
+
+    for model in models:
+        if bad := [name for name, one in model.named_parameters() if not torch.isfinite(one).all()]:
+            raise ModelError(f"the trained numbers of {bad[0]} are not finite: training diverged. Lower the learning "
+                             "rate")

@@ -20,6 +20,18 @@ class TrainingDraw(NamedTuple):
     dropped: bool
 
 
+CLEAN, LEVELS = 0.5, 500  # share of embeddings without noise; the others get a level below
+
+
+def draw_told(seed: int, seed_id: str, visit: int, embedding_D: np.ndarray) -> np.ndarray:
+    """float32 (2 D + 1,): what a decoder is told of the image at this visit, which is its embedding, noise for it, and
+    the level of that noise."""
+    rng = generator(row_key(seed, "finetune", seed_id, visit, 0, "level"))
+    level = int(rng.integers(LEVELS)) if rng.random() >= CLEAN else 0
+    noise_D = rng.standard_normal(embedding_D.shape, np.float32)
+    return np.concatenate([embedding_D, noise_D, np.array([level], np.float32)])
+
+
 def draw_visit(config: FinetuneConfig, seed: int, seed_id: str, visit: int, shape: tuple[int, ...],
                timesteps: int) -> TrainingDraw:
     """Draws of the `visit`-th visit of an image, latents of `shape` (C, H, W): a function of its arguments alone."""

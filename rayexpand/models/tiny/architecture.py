@@ -158,6 +158,7 @@ def assemble_unclip(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel,
         image_noising_scheduler=DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2"), tokenizer=pipe.tokenizer,
         text_encoder=pipe.text_encoder, unet=unet, scheduler=pipe.scheduler, vae=pipe.vae)
     made.set_progress_bar_config(disable=True)
+    pipe.vae.register_to_config(_name_or_path="")  # else the folder it was read from, which would be in every hash
     return made
 
 

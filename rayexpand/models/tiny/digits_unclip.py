@@ -22,6 +22,9 @@ import torch.nn.functional as F  # noqa: N812
 from rayexpand.contract.protocols import Progress
 from rayexpand.data.seeds import digits_split
 from rayexpand.models.folders import cache_root
+from rayexpand.models.prior_config import PriorModel
+from rayexpand.models.prior_files import inspect_sources
+from rayexpand.models.sources import PriorSources
 from rayexpand.models.tiny import digits, pretrain
 from rayexpand.models.tiny.architecture import (
     assemble_unclip,
@@ -31,6 +34,7 @@ from rayexpand.models.tiny.architecture import (
     unclip_unet_shape,
 )
 from rayexpand.models.tiny.once import trained_once
+from rayexpand.models.unclip import UnclipPrior, Variation
 from rayexpand.storage.checkpoints import Stage
 
 if TYPE_CHECKING:
@@ -43,7 +47,7 @@ STAGE = "decoder of embeddings"
 class UnclipRecipe:
     """What decides the trained weights, beside the embedded default; its digest names the cache folder."""
 
-    version: int = 1  # raised when the code below trains something else from the same numbers
+    version: int = 2  # raised when the code below trains something else from the same numbers
     seed: int = 0
     steps: int = 1000
     batch: int = 32
@@ -133,10 +137,9 @@ def measure(pipeline: Path, trained: pretrain.Trained, test: tuple[np.ndarray, n
             recipe: UnclipRecipe) -> dict[str, float]:
     """Test images painted again from their embeddings, guidance 2, 10 steps: the share that the guide names as they are
     labelled, and the mean cosine between what it sees in both. The guide flatters itself."""
-    from rayexpand.models.prior import load_prior
-    from rayexpand.models.unclip import Variation
-
-    prior, rng = load_prior(str(pipeline), device="cpu"), recipe.stream("unclip measured")
+    sources = PriorSources(pipeline)
+    process = inspect_sources(sources, PriorModel(weights=str(pipeline))).process
+    prior, rng = UnclipPrior.load(sources, process, device="cpu"), recipe.stream("unclip measured")
     x_n3HW = pretrain.to_bytes(test[0][:recipe.measured])
     z_nD = prior.encode(pretrain.to_unit(x_n3HW), None)
     noise, level_noise = (normals(rng, shape) for shape in (

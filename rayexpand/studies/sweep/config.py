@@ -162,7 +162,7 @@ def study_with(base: Mapping[str, Any], config: SweepConfig, values: Mapping[str
     study = parse_study(raw)
     arm = next(one for one in study.arms if one.name == config.arm).model_copy(update={"control": False})
     return study.model_copy(update={"arms": [arm], "expansions": {
-        name: one for name, one in study.expansions.items() if name == arm.use}, "selections": {
+        name: one for name, one in study.expansions.items() if name in arm.uses}, "selections": {
         name: one for name, one in study.selections.items() if name == arm.selection}})
 
 
@@ -177,12 +177,13 @@ def identity(study: StudyConfig) -> dict[str, Any]:
              "order": [study.training.shuffle_rows, study.training.streams]}
     if arm.selection in study.selections:
         found["select"] = study.selections[str(arm.selection)]
-    if arm.use is not None:
-        one = study.expansions[arm.use]
-        found["expansion"] = one.run if one.run is not None else semantic(pilot_run(one, data))
-        if one.fit is not None:
-            found["fit"] = one.fit.model_dump(mode="json")
-    return found
+    made = [_made_from(study.expansions[name], data) for name in arm.uses]
+    return {**found, **(made[0] if len(made) == 1 else {"expansions": made} if made else {})}
+
+
+def _made_from(one: ExpansionConfig, data: Mapping[str, Any]) -> dict[str, Any]:
+    return {"expansion": one.run if one.run is not None else semantic(pilot_run(one, data)),
+            **({"fit": one.fit.model_dump(mode="json")} if one.fit is not None else {})}
 
 
 def by_content(data: DataConfig) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from rayexpand.runs import run as runs
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import create_once, healthy_json, read_json
-from rayexpand.studies.config import StudyConfig, parse_study, study_preflight
+from rayexpand.studies.config import ArmConfig, StudyConfig, parse_study, study_preflight
 from rayexpand.studies.sweep.config import (
     OPERATIONAL,
     UNSWEPT,
@@ -163,7 +163,7 @@ def write_best(sweep: Sweep, best: Mapping[str, Any]) -> None:
     alone = {**raw, "arms": [{**arm_of(raw, sweep.config.arm), "control": False}], "test": scored_data(sweep.base,
                                                                                                    sweep.config)}
     alone["expansions"] = {name: one for name, one in (raw.get("expansions") or {}).items()
-                           if name == alone["arms"][0].get("use")}
+                           if name in ArmConfig(**alone["arms"][0]).uses}
     for field in ("baseline", "baselines"):
         alone.pop(field, None)
     if chosen := {name: one for name, one in (raw.get("selections") or {}).items()

@@ -1,0 +1,130 @@
+"""What the arms of a study cost in training on this machine, and the overhead of each over the baseline.
+
+Steps of every arm are timed in turn, several rounds of them, with a clock for the loader (reading, decoding, augmenting
+and mixing the images of a step) and one for the optimiser step. Figures are medians over rounds, so that a machine
+whose speed drifts is compared with itself. What samples cost is left out: they are there before (DiffCoRe-Mix, equation
+9).
+
+    paper             here              meaning, unit
+    T                 seconds           of the whole training: steps x (loader + step); loaders that work beside the
+                                        training hide the shorter of the two
+    A_O               overhead          (T - T of the baseline) / T of the baseline, percent
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from rayexpand.contract.device import choose_device, torch_threads
+from rayexpand.contract.errors import UsageError
+from rayexpand.runs.config import RunConfig
+from rayexpand.runs.store import first_look
+from rayexpand.storage.places import open_files
+from rayexpand.storage.tables import replace_json
+from rayexpand.studies.config import StudyConfig
+from rayexpand.studies.parts import Study, Trial
+from rayexpand.studies.study import prepare_study
+from rayexpand.studies.trial import TrialWork, make_classifier, open_work
+from rayexpand.studies.trials import make_trials
+
+ROUNDS = 3
+STEPS = 10  # of one arm in a round, at least
+FILE = "bench.json"  # in the study's folder
+
+
+@dataclass(frozen=True, slots=True)
+class ArmCost:
+    """Seconds are medians of one step; `overhead` is of the whole training, `overhead_per_image` of equally many
+    images, both in percent of the baseline."""
+
+    arm: str
+    batch: int
+    steps: int  # of the training
+    loader_seconds: float
+    step_seconds: float
+    overhead: float = 0.0
+    overhead_per_image: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.steps * (self.loader_seconds + self.step_seconds)
+
+    @property
+    def seconds_per_image(self) -> float:
+        return (self.loader_seconds + self.step_seconds) / self.batch
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBench:
+    arms: tuple[ArmCost, ...]
+    baseline: str
+    images: int  # timed, of each arm
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "arms": [{**asdict(one), "seconds": one.seconds} for one in self.arms]}
+
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        return ("arm", "batch", "loader, ms", "step, ms", "training, s", "overhead, %", "the same images, %"), [
+            (one.arm, str(one.batch), f"{1e3 * one.loader_seconds:.1f}", f"{1e3 * one.step_seconds:.1f}",
+             f"{one.seconds:,.1f}", *(("baseline", "") if one.arm == self.baseline else
+                                      (f"{one.overhead:+.1f}", f"{one.overhead_per_image:+.1f}"))) for one in self.arms]
+
+
+def overhead(augmented: float, plain: float) -> float:
+    """Equation 9 of DiffCoRe-Mix, percent."""
+    return (augmented - plain) / plain * 100
+
+
+def bench_study(config: StudyConfig, images: int = 0) -> TrainingBench:
+    """Times at least `images` images of every arm with the first seed. Writes bench.json in the study's folder.
+
+    Raises what `prepare_study` raises, and UsageError where an expansion of an arm is not complete.
+    """
+    study = prepare_study(config)
+    if missing := sorted({name for (name, _), made in study.expansions.items()
+                          if isinstance(made, RunConfig) and first_look(open_files(made.folder)) is None}):
+        raise UsageError(f"expansions.{missing[0]}: its samples are not there, and bench measures training on them; "
+                         "make them with `rayexpand train` and this file first")
+    trials = [one for one in make_trials(study) if one.seed == config.seeds[0] and one.is_trained]
+    with torch_threads(config.training.threads):
+        device = str(choose_device(config.training.device))
+        works = {one.arm: open_work(study.files, one, config.training) for one in trials}
+        per_round = max(STEPS, *(math.ceil(images / (ROUNDS * work.feed.batch)) for work in works.values()))
+        rounds = [{arm: _timed(work, device, number * per_round, per_round) for arm, work in works.items()}
+                  for number in range(ROUNDS)]
+    found = TrainingBench(_costs(study, trials, works, rounds), config.baseline or trials[0].arm,
+                          ROUNDS * per_round * min(work.feed.batch for work in works.values()), device)
+    replace_json(study.files, FILE, found.to_json())
+    return found
+
+
+def _timed(work: TrialWork, device: str, start: int, steps: int) -> tuple[float, float]:
+    """Median seconds of loader and optimiser step over `steps` steps, the images those of steps `start` on; one more
+    step before them warms both up."""
+    classifier, loading, training = make_classifier(work, device), list[float](), list[float]()
+    batches = work.feed.batches(start, start + steps + 1)
+    for _ in range(steps + 1):
+        at = time.perf_counter()
+        batch = next(batches)
+        loaded = time.perf_counter()
+        classifier.step = batch.step  # of a network that was not trained before
+        classifier.update(batch)  # ends when the device has done it, for it returns the loss
+        loading.append(loaded - at)
+        training.append(time.perf_counter() - loaded)
+    return median(loading[1:]), median(training[1:])
+
+
+def _costs(study: Study, trials: Sequence[Trial], works: Mapping[str, TrialWork],
+           rounds: Sequence[Mapping[str, tuple[float, float]]]) -> tuple[ArmCost, ...]:
+    found = [ArmCost(one.arm, works[one.arm].feed.batch, works[one.arm].feed.total_steps,
+                     *(median(seconds[one.arm][part] for seconds in rounds) for part in (0, 1))) for one in trials]
+    plain = next(one for one in found if one.arm == (study.config.baseline or trials[0].arm))
+    return tuple(ArmCost(one.arm, one.batch, one.steps, one.loader_seconds, one.step_seconds,
+                         overhead(one.seconds, plain.seconds),
+                         overhead(one.seconds_per_image, plain.seconds_per_image)) for one in found)
