@@ -111,7 +111,7 @@ def _opened(study: Study, folder: str) -> tuple[list[Trial], dict[str, TrialWork
     beside = replace(study, files=open_files(folder))
     for name in STUDY_FOLDERS:
         beside.files.make_folder(name)
-    trials = [one for one in make_trials(beside) if one.seed == study.config.seeds[0]]
+    trials = [one for one in make_trials(beside) if one.seed == study.config.seeds[0] and one.is_trained]
     return trials, {one.arm: open_work(beside.files, one, study.config.training) for one in trials}
 
 

@@ -284,7 +284,7 @@ def _selection_problems(config: StudyConfig) -> list[str]:
 def _judge_problems(config: StudyConfig, expansion: str, made: RunConfig) -> list[str]:
     """The problem of decisions by the guide of a run that names none."""
     found = []
-    for name in dict.fromkeys(arm.selection for arm in config.arms if arm.use == expansion):
+    for name in dict.fromkeys(arm.selection for arm in config.arms if expansion in arm.uses):
         chosen, _ = selecting.checked({**config.selections.get(str(name), {}), "name": "x", "run": "of the study"})
         if chosen is not None and chosen.guide is None and chosen.rule.wants() & BY_GUIDE:
             found += guide_of_run(f"selections.{name}.guide.weights", made)

@@ -24,8 +24,8 @@ def make_selections(study: Study, score: Score = select_scores.in_process,
                     progress: Progress = lambda *_: None) -> None:
     """Makes what arms ask for and is not there. Raises ConfigError, and DigestMismatch where a run has another decision
     of that name."""
-    wanted = {(folder_of(study.expansions[use, seed]), arm.selection): None for arm in study.config.arms
-              for use in arm.uses for seed in study.config.seeds if arm.selection in study.config.selections}
+    wanted = {(folder_of(study.expansions[name, seed]), arm.selection): None for arm in study.config.arms
+              for seed in study.config.seeds for name in arm.uses if arm.selection in study.config.selections}
     for folder, name in wanted:
         raw = {**study.config.selections[str(name)], "name": name, "run": folder,
                "cluster": study.config.cluster.model_dump(mode="json")}
