@@ -67,7 +67,8 @@ class ColumnsKind(ArtifactKind):
     def problems(self, folder: Path, run: RunInputs) -> list[str]:
         if problem := columns_problem(folder, self.name):
             return [problem]
-        if self.name == CAPTIONS or run.text_width is None:
+        conditions = self.name != CAPTIONS and self.name in run.method.needs()  # else a judge alone compares with them
+        if not conditions or run.text_width is None:
             return []
         try:
             problem = width_problem(features_width(folder, self.name), run.text_width)

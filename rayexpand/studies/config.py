@@ -5,6 +5,7 @@ study.py makes a study of it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -27,9 +28,12 @@ from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.subsets import SubsetConfig
 from rayexpand.evaluation import features as extractors
+from rayexpand.evaluation import select as selecting
 from rayexpand.evaluation.evaluate import DistanceConfig
 from rayexpand.evaluation.features import ExtractorConfig
+from rayexpand.evaluation.select_rules import BY_GUIDE
 from rayexpand.fitting.adapter.config import AdapterFit
+from rayexpand.fitting.captions import CaptionsFit
 from rayexpand.fitting.config import fit_config
 from rayexpand.fitting.config import preflight as fit_preflight
 from rayexpand.fitting.guide import GuideFit
@@ -37,9 +41,10 @@ from rayexpand.models.folders import unreadable
 from rayexpand.models.prior import facts_to_come
 from rayexpand.runs import config as configs
 from rayexpand.runs import run as runs
-from rayexpand.runs.config import DIGITS, ClusterConfig, RunConfig, not_named
+from rayexpand.runs.config import DIGITS, ClusterConfig, RunConfig, guide_of_run, not_named
 from rayexpand.runs.inputs import no_effect
-from rayexpand.studies import extra_tests
+from rayexpand.studies import baselines, extra_tests
+from rayexpand.studies.baselines import Baseline
 from rayexpand.studies.extra_tests import ExtraTest
 from rayexpand.studies.priors import PriorFit, prior_problems
 
@@ -64,7 +69,8 @@ class ArmConfig(Section):
     fill: bool = Field(False, description="of each class only as many synthetic rows as bring it to the size of the "
                        "largest real class (SYNAuG)")
     selection: str | None = Field(None, description="a decision in selections/ of the expansion; only rows it keeps. "
-                                  "For a run the study makes, `select` it when `train` asks for it, and train again")
+                                  "One of `selections` the study makes; for another of a run the study makes, `select` "
+                                  "it when `train` asks for it, and train again")
     soft_label: dict[str, float] = Field({}, description="arguments of the method's soft label, such as gamma")
     mix: Annotated[SeedMix | None, Later(None)] = Field(
         None, description="mix samples with a real image as they are trained (DiffCoRe-Mix); {}: with their own seeds, "
@@ -98,6 +104,8 @@ class ExpansionFit(Section):
     groups: int = Field(3, ge=1, description="prototypes of each class (DistDiff: 3)")
     adapter: AdapterFit | None = Field(None, description="fine-tune the generator, in the process that drives the "
                                        "study; null: the one the run configuration names")
+    captions: Annotated[CaptionsFit | None, Later(None)] = Field(
+        None, description="where captions come from; null: the artifact the run configuration names")
     pretrain: Annotated[PriorFit | None, Later(None)] = Field(
         None, description="train the generator, from nothing; null: the one the run configuration names")
 
@@ -156,9 +164,19 @@ class StudyConfig(Section):
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="repetitions; three or more for error bars")
     recipe: dict[str, Any] = Field({}, description="preset and fields of the training recipe")
     expansions: dict[str, ExpansionConfig] = Field({}, description="runs the arms use, by name")
+    selections: Annotated[dict[str, dict[str, Any]], Later({})] = Field(
+        {}, description="decisions by name that arms ask for in `selection` and the study makes of the runs they use: "
+        "the file of `rayexpand select` without name, run and cluster")
     arms: list[ArmConfig] = Field(min_length=1)
+    baselines: Annotated[list[Baseline], Later([])] = Field(
+        [], description="rows that need no expansion, by their kind or as sections: what a model trained on other "
+        "images makes of the same real images")
     baseline: str | None = Field(None, description="arm the others are compared with; null: the first")
     resample: bool | None = Field(None, description="expand anew for each seed; null: where the subsets differ")
+    vary: Annotated[Literal["all", "classifier", "data"], Later("all")] = Field(
+        "all", description="what differs between the seeds. classifier: the real images and the samples are those of "
+        "the first seed, so that ± shows the classifier alone; data: the classifier seed is the first one, so that ± "
+        "shows the samples, and the real images unless subset.seed names one subset")
     training: TrainingConfig = TrainingConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -171,6 +189,16 @@ class StudyConfig(Section):
         return {name: one if not isinstance(one, Mapping) or {"run", "config"} & set(one) else
                 {"config": {key: field for key, field in one.items() if key != "fit"},
                  **({"fit": one["fit"]} if "fit" in one else {})} for name, one in value.items()}
+
+    @field_validator("baselines", mode="before")
+    @classmethod
+    def _by_kind(cls, value: Any) -> Any:
+        return baselines.short_form(value)
+
+    @property
+    def used(self) -> set[str]:
+        """Names of the expansions that arms or baselines use."""
+        return {name for arm in self.arms for name in arm.uses} | {one.use for one in self.baselines if one.use}
 
     @property
     def folder(self) -> str:
@@ -202,7 +230,7 @@ def study_preflight(config: StudyConfig) -> list[str]:
                 for problem in renamed(seeds.check(data), section)]
     problems += [f"extra_tests.{name}.{line}" for name,
                  one in config.extra_tests.items() for line in extra_tests.problems(one)]
-    problems += _samples_problems(config)
+    problems += _samples_problems(config) + _baseline_problems(config) + _selection_problems(config)
     files = {file for arm in config.arms if (file := {**config.recipe, **arm.recipe}.get("checkpoint")) is not None}
     problems += [f"recipe.checkpoint: there is no file {file}{looked_at(file)}" for file in sorted(files)
                  if not Path(file).expanduser().is_file()]
@@ -224,16 +252,53 @@ def study_preflight(config: StudyConfig) -> list[str]:
                        *(("artifacts.adapter: ", "artifacts.class_features: ", "artifacts.image_features: ")
                          if one.fit and one.fit.adapter else ()),
                        *(("guide.weights: ",) if trained else ()),
+                       *(("artifacts.captions: ",) if one.fit and one.fit.captions else ()),
                        *(("prior.weights: missing",) if to_come else ()))
+        problems += _judge_problems(config, name, made)
         problems += [f"expansions.{name}.{line}" for line in runs.preflight(made, device_here=False, prior=to_come)
                      if not line.startswith(given_later) or ": has no effect" in line]
-        if one.fit is not None and (wanted := fit_config(made, one.fit.guide, one.fit.adapter)) is not None:
+        if one.fit is not None and (wanted := fit_config(made, one.fit.guide, one.fit.adapter,
+                                                                one.fit.captions)) is not None:
             problems += [f"expansions.{name}.{line.partition(', or add `')[0]}"  # which a study cannot have there
                          for line in fit_preflight(wanted, device_here=False, on_ray=False)
                          if line.startswith("fit.") and not line.startswith("fit.adapter.features: is missing")]
         if one.fit is not None and one.fit.pretrain is not None:
             problems += [f"expansions.{name}.{line}" for line in prior_problems(made, one.fit.pretrain)]
     return problems
+
+
+def _selection_problems(config: StudyConfig) -> list[str]:
+    """What is wrong with decisions the study makes, whatever the run."""
+    problems, asked = [], {arm.selection for arm in config.arms}
+    for name, raw in config.selections.items():
+        if given := sorted({"name", "run", "cluster"} & set(raw)):
+            problems.append(f"selections.{name}: {', '.join(given)} come from the study; take them out")
+        else:
+            _, found = selecting.checked({**raw, "name": name, "run": "of the study"})
+            problems += [f"selections.{name}.{line}" for line in found]
+        if name not in asked:
+            problems.append(f"selections.{name}: no arm asks for it; set it as the `selection` of one, or take it out")
+    return problems
+
+
+def _judge_problems(config: StudyConfig, expansion: str, made: RunConfig) -> list[str]:
+    """The problem of decisions by the guide of a run that names none."""
+    found = []
+    for name in dict.fromkeys(arm.selection for arm in config.arms if arm.use == expansion):
+        chosen, _ = selecting.checked({**config.selections.get(str(name), {}), "name": "x", "run": "of the study"})
+        if chosen is not None and chosen.guide is None and chosen.rule.wants() & BY_GUIDE:
+            found += guide_of_run(f"selections.{name}.guide.weights", made)
+    return found
+
+
+def _baseline_problems(config: StudyConfig) -> list[str]:
+    """What is wrong with the baselines whose recipe can be made; `_recipe_problems` names the others."""
+    found = []
+    for one in config.baselines:
+        with contextlib.suppress(ValueError):
+            found += [f"baselines.{one.called}.{line}" for line in baselines.problems(
+                one, baselines.recipe_of(one, config.recipe), config.data)]
+    return found
 
 
 def _samples_problems(config: StudyConfig) -> list[str]:
@@ -244,7 +309,7 @@ def _samples_problems(config: StudyConfig) -> list[str]:
                 for line in renamed(seeds.check(data), f"samples.{name}")]
     problems += [f"arms.{arm.name}.use: `samples` compares what one expansion made; name one, or take `samples` out"
                  for arm in config.arms if len(arm.uses) > 1]
-    if all(arm.use is None for arm in config.arms):
+    if not config.used:
         problems.append("samples: no arm uses an expansion, so there are none to compare; take it out")
     if wanted.extractor.guide is None and wanted.extractor.timm is None and config.data.source != DIGITS:
         problems.append(not_named("samples.extractor.guide", config.data))
@@ -263,7 +328,12 @@ def run_config(config: StudyConfig, name: str, one: ExpansionConfig, seed: int, 
 
 def _arm_problems(config: StudyConfig) -> list[str]:
     problems = []
-    names = [arm.name for arm in config.arms]
+    names = [*(arm.name for arm in config.arms), *(one.called for one in config.baselines)]
+    problems += [f"baselines.{one.called}: the name is given twice; every row needs its own, so give `name`"
+                 for one in config.baselines if names.count(one.called) > 1]
+    problems += [f"baselines.{one.called}.use: '{one.use}' is no expansion; known: "
+                 f"{', '.join(config.expansions) or 'none, add a section expansions'}" for one in config.baselines
+                 if one.use is not None and one.use not in config.expansions]
     for arm in config.arms:
         where = f"arms.{arm.name}"
         if names.count(arm.name) > 1:
@@ -304,6 +374,9 @@ def _arm_problems(config: StudyConfig) -> list[str]:
                  if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]
     if config.baseline is not None and config.baseline not in names:
         problems.append(f"baseline: '{config.baseline}' is no arm; known: {', '.join(names)}")
+    if (config.vary, config.resample) in (("classifier", True), ("data", False)):
+        problems.append(f"vary: {config.vary} and resample: {str(config.resample).lower()} contradict each other; take "
+                        "resample out")
     if len(set(config.seeds)) < len(config.seeds):
         problems.append("seeds: a seed is given twice; each is one repetition")
     return problems
@@ -349,6 +422,13 @@ def unknown_soft_labels(arm: ArmConfig, methods: Sequence[Method]) -> list[str]:
 
 def _recipe_problems(config: StudyConfig) -> list[str]:
     problems = []
+    for one in config.baselines:
+        try:
+            baselines.recipe_of(one, config.recipe)
+        except ValidationError as error:
+            problems += settings.mistakes(error, Recipe, f"baselines.{one.called}.recipe.")
+        except ValueError as error:
+            problems.append(f"baselines.{one.called}.recipe.{error}")
     for where, own in [("recipe", {}), *((f"arms.{arm.name}.recipe", arm.recipe) for arm in config.arms if arm.recipe)]:
         try:
             make_recipe({**config.recipe, **own})
@@ -386,7 +466,7 @@ def _expansion_problems(config: StudyConfig) -> list[str]:
 
 def _fit_problems(made: RunConfig, fit: ExpansionFit) -> list[str]:
     """What the fit of an expansion cannot mean for its run, one line each."""
-    wanted, problems = fit_config(made, fit.guide, fit.adapter), []
+    wanted, problems = fit_config(made, fit.guide, fit.adapter, fit.captions), []
     if fit.pretrain is not None:
         if "prior" not in made.needs:
             problems.append(f"fit.pretrain: {made.method.name} samples without a generator; take it out")
@@ -400,8 +480,8 @@ def _fit_problems(made: RunConfig, fit: ExpansionFit) -> list[str]:
             f"fit: {made.method.name} as it is set here needs nothing fitted; take it out"]
     problems += [f"artifacts.{kind}: {folder} would not be read, for fit makes them of each seed's own rows; take one "
                 "of the two out" for kind, folder in made.artifacts.items() if getattr(wanted.fit, kind)]
-    if fit.guide is not None and wanted.fit.guide is None:
-        problems.append(f"fit.guide: has no effect on {made.method.name} as it is set here; take it out")
+    problems += [f"fit.{role}: has no effect on {made.method.name} as it is set here; take it out"
+                 for role in ("guide", "captions") if getattr(fit, role) and getattr(wanted.fit, role) is None]
     if fit.adapter is None or wanted.fit.adapter is None:
         return problems
     recipe, plain = fit.adapter.finetune, AdapterFit()

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from rayexpand.classifier.recipe import make_recipe
+from rayexpand.classifier.seed_mixing import SeedMix
 from rayexpand.contract import settings
 from rayexpand.contract.errors import ConfigError
 from rayexpand.contract.schema import Seed
@@ -27,7 +28,7 @@ from rayexpand.fitting.config import load_fit
 from rayexpand.runs.config import load, parse, resolved
 from rayexpand.storage.places import open_files
 from rayexpand.studies import extra_tests
-from rayexpand.studies.config import StudyConfig, load_study
+from rayexpand.studies.config import StudyConfig, load_study, run_config
 from rayexpand.studies.sweep.config import load_sweep
 from rayexpand.studies.sweep.space import Dimension, n_suggestions, parse_dimension, suggest
 from rayexpand.studies.sweep.sweep import Sweep, candidate
@@ -112,7 +113,7 @@ def test_the_job_of_a_paper_says_what_it_reproduces() -> None:
         if not any(word in head for word in ("Published", "published", "not stated")):
             problems.append(f"{_name(path)}: says nothing of what was published")
         text = (path.parent / "README.md").read_text()
-        numbers = re.findall(r"\b([DFG])(\d+)(?:-[DFG](\d+))?\b", head)
+        numbers = re.findall(r"\b([CDFG])(\d+)(?:-[CDFG](\d+))?\b", head)
         for letter, first, last in numbers:
             problems += [f"{_name(path)}: {letter}{number} is explained nowhere"
                          for number in range(int(first), int(last or first) + 1)
@@ -142,6 +143,17 @@ def test_the_job_of_a_paper_says_what_it_reproduces() -> None:
     ("gif/study-cifar100c", "23.6 34.2 43.3 48.2 75.2 55.4 79.4 61.4"),
     ("gif/study-cars-architectures", "18.4 29.6 64.1 32.0 49.2 75.1 26.2 39.7 60.2"),
     ("gif/study-medical-clip", "78.4 67.2 78.9 74.3 60.0 64.9 77.3 60.2 77.4"),
+    ("diffcoremix/study-cub", "74.23 74.30 78.12 79.52"), ("diffcoremix/study-cars", "89.06 88.84 91.17 92.71"),
+    ("diffcoremix/study-caltech101", "91.47 91.36 92.23 93.72"),
+    ("diffcoremix/study-flowers", "66.18 61.05 62.45 56.30 68.73 61.07 69.84 62.58"),
+    ("diffcoremix/study-imagenet", "77.03 93.52 76.75 77.08 79.47 96.32 80.48 98.21"),
+    ("diffcoremix/study-tiny-imagenet", "56.59 55.97 56.67 65.91 67.81 87.38"),
+    ("diffcoremix/study-cifar100", "76.84 75.31 76.80 82.84 83.37 97.62"),
+    ("diffcoremix/study-mixing", "85.86 87.68 88.08 88.92 89.50 90.62 91.85 92.74"),
+    ("diffcoremix/study-transfer", "78.61 88.26 79.42 90.84 81.57 94.38 82.37 95.10"),
+    ("diffcoremix/study-vit", "54.73 67.32 45.31 53.45 51.63 61.13 47.10 48.41 42.65 50.53 37.15 49.90"),
+    ("diffcoremix/study-overhead", "68.2 59.3 58.9 1.37 0.54 0.73"),
+    ("diffcoremix/study-shares", "10.1 11.1 734 8,144 1,020 714"),
     ("gif/sweep-tuning", "80.8 59.4 79.5 86.9 77.4 80.7")])
 def test_jobs_quote_what_the_papers_print(name: str, numbers: str) -> None:
     text = (ROOT / f"jobs/papers/{name}.yaml").read_text()
@@ -272,6 +284,27 @@ def test_gif_as_published(data: str, strength: float, scale: float, eps: float, 
     assert (recipe.lr, recipe.batch, recipe.epochs, recipe.weight_decay) == (lr, 256, 100, 1e-4)
 
 
+@pytest.mark.parametrize(("data", "ratio"), [
+    ("cifar100s", 20), ("caltech101", 20), ("cars", 20), ("dtd", 20), ("flowers", 20), ("pets", 30),
+    ("organsmnist", 5), ("pathmnist", 5), ("breastmnist", 5), ("cifar100s-ablations", 5)])
+def test_gifs_other_systems_as_published(data: str, ratio: int) -> None:
+    config, method = _study(f"gif/study-{data}.yaml")
+    mae, dalle = method("gif-mae"), method("gif-dalle")
+
+    assert (mae.generator, mae.eps, mae.ratio, mae.level) == ("mae", 5, ratio, "channel")
+    assert (dalle.generator, dalle.steps, dalle.guidance_scale) == ("unclip", 100, 4)
+    assert (dalle.eps, dalle.ratio) == (0.1, ratio)
+    assert (method("mae").guidance, method("dalle").guidance) == ("random", "none")
+    for plain, guided in (("mae", mae), ("dalle", dalle)):
+        changed = method(plain).model_dump()
+        assert {name: value for name, value in guided.model_dump().items() if changed[name] != value} == {
+            "guidance": "guided"}
+    if data.endswith("mnist"):
+        raw = config.expansions["gif-dalle"].config
+        assert raw is not None
+        assert raw["prior"]["weights"] == f"artifacts/gif-{data}-dalle-generator"
+
+
 def test_distdiff_as_its_code_has_it() -> None:
     """Beside the setting of the equations: the same but for what the released code does otherwise."""
     for path in [one for one in PAPERS if one.parent.name == "distdiff" and one.name.startswith("study")]:
@@ -311,7 +344,7 @@ def test_gif_turns_seeds_as_torchvision() -> None:
     for path in [one for one in PAPERS if one.parent.name == "gif" and one.name.startswith("study")]:
         config, method = _study(f"gif/{path.name}")
         found |= {f"{path.stem}: {name}": method(name).rotation_filter for name, one in config.expansions.items()
-                  if one.config is not None and method(name).name == "gif"}
+                  if one.config is not None and method(name).name == "gif" and method(name).generator == "sd"}
     assert len(found) > 20
     assert set(found.values()) == {"nearest"}
 
@@ -330,7 +363,8 @@ def test_a_sweep_runs_as_the_released_code_too() -> None:
 
 @pytest.mark.parametrize(("paper", "sets", "space"), [
     ("gif", "caltech101 cars dtd flowers pets", {
-        "arms.GIF-SD.use": ["cutout", "gridmask", "randaugment", "sd", "gif-sd"],
+        "arms.GIF-SD.use": ["cutout", "gridmask", "randaugment", "sd", "gif-sd", "mae", "gif-mae", "dalle",
+                            "gif-dalle"],
         "arms.GIF-SD.ratio": [5, 10, 15, 20]}),
     ("distdiff", "caltech101 cars cifar100s dtd imagenette pathmnist", {
         "expansions.distdiff.method.ratio": [1, 5, 10, 20]})])
@@ -416,7 +450,7 @@ def test_what_a_job_needs_is_made_by_another() -> None:
     for path in FILES:
         if not path.stem.startswith(("expand", "select", "study", "sweep", "evaluate")):
             continue
-        fits, runs = _words(path.parent.name, fit="name"), _words(path.parent.name, expand="name")
+        fits, runs = _words(path.parent.name, fit="name"), _words(path.parent.name, "imagenet", expand="name")
         text = path.read_text()
         missing += [f"{_name(path)}: artifacts of {name}"
                     for name, _ in re.findall(rf"artifacts/([\w.-]+?)-({kinds})\b", text) if name not in fits]
@@ -434,10 +468,10 @@ def _selections() -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.stem.startswith("study")], ids=_name)
 def test_every_selection_of_an_arm_is_made_by_a_job(path: Path) -> None:
-    """Of a run that is made before. One the study makes would have to be decided in between, so no job does that."""
+    """Of a run that is made before. About one the study makes, the study decides too."""
     config = _opened(path)
     for arm in config.arms:
-        if arm.selection is not None:
+        if arm.selection not in (None, *config.selections):
             run = config.expansions[str(arm.use)].run
             assert run is not None, f"{arm.name}: a selection of a run that the study makes"
             assert (run, arm.selection) in _selections(), f"{arm.name}: no select-*.yaml decides it"
@@ -570,3 +604,35 @@ def test_the_classes_of_the_smaller_imagenets(name: str, classes: int) -> None:
 
     assert len(set(found)) == len(found) == classes
     assert all(re.fullmatch(r"n\d{8}", one) for one in found)
+
+
+@pytest.mark.parametrize(("data", "preset", "noun"), [
+    ("cub", "fine-grained", ", a bird"), ("cars", "fine-grained", ", a car"), ("caltech101", "fine-grained", ""),
+    ("flowers", "scarcity", ", a flower"), ("tiny-imagenet", "tiny-imagenet", ""), ("cifar100", "cifar100", "")])
+def test_diffcoremix_as_published(data: str, preset: str, noun: str) -> None:
+    config, _ = _study(f"diffcoremix/study-{data}.yaml")
+    made = run_config(config, "diffcoremix", config.expansions["diffcoremix"], 0, config.data)
+    method, accept = made.method, made.accept
+
+    assert (method.ratio, method.guidance_scale, method.prompt) == (1, 12, f"a {{name}}{noun}, {{context}}")
+    assert (made.prior.weights, made.image.size) == ("models/cosxl", 512)
+    assert accept is not None
+    assert (accept.comparison, accept.above, accept.attempts, accept.exhausted) == ("seed", "class", 5, "best")
+    assert make_recipe(config.recipe) == make_recipe({"preset": f"diffcoremix/{preset}"})
+    mixed = next(arm for arm in config.arms if arm.name == "DiffCoRe-Mix")
+    assert (mixed.ratio, mixed.mix, mixed.replace) == ([0.5, 1], SeedMix(), None)
+    if "released" in config.expansions:
+        judge = run_config(config, "released", config.expansions["released"], 0, config.data).accept
+        assert judge is not None
+        assert (judge.above, judge.attempts, judge.exhausted) == (0.6, 1, "reject")
+
+
+def test_the_rows_of_diffcoremixs_table_of_parts() -> None:
+    """(generated images, pixel, patch) of each arm, in the order of the table."""
+    config, _ = _study("diffcoremix/study-mixing.yaml")
+    rows = [(arm.use is not None, bool(arm.mix and arm.mix.pixel), bool(arm.mix and arm.mix.pixel < 1))
+            for arm in config.arms[:7]]
+
+    assert rows == [(False, False, False), (True, False, False), (False, True, False), (False, False, True),
+                    (True, True, False), (True, False, True), (True, True, True)]
+    assert {arm.mix.partner for arm in config.arms if arm.mix and arm.use is None} == {"class"}

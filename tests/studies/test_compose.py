@@ -1,5 +1,5 @@
-"""jobs/digits/compose.yaml in miniature: what each part of the five papers does where all are together, and that a
-study which is killed at every kind of place ends as if it had not been."""
+"""jobs/digits/study-compose.yaml in miniature: what each part of the five papers does where all are together, and that
+a study which is killed at every kind of place ends as if it had not been."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Change = Callable[[dict[str, Any]], None]
 
 def small(out: Path, change: Change = lambda raw: None) -> dict[str, Any]:
     """The arm of the job with all five parts, on one copy of each of twenty digits, tuned for three steps."""
-    raw = yaml.safe_load((ROOT / "jobs/digits/compose.yaml").read_text())
+    raw = yaml.safe_load((ROOT / "jobs/digits/study-compose.yaml").read_text())
     raw |= {"name": "compose", "out": str(out), "seeds": [0], "test": {**raw["test"], "per_class": 3},
             "recipe": {"preset": "digits", "updates": 6, "epochs": 2, "batch": 8, "backbone_args": {"width": 4}},
             "expansions": {name: copy.deepcopy(raw["expansions"][name]) for name in PARTS},

@@ -157,12 +157,13 @@ def study_with(base: Mapping[str, Any], config: SweepConfig, values: Mapping[str
             "training": {**(raw.get("training") or {}), "workers": 0}}
     raw.pop("baseline", None)
     raw.pop("validation", None)  # they are the test images of a trial
-    for name in ("extra_tests", "also"):
+    for name in ("extra_tests", "also", "baselines"):
         raw.pop(name, None)  # nothing is chosen by them
     study = parse_study(raw)
     arm = next(one for one in study.arms if one.name == config.arm).model_copy(update={"control": False})
     return study.model_copy(update={"arms": [arm], "expansions": {
-        name: one for name, one in study.expansions.items() if name in arm.uses}})
+        name: one for name, one in study.expansions.items() if name in arm.uses}, "selections": {
+        name: one for name, one in study.selections.items() if name == arm.selection}})
 
 
 def identity(study: StudyConfig) -> dict[str, Any]:
@@ -171,9 +172,11 @@ def identity(study: StudyConfig) -> dict[str, Any]:
     data = by_content(study.data)
     found = {"arm": arm.model_dump(mode="json", exclude={"name", "recipe", "control"}),
              "recipe": make_recipe({**study.recipe, **arm.recipe}).model_dump(mode="json"),
-             **study.model_dump(mode="json", include={"subset", "seeds", "resample"}),
+             **study.model_dump(mode="json", include={"subset", "seeds", "resample", "vary"}),
              "data": data, "test": by_content(study.test),
              "order": [study.training.shuffle_rows, study.training.streams]}
+    if arm.selection in study.selections:
+        found["select"] = study.selections[str(arm.selection)]
     made = [_made_from(study.expansions[name], data) for name in arm.uses]
     return {**found, **(made[0] if len(made) == 1 else {"expansions": made} if made else {})}
 

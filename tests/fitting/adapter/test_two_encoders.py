@@ -604,6 +604,10 @@ def test_features_of_another_width_are_refused_before_a_folder_is_made(raw: Call
         (problem,) = runs.preflight(run)
         assert problem.startswith(f"artifacts.{kind}: {folder} holds ")
         assert words in problem
+    judged = parse({**run_of(xl, image_folder, tmp_path), "artifacts": {"image_features": str(folder)},
+                    "method": {"name": "diffcoremix", "prompt": "a {name}", "contexts": []},
+                    "accept": {"guide": {"weights": str(clips[0])}, "above": 0.5}})
+    assert [one for one in runs.preflight(judged) if words in one] == [], "a judge compares them, no text encoder does"
     assert not (tmp_path / "artifacts").exists()
     assert not (tmp_path / "runs").exists()
 
