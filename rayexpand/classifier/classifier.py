@@ -40,6 +40,15 @@ class TrainBatch(NamedTuple):
     mix_B5: np.ndarray | None = None  # float32; how each image is mixed with its partner (recipe.mix_per image)
 
 
+class Teacher(NamedTuple):
+    """What a classifier also learns from: logits (B, K) for the images of a batch, which it gets in [0, 1] as the
+    student sees them, with their share of the loss and the temperature of both softmax functions."""
+
+    logits: Callable[[TrainBatch, Tensor], Tensor]
+    weight: float
+    temperature: float
+
+
 class Classifier:
     """A network, its optimiser and the number of the next step.
 
@@ -48,7 +57,8 @@ class Classifier:
     deferred re-weighting weighs by: its loss is divided by the sum of the weights of the labels in the batch of all
     workers, as torch's CrossEntropyLoss does with class numbers, and so also with soft labels, where torch divides by
     the number of images; a label of one class is not to count differently for being written as a vector. `mean`
-    averages a tensor over the workers, in place or not. Initial weights depend on `seed` only. BatchNorm normalises
+    averages a tensor over the workers, in place or not. `module` is trained instead of the recipe's backbone. Initial
+    weights depend on `seed` only. BatchNorm normalises
     over the slice a worker holds, and dropout and stochastic depth draw masks over it, keyed by (seed, step): with
     these, and only with these, results depend on the number of workers.
     """
@@ -56,14 +66,15 @@ class Classifier:
     def __init__(self, recipe: Recipe, n_classes: int, seed: int, total_steps: int, *,
                  device: str | torch.device = "cpu", wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
                  world: int = 1, class_counts: np.ndarray | None = None,
-                 mean: Callable[[Tensor], Tensor] = lambda value: value) -> None:
+                 mean: Callable[[Tensor], Tensor] = lambda value: value, module: nn.Module | None = None,
+                 teacher: Teacher | None = None) -> None:
         assert n_classes >= 2
         assert total_steps >= 1
         self.recipe, self.n_classes, self.seed, self.total_steps = recipe, n_classes, seed, total_steps
-        self.world, self.step, self._mean_over_workers = world, 0, mean
+        self.world, self.step, self._mean_over_workers, self._teacher = world, 0, mean, teacher
         self.device = torch.device(device)
         self._layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-        self.module = build_backbone(recipe, n_classes, seed).to(self.device)
+        self.module = (build_backbone(recipe, n_classes, seed) if module is None else module).to(self.device)
         self.module.to(memory_format=self._layout)
         self._wrapped = wrap(self.module)
         self.optimiser = make_optimiser(self.module, recipe)
@@ -112,6 +123,10 @@ class Classifier:
         loss = loss_of(logits_BK[:len(y_BK)], y_BK, self.recipe.loss)
         if batch.views_BVHWC is not None:
             loss = loss + self.recipe.jsd * jensen_shannon(*logits_BK.chunk(3))
+        if (teacher := self._teacher) is not None:
+            taught_BK = teacher.logits(batch, x_BCHW[:len(y_BK)] * self._std + self._mean)
+            loss = (1 - teacher.weight) * loss + teacher.weight * distillation(taught_BK, logits_BK[:len(y_BK)],
+                                                                               teacher.temperature)
         loss.backward()
         return loss.detach()
 
@@ -212,6 +227,12 @@ def jensen_shannon(*logits_BK: Tensor) -> Tensor:
     logp_VBK = F.log_softmax(torch.stack(logits_BK), dim=-1)
     mean_BK = logp_VBK.exp().mean(dim=0).clamp(min=1e-7).log()
     return (logp_VBK.exp() * (logp_VBK - mean_BK)).sum(dim=-1).mean()
+
+
+def distillation(teacher_BK: Tensor, student_BK: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(t / T) || softmax(s / T)), mean over the batch (Hinton et al. 2015)."""
+    log_t_BK, log_s_BK = (F.log_softmax(one / temperature, dim=1) for one in (teacher_BK, student_BK))
+    return temperature**2 * F.kl_div(log_s_BK, log_t_BK, reduction="batchmean", log_target=True)
 
 
 def make_optimiser(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

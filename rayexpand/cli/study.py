@@ -31,6 +31,8 @@ def train(file: File, set_: Set = None, machine: Machine = None, trust: Trust = 
         print("test accuracy after the last epoch, mean ± standard error over n seeds; differences to "
               f"{numbers['baseline']} and to the originals repeated, with 95 % intervals\n")
         show_table(*found.table(numbers))
+        for line in numbers.get("notes", ()):
+            print(f"\n{line}")
         if further := found.further(numbers):
             print()
             show_table(*further)

@@ -84,7 +84,7 @@ def train_study(study: Study, trials: Sequence[Trial], *,
 
 def _submit(study: Study, trial: Trial, training: TrainingConfig) -> Any:
     arguments = (str(study.files.root), vars(trial), training.model_dump(), os.getcwd())
-    if training.workers:
+    if training.workers and trial.is_trained:
         return _train_spread.remote(*arguments)
     return _train_alone.options(num_cpus=training.cpus_per_worker,
                                 num_gpus=training.gpus_per_worker or 0).remote(*arguments)
@@ -145,7 +145,7 @@ def _train(trial: Trial, files: Files, config: dict[str, Any]) -> None:
     rank, world = get_context().get_world_rank(), get_context().get_world_size()
     work, device = open_work(files, trial, training), get_device()
     classifier, curve = make_classifier(
-        work, str(device), _wrapped(prepare_model, device), world, _mean), TrainingCurve()
+        work, str(device), _wrapped(prepare_model, device), rank, world, _mean), TrainingCurve()
     name = f"checkpoints/{trial.name}.pt"
     if (saved := files.read(name)) is not None:
         curve = restore(saved, trial, classifier) or curve

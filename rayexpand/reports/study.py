@@ -76,7 +76,8 @@ def write_study_report(folder: str | Path, *, demo: Mapping[str, Any] | None = N
 
 def _best(found: Mapping[str, Any]) -> str | None:
     """The arm in its own right with the highest mean; None where there is nothing to choose from."""
-    own = [arm for arm in found["arms"] if arm["arm"] != found["baseline"] and not arm["control_of"]]
+    own = [arm for arm in found["arms"] if arm["arm"] != found["baseline"] and not arm["control_of"]
+           and "note" not in arm]
     return max(own, key=lambda arm: arm["last"]["top1"]["mean"])["arm"] if own else None
 
 

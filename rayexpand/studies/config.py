@@ -5,6 +5,7 @@ study.py makes a study of it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,8 @@ from rayexpand.runs import config as configs
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import DIGITS, ClusterConfig, RunConfig, not_named
 from rayexpand.runs.inputs import no_effect
-from rayexpand.studies import extra_tests
+from rayexpand.studies import baselines, extra_tests
+from rayexpand.studies.baselines import Baseline
 from rayexpand.studies.extra_tests import ExtraTest
 from rayexpand.studies.priors import PriorFit, prior_problems
 
@@ -157,8 +159,15 @@ class StudyConfig(Section):
     recipe: dict[str, Any] = Field({}, description="preset and fields of the training recipe")
     expansions: dict[str, ExpansionConfig] = Field({}, description="runs the arms use, by name")
     arms: list[ArmConfig] = Field(min_length=1)
+    baselines: Annotated[list[Baseline], Later([])] = Field(
+        [], description="rows that need no expansion, by their kind or as sections: what a model trained on other "
+        "images makes of the same real images")
     baseline: str | None = Field(None, description="arm the others are compared with; null: the first")
     resample: bool | None = Field(None, description="expand anew for each seed; null: where the subsets differ")
+    vary: Annotated[Literal["all", "classifier", "data"], Later("all")] = Field(
+        "all", description="what differs between the seeds. classifier: the real images and the samples are those of "
+        "the first seed, so that ± shows the classifier alone; data: the classifier seed is the first one, so that ± "
+        "shows the samples, and the real images unless subset.seed names one subset")
     training: TrainingConfig = TrainingConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -171,6 +180,17 @@ class StudyConfig(Section):
         return {name: one if not isinstance(one, Mapping) or {"run", "config"} & set(one) else
                 {"config": {key: field for key, field in one.items() if key != "fit"},
                  **({"fit": one["fit"]} if "fit" in one else {})} for name, one in value.items()}
+
+    @field_validator("baselines", mode="before")
+    @classmethod
+    def _by_kind(cls, value: Any) -> Any:
+        return baselines.short_form(value)
+
+    @property
+    def used(self) -> set[str]:
+        """Names of the expansions that arms or baselines use."""
+        of_baselines = {one.use for one in self.baselines if one.use is not None}
+        return of_baselines.union(*(arm.uses for arm in self.arms))
 
     @property
     def folder(self) -> str:
@@ -202,7 +222,7 @@ def study_preflight(config: StudyConfig) -> list[str]:
                 for problem in renamed(seeds.check(data), section)]
     problems += [f"extra_tests.{name}.{line}" for name,
                  one in config.extra_tests.items() for line in extra_tests.problems(one)]
-    problems += _samples_problems(config)
+    problems += _samples_problems(config) + _baseline_problems(config)
     files = {file for arm in config.arms if (file := {**config.recipe, **arm.recipe}.get("checkpoint")) is not None}
     problems += [f"recipe.checkpoint: there is no file {file}{looked_at(file)}" for file in sorted(files)
                  if not Path(file).expanduser().is_file()]
@@ -236,6 +256,16 @@ def study_preflight(config: StudyConfig) -> list[str]:
     return problems
 
 
+def _baseline_problems(config: StudyConfig) -> list[str]:
+    """What is wrong with the baselines whose recipe can be made; `_recipe_problems` names the others."""
+    found = []
+    for one in config.baselines:
+        with contextlib.suppress(ValueError):
+            found += [f"baselines.{one.called}.{line}" for line in baselines.problems(
+                one, baselines.recipe_of(one, config.recipe), config.data)]
+    return found
+
+
 def _samples_problems(config: StudyConfig) -> list[str]:
     """What is wrong with `samples` as far as can be known without loading the extractor or listing a dataset."""
     if (wanted := config.samples) is None:
@@ -244,7 +274,7 @@ def _samples_problems(config: StudyConfig) -> list[str]:
                 for line in renamed(seeds.check(data), f"samples.{name}")]
     problems += [f"arms.{arm.name}.use: `samples` compares what one expansion made; name one, or take `samples` out"
                  for arm in config.arms if len(arm.uses) > 1]
-    if all(arm.use is None for arm in config.arms):
+    if not config.used:
         problems.append("samples: no arm uses an expansion, so there are none to compare; take it out")
     if wanted.extractor.guide is None and wanted.extractor.timm is None and config.data.source != DIGITS:
         problems.append(not_named("samples.extractor.guide", config.data))
@@ -263,7 +293,12 @@ def run_config(config: StudyConfig, name: str, one: ExpansionConfig, seed: int, 
 
 def _arm_problems(config: StudyConfig) -> list[str]:
     problems = []
-    names = [arm.name for arm in config.arms]
+    names = [*(arm.name for arm in config.arms), *(one.called for one in config.baselines)]
+    problems += [f"baselines.{one.called}: the name is given twice; every row needs its own, so give `name`"
+                 for one in config.baselines if names.count(one.called) > 1]
+    problems += [f"baselines.{one.called}.use: '{one.use}' is no expansion; known: "
+                 f"{', '.join(config.expansions) or 'none, add a section expansions'}" for one in config.baselines
+                 if one.use is not None and one.use not in config.expansions]
     for arm in config.arms:
         where = f"arms.{arm.name}"
         if names.count(arm.name) > 1:
@@ -304,6 +339,9 @@ def _arm_problems(config: StudyConfig) -> list[str]:
                  if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]
     if config.baseline is not None and config.baseline not in names:
         problems.append(f"baseline: '{config.baseline}' is no arm; known: {', '.join(names)}")
+    if (config.vary, config.resample) in (("classifier", True), ("data", False)):
+        problems.append(f"vary: {config.vary} and resample: {str(config.resample).lower()} contradict each other; take "
+                        "resample out")
     if len(set(config.seeds)) < len(config.seeds):
         problems.append("seeds: a seed is given twice; each is one repetition")
     return problems
@@ -349,6 +387,13 @@ def unknown_soft_labels(arm: ArmConfig, methods: Sequence[Method]) -> list[str]:
 
 def _recipe_problems(config: StudyConfig) -> list[str]:
     problems = []
+    for one in config.baselines:
+        try:
+            baselines.recipe_of(one, config.recipe)
+        except ValidationError as error:
+            problems += settings.mistakes(error, Recipe, f"baselines.{one.called}.recipe.")
+        except ValueError as error:
+            problems.append(f"baselines.{one.called}.recipe.{error}")
     for where, own in [("recipe", {}), *((f"arms.{arm.name}.recipe", arm.recipe) for arm in config.arms if arm.recipe)]:
         try:
             make_recipe({**config.recipe, **own})

@@ -15,6 +15,7 @@ from rayexpand.runs.config import RunConfig
 from rayexpand.runs.run import Run, open_run
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import healthy_json, read_table
+from rayexpand.studies.baselines import UNTRAINED, Baseline
 from rayexpand.studies.config import ArmConfig, StudyConfig
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class Arm:
     recipe: Recipe
     copies: int | float | None = None  # of each seed that are used
     control_of: str = ""
+    baseline: Baseline | None = None  # that it is the row of
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class Trial:
     expansion_seconds: float  # of all processes, for the copies the arm uses
     run: str  # folder of the one expansion, else ""
     fitting_seconds: float = 0.0  # of all processes, for what the expansion had fitted
+    baseline: dict[str, Any] = field(default_factory=dict)  # settings, guide, sha256 of it and of what C is chosen by
+    classifier_seed: int | None = None  # both are `seed`, unless the study varies one alone
+    data_seed: int | None = None  # of the real images and the samples
 
     @property
     def digest(self) -> str:
@@ -65,7 +70,20 @@ class Trial:
                  "frequency")
         also = {name: [one["restrict"], one["sha256"]] for name, one in self.also.items()}
         drw = {"drw": "divided by the weights"} if self.recipe.get("drw") else {}  # before, by the number of images
-        return digest({**{name: getattr(self, name) for name in names}, **({"also": also} if also else {}), **drw})
+        known = {name: value for name, value in self.baseline.items() if name not in ("guide", "validation")}
+        return digest({**{name: getattr(self, name) for name in names}, **({"also": also} if also else {}), **drw,
+                       **({"baseline": known} if known else {}),
+                       **({"classifier_seed": self.trained_by} if self.trained_by != self.seed else {})})
+
+    @property
+    def trained_by(self) -> int:
+        """The random seed of the classifier: initial weights, order, augmentation."""
+        return self.seed if self.classifier_seed is None else self.classifier_seed
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a network is trained step by step."""
+        return self.baseline.get("kind") not in UNTRAINED
 
 
 class Opened:

@@ -240,6 +240,11 @@ def controlled(result: Result) -> str:
     return str(result.get("control_of") or "")
 
 
+def note_of(result: Result) -> str:
+    """What must be said wherever a row is shown: that it knows other images; empty for an arm."""
+    return str((result.get("baseline") or {}).get("note", ""))
+
+
 def _baseline(config: Mapping[str, Any], arms: Mapping[str, Sequence[Result]]) -> str | None:
     """The arm named by `baseline`, else the first of the configuration, else the first that has real images only."""
     named = config.get("baseline") or next(iter(_arm_names(config)), None)
@@ -257,7 +262,7 @@ def _control(study: StudyView, arm: str) -> str | None:
     first = study.arms[arm][0]
     if controlled(first) or not first.get("synthetic_rows") or replaces(study, arm):
         return None
-    alone = [name for name, (one, *_) in study.arms.items() if not one.get("synthetic_rows")]
+    alone = [name for name, (one, *_) in study.arms.items() if not one.get("synthetic_rows") and not note_of(one)]
     named = [name for name in alone if controlled(study.arms[name][0]) == arm]
     rows = _rows_per_real(study, arm)
     same = [name for name in alone if rows is not None and _rows_per_real(study, name) == rows

@@ -73,7 +73,8 @@ def prepare_study(config: StudyConfig) -> Study:
     for folder in STUDY_FOLDERS:
         files.make_folder(folder)
     files.sweep()
-    subsets = {seed: _subset(config, files, whole, seed) for seed in config.seeds}
+    drawn_by = {seed: config.seeds[0] if config.vary == "classifier" else seed for seed in config.seeds}
+    subsets = {seed: _subset(config, files, whole, drawn_by[seed]) for seed in config.seeds}
     trained = _trained_on(config, subsets, opened)
     _refuse_overlap(config, trained, test, opened)
     _open_also(config, trained, whole.classes)
@@ -83,10 +84,10 @@ def prepare_study(config: StudyConfig) -> Study:
             "resample: false expands the real rows of the first seed for all, but the seeds draw other subsets, so "
             "their samples would be made from images that are not trained on; take resample out, or give all seeds "
             "one subset with subset.seed"])
-    shared = not config.resample and not _differ(subsets)
+    shared = not config.resample and not _differ(subsets) and config.vary != "data"
     expansions = {(name, seed): _expansion(config, name, one, config.seeds[0] if shared else seed, subsets, opened)
                   for name, one in config.expansions.items() for seed in config.seeds
-                  if name in {one for arm in config.arms for one in arm.uses}}
+                  if name in config.used}
     if problems := _run_problems(config, subsets, expansions, opened):
         raise ConfigError(config.name, problems)
     return Study(config, files, subsets, expansions, opened)
@@ -97,9 +98,9 @@ def _trained_on(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, See
     """Images that something is trained on, with how messages call them: the real rows, and those of generators that the
     study trains."""
     found = [(f"training images of seed {seed}", one) for seed, one in _distinct(subsets).items()]
-    used, known = {one for arm in config.arms for one in arm.uses}, list[DataConfig]()
+    known = list[DataConfig]()
     for name, one in config.expansions.items():
-        made = one.fit.pretrain if one.fit is not None and name in used else None
+        made = one.fit.pretrain if one.fit is not None and name in config.used else None
         if made is not None and made.data not in known:
             known.append(made.data)
             index = _listed(opened, made.data, f"expansions.{name}.fit.pretrain.data")

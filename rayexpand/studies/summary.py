@@ -19,7 +19,16 @@ from rayexpand.classifier.accuracy import paired_bootstrap
 from rayexpand.contract.errors import EnvironmentFault
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import csv_cell
-from rayexpand.studies.results import Predicted, Result, StudyView, controlled, number, read_study, replaces
+from rayexpand.studies.results import (
+    Predicted,
+    Result,
+    StudyView,
+    controlled,
+    note_of,
+    number,
+    read_study,
+    replaces,
+)
 from rayexpand.studies.score_table import compared_with, go_with_top1, of_samples
 from rayexpand.studies.spreads import plus_minus, points, spread
 
@@ -107,7 +116,8 @@ def write_numbers(files: Files, found: Mapping[str, Any]) -> None:
     every number."""
     write(files, "summary.json", as_json(found))
     lines = [{"arm": arm["arm"], "group": arm["group"], "control_of": arm["control_of"] or "",
-              "seeds": len(arm["seeds"]), **_flat("", arm)} for arm in found["arms"]]
+              "seeds": len(arm["seeds"]), **_flat("", arm), **({"note": arm["note"]} if "note" in arm else {})}
+             for arm in found["arms"]]
     text = io.StringIO()
     table = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
     table.writeheader()
@@ -165,23 +175,37 @@ def summarised(study: StudyView) -> dict[str, Any]:
         if control := study.controls.get(arm):
             comparisons.append(compare(study, arm, control, "control"))
     arms = [_arm(study, arm, trials) for arm, trials in study.arms.items()]
-    plain = {r["seed"]: number(r, "seconds") for r in study.arms.get(study.baseline or "", ())}
-    for one in arms:
-        one["cost"]["overhead"] = spread(overhead(number(r, "seconds"), plain.get(r["seed"]))
-                                         for r in study.arms[one["arm"]])
     samples = compared_with(study.config, study.scores)
     found = {"study": study.name,
              "trials": {"done": len(study.results), "expected": len(study.planned) or None,
                         "missing": study.missing, "failed": study.failed},
              "baseline": study.baseline, "arms": arms, "comparisons": comparisons,
              "samples": None if samples is None else {**samples, "with_top1": go_with_top1(arms)}}
-    return {**found, "warnings": _warnings(study, found)}
+    notes = [*_notes(found), *_varied(study)]
+    return {**found, **({"notes": notes} if notes else {}), "warnings": _warnings(study, found)}
 
 
-def overhead(seconds: float | None, plain: float | None) -> float | None:
-    """DiffCoRe-Mix's A_O as a share: how much longer a training takes than the plain one; that samples were made is not
-    in it. None where one of the two is not known."""
-    return (seconds - plain) / plain if seconds is not None and plain else None
+def _varied(study: StudyView) -> list[str]:
+    """What ± shows: in what the repetitions differ, and in what not."""
+    by_seed = {result["seed"]: result for result in study.results}
+    if len(by_seed) < 2:
+        return []
+    made = [[result["run"] for result in trials if result.get("run")] for trials in study.arms.values()]
+    differ = {"real images": len({result.get("ids_sha256") for result in study.results}) > 1,
+              **({"samples": any(len(set(runs)) > 1 for runs in made)} if any(made) else {}),
+              "classifier seed": len({result.get("classifier_seed", seed) for seed, result in by_seed.items()}) > 1}
+    shown, same = ([name for name in differ if differ[name] == value] for value in (True, False))
+    return [f"± is over repetitions that differ in {_joined(shown) or 'nothing'}" + (
+        f"; {_joined(same)}: the same in all, so ± does not show what others would change." if same else ".")]
+
+
+def _joined(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def _notes(found: Mapping[str, Any]) -> list[str]:
+    """What must be said below every table."""
+    return [f"{arm['arm']} {arm['note']}." for arm in found["arms"] if "note" in arm]
 
 
 def _arm(study: StudyView, arm: str, trials: Sequence[Result]) -> dict[str, Any]:
@@ -197,7 +221,8 @@ def _arm(study: StudyView, arm: str, trials: Sequence[Result]) -> dict[str, Any]
             "also": {name: _also([r["also"][name] for r in trials if name in (r.get("also") or {})])
                      for name in dict.fromkeys(name for r in trials for name in r.get("also") or {})},
             "samples": of_samples([study.scores[r["trial"]] for r in trials if r["trial"] in study.scores]),
-            "seconds_per_image": spread(_seconds_per_image(r) for r in trials), "cost": _cost(trials)}
+            "seconds_per_image": spread(_seconds_per_image(r) for r in trials), "cost": _cost(trials),
+            **({"note": note} if (note := note_of(first)) else {})}
 
 
 def _seconds_per_image(result: Result) -> float | None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,7 @@ from rayexpand.storage.files import Files
 from rayexpand.storage.places import is_url
 from rayexpand.storage.tables import NAMED, parquet_bytes, replace_json
 from rayexpand.studies import extra_tests
+from rayexpand.studies.baselines import OF_GUIDE, note_of
 from rayexpand.studies.config import TrainingConfig
 from rayexpand.studies.extra_tests import ExtraTest
 from rayexpand.studies.parts import Trial
@@ -47,6 +48,12 @@ log = logging.getLogger(__name__)
 
 TEST_BATCH = 256
 _ZIP = b"PK"  # how a file of torch.save begins
+
+
+class Answering(Protocol):
+    """What is tested: a classifier, or a baseline."""
+
+    def logits(self, x_BHWC: np.ndarray) -> np.ndarray: ...
 
 
 @dataclass
@@ -103,9 +110,10 @@ def check_recipes(trials: Iterable[Trial], n_classes: int) -> None:
     """Trains and tests every recipe on two images. Raises ConfigError or ModelError, naming the arm."""
     from rayexpand.classifier.classifier import try_recipe
 
-    for trial in {json.dumps(one.recipe, sort_keys=True): one for one in trials}.values():
+    own = [one for one in trials if one.is_trained and one.recipe["backbone"] != OF_GUIDE]
+    for trial in {json.dumps(one.recipe, sort_keys=True): one for one in own}.values():
         try:
-            try_recipe(Recipe(**trial.recipe), n_classes, trial.seed)
+            try_recipe(Recipe(**trial.recipe), n_classes, trial.trained_by)
         except UsageError as error:
             raise type(error)(f"arms.{trial.arm}", error.problems) if isinstance(error, ConfigError) else \
                 type(error)(f"arms.{trial.arm}: {error}") from error
@@ -115,18 +123,24 @@ def open_work(files: Files, trial: Trial, training: TrainingConfig) -> TrialWork
     """Reads the training set of a trial (copied here once where it lies in an object store)."""
     rows = TrainingSet.load(_local(files, trial.rows))
     recipe = Recipe(**trial.recipe)
-    return TrialWork(trial,
-                     Loader(rows, recipe, trial.seed, shuffle_rows=training.shuffle_rows, streams=training.streams),
-                     recipe,
-                     rows.n_classes)
+    loader = Loader(rows, recipe, trial.trained_by, shuffle_rows=training.shuffle_rows, streams=training.streams)
+    return TrialWork(trial, loader, recipe, rows.n_classes)
 
 
 def make_classifier(work: TrialWork, device: str, wrap: Callable[[Any], Any] = lambda model: model,
-                    world: int = 1, mean: Callable[[Any], Any] = lambda value: value) -> Classifier:
+                    rank: int = 0, world: int = 1, mean: Callable[[Any], Any] = lambda value: value) -> Classifier:
     from rayexpand.classifier.classifier import Classifier
+    from rayexpand.studies import baseline_models
 
-    return Classifier(work.recipe, work.n_classes, work.trial.seed, work.feed.total_steps, device=device, wrap=wrap,
-                      world=world, class_counts=_real_counts(work.feed.rows), mean=mean)
+    baseline, module, teacher = work.trial.baseline, None, None
+    if baseline.get("kind") == "clip_finetune":
+        module = baseline_models.ClipNetwork(baseline_models.guide_of(baseline, work.feed.rows.classes, device),
+                                             work.recipe)
+    if baseline.get("kind") == "clip_distill":
+        teacher = baseline_models.teacher(baseline, work.feed, device, rank, world)
+    return Classifier(work.recipe, work.n_classes, work.trial.trained_by, work.feed.total_steps, device=device,
+                      wrap=wrap, world=world, class_counts=_real_counts(work.feed.rows), mean=mean, module=module,
+                      teacher=teacher)
 
 
 def fit(work: TrialWork, classifier: Classifier, curve: TrainingCurve, batches: Iterable[TrainBatch], *,
@@ -167,6 +181,9 @@ def run_trial(files: Files, trial: Trial, training: TrainingConfig, *, gpus: flo
     with torch_threads(training.threads):
         work = open_work(files, trial, training)
         device = choose_device(training.device)
+        share = gpus if device.type == "cuda" else 0.0
+        if not trial.is_trained:
+            return _answer(files, work, str(device), share)
         classifier, curve = make_classifier(work, str(device)), TrainingCurve()
         name = f"checkpoints/{trial.name}.pt"
         if (saved := files.read(name)) is not None:
@@ -177,18 +194,32 @@ def run_trial(files: Files, trial: Trial, training: TrainingConfig, *, gpus: flo
                       save=lambda: files.replace(name, checkpoint(trial, classifier, curve)), on_epoch=on_epoch)
         result = write_result(files, work, curve, answers, {name: also_answers(work, classifier, name)
                                                             for name in work.also}, device=str(device), workers=0,
-                              gpus=gpus if device.type == "cuda" else 0.0)
+                              gpus=share)
         files.delete(name)
         return result
 
 
-def answers_of(work: TrialWork, classifier: Classifier, rank: int = 0, world: int = 1) -> Answers:
+def _answer(files: Files, work: TrialWork, device: str, gpus: float) -> dict[str, Any]:
+    """The result of a baseline in which no network is trained step by step."""
+    from rayexpand.studies.baseline_models import frozen
+
+    begun, cpu = time.perf_counter(), time.process_time()
+    classifier = frozen(work.trial.baseline, work.feed, device)
+    work.recipe = classifier.view
+    answers = answers_of(work, classifier)
+    also = {name: also_answers(work, classifier, name) for name in work.also}
+    curve = TrainingCurve([{"epoch": 1, "step": 0, **scores_of(answers, work.n_classes)}], starts=[0],
+                          seconds=time.perf_counter() - begun, cpu_seconds=time.process_time() - cpu)
+    return write_result(files, work, curve, answers, also, device=device, workers=0, gpus=gpus, facts=classifier.facts)
+
+
+def answers_of(work: TrialWork, classifier: Answering, rank: int = 0, world: int = 1) -> Answers:
     """Answers for this worker's share of the test images."""
     return Answers.concatenate([answer(items, softmax(classifier.logits(x_BHWC)), labels)
                                 for x_BHWC, labels, items in work.test_set(rank, world).batches()])
 
 
-def also_answers(work: TrialWork, classifier: Classifier, name: str, rank: int = 0, world: int = 1) -> Answers:
+def also_answers(work: TrialWork, classifier: Answering, name: str, rank: int = 0, world: int = 1) -> Answers:
     """Answers for this worker's share of a further test set."""
     test, index = work.also[name]
     among = extra_tests.classes_among(test, index)
@@ -227,19 +258,20 @@ def restore(saved: bytes, trial: Trial, classifier: Classifier) -> TrainingCurve
 
 def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: Answers, also: Mapping[str, Answers], *,
                  device: str,
-                 workers: int, gpus: float, cpu_seconds: float | None = None) -> dict[str, Any]:
+                 workers: int, gpus: float, cpu_seconds: float | None = None,
+                 facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Writes predictions, then the result, which makes the trial done. `also`: answers for the further test sets;
-    `cpu_seconds`: of all workers and loaders, None where this process did everything."""
+    `cpu_seconds`: of all workers and loaders, None where this process did everything; `facts`: of a baseline."""
     trial, low_high = work.trial, (work.trial.frequency[0], work.trial.frequency[1])
     for suffix, found in {"": answers, **{f".{name}": one for name, one in also.items()}}.items():
         _write_predictions(files, f"{trial.name}{suffix}", found)
     best = max(curve.history, key=lambda point: point["top1"])
-    rows = work.feed.rows
+    rows, steps = work.feed.rows, work.feed.total_steps if trial.is_trained else 0
     result = {
         "trial": trial.name, "arm": trial.arm, "seed": trial.seed, "digest": trial.digest, "group": trial.group,
         "control_of": trial.control_of or None, "ratio": trial.ratio, "augment": trial.augment, "run": trial.run,
         "rows": rows.n_real + rows.n_synthetic, "real_rows": rows.n_real, "synthetic_rows": rows.n_synthetic,
-        "updates": work.feed.total_steps, "samples_seen": work.feed.total_steps * work.feed.batch,
+        "updates": steps, "samples_seen": steps * work.feed.batch,
         "history": curve.history, "last": scores_of(answers, work.n_classes),
         "by_frequency": frequency_groups(answers, _real_counts(rows), low_high),
         "also": {name: _also_scores(work, name, one) for name, one in also.items()},
@@ -250,6 +282,10 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
         "device": device, "workers": workers,
         **({} if (mixing := work.feed.mixing()) is None else {"mixing": mixing}),
         "ids_sha256": trial.ids_sha256, "list_sha256": trial.list_sha256, "recipe": trial.recipe, "stack": _stack()}
+    if trial.classifier_seed is not None:
+        result |= {"classifier_seed": trial.classifier_seed, "data_seed": trial.data_seed}
+    if trial.baseline:
+        result["baseline"] = {**trial.baseline, **(facts or {}), "note": note_of(trial.baseline["kind"])}
     replace_json(files, f"results/{trial.name}.json", result)
     return result
 

@@ -15,10 +15,12 @@ from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.settings import digest
 from rayexpand.data.subsets import fill_counts, fingerprint, ids_hash, real_counts, sound_rows
 from rayexpand.loader.training_set import RowSource
+from rayexpand.models.guides import guide_hash
 from rayexpand.runs.run import Run
 from rayexpand.runs.status import shard_seconds
 from rayexpand.storage.tables import replace_json
 from rayexpand.studies import extra_tests
+from rayexpand.studies.baselines import recipe_of
 from rayexpand.studies.config import REPEATED, ArmConfig
 from rayexpand.studies.parts import Arm, Study, Trial, folder_of, lacks_predictions, read_result
 from rayexpand.studies.samples import training_set
@@ -53,10 +55,12 @@ def pending_trials(study: Study, trials: Sequence[Trial]) -> list[Trial]:
 
 
 def arms_of(study: Study) -> list[Arm]:
-    """The arms of the configuration, one for each of their ratios."""
+    """The arms of the configuration, one for each of their ratios, and its baselines."""
     return [Arm(f"{one.name} {ratio:g}x" if isinstance(one.ratio, list) else one.name, one,
                 make_recipe({**study.config.recipe, **one.recipe}), ratio)
-            for one in study.config.arms for ratio in (one.ratio if isinstance(one.ratio, list) else [one.ratio])]
+            for one in study.config.arms for ratio in (one.ratio if isinstance(one.ratio, list) else [one.ratio])] + [
+        Arm(one.called, ArmConfig(name=one.called, use=one.use, control=False), recipe_of(one, study.config.recipe),
+            baseline=one) for one in study.config.baselines]
 
 
 def _controls(study: Study, arms: Sequence[Arm], epoch_rows: Sequence[tuple[int, ...]],
@@ -69,7 +73,7 @@ def _controls(study: Study, arms: Sequence[Arm], epoch_rows: Sequence[tuple[int,
     """
     taken = {arm.name for arm in arms}
     served = {(rows, _recipe_digest(arm)) for arm, rows in zip(arms, epoch_rows, strict=True)
-              if arm.config.use is None and arm.config.mix is None}
+              if arm.config.use is None and arm.config.mix is None and arm.baseline is None}
     found = []
     for arm, rows in zip(arms, epoch_rows, strict=True):
         is_wanted = arm.config.use is not None and arm.config.control and arm.config.replace is None
@@ -143,8 +147,28 @@ def _trial(study: Study, arm: Arm, seed: int, data_sha256: str, test_sha256: str
                   data_sha256, study.config.test.model_dump(mode="json"), test_sha256, also,
                   list(study.config.frequency), _file_sha256(arm.recipe.checkpoint), max(1, training.workers), order,
                   sum(_expansion_seconds(run, arm.copies) for run in runs),
-                  folders[0] if len(folders) == 1 else "", _fitting_seconds(*runs))
+                  folders[0] if len(folders) == 1 else "", _fitting_seconds(*runs),
+                  _baseline(study, arm), *_seeds(study, seed))
     return trial, rows.epoch_rows
+
+
+def _seeds(study: Study, seed: int) -> tuple[int | None, int | None]:
+    """Seeds of classifier and data where the study varies one alone."""
+    first, vary = study.config.seeds[0], study.config.vary
+    return {"all": (None, None), "classifier": (seed, first), "data": (first, seed)}[vary]
+
+
+def _baseline(study: Study, arm: Arm) -> dict[str, Any]:
+    """What a trial keeps of the baseline it is, nothing for other arms."""
+    if (one := arm.baseline) is None:
+        return {}
+    found = {**one.settings(), "guide": one.guide.model_dump(mode="json"),
+             "sha256": guide_hash(one.guide.weights, one.guide.checkpoint)}
+    if one.kind != "clip_linear":
+        return found
+    data = study.config.validation if one.C is None else None
+    return {**found, "validation": None if data is None else data.model_dump(mode="json"),
+            "validation_sha256": "" if data is None else fingerprint(study.opened.index(data), data)}
 
 
 def _also(study: Study) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from rayexpand.reports import figures
 from rayexpand.reports.run import write_report
 from rayexpand.reports.study import write_study_report
 from rayexpand.studies.spreads import points
-from rayexpand.studies.summary import further_scores, overhead, summary
+from rayexpand.studies.summary import further_scores, summary
 from tests.runfolder import Builder
 from tests.studyfolder import StudyFolder, answers, grid
 
@@ -111,8 +111,6 @@ def test_means_deviations_and_differences_by_hand(tmp_path: Path) -> None:
     assert made["last"]["ece"]["mean"] == pytest.approx(0.2)
     assert made["best"]["top1"]["mean"] == pytest.approx(0.9)
     assert arm_of(found, "original")["cost"]["training"]["mean"] == pytest.approx(3.0)  # (2 + 3 + 4) / 3
-    over = [3 / 2 - 1, 0.0, 3 / 4 - 1]  # of 3 seconds beside 2, 3 and 4
-    assert made["cost"].pop("overhead")["values"] == pytest.approx(over)
     assert made["cost"] == {"unit": "CPU process", **{
         name: {"mean": mean, "se": 0, "std": 0, "n": 3, "values": [mean] * 3}
         for name, mean in (("training", 6.0), ("expansion", 90.0), ("fitting", 60.0), ("wall", 3.0))}}
@@ -124,7 +122,7 @@ def test_means_deviations_and_differences_by_hand(tmp_path: Path) -> None:
     row = re.search(r"made 3 20 100 200 4,000 (.*?) original repeated 6x", section(page, "table"))
     assert row
     assert row[1].startswith("80.0 ± 5.8 90.0 ± 0.0 100.0 ± 0.0 20.0 ± 5.8 50.0 ± 0.0 +30.0 +")
-    assert row[1].endswith("90 + 6 training +8 %")
+    assert row[1].endswith("90 + 6")
     assert "80.0 ± 5.8" in section(page, "figures")
     assert "Highest mean ± standard error: made , 80.0 ± 5.8 % (n = 3)" in section(page, "answer")
     rows = {row[0]: row[1:] for row in StudyResult(str(folder)).table(found)[1]}
@@ -133,12 +131,6 @@ def test_means_deviations_and_differences_by_hand(tmp_path: Path) -> None:
     assert float(line["last.top1.se"]) == pytest.approx(0.1 / 3 ** 0.5)
     assert (line["last.top1.n"], line["seeds"]) == ("3", "3")
     assert "standard deviation" not in page
-
-
-@pytest.mark.parametrize(("seconds", "plain", "share"), [
-    (168.2, 100.0, 0.682), (100.0, 100.0, 0.0), (50.0, 100.0, -0.5), (None, 100.0, None), (1.0, None, None)])
-def test_the_overhead_of_a_training(seconds: float | None, plain: float | None, share: float | None) -> None:
-    assert overhead(seconds, plain) == (share if share is None else pytest.approx(share))
 
 
 WATERBIRD = {"water on water": (642, 0.6383), "water on land": (642, 0.6324), "land on land": (2255, 0.7564),

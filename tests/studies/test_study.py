@@ -489,6 +489,52 @@ def test_subsets_that_differ_cannot_share_samples(tmp_path: Path) -> None:
     assert len({one.folder for one in same.expansions.values()}) == 1  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("vary", "drawn", "trained", "said"), [
+    ("all", [0, 1], [0, 1], "differ in real images, samples and classifier seed."),
+    ("classifier", [0, 0], [0, 1], "differ in classifier seed; real images and samples: the same in all"),
+    ("data", [0, 1], [0, 0], "differ in real images and samples; classifier seed: the same in all")])
+def test_classifier_and_data_can_vary_alone(tmp_path: Path, vary: str, drawn: list[int], trained: list[int],
+                                            said: str) -> None:
+    study = expanded(raw_study(tmp_path, vary=vary, arms=[{"name": "flips", "use": "flips", "control": False}]))
+    trials = make_trials(study)
+
+    assert [one.run.endswith(f"flips-{seed}") for one, seed in zip(trials, drawn, strict=True)] == [True, True]
+    assert [one.trained_by for one in trials] == trained
+    assert len({one.list_sha256 for one in trials}) == len({one.ids_sha256 for one in trials}) == len(set(drawn))
+    assert len({one.digest for one in trials}) == 2
+    assert [problem for _, problem in run_trials(study.files, trials, study.config.training) if problem] == []
+    results = [read_result(study.files, one.name) or {} for one in trials]
+    assert [one.get("classifier_seed") for one in results] == ([None, None] if vary == "all" else trained)
+    assert [one.get("data_seed") for one in results] == ([None, None] if vary == "all" else drawn)
+    found = summary(str(study.files.root))
+    assert any(said in line for line in found["notes"]), found["notes"]
+    assert found["arms"][0]["seeds"] == [0, 1]
+
+
+def test_the_same_samples_and_the_same_seed_give_the_same_classifier(tmp_path: Path) -> None:
+    """What a study of one variance trains is what the whole study trains where both seeds agree."""
+    arms = [{"name": "flips", "use": "flips", "control": False}]
+    made = {vary: expanded(raw_study(tmp_path / vary, vary=vary, arms=arms)) for vary in ("all", "classifier", "data")}
+    digests = {vary: [one.digest for one in make_trials(study)] for vary, study in made.items()}
+
+    assert digests["all"][0] == digests["classifier"][0] == digests["data"][0]
+    assert len({digests[vary][1] for vary in digests}) == 3
+
+
+def test_one_generator_of_many_samples_varies_alone_with_one_subset(tmp_path: Path) -> None:
+    raw = raw_study(tmp_path, vary="data", subset={"kind": "per_class", "n": 2, "seed": 3})
+    study = prepare_study(parse_study(raw))
+
+    assert len({one.folder for one in study.expansions.values()}) == 2  # type: ignore[union-attr]
+    assert len({ids_hash(index.seed_ids) for _, index in study.subsets.values()}) == 1
+
+
+@pytest.mark.parametrize(("vary", "resample"), [("classifier", True), ("data", False)])
+def test_seeds_that_contradict_each_other_are_refused(tmp_path: Path, vary: str, resample: bool) -> None:
+    with pytest.raises(ConfigError, match=r"vary: .* contradict each other; take resample out"):
+        parse_study(raw_study(tmp_path, vary=vary, resample=resample))
+
+
 def test_a_run_of_other_images_is_not_trained_on(study: Study) -> None:
     crossed = dict.fromkeys(study.expansions, study.expansions["flips", 0])
     with pytest.raises(UsageError, match="flips-0 was made from other images than the real rows of study seed 1"):

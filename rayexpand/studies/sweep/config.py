@@ -157,7 +157,7 @@ def study_with(base: Mapping[str, Any], config: SweepConfig, values: Mapping[str
             "training": {**(raw.get("training") or {}), "workers": 0}}
     raw.pop("baseline", None)
     raw.pop("validation", None)  # they are the test images of a trial
-    for name in ("extra_tests", "also"):
+    for name in ("extra_tests", "also", "baselines"):
         raw.pop(name, None)  # nothing is chosen by them
     study = parse_study(raw)
     arm = next(one for one in study.arms if one.name == config.arm).model_copy(update={"control": False})
@@ -171,7 +171,7 @@ def identity(study: StudyConfig) -> dict[str, Any]:
     data = by_content(study.data)
     found = {"arm": arm.model_dump(mode="json", exclude={"name", "recipe", "control"}),
              "recipe": make_recipe({**study.recipe, **arm.recipe}).model_dump(mode="json"),
-             **study.model_dump(mode="json", include={"subset", "seeds", "resample"}),
+             **study.model_dump(mode="json", include={"subset", "seeds", "resample", "vary"}),
              "data": data, "test": by_content(study.test),
              "order": [study.training.shuffle_rows, study.training.streams]}
     made = [_made_from(study.expansions[name], data) for name in arm.uses]

@@ -164,7 +164,8 @@ def write_best(sweep: Sweep, best: Mapping[str, Any]) -> None:
                                                                                                    sweep.config)}
     alone["expansions"] = {name: one for name, one in (raw.get("expansions") or {}).items()
                            if name in ArmConfig(**alone["arms"][0]).uses}
-    alone.pop("baseline", None)
+    for field in ("baseline", "baselines"):
+        alone.pop(field, None)
     alone.pop("validation", None)  # they are the test images of best.yaml
     out = str(sweep.files.root)
     for name, study in (("best", alone), ("final", raw)):
