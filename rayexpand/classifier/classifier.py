@@ -119,14 +119,14 @@ class Classifier:
             logits_BK = self._wrapped(x_BCHW)
         if weight is not None:  # smoothing has no part in the divisor, as with torch's label_smoothing
             y_BK = y_BK * self._weights_K / weight
-        logits_BK = logits_BK.float()
-        loss = loss_of(logits_BK[:len(y_BK)], y_BK, self.recipe.loss)
+        logits_BK, own = logits_BK.float(), slice(len(y_BK))  # views of the same images come behind them
+        loss = loss_of(logits_BK[own], y_BK, self.recipe.loss)
+        if (teacher := self._teacher) is not None:
+            taught_BK = teacher.logits(batch, x_BCHW[own] * self._std + self._mean)
+            loss = (1 - teacher.weight) * loss + teacher.weight * distillation(taught_BK, logits_BK[own],
+                                                                               teacher.temperature)
         if batch.views_BVHWC is not None:
             loss = loss + self.recipe.jsd * jensen_shannon(*logits_BK.chunk(3))
-        if (teacher := self._teacher) is not None:
-            taught_BK = teacher.logits(batch, x_BCHW[:len(y_BK)] * self._std + self._mean)
-            loss = (1 - teacher.weight) * loss + teacher.weight * distillation(taught_BK, logits_BK[:len(y_BK)],
-                                                                               teacher.temperature)
         loss.backward()
         return loss.detach()
 

@@ -14,9 +14,10 @@ shuffle_rows x mean bytes of an image / W, and of each stream the rest of a chun
 65,536 images of 110 kB are 7.2 GB over all workers. What does not fit in `cache_bytes` is refused, with the value of
 shuffle_rows that fits; it is never chosen by the machine, since the order depends on it.
 
-Rows that are mixed with a real image (`mix` of an arm) need that image too: at most one for each image of a step, read
-when the step is made. From Parquet that is a row group for each, where the real rows are not in memory already; store
-real images as files, or in small row groups. CMO pastes boxes of images that are not mixed.
+Rows that are mixed with a real image (`mix` of an arm) need that image too. In a windowed epoch those of the next
+shuffle_rows rows are read at once and held beside the window, up to `cache_bytes` more, else of fewer rows at a time.
+Samples of neighbouring seeds lie together, so their seeds are in few row groups; other images of a class are anywhere.
+CMO pastes boxes of images that are not mixed.
 
 Where the recipe asks for CMO, a step may have a second batch: real rows drawn with weight 1 / n_c ** power, keyed by
 (seed, step), of whose images one box is pasted onto the first batch, the same box on all. In an epoch that replaces
@@ -28,7 +29,7 @@ real rows, a drawn row shows what replaced it. Image i of a global batch always 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -95,6 +96,7 @@ class Loader:
         self._window: tuple[tuple[int, int, int], Windowed] | None = None  # of (epoch, rank, world)
         self._fits = False
         self._kept: dict[tuple[int, int, int], Slots] = {}
+        self._partners: tuple[tuple[int, int, int], range, dict[int, bytes]] = ((-1, 0, 1), range(0), {})
         self._mixer = None if rows.mix is None else RowMixer(rows, recipe.size)
         self._shown: dict[int, np.ndarray] = {}  # of one epoch that replaces rows: what is shown for each real row
         if recipe.cmo and not rows.n_real:
@@ -127,31 +129,36 @@ class Loader:
             epoch, within = divmod(step, self.epoch_steps)
             slots = self.slots(epoch, rank, world)
             encoded = self._windowed_images(epoch, within, rank, world) if self.is_windowed else None
-            yield self._pasted(self.make(step, Slots(slots.items[within], slots.occurrence[within]), encoded), rank,
-                               world)
+            held = self._windowed_partners(epoch, within, rank, world) if self.is_windowed and self._mixer else None
+            yield self._pasted(self.make(step, Slots(slots.items[within], slots.occurrence[within]), encoded, held),
+                               rank, world)
 
-    def make(self, step: int, slots: Slots, encoded: Sequence[bytes] | None = None) -> TrainBatch:
-        """The images and labels of some slots of a step; `encoded`, where the images were read already."""
+    def make(self, step: int, slots: Slots, encoded: Sequence[bytes] | None = None,
+             held: Mapping[int, bytes] | None = None) -> TrainBatch:
+        """The images and labels of some slots of a step; `encoded`, where the images were read already, and `held` with
+        the real images that they are mixed with."""
         from rayexpand.classifier.classifier import TrainBatch
 
         epoch = step // self.epoch_steps
         encoded = self._images.encoded(slots.items) if encoded is None else encoded
-        y_BK, mixes = self.targets(slots.items), _UNMIXED
+        y_BK, mixes, partners = self.targets(slots.items), _UNMIXED, list[bytes]()
         if self._mixer is not None:
             mixes = self._mixer.draw(*slots, _Streams(self.seed, epoch, "mix").at)
             y_BK = self._mixer.labels(y_BK, slots.items, mixes)
-        x_BHWC, views_BVHWC = self._augmented(slots, encoded, (epoch, "augment"), step, mixes)
+            partners = self._images.encoded(mixes.partners) if held is None else [
+                held[item] for item in mixes.partners.tolist()]
+        x_BHWC, views_BVHWC = self._augmented(slots, encoded, (epoch, "augment"), step, mixes, partners)
         return TrainBatch(x_BHWC, y_BK, step, views_BVHWC, self._image_mixes(slots, epoch))
 
     def _augmented(self, slots: Slots, encoded: Sequence[bytes], key: tuple[int, str], step: int,
-                   mixes: RowMixes = _UNMIXED) -> tuple[np.ndarray, np.ndarray | None]:
+                   mixes: RowMixes = _UNMIXED, partners: Sequence[bytes] = ()) -> tuple[np.ndarray, np.ndarray | None]:
         """uint8 images of some slots, and where the recipe compares them two views of each. A real image that is mixed
         in is cropped with the draws of its row."""
         recipe, size = self.recipe, self.recipe.size
         x_BHWC = np.empty((len(slots.items), size, size, 3), np.uint8)
         views_BVHWC = np.empty((len(slots.items), 2, size, size, 3), np.uint8) if recipe.jsd else None
         streams, same = _Streams(self.seed, *key), _Streams(self.seed, *key)
-        partners = iter(self._images.decode(mixes.partners, self._beside(mixes.partners)))
+        real = self._images.decode(mixes.partners, partners)
         mixtures = dict(zip(mixes.at.tolist(), mixes.mixtures, strict=True))
         grid = gridmask_probability(recipe, step, self.total_steps)
         decoded = self._images.decode(slots.items, encoded)
@@ -159,7 +166,7 @@ class Loader:
             rng = streams.at(item, repeat)
             image = cropped(image, rng, recipe)
             if (mixture := mixtures.get(i)) is not None:
-                image = mixture.of(image, cropped(next(partners), same.at(item, repeat), recipe))
+                image = mixture.of(image, cropped(next(real), same.at(item, repeat), recipe))
             x_BHWC[i] = finished(image, rng, recipe, grid)
             if views_BVHWC is not None:
                 views_BVHWC[i] = augmix_views(x_BHWC[i], rng)
@@ -176,14 +183,6 @@ class Loader:
         return np.array([draw_image_mix(self.recipe, streams.at(item, repeat), self.recipe.size)
                          for item, repeat in zip(slots.items, slots.occurrence, strict=True)], np.float32)
 
-    def _beside(self, items: np.ndarray) -> list[bytes]:
-        """Encoded images that a step needs beside its slots; none is kept where a window fills the memory."""
-        if not self.is_windowed or not len(items):
-            return self._images.encoded(items)
-        unique, where = np.unique(items, return_inverse=True)
-        found = self._images.fetch(unique)
-        return [found[i] for i in where]
-
     def _pasted(self, batch: TrainBatch, rank: int, world: int) -> TrainBatch:
         """A worker's slice with the boxes of CMO, where its step has some."""
         from rayexpand.classifier.mixing import draw_paste, worker_rows
@@ -193,8 +192,14 @@ class Loader:
             return batch
         at = worker_rows(self.batch, rank, world)
         items = self.tail_items(batch.step)[at]
-        tail_BHWC, _ = self._augmented(Slots(items, at.astype(np.uint32)), self._beside(items),
-                                       (batch.step, "augment tail"), batch.step)
+        if self.is_windowed:  # nothing of it is kept: the window fills the memory
+            unique, where = np.unique(items, return_inverse=True)
+            found = self._images.fetch(unique)
+            encoded = [found[i] for i in where]
+        else:
+            encoded = self._images.encoded(items)
+        tail_BHWC, _ = self._augmented(Slots(items, at.astype(np.uint32)), encoded, (batch.step, "augment tail"),
+                                       batch.step)
         top, bottom, left, right = mix.box
         batch.x_BHWC[:, top:bottom, left:right] = tail_BHWC[:, top:bottom, left:right]
         lam = np.float32(mix.lam)
@@ -256,6 +261,23 @@ class Loader:
             if window.peak_rows * window.mean_bytes > self.cache_bytes:
                 raise self._too_large(window, key)
             self._fits, window.limit = True, self.cache_bytes * _SLACK
+        return found
+
+    def _windowed_partners(self, epoch: int, within: int, rank: int, world: int) -> Mapping[int, bytes]:
+        """Encoded real images by item, all that a worker's slots of a step are mixed with; those of later steps too."""
+        assert self._window is not None
+        assert self._mixer is not None
+        key, (of, steps, found) = (epoch, rank, world), self._partners
+        if of != key or within not in steps:
+            self._partners = (key, range(0), {})  # free them first
+            items, occurrence = self.slots(*key)
+            room = self.cache_bytes / max(1.0, self._window[1].mean_bytes)
+            count = max(1, min(self.shuffle_rows // self.batch, int(room) // items.shape[1]))
+            steps = range(within, min(within + count, len(items)))
+            needed = np.unique(self._mixer.draw(items[within:steps.stop].ravel(), occurrence[within:steps.stop].ravel(),
+                                                _Streams(self.seed, epoch, "mix").at).partners)
+            found = dict(zip(needed.tolist(), self._images.fetch(needed), strict=True))
+            self._partners = (key, steps, found)
         return found
 
     def _column_lanes(self, world: int) -> np.ndarray:

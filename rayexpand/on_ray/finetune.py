@@ -85,12 +85,14 @@ def latent_parts(config: FitConfig, task: LatentTask, index: SeedIndex, wanted: 
     for row in over_spans(LatentActor, {"task": task}, config, models, index, task.views.batch, costs, spans=wanted):
         shape = (-1, *json.loads(row["shape"]))
         mean, std = (np.frombuffer(row[name], task.views.dtype).reshape(shape) for name in ("mean", "std"))
-        yield LatentPart(row["first"], np.frombuffer(row["rows"], np.int64), mean, std, json.loads(row["refused"]))
+        told = np.frombuffer(row["embedding"], np.float32)
+        yield LatentPart(row["first"], np.frombuffer(row["rows"], np.int64), mean, std, json.loads(row["refused"]),
+                         told.reshape(*mean.shape[:2], -1) if len(told) else None)
 
 
 class LatentActor(SpanActor):
-    nothing: ClassVar[dict[str, Any]] = {"rows": b"", "mean": b"", "std": b"", "shape": "[]", "first": 0,
-                                         "refused": "{}"}
+    nothing: ClassVar[dict[str, Any]] = {"rows": b"", "mean": b"", "std": b"", "embedding": b"", "shape": "[]",
+                                         "first": 0, "refused": "{}"}
 
     def __init__(self, task: LatentTask, server: Any, cwd: str) -> None:
         super().__init__(server, cwd)
@@ -99,7 +101,8 @@ class LatentActor(SpanActor):
 
     def _made(self, rows: range) -> dict[str, Any]:
         part = self._get()(rows)
-        return {"rows": part.rows.tobytes(), "mean": part.mean.tobytes(), "std": part.std.tobytes(),
+        told = b"" if part.embedding is None else part.embedding.tobytes()
+        return {"rows": part.rows.tobytes(), "mean": part.mean.tobytes(), "std": part.std.tobytes(), "embedding": told,
                 "shape": json.dumps(part.mean.shape[1:]), "first": part.first, "refused": json.dumps(part.refused)}
 
     def _get(self) -> LatentMaker:

@@ -147,8 +147,8 @@ def _trial(study: Study, arm: Arm, seed: int, data_sha256: str, test_sha256: str
                   data_sha256, study.config.test.model_dump(mode="json"), test_sha256, also,
                   list(study.config.frequency), _file_sha256(arm.recipe.checkpoint), max(1, training.workers), order,
                   sum(_expansion_seconds(run, arm.copies) for run in runs),
-                  folders[0] if len(folders) == 1 else "", _fitting_seconds(*runs),
-                  _baseline(study, arm), *_seeds(study, seed))
+                  folders[0] if len(folders) == 1 else "", _fitting_seconds(*runs), _baseline(study, arm),
+                  *_seeds(study, seed))
     return trial, rows.epoch_rows
 
 

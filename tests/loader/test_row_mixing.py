@@ -88,10 +88,13 @@ def test_the_seed_of_a_sample_is_the_image_it_was_made_from(real: RowSource, cop
     assert "seed" not in training_set([real, samples(copies)]).table.column_names
 
 
-def test_real_rows_have_the_bytes_they_have_without_mixing(real: RowSource, run: runs.Run) -> None:  # noqa: F811
+@pytest.mark.parametrize("partner", ["seed", "class"])
+def test_real_rows_have_the_bytes_they_have_without_mixing(partner: Any, real: RowSource,  # noqa: F811
+                                                           run: runs.Run) -> None:  # noqa: F811
     chosen = recipe(hflip=0.5, colour_jitter=0.3)
     parts = [real, samples(run)]
-    one, other = (list(shown(Loader(training_set(parts, mix=mix), chosen, 2), range(7))) for mix in (None, SeedMix()))
+    one, other = (list(shown(Loader(training_set(parts, mix=mix), chosen, 2), range(7)))
+                  for mix in (None, SeedMix(partner=partner)))
 
     for before, after in zip(one, other, strict=True):
         assert before[:3] == after[:3]
@@ -221,11 +224,32 @@ def test_both_images_have_one_crop(real: RowSource, run: runs.Run) -> None:  # n
             np.testing.assert_array_equal(mixed.x_BHWC, plain.x_BHWC)
 
 
-def test_a_windowed_epoch_keeps_no_partner(real: RowSource, run: runs.Run) -> None:  # noqa: F811
-    feed = Loader(training_set([real, samples(run)], mix=SeedMix(partner="class")), recipe(), 0, shuffle_rows=16,
-                  streams=4)
-    assert feed.is_windowed
-    assert len(list(feed.batches(0, 7))) == 7
+@pytest.mark.parametrize(("room", "spans"), [(1 << 20, [(0, 4), (4, 6)]), (5000, [(0, 1), (1, 2), (2, 3), (3, 4),
+                                                                                  (4, 5), (5, 6)])])
+def test_partners_of_a_window_are_read_together_as_far_as_they_fit(
+        room: int, spans: list[tuple[int, int]], real: RowSource, run: runs.Run,  # noqa: F811
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """48 samples are 6 steps in windows of 4; the real images of a window, or of a step, are read at once and once."""
+    rows = training_set([replace(real, weight=0.0), samples(run)], mix=SeedMix())
+    feed, read, found = Loader(rows, recipe(), 0, shuffle_rows=32, streams=1), list[int](), []
+    whole = feed._images.fetch
+
+    def fetch(items: np.ndarray) -> list[bytes]:
+        read.extend(items[items < 12].tolist())
+        return whole(items)
+
+    monkeypatch.setattr(feed._images, "fetch", fetch)
+    for batch in feed.batches(0, 6):
+        feed.cache_bytes = room  # after the first window, which is checked against it
+        if batch.step == 0:
+            feed._partners = ((-1, 0, 1), range(0), {})
+            feed._windowed_partners(0, 0, 0, 1)
+            read.clear()
+        held = feed._partners[1]
+        found.append((held.start, held.stop))
+        assert len(feed._partners[2]) <= min(12, 8 * len(held))
+    assert sorted(set(found)) == spans
+    assert len(read) <= 12 * (len(spans) - 1)
     assert not feed._images._cache
 
 

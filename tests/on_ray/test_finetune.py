@@ -34,14 +34,16 @@ from rayexpand.on_ray.fit import fit as fit_on_ray
 from rayexpand.on_ray.pool import connected
 from tests.commands import ROOT
 from tests.fitting.adapter.test_train import KEYS, PLAIN, SHORT, content, quiet
-from tests.tiny import tiny_pipeline
+from tests.models.gif_priors import tiny_unclip
+from tests.tiny import tiny_clip, tiny_pipeline
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420)]
 STEPS, EVERY = 80, 10
 RECIPES = {
     "diffmix": {**SHORT, "rank": 2, "steps": STEPS, "lr": 1e-3, "token_lr": 1e-3},
     "realfake": {**PLAIN, "steps": STEPS, "lr": 1e-3, "prompt": "photo of {name}, {caption}", "mmd_gamma": 0.05,
-                 "snr_gamma": 5.0, "visual_token": "class_mean", "caption_drop": 0.1}}
+                 "snr_gamma": 5.0, "visual_token": "class_mean", "caption_drop": 0.1},
+    "decoder": {"strategy": "full", "steps": STEPS, "batch": 4, "lr": 1e-4, "caption_drop": 0.1}}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny generator, captions and features of the images of `image_folder`."""
     root = tmp_path_factory.mktemp("finetune")
     tiny_pipeline(root / "pipeline")
+    tiny_unclip(root / "decoder", tiny_clip(root / "guide"))
     rng = np.random.Generator(np.random.Philox(key=2))
     write_captions(root, [f"{key}/{i}.png" for key in KEYS for i in range(5)], [f"number {i}" for i in range(20)])
     write_class_features(root, rng.standard_normal((4, 16), dtype=np.float32), class_keys=KEYS, encoder_sha256="e",
@@ -68,7 +71,8 @@ def raw(preset: str, place: Path, images: Path, out: Path, **fields: Any) -> dic
     sources = {"captions": str(place), "features": str(place)} if preset == "realfake" else {}
     adapter = {"recipe": RECIPES[preset], "workers": 2, "checkpoint_every": EVERY, "log_every": 3, "tensorboard": False,
                "sheet": {"classes": 1, "images": 1, "steps": 1}, **sources, **fields}
-    return {"name": preset, "out": str(out), "prior": {"weights": str(place / "pipeline")}, "device": "cpu",
+    return {"name": preset, "out": str(out), "device": "cpu",
+            "prior": {"weights": str(place / ("decoder" if preset == "decoder" else "pipeline"))},
             "data": {"source": "imagefolder", "path": str(images)}, "fit": {"adapter": adapter}}
 
 
@@ -98,8 +102,8 @@ def test_two_workers_train_what_one_process_trains(undisturbed: tuple[dict[str, 
     for name in ("loss", "l_simple"):
         np.testing.assert_allclose([point[name] for point in found["curve"]],
                                    [point[name] for point in expected["curve"]], rtol=1e-4)
-    for file in folder.glob("*.safetensors"):
-        ours, theirs = load_file(file), load_file(alone / file.name)
+    for file in folder.rglob("*.safetensors"):
+        ours, theirs = load_file(file), load_file(alone / file.relative_to(folder))
         assert all(np.abs(ours[name] - theirs[name]).max() < 1e-3 for name in theirs)
 
 

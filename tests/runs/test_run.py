@@ -554,6 +554,7 @@ def test_tokens_that_no_prompt_has_are_the_model_as_it_is(
     ("adapter", {"name": "realfake", "finetuned": False, "prompt": "a {name}"}, "or set method.finetuned: true"),
     ("adapter", {"name": "classical", "policy": "randaugment"}, "classical, which samples from the weights as they "
      "are; take it out"),
+    ("adapter", {"name": "vae"}, "vae, which asks its generator for no text; take it out, or choose a method with a"),
     ("captions", {"name": "img2img"}, "which has no {caption} in its prompt"),
     ("class_features", {"name": "realfake", "finetuned": False, "prompt": "a {name}"}, "visual_token: class_mean"),
     ("image_features", {"name": "img2img"}, "visual_token: instance"),

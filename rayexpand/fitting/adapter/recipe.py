@@ -30,7 +30,8 @@ class FinetuneConfig(Section):
 
     strategy: Literal["ti", "db", "ti_db", "full"] = Field(
         "ti_db", description="ti: one new token per class, nothing else; db: LoRA on the UNet, plain class names; "
-        "ti_db: both; full: every weight of UNet and text encoder, plain class names")
+        "ti_db: both; full: every weight of UNet and text encoder, plain class names (of a decoder of image "
+        "embeddings: its UNet, and no texts)")
     targets: Literal["attention", "attention+ff"] = Field(
         "attention", description="projections with LoRA: those of attention, or also the feed-forward layers and the "
         "projections around each attention block (tiny generators need these)")
