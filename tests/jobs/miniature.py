@@ -236,8 +236,8 @@ def _choices(field: str, one: Any) -> Any:
 def _weights(section: str, name: str) -> str:
     if name.startswith("artifacts/"):
         return name
-    if section == "guide":
-        return "models/tiny-clip"
+    if section in ("guide", "guide_2"):
+        return {"guide": "models/tiny-clip", "guide_2": "models/tiny-clip2"}[section]
     if section == "prior":
         known = {"cosxl": "cosxl", "unclip": "unclip", "mae": "mae", "xl": "sdxl"}
         return f"models/tiny-{next((family for word, family in known.items() if word in name.lower()), 'sd')}"
@@ -408,7 +408,7 @@ def _model(root: Path, name: str, kind: str) -> None:
     elif kind in ("sdxl", "cosxl"):
         families.build(kind, folder)
     else:
-        {"sd": tiny_pipeline, "mae": tiny_mae, "clip": tiny_clip,
+        {"sd": tiny_pipeline, "mae": tiny_mae, "clip": tiny_clip, "clip2": lambda at: tiny_clip(at, 1, 32),
          "captioner": lambda at: tiny_captioner(at, "blip-2-opt")}[kind](folder)
 
 
