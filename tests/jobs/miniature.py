@@ -149,7 +149,7 @@ def small(raw: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def _smaller(key: str, value: Any, path: tuple[str, ...]) -> Any:
     if key == "recipe" and isinstance(value, dict):
-        return _finetune(value) if "adapter" in path else value if "arms" in path else _recipe(value)
+        return _finetune(value) if "adapter" in path else value if "baselines" in path else _recipe(value)
     if key == "arms":
         return [_arm(one, path) for one in value]
     if key == "weights":
@@ -160,6 +160,8 @@ def _smaller(key: str, value: Any, path: tuple[str, ...]) -> Any:
         return [0]
     if key in _SMALL:
         return _SMALL[key](value)
+    if isinstance(value, list):
+        return [small(one, path) if isinstance(one, dict) else one for one in value]
     return small(value, path) if isinstance(value, dict) else value
 
 
@@ -176,8 +178,9 @@ def _arm(arm: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     if "recipe" in made:
         preset = PRESETS.get(str(made["recipe"].get("preset")), {})  # of its own
         made["recipe"] |= {key: value for key, value in _RECIPE.items() if key in {**preset, **made["recipe"]}}
-    if isinstance(ratio := made.get("ratio"), list):
-        made["ratio"] = sorted({min(one, COPIES) for one in ratio})
+    if isinstance(ratio := made.get("ratio"), list):  # at least one sample of three images, and no more than there are
+        ends = ratio if len(ratio) < 5 else [ratio[0], ratio[-1]]
+        made["ratio"] = sorted({max(0.5, min(one, COPIES)) for one in ends})
     elif ratio is not None:
         made["ratio"] = min(ratio, COPIES)
     return made
@@ -233,8 +236,8 @@ def _choices(field: str, one: Any) -> Any:
 def _weights(section: str, name: str) -> str:
     if name.startswith("artifacts/"):
         return name
-    if section == "guide":
-        return "models/tiny-clip"
+    if section in ("guide", "guide_2"):
+        return {"guide": "models/tiny-clip", "guide_2": "models/tiny-clip2"}[section]
     if section == "prior":
         known = {"cosxl": "cosxl", "unclip": "unclip", "mae": "mae", "xl": "sdxl"}
         return f"models/tiny-{next((family for word, family in known.items() if word in name.lower()), 'sd')}"
@@ -405,7 +408,7 @@ def _model(root: Path, name: str, kind: str) -> None:
     elif kind in ("sdxl", "cosxl"):
         families.build(kind, folder)
     else:
-        {"sd": tiny_pipeline, "mae": tiny_mae, "clip": tiny_clip,
+        {"sd": tiny_pipeline, "mae": tiny_mae, "clip": tiny_clip, "clip2": lambda at: tiny_clip(at, 1, 32),
          "captioner": lambda at: tiny_captioner(at, "blip-2-opt")}[kind](folder)
 
 

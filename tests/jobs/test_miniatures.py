@@ -46,7 +46,8 @@ def test_what_is_made_small_is_set_and_nothing_else() -> None:
     made = settings.read(job.path, said)
 
     assert made == miniature.small(job.raw)
-    assert {one.partition("=")[0].partition(".")[0] for one in said} <= {"seeds", "recipe", "expansions", "arms"}
+    assert {one.partition("=")[0].partition(".")[0] for one in said} <= {
+        "seeds", "recipe", "baselines", "expansions", "arms"}
     assert made["expansions"]["gif-sd"]["method"]["eps"] == job.raw["expansions"]["gif-sd"]["method"]["eps"]
 
 
