@@ -14,6 +14,7 @@ from rayexpand.contract.errors import OverBudget
 
 if TYPE_CHECKING:
     from rayexpand.evaluation.evaluate import Extract
+    from rayexpand.evaluation.select_scores import Score
     from rayexpand.runs.config import ClusterConfig
     from rayexpand.runs.driving import Driver
     from rayexpand.runs.run import Run
@@ -91,6 +92,17 @@ def extract_with(ray: bool | str) -> Extract:
 
         return extract
     from rayexpand.evaluation.evaluate import in_process
+
+    return in_process
+
+
+def score_with(ray: bool | str, cluster: ClusterConfig) -> Score:
+    """What has samples judged by a guide."""
+    if ray:
+        from rayexpand.on_ray.select import score
+
+        return partial(score, cluster=cluster)
+    from rayexpand.evaluation.select_scores import in_process
 
     return in_process
 

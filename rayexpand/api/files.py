@@ -24,7 +24,7 @@ Set = Mapping[str, Any] | Sequence[str]
 KINDS = {"study": ("arms", "train"), "sweep": ("space", "sweep"), "fit": ("fit", "fit"), "select": ("rule", "select"),
          "evaluate": ("reference", "evaluate"), "run": ("method", "expand")}
 MACHINE = ("cluster", "runtime", "store", "estimate")  # sections of a machine file, beside `device`
-LISTS = (".csv", ".txt")  # suffixes of ready files beside the YAML
+LISTS = (".csv", ".json", ".txt")  # suffixes of ready files beside the YAML
 DEVICE = {"run": "prior.device", "fit": "device", "study": "training.device", "sweep": "study.training.device",
           "select": "device", "evaluate": "extractor.device"}
 
@@ -244,7 +244,7 @@ def jobs_named_by(name: str) -> list[str]:
     found, todo = list[str](), [name]
     while todo:
         lines = [line.partition("#")[0] for line in job_text(todo.pop()).splitlines()]
-        for other in re.findall(r"\bjobs/[\w./-]+\.(?:csv|txt|yaml)\b", "\n".join(lines)):
+        for other in re.findall(r"\bjobs/[\w./-]+\.(?:csv|json|txt|yaml)\b", "\n".join(lines)):
             if other not in found:
                 found.append(other)
                 todo += [other] if other.endswith(".yaml") else []

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rayexpand.api.driving import Relay, at, driver, extract_with, fit_with, train_trials
+from rayexpand.api.driving import Relay, at, driver, extract_with, fit_with, score_with, train_trials
 from rayexpand.api.files import KINDS, Job, Set, as_overrides, config_of, data_of, parsed, preflight, read_job, where_of
 from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, drive_to_end
 from rayexpand.api.results import Artifact, Checked, ClusterJob, Event, Planned, PreparedData, Scores, Selected
@@ -133,16 +132,10 @@ def expand(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | s
 def select(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,
            on: Callable[[Event], None] | None = None) -> Selected:
     """Decides which samples of a run stay; its data files are not touched."""
-    from rayexpand.evaluation import select_scores
     from rayexpand.evaluation.select import select
 
     config = at(config_of("select", job, set, machine), ray)
-    score: Any = select_scores.in_process
-    if ray:
-        from rayexpand.on_ray.select import score as score_on_ray
-
-        score = partial(score_on_ray, cluster=config.cluster)
-    return Selected(select(config, score, Relay(on)))
+    return Selected(select(config, score_with(ray, config.cluster), Relay(on)))
 
 
 def evaluate(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,
@@ -160,6 +153,7 @@ def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
     arm with every seed, and writes the page. What failed are lines of `.failed`; the same call tries it again."""
     from rayexpand.studies.expansions import pending_runs
     from rayexpand.studies.sample_scores import score_samples
+    from rayexpand.studies.selections import make_selections
     from rayexpand.studies.study import prepare_study
     from rayexpand.studies.trials import make_trials
 
@@ -168,6 +162,7 @@ def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
         study = prepare_study(config)
         for run in pending_runs(study, progress, fit_with(ray, on_workers=True)):
             drive(run, progress)
+        make_selections(study, score_with(ray, config.cluster), progress)
         trials = make_trials(study)
         failed = score_samples(study, trials, extract_with(ray), progress)
         failed += train_trials(study, trials, progress, ray=ray)

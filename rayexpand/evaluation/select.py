@@ -85,6 +85,15 @@ def load(path: str, overrides: Sequence[str] = ()) -> SelectConfig:
 
 def parse(raw: Mapping[str, Any], where: str = "configuration") -> SelectConfig:
     """Configuration of a mapping. Raises ConfigError with every mistake."""
+    config, problems = checked(raw)
+    problems += _run_problems(raw, config)
+    if problems or config is None:
+        raise ConfigError(where, problems)
+    return config
+
+
+def checked(raw: Mapping[str, Any]) -> tuple[SelectConfig | None, list[str]]:
+    """Configuration of a mapping, None where it is none, and every mistake that does not need the run."""
     rule, problems = _rule(raw.get("rule"))
     problems += secret_problems(raw)
     config: SelectConfig | None = None
@@ -92,12 +101,9 @@ def parse(raw: Mapping[str, Any], where: str = "configuration") -> SelectConfig:
         config = SelectConfig(**{**{str(key): value for key, value in raw.items()}, "rule": rule or _NOTHING})
     except ValidationError as error:
         problems = mistakes(error, SelectConfig, "") + problems
-    problems += _run_problems(raw, config)
     if config is not None and config.guide is not None:
         problems += [f"guide.weights: {one}" for one in check_guide(config.guide.weights, config.guide.checkpoint)]
-    if problems or config is None:
-        raise ConfigError(where, problems)
-    return config
+    return config, problems
 
 
 _NOTHING = Random(n=1)  # stands in for a rule that is wrong, so that the other fields are checked too

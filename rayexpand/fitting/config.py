@@ -41,7 +41,7 @@ from rayexpand.contract.settings import Section, mistakes, read
 from rayexpand.data import seeds
 from rayexpand.fitting.adapter.config import AdapterFit, BaseConfig
 from rayexpand.fitting.adapter.fit import AdapterMaker
-from rayexpand.fitting.captions import CaptionsMaker
+from rayexpand.fitting.captions import CaptionsFit, CaptionsMaker
 from rayexpand.fitting.class_features import ClassFeaturesMaker, ImageFeaturesMaker
 from rayexpand.fitting.guide import GuideFit, GuideMaker
 from rayexpand.fitting.maker import ARTIFACTS, FitBase, Maker
@@ -91,11 +91,12 @@ def parse_fit(raw: Mapping[str, Any], where: str = "fit") -> FitConfig:
         raise ConfigError(where, mistakes(error, FitConfig, "")) from error
 
 
-def fit_config(config: RunConfig, guide: GuideFit | None = None, adapter: AdapterFit | None = None, *, groups: int = 3,
-               out: str = ARTIFACTS) -> FitConfig | None:
+def fit_config(config: RunConfig, guide: GuideFit | None = None, adapter: AdapterFit | None = None,
+               captions: CaptionsFit | None = None, *, groups: int = 3, out: str = ARTIFACTS) -> FitConfig | None:
     """What the method of a run needs to have fitted, on the run's own seeds; None where it needs nothing. `guide`:
-    train one rather than use the run's; `adapter`: how to fine-tune the generator, which a run does not say."""
-    said = {"guide": guide, "adapter": adapter, "prototypes": PrototypesFit(groups=groups)}
+    train one rather than use the run's; `adapter`, `captions`: how to fine-tune the generator and where captions come
+    from, which a run does not say."""
+    said = {"guide": guide, "adapter": adapter, "captions": captions, "prototypes": PrototypesFit(groups=groups)}
     needs = config.needs | ({"adapter"} if adapter is not None and may_adapt(config.method) else frozenset())
     made = FitSection(**{maker.kind: said.get(maker.kind, maker.for_run(config)) for maker in MAKERS
                          if maker.kind in needs})

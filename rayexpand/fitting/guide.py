@@ -50,7 +50,10 @@ class GuideMaker(Maker):
 
     def problems(self, section: GuideFit, config: FitBase, *, on_ray: bool) -> list[str]:
         problem = _checkpoint_problem(section)
-        return [f"fit.guide.recipe.checkpoint: {problem}"] if problem else []
+        problems = [f"fit.guide.recipe.checkpoint: {problem}"] if problem else []
+        if section.kind == CLIP_HEAD and make_recipe(section.recipe).jsd:
+            problems.append("fit.guide.recipe.jsd: has no effect on kind clip_head; set it to 0")
+        return problems
 
     def is_here(self, section: GuideFit) -> bool:
         return True

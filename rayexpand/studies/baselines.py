@@ -74,8 +74,9 @@ class Baseline(Section):
     @model_validator(mode="after")
     def _has_effect(self) -> Baseline:
         known = {name for fields in _FIELDS.values() for name in fields}
-        given = [name for name in type(self).model_fields if name in self.model_fields_set & known]
-        if idle := [name for name in given if name not in _FIELDS[self.kind]]:
+        idle = [name for name, field in type(self).model_fields.items() if name in known - {*_FIELDS[self.kind]}
+                and getattr(self, name) != field.default]
+        if idle:
             raise ValueError(f"{', '.join(idle)}: no effect on {self.kind}; take it out")
         if self.kind == "clip_zero_shot" and self.use is not None:
             raise ValueError("use: clip_zero_shot trains on nothing; take it out")

@@ -14,9 +14,10 @@ whose speed drifts is compared with itself. What samples cost is left out: they 
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -28,13 +29,12 @@ from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import replace_json
 from rayexpand.studies.config import StudyConfig
 from rayexpand.studies.parts import Study, Trial
-from rayexpand.studies.study import prepare_study
+from rayexpand.studies.study import STUDY_FOLDERS, prepare_study
 from rayexpand.studies.trial import TrialWork, make_classifier, open_work
 from rayexpand.studies.trials import make_trials
 
 ROUNDS = 3
 STEPS = 10  # of one arm in a round, at least
-FILE = "bench.json"  # in the study's folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,8 @@ def overhead(augmented: float, plain: float) -> float:
 
 
 def bench_study(config: StudyConfig, images: int = 0) -> TrainingBench:
-    """Times at least `images` images of every arm with the first seed. Writes bench.json in the study's folder.
+    """Times at least `images` images of every arm with the first seed. Writes bench-<batch of the baseline>.json in the
+    study's folder, and nothing else there that `train` would not find again.
 
     Raises what `prepare_study` raises, and UsageError where an expansion of an arm is not complete.
     """
@@ -91,17 +92,27 @@ def bench_study(config: StudyConfig, images: int = 0) -> TrainingBench:
                           if isinstance(made, RunConfig) and first_look(open_files(made.folder)) is None}):
         raise UsageError(f"expansions.{missing[0]}: its samples are not there, and bench measures training on them; "
                          "make them with `rayexpand train` and this file first")
-    trials = [one for one in make_trials(study) if one.seed == config.seeds[0]]
-    with torch_threads(config.training.threads):
+    with torch_threads(config.training.threads), tempfile.TemporaryDirectory() as folder:
         device = str(choose_device(config.training.device))
-        works = {one.arm: open_work(study.files, one, config.training) for one in trials}
+        trials, works = _opened(study, folder)
         per_round = max(STEPS, *(math.ceil(images / (ROUNDS * work.feed.batch)) for work in works.values()))
         rounds = [{arm: _timed(work, device, number * per_round, per_round) for arm, work in works.items()}
                   for number in range(ROUNDS)]
-    found = TrainingBench(_costs(study, trials, works, rounds), config.baseline or trials[0].arm,
-                          ROUNDS * per_round * min(work.feed.batch for work in works.values()), device)
-    replace_json(study.files, FILE, found.to_json())
+    costs, plain = _costs(study, trials, works, rounds)
+    timed = ROUNDS * per_round * min(work.feed.batch for work in works.values())
+    found = TrainingBench(costs, plain.arm, timed, device)
+    replace_json(study.files, f"bench-{plain.batch}.json", found.to_json())
     return found
+
+
+def _opened(study: Study, folder: str) -> tuple[list[Trial], dict[str, TrialWork]]:
+    """Trials of the first seed, ready to be trained. Their files lie in `folder`, for those of the study may have been
+    trained with other settings."""
+    beside = replace(study, files=open_files(folder))
+    for name in STUDY_FOLDERS:
+        beside.files.make_folder(name)
+    trials = [one for one in make_trials(beside) if one.seed == study.config.seeds[0] and one.is_trained]
+    return trials, {one.arm: open_work(beside.files, one, study.config.training) for one in trials}
 
 
 def _timed(work: TrialWork, device: str, start: int, steps: int) -> tuple[float, float]:
@@ -121,10 +132,11 @@ def _timed(work: TrialWork, device: str, start: int, steps: int) -> tuple[float,
 
 
 def _costs(study: Study, trials: Sequence[Trial], works: Mapping[str, TrialWork],
-           rounds: Sequence[Mapping[str, tuple[float, float]]]) -> tuple[ArmCost, ...]:
+           rounds: Sequence[Mapping[str, tuple[float, float]]]) -> tuple[tuple[ArmCost, ...], ArmCost]:
+    """Of every arm, and of the baseline."""
     found = [ArmCost(one.arm, works[one.arm].feed.batch, works[one.arm].feed.total_steps,
                      *(median(seconds[one.arm][part] for seconds in rounds) for part in (0, 1))) for one in trials]
     plain = next(one for one in found if one.arm == (study.config.baseline or trials[0].arm))
-    return tuple(ArmCost(one.arm, one.batch, one.steps, one.loader_seconds, one.step_seconds,
-                         overhead(one.seconds, plain.seconds),
-                         overhead(one.seconds_per_image, plain.seconds_per_image)) for one in found)
+    return tuple(replace(one, overhead=overhead(one.seconds, plain.seconds),
+                         overhead_per_image=overhead(one.seconds_per_image, plain.seconds_per_image))
+                 for one in found), plain

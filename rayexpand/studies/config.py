@@ -28,9 +28,12 @@ from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.subsets import SubsetConfig
 from rayexpand.evaluation import features as extractors
+from rayexpand.evaluation import select as selecting
 from rayexpand.evaluation.evaluate import DistanceConfig
 from rayexpand.evaluation.features import ExtractorConfig
+from rayexpand.evaluation.select_rules import BY_GUIDE
 from rayexpand.fitting.adapter.config import AdapterFit
+from rayexpand.fitting.captions import CaptionsFit
 from rayexpand.fitting.config import fit_config
 from rayexpand.fitting.config import preflight as fit_preflight
 from rayexpand.fitting.guide import GuideFit
@@ -38,7 +41,7 @@ from rayexpand.models.folders import unreadable
 from rayexpand.models.prior import facts_to_come
 from rayexpand.runs import config as configs
 from rayexpand.runs import run as runs
-from rayexpand.runs.config import DIGITS, ClusterConfig, RunConfig, not_named
+from rayexpand.runs.config import DIGITS, ClusterConfig, RunConfig, guide_of_run, not_named
 from rayexpand.runs.inputs import no_effect
 from rayexpand.studies import baselines, extra_tests
 from rayexpand.studies.baselines import Baseline
@@ -66,7 +69,8 @@ class ArmConfig(Section):
     fill: bool = Field(False, description="of each class only as many synthetic rows as bring it to the size of the "
                        "largest real class (SYNAuG)")
     selection: str | None = Field(None, description="a decision in selections/ of the expansion; only rows it keeps. "
-                                  "For a run the study makes, `select` it when `train` asks for it, and train again")
+                                  "One of `selections` the study makes; for another of a run the study makes, `select` "
+                                  "it when `train` asks for it, and train again")
     soft_label: dict[str, float] = Field({}, description="arguments of the method's soft label, such as gamma")
     mix: Annotated[SeedMix | None, Later(None)] = Field(
         None, description="mix samples with a real image as they are trained (DiffCoRe-Mix); {}: with their own seeds, "
@@ -100,6 +104,8 @@ class ExpansionFit(Section):
     groups: int = Field(3, ge=1, description="prototypes of each class (DistDiff: 3)")
     adapter: AdapterFit | None = Field(None, description="fine-tune the generator, in the process that drives the "
                                        "study; null: the one the run configuration names")
+    captions: Annotated[CaptionsFit | None, Later(None)] = Field(
+        None, description="where captions come from; null: the artifact the run configuration names")
     pretrain: Annotated[PriorFit | None, Later(None)] = Field(
         None, description="train the generator, from nothing; null: the one the run configuration names")
 
@@ -158,6 +164,9 @@ class StudyConfig(Section):
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="repetitions; three or more for error bars")
     recipe: dict[str, Any] = Field({}, description="preset and fields of the training recipe")
     expansions: dict[str, ExpansionConfig] = Field({}, description="runs the arms use, by name")
+    selections: Annotated[dict[str, dict[str, Any]], Later({})] = Field(
+        {}, description="decisions by name that arms ask for in `selection` and the study makes of the runs they use: "
+        "the file of `rayexpand select` without name, run and cluster")
     arms: list[ArmConfig] = Field(min_length=1)
     baselines: Annotated[list[Baseline], Later([])] = Field(
         [], description="rows that need no expansion, by their kind or as sections: what a model trained on other "
@@ -221,7 +230,7 @@ def study_preflight(config: StudyConfig) -> list[str]:
                 for problem in renamed(seeds.check(data), section)]
     problems += [f"extra_tests.{name}.{line}" for name,
                  one in config.extra_tests.items() for line in extra_tests.problems(one)]
-    problems += _samples_problems(config) + _baseline_problems(config)
+    problems += _samples_problems(config) + _baseline_problems(config) + _selection_problems(config)
     files = {file for arm in config.arms if (file := {**config.recipe, **arm.recipe}.get("checkpoint")) is not None}
     problems += [f"recipe.checkpoint: there is no file {file}{looked_at(file)}" for file in sorted(files)
                  if not Path(file).expanduser().is_file()]
@@ -243,16 +252,43 @@ def study_preflight(config: StudyConfig) -> list[str]:
                        *(("artifacts.adapter: ", "artifacts.class_features: ", "artifacts.image_features: ")
                          if one.fit and one.fit.adapter else ()),
                        *(("guide.weights: ",) if trained else ()),
+                       *(("artifacts.captions: ",) if one.fit and one.fit.captions else ()),
                        *(("prior.weights: missing",) if to_come else ()))
+        problems += _judge_problems(config, name, made)
         problems += [f"expansions.{name}.{line}" for line in runs.preflight(made, device_here=False, prior=to_come)
                      if not line.startswith(given_later) or ": has no effect" in line]
-        if one.fit is not None and (wanted := fit_config(made, one.fit.guide, one.fit.adapter)) is not None:
+        if one.fit is not None and (wanted := fit_config(made, one.fit.guide, one.fit.adapter,
+                                                                one.fit.captions)) is not None:
             problems += [f"expansions.{name}.{line.partition(', or add `')[0]}"  # which a study cannot have there
                          for line in fit_preflight(wanted, device_here=False, on_ray=False)
                          if line.startswith("fit.") and not line.startswith("fit.adapter.features: is missing")]
         if one.fit is not None and one.fit.pretrain is not None:
             problems += [f"expansions.{name}.{line}" for line in prior_problems(made, one.fit.pretrain)]
     return problems
+
+
+def _selection_problems(config: StudyConfig) -> list[str]:
+    """What is wrong with decisions the study makes, whatever the run."""
+    problems, asked = [], {arm.selection for arm in config.arms}
+    for name, raw in config.selections.items():
+        if given := sorted({"name", "run", "cluster"} & set(raw)):
+            problems.append(f"selections.{name}: {', '.join(given)} come from the study; take them out")
+        else:
+            _, found = selecting.checked({**raw, "name": name, "run": "of the study"})
+            problems += [f"selections.{name}.{line}" for line in found]
+        if name not in asked:
+            problems.append(f"selections.{name}: no arm asks for it; set it as the `selection` of one, or take it out")
+    return problems
+
+
+def _judge_problems(config: StudyConfig, expansion: str, made: RunConfig) -> list[str]:
+    """The problem of decisions by the guide of a run that names none."""
+    found = []
+    for name in dict.fromkeys(arm.selection for arm in config.arms if expansion in arm.uses):
+        chosen, _ = selecting.checked({**config.selections.get(str(name), {}), "name": "x", "run": "of the study"})
+        if chosen is not None and chosen.guide is None and chosen.rule.wants() & BY_GUIDE:
+            found += guide_of_run(f"selections.{name}.guide.weights", made)
+    return found
 
 
 def _baseline_problems(config: StudyConfig) -> list[str]:
@@ -430,7 +466,7 @@ def _expansion_problems(config: StudyConfig) -> list[str]:
 
 def _fit_problems(made: RunConfig, fit: ExpansionFit) -> list[str]:
     """What the fit of an expansion cannot mean for its run, one line each."""
-    wanted, problems = fit_config(made, fit.guide, fit.adapter), []
+    wanted, problems = fit_config(made, fit.guide, fit.adapter, fit.captions), []
     if fit.pretrain is not None:
         if "prior" not in made.needs:
             problems.append(f"fit.pretrain: {made.method.name} samples without a generator; take it out")
@@ -444,8 +480,8 @@ def _fit_problems(made: RunConfig, fit: ExpansionFit) -> list[str]:
             f"fit: {made.method.name} as it is set here needs nothing fitted; take it out"]
     problems += [f"artifacts.{kind}: {folder} would not be read, for fit makes them of each seed's own rows; take one "
                 "of the two out" for kind, folder in made.artifacts.items() if getattr(wanted.fit, kind)]
-    if fit.guide is not None and wanted.fit.guide is None:
-        problems.append(f"fit.guide: has no effect on {made.method.name} as it is set here; take it out")
+    problems += [f"fit.{role}: has no effect on {made.method.name} as it is set here; take it out"
+                 for role in ("guide", "captions") if getattr(fit, role) and getattr(wanted.fit, role) is None]
     if fit.adapter is None or wanted.fit.adapter is None:
         return problems
     recipe, plain = fit.adapter.finetune, AdapterFit()

@@ -28,7 +28,7 @@ def pending_runs(study: Study, progress: Progress = lambda *_: None, fit: Fit = 
         if wanted is not None and wanted.pretrain is not None:
             made = with_prior(made, fit(prior_task(made, wanted.pretrain, out), progress)["prior"])
         if wanted is not None:
-            task = fit_config(made, wanted.guide, wanted.adapter, groups=wanted.groups, out=out)
+            task = fit_config(made, wanted.guide, wanted.adapter, wanted.captions, groups=wanted.groups, out=out)
             made = made if task is None else with_artifacts(made, fit(task, progress))
         run = runs.prepare(made, progress, where=f"expansions.{made.name}")
         if runs.pending_jobs(run):

@@ -203,7 +203,7 @@ def _run_problems(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, S
             problems += [f"arms.{arm.name}.ratio: {one} copies of each seed asked for, but {folder} has {most[folder]} "
                          "at most; lower it, or make more copies"
                          for one in ratios_of(arm) if math.ceil(one) > most[folder]]
-            if isinstance(made, str) and arm.selection is not None and (
+            if isinstance(made, str) and arm.selection not in (None, *config.selections) and (
                     f"{arm.selection}.parquet" not in opened.run(made).files.list("selections")):
                 problems.append(f"arms.{arm.name}.selection: {made} has no selection {arm.selection!r}; make it with "
                                 f"`rayexpand select` and a file with name: {arm.selection} and run: {made}")

@@ -92,6 +92,10 @@ def test_which_samples_are_compared(run: Run, image_folder: Path, guide: str) ->
     assert chosen() == [row["image"]["bytes"] for row in rows]
     assert chosen(copies=1) == [row["image"]["bytes"] for row in rows if row["copy"] < 1]
     assert chosen(selection="half") == [row["image"]["bytes"] for row in rows[::2]]
+    second = [row["image"]["bytes"] for row in rows if row["copy"] == 1]
+    some = [one for one in chosen(copies=1.5) if one not in chosen(copies=1)]
+    assert 0 < len(some) < len(second)
+    assert set(some) < set(second)
     assert chosen(selection="half", copies=1) == [
         row["image"]["bytes"] for i, row in enumerate(rows) if i % 2 == 0 and row["copy"] < 1]
 

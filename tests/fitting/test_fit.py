@@ -285,11 +285,12 @@ def test_every_mistake_of_a_fit_is_reported_at_once(raw: dict[str, Any]) -> None
         assert words in found
 
     bad = {**raw, "data": {"source": "imagefolder", "path": "/nowhere"}, "out": "s3://bucket/artifacts",
-           "guide": {"weights": "ViT-Z-99"}, "fit": {"guide": {"kind": "clip_head", "recipe": {"checkpoint": "x"}}}}
+           "guide": {"weights": "ViT-Z-99"}, "fit": {"guide": {"kind": "clip_head", "recipe": {
+               "checkpoint": "x", "augment": "augmix", "jsd": 12}}}}
     with pytest.raises(ConfigError) as error:
         fit(bad)
     for words in ("data.path", "guide.weights: guide 'ViT-Z-99' is neither", "has no effect on kind clip_head",
-                  "out: s3"):
+                  "fit.guide.recipe.jsd: has no effect", "out: s3"):
         assert words in str(error.value)
     with pytest.raises(ConfigError, match="names nothing to make"):
         fit(raw, fit={})

@@ -43,13 +43,18 @@ SHARDED_FP16 = ["unet/diffusion_pytorch_model.safetensors.index.fp16.json",
      ["unet/diffusion_pytorch_model.safetensors.index.fp16.json", f"{UNET}-00001-of-00001.fp16.safetensors"]),
     (["sdxl_base_1.0.safetensors", "transformer/diffusion_pytorch_model.safetensors"], [])])
 def test_one_variant_of_each_model(listing: list[str], chosen: list[str], tmp_path: Path) -> None:
-    assert hub_weights(listing) == chosen
+    assert hub_weights(["model_index.json", *listing]) == chosen
     for name in listing:  # and it is that which is loaded of a folder with all of them
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shards = [one.rpartition("/")[2] for one in listing if "-of-" in one and ("fp16" in one) == ("fp16" in name)]
         (tmp_path / name).write_text(json.dumps({"weight_map": {str(i): one for i, one in enumerate(shards)}}))
     loaded = [name for part in WEIGHTS for name in weight_files(tmp_path, part)[1]]
     assert sorted(loaded) == sorted(chosen)
+
+
+def test_a_repository_without_a_pipeline_is_one_model() -> None:
+    assert hub_weights(["config.json", "model.fp16.safetensors", "model.safetensors", "pytorch_model.bin"]) == [
+        "model.safetensors"]
 
 
 @pytest.fixture(scope="module")

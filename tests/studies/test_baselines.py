@@ -120,6 +120,11 @@ def test_a_study_without_them_says_and_digests_what_it_did(tmp_path: Path, done:
     write_study_report(str(study.files.root))
 
 
+def test_a_study_reads_what_it_wrote(done: tuple[Study, list[Trial]]) -> None:
+    config = done[0].config
+    assert parse_study(config.model_dump(mode="json")) == config
+
+
 def test_their_answers_depend_on_guide_and_settings_and_not_on_where_it_lies(done: tuple[Study, list[Trial]]) -> None:
     trial = next(one for one in done[1] if one.arm == "clip_distill")
 

@@ -49,8 +49,9 @@ def test_the_loader_and_the_step_have_clocks_of_their_own(tmp_path: Path, monkey
         "original": (2, 10), "mixed": (4, 10), "original repeated 2x": (4, 10)}
     assert costs["original"].overhead == 0
     assert costs["mixed"].overhead > 100 + costs["mixed"].overhead_per_image
-    written = json.loads((tmp_path / "small/bench.json").read_text())
+    written = json.loads((tmp_path / "small/bench-10.json").read_text())
     assert written["arms"][1]["loader_seconds"] == costs["mixed"].loader_seconds
+    assert not list((tmp_path / "small/trials").iterdir()), "trials that were finished with other settings stay"
 
 
 def test_the_table_has_a_line_for_each_arm() -> None:

@@ -162,7 +162,8 @@ def study_with(base: Mapping[str, Any], config: SweepConfig, values: Mapping[str
     study = parse_study(raw)
     arm = next(one for one in study.arms if one.name == config.arm).model_copy(update={"control": False})
     return study.model_copy(update={"arms": [arm], "expansions": {
-        name: one for name, one in study.expansions.items() if name in arm.uses}})
+        name: one for name, one in study.expansions.items() if name in arm.uses}, "selections": {
+        name: one for name, one in study.selections.items() if name == arm.selection}})
 
 
 def identity(study: StudyConfig) -> dict[str, Any]:
@@ -174,6 +175,8 @@ def identity(study: StudyConfig) -> dict[str, Any]:
              **study.model_dump(mode="json", include={"subset", "seeds", "resample", "vary"}),
              "data": data, "test": by_content(study.test),
              "order": [study.training.shuffle_rows, study.training.streams]}
+    if arm.selection in study.selections:
+        found["select"] = study.selections[str(arm.selection)]
     made = [_made_from(study.expansions[name], data) for name in arm.uses]
     return {**found, **(made[0] if len(made) == 1 else {"expansions": made} if made else {})}
 

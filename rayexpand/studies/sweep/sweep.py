@@ -166,6 +166,11 @@ def write_best(sweep: Sweep, best: Mapping[str, Any]) -> None:
                            if name in ArmConfig(**alone["arms"][0]).uses}
     for field in ("baseline", "baselines"):
         alone.pop(field, None)
+    if chosen := {name: one for name, one in (raw.get("selections") or {}).items()
+                  if name == alone["arms"][0].get("selection")}:
+        alone["selections"] = chosen
+    else:
+        alone.pop("selections", None)
     alone.pop("validation", None)  # they are the test images of best.yaml
     out = str(sweep.files.root)
     for name, study in (("best", alone), ("final", raw)):

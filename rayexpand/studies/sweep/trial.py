@@ -31,6 +31,7 @@ from rayexpand.storage.files import Files
 from rayexpand.storage.tables import healthy_json, replace_json, sealed
 from rayexpand.studies.expansions import pending_runs
 from rayexpand.studies.parts import Study, Trial, read_result
+from rayexpand.studies.selections import make_selections
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.sweep.sweep import Candidate, Sweep, read_test
 from rayexpand.studies.trial import (
@@ -199,6 +200,7 @@ def _expand(study: Study) -> tuple[int, float]:
             for run in pending_runs(replace(study, expansions={key: pilot})):
                 before = run.totals()
                 rows += before.pending - drive(run, lambda *_: None).pending
+    make_selections(study)
     return rows, time.perf_counter() - begun
 
 
