@@ -434,9 +434,12 @@ def test_rows_do_not_depend_on_the_batch_the_shards_or_their_order(make_config: 
         assert runs.start(run).regenerate(sample_id).sample_sha256 == expected[0][sample_id]
 
 
-def test_calls_are_full_until_the_tail(make_config: MakeConfig, accept: Accepting, calls: list[Any]) -> None:
-    """At acceptance 1/2, in five attempts, 1.94 tries of each row and 3.1 % of rows exhausted."""
-    run, totals = complete(make_config("Fake", ratio=60, batch=64, shard_images=1200, sections={
+@pytest.mark.parametrize("ratio", [60, pytest.param(500, marks=pytest.mark.study)])
+def test_calls_are_full_until_the_tail(make_config: MakeConfig, accept: Accepting, calls: list[Any],
+                                       ratio: int) -> None:
+    """At acceptance 1/2, in five attempts, 1.94 tries of each row and 3.1 % of rows exhausted; 10,000 rows: within
+    0.04 and 0.6 %."""
+    run, totals = complete(make_config("Fake", ratio=ratio, batch=64, shard_images=20 * ratio, sections={
         "accept": accept(attempts=5)}))
     filled = [sum(draw is not None for draw in call.slots) for call in calls]
     tries = sum(filled) / totals.planned
@@ -444,13 +447,13 @@ def test_calls_are_full_until_the_tail(make_config: MakeConfig, accept: Acceptin
 
     assert {len(call.slots) for call in calls} == {64}
     assert len({call.number for call in calls}) == len(calls)
-    assert totals.planned - sum(count == 64 for count in filled[:first]) * 32 < 4 * 64, "the tail is short"
+    assert sum(filled[first:]) < 4 * 64, "the tail is short"
     assert sum(filled[:-5]) / (64 * len(filled[:-5])) >= 0.95
     assert tries == pytest.approx(1.9375, abs=3 * 1.2 / totals.planned**0.5)
-    assert totals.rejected / totals.planned == pytest.approx(0.031, abs=0.016)
+    assert totals.rejected / totals.planned == pytest.approx(0.031, abs=0.55 / totals.planned**0.5)
     (receipt,) = run.store.receipts()
-    assert Counter(attempts(run).values())[0] == pytest.approx(600, abs=52)
-    assert receipt.kept + receipt.rejected == 1200
+    assert Counter(attempts(run).values())[0] == pytest.approx(10 * ratio, abs=1.5 * totals.planned**0.5)
+    assert receipt.kept + receipt.rejected == totals.planned == 20 * ratio
 
 
 def test_a_row_that_a_method_rejects_is_drawn_again(make_config: MakeConfig, accept: Accepting) -> None:
