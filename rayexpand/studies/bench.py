@@ -1,4 +1,5 @@
-"""What the arms of a study cost in training on this machine, and the overhead of each over the baseline.
+"""What the arms of a study cost in training on this machine, and the overhead of each over the baseline,
+or over the first arm of its own batch size where that is another one.
 
 Steps of every arm are timed in turn, several rounds of them, with a clock for the loader (reading, decoding, augmenting
 and mixing the images of a step) and one for the optimiser step. Figures are medians over rounds, so that a machine
@@ -47,6 +48,7 @@ class ArmCost:
     steps: int  # of the training
     loader_seconds: float
     step_seconds: float
+    against: str = ""  # the arm it is compared with
     overhead: float = 0.0
     overhead_per_image: float = 0.0
 
@@ -72,7 +74,7 @@ class TrainingBench:
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         return ("arm", "batch", "loader, ms", "step, ms", "training, s", "overhead, %", "the same images, %"), [
             (one.arm, str(one.batch), f"{1e3 * one.loader_seconds:.1f}", f"{1e3 * one.step_seconds:.1f}",
-             f"{one.seconds:,.1f}", *(("baseline", "") if one.arm == self.baseline else
+             f"{one.seconds:,.1f}", *(("baseline", "") if one.arm == one.against else
                                       (f"{one.overhead:+.1f}", f"{one.overhead_per_image:+.1f}"))) for one in self.arms]
 
 
@@ -135,8 +137,10 @@ def _costs(study: Study, trials: Sequence[Trial], works: Mapping[str, TrialWork]
            rounds: Sequence[Mapping[str, tuple[float, float]]]) -> tuple[tuple[ArmCost, ...], ArmCost]:
     """Of every arm, and of the baseline."""
     found = [ArmCost(one.arm, works[one.arm].feed.batch, works[one.arm].feed.total_steps,
-                     *(median(seconds[one.arm][part] for seconds in rounds) for part in (0, 1))) for one in trials]
+                     median(seconds[one.arm][0] for seconds in rounds),
+                     median(seconds[one.arm][1] for seconds in rounds)) for one in trials]
     plain = next(one for one in found if one.arm == (study.config.baseline or trials[0].arm))
-    return tuple(replace(one, overhead=overhead(one.seconds, plain.seconds),
-                         overhead_per_image=overhead(one.seconds_per_image, plain.seconds_per_image))
+    beside = {one.batch: one for one in [*reversed(found), plain]}  # the first of its batch, or the baseline itself
+    return tuple(replace(one, against=(of := beside[one.batch]).arm, overhead=overhead(one.seconds, of.seconds),
+                         overhead_per_image=overhead(one.seconds_per_image, of.seconds_per_image))
                  for one in found), plain

@@ -55,7 +55,8 @@ def test_the_loader_and_the_step_have_clocks_of_their_own(tmp_path: Path, monkey
 
 
 def test_the_table_has_a_line_for_each_arm() -> None:
-    arms = ArmCost("plain", 16, 100, 0.02, 0.08), ArmCost("mixed", 16, 200, 0.02, 0.08, 100.0, 0.0)
+    arms = (ArmCost("plain", 16, 100, 0.02, 0.08, "plain"),
+            ArmCost("mixed", 16, 200, 0.02, 0.08, "plain", 100.0, 0.0))
     head, lines = TrainingBench(arms, "plain", 480, "cpu").table()
     assert len(head) == 7
     assert lines == [("plain", "16", "20.0", "80.0", "10.0", "baseline", ""),
@@ -64,9 +65,12 @@ def test_the_table_has_a_line_for_each_arm() -> None:
 
 def test_a_study_is_measured_by_the_same_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STEPS", 1)
-    raw = raw_study(tmp_path, seeds=[0], arms=[{"name": "original"}, {"name": "cut", "recipe": {"cutmix": 1.0}}])
+    raw = raw_study(tmp_path, seeds=[0], arms=[{"name": "original"}, {"name": "cut", "recipe": {"cutmix": 1.0}},
+                                                   {"name": "original of 4", "recipe": {"batch": 4}},
+                                                   {"name": "cut of 4", "recipe": {"batch": 4, "cutmix": 1.0}}])
     found = api.bench(raw, rows=40)
-    assert [one.arm for one in found.arms] == ["original", "cut"]
+    assert {one.arm: one.against for one in found.arms} == {  # of its own batch size
+        "original": "original", "cut": "original", "original of 4": "original of 4", "cut of 4": "original of 4"}
     assert found.images >= 40
     with pytest.raises(UsageError, match=r"expansions.flips: its samples are not there"):
         api.bench(raw_study(tmp_path / "other", seeds=[0]))
