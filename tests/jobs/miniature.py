@@ -188,7 +188,7 @@ def _arm(arm: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 
 _RECIPE: dict[str, Any] = {"backbone": "small_resnet", "backbone_args": {"width": 8, "norm": "group"}, "stem": "own",
                            "size": 16, "test_size": None, "epochs": 1, "updates": None, "batch": 8, "drop_path": 0.0,
-                           "warmup_epochs": 0}
+                           "warmup_epochs": 0, "gridmask_until": 0.8}
 
 
 def _recipe(given: Mapping[str, Any]) -> dict[str, Any]:
