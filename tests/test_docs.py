@@ -203,6 +203,7 @@ def test_the_promise_stands_once_and_whole() -> None:
     assert quoted == PROMISE
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     cells = json.loads((ROOT / "docs/notebook.ipynb").read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")

@@ -148,7 +148,7 @@ def test_killed_anywhere_and_run_again(few: Path, few_reference: tuple, tmp_path
     assert run.files.list(".tmp") == [], "leftovers of the dead are swept at the next start"
 
 
-@pytest.mark.parametrize("exhausted", ["reject", "best"])
+@pytest.mark.parametrize("exhausted", ["reject", pytest.param("best", marks=pytest.mark.chaos)])
 @pytest.mark.parametrize("point", [f"{point}@shard={SHARD}" for point in SAMPLING + COMMITTING])
 def test_killed_while_rows_are_drawn_again(few: Path, accept: Accepting, tmp_path: Path, point: str,
                                            exhausted: str) -> None:

@@ -87,6 +87,7 @@ def test_randaugment_draws_operations_evenly_and_signs_by_a_coin(monkeypatch):
     assert np.mean([s > 0 for op, s in applied if op in augment.SIGNED]) == pytest.approx(0.5, abs=0.08)
 
 
+@pytest.mark.slow
 def test_autoaugment_keeps_to_its_probabilities(monkeypatch):
     applied = recorded(monkeypatch, n=2000, policy="autoaugment")
     expected = np.sum([p for pair in augment.AUTOAUGMENT_IMAGENET for _, p, _ in pair]) / 25

@@ -479,10 +479,12 @@ OWN_FIELDS: dict[str, dict[str, Any]] = {
     "realguidance": {"prompt": "a {name}", "strength": 0.5}, "vae": {"sample": True}}
 
 
-JUDGED = [pytest.param(method, True, marks=() if method == "classical" else pytest.mark.study) for method in names()]
+FAST = {False: {"classical", "distdiff", "diffcoremix", "img2img"}, True: {"classical"}}  # judged or not
+MATRIX = [pytest.param(method, judged, marks=() if method in FAST[judged] else pytest.mark.slow)
+          for judged in (False, True) for method in names()]
 
 
-@pytest.mark.parametrize(("method", "judged"), [*((method, False) for method in names()), *JUDGED])
+@pytest.mark.parametrize(("method", "judged"), MATRIX)
 def test_real_methods_keep_every_hash_alone_resumed_and_beside_a_failure(
         make_config: MakeConfig, tiny: Path, image_folder: Path, tmp_path: Path, method: str, judged: bool) -> None:
     """The promise, for every method there is: regenerated alone, in another order, and with a failed batch-mate; by

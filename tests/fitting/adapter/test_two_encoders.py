@@ -365,7 +365,8 @@ def test_words_of_the_base_are_pooled_as_before(xl: Path, tmp_path: Path) -> Non
 # -------------------------------------------------------------------------------------------------------- adapters
 
 
-@pytest.mark.parametrize("strategy", MOVES)
+@pytest.mark.parametrize("strategy", [pytest.param("ti", marks=pytest.mark.slow),
+                                      pytest.param("db", marks=pytest.mark.slow), "ti_db"])
 def test_fitted_adapters_reload_to_the_same_bits(raw: Callable[..., Any], xl: Path, strategy: str) -> None:
     """The modules in training and the prior that loads the adapter say the same, bit for bit, and samples differ from
     those of the base."""
@@ -406,6 +407,7 @@ def test_fitted_adapters_reload_to_the_same_bits(raw: Callable[..., Any], xl: Pa
         assert not torch.allclose(base.predict(z_t, at, base.embed([text], [text], 1.0)).noise, trained, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_sheet_shows_what_the_adapter_samples(raw: Callable[..., Any], xl: Path) -> None:
     """Also with a scheduler that adds noise in each step, as many community models ship."""
     base = Path(shutil.copytree(xl, xl.parent / "ancestral"))
@@ -483,7 +485,7 @@ def test_features_of_two_guides_stand_side_by_side(raw: Callable[..., Any], clip
                                                          "seed"}, "what was made by one guide keeps its name"
 
 
-@pytest.mark.parametrize("visual_token", ["class_mean", "instance"])
+@pytest.mark.parametrize("visual_token", [pytest.param("class_mean", marks=pytest.mark.slow), "instance"])
 def test_realfake_on_two_encoders(visual_token: str, raw: Callable[..., Any], clips: list[Path], xl: Path,
                                   image_folder: Path, tmp_path: Path) -> None:
     """Features, adapter and samples from one fit file and one run, with the encoders' hashes in the adapter."""
@@ -516,7 +518,7 @@ def run_of(xl: Path, image_folder: Path, tmp_path: Path) -> dict[str, Any]:
             "sampler": {"batch": 4, "shard_images": 20}}
 
 
-@pytest.mark.parametrize("strategy", ["ti", "ti_db"])
+@pytest.mark.parametrize("strategy", [pytest.param("ti", marks=pytest.mark.slow), "ti_db"])
 def test_diffmix_on_two_encoders(strategy: str, raw: Callable[..., Any], xl: Path, image_folder: Path,
                                  tmp_path: Path) -> None:
     adapter = fit(raw(recipe_of(strategy)))["adapter"]
