@@ -262,7 +262,7 @@ def _needs(job: Job, raw: Mapping[str, Any]) -> Iterator[Job]:
         elif found := re.match(r"runs/([^/]+)(/runs/.*)?$", value):
             yield _maker("study" if found[2] else "expand", job, found[1])
     for arm in study.get("arms", []) if isinstance(study, Mapping) else []:
-        if arm.get("selection"):
+        if arm.get("selection") and arm["selection"] not in study.get("selections", {}):
             yield _selection(job, arm["selection"], study["expansions"][arm["use"]]["run"])
 
 
