@@ -36,7 +36,7 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
             if kind == "run" and (changed := changed_since_planned(config)):
                 listed["since_planned"] = changed
     if kind == "run" and not problems:
-        problems = weight_problems_of(config)
+        problems = weight_problems_of(config, present_only=True)
     notes = sampling_of(config) if kind == "run" and not problems else []
     return Checked(kind, config.model_dump(mode="json"), problems, listed, notes)
 

@@ -481,6 +481,11 @@ def present(weights: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def is_present(model: PriorModel) -> bool:
+    """Whether reading its weights trains and downloads nothing."""
+    return present(model.weights) is not None or Path(model.weights).expanduser().is_file()
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
 

@@ -42,6 +42,7 @@ from rayexpand.models.prior import (
     has_more,
     has_no_grid,
     inspect_prior,
+    is_present,
     prior_hash,
     sampler_revision,
     sampling_notes,
@@ -161,17 +162,23 @@ def sampling_of(config: RunConfig) -> list[str]:
     """How the generator will be sampled, one line each; it imports diffusers where there is one."""
     if "prior" not in config.needs:
         return []
-    notes = source_notes(sources_of(config.prior), config.prior.process.model_dump()) if has_more(config.prior) else []
+    prior, notes = config.prior, list[str]()
+    if not is_present(prior) and prior.weights != DIGITS:
+        notes = [f"prior.weights: {prior.weights} is not on this machine yet; its tensors are checked by the run that "
+                 "gets it, before anything is sampled"]
+    elif has_more(prior):
+        notes = source_notes(sources_of(prior), prior.process.model_dump())
     return [*notes, *sampling_notes(inspect_prior(config.prior), config.method)]
 
 
-def weight_problems_of(config: RunConfig) -> list[str]:
+def weight_problems_of(config: RunConfig, *, present_only: bool = False) -> list[str]:
     """Tensors that the files of the generator lack, or have in another shape, additions that do not fit, steps that its
-    grid has not; it imports torch and diffusers."""
+    grid has not; it imports torch and diffusers. `present_only`: nothing is trained or downloaded for the answer."""
     if "prior" not in config.needs:
         return []
     problems = has_no_grid(inspect_prior(config.prior), config.method)
-    if config.prior.weights == DIGITS and not has_more(config.prior):
+    if (config.prior.weights == DIGITS and not has_more(config.prior)) or (
+            present_only and not is_present(config.prior)):
         return problems
     from rayexpand.models.added import added_problems
     from rayexpand.models.header_check import weight_problems
@@ -258,13 +265,14 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
         plan = make_plan(index, config)
     if plan is not None and (problems := [*check_classes(config, plan.index.classes.key),
                                           *check_seeds(config, plan.index), *_caption_problems(plan, config),
-                                          *weight_problems_of(config)]):
+                                          *weight_problems_of(config, present_only=True)]):
         raise ConfigError(where or config.name, problems)
     files.probe()
     files.sweep()
+    to_come = "prior" in config.needs and not is_present(config.prior)
     models = model_hashes(config, on_model)
     if plan is not None:
-        if problems := check_space(config):
+        if problems := [*check_space(config), *(weight_problems_of(config) if to_come else ())]:
             raise ConfigError(where or config.name, problems)
         if "prototypes" in models:
             KINDS["prototypes"].load(artifact_folder(config, "prototypes"), ConfiguredInputs(config, models["guide"]),

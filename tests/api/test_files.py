@@ -14,6 +14,9 @@ from rayexpand import api
 from rayexpand.api.files import DEVICE, KINDS, _loader, read_job
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.settings import read
+from rayexpand.models import prior
+from rayexpand.models.tiny import embedded
+from rayexpand.runs import run
 from tests.commands import ROOT, process, rayexpand
 
 DIGITS = {"name": "x", "data": {"source": "digits", "per_class": 1}, "method": {"name": "classical", "ratio": 1}}
@@ -76,6 +79,23 @@ def test_validate_says_what_the_dataset_holds() -> None:
     assert api.validate(DIGITS).dataset == {
         "seeds": 10, "classes": 10, "largest_classes": {str(digit): 1 for digit in range(10)},
         "splits": ["seeds", "test", "pool"]}
+
+
+@pytest.mark.parametrize("weights", ["digits-mae", "digits-unclip", "somebody/model@main"])
+def test_validate_gets_no_weights(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_weights(*_: Any, **more: Any) -> Path:
+        raise AssertionError("weights are asked for")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(embedded, "trained", no_weights)
+    monkeypatch.setattr(prior, "sources_of", no_weights)
+    monkeypatch.setattr(run, "sources_of", no_weights)
+    if "/" in weights:
+        facts = prior.inspect_prior("digits")
+        monkeypatch.setattr(run, "inspect_prior", lambda model: facts)
+    found = api.validate({**DIGITS, "prior": {"weights": weights}, "method": {
+        "name": "gif", "generator": weights.partition("-")[2]} if "-" in weights else {"name": "img2img", "ratio": 1}})
+    assert any(f"prior.weights: {weights} is not on this machine yet" in one for one in found.notes), found
 
 
 def test_validate_says_all_mistakes_at_once(image_folder: Path, tmp_path: Path) -> None:
