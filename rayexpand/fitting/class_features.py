@@ -184,6 +184,10 @@ class ImageFeaturesMaker(Maker):
         return publish(config.out, self.kind, made_from, make)
 
     def problems(self, section: ImageFeaturesFit, config: FitBase, *, on_ray: bool) -> list[str]:
+        adapter = config.fit.adapter
+        told = self.kind == "class_features" or (adapter is not None and adapter.features_kind == self.kind)
+        if told and section.guide is not None and _is_classifier(section.guide):
+            return [_no_tower(f"fit.{self.kind}.guide.weights", section.guide)]
         if (guide := section.guide_2) is None:
             return []
         field = f"fit.{self.kind}.guide_2.weights"
@@ -191,11 +195,7 @@ class ImageFeaturesMaker(Maker):
             return found
         if found := check_guide(guide.weights, guide.checkpoint):
             return [f"{field}: {one}" for one in found]
-        folder = present_guide(guide.weights)
-        if folder is not None and kind_of(folder) == CLASSIFIER:
-            return [f"{field}: {guide.weights} is a classifier; features beside a text need the image tower of a CLIP "
-                    "model"]
-        return []
+        return [_no_tower(field, guide)] if _is_classifier(guide) else []
 
     def _drawn_from(self, section: Any, config: FitBase) -> dict[str, Any]:
         return {}
@@ -206,6 +206,15 @@ class ImageFeaturesMaker(Maker):
     def _write(self, folder: Path, blocks: Sequence[Iterable[Block]], index: SeedIndex, section: Any,
                hashes: Sequence[str], progress: Progress) -> dict[str, Any]:
         return make_image_features(folder, blocks, index, hashes, progress)
+
+
+def _is_classifier(guide: GuideConfig) -> bool:
+    folder = present_guide(guide.weights)
+    return folder is not None and kind_of(folder) == CLASSIFIER
+
+
+def _no_tower(field: str, guide: GuideConfig) -> str:
+    return f"{field}: {guide.weights} is a classifier; features beside a text need the image tower of a CLIP model"
 
 
 def _summed(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:

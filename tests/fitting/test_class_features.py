@@ -20,7 +20,7 @@ from rayexpand.data import seeds
 from rayexpand.data.batches import resized
 from rayexpand.data.seeds import DataConfig
 from rayexpand.fitting.class_features import ClassFeaturesFit, drawn, make_class_features, make_image_features
-from rayexpand.fitting.config import parse_fit
+from rayexpand.fitting.config import parse_fit, preflight
 from rayexpand.fitting.features import Block
 from rayexpand.fitting.fit import fit, fit_for, with_artifacts
 from rayexpand.fitting.guide import GuideFit
@@ -188,6 +188,11 @@ def test_a_classifier_is_no_encoder(raw: dict[str, Any]) -> None:
     folder = fit(parse_fit({**raw, "fit": random}), quiet)["guide"]
     with pytest.raises(ConfigError, match="is a classifier; class_features and image_features need the image tower"):
         fit(parse_fit({**raw, "guide": {"weights": str(folder)}, "fit": {"kind": "class_features"}}), quiet)
+    own = {"guide": {"weights": str(folder)}}
+    for made, refused in (({"class_features": own}, True), ({"image_features": own}, False), (
+            {"image_features": own, "adapter": {"recipe": {"visual_token": "instance"}}}, True)):
+        found = preflight(parse_fit({**raw, "fit": made}))
+        assert any("is a classifier; features beside a text" in one for one in found) is refused
 
 
 @pytest.mark.parametrize(("visual_token", "role"), [("class_mean", "class_features"), ("instance", "image_features")])
