@@ -272,10 +272,11 @@ def may_adapt(method: Method) -> bool:
     """Whether a method that asks for no adapter samples with one that its run names: what one paper fine-tunes serves
     the others. Not where a field says that the weights are taken as they are, nor a generator that reads no text."""
     as_they_are = not getattr(method, "finetuned", True) or str(getattr(method, "variant", "")).startswith("real_")
-    return "prior" in method.needs() and not as_they_are and _reads_text(method)
+    return "prior" in method.needs() and not as_they_are and reads_text(method)
 
 
-def _reads_text(method: Method) -> bool:
+def reads_text(method: Method) -> bool:
+    """Whether the generator of a method is told in words what to paint."""
     return getattr(method, "generator", "sd") == "sd" and any(
         hasattr(method, name) for name in ("prompt", "prompts", "domains"))
 
@@ -324,7 +325,7 @@ class AdapterKind(ArtifactKind):
 
     def unused(self, method: Method) -> tuple[str, str]:
         variant = str(getattr(method, "variant", ""))
-        if "prior" in method.needs() and not _reads_text(method):
+        if "prior" in method.needs() and not reads_text(method):
             return "asks its generator for no text", "set method.generator: sd" if hasattr(
                 method, "generator") else "choose a method with a prompt"
         return "samples from the weights as they are", (

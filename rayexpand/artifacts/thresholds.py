@@ -28,7 +28,6 @@ from rayexpand.contract.errors import ModelError, looked_at
 from rayexpand.contract.protocols import Method
 
 FILE, ABOUT = "thresholds.safetensors", "thresholds.json"
-COMPARISONS = ("seed", "class", "prompt", "confidence")
 LEVELS = np.linspace(0, 1, 101)  # of the quantiles that are kept
 
 _AGAIN = "make them again with `rayexpand fit`, kind thresholds"
@@ -90,7 +89,10 @@ def read_thresholds(folder: Path, class_keys: Sequence[str]) -> Thresholds:
         found = Thresholds(tensors["unit_KD"], of)
     except (OSError, SafetensorError, KeyError) as error:
         raise ModelError(f"thresholds {folder / FILE} cannot be read ({error}); {_AGAIN}") from error
-    if not all(np.isfinite(one).all() and len(one) == len(class_keys) for one in tensors.values()):
+    shapes = {"mean": (len(class_keys),), "deviation": (len(class_keys),), "quantiles": (len(class_keys), len(LEVELS)),
+              "unit_KD": (len(class_keys), found.unit_KD.shape[-1])}
+    if not all(np.isfinite(one).all() and one.shape == shapes.get(name.rpartition("/")[2]) for name, one
+               in tensors.items()):
         raise ModelError(f"thresholds {folder / FILE} are not finite numbers of {len(class_keys)} classes; {_AGAIN}")
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -87,6 +88,11 @@ class Seed:
 def spoken(word: str) -> str:
     """A class name as prompts and guides say it: underscores are spaces."""
     return word.replace("_", " ")
+
+
+def spoken_name(name: str) -> str:
+    """A class name without a number before it: `011.Rusty_Blackbird` is Rusty Blackbird."""
+    return spoken(re.sub(r"^\d+\.\s*", "", name)).strip()
 
 
 @dataclass(frozen=True, slots=True)

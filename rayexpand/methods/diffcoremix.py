@@ -32,7 +32,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from rayexpand.contract.prompts import CLASS_WORDS, check_template, format_prompt, placeholders, prompt_needs
 from rayexpand.contract.protocols import Batch, Expansion, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
-from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start, spoken
+from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start, spoken, spoken_name
 from rayexpand.contract.settings import Section
 from rayexpand.diffusion import sampling
 from rayexpand.methods._copies import MAX_COPIES, quota_copies, ratio_copies
@@ -170,11 +170,6 @@ class DiffCoReMix(Section):
     def soft_label(self, source: np.ndarray, target: np.ndarray, strength: np.ndarray, n_classes: int,
                    **recipe: float) -> np.ndarray:
         return np.eye(n_classes, dtype=np.float32)[target]
-
-
-def spoken_name(name: str) -> str:
-    """A class name without a number before it: `011.Rusty_Blackbird` is Rusty Blackbird."""
-    return spoken(re.sub(r"^\d+\.\s*", "", name)).strip()
 
 
 @lru_cache(maxsize=65_536)

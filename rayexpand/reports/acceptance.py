@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rayexpand.contract.errors import RayexpandError
-from rayexpand.contract.schema import ClassTable, Receipt, Status, spoken
+from rayexpand.contract.schema import ClassTable, Receipt, Status, spoken, spoken_name
 from rayexpand.runs.accept import ABOVE, SCORE, TRY
 from rayexpand.runs.plan import Plan
 from rayexpand.runs.run import open_run
@@ -102,6 +102,7 @@ def _prompts(view: RunView) -> Callable[[Mapping[str, Any], int], str]:
 
 def _template(prompt: str, label: int, classes: ClassTable) -> str:
     """A prompt with {name} in place of the name of its class, so that prompts of several classes are one."""
-    words = [re.escape(word) for word in sorted({spoken(classes.name[label]), classes.name[label]}, key=len,
-                                                reverse=True) if word.strip()]
+    name = classes.name[label]
+    words = [re.escape(word) for word in sorted({name, spoken(name), spoken_name(name)}, key=len, reverse=True)
+             if word.strip()]
     return re.sub(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", "{name}", prompt) if words else prompt

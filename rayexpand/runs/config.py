@@ -96,6 +96,14 @@ class Accept(Section):
                                                  "or the try with the best score is kept")
 
     @model_validator(mode="after")
+    def _can_be_exceeded(self) -> Accept:
+        least = 0.0 if self.score == "confidence" else -1.0
+        if self.above != "class" and not least <= self.above < 1:
+            raise ValueError(f"above: {self.above} keeps all or nothing, for a {self.score} lies between {least:g} and "
+                             f"1; give a number from {least:g} to below 1")
+        return self
+
+    @model_validator(mode="after")
     def _says_nothing_in_vain(self) -> Accept:
         unused = {"to": self.score == "confidence" and self.to != "class",
                   "wanted": self.score == "cosine" and self.wanted is not None,

@@ -12,11 +12,12 @@ from typing import Any
 import pyarrow.compute as pc
 
 from rayexpand.artifacts import KINDS
-from rayexpand.artifacts.adapter import asks_for_tokens, base_problem, read_adapter
+from rayexpand.artifacts.adapter import asks_for_tokens, base_problem, read_adapter, reads_text
 from rayexpand.artifacts.columns import CAPTIONS, IMAGE_FEATURES, open_image_features
 from rayexpand.contract.errors import ModelError, RayexpandError
 from rayexpand.contract.protocols import Method
-from rayexpand.contract.schema import SeedIndex
+from rayexpand.contract.rng import RowRng
+from rayexpand.contract.schema import ClassTable, SeedIndex
 from rayexpand.data import seeds
 from rayexpand.models.folders import DIGITS, DIGITS_UNCLIP, folder_hash
 from rayexpand.models.guide_files import (
@@ -171,6 +172,12 @@ def _judge_problems(config: RunConfig) -> list[str]:
     if accept.comparison == "prompt" and asks_for_tokens(config.method):
         problems.append("accept.to: the prompt has {token}, a word that no guide knows; write {name}, or set "
                         "accept.to: class")
+    if accept.comparison == "prompt" and not _has_prompt(config.method):
+        problems.append(f"accept.to: {config.method.name}, as it is set here, has no prompt to compare with; set "
+                        "accept.to: class")
+    if accept.attempts > 1 and getattr(config.method, "sample", True) is False:
+        problems.append("accept.attempts: with method.sample: false every attempt at a row is the same image; set "
+                        "attempts: 1, or method.sample: true")
     if accept.comparison == "seed" and (targets := getattr(config.method, "targets", "reference")) != "reference":
         problems.append(f"accept.to: {config.method.name} with targets {targets} makes samples of other classes than "
                         "their seed images have, so being like these says nothing; set accept.to: class")
@@ -178,6 +185,11 @@ def _judge_problems(config: RunConfig) -> list[str]:
         problems.append(f"accept.attempts: copies of a seed share a call in {config.method.name}, so one of them alone "
                         "cannot be drawn again; set attempts: 1")
     return problems
+
+
+def _has_prompt(method: Method) -> bool:
+    """A method without a field for it may still write one into its draws."""
+    return reads_text(method) or bool(method.draw("", 0, 0, 0, ClassTable.of(["a", "b"]), RowRng(0, "", "", 0)).prompt)
 
 
 def _guide_text_problems(config: RunConfig) -> list[str]:

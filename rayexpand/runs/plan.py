@@ -142,7 +142,7 @@ class Plan:
 
     def attempt(self, row: int, number: int) -> Draw:
         """The draw of a row at its attempt of this number."""
-        position = int(np.searchsorted(self.first_row, row, side="right")) - 1
+        position = int(self.position(np.array(row)))
         draw = self.draws_of(position)[row - int(self.first_row[position])]
         for _ in range(number):
             draw = self.redraw(draw)
@@ -195,7 +195,7 @@ class Plan:
         return replace(draw, prompt=draw.prompt.replace(CAPTION_SLOT, caption)) if caption else draw
 
 
-def pack(units: Iterable[Unit], method: Method, batch: int, first_number: int = 0) -> list[Call]:
+def pack(units: Iterable[Unit], method: Method, batch: int) -> list[Call]:
     """Sampler calls over `units`: bucketed by batch key and unit size, each of a full planned shape."""
     buckets: dict[tuple, list[Unit]] = {}
     for unit in units:
@@ -206,7 +206,7 @@ def pack(units: Iterable[Unit], method: Method, batch: int, first_number: int = 
         for i in range(0, len(members), per_call):
             slots: list[Draw | None] = [draw for unit in members[i:i + per_call] for draw in unit]
             slots += [None] * (per_call * size - len(slots))
-            calls.append(Call(first_number + len(calls), tuple(slots), size))
+            calls.append(Call(len(calls), tuple(slots), size))
     return calls
 
 

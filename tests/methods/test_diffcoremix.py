@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.protocols import Tools
 from rayexpand.contract.rng import PlanRng, RowRng
-from rayexpand.contract.schema import ClassTable, Start
+from rayexpand.contract.schema import ClassTable, Start, spoken_name
 from rayexpand.diffusion.process import process_of, schedule
-from rayexpand.methods.diffcoremix import PRESETS, DiffCoReMix, spoken_name, without_contradictions
+from rayexpand.methods.diffcoremix import PRESETS, DiffCoReMix, without_contradictions
 from rayexpand.methods.text2img import Text2Img
 from rayexpand.models.latent import StableDiffusionPrior
 from rayexpand.models.texts import TextCond

@@ -41,6 +41,12 @@ def test_every_attempt_counts_by_class_and_prompt(make_config: MakeConfig, accep
     assert "What the scores say" not in page, "the scores of the judge have a section of their own"
 
 
+def test_a_number_before_a_class_name_is_no_template_of_its_own() -> None:
+    classes = ClassTable.of(["011.Rusty_Blackbird", "012.Yellow_Blackbird"])
+    assert {_template(prompt, label, classes) for label, prompt in enumerate((
+        "a Rusty Blackbird, at night", "a Yellow Blackbird, at night"))} == {"a {name}, at night"}
+
+
 def test_prompts_of_refused_attempts_follow_from_the_plan(make_config: MakeConfig, accept: Accepting) -> None:
     run, _ = complete(make_config("Worded", ratio=2, sections={"accept": accept()}))
     view = view_run(str(run.folder))

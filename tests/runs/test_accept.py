@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -107,6 +108,25 @@ def test_a_sample_of_another_class_is_not_compared_with_its_seed(method: dict[st
     found = [one for one in runs.preflight(config) if one.startswith("accept.to: diffmix with targets")]
     assert bool(found) is refused_
     assert all("other classes than their seed images have" in one for one in found)
+
+
+@pytest.mark.parametrize(("method", "words"), [
+    ({"name": "vae"}, "accept.to: vae, as it is set here, has no prompt"),
+    ({"name": "classical"}, "accept.to: classical, as it is set here, has no prompt"),
+    ({"name": "gif", "generator": "mae"}, "accept.to: gif, as it is set here, has no prompt"),
+    ({"name": "vae"}, "accept.attempts: with method.sample: false every attempt"),
+    ({"name": "vae", "sample": True}, None)])
+def test_what_a_method_cannot_be_judged_by_is_refused(method: dict[str, Any], words: str | None) -> None:
+    accept = {"to": "prompt", "above": 0.2} if words else {"to": "class"}
+    found = runs.preflight(parse({**GOOD, "method": method, "accept": accept}))
+    assert any(one.startswith(words or "accept.attempts") for one in found) is bool(words)
+
+
+@pytest.mark.parametrize(("score", "above"), [("cosine", math.nan), ("cosine", math.inf), ("cosine", 1.0),
+                                              ("cosine", True), ("cosine", -1.5), ("confidence", -0.1)])
+def test_a_number_that_nothing_exceeds_or_all_do_is_refused(score: str, above: float) -> None:
+    with pytest.raises(ConfigError, match="above: "):
+        parse({**GOOD, "accept": {"score": score, "above": above}})
 
 
 def test_artifacts_of_another_guide_are_refused(make_config: MakeConfig, judge_folder: Path, tmp_path: Path) -> None:
@@ -258,7 +278,7 @@ def test_rows_without_an_image_keep_their_reason_and_have_no_score(clip: Any) ->
     made.images[0], made.reasons[0] = None, Reason.NAN_LATENT
     made.images[1] = np.full((16, 16, 3), np.nan, np.float32)
     made.reasons[2] = Reason.SAFETY_FLAGGED
-    found = judge(Accept(score="confidence", above=2.0), batch, made, Tools(CLASSES, judge=clip))
+    found = judge(Accept(score="confidence", above=0.9999), batch, made, Tools(CLASSES, judge=clip))
     assert np.isnan(scores_of(found)).tolist() == [True, True, False, False]
     assert found.reasons == [Reason.NAN_LATENT, None, Reason.SAFETY_FLAGGED, Reason.BELOW_THRESHOLD]
     assert found.details[3].startswith("confidence in its class 0.")
