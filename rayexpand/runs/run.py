@@ -37,20 +37,15 @@ from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import differences, digest, override
 from rayexpand.data import seeds
 from rayexpand.models.folders import DIGITS
-from rayexpand.models.prior import (
-    check_size,
-    has_more,
+from rayexpand.models.prior import check_size, has_more, inspect_prior, is_present, prior_hash, sources_of
+from rayexpand.models.prior_files import PriorFacts
+from rayexpand.models.prior_sampling import (
     has_no_grid,
-    inspect_prior,
-    is_present,
-    prior_hash,
     sampler_revision,
     sampling_notes,
     sampling_problems,
-    sources_of,
     starting_points,
 )
-from rayexpand.models.prior_files import PriorFacts
 from rayexpand.models.sources import source_notes
 from rayexpand.runs.blame import Blame, forget_unexplained
 from rayexpand.runs.config import MODELS, RunConfig, ids_sha256, parse, resolved, semantic, unnamed

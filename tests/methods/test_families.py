@@ -16,7 +16,8 @@ from rayexpand.diffusion import perturb, sampling
 from rayexpand.diffusion.process import Point
 from rayexpand.methods import load_method, method_class, names
 from rayexpand.models.latent import StableDiffusionPrior
-from rayexpand.models.prior import inspect_prior, load_prior, sampling_notes, sampling_problems, starting_points
+from rayexpand.models.prior import inspect_prior, load_prior
+from rayexpand.models.prior_sampling import sampling_notes, sampling_problems, starting_points
 from rayexpand.runs.config import parse
 from rayexpand.runs.run import prepare
 from tests.methods.conftest import CLASSES

@@ -21,7 +21,8 @@ from rayexpand.diffusion import perturb
 from rayexpand.methods import load_method, names
 from rayexpand.methods.gif import UNUSED, Gif
 from rayexpand.models.guides import load_guide
-from rayexpand.models.prior import inspect_prior, load_prior, sampling_problems
+from rayexpand.models.prior import inspect_prior, load_prior
+from rayexpand.models.prior_sampling import sampling_problems
 from tests.methods import references
 from tests.methods.conftest import CLASSES
 from tests.methods.fakes import batch_of

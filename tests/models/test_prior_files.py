@@ -20,8 +20,9 @@ from rayexpand.fitting.config import parse_fit
 from rayexpand.fitting.config import preflight as preflight_fit
 from rayexpand.methods import load_method
 from rayexpand.models.folders import folder_hash
-from rayexpand.models.prior import inspect_prior, load_prior, plan_of, sampling_problems
+from rayexpand.models.prior import inspect_prior, load_prior
 from rayexpand.models.prior_config import PriorModel
+from rayexpand.models.prior_sampling import plan_of, sampling_problems
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import parse
 from tests.commands import ROOT

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from rayexpand.methods import load_method
-from rayexpand.models.prior import (
-    inspect_prior,
+from rayexpand.models.prior import inspect_prior
+from rayexpand.models.prior_config import PriorModel
+from rayexpand.models.prior_files import PriorFacts
+from rayexpand.models.prior_sampling import (
     plan_of,
     sampler_revision,
     sampling_notes,
     sampling_problems,
     starting_points,
 )
-from rayexpand.models.prior_config import PriorModel
-from rayexpand.models.prior_files import PriorFacts
 from tests.tiny import tiny_pipeline
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
