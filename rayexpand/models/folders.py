@@ -313,12 +313,12 @@ def hub_snapshot(weights: str, patterns: Sequence[str], complete: Callable[[Path
 
 
 def _hub_listing(repo: str, revision: str) -> set[str]:
-    """All files of a repository; none where it cannot be asked, which whoever fetches from it says."""
+    """All files of a repository; none where it cannot be asked, which the fetch that follows meets too and says."""
     from huggingface_hub import HfApi
 
     try:
         return set(HfApi().list_repo_files(repo, revision=revision))
-    except (OSError, ValueError):
+    except Exception:  # those of the HTTP library are no OSError
         return set()
 
 

@@ -180,7 +180,9 @@ class StableDiffusionPrior:
         """A second UNet, in float32 until the LoRA is in it."""
         assert self.source is not None, "only a prior that was loaded from a folder takes a LoRA"
         state = load_lora(folder)
-        unet = _models(self.source.files, torch.float32, self.source.loras)["unet"]
+        files, loras = self.source.files, self.source.loras
+        unet = _models(files, torch.float32, loras)["unet"] if loras else load_part(
+            files.part("unet"), files.classes()["unet"], torch.float32)
         _check_lora(unet, state, folder)
         unet.load_lora_adapter(state, prefix="unet", adapter_name=_LORA_NAME, metadata=lora_config(facts, list(state)),
                                low_cpu_mem_usage=True)  # without, peft draws initial weights from the global generator

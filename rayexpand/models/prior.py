@@ -1,9 +1,9 @@
 """Generators: where their weights are, what their configuration files say, and loading them.
 
-Weights are named in one of three ways: `digits` (the embedded default, trained on first use; `digits-mae` and
-`digits-unclip` likewise), a folder in diffusers' StableDiffusionPipeline layout, or `org/name@revision` on the Hugging
-Face hub. Only safetensors are read and no code that comes with weights is ever run. Nothing here imports torch before a
-model is loaded.
+Weights are named in one of four ways: `digits` (the embedded default, trained on first use; `digits-mae` and
+`digits-unclip` likewise), a folder in diffusers' layout, `org/name@revision` on the Hugging Face hub, or a single file
+with `config`; `parts`, `vae`, `loras` and `embeddings` name what is put in place of a part, or added. Only safetensors
+are read and no code that comes with weights is ever run. Nothing here imports torch before a model is loaded.
 """
 
 from __future__ import annotations

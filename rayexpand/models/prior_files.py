@@ -491,8 +491,8 @@ def _other_kind(folder: Path) -> str:
         return ("is an adapter that `rayexpand fit` made, not a generator; name it in artifacts.adapter, and in "
                 "prior.weights the model that it was trained on")
     if has("pytorch_lora_weights.safetensors", "adapter_config.json", "adapter_model.safetensors"):
-        return ("is a LoRA, not a generator; merge it into its base model in diffusers (load_lora_weights, fuse_lora, "
-                "save_pretrained) and name that folder")
+        return ("is a LoRA, not a generator; name its file in prior.loras, and in prior.weights the model that it was "
+                "trained on")
     if has("open_clip_config.json", "guide.json"):
         return "is a guide, not a generator; name it in guide.weights"
     if (folder / "snapshots").is_dir():
@@ -507,8 +507,8 @@ def _other_kind(folder: Path) -> str:
     if not any((folder / part).exists() for part in ("unet", "vae", "text_encoder", "scheduler", "tokenizer")):
         files = sorted(one.name for one in folder.iterdir()) if folder.is_dir() else []
         if single := [name for name in files if name.endswith(".safetensors")]:
-            return (f"holds a single-file checkpoint, {single[0]}, not a folder in diffusers' layout; convert it with "
-                    "StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)")
+            return (f"holds a single-file checkpoint, {single[0]}, not a folder in diffusers' layout; name that file "
+                    "in prior.weights, and in prior.config a folder with the configuration files of its family")
         if not files:
             return "is empty; give a folder in diffusers' StableDiffusionPipeline layout"
     return ""

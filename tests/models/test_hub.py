@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rayexpand.contract.errors import ModelError
 from rayexpand.models.folders import WEIGHTS, folder_hash, loaded_files, weight_files
-from rayexpand.models.prior import hub_weights
+from rayexpand.models.prior import hub_weights, resolve
 from tests.commands import ROOT
 from tests.hubserver import COMMIT, Hub, serving
 from tests.models.families import at_once
@@ -50,6 +52,19 @@ def test_one_variant_of_each_model(listing: list[str], chosen: list[str], tmp_pa
         (tmp_path / name).write_text(json.dumps({"weight_map": {str(i): one for i, one in enumerate(shards)}}))
     loaded = [name for part in WEIGHTS for name in weight_files(tmp_path, part)[1]]
     assert sorted(loaded) == sorted(chosen)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoConnection(Exception):
+        """As the HTTP library raises it: no OSError."""
+
+    def unreachable(*_: Any, **__: Any) -> Any:
+        raise NoConnection
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="cannot be downloaded"):
+        resolve("somebody/model@main")
 
 
 def test_a_repository_without_a_pipeline_is_one_model() -> None:
