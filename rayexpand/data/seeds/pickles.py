@@ -47,27 +47,36 @@ class _Array:
         _, shape, dtype, by_columns, raw = state
         if not isinstance(dtype, _Dtype) or not all(type(side) is int and side >= 0 for side in shape):
             raise pickle.UnpicklingError("it has an array whose type or shape is none")
-        raw = raw.encode("latin1") if isinstance(raw, str) else raw
         if not isinstance(raw, bytes) or len(raw) != dtype.value.itemsize * math.prod(shape):
             raise pickle.UnpicklingError("it has an array whose bytes do not fill its shape")
         self.value = np.frombuffer(raw, dtype.value).reshape(shape, order="F" if by_columns else "C")
 
 
-def _latin1(text: Any, encoding: Any) -> bytes:
-    if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for a text in {encoding!r}")
-    return text.encode("latin1")
-
-
-_CALLED: dict[str, Callable[..., Any]] = {"dtype": _Dtype, "_reconstruct": lambda *_: _Array(), "encode": _latin1}
+_CALLED: dict[str, Callable[..., Any]] = {"dtype": _Dtype, "_reconstruct": lambda *_: _Array()}
 _KNOWN = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
           ("numpy", "dtype"), ("_codecs", "encode")}
 
 
 class _Reader(pickle._Unpickler):
-    """The reader in Python, whose instructions are a table; names stay strings until they are called."""
+    """The reader in Python, whose instructions are a table; names stay strings until they are called.
+
+    A file may name one text any number of times, so the bytes that are made of texts are counted: an honest one makes
+    no more than it has.
+    """
 
     stack: list[Any]
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content), encoding="latin1")
+        self._room = 2 * len(content)
+
+    def _latin1(self, text: Any, encoding: Any = "latin1") -> bytes:
+        if not isinstance(text, str) or encoding != "latin1":
+            raise pickle.UnpicklingError(f"it asks for a text in {encoding!r}")
+        self._room -= len(text)
+        if self._room < 0:
+            raise pickle.UnpicklingError("its texts become more bytes than it has itself")
+        return text.encode("latin1")
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
@@ -76,10 +85,15 @@ class _Reader(pickle._Unpickler):
 
     def load_reduce(self) -> None:
         arguments = self.stack.pop()
-        self.stack[-1] = _CALLED[self.stack[-1]](*arguments)
+        name = self.stack[-1]
+        if name != "encode" and name not in _CALLED:
+            raise pickle.UnpicklingError(f"it calls {name!r}")
+        self.stack[-1] = self._latin1(*arguments) if name == "encode" else _CALLED[name](*arguments)
 
     def load_build(self) -> None:
         state = self.stack.pop()
+        if isinstance(self.stack[-1], _Array) and isinstance(state[-1], str):  # as Python 2 wrote it
+            state = (*state[:-1], self._latin1(state[-1]))
         self.stack[-1].build(state)
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = {
@@ -93,7 +107,7 @@ def read_plain_pickle(content: bytes) -> dict[str, Plain]:
     Strings of Python 2 are read as latin-1. Raises ValueError, to follow "the file ...", for everything else.
     """
     try:
-        found = _Reader(io.BytesIO(content), encoding="latin1").load()
+        found = _Reader(content).load()
     except _FAILURES as error:
         why = {pickle.UnpicklingError: str(error), KeyError: f"it has the instruction {error}"}.get(
             type(error), f"{type(error).__name__}: {error}")

@@ -99,6 +99,20 @@ def test_what_is_no_dict_is_refused_and_asks_for_no_memory(content: bytes) -> No
         read_plain_pickle(content)
 
 
+def test_one_text_made_bytes_over_and_over_is_refused() -> None:
+    text, times = "a" * 10_000, 100
+    call = b"c_codecs\nencode\n(" + b"h\x00X\x06\x00\x00\x00latin1tR"
+    content = (b"\x80\x02X" + struct.pack("<I", len(text)) + text.encode() + b"q\x000"
+               + b"}(X\x01\x00\x00\x00a](" + call * times + b"eu.")
+    with pytest.raises(ValueError, match="become more bytes than it has"):
+        read_plain_pickle(content)
+
+
+def test_a_value_that_is_called_is_named() -> None:
+    with pytest.raises(ValueError, match="it calls 'a'"):
+        read_plain_pickle(b"\x80\x02X\x01\x00\x00\x00a)R.")
+
+
 def test_an_array_must_have_the_bytes_of_its_shape() -> None:
     whole = pickle.dumps({"data": np.zeros((3, 4), np.uint8)}, 2)
     assert whole.count(b"K\x03K\x04") == 1
