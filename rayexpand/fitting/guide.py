@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,8 @@ from rayexpand.loader.training_set import TrainingSet
 from rayexpand.models.guide_files import CLASSIFIER, CLIP_HEAD, guide_folder, save_classifier, save_clip_head
 from rayexpand.models.guides import ClipGuide, guide_hash, load_guide
 from rayexpand.runs.config import GuideConfig
+
+log = logging.getLogger(__name__)
 
 KIND = 1  # raised when the code below makes something else of the same configuration
 
@@ -51,8 +54,10 @@ class GuideMaker(Maker):
     def problems(self, section: GuideFit, config: FitBase, *, on_ray: bool) -> list[str]:
         problem = _checkpoint_problem(section)
         problems = [f"fit.guide.recipe.checkpoint: {problem}"] if problem else []
-        if section.kind == CLIP_HEAD and make_recipe(section.recipe).jsd:
-            problems.append("fit.guide.recipe.jsd: has no effect on kind clip_head; set it to 0")
+        if section.kind == CLIP_HEAD:
+            recipe, plain = make_recipe(section.recipe), Recipe()
+            problems += [f"fit.guide.recipe.{name}: has no effect on kind clip_head; take it out"
+                         for name in ("jsd", "mix_per") if getattr(recipe, name) != getattr(plain, name)]
         return problems
 
     def is_here(self, section: GuideFit) -> bool:
@@ -60,6 +65,14 @@ class GuideMaker(Maker):
 
     def applied(self, config: FitBase, folder: Path) -> FitBase:
         return config.model_copy(update={"guide": GuideConfig(weights=str(folder))})
+
+
+def not_applied(recipe: Recipe) -> list[str]:
+    """Fields of a recipe that are set and that fine-tuning CLIP does not look at. They are said and not refused, for
+    files with them are in use."""
+    plain = Recipe()
+    return [name for name in ("mixup", "cutmix", "drw", "clip_norm", "amp", "drop_path")
+            if getattr(recipe, name) != getattr(plain, name)]
 
 
 def _checkpoint_problem(made: GuideFit) -> str:
@@ -152,7 +165,10 @@ def _tune_clip(config: FitBase, recipe: Recipe, index: SeedIndex, progress: Prog
         raise UsageError(f"fine-tuning diverged: the loss is {float(loss)} at the end. Lower fit.guide.recipe.lr")
     source = str(guide_folder(config.guide.weights) or config.guide.weights)
     save_clip_head(folder, guide.model, head, source, index.classes.key)
-    return {"device": guide.device.type, "updates": feed.total_steps, "last_loss": float(loss)}
+    facts = {"device": guide.device.type, "updates": feed.total_steps, "last_loss": float(loss)}
+    if unused := not_applied(recipe):
+        log.warning("guide of kind clip_head: %s of its recipe had no effect", ", ".join(unused))
+    return facts | ({"not_applied": unused} if unused else {})
 
 
 def _feed(config: FitBase, recipe: Recipe, index: SeedIndex) -> Loader:

@@ -185,6 +185,15 @@ def test_a_random_guide_has_the_initial_weights_and_a_pretrained_one_those_of_it
     assert "may have seen other images" in store.read_facts(folder)["note"]
 
 
+def test_what_tuning_clip_does_not_look_at_is_said(raw: dict[str, Any], clip: Path,
+                                                   caplog: pytest.LogCaptureFixture) -> None:
+    made = fit(raw, fit={"kind": "clip_head", "recipe": {"updates": 1, "batch": 8, "mixup": 0.2, "amp": True}})["guide"]
+    assert store.read_facts(made)["not_applied"] == ["mixup", "amp"]
+    assert "mixup, amp of its recipe had no effect" in caplog.text
+    with pytest.raises(ConfigError, match=r"recipe\.mix_per: has no effect on kind clip_head"):
+        fit(raw, fit={"kind": "clip_head", "recipe": {"mixup": 0.2, "mix_per": "image"}})
+
+
 def test_the_head_of_clip_starts_at_the_class_texts(raw: dict[str, Any], clip: Path) -> None:
     """With steps too small to move a weight, the logits are the zero-shot logits bit for bit."""
     still = fit(raw, fit={"kind": "clip_head", "recipe": {"updates": 2, "batch": 8, "lr": 1e-30}})["guide"]
