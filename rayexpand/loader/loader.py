@@ -97,6 +97,7 @@ class Loader:
         self._fits = False
         self._kept: dict[tuple[int, int, int], Slots] = {}
         self._partners: tuple[tuple[int, int, int], range, dict[int, bytes]] = ((-1, 0, 1), range(0), {})
+        self._partner_bytes = 0.0  # of a real image, as they were last read
         self._mixer = None if rows.mix is None else RowMixer(rows, recipe.size)
         self._shown: dict[int, np.ndarray] = {}  # of one epoch that replaces rows: what is shown for each real row
         if recipe.cmo and not rows.n_real:
@@ -207,13 +208,15 @@ class Loader:
 
     def mixing(self) -> dict[str, float] | None:
         """What is mixed with real images in the first epoch, by its first rows: share of the rows that are mixed; of
-        these, share of pixel mixes and mean share of real pixels. None where the set says nothing of mixing."""
+        these, share of pixel mixes, of rows that are the only image of their class and mixed with themselves, and mean
+        share of real pixels. None where the set says nothing of mixing."""
         if self._mixer is None:
             return None
         slots = self.slots(0)
         items, occurrence = slots.items.ravel()[:_COUNTED], slots.occurrence.ravel()[:_COUNTED]
-        found = self._mixer.draw(items, occurrence, _Streams(self.seed, 0, "mix").at).mixtures
-        return {"rows": len(items), "mixed": len(found) / len(items),
+        drawn = self._mixer.draw(items, occurrence, _Streams(self.seed, 0, "mix").at)
+        found, alone = drawn.mixtures, int((items[drawn.at] == drawn.partners).sum())
+        return {"rows": len(items), "mixed": len(found) / len(items), "alone": alone / max(1, len(found)),
                 "pixel": sum(one.box is None for one in found) / max(1, len(found)),
                 "real_pixels": sum(one.lam for one in found) / max(1, len(found))}
 
@@ -271,12 +274,19 @@ class Loader:
         if of != key or within not in steps:
             self._partners = (key, range(0), {})  # free them first
             items, occurrence = self.slots(*key)
-            room = self.cache_bytes / max(1.0, self._window[1].mean_bytes)
+            room = self.cache_bytes / max(1.0, self._window[1].mean_bytes, self._partner_bytes)
             count = max(1, min(self.shuffle_rows // self.batch, int(room) // items.shape[1]))
-            steps = range(within, min(within + count, len(items)))
-            needed = np.unique(self._mixer.draw(items[within:steps.stop].ravel(), occurrence[within:steps.stop].ravel(),
-                                                _Streams(self.seed, epoch, "mix").at).partners)
-            found = dict(zip(needed.tolist(), self._images.fetch(needed), strict=True))
+            while True:
+                steps = range(within, min(within + count, len(items)))
+                needed = np.unique(self._mixer.draw(
+                    items[within:steps.stop].ravel(), occurrence[within:steps.stop].ravel(),
+                    _Streams(self.seed, epoch, "mix").at).partners)
+                found = dict(zip(needed.tolist(), self._images.fetch(needed), strict=True))
+                held = sum(map(len, found.values()))
+                self._partner_bytes = held / max(1, len(found))
+                if held <= self.cache_bytes * _SLACK or len(steps) == 1:
+                    break
+                count, found = max(1, int(len(steps) * self.cache_bytes / held)), {}
             self._partners = (key, steps, found)
         return found
 

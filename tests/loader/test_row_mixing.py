@@ -174,6 +174,9 @@ def test_an_image_alone_in_its_class_is_mixed_with_itself() -> None:
                                       lambda item, repeat: stream(0, 0, item, repeat))
     assert found.partners[4] == 4
     assert all(partner != item for item, partner in enumerate(found.partners[:4]))
+    mixing = Loader(rows, recipe(batch=5), 0).mixing()
+    assert mixing is not None
+    assert mixing["alone"] == pytest.approx(0.2)
 
 
 def test_samples_alone_are_mixed_with_seeds_that_are_not_trained(real: RowSource, copies: runs.Run,  # noqa: F811
