@@ -27,7 +27,7 @@ from rayexpand.reports.templates import render, settings_of
 from rayexpand.runs.status import duration, read_classes, view_run
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_json
-from rayexpand.studies.results import Predicted, StudyView, number, read_study
+from rayexpand.studies.results import Predicted, Result, StudyView, number, read_study, runs_of
 from rayexpand.studies.score_table import said_of_top1, score_table
 from rayexpand.studies.spreads import plus_minus, points
 from rayexpand.studies.summary import (
@@ -118,8 +118,8 @@ def _scores(study: StudyView) -> dict[str, Any] | None:
     """Scores of scores/*.json of every run that a result names, one line per file, and the warnings of the files."""
     runs: dict[str, str] = {}
     for result in study.results:
-        if run := result.get("run"):
-            runs.setdefault(str(run), str(result.get("group") or result["arm"]))
+        for run in runs_of(result):
+            runs.setdefault(run, _group_of(result, run))
     lines, warnings = [], []
     for run, group in runs.items():
         try:
@@ -134,13 +134,19 @@ def _scores(study: StudyView) -> dict[str, Any] | None:
     return {"columns": columns, "lines": lines, "warnings": warnings} if lines else None
 
 
+def _group_of(result: Result, run: str) -> str:
+    """The expansion that a run is of, one of those of its arm."""
+    names, runs = str(result.get("group") or result["arm"]), runs_of(result)
+    return names if len(runs) == 1 else names.split(" + ")[runs.index(run)]
+
+
 def _samples(study: StudyView) -> dict[str, Any]:
     """Of every expansion: its runs, each with where its page is from here, and pictures of its first one."""
     runs: dict[str, list[str]] = {}
     for result in study.results:
-        if (run := str(result.get("run") or "")) and run not in (own := runs.setdefault(
-                str(result.get("group") or result["arm"]), [])):
-            own.append(run)
+        for run in runs_of(result):
+            if run not in (own := runs.setdefault(_group_of(result, run), [])):
+                own.append(run)
     lines = [{"group": group, "runs": [_linked(study, run) for run in own],
               "rows": _pictures(study, own[0]) if n < SHOWN else ""} for n, (group, own) in enumerate(runs.items())]
     return {"lines": lines, "shown": SHOWN}
@@ -358,7 +364,7 @@ def _confusion(trials: Sequence[Predicted]) -> dict[tuple[int, int], int]:
 
 def _class_names(study: StudyView) -> Sequence[str]:
     """Names from the first run of the study that can be read; without one, classes are numbers."""
-    for run in dict.fromkeys(str(r["run"]) for r in study.results if r.get("run")):
+    for run in dict.fromkeys(run for result in study.results for run in runs_of(result)):
         try:
             return read_classes(view_run(_run_folder(study, run))).display
         except Exception:  # noqa: S112  # whatever is wrong with the run, numbers do

@@ -2,9 +2,9 @@
 or over the first arm of its own batch size where that is another one.
 
 Steps of every arm are timed in turn, several rounds of them, with a clock for the loader (reading, decoding, augmenting
-and mixing the images of a step) and one for the optimiser step. Figures are medians over rounds, so that a machine
-whose speed drifts is compared with itself. What samples cost is left out: they are there before (DiffCoRe-Mix, equation
-9).
+and mixing the images of a step) and one for the optimiser step. Rounds begin in the middle of equal parts of the
+training, and figures are medians over rounds, so that a machine whose speed drifts is compared with itself. What
+samples cost is left out: they are there before (DiffCoRe-Mix, equation 9).
 
     paper             here              meaning, unit
     T                 seconds           of the whole training: steps x (loader + step); loaders that work beside the
@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from rayexpand.contract.device import choose_device, torch_threads
@@ -40,8 +40,8 @@ STEPS = 10  # of one arm in a round, at least
 
 @dataclass(frozen=True, slots=True)
 class ArmCost:
-    """Seconds are medians of one step; `overhead` is of the whole training, `overhead_per_image` of equally many
-    images, both in percent of the baseline."""
+    """Seconds are those of one step, the median of rounds; `overhead` is of the whole training, `overhead_per_image` of
+    equally many images, both in percent of the baseline."""
 
     arm: str
     batch: int
@@ -98,8 +98,8 @@ def bench_study(config: StudyConfig, images: int = 0) -> TrainingBench:
         device = str(choose_device(config.training.device))
         trials, works = _opened(study, folder)
         per_round = max(STEPS, *(math.ceil(images / (ROUNDS * work.feed.batch)) for work in works.values()))
-        rounds = [{arm: _timed(work, device, number * per_round, per_round) for arm, work in works.items()}
-                  for number in range(ROUNDS)]
+        rounds = [{arm: _timed(work, device, (2 * number + 1) * work.feed.total_steps // (2 * ROUNDS), per_round)
+                   for arm, work in works.items()} for number in range(ROUNDS)]
     costs, plain = _costs(study, trials, works, rounds)
     timed = ROUNDS * per_round * min(work.feed.batch for work in works.values())
     found = TrainingBench(costs, plain.arm, timed, device)
@@ -118,7 +118,7 @@ def _opened(study: Study, folder: str) -> tuple[list[Trial], dict[str, TrialWork
 
 
 def _timed(work: TrialWork, device: str, start: int, steps: int) -> tuple[float, float]:
-    """Median seconds of loader and optimiser step over `steps` steps, the images those of steps `start` on; one more
+    """Mean seconds of loader and optimiser step over `steps` steps, the images those of steps `start` on; one more
     step before them warms both up."""
     classifier, loading, training = make_classifier(work, device), list[float](), list[float]()
     batches = work.feed.batches(start, start + steps + 1)
@@ -130,7 +130,7 @@ def _timed(work: TrialWork, device: str, start: int, steps: int) -> tuple[float,
         classifier.update(batch)  # ends when the device has done it, for it returns the loss
         loading.append(loaded - at)
         training.append(time.perf_counter() - loaded)
-    return median(loading[1:]), median(training[1:])
+    return fmean(loading[1:]), fmean(training[1:])
 
 
 def _costs(study: Study, trials: Sequence[Trial], works: Mapping[str, TrialWork],
@@ -139,7 +139,11 @@ def _costs(study: Study, trials: Sequence[Trial], works: Mapping[str, TrialWork]
     found = [ArmCost(one.arm, works[one.arm].feed.batch, works[one.arm].feed.total_steps,
                      median(seconds[one.arm][0] for seconds in rounds),
                      median(seconds[one.arm][1] for seconds in rounds)) for one in trials]
-    plain = next(one for one in found if one.arm == (study.config.baseline or trials[0].arm))
+    wanted = study.config.baseline or trials[0].arm
+    plain = next((one for one in found if one.arm == wanted), None)
+    if plain is None:
+        raise UsageError(f"baseline: {wanted!r} is not trained, so nothing costs more than it; name one of "
+                         f"{', '.join(works)}")
     beside = {one.batch: one for one in [*reversed(found), plain]}  # the first of its batch, or the baseline itself
     return tuple(replace(one, against=(of := beside[one.batch]).arm, overhead=overhead(one.seconds, of.seconds),
                          overhead_per_image=overhead(one.seconds_per_image, of.seconds_per_image))

@@ -62,6 +62,7 @@ class Trial:
     baseline: dict[str, Any] = field(default_factory=dict)  # settings, guide, sha256 of it and of what C is chosen by
     classifier_seed: int | None = None  # both are `seed`, unless the study varies one alone
     data_seed: int | None = None  # of the real images and the samples
+    runs: list[str] = field(default_factory=list)  # folders of the expansions, where there are several
 
     @property
     def digest(self) -> str:

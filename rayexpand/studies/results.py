@@ -42,6 +42,11 @@ class Predicted:
         return self.labels == self.predicted
 
 
+def runs_of(result: Result) -> list[str]:
+    """Folders of the expansions that a trial took samples of."""
+    return [str(one) for one in result.get("runs") or filter(None, [result.get("run")])]
+
+
 @dataclass
 class StudyView:
     """A study folder as it is now. `arms` holds the finished trials of each arm by rising seed: the baseline first,

@@ -120,7 +120,7 @@ def _real(study: Study, trials: Sequence[Trial], made_from: str, todo: Sequence[
     counts = {len(one.side) for one in todo} | {one["n_samples"] for one in known if one is not None}
     real_sha256, found = fingerprint(study.opened.index(wanted.real), wanted.real), []
     for images in sorted(counts):
-        for seed in study.config.seeds if FEWEST <= images < len(study.opened.index(wanted.real)) else ():
+        for seed in study.config.seeds if FEWEST <= images <= len(study.opened.index(wanted.real)) else ():
             of = {"digest": digest([made_from, real_sha256, images, seed]), "images": images, "seed": seed}
             if not _is_done(study, name := f"{REAL}/{images}-{seed}", of):
                 chosen = _asked(study, reference=wanted.real, images=images, seed=seed)

@@ -72,6 +72,11 @@ def compared_with(config: Mapping[str, Any], scores: Mapping[str, Result]) -> di
     warnings = dict.fromkeys(line for one in scores.values() for line in one.get("warnings") or ())
     if any(one.get("filled") for one in scores.values()):
         warnings["arms with fill: all samples that they draw from are compared, not those alone that they take"] = None
+    compared = {one["n_samples"] for name, one in scores.items() if not name.startswith("real/")}
+    if config["samples"].get("real") and (lacking := sorted(compared - real.keys())):
+        numbers = ", ".join(map(str, lacking))
+        warnings[f"samples.real: no line says what {numbers} real images reach; where the study is done, there are not "
+                 "as many: name more, or set samples.images"] = None
     return {"extractor": first["extractor"]["name"], "features": first["features"], "size": first["size"],
             "reference": first["n_reference"], "warnings": list(warnings),
             "real": [{"images": images, **of_samples(found)} for images, found in sorted(real.items())]}

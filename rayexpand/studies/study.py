@@ -70,6 +70,14 @@ def prepare_study(config: StudyConfig) -> Study:
     if whole.classes.key != test.classes.key:
         raise UsageError(f"test: its classes {few(test.classes.key)} are not those of data "
                          f"{few(whole.classes.key)}; give the test part of the same dataset")
+    if config.validation is not None:
+        validation = _listed(opened, config.validation, "validation")
+        if not len(sound_rows(validation)):
+            raise UsageError("validation: has no image that can be used; correct validation.split, validation.ids or "
+                             "the files")
+        if whole.classes.key != validation.classes.key:
+            raise UsageError(f"validation: its classes {few(validation.classes.key)} are not those of data "
+                             f"{few(whole.classes.key)}; give another part of the same dataset")
     for folder in STUDY_FOLDERS:
         files.make_folder(folder)
     files.sweep()

@@ -28,6 +28,7 @@ from rayexpand.studies.results import (
     number,
     read_study,
     replaces,
+    runs_of,
 )
 from rayexpand.studies.score_table import compared_with, go_with_top1, of_samples
 from rayexpand.studies.spreads import plus_minus, points, spread
@@ -190,7 +191,7 @@ def _varied(study: StudyView) -> list[str]:
     by_seed = {result["seed"]: result for result in study.results}
     if len(by_seed) < 2:
         return []
-    made = [[result["run"] for result in trials if result.get("run")] for trials in study.arms.values()]
+    made = [[tuple(runs) for result in trials if (runs := runs_of(result))] for trials in study.arms.values()]
     differ = {"real images": len({result.get("ids_sha256") for result in study.results}) > 1,
               **({"samples": any(len(set(runs)) > 1 for runs in made)} if any(made) else {}),
               "classifier seed": len({result.get("classifier_seed", seed) for seed, result in by_seed.items()}) > 1}

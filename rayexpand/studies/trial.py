@@ -36,7 +36,7 @@ from rayexpand.storage.files import Files
 from rayexpand.storage.places import is_url
 from rayexpand.storage.tables import NAMED, parquet_bytes, replace_json
 from rayexpand.studies import extra_tests
-from rayexpand.studies.baselines import OF_GUIDE, note_of
+from rayexpand.studies.baselines import note_of
 from rayexpand.studies.config import TrainingConfig
 from rayexpand.studies.extra_tests import ExtraTest
 from rayexpand.studies.parts import Trial
@@ -110,7 +110,7 @@ def check_recipes(trials: Iterable[Trial], n_classes: int) -> None:
     """Trains and tests every recipe on two images. Raises ConfigError or ModelError, naming the arm."""
     from rayexpand.classifier.classifier import try_recipe
 
-    own = [one for one in trials if one.is_trained and one.recipe["backbone"] != OF_GUIDE]
+    own = [one for one in trials if one.is_trained and one.baseline.get("kind") != "clip_finetune"]
     for trial in {json.dumps(one.recipe, sort_keys=True): one for one in own}.values():
         try:
             try_recipe(Recipe(**trial.recipe), n_classes, trial.trained_by)
@@ -281,6 +281,7 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
         "expansion_seconds": trial.expansion_seconds, "fitting_seconds": trial.fitting_seconds,
         "device": device, "workers": workers,
         **({} if (mixing := work.feed.mixing()) is None else {"mixing": mixing}),
+        **({"runs": trial.runs} if trial.runs else {}),
         "ids_sha256": trial.ids_sha256, "list_sha256": trial.list_sha256, "recipe": trial.recipe, "stack": _stack()}
     if trial.classifier_seed is not None:
         result |= {"classifier_seed": trial.classifier_seed, "data_seed": trial.data_seed}

@@ -148,7 +148,7 @@ def _trial(study: Study, arm: Arm, seed: int, data_sha256: str, test_sha256: str
                   list(study.config.frequency), _file_sha256(arm.recipe.checkpoint), max(1, training.workers), order,
                   sum(_expansion_seconds(run, arm.copies) for run in runs),
                   folders[0] if len(folders) == 1 else "", _fitting_seconds(*runs), _baseline(study, arm),
-                  *_seeds(study, seed))
+                  *_seeds(study, seed), folders if len(folders) > 1 else [])
     return trial, rows.epoch_rows
 
 
@@ -165,7 +165,7 @@ def _baseline(study: Study, arm: Arm) -> dict[str, Any]:
     found = {**one.settings(), "guide": one.guide.model_dump(mode="json"),
              "sha256": guide_hash(one.guide.weights, one.guide.checkpoint)}
     if one.kind != "clip_linear":
-        return found
+        return {**found, "names_sha256": digest(study.subsets[study.config.seeds[0]][1].classes.asked)}
     data = study.config.validation if one.C is None else None
     return {**found, "validation": None if data is None else data.model_dump(mode="json"),
             "validation_sha256": "" if data is None else fingerprint(study.opened.index(data), data)}

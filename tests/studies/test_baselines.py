@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rayexpand.classifier.classifier import TrainBatch, distillation
 from rayexpand.classifier.recipe import make_recipe
-from rayexpand.contract.errors import ConfigError
+from rayexpand.contract.errors import ConfigError, ModelError, UsageError
 from rayexpand.data.seeds import digits_split
 from rayexpand.loader.images import ImageReader
 from rayexpand.loader.loader import Loader
@@ -250,6 +251,31 @@ def test_the_study_s_validation_images_choose(tmp_path: Path) -> None:
     assert found is not None
     assert (found["baseline"]["C_by"], found["baseline"]["features"]) == (
         "validation images", "projected, not normalised")
+
+
+def test_other_names_of_the_classes_make_another_baseline(tmp_path: Path) -> None:
+    """The texts that CLIP is asked come from them; a linear probe asks none."""
+    names = tmp_path / "names.csv"
+    digests = []
+    for word in ("digit", "numeral"):
+        names.write_text("key,name\n" + "".join(f"{key},{word} {key}\n" for key in range(10)))
+        raw = plain(tmp_path, baselines=ALL, data={"source": "digits", "classes": str(names)})
+        digests.append({one.arm: one.digest for one in make_trials(prepare_study(parse_study(raw))) if one.seed == 0})
+    assert {arm for arm in digests[0] if digests[0][arm] != digests[1][arm]} == set(ALL) - {"clip_linear"}
+
+
+def test_validation_images_of_other_classes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "other/ant").mkdir(parents=True)
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "other/ant/0.png")
+    raw = plain(tmp_path, validation={"source": "imagefolder", "path": str(tmp_path / "other")})
+    with pytest.raises(UsageError, match="validation: its classes"):
+        prepare_study(parse_study(raw))
+
+
+def test_a_backbone_that_is_a_guide_s_is_refused_in_an_arm(tmp_path: Path) -> None:
+    raw = plain(tmp_path, arms=[{"name": "original"}, {"name": "odd", "recipe": {"backbone": "clip"}}])
+    with pytest.raises((ConfigError, ModelError), match="odd"):
+        check_recipes(make_trials(prepare_study(parse_study(raw))), 10)
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -54,6 +54,13 @@ def test_the_loader_and_the_step_have_clocks_of_their_own(tmp_path: Path, monkey
     assert not list((tmp_path / "small/trials").iterdir()), "trials that were finished with other settings stay"
 
 
+def test_a_baseline_that_is_not_trained_is_refused(tmp_path: Path) -> None:
+    raw = raw_study(tmp_path, seeds=[0], recipe={"backbone_args": {"width": 4}, "batch": 10, "updates": None},
+                    expansions={}, arms=[{"name": "original"}], baselines=["clip_zero_shot"], baseline="clip_zero_shot")
+    with pytest.raises(UsageError, match="'clip_zero_shot' is not trained"):
+        bench_study(parse_study(raw))
+
+
 def test_the_table_has_a_line_for_each_arm() -> None:
     arms = (ArmCost("plain", 16, 100, 0.02, 0.08, "plain"),
             ArmCost("mixed", 16, 200, 0.02, 0.08, "plain", 100.0, 0.0))

@@ -23,14 +23,16 @@ from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.data.subsets import ids_hash, shared_images
 from rayexpand.loader.loader import Loader
 from rayexpand.loader.training_set import TrainingSet
+from rayexpand.reports.study import write_study_report
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import parse as runs_config
 from rayexpand.storage.tables import parquet_bytes, read_json
 from rayexpand.studies.config import parse_study, study_preflight
 from rayexpand.studies.expansions import pending_runs
 from rayexpand.studies.parts import Study, Trial, read_result
+from rayexpand.studies.results import read_study, runs_of
 from rayexpand.studies.study import prepare_study
-from rayexpand.studies.summary import summary
+from rayexpand.studies.summary import summarised, summary
 from rayexpand.studies.trial import open_work, run_trials
 from rayexpand.studies.trials import _fitting_seconds, make_trials, pending_trials
 from tests.commands import rewrite_json
@@ -155,6 +157,19 @@ def test_real_rows_alone_and_synthetic_rows_alone(tmp_path: Path) -> None:
 
     assert {name: (rows.n_real, len(rows), rows.epoch_rows) for name, rows in lists.items()} == {
         "real": (20, 20, 20), "synthetic": (0, 60, 60), "replaced": (20, 80, 20), "original repeated 3x": (20, 20, 60)}
+
+
+def test_the_page_shows_each_expansion_of_an_arm_of_several(tmp_path: Path) -> None:
+    more = {"method": {"name": "classical", "policy": "cutout", "ratio": 1}}
+    raw = raw_study(tmp_path, arms=[{"name": "original"}, {"name": "both", "use": ["flips", "more"]}])
+    raw["expansions"]["more"] = more
+    study = expanded(raw)
+    assert [why for _, why in run_trials(study.files, make_trials(study), study.config.training) if why] == []
+    view = read_study(study.config.folder)
+    assert {len(runs_of(one)) for one in view.results if one["arm"] == "both"} == {2}
+    assert "samples" in summarised(view)["notes"][0].partition(";")[0]
+    page = Path(write_study_report(study.config.folder)).read_text()
+    assert all(f"small/runs/{name}-0" in page for name in ("flips", "more"))
 
 
 def test_an_arm_takes_samples_of_several_expansions(tmp_path: Path) -> None:
