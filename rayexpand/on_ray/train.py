@@ -35,6 +35,7 @@ from rayexpand.studies.trial import (
     answers_of,
     checkpoint,
     fit,
+    kept,
     make_classifier,
     open_work,
     restore,
@@ -159,7 +160,8 @@ def _train(trial: Trial, files: Files, config: dict[str, Any]) -> None:
     cpu_seconds = world * mean_over_workers([curve.cpu_seconds + loaders.seconds], device)[0]
     if rank == 0:
         write_result(files, work, curve, answers, also, device=str(device.type), workers=world,
-                     gpus=training.gpus_per_worker or 0.0, cpu_seconds=cpu_seconds)
+                     gpus=training.gpus_per_worker or 0.0, cpu_seconds=cpu_seconds,
+                     weights=kept(files, trial, training, classifier))
         files.delete(name)
 
 

@@ -133,6 +133,9 @@ class TrainingConfig(Section):
     shuffle_rows: int = Field(65_536, ge=1, description="rows that are permuted together where a training set is "
                               "larger")
     streams: int = Field(8, ge=1, description="streams a larger training set is read in; workers must divide it")
+    keep: Annotated[Literal["weights"] | None, Later(None)] = Field(
+        None, description="weights: a finished classifier leaves its weights in weights/ of the study, for corrupted "
+        "test sets and whatever else asks it again; null: its answers alone")
 
 
 class SamplesConfig(DistanceConfig):

@@ -12,6 +12,7 @@ rows the control "original repeated" trains on the real rows alone, repeated to 
                  trials/<trial>.json what a trial needs, results/<trial>.json what it gave
                  scores/<trial>.json its samples beside real images, where the study asks for that
                  predictions/<trial>.parquet, checkpoints/<trial>/
+                 weights/<trial>.safetensors where the study keeps them
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ from rayexpand.studies.baselines import note_of
 from rayexpand.studies.config import TrainingConfig
 from rayexpand.studies.extra_tests import ExtraTest
 from rayexpand.studies.parts import Trial
+from rayexpand.studies.weights import keep_weights
 
 if TYPE_CHECKING:
     from rayexpand.classifier.classifier import Classifier, TrainBatch
@@ -194,7 +195,7 @@ def run_trial(files: Files, trial: Trial, training: TrainingConfig, *, gpus: flo
                       save=lambda: files.replace(name, checkpoint(trial, classifier, curve)), on_epoch=on_epoch)
         result = write_result(files, work, curve, answers, {name: also_answers(work, classifier, name)
                                                             for name in work.also}, device=str(device), workers=0,
-                              gpus=share)
+                              gpus=share, weights=kept(files, trial, training, classifier))
         files.delete(name)
         return result
 
@@ -256,12 +257,18 @@ def restore(saved: bytes, trial: Trial, classifier: Classifier) -> TrainingCurve
     return TrainingCurve(**found["curve"])
 
 
+def kept(files: Files, trial: Trial, training: TrainingConfig, classifier: Classifier) -> dict[str, Any] | None:
+    """What the result says of the weights, where they are kept."""
+    return keep_weights(files, trial, classifier) if training.keep == "weights" else None
+
+
 def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: Answers, also: Mapping[str, Answers], *,
                  device: str,
                  workers: int, gpus: float, cpu_seconds: float | None = None,
-                 facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+                 facts: Mapping[str, Any] | None = None, weights: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Writes predictions, then the result, which makes the trial done. `also`: answers for the further test sets;
-    `cpu_seconds`: of all workers and loaders, None where this process did everything; `facts`: of a baseline."""
+    `cpu_seconds`: of all workers and loaders, None where this process did everything; `facts`: of a baseline;
+    `weights`: what `keep_weights` says."""
     trial, low_high = work.trial, (work.trial.frequency[0], work.trial.frequency[1])
     for suffix, found in {"": answers, **{f".{name}": one for name, one in also.items()}}.items():
         _write_predictions(files, f"{trial.name}{suffix}", found)
@@ -281,7 +288,7 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
         "expansion_seconds": trial.expansion_seconds, "fitting_seconds": trial.fitting_seconds,
         "device": device, "workers": workers,
         **({} if (mixing := work.feed.mixing()) is None else {"mixing": mixing}),
-        **({"runs": trial.runs} if trial.runs else {}),
+        **({"runs": trial.runs} if trial.runs else {}), **({} if weights is None else {"weights": weights}),
         "ids_sha256": trial.ids_sha256, "list_sha256": trial.list_sha256, "recipe": trial.recipe, "stack": _stack()}
     if trial.classifier_seed is not None:
         result |= {"classifier_seed": trial.classifier_seed, "data_seed": trial.data_seed}

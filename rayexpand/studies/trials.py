@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from unicodedata import normalize
 
 from rayexpand.artifacts.store import process_seconds
 from rayexpand.classifier.recipe import make_recipe
-from rayexpand.contract.errors import ConfigError, UsageError
+from rayexpand.contract.errors import ConfigError, UsageError, few
 from rayexpand.contract.settings import digest
 from rayexpand.data.subsets import fill_counts, fingerprint, ids_hash, real_counts, sound_rows
 from rayexpand.loader.training_set import RowSource
@@ -24,6 +25,9 @@ from rayexpand.studies.baselines import recipe_of
 from rayexpand.studies.config import REPEATED, ArmConfig
 from rayexpand.studies.parts import Arm, Study, Trial, folder_of, lacks_predictions, read_result
 from rayexpand.studies.samples import training_set
+from rayexpand.studies.weights import without_weights
+
+log = logging.getLogger(__name__)
 
 
 def make_trials(study: Study) -> list[Trial]:
@@ -49,9 +53,16 @@ def make_trials(study: Study) -> list[Trial]:
 
 
 def pending_trials(study: Study, trials: Sequence[Trial]) -> list[Trial]:
-    """Trials without a result for exactly what they would train now, or whose predictions are gone or damaged."""
-    return [trial for trial in trials if (found := read_result(study.files, trial.name)) is None
-            or found["digest"] != trial.digest or lacks_predictions(study.files, trial)]
+    """Trials without a result for exactly what they would train now, or whose predictions are gone or damaged, or whose
+    weights are to be kept and are not there."""
+    todo = {trial.name for trial in trials if (found := read_result(study.files, trial.name)) is None
+            or found["digest"] != trial.digest or lacks_predictions(study.files, trial)}
+    if study.config.training.keep == "weights" and (without := [
+            one.name for one in without_weights(study.files, [one for one in trials if one.name not in todo])]):
+        log.warning("The weights of %d finished trials were not kept or are gone (%s); they are trained again",
+                    len(without), few(without))
+        todo |= set(without)
+    return [trial for trial in trials if trial.name in todo]
 
 
 def arms_of(study: Study) -> list[Arm]:

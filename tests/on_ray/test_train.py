@@ -25,8 +25,10 @@ from rayexpand.contract.errors import UsageError
 from rayexpand.on_ray.pool import connected
 from rayexpand.on_ray.train import train_study
 from rayexpand.runs.config import ClusterConfig
+from rayexpand.storage.tables import read_table
 from rayexpand.studies import trial as training
 from rayexpand.studies.config import parse_study
+from rayexpand.studies.kept import load_classifier
 from rayexpand.studies.parts import Study, Trial, read_result
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.trials import make_trials, pending_trials
@@ -40,8 +42,8 @@ GROUP = {"width": 8, "norm": "group"}
 
 def study_of(out: Path, workers: int, arms: list[dict[str, Any]], cpus: float = 1.0,
              changes: dict[str, Any] | None = None, **recipe: Any) -> tuple[Study, list[Trial]]:
-    raw = raw_study(out, arms=arms, seeds=[0], training={"workers": workers, "cpus_per_worker": cpus},
-                    recipe={**SMALL, **recipe}, **(changes or {}))
+    raw = raw_study(out, **{"arms": arms, "seeds": [0], "training": {"workers": workers, "cpus_per_worker": cpus},
+                            "recipe": {**SMALL, **recipe}, **(changes or {})})
     study = prepare_study(parse_study(raw))
     return study, make_trials(study)
 
@@ -142,6 +144,20 @@ def test_two_workers_mix_and_compare_views_as_one_process_does(tmp_path: Path) -
         np.testing.assert_allclose([one["loss"] for one in found[arm]["history"]],
                                    [one["loss"] for one in expected[arm]["history"]], rtol=1e-5)
     assert found["mixed"]["mixing"] == expected["mixed"]["mixing"]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_first_of_two_workers_keeps_the_weights(tmp_path: Path) -> None:
+    study, trials = study_of(tmp_path, 2, [{"name": "batch"}], changes={
+        "training": {"workers": 2, "cpus_per_worker": 1.0, "keep": "weights"}})
+    assert train_study(study, trials) == []
+    found = load_classifier(study.files, trials[0])
+    work = training.open_work(study.files, trials[0], study.config.training)
+    order = np.argsort((again := training.answers_of(work, found.answering)).item)
+    said = read_table(study.files, f"predictions/{trials[0].name}.parquet")
+
+    assert np.array_equal(again.predicted[order], said["predicted"].to_numpy())
+    np.testing.assert_allclose(again.confidence[order], said["confidence"].to_numpy(), rtol=1e-5)
 
 
 @pytest.mark.usefixtures("cluster")
