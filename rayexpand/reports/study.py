@@ -7,27 +7,26 @@ file that the page names. The page has no script and loads nothing; whatever com
 from __future__ import annotations
 
 import json
-import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 import yaml
-from markupsafe import Markup
 
 from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import RayexpandError
-from rayexpand.reports import figures
+from rayexpand.reports.figure import write_figures
 from rayexpand.reports.run import SheetRow, contact_sheet
+from rayexpand.reports.study_classes import classes_of
+from rayexpand.reports.study_figures import study_figures
 from rayexpand.reports.templates import render, settings_of
 from rayexpand.runs.status import duration, read_classes, view_run
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_json
-from rayexpand.studies.results import Predicted, Result, StudyView, number, read_study, runs_of
+from rayexpand.studies.results import Result, StudyView, number, read_study, run_folder, runs_of
 from rayexpand.studies.score_table import said_of_top1, score_table
 from rayexpand.studies.spreads import plus_minus, points
 from rayexpand.studies.summary import (
@@ -41,15 +40,13 @@ from rayexpand.studies.summary import (
 
 __all__ = ["summary", "write_study_report"]
 
-CLASSES, CONFUSED = 8, 10  # classes shown at either end; pairs of classes
-MAX_PANELS = 12  # of training curves
 SHOWN, SAMPLES = 8, 5  # expansions with pictures; samples beside a seed
 
 # Page ----------------------------------------------------------------------------------------------------------------
 
 
 def write_study_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None) -> Path | str:
-    """Writes report.html, summary.json and summary.csv into a study folder; returns the page's path or URL.
+    """Writes report.html, summary.json, summary.csv and figures/ into a study folder; returns the page's path or URL.
 
     `demo` adds a section: `note` (a sentence), `guide_zero_shot` and `controls` {name: share} as accuracies, and other
     numbers and words as they are; its gain and its arms are what the page is about anyway. Raises UsageError if there
@@ -60,10 +57,12 @@ def write_study_report(folder: str | Path, *, demo: Mapping[str, Any] | None = N
     write_numbers(study.files, found)
     arms = {arm["arm"]: arm for arm in found["arms"]}
     best = _best(found)
+    drawn = study_figures(study, found, best)
+    write_figures(study.files, drawn.get("all", ()))
     page = render("study.html.j2", _FILTERS,
         found=found, sentences=[c for c in found["comparisons"] if c["kind"] != "control to baseline"],
         tally=_tally(found), best=best, arms=arms, against=_against(found), demo=_demo(demo), scores=_scores(study),
-        figures=_figures(study, found, best), classes=_classes(study, found["baseline"], best),
+        figures=drawn, classes=classes_of(study, found["baseline"], best),
         frequencies=_frequencies(study, found), also=_also(found),
         samples=_samples(study), compared=score_table(found), told=said_of_top1(found),
         settings=settings_of(study.config), recipe=_recipe(study),
@@ -123,7 +122,7 @@ def _scores(study: StudyView) -> dict[str, Any] | None:
     lines, warnings = [], []
     for run, group in runs.items():
         try:
-            files = open_files(_run_folder(study, run))
+            files = open_files(run_folder(study, run))
             for name in sorted(name for name in files.list("scores") if name.endswith(".json")):
                 found = read_json(files, f"scores/{name}") or {}
                 lines.append({"run": run, "group": group, "file": name, "values": _score_values(found)})
@@ -162,7 +161,7 @@ def _linked(study: StudyView, run: str) -> dict[str, str]:
 def _pictures(study: StudyView, run: str) -> list[SheetRow] | str:
     """Seeds beside their samples, or why there are none."""
     try:
-        view = view_run(_run_folder(study, run))
+        view = view_run(run_folder(study, run))
         return contact_sheet(view, read_classes(view), SAMPLES)
     except (OSError, ValueError, KeyError, RayexpandError) as error:
         return f"No pictures, {run} cannot be read from here ({type(error).__name__}: {error})."
@@ -179,12 +178,6 @@ def _score_values(found: Mapping[str, Any]) -> dict[str, str]:
             if isinstance(value, int | float | str)}
 
 
-def _run_folder(study: StudyView, run: str) -> str:
-    """The folder of a run as its results name it, or below the study where that was moved."""
-    here = f"{study.files.root}/runs/{run.rstrip('/').rpartition('/')[2]}"
-    return run if open_files(run).read("run.json") is not None else here
-
-
 def _frequencies(study: StudyView, found: Mapping[str, Any]) -> dict[str, Any] | None:
     """Groups of classes by their real images with the limits between them; None where all classes are in one."""
     low, high = study.config.get("frequency") or (5, 20)
@@ -199,181 +192,6 @@ def _also(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         lines = [(arm, arm["also"][name]) for arm in found["arms"] if name in arm["also"]]
         tables.append({"name": name, "lines": lines, "first": lines[0][1]})
     return tables
-
-
-# Figures -------------------------------------------------------------------------------------------------------------
-
-
-def _figures(study: StudyView, found: Mapping[str, Any], best: str | None) -> dict[str, Any]:
-    arms = found["arms"]
-    if not arms:
-        return {}
-    lines = list(dict.fromkeys(_line_name(arm) for arm in arms if _line_name(arm)))
-    series = {name: i for i, name in enumerate(lines)}
-    points = [_point(arm, series, {best, found["baseline"]}) for arm in arms]
-    drawn: dict[str, Any] = {"legend": lines[:figures.COLOURS] if len(lines) <= figures.COLOURS else [],
-                             "bars": Markup(figures.bars(points, "Top-1 accuracy of every arm")),  # noqa: S704
-                             "ratios": _ratio_figures(study, found, lines, series), "cost": None}
-    costed = [(_point(arm, series, {*_frontier(arms), found["baseline"]}, x=_cost_of(arm)), arm["cost"]["unit"])
-              for arm in arms if _cost_of(arm) is not None]
-    if len(costed) > 1 and len({unit for _, unit in costed}) == 1:
-        svg, unlabelled = figures.costs([point for point, _ in costed], costed[0][1], "Accuracy against cost")
-        drawn["cost"] = {"svg": Markup(svg), "unlabelled": unlabelled, "some": len(costed) > figures.LABELLED}  # noqa: S704
-    drawn["curves"], drawn["curves_left_out"] = _curve_figures(study, found, series)
-    return drawn
-
-
-def _line_name(arm: Mapping[str, Any]) -> str:
-    """What arms that differ in their ratio only have in common; empty for real images only."""
-    if not (arm["synthetic_rows"] or {"mean": 0})["mean"]:
-        return ""
-    if match := re.fullmatch(r"(.+) [\d.]+x", arm["arm"]):
-        return match[1]
-    augment = arm["augment"] if arm["augment"] not in ("", "none") else ""
-    return " + ".join(word for word in (arm["group"] or arm["arm"], augment) if word)
-
-
-def _point(arm: Mapping[str, Any], series: Mapping[str, int], emphasised: Iterable[str | None],
-           x: float | None = None) -> figures.FigurePoint:
-    top1 = arm["last"]["top1"]
-    return figures.FigurePoint(arm["arm"], 100 * top1["mean"], None if top1["se"] is None else 100 * top1["se"],
-                               x or 0.0,
-                               series.get(_line_name(arm)), tuple(100 * value for value in top1["values"]),
-                               arm["arm"] in set(emphasised))
-
-
-def _ratio_figures(study: StudyView, found: Mapping[str, Any], names: Sequence[str],
-                   series: Mapping[str, int]) -> list[dict[str, Any]]:
-    """One figure for every few expansions; none where no expansion has two ratios."""
-    arms = {arm["arm"]: arm for arm in found["arms"]}
-    lines, controls = [], []
-    for name in names:
-        own = sorted((arm for arm in found["arms"] if _line_name(arm) == name and arm["ratio"]),
-                     key=lambda arm: arm["ratio"])
-        lines.append(figures.Line(name, tuple(_point(arm, series, (), arm["ratio"]) for arm in own), series[name]))
-        repeated = [(arms[arm["control"]], arm["ratio"]) for arm in own if arm["control"]]
-        controls.append(figures.Line(f"{name}: its real images repeated", tuple(
-            figures.FigurePoint(c["arm"], (p := _point(c, series, ())).mean, p.se, ratio) for c, ratio in repeated),
-            series[name], dashed=True))
-    if all(len(line.points) < 2 for line in lines):
-        return []
-    baseline = _point(arms[found["baseline"]], series, ()) if found["baseline"] else None
-    drawn = []
-    for start in range(0, len(lines), figures.COLOURS):
-        some = [line for line in lines[start:start + figures.COLOURS] if line.points]
-        if not some:
-            continue
-        repeated_lines = _shared([line for line in controls[start:start + figures.COLOURS] if line.points])
-        svg = figures.ratios([*repeated_lines, *some], baseline, f"Accuracy against ratio {start}")
-        drawn.append({"svg": Markup(svg), "lines": some, "controls": repeated_lines, "baseline": found["baseline"]})  # noqa: S704
-    return drawn
-
-
-def _shared(controls: Sequence[figures.Line]) -> list[figures.Line]:
-    """Controls that serve several expansions once, in grey."""
-    kinds: dict[tuple[tuple[float, float], ...], list[figures.Line]] = {}
-    for line in controls:
-        kinds.setdefault(tuple((p.x, p.mean) for p in line.points), []).append(line)
-    return [same[0] if len(same) == 1 else figures.Line("real images repeated to the same number of rows",
-                                                        same[0].points, None, dashed=True) for same in kinds.values()]
-
-
-def _cost_of(arm: Mapping[str, Any]) -> float | None:
-    """Process-seconds of one trial: training, and expansion with what was fitted for it."""
-    training, expansion = arm["cost"]["training"], arm["cost"]["expansion"]
-    return None if training is None else training["mean"] + (expansion["mean"] if expansion else 0.0)
-
-
-def _frontier(arms: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Arms that no other one beats at the same or a lower cost."""
-    found, highest = set(), -1.0
-    for arm in sorted((a for a in arms if _cost_of(a) is not None), key=lambda a: (_cost_of(a) or 0.0)):
-        if arm["last"]["top1"]["mean"] > highest:
-            highest = arm["last"]["top1"]["mean"]
-            found.add(arm["arm"])
-    return found
-
-
-def _curve_figures(study: StudyView, found: Mapping[str, Any],
-                   series: Mapping[str, int]) -> tuple[list[dict[str, Any]], int]:
-    """Training curves, a panel for each expansion and one for real images only, in the colour that its bars have; and
-    how many arms are not drawn."""
-    panels: dict[str, list[str]] = {"real images only": [], **{name: [] for name in series}}
-    for arm in found["arms"]:
-        panels[_line_name(arm) or "real images only"].append(arm["arm"])
-    drawn, shown = [], 0
-    for title, arms in [panel for panel in panels.items() if panel[1]][:MAX_PANELS]:
-        lines = [line for arm, dashes in zip(arms, figures.DASHES, strict=False)
-                 if (line := _curve(study, arm, series.get(title), dashes))]
-        if lines:
-            drawn.append({"title": title, "lines": lines, "svg": Markup(figures.curves(lines, title))})  # noqa: S704
-            shown += len(lines)
-    return drawn, len(found["arms"]) - shown
-
-
-def _curve(study: StudyView, arm: str, series: int | None, dashes: str) -> figures.FigureCurve | None:
-    """Mean curves of an arm at the steps all its seeds have; None without two points in either."""
-    def mean(name: str, scale: float) -> tuple[tuple[float, float], ...]:
-        seeds = [{step: value for point in result.get("history") or ()
-                  if (step := number(point, "step")) is not None and (value := number(point, name)) is not None}
-                 for result in study.arms[arm]]
-        steps = sorted(set.intersection(*map(set, seeds)))
-        return figures.thinned([(step, scale * sum(one[step] for one in seeds) / len(seeds)) for step in steps])
-
-    curve = figures.FigureCurve(arm, series, dashes, mean("loss", 1.0), mean("top1", 100.0))
-    return curve if max(len(curve.loss), len(curve.top1)) > 1 else None
-
-
-# Classes -------------------------------------------------------------------------------------------------------------
-
-
-def _classes(study: StudyView, baseline: str | None, best: str | None) -> dict[str, Any] | None:
-    """Accuracy by class of the best arm and the baseline over their common seeds, and what is confused most."""
-    if not baseline or not best:
-        return None
-    sides = [{r["seed"]: study.predicted(r["trial"]) for r in study.arms[arm]} for arm in (baseline, best)]
-    seeds = [seed for seed in sides[0].keys() & sides[1].keys()
-             if all(isinstance(side[seed], Predicted) for side in sides)]
-    if not seeds:
-        return None
-    tables = [_confusion([side[seed] for seed in sorted(seeds)]) for side in sides]  # type: ignore[misc]
-    images = {label: sum(n for (true, _), n in tables[0].items() if true == label) for label, _ in tables[0]}
-    names = _class_names(study)
-    lines: list[dict[str, Any]] = []
-    for label, count in sorted(images.items()):
-        before, after = (table.get((label, label), 0) / count for table in tables)
-        lines.append({"name": _class_name(names, label), "images": round(count / len(seeds)), "baseline": before,
-                      "best": after, "difference": after - before})
-    lines.sort(key=lambda line: line["difference"])
-    pairs = sorted(((n, pair) for pair, n in tables[1].items() if pair[0] != pair[1]), reverse=True)[:CONFUSED]
-    return {"lines": lines, "shown": CLASSES if len(lines) > 2 * CLASSES else 0, "seeds": len(seeds), "confused": [
-                {"true": _class_name(names, pair[0]), "predicted": _class_name(names, pair[1]),
-                 "baseline": tables[0].get(pair, 0) / images[pair[0]], "best": n / images[pair[0]]}
-                for n, pair in pairs if pair[0] in images]}
-
-
-def _confusion(trials: Sequence[Predicted]) -> dict[tuple[int, int], int]:
-    """(label, predicted) -> images, summed over trials."""
-    counts: dict[tuple[int, int], int] = {}
-    for trial in trials:
-        pairs, found = np.unique(np.stack([trial.labels, trial.predicted]), axis=1, return_counts=True)
-        for (label, predicted), n in zip(pairs.T.tolist(), found.tolist(), strict=True):
-            counts[label, predicted] = counts.get((label, predicted), 0) + n
-    return counts
-
-
-def _class_names(study: StudyView) -> Sequence[str]:
-    """Names from the first run of the study that can be read; without one, classes are numbers."""
-    for run in dict.fromkeys(run for result in study.results for run in runs_of(result)):
-        try:
-            return read_classes(view_run(_run_folder(study, run))).display
-        except Exception:  # noqa: S112  # whatever is wrong with the run, numbers do
-            continue
-    return ()
-
-
-def _class_name(names: Sequence[str], label: int) -> str:
-    return str(names[label]) if 0 <= label < len(names) else f"class {label}"
 
 
 # How it was made -----------------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import yaml
-from markupsafe import Markup
 from scipy.stats import t as student
 
 from rayexpand.classifier.accuracy import paired_bootstrap, summarise
 from rayexpand.contract.errors import UsageError
 from rayexpand.reports import figures
+from rayexpand.reports.drawing import FigurePoint
+from rayexpand.reports.figure import write_figures
 from rayexpand.reports.templates import render, settings_of
 from rayexpand.studies.results import Predicted, StudyView, read_study
 from rayexpand.studies.spreads import plus_minus, points, spread
@@ -32,7 +33,7 @@ SELECTED = ("chosen by the test images: the best of several looks better there t
 
 
 def write_sweep_report(sweep: Sweep, failed: Sequence[str] = ()) -> dict[str, Any]:
-    """Writes best.yaml, final.yaml, summary.json and report.html; returns the summary.
+    """Writes best.yaml, final.yaml, summary.json, figures/ and report.html; returns the summary.
 
     `failed` says which trials did and why. Raises EnvironmentFault if the folder cannot be written.
     """
@@ -42,10 +43,12 @@ def write_sweep_report(sweep: Sweep, failed: Sequence[str] = ()) -> dict[str, An
         write_best(sweep, best)
     found = _summary(sweep, list(results.values()), best, failed, read_test(sweep, best))
     sweep.files.replace("summary.json", json.dumps(found, indent=1).encode())
+    drawn = _figures(sweep, results, best)
+    write_figures(sweep.files, [one["figure"] for one in drawn])
     page = render("sweep.html.j2", {"plus_minus": lambda one: plus_minus(one, 2), "points": points},
         found=found, best=best, noise=within_noise(found), ranked=_ranked(found["trials"]),
         settings=_settings(sweep), fields=_fields(sweep),
-        figures=_figures(sweep, results, best), written=datetime.now(UTC), selected=SELECTED,
+        figures=drawn, written=datetime.now(UTC), selected=SELECTED,
         config=yaml.safe_dump(sweep.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     sweep.files.replace("report.html", page.encode())
     return found
@@ -184,12 +187,18 @@ def _figures(sweep: Sweep, results: Mapping[str, dict[str, Any]], best: dict[str
         numbers = [*numbers, *dimension.values]
         is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers)
         names = [] if is_number else [str(value) for value in dimension.values]
-        groups: dict[str, list[tuple[float, float]]] = {"stopped": [], "finished": [], "best": []}
+        groups: dict[str, list[FigurePoint]] = {"stopped": [], "finished": [], "best": []}
         for one in results.values():
             value = one["values"][field]
             state = "best" if best is not None and one["key"] == best["key"] else one["state"]
-            groups[state].append((value if is_number else names.index(str(value)), 100 * one["score"]))
-        svg = figures.scores([(state, places) for state, places in groups.items() if places], names,
-                             _fields(sweep)[field], f"Score against {field}", log=dimension.kind == "loguniform")
-        drawn.append({"field": field, "svg": Markup(svg)})  # noqa: S704  (escaped where it is drawn)
+            groups[state].append(_point(one, value if is_number else names.index(str(value))))
+        made = figures.scores(f"score-{len(drawn) + 1}", [(state, own) for state, own in groups.items() if own], names,
+                              _fields(sweep)[field], f"Score against {field}", log=dimension.kind == "loguniform")
+        drawn.append({"field": field, "figure": made})
     return drawn
+
+
+def _point(trial: Mapping[str, Any], x: float) -> FigurePoint:
+    """The score of a trial in percent over its repetitions."""
+    values = [100 * score for score in trial.get("scores") or [trial["score"]]]
+    return FigurePoint(trial["key"], 100 * trial["score"], summarise(values).se, x, values=tuple(values))

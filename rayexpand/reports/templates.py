@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from rayexpand.contract.secrets import masked
+from rayexpand.reports.palette import DARK, LIGHT
 
 COLOURS = (*(f"s{i}" for i in range(9)), "grey")  # of page.html.j2; whatever stands side by side takes them in turn
 
@@ -19,7 +20,7 @@ def render(template: str, filters: Mapping[str, Callable[..., Any]], /, **values
         loader=jinja2.PackageLoader("rayexpand.reports", "."), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=template.endswith(".html.j2"))
     environment.filters.update(filters)
-    environment.globals["colours"] = COLOURS
+    environment.globals |= {"colours": COLOURS, "light": LIGHT, "dark": DARK}
     return masked(environment.get_template(template).render(**values))
 
 

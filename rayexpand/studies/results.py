@@ -86,6 +86,12 @@ class StudyView:
         return self._predicted[trial]
 
 
+def run_folder(study: StudyView, run: str) -> str:
+    """The folder of a run as its results name it, or below the study where that was moved."""
+    here = f"{study.files.root}/runs/{run.rstrip('/').rpartition('/')[2]}"
+    return run if open_files(run).read("run.json") is not None else here
+
+
 # Reading -------------------------------------------------------------------------------------------------------------
 
 

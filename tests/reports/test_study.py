@@ -18,6 +18,8 @@ from rayexpand.classifier.accuracy import paired_bootstrap
 from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import UsageError
 from rayexpand.reports import figures
+from rayexpand.reports.drawing import FigurePoint
+from rayexpand.reports.lines import Line, Panel, lines
 from rayexpand.reports.run import write_report
 from rayexpand.reports.study import write_study_report
 from rayexpand.studies.spreads import points
@@ -466,12 +468,11 @@ def test_results_alone_make_a_page_that_says_what_is_unknown(tmp_path: Path) -> 
 
 def test_labels_of_the_cost_figure_cover_nothing() -> None:
     rng = np.random.default_rng(0)
-    crowd = [figures.FigurePoint(f"an arm with a name {i}", 70 + float(rng.normal()), 0.4, 10 + float(rng.random()),
-                                 i % 3,
-                                 emphasised=True) for i in range(12)]
-    svg, without = figures.costs(crowd, "CPU", "crowd")
+    crowd = [FigurePoint(f"an arm with a name {i}", 70 + float(rng.normal()), 0.4, 10 + float(rng.random()), i % 3,
+                         emphasised=True) for i in range(12)]
+    drawn, without = figures.costs(crowd, "CPU", "crowd")
     boxes = []
-    texts = re.findall(r'<text style="([^"]*)" x="([^"]*)" y="([^"]*)"[^>]*>([^<]*)</text>', svg)
+    texts = re.findall(r'<text style="([^"]*)" x="([^"]*)" y="([^"]*)"[^>]*>([^<]*)</text>', drawn.svg)
     for style, left, bottom, name in texts:
         if name.startswith("an arm"):
             assert "font-size: 10.5px" in style
@@ -491,9 +492,8 @@ def test_a_small_difference_does_not_read_as_zero(share: float, words: str) -> N
 
 
 def test_figures_are_the_same_every_time() -> None:
-    line = figures.Line("a",
-                        (figures.FigurePoint("a 1x", 50.0, 1.0, 1.0), figures.FigurePoint("a 5x", 60.0, 2.0, 5.0)), 0)
-    assert figures.ratios([line], None, "r") == figures.ratios([line], None, "r")
+    line = Line("a", (FigurePoint("a 1x", 50.0, 1.0, 1.0), FigurePoint("a 5x", 60.0, 2.0, 5.0)), 0)
+    assert lines("r", [Panel("", "%", (line,))], "x", "r") == lines("r", [Panel("", "%", (line,))], "x", "r")
 
 
 def colours(page: str, name: str) -> dict[str, str]:
@@ -507,19 +507,18 @@ def colours(page: str, name: str) -> dict[str, str]:
 
 def test_an_arm_has_the_same_colour_in_every_figure_and_legend(whole: tuple[Path, str]) -> None:
     page = Path(whole[1]).read_text()
-    bars, curves = colours(page, "figures"), colours(page, "curves")
+    bars = colours(page, "figures")
     assert (bars["img2img"], bars["text2img"], bars["real images only"]) == ("s0", "s1", "grey")
-    assert {curves[arm] for arm in curves if arm.startswith("img2img")} == {"s0"}
-    assert {curves[arm] for arm in curves if arm.startswith("text2img")} == {"s1"}
-    assert {curves[arm] for arm in curves if arm.startswith("original")} == {"grey"}
-    for panel in page.split('id="curves"')[1].split("<figure>")[1:]:
-        svg, legend = panel.split("<ul", 1)
-        drawn = re.findall(r'<path d="[^"]*" [^>]*style="fill: none(?:; stroke-dasharray: ([\d.,]+)[^;"]*)?[^"]*'
-                           r'stroke: var\(--(\w+)\)', svg)
-        drawn = [dashes for dashes, colour in drawn if colour not in ("line", "soft", "ink")]
-        named = re.findall(r'<path d="M0 4h26"[^>]*stroke-width="2"(?: stroke-dasharray="([\d. ]+)")?', legend)
-        assert len(set(named)) == len(named), "arms of one line differ in their dashes"
-        assert len(set(drawn)) == len(named)
+    shown = {"real images only": "grey", "img2img": "s0", "text2img": "s1"}
+    panels = page.split('id="curves"')[1].split("</section>")[0].split("<figure>")[1:]
+    assert len(panels) == len(shown)
+    for panel, (title, colour) in zip(panels, shown.items(), strict=True):
+        drawn = [dashes for dashes, stroke in re.findall(
+            r'<path d="[^"]*" [^>]*style="fill: none(?:; stroke-dasharray: ([\d.,]+)[^;"]*)?[^"]*'
+            r'stroke: var\(--(\w+)\)', panel) if stroke == colour]
+        named = re.findall(r">((?:img2img|text2img|original)[^<]*)</text>", panel)
+        assert f"<h3>{title}</h3>" in panel
+        assert len(set(named)) == len(named) == len(set(drawn)) == len(drawn) / 3, "loss, accuracy and key"
 
 
 def test_the_demo_page_has_pictures_and_leads_to_the_samples(tmp_path: Path) -> None:

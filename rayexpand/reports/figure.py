@@ -1,0 +1,66 @@
+"""A figure as a file: the picture, and beside it every number that is drawn in it.
+
+    <folder>/figures/<name>.svg     the picture, complete in itself
+                     <name>.json    what is drawn, and the hash of the picture
+
+A function that draws returns a Figure; the page shows `inline`, and `write_figures` keeps both files. They are written
+again with the page; a figure that is no longer drawn stays until it is deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from rayexpand.contract.errors import DamagedFile, EnvironmentFault
+from rayexpand.reports.drawing import standalone
+from rayexpand.storage.files import Files
+from rayexpand.storage.tables import read_json, replace_json
+
+FOLDER = "figures"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """`name`: of its files, words joined by hyphens; `svg`: an element as drawing.svg gives it; `numbers`: all that is
+    drawn, as JSON takes it, with units in words."""
+
+    name: str
+    svg: str
+    numbers: Mapping[str, Any]
+
+    @property
+    def inline(self) -> Markup:
+        """For a page."""
+        return Markup(self.svg)  # noqa: S704  (escaped where it is drawn)
+
+
+def write_figures(files: Files, figures: Iterable[Figure]) -> None:
+    """Writes both files of each. Raises EnvironmentFault if the folder takes no more files."""
+    try:
+        for folder in (".tmp", FOLDER):
+            files.make_folder(folder)
+        for one in figures:
+            picture = standalone(one.svg).encode()
+            files.replace(f"{FOLDER}/{one.name}.svg", picture)
+            replace_json(files, f"{FOLDER}/{one.name}.json", {**one.numbers, "svg_sha256": _hash(picture)})
+    except OSError as error:
+        raise EnvironmentFault(f"{files.at(FOLDER)}: {error.strerror}. Free space or allow writing there, then run the "
+                               "same command again; no result is touched.") from error
+
+
+def read_figure(files: Files, name: str) -> dict[str, Any]:
+    """The numbers of a figure. Raises DamagedFile where they were altered, or are not those of the picture."""
+    numbers = read_json(files, f"{FOLDER}/{name}.json")
+    if numbers is None or numbers.pop("svg_sha256", None) != _hash(files.read(f"{FOLDER}/{name}.svg") or b""):
+        raise DamagedFile(f"{files.at(FOLDER)}/{name}.svg is not the picture of {name}.json; `rayexpand report` writes "
+                          "both again")
+    return numbers
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
