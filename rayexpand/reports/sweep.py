@@ -180,7 +180,7 @@ def _fields(sweep: Sweep) -> dict[str, str]:
 
 def _figures(sweep: Sweep, results: Mapping[str, dict[str, Any]], best: dict[str, Any] | None) -> list[dict[str, Any]]:
     """One figure for each swept field."""
-    drawn = []
+    drawn: list[dict[str, Any]] = []
     for dimension in sweep.space if results else ():
         field = dimension.field
         numbers = [one["values"][field] for one in results.values()]
