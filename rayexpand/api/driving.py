@@ -13,6 +13,7 @@ from rayexpand.api.results import Event
 from rayexpand.contract.errors import OverBudget
 
 if TYPE_CHECKING:
+    from rayexpand.evaluation.copy_search import Work
     from rayexpand.evaluation.evaluate import Extract
     from rayexpand.evaluation.select_scores import Score
     from rayexpand.runs.config import ClusterConfig
@@ -103,6 +104,17 @@ def score_with(ray: bool | str, cluster: ClusterConfig) -> Score:
 
         return partial(score, cluster=cluster)
     from rayexpand.evaluation.select_scores import in_process
+
+    return in_process
+
+
+def find_with(ray: bool | str, cluster: ClusterConfig) -> Work:
+    """What compares images with seeds."""
+    if ray:
+        from rayexpand.on_ray.audit import find
+
+        return partial(find, cluster=cluster)
+    from rayexpand.evaluation.copy_search import in_process
 
     return in_process
 

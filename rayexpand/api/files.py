@@ -22,11 +22,11 @@ Set = Mapping[str, Any] | Sequence[str]
 
 # The kinds of files: the key that only this kind has, and the verb that takes it. A run is what has none of the keys.
 KINDS = {"study": ("arms", "train"), "sweep": ("space", "sweep"), "fit": ("fit", "fit"), "select": ("rule", "select"),
-         "evaluate": ("reference", "evaluate"), "run": ("method", "expand")}
+         "evaluate": ("reference", "evaluate"), "audit": ("audit", "audit"), "run": ("method", "expand")}
 MACHINE = ("cluster", "runtime", "store", "estimate")  # sections of a machine file, beside `device`
 LISTS = (".csv", ".json", ".txt")  # suffixes of ready files beside the YAML
 DEVICE = {"run": "prior.device", "fit": "device", "study": "training.device", "sweep": "study.training.device",
-          "select": "device", "evaluate": "extractor.device"}
+          "select": "device", "evaluate": "extractor.device", "audit": "audit.copies.extractor.device"}
 
 
 def kind_of(raw: Mapping[str, Any], where: str) -> str:
@@ -110,6 +110,10 @@ def _loader(kind: str) -> tuple[type[BaseModel], Callable[[Mapping[str, Any], st
         from rayexpand.evaluation.evaluate import parse as parse_evaluate
 
         return EvaluateConfig, parse_evaluate
+    if kind == "audit":
+        from rayexpand.studies.audit import AuditConfig, parse_audit
+
+        return AuditConfig, parse_audit
     from rayexpand.runs.config import RunConfig
     from rayexpand.runs.config import parse as parse_run
 

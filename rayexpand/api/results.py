@@ -127,6 +127,40 @@ class Scores(Result):
 
 
 @dataclass(frozen=True)
+class Audited(Result):
+    """What an audit found, one entry for each of its sections."""
+
+    facts: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.facts
+
+    def table(self) -> Table:
+        rows = [row for name, lines in (("copies", copy_lines),) if name in self.facts
+                for row in lines(self.facts[name])]
+        return (f"audit {self.facts['name']}", str(self.facts["run"] or "")), rows
+
+
+def copy_lines(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The audit `copies` in lines: what the extractor sees, and copies by scope."""
+    rows: list[tuple[str, ...]] = [("extractor", found["extractor"]["name"])]
+    rows += [(f"found of {kind}", ", ".join(f"{scope} {100 * share:.0f} %" for scope, share in one["found"].items()))
+             for kind, one in found["known_copies"].items()]
+    if not found["sees_copies"]:
+        return [*rows, ("verdict", found["words"])]
+    for scope, one in found["scopes"].items():
+        rows.append((f"copies of {SCOPES[scope]}", f"{one['copies']:,} of {found['samples']:,}"))
+        if null := one.get("null"):
+            high = 100 * null["excess"]["high"]
+            rows.append((f"near {SCOPES[scope]}", f"{null['observed']:,} above tau, {null['expected']:.3g} expected; "
+                         f"excess at most {high:.2g} %"))
+    return rows
+
+
+SCOPES = {"own": "the own seed", "class": "another seed of the class", "other": "another seed"}
+
+
+@dataclass(frozen=True)
 class PreparedData(Result):
     """A published dataset in its official layout, ready to be read. `sections` has the `data` of a job for each part,
     `published` the numbers of images that `images` should be, `notes` what differs and what is not published."""

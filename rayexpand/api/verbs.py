@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rayexpand.api.driving import Relay, at, driver, extract_with, fit_with, score_with, train_trials
+from rayexpand.api.driving import Relay, at, driver, extract_with, find_with, fit_with, score_with, train_trials
 from rayexpand.api.files import KINDS, Job, Set, as_overrides, config_of, data_of, parsed, preflight, read_job, where_of
 from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, drive_to_end
-from rayexpand.api.results import Artifact, Checked, ClusterJob, Event, Planned, PreparedData, Scores, Selected
+from rayexpand.api.results import Artifact, Audited, Checked, ClusterJob, Event, Planned, PreparedData, Scores, Selected
 from rayexpand.contract.errors import ConfigError, RayexpandError, UsageError
 from rayexpand.contract.secrets import secret_problems
 
@@ -145,6 +145,15 @@ def evaluate(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool |
 
     config = at(config_of("evaluate", job, set, machine), ray)
     return Scores(evaluation.evaluate(config, extract_with(ray), Relay(on)))
+
+
+def audit(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,
+          on: Callable[[Event], None] | None = None) -> Audited:
+    """Whether a run may be released: which samples are copies of seeds."""
+    from rayexpand.studies import audit as audits
+
+    config = at(config_of("audit", job, set, machine), ray)
+    return Audited(audits.audit(config, find_with(ray, config.cluster), Relay(on)))
 
 
 def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,

@@ -1,4 +1,4 @@
-"""evaluate, select: what finished samples are worth, and which stay."""
+"""evaluate, audit, select: what finished samples are worth, whether they may be released, and which stay."""
 
 from __future__ import annotations
 
@@ -23,6 +23,23 @@ def evaluate(file: File, set_: Set = None, machine: Machine = None, trust: Trust
     if not as_json:
         print(f"written: {found.facts['file']}")
     warn(found.facts["warnings"])
+
+
+@app.command()
+def audit(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None, no_ray: NoRay = False,
+          log_json: LogJson = False, as_json: Json = False) -> None:
+    """Say whether a run may be released: which of its samples are copies of seeds.
+
+    Example: rayexpand audit jobs/digits/audit-copies.yaml
+    """
+    from rayexpand import api
+    from rayexpand.cli.progress import Progress
+
+    with Progress(log_json) as progress, quiet_stdout():
+        found = api.audit(file, set=set_ or [], machine=machine, ray=not no_ray, on=progress)
+    show(found, as_json)
+    if not as_json:
+        print(f"written: {found.facts['file']}")
 
 
 @app.command()

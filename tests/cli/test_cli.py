@@ -22,8 +22,8 @@ from PIL import Image
 from rayexpand.contract.errors import three_digits
 from tests.commands import ROOT, forked, process, rayexpand
 
-VERBS = ["demo", "validate", "plan", "expand", "evaluate", "select", "sweep", "fit", "status", "verify", "retry",
-         "regen", "bench", "report", "card", "export", "submit"]
+VERBS = ["demo", "validate", "plan", "expand", "evaluate", "audit", "select", "sweep", "fit", "status", "verify",
+         "retry", "regen", "bench", "report", "card", "export", "submit"]
 
 
 @pytest.fixture

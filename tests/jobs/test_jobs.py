@@ -27,7 +27,7 @@ from rayexpand.evaluation import evaluate, select
 from rayexpand.fitting.config import load_fit
 from rayexpand.runs.config import load, parse, resolved
 from rayexpand.storage.places import open_files
-from rayexpand.studies import extra_tests
+from rayexpand.studies import audit, extra_tests
 from rayexpand.studies.config import StudyConfig, load_study, run_config
 from rayexpand.studies.sweep.config import load_sweep
 from rayexpand.studies.sweep.space import Dimension, n_suggestions, parse_dimension, suggest
@@ -60,7 +60,8 @@ def _finished(loads: Callable[[str], Any]) -> Callable[[Path], None]:
             loads(str(path))
         except ConfigError as error:
             problems = error.problems
-        assert not [one for one in problems if not re.match(r"run: |reference\.path|extractor\.checkpoint", one)]
+        absent = r"run: |reference\.path|extractor\.checkpoint|audit\.(run: |copies\.(held_out\.path|extractor))"
+        assert not [one for one in problems if not re.match(absent, one)]
     return check
 
 
@@ -81,6 +82,7 @@ VERBS: dict[str, tuple[Callable[[Path], Any], Callable[[Any], None]]] = {
     "expand": (load, _expand), "fit": (load_fit, lambda config: None), "pretrain": (load_fit, lambda config: None),
     "study": (load_study, lambda config: None), "sweep": (load_sweep, _sweep),
     "evaluate": (_finished(evaluate.load), lambda config: None),
+    "audit": (_finished(audit.load_audit), lambda config: None),
     "select": (_finished(select.load), lambda config: None)}
 
 

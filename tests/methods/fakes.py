@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, PrivateAttr
@@ -118,6 +118,17 @@ class Echo(Fake):
 
     def expand(self, batch: Batch, tools: Tools) -> Expansion:
         return Expansion([image.copy() for image in batch.images])
+
+
+class Planted(Fake):
+    """Samples that a test has put into `images`, by sample id; the others as of Fake."""
+
+    images: ClassVar[dict[str, np.ndarray]] = {}
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        found = [self.images.get(draw.sample_id) for draw in batch.draws]
+        return Expansion([picture(batch, i) if one is None else one for i, one in enumerate(found)],
+                         [None] * len(batch))
 
 
 class Captioned(Fake):

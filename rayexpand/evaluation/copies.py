@@ -1,0 +1,247 @@
+"""The audit `copies`: is a sample of a run a copy of a seed, its own or another?
+
+Every sample is compared with all seeds in the features of one extractor. What counts as a copy is calibrated first, by
+held-out real images and by copies that are known to be some (copy_statistics.py). The work is cut into chunks: seeds,
+held-out images, known copies, and data files of the run; copy_search.py turns them into tables, here or on a cluster.
+
+    <run>/audit/<name>/copies/part-00000.parquet       one row for each sample: own, other and nearest seeds
+    <run>/audit/<name>/copies/calibration.parquet      the same of held-out images and known copies
+
+Parts are written as chunks come in, so a stopped audit continues.
+"""
+
+# N samples, M seeds, D features
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayexpand.contract.errors import UsageError
+from rayexpand.contract.rng import PlanRng
+from rayexpand.contract.settings import digest
+from rayexpand.data.seeds import build_index
+from rayexpand.evaluation import copy_statistics as statistics
+from rayexpand.evaluation import features as extractors
+from rayexpand.evaluation.copies_config import CopiesConfig, chosen_extractor
+from rayexpand.evaluation.copy_search import Chunk, CopyJob, OnRows, SeedFeatures, Work, held_out_chunk
+from rayexpand.evaluation.known_copies import EDITS, STRENGTHS, has_img2img
+from rayexpand.runs.config import RuntimeConfig
+from rayexpand.runs.run import Run
+from rayexpand.storage.tables import parquet_bytes, parquet_facts, read_table
+
+CHUNK = 2048  # seeds or held-out images of one chunk
+KNOWN_CHUNK = 64  # known copies of one
+PART_ROWS = 50_000  # a part is written when it holds so many rows
+VERSION = 1  # raised when the code below makes other numbers of the same images
+JOB = b"rayexpand"  # schema metadata of a part: digest of the job, and the chunks in it
+
+
+def audit_copies(run: Run, config: CopiesConfig, runtime: RuntimeConfig, folder: str, work: Work,
+                 on_rows: OnRows = lambda task, done, total: None) -> dict[str, Any]:
+    """What the audit found, for its result file; its tables are written below `folder` of the run. Raises UsageError
+    for fewer than 1000 held-out images or a run without samples."""
+    config = config.model_copy(update={"extractor": chosen_extractor(config, run)})
+    job = CopyJob(str(run.folder), config, extractors.extractor_hash(config.extractor, on_rows), runtime)
+    samples = [Chunk("samples", f"{one.data_file} {one.content_sha256}", one.kept, one.data_file)
+               for one in run.store.receipts() if one.kept]
+    if not samples:
+        raise UsageError(f"{run.folder} has no kept sample to audit; run `rayexpand expand` first")
+    held_out = _held_out_chunks(config)
+    known = _known_chunks(run, config)
+    found = _seed_features(run, job, work, on_rows)
+    calibration = _calibration(job, [*held_out, *known], found, work, on_rows)
+    for name in (folder, ".tmp"):
+        run.files.make_folder(name)
+    run.files.replace(f"{folder}/calibration.parquet", parquet_bytes(calibration, {}))
+    rows = _sample_rows(run, job, folder, samples, found, work, on_rows)
+    return {"extractor": {"name": extractors.name_of(config.extractor), "sha256": job.extractor_sha256,
+                          "resize": extractors.RESIZE, "features": found.h_MD.shape[1]},
+            "within": config.within, "centre": config.centre, "top": config.top,
+            "seeds": {"listed": len(run.plan.index), "compared": int(found.sound_M.sum()),
+                      "same_as_another": int((found.same_M != np.arange(len(found.same_M)))[found.sound_M].sum())},
+            **_summary(run, config, calibration, rows, sum(one.rows for one in held_out))}
+
+
+# --------------------------------------------------------------------------------------------------------------- chunks
+
+
+def _held_out_chunks(config: CopiesConfig) -> list[Chunk]:
+    index = build_index(config.held_out)
+    sound_N = np.flatnonzero(np.asarray(index.table["fault"].to_pylist()) == "")
+    ids = index.table["seed_id"].take(pa.array(sound_N)).to_pylist()
+    rank_N = PlanRng(config.seed, "audit").per_seed("held_out", ids)
+    rows = np.sort(sound_N[np.argsort(rank_N, kind="stable")[:config.held_out_images]])
+    if len(rows) < statistics.LEAST_NULL:
+        raise UsageError(f"audit.copies.held_out: {len(rows)} real images, and {statistics.LEAST_NULL:,} are needed to "
+                         "know what one image in a thousand looks like; name a larger part of the dataset")
+    return [held_out_chunk(index, rows[start:start + CHUNK]) for start in range(0, len(rows), CHUNK)]
+
+
+def _known_chunks(run: Run, config: CopiesConfig) -> list[Chunk]:
+    """The same seeds for every kind."""
+    table = run.plan.index.table
+    sound = np.flatnonzero(pc.equal(table["fault"], "").to_numpy())
+    rank = PlanRng(config.seed, "audit").per_seed("known", table["seed_id"].take(pa.array(sound)).to_pylist())
+    chosen = np.sort(sound[np.argsort(rank, kind="stable")[:config.known]]).tolist()
+    kinds = [*EDITS, *(STRENGTHS if has_img2img(run.config) else ())]
+    return [Chunk(kind, f"{kind} {start}", len(part := chosen[start:start + KNOWN_CHUNK]), positions=tuple(part))
+            for kind in kinds for start in range(0, len(chosen), KNOWN_CHUNK)]
+
+
+def _seed_features(run: Run, job: CopyJob, work: Work, on_rows: OnRows) -> SeedFeatures:
+    count = len(run.plan.index)
+    chunks = [Chunk("seeds", str(start), min(CHUNK, count - start),
+                    positions=tuple(range(start, min(start + CHUNK, count)))) for start in range(0, count, CHUNK)]
+    tables = _all(job, chunks, None, work, "features of seeds", on_rows)
+    return SeedFeatures.of(pa.concat_tables(tables), run.plan.index.labels)
+
+
+def _calibration(job: CopyJob, chunks: Sequence[Chunk], found: SeedFeatures, work: Work, on_rows: OnRows) -> pa.Table:
+    return pa.concat_tables(_all(job, chunks, found, work, "held-out images and known copies", on_rows))
+
+
+def _all(job: CopyJob, chunks: Sequence[Chunk], found: SeedFeatures | None, work: Work, task: str,
+         on_rows: OnRows) -> list[pa.Table]:
+    """Tables of the chunks in their order."""
+    tables: dict[int, pa.Table] = {}
+    total, done = sum(one.rows for one in chunks), 0
+    for number, table in work(job, chunks, found):
+        tables[number] = table
+        on_rows(task, done := done + chunks[number].rows, total)
+    return [tables[number] for number in range(len(chunks))]
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def _sample_rows(run: Run, job: CopyJob, folder: str, chunks: Sequence[Chunk], found: SeedFeatures, work: Work,
+                 on_rows: OnRows) -> pa.Table:
+    """Rows of all samples, those that are there already and the others, which are written as they come in."""
+    identity = digest({"version": VERSION, "config": job.config.model_dump(mode="json", exclude={"extractor", "batch"}),
+                       "extractor": job.extractor_sha256, "seeds": found.sha256, "batch": job.config.batch})
+    known = _known_parts(run, folder, identity, {chunk.key for chunk in chunks})
+    todo = [chunk for chunk in chunks if chunk.key not in known]
+    total = sum(one.rows for one in chunks)
+    done = total - sum(one.rows for one in todo)
+    waiting: list[tuple[str, pa.Table]] = []
+    try:
+        for number, table in work(job, todo, found) if todo else ():
+            waiting.append((todo[number].key, table))
+            on_rows("samples compared with seeds", done := done + todo[number].rows, total)
+            if sum(table.num_rows for _, table in waiting) >= PART_ROWS:
+                known |= _keep(run, folder, identity, waiting)
+                waiting = []
+    finally:
+        if waiting:
+            known |= _keep(run, folder, identity, waiting)
+    return pa.concat_tables([known[chunk.key] for chunk in chunks])
+
+
+def _known_parts(run: Run, folder: str, identity: str, wanted: set[str]) -> dict[str, pa.Table]:
+    """Tables by the key of their chunk; parts of another audit, and of data files that are no more, are removed."""
+    found: dict[str, pa.Table] = {}
+    for name in _parts(run, folder):
+        facts = parquet_facts(run.files, f"{folder}/{name}", JOB) or {}
+        if facts.get("job") != identity or not {key for key, _ in facts["chunks"]} <= wanted - found.keys():
+            run.files.delete(f"{folder}/{name}")
+            continue
+        table, start = read_table(run.files, f"{folder}/{name}").replace_schema_metadata(), 0
+        for key, rows in facts["chunks"]:
+            found[key] = table.slice(start, rows)
+            start += rows
+    return found
+
+
+def _keep(run: Run, folder: str, identity: str, tables: Sequence[tuple[str, pa.Table]]) -> dict[str, pa.Table]:
+    facts = {"job": identity, "chunks": [(key, table.num_rows) for key, table in tables]}
+    content = parquet_bytes(pa.concat_tables([table for _, table in tables]), {JOB: json.dumps(facts).encode()},
+                            row_group=PART_ROWS)
+    number = len(_parts(run, folder))
+    while not run.files.publish(f"{folder}/part-{number:05d}.parquet", content):
+        number += 1
+    return dict(tables)
+
+
+def _parts(run: Run, folder: str) -> list[str]:
+    return sorted(name for name in run.files.list(folder) if name.startswith("part-"))
+
+
+def read_rows(run: Run, name: str, columns: list[str]) -> pa.Table:
+    """Columns of all samples of the audit `name`, in the order of its parts."""
+    folder = f"audit/{name}/copies"
+    return pa.concat_tables([read_table(run.files, f"{folder}/{part}", columns).replace_schema_metadata()
+                             for part in _parts(run, folder)])
+
+
+# --------------------------------------------------------------------------------------------------------------- result
+
+
+def _summary(run: Run, config: CopiesConfig, calibration: pa.Table, rows: pa.Table, listed: int) -> dict[str, Any]:
+    """Thresholds, what they find of known copies, and the counts of the samples."""
+    kind = np.asarray(calibration["kind"].to_pylist())
+    scopes = ["class", "other"] if config.within == "all" else ["class"]
+    null = {scope: _numbers(calibration, scope)[kind == "held_out"] for scope in scopes}
+    null = {scope: s_N[~np.isnan(s_N)] for scope, s_N in null.items()}
+    own_N = _numbers(calibration, "own")
+    known = {one: own_N[(kind == one) & ~np.isnan(own_N)] for one in dict.fromkeys(kind.tolist()) if one != "held_out"}
+    tau = {scope: statistics.threshold(s_N) for scope, s_N in null.items() if len(s_N) >= statistics.LEAST_NULL}
+    if missing := [scope for scope in scopes if scope not in tau]:
+        raise UsageError(f"audit.copies.held_out: {len(null[missing[0]])} of {listed:,} held-out images can be "
+                         f"compared (scope {missing[0]}), and {statistics.LEAST_NULL:,} are needed: others are seeds "
+                         "themselves, cannot be read, or have a class that the run has not")
+    tau_copy = {scope: statistics.copy_threshold(known, value) for scope, value in tau.items()}
+    found = {scope: statistics.found_shares(known, value) for scope, value in tau.items()}
+    words = statistics.cannot_see(found[scopes[-1]])
+    result: dict[str, Any] = {
+        "held_out": {"listed": listed, "compared": {scope: len(s_N) for scope, s_N in null.items()}},
+        "tau": tau, "tau_copy": tau_copy, "known_copies": {
+            one: {"images": len(s_N), "median": float(np.median(s_N)),
+                  "found": {scope: found[scope][one] for scope in tau}} for one, s_N in known.items()},
+        "sees_copies": not words, "words": words, "samples": rows.num_rows}
+    return result if words else {**result, **_counts(run, rows, tau, tau_copy)}
+
+
+def _counts(run: Run, rows: pa.Table, tau: Mapping[str, float], tau_copy: Mapping[str, float]) -> dict[str, Any]:
+    """Copies and candidates by scope; shares of copies by strength, and the classes with the largest ones."""
+    strength_N, label_N = rows["strength"].to_numpy(), rows["label"].to_numpy()
+    keys = run.plan.index.classes.key
+    scopes: dict[str, Any] = {}
+    for scope in ("own", *tau):
+        by = "class" if scope == "own" else scope
+        s_N = _numbers(rows, scope)
+        known_N = ~np.isnan(s_N)
+        copy_N = s_N > tau_copy[by]
+        above = int((s_N > tau[by]).sum())
+        scopes[scope] = {
+            "copies": int(copy_N.sum()), "share": float(copy_N[known_N].mean()) if known_N.any() else 0.0,
+            "candidates": above - int(copy_N.sum()), **({} if scope == "own" else {
+                "null": statistics.excess(above, max(int(known_N.sum()), 1))}),
+            "by_strength": _shares(copy_N, strength_N), "by_class": _largest(copy_N, label_N, keys)}
+    return {"scopes": scopes}
+
+
+def _shares(copy_N: np.ndarray, strength_N: np.ndarray) -> dict[str, float]:
+    """Share of copies by strength; none where there are more than 20."""
+    values, which_N = np.unique(strength_N, return_inverse=True)
+    if len(values) > 20:
+        return {}
+    return {f"{value:g}": float(copy_N[which_N == i].mean()) for i, value in enumerate(values)}
+
+
+def _largest(copy_N: np.ndarray, label_N: np.ndarray, keys: Sequence[str], most: int = 10) -> dict[str, float]:
+    """Share of copies of the classes where it is largest."""
+    had_K, copies_K = (np.bincount(one, minlength=len(keys)) for one in (label_N, label_N[copy_N]))
+    share_K = copies_K / np.maximum(had_K, 1)
+    return {keys[label]: float(share_K[label]) for label in np.argsort(-share_K, kind="stable")[:most].tolist()
+            if copies_K[label]}
+
+
+def _numbers(table: pa.Table, column: str) -> np.ndarray:
+    """float64, not a number where the table has none."""
+    return table[column].to_numpy().astype(np.float64)

@@ -1,0 +1,135 @@
+"""The verb `audit`: may a run be released?
+
+    name: release
+    audit:
+      run: runs/birds
+      copies: {held_out: {source: imagefolder, path: data/birds, split: val}}      # evaluation/copies.py
+
+Each section is an audit of its own and leaves an entry of its name in <run>/audit/<name>/result.json; entries of
+sections that a file does not have stay as they are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import Field, ValidationError
+
+from rayexpand import __version__
+from rayexpand.contract.errors import ConfigError, UsageError
+from rayexpand.contract.secrets import secret_problems
+from rayexpand.contract.settings import Section, mistakes, read
+from rayexpand.evaluation import copies_config
+from rayexpand.evaluation.copies_config import CopiesConfig
+from rayexpand.runs import run as runs
+from rayexpand.runs.config import ClusterConfig, RuntimeConfig
+from rayexpand.runs.run import Run
+from rayexpand.storage.files import Files
+from rayexpand.storage.places import open_files
+from rayexpand.storage.tables import healthy_json, replace_json
+
+if TYPE_CHECKING:
+    from rayexpand.evaluation.copy_search import OnRows, Work
+
+
+class AuditSection(Section):
+    """What is audited, and how."""
+
+    run: str | None = Field(None, min_length=1, description="run folder that is audited, and where the result goes; "
+                            "nothing of it may be pending")
+    copies: CopiesConfig | None = Field(None, description="compare the samples of the run with its seeds")
+
+
+class AuditConfig(Section):
+    name: str = Field("audit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the result is "
+                      "<run>/audit/<name>/result.json, without a run <out>/<name>/result.json")
+    out: str = Field("runs", min_length=1, description="folder of audits without a run")
+    audit: AuditSection
+    runtime: RuntimeConfig = RuntimeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+
+def load_audit(path: str, overrides: Sequence[str] = ()) -> AuditConfig:
+    """Configuration of a YAML file. Raises ConfigError with every mistake, those of run and data included."""
+    return parse_audit(read(path, overrides), path)
+
+
+def parse_audit(raw: Mapping[str, Any], where: str = "configuration") -> AuditConfig:
+    """Configuration of a mapping. Raises ConfigError with every mistake."""
+    if problems := secret_problems(raw):
+        raise ConfigError(where, problems)
+    config, run = None, None
+    try:
+        config = AuditConfig(**{str(key): value for key, value in raw.items()})
+    except ValidationError as error:
+        problems += mistakes(error, AuditConfig, "")
+    section = raw.get("audit")
+    if isinstance(section, Mapping) and isinstance(folder := section.get("run"), str) and folder:
+        try:
+            run = runs.open_run(folder)
+        except UsageError as error:
+            problems.append(f"audit.run: {error}")
+    if config is not None:
+        problems += _problems(config.audit, run)
+    if problems or config is None:
+        raise ConfigError(where, problems)
+    return config
+
+
+def _problems(section: AuditSection, run: Run | None) -> list[str]:
+    problems = []
+    if section.copies is not None:
+        problems += [f"audit.copies.{line}" for line in copies_config.check(section.copies, run)]
+        if section.run is None:
+            problems.append("audit.run: is missing; copies are looked for among the samples of a run")
+    else:
+        problems.append("audit: has nothing to do; give it the section copies")
+    if run is not None and (pending := run.totals().pending):
+        problems.append(f"audit.run: {pending} planned samples of {run.folder} are not decided yet, and an audit looks "
+                        "at all of them; run `rayexpand expand` with its file first")
+    return problems
+
+
+def audit(config: AuditConfig, find: Work, on_rows: OnRows = lambda task, done, total: None) -> dict[str, Any]:
+    """What the sections of the file found, as written; `file` says where. `find` compares images with seeds, in this
+    process or on a cluster."""
+    from rayexpand.evaluation.copies import audit_copies
+
+    section, place = config.audit, place_of(config)
+    if section.copies is not None:
+        assert section.run is not None
+        started = time.perf_counter()
+        found = audit_copies(runs.open_run(section.run), section.copies, config.runtime, place.at("copies"), find,
+                             on_rows)
+        _store(place, config, "copies", {**found, "seconds": time.perf_counter() - started})
+    return {**(healthy_json(place.files, place.at("result.json")) or {}),
+            "file": str(place.files.at(place.at("result.json")))}
+
+
+class Place(NamedTuple):
+    """Where an audit lies: a folder below `files`, itself for an audit without a run."""
+
+    files: Files
+    folder: str
+
+    def at(self, name: str) -> str:
+        return f"{self.folder}/{name}" if self.folder else name
+
+
+def place_of(config: AuditConfig) -> Place:
+    if config.audit.run is None:
+        return Place(open_files(f"{config.out.rstrip('/')}/{config.name}"), "")
+    return Place(runs.open_run(config.audit.run).files, f"audit/{config.name}")
+
+
+def _store(place: Place, config: AuditConfig, section: str, found: dict[str, Any]) -> None:
+    """Writes the entry of a section beside those of others."""
+    for name in (place.folder, ".tmp"):
+        place.files.make_folder(name)
+    entry = {**found, "created": time.time(), "version": __version__,
+             "config": getattr(config.audit, section).model_dump(mode="json")}
+    replace_json(place.files, place.at("result.json"), {
+        **(healthy_json(place.files, place.at("result.json")) or {}), "name": config.name, "run": config.audit.run,
+        section: entry})

@@ -1,0 +1,190 @@
+"""The audit `copies`: planted copies are found, in every scope and cut; what cannot see copies is refused in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy.ndimage import shift
+from scipy.stats import beta
+from sklearn.datasets import load_digits
+
+from rayexpand.contract.errors import ConfigError, UsageError
+from rayexpand.contract.rng import generator, row_key
+from rayexpand.data.pixels import decode
+from rayexpand.data.seeds import DataConfig, SeedReader, build_index
+from rayexpand.evaluation import copies, copy_search
+from rayexpand.evaluation import copy_statistics as statistics
+from rayexpand.evaluation.copies import read_rows
+from rayexpand.evaluation.search import References, unit_rows
+from rayexpand.runs.run import Run, open_run
+from rayexpand.studies.audit import audit, parse_audit
+from tests.conftest import MakeConfig, complete
+from tests.methods.fakes import Planted
+from tests.tiny import tiny_clip, tiny_pipeline
+
+DIGITS = {"source": "digits", "per_class": 4}
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_clip(tmp_path_factory.mktemp("tiny") / "clip"))
+
+
+@pytest.fixture
+def planted() -> Iterator[dict[str, np.ndarray]]:
+    """Samples that the run of `run` will have."""
+    yield Planted.images
+    Planted.images.clear()
+
+
+@pytest.fixture
+def run(make_config: MakeConfig, planted: dict[str, np.ndarray]) -> Run:
+    """Two samples of each of 40 digits. Copy 1 of seed 0 is seed 0, of seed 1 another seed of its class, of seed 2 a
+    seed of another class."""
+    index = build_index(DataConfig(**DIGITS))
+    pixels = [decode(one.image)[0] for one in SeedReader(index, DataConfig(**DIGITS)).read(range(40))]
+    ids, labels = index.seed_ids, index.labels
+    same = next(i for i in range(3, 40) if labels[i] == labels[1])
+    other = next(i for i in range(3, 40) if labels[i] != labels[2])
+    planted.update({f"{ids[0]}/1": pixels[0], f"{ids[1]}/1": pixels[same], f"{ids[2]}/1": pixels[other]})
+    run = complete(make_config("Planted", ratio=2, data=DIGITS))[0]
+    run.facts["planted"] = {f"{ids[0]}/1": ids[0], f"{ids[1]}/1": ids[same], f"{ids[2]}/1": ids[other]}
+    return run
+
+
+def audited(run: Run, guide: str, name: str = "audit", **fields: Any) -> dict[str, Any]:
+    config = parse_audit({"name": name, "audit": {"run": str(run.folder), "copies": {
+        "extractor": {"guide": guide, "device": "cpu"}, "held_out": {"source": "digits", "split": "pool"}, "known": 20,
+        **fields}}})
+    return audit(config, copy_search.in_process)
+
+
+def by_id(run: Run, name: str = "audit") -> dict[str, dict[str, Any]]:
+    columns = ["sample_id", "own", "own_id", "class", "class_id", "other", "other_id", "top_id", "top"]
+    return {row["sample_id"]: row for row in read_rows(open_run(str(run.folder)), name, columns).to_pylist()}
+
+
+def test_planted_copies_come_first_in_all_scopes(run: Run, guide: str) -> None:
+    result = audited(run, guide)["copies"]
+    rows, one = by_id(run), pytest.approx(1, abs=1e-6)
+    own, of_class, of_other = run.facts["planted"]
+
+    assert len(rows) == result["samples"] == 80
+    assert rows[own]["own"] == one
+    assert (rows[own]["own_id"], rows[own]["top_id"][0]) == (run.facts["planted"][own],) * 2
+    assert rows[own]["class_id"] != run.facts["planted"][own], "the own seed is judged apart"
+    assert rows[of_class]["class"] == rows[of_class]["other"] == one
+    assert {rows[of_class][name] for name in ("class_id", "other_id")} == {run.facts["planted"][of_class]}
+    assert rows[of_other]["other"] == one
+    assert rows[of_other]["top_id"][0] == rows[of_other]["other_id"] == run.facts["planted"][of_other]
+    assert rows[of_other]["class"] < 1
+    for row in rows.values():
+        assert row["top"] == sorted(row["top"], reverse=True)
+        assert len(set(row["top_id"])) == 5
+    only = audited(run, guide, "within", within="class")["copies"]
+    assert by_id(run, "within")[of_class]["top_id"][0] == run.facts["planted"][of_class]
+    assert only["tau"].keys() == {"class"}
+
+
+def test_cuts_change_no_id_and_a_stopped_audit_goes_on(run: Run, guide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    audited(run, guide)
+    wanted = by_id(run)
+    monkeypatch.setattr(copies, "CHUNK", 7)
+    monkeypatch.setattr(copies, "PART_ROWS", 1)
+    found, begun = [], copy_search.CopyFinder._samples
+
+    def stops(finder: copy_search.CopyFinder, chunk: copy_search.Chunk) -> pa.Table:
+        found.append(chunk.file)
+        if len(found) == 4:
+            raise KeyboardInterrupt
+        return begun(finder, chunk)
+
+    monkeypatch.setattr(copy_search.CopyFinder, "_samples", stops)
+    with pytest.raises(KeyboardInterrupt):
+        audited(run, guide, "again", batch=16)
+    audited(run, guide, "again", batch=16)
+    rows = by_id(run, "again")
+
+    assert sorted({*found}) == sorted(one.data_file for one in run.store.receipts())
+    assert len(found) == len({*found}) + 1, "only the chunk that was stopped is done twice"
+    assert {name: row["top_id"] for name, row in rows.items()} == {
+        name: row["top_id"] for name, row in wanted.items()}
+
+
+def test_held_out_images_that_are_seeds_are_left_out(run: Run, guide: str) -> None:
+    with pytest.raises(UsageError, match=r"of 1,?000 held-out images can be compared"):
+        audited(run, guide, held_out={"source": "digits", "split": "pool", "digits_split": 1})
+    with pytest.raises(UsageError, match="297 real images, and 1,000 are needed"):
+        audited(run, guide, held_out={"source": "digits"})
+
+
+def test_an_extractor_that_cannot_see_faint_copies_is_refused(make_config: MakeConfig, guide: str,
+                                                              tmp_path: Path) -> None:
+    """The generator of random weights changes so much at strength 0.1 that its copies are none."""
+    run = complete(make_config("img2img", ratio=1, data=DIGITS, steps=10, guidance_scale=1.0, sections={
+        "prior": {"weights": str(tiny_pipeline(tmp_path / "sd"))}}))[0]
+    found = audited(run, guide)["copies"]
+
+    assert not found["sees_copies"]
+    assert "this extractor cannot see copies here: it finds" in found["words"]
+    assert "of the known copies img2img_0.1" in found["words"]
+    assert "scopes" not in found
+    assert found["known_copies"].keys() == {"exact", "jpeg_75", "crop_80", "flip", "blur_1", "brightness_1.2",
+                                            "img2img_0.1", "img2img_0.3"}
+    assert found["known_copies"]["exact"]["median"] == pytest.approx(1, abs=1e-6)
+
+
+def test_mistakes_are_said_at_once(run: Run) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_audit({"audit": {"run": "nowhere", "copies": {
+            "extractor": {"guide": "nowhere"}, "held_out": {"source": "imagefolder", "path": "nowhere"}}}})
+    assert [line.partition(": ")[0] for line in caught.value.problems] == ["audit.run", "audit.copies.held_out.path"]
+    with pytest.raises(ConfigError, match="audit: has nothing to do"):
+        parse_audit({"audit": {"run": str(run.folder)}})
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_pixels_of_digits_cannot_see_copies() -> None:
+    """The demonstration of what must be refused: centred pixels find the image itself, and not when it moves."""
+    images = load_digits().images
+    order = generator(row_key(0, "test", "", 0, 0, "digits")).permutation(len(images))
+    held_out, seeds = (images[rows].reshape(len(rows), -1) for rows in (order[:1000], order[1000:]))
+    centre = seeds.mean(axis=0)
+    r_MD = unit_rows(seeds, centre)
+    tau = statistics.threshold(References(r_MD).nearest(unit_rows(held_out, centre), 1)[0][:, 0])
+    moved = np.stack([shift(one, (0, 1)) for one in images[order[1000:]]]).reshape(len(seeds), -1)
+    known = {"exact": (r_MD * r_MD).sum(axis=1), statistics.FAINT: (unit_rows(moved, centre) * r_MD).sum(axis=1)}
+    found = statistics.found_shares(known, tau)
+
+    assert 0.95 < tau < 0.98
+    assert found == {"exact": 1.0, statistics.FAINT: 0.0}
+    assert "it finds 0 % of the known copies img2img_0.1" in statistics.cannot_see(found)
+
+
+def test_thresholds() -> None:
+    null_N = np.arange(1000) / 1000
+    known = {"jpeg_75": np.linspace(0.99, 1, 50), "crop_80": np.linspace(0.99, 1, 50)}
+    tau = statistics.threshold(null_N)
+
+    assert (null_N > tau).sum() == 1, "one image in a thousand"
+    assert statistics.copy_threshold(known, 0.5) == pytest.approx(0.9905, abs=2e-4)
+    assert statistics.copy_threshold(known, 0.999) == 0.999, "at least tau"
+    assert statistics.cannot_see({"exact": 1, statistics.FAINT: 0.9}) == ""
+    assert "jpeg_75" in statistics.cannot_see({"jpeg_75": 0.5, "crop_80": 0.95})
+
+
+def test_the_excess_has_an_exact_interval() -> None:
+    """1 of 1000: [2.53e-5, .00556]; 50 of 1000: [.0373, .0654]."""
+    assert statistics.exact_interval(1, 1000) == pytest.approx((2.53e-5, 0.00556), rel=2e-3)
+    assert statistics.exact_interval(50, 1000) == pytest.approx((0.0373, 0.0654), rel=2e-3)
+    found = statistics.excess(3, 2000)
+    assert (found["observed"], found["expected"]) == (3, pytest.approx(2.0))
+    assert found["excess"]["value"] == pytest.approx(0.0005)
+    assert found["excess"]["high"] == pytest.approx(beta.ppf(0.975, 4, 1997) - 0.001)
