@@ -29,7 +29,7 @@ from rayexpand.data.seeds import build_index
 from rayexpand.evaluation import copy_statistics as statistics
 from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation.copies_config import CopiesConfig, chosen_extractor
-from rayexpand.evaluation.copy_search import Chunk, CopyJob, OnRows, SeedFeatures, Work, held_out_chunk
+from rayexpand.evaluation.copy_search import CompareChunk, ComparedSeeds, CopyJob, OnRows, Work, held_out_chunk
 from rayexpand.evaluation.known_copies import EDITS, STRENGTHS, has_img2img
 from rayexpand.runs.config import RuntimeConfig
 from rayexpand.runs.run import Run
@@ -48,7 +48,7 @@ def audit_copies(run: Run, config: CopiesConfig, runtime: RuntimeConfig, folder:
     for fewer than 1000 held-out images or a run without samples."""
     config = config.model_copy(update={"extractor": chosen_extractor(config, run)})
     job = CopyJob(str(run.folder), config, extractors.extractor_hash(config.extractor, on_rows), runtime)
-    samples = [Chunk("samples", f"{one.data_file} {one.content_sha256}", one.kept, one.data_file)
+    samples = [CompareChunk("samples", f"{one.data_file} {one.content_sha256}", one.kept, one.data_file)
                for one in run.store.receipts() if one.kept]
     if not samples:
         raise UsageError(f"{run.folder} has no kept sample to audit; run `rayexpand expand` first")
@@ -71,7 +71,7 @@ def audit_copies(run: Run, config: CopiesConfig, runtime: RuntimeConfig, folder:
 # --------------------------------------------------------------------------------------------------------------- chunks
 
 
-def _held_out_chunks(config: CopiesConfig) -> list[Chunk]:
+def _held_out_chunks(config: CopiesConfig) -> list[CompareChunk]:
     index = build_index(config.held_out)
     sound_N = np.flatnonzero(np.asarray(index.table["fault"].to_pylist()) == "")
     ids = index.table["seed_id"].take(pa.array(sound_N)).to_pylist()
@@ -83,30 +83,30 @@ def _held_out_chunks(config: CopiesConfig) -> list[Chunk]:
     return [held_out_chunk(index, rows[start:start + CHUNK]) for start in range(0, len(rows), CHUNK)]
 
 
-def _known_chunks(run: Run, config: CopiesConfig) -> list[Chunk]:
+def _known_chunks(run: Run, config: CopiesConfig) -> list[CompareChunk]:
     """The same seeds for every kind."""
     table = run.plan.index.table
     sound = np.flatnonzero(pc.equal(table["fault"], "").to_numpy())
     rank = PlanRng(config.seed, "audit").per_seed("known", table["seed_id"].take(pa.array(sound)).to_pylist())
     chosen = np.sort(sound[np.argsort(rank, kind="stable")[:config.known]]).tolist()
     kinds = [*EDITS, *(STRENGTHS if has_img2img(run.config) else ())]
-    return [Chunk(kind, f"{kind} {start}", len(part := chosen[start:start + KNOWN_CHUNK]), positions=tuple(part))
+    return [CompareChunk(kind, f"{kind} {start}", len(part := chosen[start:start + KNOWN_CHUNK]), positions=tuple(part))
             for kind in kinds for start in range(0, len(chosen), KNOWN_CHUNK)]
 
 
-def _seed_features(run: Run, job: CopyJob, work: Work, on_rows: OnRows) -> SeedFeatures:
+def _seed_features(run: Run, job: CopyJob, work: Work, on_rows: OnRows) -> ComparedSeeds:
     count = len(run.plan.index)
-    chunks = [Chunk("seeds", str(start), min(CHUNK, count - start),
+    chunks = [CompareChunk("seeds", str(start), min(CHUNK, count - start),
                     positions=tuple(range(start, min(start + CHUNK, count)))) for start in range(0, count, CHUNK)]
     tables = _all(job, chunks, None, work, "features of seeds", on_rows)
-    return SeedFeatures.of(pa.concat_tables(tables), run.plan.index.labels)
+    return ComparedSeeds.of(pa.concat_tables(tables), run.plan.index.labels)
 
 
-def _calibration(job: CopyJob, chunks: Sequence[Chunk], found: SeedFeatures, work: Work, on_rows: OnRows) -> pa.Table:
+def _calibration(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds, work: Work, on_rows: OnRows) -> pa.Table:
     return pa.concat_tables(_all(job, chunks, found, work, "held-out images and known copies", on_rows))
 
 
-def _all(job: CopyJob, chunks: Sequence[Chunk], found: SeedFeatures | None, work: Work, task: str,
+def _all(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds | None, work: Work, task: str,
          on_rows: OnRows) -> list[pa.Table]:
     """Tables of the chunks in their order."""
     tables: dict[int, pa.Table] = {}
@@ -120,7 +120,7 @@ def _all(job: CopyJob, chunks: Sequence[Chunk], found: SeedFeatures | None, work
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def _sample_rows(run: Run, job: CopyJob, folder: str, chunks: Sequence[Chunk], found: SeedFeatures, work: Work,
+def _sample_rows(run: Run, job: CopyJob, folder: str, chunks: Sequence[CompareChunk], found: ComparedSeeds, work: Work,
                  on_rows: OnRows) -> pa.Table:
     """Rows of all samples, those that are there already and the others, which are written as they come in."""
     identity = digest({"version": VERSION, "config": job.config.model_dump(mode="json", exclude={"extractor", "batch"}),

@@ -54,7 +54,7 @@ class CopyJob:
     runtime: RuntimeConfig
 
 
-class Chunk(NamedTuple):
+class CompareChunk(NamedTuple):
     """Images to compare: a data file of the run, seeds by their positions in the index, or rows of another index."""
 
     kind: str  # samples, seeds, held_out, or a kind of known copies
@@ -67,22 +67,22 @@ class Chunk(NamedTuple):
 
 
 # (job, chunks, features of the seeds or None) -> number of a chunk and its table, in any order
-Work = Callable[[CopyJob, Sequence[Chunk], "SeedFeatures | None"], Iterator[tuple[int, pa.Table]]]
+Work = Callable[[CopyJob, Sequence[CompareChunk], "ComparedSeeds | None"], Iterator[tuple[int, pa.Table]]]
 
 
-def held_out_chunk(index: SeedIndex, rows: np.ndarray) -> Chunk:
+def held_out_chunk(index: SeedIndex, rows: np.ndarray) -> CompareChunk:
     """Some rows of an index of real images, with only the file names they need."""
     table, files = index.table.take(pa.array(rows)), json.loads(index.table.schema.metadata[b"files"])
     used, file = np.unique(table["file"].to_numpy(), return_inverse=True)
     column = table.schema.get_field_index("file")
     metadata = {**table.schema.metadata, b"files": json.dumps([files[i] for i in used]).encode()}
     table = table.set_column(column, table.schema.field(column), pa.array(file, pa.int32()))
-    return Chunk("held_out", f"held_out {rows[0]}", len(rows), table=table.replace_schema_metadata(metadata),
+    return CompareChunk("held_out", f"held_out {rows[0]}", len(rows), table=table.replace_schema_metadata(metadata),
                  keys=index.classes.key)
 
 
 @dataclass(frozen=True, eq=False)
-class SeedFeatures:
+class ComparedSeeds:
     """Features of all seeds of a run, in the order of its index."""
 
     h_MD: np.ndarray  # float32; zeros where a seed cannot be read
@@ -91,7 +91,7 @@ class SeedFeatures:
     label_M: np.ndarray  # int32
 
     @classmethod
-    def of(cls, table: pa.Table, labels: np.ndarray) -> SeedFeatures:
+    def of(cls, table: pa.Table, labels: np.ndarray) -> ComparedSeeds:
         flat = table["features"].combine_chunks().flatten().to_numpy()
         return cls(flat.reshape(table.num_rows, -1), table["sound"].to_numpy(zero_copy_only=False),
                    table["pixels"].to_numpy(), labels)
@@ -113,7 +113,7 @@ class SeedFeatures:
         return hasher.hexdigest()
 
 
-def in_process(job: CopyJob, chunks: Sequence[Chunk], found: SeedFeatures | None) -> Iterator[tuple[int, pa.Table]]:
+def in_process(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds | None) -> Iterator[tuple[int, pa.Table]]:
     """Tables by this process."""
     from rayexpand.contract.device import torch_threads
 
@@ -126,13 +126,13 @@ def in_process(job: CopyJob, chunks: Sequence[Chunk], found: SeedFeatures | None
 class CopyFinder:
     """Chunks -> tables. `run` and the extractor of `job` name models where this process finds them."""
 
-    def __init__(self, job: CopyJob, run: Run, found: SeedFeatures | None) -> None:
+    def __init__(self, job: CopyJob, run: Run, found: ComparedSeeds | None) -> None:
         self._job, self._run = job, run
         self._extractor = extractors.load_extractor(job.config.extractor)
         self._pool = ThreadPoolExecutor(job.runtime.io_threads, thread_name_prefix="io")
         self._searcher = None if found is None else Searcher(found, job.config, self._extractor.device)
 
-    def __call__(self, chunk: Chunk) -> pa.Table:
+    def __call__(self, chunk: CompareChunk) -> pa.Table:
         """Raises UsageError for a sample that cannot be decoded; of other images such a one has no row."""
         if chunk.kind == "seeds":
             return self._seeds(chunk)
@@ -140,12 +140,12 @@ class CopyFinder:
             return self._samples(chunk)
         return self._held_out(chunk) if chunk.kind == "held_out" else self._known(chunk)
 
-    def _seeds(self, chunk: Chunk) -> pa.Table:
+    def _seeds(self, chunk: CompareChunk) -> pa.Table:
         h_ND, sound_N, pixels_N = self._features(self._decoded(self._seed_images(chunk.positions)))
         return pa.table({"features": pa.FixedSizeListArray.from_arrays(pa.array(h_ND.reshape(-1)), h_ND.shape[1]),
                          "sound": sound_N, "pixels": pixels_N})
 
-    def _samples(self, chunk: Chunk) -> pa.Table:
+    def _samples(self, chunk: CompareChunk) -> pa.Table:
         columns = ["image", "sample_id", "seed_id", "row", "label", "strength"]
         table = read_table(self._run.files, f"data/{chunk.file}", columns)
         images = self._decoded([one["bytes"] for one in table["image"].to_pylist()])
@@ -158,7 +158,7 @@ class CopyFinder:
             "sample_id": table["sample_id"], "label": table["label"], "strength": table["strength"],
             "own_id": table["seed_id"]})
 
-    def _held_out(self, chunk: Chunk) -> pa.Table:
+    def _held_out(self, chunk: CompareChunk) -> pa.Table:
         """Images that are seeds themselves are left out."""
         assert chunk.table is not None
         assert self._searcher is not None
@@ -171,7 +171,7 @@ class CopyFinder:
         ids = chunk.table["seed_id"].take(pa.array(use))
         return self._rows(h_ND[use], label_N, np.full(len(use), -1), {"kind": ["held_out"] * len(use), "id": ids})
 
-    def _known(self, chunk: Chunk) -> pa.Table:
+    def _known(self, chunk: CompareChunk) -> pa.Table:
         images, at = self._decoded(self._seed_images(chunk.positions)), np.array(chunk.positions)
         at = at[[one is not None for one in images]]
         sound = [one for one in images if one is not None]
@@ -240,7 +240,7 @@ class CopyFinder:
 class Searcher:
     """Images by their features -> nearest seeds."""
 
-    def __init__(self, found: SeedFeatures, config: CopiesConfig, device: Any) -> None:
+    def __init__(self, found: ComparedSeeds, config: CopiesConfig, device: Any) -> None:
         self._found, self._config, self._device = found, config, device
         self._at = np.flatnonzero(found.sound_M & (found.same_M == np.arange(len(found.same_M))))
         self._centre = found.h_MD[self._at].mean(axis=0, dtype=np.float64) if config.centre else None

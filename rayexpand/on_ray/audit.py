@@ -18,7 +18,7 @@ import pyarrow as pa
 import ray
 
 from rayexpand.contract.errors import packed, unpacked
-from rayexpand.evaluation.copy_search import Chunk, CopyFinder, CopyJob, SeedFeatures
+from rayexpand.evaluation.copy_search import CompareChunk, ComparedSeeds, CopyFinder, CopyJob
 from rayexpand.evaluation.features import extractor_model, moved
 from rayexpand.on_ray.pool import choose_pool, connected, enter, waves
 from rayexpand.on_ray.stage import local, open_model_server, run_models, with_local_models
@@ -28,7 +28,7 @@ from rayexpand.runs.run import Run, open_run
 Row = dict[str, list[Any]]
 
 
-def find(job: CopyJob, chunks: Sequence[Chunk], found: SeedFeatures | None,
+def find(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds | None,
          cluster: ClusterConfig) -> Iterator[tuple[int, pa.Table]]:
     """Tables of chunks as they come in. Raises UsageError for a sample that cannot be decoded, ModelError or
     EnvironmentFault for a fault of a node."""
@@ -70,7 +70,7 @@ class FindActor:
             row["fault"] = packed(error, f"on {socket.gethostname()}")
         return {name: [value] for name, value in row.items()}
 
-    def _chunk(self, number: int) -> Chunk:
+    def _chunk(self, number: int) -> CompareChunk:
         if isinstance(self._chunks, ray.ObjectRef):
             self._chunks = ray.get(self._chunks)
         return self._chunks[number]

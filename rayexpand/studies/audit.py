@@ -108,7 +108,7 @@ def audit(config: AuditConfig, find: Work, on_rows: OnRows = lambda task, done, 
             "file": str(place.files.at(place.at("result.json")))}
 
 
-class Place(NamedTuple):
+class AuditPlace(NamedTuple):
     """Where an audit lies: a folder below `files`, itself for an audit without a run."""
 
     files: Files
@@ -118,13 +118,13 @@ class Place(NamedTuple):
         return f"{self.folder}/{name}" if self.folder else name
 
 
-def place_of(config: AuditConfig) -> Place:
+def place_of(config: AuditConfig) -> AuditPlace:
     if config.audit.run is None:
-        return Place(open_files(f"{config.out.rstrip('/')}/{config.name}"), "")
-    return Place(runs.open_run(config.audit.run).files, f"audit/{config.name}")
+        return AuditPlace(open_files(f"{config.out.rstrip('/')}/{config.name}"), "")
+    return AuditPlace(runs.open_run(config.audit.run).files, f"audit/{config.name}")
 
 
-def _store(place: Place, config: AuditConfig, section: str, found: dict[str, Any]) -> None:
+def _store(place: AuditPlace, config: AuditConfig, section: str, found: dict[str, Any]) -> None:
     """Writes the entry of a section beside those of others."""
     for name in (place.folder, ".tmp"):
         place.files.make_folder(name)

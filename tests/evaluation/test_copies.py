@@ -98,7 +98,7 @@ def test_cuts_change_no_id_and_a_stopped_audit_goes_on(run: Run, guide: str, mon
     monkeypatch.setattr(copies, "PART_ROWS", 1)
     found, begun = [], copy_search.CopyFinder._samples
 
-    def stops(finder: copy_search.CopyFinder, chunk: copy_search.Chunk) -> pa.Table:
+    def stops(finder: copy_search.CopyFinder, chunk: copy_search.CompareChunk) -> pa.Table:
         found.append(chunk.file)
         if len(found) == 4:
             raise KeyboardInterrupt
