@@ -102,7 +102,8 @@ def _seed_features(run: Run, job: CopyJob, work: Work, on_rows: OnRows) -> Compa
     return ComparedSeeds.of(pa.concat_tables(tables), run.plan.index.labels)
 
 
-def _calibration(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds, work: Work, on_rows: OnRows) -> pa.Table:
+def _calibration(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds, work: Work,
+                 on_rows: OnRows) -> pa.Table:
     return pa.concat_tables(_all(job, chunks, found, work, "held-out images and known copies", on_rows))
 
 

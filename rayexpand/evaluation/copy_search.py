@@ -113,7 +113,8 @@ class ComparedSeeds:
         return hasher.hexdigest()
 
 
-def in_process(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds | None) -> Iterator[tuple[int, pa.Table]]:
+def in_process(job: CopyJob, chunks: Sequence[CompareChunk],
+               found: ComparedSeeds | None) -> Iterator[tuple[int, pa.Table]]:
     """Tables by this process."""
     from rayexpand.contract.device import torch_threads
 
