@@ -26,7 +26,7 @@ KINDS = {"study": ("arms", "train"), "sweep": ("space", "sweep"), "fit": ("fit",
 MACHINE = ("cluster", "runtime", "store", "estimate")  # sections of a machine file, beside `device`
 LISTS = (".csv", ".json", ".txt")  # suffixes of ready files beside the YAML
 DEVICE = {"run": "prior.device", "fit": "device", "study": "training.device", "sweep": "study.training.device",
-          "select": "device", "evaluate": "extractor.device", "audit": "audit.copies.extractor.device"}
+          "select": "device", "evaluate": "extractor.device", "audit": "device"}
 
 
 def kind_of(raw: Mapping[str, Any], where: str) -> str:

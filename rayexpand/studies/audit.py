@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 from rayexpand import __version__
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.secrets import secret_problems
-from rayexpand.contract.settings import Section, mistakes, read
+from rayexpand.contract.settings import Device, Section, mistakes, read
 from rayexpand.evaluation import copies_config
 from rayexpand.evaluation.copies_config import CopiesConfig
 from rayexpand.runs import run as runs
@@ -47,6 +47,7 @@ class AuditConfig(Section):
                       "<run>/audit/<name>/result.json, without a run <out>/<name>/result.json")
     out: str = Field("runs", min_length=1, description="folder of audits without a run")
     audit: AuditSection
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
     runtime: RuntimeConfig = RuntimeConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -101,11 +102,19 @@ def audit(config: AuditConfig, find: Work, on_rows: OnRows = lambda task, done, 
     if section.copies is not None:
         assert section.run is not None
         started = time.perf_counter()
-        found = audit_copies(runs.open_run(section.run), section.copies, config.runtime, place.at("copies"), find,
-                             on_rows)
+        found = audit_copies(runs.open_run(section.run), _on_device(section.copies, config.device), config.runtime,
+                             place.at("copies"), find, on_rows)
         _store(place, config, "copies", {**found, "seconds": time.perf_counter() - started})
     return {**(healthy_json(place.files, place.at("result.json")) or {}),
             "file": str(place.files.at(place.at("result.json")))}
+
+
+def _on_device(copies: CopiesConfig, device: str) -> CopiesConfig:
+    """With the extractor there, unless it says where itself."""
+    if copies.extractor.device != "auto":
+        return copies
+    extractor = copies.extractor.model_copy(update={"device": device})
+    return copies.model_copy(update={"extractor": extractor})
 
 
 class AuditPlace(NamedTuple):
