@@ -205,7 +205,17 @@ class EstimateConfig(Section):
     bytes_per_image: int | None = Field(None, gt=0, description="measured encoded bytes of one image")
     gpus: int = Field(1, ge=1, description="GPUs (or CPU processes) to plan with")
     gpu_hour_usd: float | None = Field(None, ge=0, description="price of one GPU hour")
-    preemptions_per_gpu_hour: float = Field(0.05, ge=0, description="spot losses to plan with")
+    gpus_per_node: Annotated[int, Later(1)] = Field(1, ge=1, description="GPUs that are lost together")
+    preemptions_per_gpu_hour: float = Field(0.05, ge=0, description="spot losses to plan with: how often an hour of a "
+                                            "GPU is ended by the loss of its node")
+    node_start_s: Annotated[float | None, Later(None)] = Field(
+        None, ge=0, description="seconds from asking for a node to a node that can run: the autoscaler's delay and the "
+        "boot; null: 120 for GPUs, 0 for CPU processes")
+    load_s: Annotated[float | None, Later(None)] = Field(
+        None, ge=0, description="seconds from there to the first sampler call: copying and loading the models; null: 60 "
+        "for GPUs, 5 for CPU processes")
+    idle_s: Annotated[float, Later(60.0)] = Field(60.0, ge=0, description="seconds after which a node without work is "
+                                                  "given back")
     peak_tflops: Annotated[float | None, Later(None)] = Field(
         None, gt=0, description="dense peak of one GPU, TFLOP/s, for hours where no throughput was measured or given; "
         "null: that of an A100, 312 in half precision, 19.5 in float32")

@@ -2,18 +2,8 @@
 
 Nothing is invented: a throughput is given, or measured by `bench` or by an earlier run. Without one, hours are an
 interval: the counted arithmetic of the run (runs.work) over a range of shares of a GPU's peak, both named. Where the
-arithmetic is unknown, hours are. Lost work is counted to first order. With
-
-    lambda   preemptions per GPU hour                     estimate.preemptions_per_gpu_hour
-    T        hours of one shard on one GPU                shard rows / images per second / 3600
-    R        hours from a loss to the next sampler call   RESTART_HOURS
-    H        GPU hours that end in committed images       images / images per second / 3600
-
-a preemption throws away T/2 on average and costs R more, and the hours that repeat lost work can be lost too:
-
-    lost = lambda * (H + lost) * (T/2 + R)        so        lost = H * q / (1 - q),   q = lambda * (T/2 + R)
-
-which has no finite answer from q = 1 on. Wall hours = (H + lost) / GPUs.
+arithmetic is unknown, hours are. When a fleet that loses nodes finishes, and what it is paid for, is simulated
+(runs.fleet) with what `estimate` says of it, COURSES times.
 """
 
 from __future__ import annotations
@@ -28,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayexpand.contract.errors import SeedDataError, UsageError, three_digits
-from rayexpand.contract.rng import PlanRng, RowRng
+from rayexpand.contract.rng import PlanRng, RowRng, generator, row_key
 from rayexpand.contract.schema import SEED_INDEX, ClassTable, Draw, Receipt, Seed, SeedIndex
 from rayexpand.data import seeds as seed_io
 from rayexpand.data.pixels import header_size
@@ -37,6 +27,7 @@ from rayexpand.models.folders import EMBEDDED
 from rayexpand.models.prior import present
 from rayexpand.runs.config import MODELS
 from rayexpand.runs.cut_prompts import CutPrompts, cut_prompts
+from rayexpand.runs.fleet import Course, Fleet, simulate
 from rayexpand.runs.plan import make_plan
 from rayexpand.runs.status import shard_seconds
 from rayexpand.runs.work import cost_of_run, image_work, peak_tflops
@@ -51,7 +42,12 @@ if TYPE_CHECKING:
 BYTES_PER_PIXEL = {"png": 2.3, "jpeg": 0.65}
 ROW_BYTES = 40  # provenance columns after compression, mostly the sample's hash
 JPEG_QUALITY = 95
-RESTART_HOURS = 0.05  # assumed: three minutes to get a machine back and load the models
+COURSES, LEAST_COURSES = 20, 5  # simulated runs; of more shards than MANY_SHARDS fewer: they differ less
+MANY_SHARDS, MOST_SHARDS = 20_000, 200_000
+STARTS = {"GPU": (120.0, 60.0), "CPU process": (0.0, 5.0)}  # assumed: seconds of a node's start, and of loading
+SPREAD = 0.1  # assumed: seconds of a shard are within 10 % of the mean, evenly
+SHARD_S = 0.2  # of a shard beside its sampler calls: 96.5 % of a bare sampler's rate at 5.1 s a shard (docs/figures.md)
+SIZES = (1 / 16, 1 / 4, 1, 4)  # shares of sampler.shard_images that are tried, to say which finishes soonest
 DIGITS_SIDE = 16  # pixels, the embedded prior
 ASSUMED_SIDE = 512  # pixels, a prior whose own size is unknown before it is loaded
 
@@ -67,12 +63,14 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Hours:
-    """What follows from a throughput. Hours are those of `Estimate.unit`."""
+    """What follows from a throughput. Hours are those of `Estimate.unit`, means over simulated runs."""
 
     images_per_second: float | None = None  # of one GPU, or of one CPU process
     gpu_hours: float | None = None  # that end in committed images
-    expected_lost_hours: float | None = None  # lost to preemption, see the module's formula
+    expected_lost_hours: float | None = None  # work that is done again after a loss
+    waiting_hours: float | None = None  # paid without work: boot, loading, the end
     wall_hours: float | None = None
+    wall_hours_95: float | None = None  # 95 % of simulated runs end before
     cost_usd: float | None = None
 
 
@@ -86,8 +84,10 @@ class Estimate:
     bytes: int | None
     images_per_second: float | None  # of one GPU, or of one CPU process: see `unit`
     gpu_hours: float | None  # that end in committed images
-    expected_lost_hours: float | None  # GPU hours lost to preemption, see the module's formula
+    expected_lost_hours: float | None  # GPU hours of work that is done again after a loss
+    waiting_hours: float | None  # GPU hours that are paid without work: boot, loading, the end
     wall_hours: float | None
+    wall_hours_95: float | None  # 95 % of simulated runs end before
     cost_usd: float | None
     petaflop: float | None  # counted arithmetic; None where the networks of the generator are not known
     process_bytes: int | None  # of images in the memory of one sampler process, decoded and encoded
@@ -121,7 +121,9 @@ class Estimate:
                   "images_per_second"),
                  (f"{self.unit} time", hours("gpu_hours"), "gpu_hours"),
                  ("lost to preemption", hours("expected_lost_hours"), "expected_lost_hours"),
+                 ("boot, loading, end", hours("waiting_hours"), "waiting_hours"),
                  ("wall time", hours("wall_hours"), "wall_hours"),
+                 ("95 % end within", hours("wall_hours_95"), "wall_hours_95"),
                  ("cost", shown("cost_usd", three_digits if self.interval else "{:,.2f}".format, "USD"), "cost_usd")]
         if "petaflop" in self.notes:
             lines.append(("arithmetic", "unknown" if self.petaflop is None else f"{self.petaflop:,.0f} PFLOP",
@@ -188,6 +190,7 @@ def estimate(config: RunConfig, *, seeds: int, planned: int, measured: Measured 
     rates, unit = _rates(config, planned, measured, work, notes), _unit(config)
     ends = [_hours(config, planned, max(shards, 1), rate) for rate in rates]
     _say_hours(config, ends, max(shards, 1), notes)
+    _say_best_size(config, planned, ends, notes)
     held = _process_bytes(config, planned, size, image, seed_bytes * seeds / max(shards, 1), notes)
     known = asdict(ends[0]) if len(ends) == 1 else asdict(Hours())
     return Estimate(seeds=seeds, images=planned, shards=shards, bytes=size, petaflop=work, process_bytes=held,
@@ -288,9 +291,34 @@ def _rates(config: RunConfig, planned: int, measured: Measured | None, petaflop:
 def _hours(config: RunConfig, planned: int, shards: int, rate: float) -> Hours:
     """Of a run at a throughput."""
     hours, price = planned / rate / 3600, config.estimate.gpu_hour_usd
-    lost = _lost(config, hours, shards)
-    return Hours(rate, hours, lost, (hours + lost) / config.estimate.gpus,
-                 None if price is None else (hours + lost) * price)
+    courses = _courses(config, planned, shards, rate)
+    wall, paid, lost, waited = (float(np.mean([one[place] for one in courses])) for place in range(4))
+    return Hours(rate, hours, lost, waited, wall, float(np.quantile([one.wall_hours for one in courses], 0.95, method="higher")),
+                 None if price is None else paid * price)
+
+
+def _courses(config: RunConfig, planned: int, shards: int, rate: float) -> list[Course]:
+    """Simulated runs of `shards` shards of equal size."""
+    fleet = _fleet(config)
+    spread_N = generator(row_key(0, "fleet", "", 0, 0, "seconds")).uniform(1 - SPREAD, 1 + SPREAD, shards)
+    seconds_N = planned / rate * spread_N / spread_N.sum()
+    courses = min(COURSES, max(LEAST_COURSES, COURSES * MANY_SHARDS // shards)) if fleet.loss_rate else 1
+    return [simulate(seconds_N, fleet, repetition=number) for number in range(courses)]
+
+
+def _fleet(config: RunConfig) -> Fleet:
+    asked, assumed = config.estimate, STARTS[_unit(config)]
+    start, load = (given if given is not None else one for given, one in zip((asked.node_start_s, asked.load_s),
+                                                                            assumed, strict=True))
+    return Fleet(asked.gpus, asked.gpus_per_node, asked.preemptions_per_gpu_hour, start, load, SHARD_S, asked.idle_s)
+
+
+def _best_size(config: RunConfig, planned: int, rate: float) -> tuple[int, float]:
+    """(images in a shard, wall hours) of the shard size that ends soonest on average, of those that are tried."""
+    sizes = {max(config.sampler.batch, round(config.sampler.shard_images * share)) for share in SIZES}
+    ends = {size: float(np.mean([one.wall_hours for one in _courses(config, planned, shards, rate)]))
+            for size in sizes if (shards := -(-planned // size)) <= MOST_SHARDS}
+    return min(ends.items(), key=lambda one: (one[1], -one[0])) if ends else (config.sampler.shard_images, math.inf)
 
 
 def _unit(config: RunConfig) -> str:
@@ -301,26 +329,34 @@ def _unit(config: RunConfig) -> str:
     return "CPU process" if no_gpu else "GPU"
 
 
-def _lost(config: RunConfig, hours: float, shards: int) -> float:
-    share = config.estimate.preemptions_per_gpu_hour * (hours / shards / 2 + RESTART_HOURS)
-    return math.inf if share >= 1 else hours * share / (1 - share)
-
-
 def _say_hours(config: RunConfig, ends: Sequence[Hours], shards: int, notes: dict[str, str]) -> None:
     """What the hours were made with."""
     settings, unit = config.estimate, _unit(config)
     notes["cost_usd"] = ("set estimate.gpu_hour_usd" if settings.gpu_hour_usd is None else
-                         f"{settings.gpu_hour_usd:g} USD per {unit} hour with lost hours; no storage, no network")
+                         f"{settings.gpu_hour_usd:g} USD per {unit} hour that is paid: work, lost and waiting; no storage, no network")
     if not ends:
         return
     units = unit if settings.gpus == 1 else f"{unit}s" if unit == "GPU" else f"{unit}es"
-    notes["wall_hours"] = (f"{unit} time and lost hours, with {settings.gpus:,} {units} (estimate.gpus), all busy to "
-                           "the end")
-    half = [f"{(one.gpu_hours or 0) / shards * 30:,.1f}" for one in reversed(ends)]
-    notes["expected_lost_hours"] = (f"{settings.preemptions_per_gpu_hour:g} losses per {unit} hour, each half a shard "
-                                    f"({' to '.join(half)} min) and {RESTART_HOURS * 60:g} min to restart (assumed)")
-    if any(math.isinf(one.expected_lost_hours or 0) for one in ends):
+    fleet, per_node = _fleet(config), f", {settings.gpus_per_node} on a node" * (settings.gpus_per_node > 1)
+    notes["wall_hours"] = f"simulated, mean of runs with {settings.gpus:,} {units} (estimate.gpus){per_node}"
+    notes["wall_hours_95"] = "of simulated runs" if fleet.loss_rate else "nothing is lost, so all are alike"
+    minutes = [f"{(one.gpu_hours or 0) / shards * 60:,.1f}" for one in reversed(ends)]
+    notes["expected_lost_hours"] = (f"{fleet.loss_rate:g} losses per {unit} hour (estimate.preemptions_per_gpu_hour), "
+                                    f"each of what is done of a shard of {' to '.join(minutes)} min")
+    notes["waiting_hours"] = (f"{fleet.node_start_s:g} s from asking for a node to its start, {fleet.load_s:g} s to "
+                              "load the models (estimate.node_start_s, load_s: assumed unless given), and the wait "
+                              "for the last shards")
+    if any(math.isinf(one.wall_hours or 0) for one in ends):
         notes["expected_lost_hours"] += "; lost faster than made, choose a smaller sampler.shard_images"
+
+
+def _say_best_size(config: RunConfig, planned: int, ends: Sequence[Hours], notes: dict[str, str]) -> None:
+    """A shard size that ends sooner by more than a tenth, where there is one."""
+    for one in ends[:1]:
+        size, wall = _best_size(config, planned, one.images_per_second or 1)
+        if wall < 0.9 * (one.wall_hours or 0):
+            notes["shards"] += (f"; with sampler.shard_images={size:,} it would end after "
+                                f"{three_digits(wall)} h instead of {three_digits(one.wall_hours or 0)} h")
 
 
 def image_side(config: RunConfig, side: int | None = None, cost: Cost | None = None) -> tuple[int | None, str]:

@@ -1,0 +1,200 @@
+"""When a fleet of GPUs that may be taken away finishes a run, and what it costs: a discrete-event simulation.
+
+    here               meaning, unit
+    seconds_N          work of each shard on one GPU, seconds, in the order they are handed out
+    gpus, per_node     GPUs asked for, and on one node; a node is lost as a whole
+    loss_rate          lambda: losses of a node per hour that it is up, exponential
+    node_start_s       from asking for a node to a node that can run: the autoscaler's delay and the boot, seconds
+    load_s             from a node that can run to the first sampler call: copying the models there and loading them
+    shard_s            of each shard, beside its sampler calls: reading, committing, Ray
+    idle_s             a node without work is given back after so many seconds
+    wave               shards handed out together: the next wave begins, and its actors load, when one is done
+
+What is simulated is what the engine does on Ray (runs/run.py, on_ray/expand.py). A GPU takes the next shard when it has
+committed one. With its node, a GPU loses the shard it works on; another node is asked for at once, and the GPU begins
+that shard again there, unless another GPU runs out of work before. A node is paid for from its boot until it is lost or
+given back.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+
+from rayexpand.contract.rng import generator, row_key
+
+HOPELESS = 50.0  # times its work and an hour of each GPU: a run that has been paid for longer never ends
+
+Event = Callable[[int, float], None]  # number of a node or GPU, now
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    gpus: int
+    per_node: int = 1
+    loss_rate: float = 0.0
+    node_start_s: float = 120.0
+    load_s: float = 60.0
+    shard_s: float = 0.0
+    idle_s: float = 60.0
+    wave: int = 20_000
+
+
+class Course(NamedTuple):
+    """How a run went; infinite hours if it would not end. `lost_hours`: GPU time that ended in no committed shard,
+    `waited_hours`: paid GPU time without work (boot, loading, idle)."""
+
+    wall_hours: float
+    paid_hours: float
+    lost_hours: float
+    waited_hours: float
+    losses: int
+
+
+def simulate(seconds_N: Sequence[float] | np.ndarray, fleet: Fleet, seed: int = 0, repetition: int = 0) -> Course:
+    """One course of a run; the losses are drawn with the key of `seed` and `repetition`."""
+    return _Course(np.asarray(seconds_N, np.float64) + fleet.shard_s, fleet,
+                   generator(row_key(seed, "fleet", "", repetition, 0, "losses"))).run()
+
+
+@dataclass(slots=True)
+class _Gpu:
+    node: int
+    loaded: bool = False
+    shard: int | None = None  # what it works on
+    kept: int | None = None  # what it lost with its node, and begins again
+    since: float = 0.0
+
+
+@dataclass(slots=True)
+class _Node:
+    gpus: list[int]
+    life: int = 0  # how often it was asked for; events of an earlier life are stale
+    up: bool = False
+    since: float = 0.0  # paid from here
+    idle_since: float | None = None
+
+
+class _Course:
+    """A state and a heap of (time, order, event, which GPU or node, its life)."""
+
+    def __init__(self, seconds_N: np.ndarray, fleet: Fleet, rng: np.random.Generator) -> None:
+        self.seconds_N, self.fleet, self.rng = seconds_N, fleet, rng
+        used, size = min(fleet.gpus, len(seconds_N)), fleet.per_node
+        self.gpus = [_Gpu(number // size) for number in range(used)]
+        self.nodes = [_Node(list(range(first, min(first + size, used)))) for first in range(0, used, size)]
+        self.queue: deque[int] = deque()
+        self.next_shard = self.left = self.losses = 0  # left: of the wave
+        self.paid = self.lost = 0.0
+        self.events: list[tuple[float, int, Event, int, int]] = []
+        self.order = count()
+
+    def run(self) -> Course:
+        work, now = float(self.seconds_N.sum()), 0.0
+        for number in range(len(self.nodes)):
+            self._ask(number, now)
+        self._next_wave(now)
+        while self.left:
+            now, _, event, which, life = heapq.heappop(self.events)
+            node = which if event in (self._up, self._loss) else self.gpus[which].node
+            if life == self.nodes[node].life:
+                event(which, now)
+            if self.paid > HOPELESS * (work + 3600 * len(self.gpus)):
+                return Course(*(np.inf,) * 4, self.losses)
+        for node in self.nodes:
+            self._pay(node, now)
+        return Course(now / 3600, self.paid / 3600, self.lost / 3600, (self.paid - self.lost - work) / 3600,
+                      self.losses)
+
+    # Events --------------------------------------------------------------------------------------------------------
+
+    def _up(self, number: int, now: float) -> None:
+        node = self.nodes[number]
+        node.up = True
+        if self.fleet.loss_rate:
+            self._at(now + self.rng.exponential(3600 / self.fleet.loss_rate), self._loss, number, node)
+        for gpu in node.gpus:
+            self._at(now + self.fleet.load_s, self._ready, gpu, node)
+
+    def _ready(self, number: int, now: float) -> None:
+        self.gpus[number].loaded = True
+        self._take(number, now)
+
+    def _done(self, number: int, now: float) -> None:
+        self.gpus[number].shard = None
+        self.left -= 1
+        if self.left:
+            self._take(number, now)
+        else:
+            self._next_wave(now)
+
+    def _loss(self, number: int, now: float) -> None:
+        node = self.nodes[number]
+        if self._left_at(node) < now:
+            return  # it was given back before
+        self.losses += 1
+        for gpu in (self.gpus[one] for one in node.gpus):
+            if gpu.shard is not None:
+                self.lost += now - gpu.since
+                gpu.kept = gpu.shard
+            gpu.shard, gpu.loaded = None, False
+        self._pay(node, now)
+        self._ask(number, now)
+        for other in range(len(self.gpus)):
+            if self.gpus[other].loaded and self.gpus[other].shard is None:
+                self._take(other, now)
+
+    # Steps ---------------------------------------------------------------------------------------------------------
+
+    def _next_wave(self, now: float) -> None:
+        wave = range(self.next_shard, min(self.next_shard + self.fleet.wave, len(self.seconds_N)))
+        self.queue.extend(wave)
+        self.left, self.next_shard = len(wave), wave.stop
+        for number, node in enumerate(self.nodes if wave else ()):
+            if self._left_at(node) < now:
+                self._pay(node, now)
+                self._ask(number, now)
+            for gpu in node.gpus:
+                self.gpus[gpu].loaded = False
+                if node.up:
+                    self._at(now + self.fleet.load_s, self._ready, gpu, node)
+
+    def _take(self, number: int, now: float) -> None:
+        gpu = self.gpus[number]
+        node = self.nodes[gpu.node]
+        if not gpu.loaded or gpu.shard is not None or self._left_at(node) < now:
+            return
+        if (shard := self._next_shard(gpu)) is not None:
+            node.idle_since, gpu.shard, gpu.since = None, shard, now
+            self._at(now + float(self.seconds_N[shard]), self._done, number, node)
+        elif node.idle_since is None and all(self.gpus[one].shard is None for one in node.gpus):
+            node.idle_since = now
+
+    def _next_shard(self, gpu: _Gpu) -> int | None:
+        """Its own lost one, else the next in line, else what another GPU waits to begin again."""
+        if gpu.kept is None and self.queue:
+            return self.queue.popleft()
+        holder = gpu if gpu.kept is not None else next((one for one in self.gpus if one.kept is not None), gpu)
+        shard, holder.kept = holder.kept, None
+        return shard
+
+    def _ask(self, number: int, now: float) -> None:
+        node = self.nodes[number]
+        node.life, node.up, node.idle_since, node.since = node.life + 1, False, None, now
+        self._at(now + self.fleet.node_start_s, self._up, number, node)
+
+    def _pay(self, node: _Node, now: float) -> None:
+        self.paid += max(0.0, min(now, self._left_at(node)) - node.since) * len(node.gpus)
+
+    def _left_at(self, node: _Node) -> float:
+        """When it was, or will be, given back if no work comes."""
+        return np.inf if node.idle_since is None else node.idle_since + self.fleet.idle_s
+
+    def _at(self, when: float, event: Event, which: int, node: _Node) -> None:
+        heapq.heappush(self.events, (when, next(self.order), event, which, node.life))
