@@ -212,8 +212,8 @@ class EstimateConfig(Section):
         None, ge=0, description="seconds from asking for a node to a node that can run: the autoscaler's delay and the "
         "boot; null: 120 for GPUs, 0 for CPU processes")
     load_s: Annotated[float | None, Later(None)] = Field(
-        None, ge=0, description="seconds from there to the first sampler call: copying and loading the models; null: 60 "
-        "for GPUs, 5 for CPU processes")
+        None, ge=0, description="seconds from there to the first sampler call: copying and loading the models; null: "
+        "60 for GPUs, 5 for CPU processes")
     idle_s: Annotated[float, Later(60.0)] = Field(60.0, ge=0, description="seconds after which a node without work is "
                                                   "given back")
     peak_tflops: Annotated[float | None, Later(None)] = Field(

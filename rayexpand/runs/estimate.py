@@ -293,8 +293,8 @@ def _hours(config: RunConfig, planned: int, shards: int, rate: float) -> Hours:
     hours, price = planned / rate / 3600, config.estimate.gpu_hour_usd
     courses = _courses(config, planned, shards, rate)
     wall, paid, lost, waited = (float(np.mean([one[place] for one in courses])) for place in range(4))
-    return Hours(rate, hours, lost, waited, wall, float(np.quantile([one.wall_hours for one in courses], 0.95, method="higher")),
-                 None if price is None else paid * price)
+    late = float(np.quantile([one.wall_hours for one in courses], 0.95, method="higher"))
+    return Hours(rate, hours, lost, waited, wall, late, None if price is None else paid * price)
 
 
 def _courses(config: RunConfig, planned: int, shards: int, rate: float) -> list[Course]:
@@ -333,7 +333,8 @@ def _say_hours(config: RunConfig, ends: Sequence[Hours], shards: int, notes: dic
     """What the hours were made with."""
     settings, unit = config.estimate, _unit(config)
     notes["cost_usd"] = ("set estimate.gpu_hour_usd" if settings.gpu_hour_usd is None else
-                         f"{settings.gpu_hour_usd:g} USD per {unit} hour that is paid: work, lost and waiting; no storage, no network")
+                         f"{settings.gpu_hour_usd:g} USD per {unit} hour that is paid: work, lost and "
+                         "waiting; no storage, no network")
     if not ends:
         return
     units = unit if settings.gpus == 1 else f"{unit}s" if unit == "GPU" else f"{unit}es"
