@@ -102,8 +102,8 @@ class _Course:
         self._next_wave(now)
         while self.left:
             now, _, event, which, life = heapq.heappop(self.events)
-            node = which if event in (self._up, self._loss) else self.gpus[which].node
-            if life == self.nodes[node].life:
+            of = which if event in (self._up, self._loss) else self.gpus[which].node
+            if life == self.nodes[of].life:
                 event(which, now)
             if self.paid > HOPELESS * (work + 3600 * len(self.gpus)):
                 return Course(*(np.inf,) * 4, self.losses)
