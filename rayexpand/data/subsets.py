@@ -25,6 +25,7 @@ from rayexpand.contract.settings import Section
 from rayexpand.data.seeds import DataConfig, SeedReader
 from rayexpand.data.seeds.digits import digit_of
 from rayexpand.data.seeds.index import subset_rank
+from rayexpand.data.seeds.source import image_id
 
 _READ = 1024  # images read at once
 _COMPARED = 20_000  # images that are read to compare two datasets
@@ -184,8 +185,11 @@ def shared_images(train: tuple[SeedIndex, DataConfig], test: tuple[SeedIndex, Da
 
 
 def _images(index: SeedIndex, data: DataConfig) -> list[str]:
-    """The image of each seed id: the same digit lies behind several ids."""
-    return [digit_of(one) for one in index.seed_ids] if data.source == "digits" else index.seed_ids
+    """The image of each seed id: the same digit lies behind several ids, and an image listed again has one for each."""
+    if not data.repeats and data.source != "digits":
+        return index.seed_ids
+    images = [image_id(data, one) for one in index.seed_ids]
+    return list(map(digit_of, images)) if data.source == "digits" else images
 
 
 def _part(data: DataConfig) -> tuple[object, ...]:

@@ -26,6 +26,7 @@ from rayexpand.data.subsets import (
     long_tail_counts,
     overlap,
     per_class,
+    shared_images,
 )
 from tests.runfolder import picture, png
 
@@ -74,6 +75,15 @@ def test_weights_of_long_tail_protocols() -> None:
     np.testing.assert_allclose(drw_weights(counts, 0.9999), [0.0913, 0.2645, 2.6442], atol=5e-5)
     assert drw_weights(counts, 0).tolist() == [1, 1, 1]
     assert fill_counts(counts).tolist() == [0, 19, 28]
+
+
+def test_an_image_listed_again_is_the_same_image() -> None:
+    data = DataConfig(source="digits")
+    plain = build_index(data)
+    again = data.model_copy(update={"repeats": {plain.seed_ids[0]: 2}})
+
+    assert shared_images((plain, data), (build_index(again), again)) == [
+        plain.seed_ids[0], f"{plain.seed_ids[0]}~2", *plain.seed_ids[1:]]
 
 
 # --- rows

@@ -16,7 +16,7 @@ from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import SEED_INDEX, ClassTable, SeedIndex
 from rayexpand.data.seeds.layouts import LAYOUTS
 from rayexpand.data.seeds.listing import INDEX_FAULTS, Listing
-from rayexpand.data.seeds.source import DataConfig, class_mapping, wanted_ids
+from rayexpand.data.seeds.source import REPEAT, DataConfig, class_mapping, wanted_ids
 
 SHOWN = 10  # classes of each end in a survey
 
@@ -99,13 +99,17 @@ def _indexed(data: DataConfig) -> tuple[SeedIndex, Listing]:
     if data.ids is None or data.source == "imagefolder":
         _refuse_empty_classes(listing, named=listing.named or data.classes is not None)
     rows = _selected(listing, data)
+    if data.repeats:
+        rows, ids = _repeated(listing, rows, data)
     labels = listing.labels[rows]
     counts = np.bincount(labels[labels >= 0], minlength=len(listing.keys))
     faults = pa.DictionaryArray.from_arrays(listing.faults, list(map(str, INDEX_FAULTS))).cast(pa.string())
     table = pa.table({"seed_id": listing.ids, "label": np.maximum(listing.labels, 0), "file": listing.file,
                       "member": listing.member, "group": listing.group, "offset": listing.offset, "fault": faults}
                      ).cast(SEED_INDEX)
-    if len(rows) < len(table):
+    if data.repeats:
+        table = table.take(pa.array(rows)).set_column(0, SEED_INDEX.field("seed_id"), ids)
+    elif len(rows) < len(table):
         table = table.take(pa.array(rows))
     metadata = {b"files": json.dumps(listing.files).encode(), b"layout": data.source.encode()}
     classes = _class_table(listing, class_mapping(data), counts)
@@ -149,6 +153,23 @@ def _selected(listing: Listing, data: DataConfig) -> np.ndarray:
                             f"have fewer sound ones ({few(short)}); lower data.per_class or list seeds in data.ids")
     rank = subset_rank(listing.ids.take(pa.array(rows)).to_pylist(), listing.labels[rows], data.subset_seed)
     return rows[rank < data.per_class]
+
+
+def _repeated(listing: Listing, rows: np.ndarray, data: DataConfig) -> tuple[np.ndarray, pa.Array]:
+    """Rows with those of data.repeats as often as it says, one after the other, and their ids. Raises SeedDataError."""
+    names = listing.ids.take(pa.array(rows)).to_pylist()
+    if unknown := sorted(set(data.repeats) - set(names)):
+        raise SeedDataError(f"data.repeats: {few(unknown)} are no ids of these seeds; ids look like '{names[0]}'")
+    if wrong := sorted(name for name, times in data.repeats.items() if times < 1):
+        raise SeedDataError(f"data.repeats: {few(wrong)} would be listed less than once; give 1 or more, or leave "
+                            "images out with data.ids")
+    times = [data.repeats.get(name, 1) for name in names]
+    found = [name if n == 1 else f"{name}{REPEAT}{n}" for name, last in zip(names, times, strict=True)
+             for n in range(1, last + 1)]
+    if len(set(found)) < len(found):
+        raise SeedDataError(f"data.repeats: an id of the dataset ends in {REPEAT} and a number like that of an image "
+                            "listed again; rename it")
+    return np.repeat(rows, times), pa.array(found, pa.string())
 
 
 def subset_rank(ids: Sequence[str], labels: np.ndarray, seed: int) -> np.ndarray:

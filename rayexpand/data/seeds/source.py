@@ -7,16 +7,18 @@ import io
 import json
 import posixpath
 from collections import Counter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
 from rayexpand.contract.errors import SeedDataError, few
-from rayexpand.contract.settings import Section
+from rayexpand.contract.settings import Later, Section
 from rayexpand.data.pixels import PILLOW_PIXELS
 from rayexpand.data.seeds.places import read_bytes, read_text
+
+REPEAT = "~"  # before the number of an image that is listed again
 
 
 class DataConfig(Section):
@@ -57,6 +59,15 @@ class DataConfig(Section):
     digits_background: Literal["dark", "correlated", "all"] = Field(default="dark", description=(
         "digits: dark as they are; correlated: 0-4 mostly on dark and 5-9 mostly on grey, 19 of 20; all: every digit "
         "on both; seed ids then end in /low-dark, /low-grey, /high-dark or /high-grey"))
+    repeats: Annotated[dict[str, int], Later({})] = Field(default={}, description=(
+        "seed id -> how often this image is listed, as in a dataset that holds it so often; the others are called "
+        "<id>~2, <id>~3 and so on"))
+
+
+def image_id(data: DataConfig, seed_id: str) -> str:
+    """The id of the image behind a seed id, which is another one for an image that `data.repeats` lists again."""
+    stem, mark, _ = seed_id.rpartition(REPEAT)
+    return stem if mark and stem in data.repeats else seed_id
 
 
 def class_mapping(data: DataConfig) -> dict[str, dict[str, str]] | None:

@@ -14,7 +14,7 @@ from rayexpand.contract.schema import SeedIndex
 from rayexpand.data.seeds import manifest, parquet
 from rayexpand.data.seeds.labels import is_text
 from rayexpand.data.seeds.places import blaming
-from rayexpand.data.seeds.source import DataConfig
+from rayexpand.data.seeds.source import DataConfig, image_id
 
 
 def text_problem(data: DataConfig, column: str) -> str:
@@ -39,7 +39,8 @@ def texts(data: DataConfig, index: SeedIndex, column: str) -> list[str | None]:
         raise SeedDataError(f"column: {problem}")
     if data.source == "manifest":
         ids, found = manifest.texts(data, column)
-        return found.take(pc.index_in(index.table["seed_id"].combine_chunks(), value_set=ids)).to_pylist()
+        images = pa.array([image_id(data, seed_id) for seed_id in index.seed_ids], pa.string())
+        return found.take(pc.index_in(images, value_set=ids)).to_pylist()
     return _of_parquet(data, index, column)
 
 

@@ -227,6 +227,19 @@ def test_per_class_takes_sound_seeds_only_and_says_when_there_are_too_few(tmp_pa
         build_index(data.model_copy(update={"per_class": 4}))
 
 
+def test_an_image_can_be_listed_again_under_ids_of_its_own(tmp_path: Path) -> None:
+    data = folder_of(tmp_path / "set", {"a": 2, "b": 2})
+    index = build_index(again := data.model_copy(update={"repeats": {"a/001.png": 3}}))
+
+    assert index.seed_ids == ["a/000.png", "a/001.png", "a/001.png~2", "a/001.png~3", "b/000.png", "b/001.png"]
+    assert index.classes.count == (4, 2)
+    assert len({seed.image for seed in SeedReader(index, again).read([1, 2, 3])}) == 1  # type: ignore[union-attr]
+    assert "repeats" not in data.model_dump(mode="json")  # digests of runs made before do not move
+    for wrong, said in (({"a/9.png": 2}, "'a/9.png' are no ids"), ({"a/001.png": 0}, "less than once")):
+        with pytest.raises(SeedDataError, match=said):
+            build_index(data.model_copy(update={"repeats": wrong}))
+
+
 # --- digits
 
 
