@@ -18,7 +18,7 @@ rows the control "original repeated" trains on the real rows alone, repeated to 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -52,12 +52,14 @@ from rayexpand.studies.parts import Opened, Study, folder_of
 STUDY_FOLDERS = ("subsets", "lists", "trials", "results", "predictions", "checkpoints", ".tmp")
 
 Listed = tuple[SeedIndex, DataConfig]
+Subset = Callable[[StudyConfig, Files, SeedIndex, int], tuple[DataConfig, SeedIndex]]
 
 
-def prepare_study(config: StudyConfig) -> Study:
+def prepare_study(config: StudyConfig, subset: Subset | None = None) -> Study:
     """Lists the datasets, writes the subsets, and names every run the study needs; nothing is sampled yet.
 
-    Raises ConfigError, SeedDataError, or UsageError where training and test images overlap.
+    `subset`: the real rows of a repetition, of all images, where the configuration does not choose them. Raises
+    ConfigError, SeedDataError, or UsageError where training and test images overlap.
     """
     if problems := study_preflight(config):
         raise ConfigError(config.name, problems)
@@ -83,7 +85,7 @@ def prepare_study(config: StudyConfig) -> Study:
         files.make_folder(folder)
     files.sweep()
     drawn_by = {seed: config.seeds[0] if config.vary == "classifier" else seed for seed in config.seeds}
-    subsets = {seed: _subset(config, files, whole, drawn_by[seed]) for seed in config.seeds}
+    subsets = {seed: (subset or _subset)(config, files, whole, drawn_by[seed]) for seed in config.seeds}
     trained = _trained_on(config, subsets, opened)
     _refuse_overlap(config, trained, test, opened)
     _open_also(config, trained, whole.classes)
