@@ -8,6 +8,7 @@ A line is an attack, or `private`: the attack `classifier` on classifiers of the
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayexpand.contract.errors import RayexpandError, RowFault, UsageError
+from rayexpand.contract.errors import DamagedFile, RayexpandError, RowFault, UsageError
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.settings import digest
 from rayexpand.data.pixels import decode
@@ -34,7 +35,7 @@ from rayexpand.runs.config import ClusterConfig, RuntimeConfig
 from rayexpand.runs.driving import Driver, Listener
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
-from rayexpand.storage.tables import NAMED, parquet_bytes, parquet_facts, read_table
+from rayexpand.storage.tables import NAMED, parquet_bytes, read_table
 from rayexpand.studies.expansions import Fit, pending_runs
 from rayexpand.studies.kept import load_classifier
 from rayexpand.studies.membership import (
@@ -51,6 +52,8 @@ from rayexpand.studies.parts import Study, Trial, folder_of, read_result
 from rayexpand.studies.selections import make_selections
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.trials import make_trials
+
+log = logging.getLogger(__name__)
 
 BATCH = 256  # images of one call of a classifier
 _FACTS = b"rayexpand"
@@ -120,9 +123,15 @@ class _Phi:
         return digest({"ids": self._ids, "queries": list(self.config.queries), **facts})
 
     def lacks(self, line: str, shadow: int, made_from: str) -> bool:
-        name = _name(line, shadow)
-        return name.rpartition("/")[2] not in self.files.list(f"phi/{line}") or (
-            parquet_facts(self.files, name, _FACTS) or {}).get("digest") != made_from
+        """Whether a file is not there, damaged, or of something else."""
+        try:
+            found = read_table(self.files, _name(line, shadow))
+        except FileNotFoundError:
+            return True
+        except DamagedFile as error:
+            log.warning("%s. It is made again", error)
+            return True
+        return dict(json.loads((found.schema.metadata or {}).get(_FACTS, b"{}"))).get("digest") != made_from
 
     def write(self, line: str, shadow: int, made_from: str, phi_NQ: np.ndarray) -> None:
         table = pa.table({"seed_id": self.members.ids,

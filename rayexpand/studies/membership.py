@@ -41,7 +41,7 @@ from rayexpand.data.subsets import ids_file, shared_images, sound_rows
 from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation.features import ExtractorConfig
 from rayexpand.evaluation.membership import PER_EXAMPLE_FROM, Variance, memberships
-from rayexpand.runs.config import ClusterConfig, RunConfig
+from rayexpand.runs.config import ClusterConfig, RunConfig, guide_of_run
 from rayexpand.storage.files import Files
 from rayexpand.studies.config import StudyConfig, TrainingConfig, parse_study, run_config, study_preflight
 
@@ -113,32 +113,30 @@ def check(config: MembershipConfig, cluster: ClusterConfig = ClusterConfig()) ->
         study = study_of(config, "audit", cluster)
     except ConfigError as error:
         return error.problems
-    problems = _renamed(study_preflight(study)) + _outside(study)
-    return problems + [f"{line}" for line in extractors.check(extractor_of(config, study))] + _own_extractor(
-        config, study)
-
-
-def _own_extractor(config: MembershipConfig, study: StudyConfig) -> list[str]:
-    one, chosen = study.expansions[EXPANSION], config.extractor
-    if chosen.guide is None and chosen.timm is None and one.fit is not None and one.fit.guide is not None:
-        return ["extractor.guide: missing; every shadow trains a guide of its own, and images are compared by one model"
-                ", so name another"]
-    return []
-
-
-def _outside(study: StudyConfig) -> list[str]:
-    """What the pipelines would read that was made of other images than the members of one shadow."""
-    one = study.expansions[EXPANSION]
-    if one.run is not None:
+    if study.expansions[EXPANSION].run is not None:
         return ["expansion.run: a run that exists was made of images that are not the members of one shadow; write its "
                 "configuration here"]
-    made = _made(study)
+    return [*_renamed(study_preflight(study)), *_outside(_made(study)), *_extractor_problems(config, study)]
+
+
+def _extractor_problems(config: MembershipConfig, study: StudyConfig) -> list[str]:
+    one, chosen = study.expansions[EXPANSION], config.extractor
+    if chosen.guide is not None or chosen.timm is not None:
+        return extractors.check(chosen)
+    if one.fit is not None and one.fit.guide is not None:
+        return ["extractor.guide: missing; every shadow trains a guide of its own, and images are compared by one model"
+                ", so name another"]
+    return guide_of_run("extractor.guide", _made(study)) or extractors.check(extractor_of(config, study))
+
+
+def _outside(made: RunConfig) -> list[str]:
+    """What the pipelines would read that was made of other images than the members of one shadow."""
     problems = [f"expansion.artifacts.{kind}: {folder} was made of other images than the members of one shadow; say "
                 "under expansion.fit how it is made" for kind, folder in made.artifacts.items() if folder]
-    problems += [f"expansion.{field}: {folder} was fitted on images that may be no members of a shadow; say under "
-                 "expansion.fit how it is made, or name a model of other images"
-                 for field, folder in _models(made).items() if _fitted_on(folder) is None and _is_fitted(folder)]
-    return problems
+    fitted = {field: folder for field, folder in _models(made).items() if _is_fitted(folder)}
+    return problems + [f"expansion.{field}: {folder} was fitted on images that may be no members of a shadow; say "
+                       "under expansion.fit how it is made, or name a model of other images"
+                       for field, folder in fitted.items() if _fitted_on(folder) is None]
 
 
 def _models(made: RunConfig) -> dict[str, str]:

@@ -7,6 +7,7 @@ this grey at 30.1, on stripes at 23.8, on a checkerboard at 16.9; measured).
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,19 @@ def digits_split(split: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """scikit-learn's digits as uint8 (n, 16, 16, 3) images and int labels, in three parts that share no image:
     `pool` (1000, trains the tiny prior and guide), `test` (500) and `seeds` (297).
     """
+    images, labels = _digits()
+    return {name: (images[rows], labels[rows]) for name, rows in _rows(len(images), split).items()}
+
+
+@cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """All images and labels, which nobody may write into."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     small = (data.images / 16 * 255).astype(np.uint8)
-    images = np.stack([np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC).convert("RGB"))
-                       for image in small])
-    return {name: (images[rows], data.target[rows]) for name, rows in _rows(len(images), split).items()}
+    return np.stack([np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC).convert("RGB"))
+                     for image in small]), data.target
 
 
 def _rows(count: int, split: int) -> dict[str, np.ndarray]:
