@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rayexpand.runs.config import ClusterConfig
     from rayexpand.runs.driving import Driver
     from rayexpand.runs.run import Run
+    from rayexpand.studies.attacks import Ask, Machines
     from rayexpand.studies.expansions import Fit
     from rayexpand.studies.parts import Study, Trial
 
@@ -117,6 +118,17 @@ def find_with(ray: bool | str, cluster: ClusterConfig) -> Work:
     from rayexpand.evaluation.copy_search import in_process
 
     return in_process
+
+
+def machines_with(ray: bool | str, cluster: ClusterConfig, drive: Driver, progress: Relay) -> Machines:
+    """What makes shadow pipelines, and asks them."""
+    from rayexpand.studies.attacks import Machines, ask_here
+
+    ask: Ask = ask_here
+    if ray:
+        from rayexpand.on_ray.membership import ask
+    return Machines(drive, fit_with(ray, on_workers=True), score_with(ray, cluster), extract_with(ray),
+                    lambda study, trials: train_trials(study, trials, progress, ray=ray), ask)
 
 
 def drive_run(run: Run, progress: Relay, *, ray: bool | str, same_process: bool, retry: bool = False,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rayexpand.api.driving import Relay, address_override, drive_run
 from rayexpand.api.files import Set, as_overrides
-from rayexpand.api.results import Event, Result, Table, text
+from rayexpand.api.results import Audited, Event, Result, Table, text
 from rayexpand.contract.errors import OverBudget
 
 if TYPE_CHECKING:
@@ -213,13 +213,35 @@ class SweepFolder(_Paged):
         return str(self.summary()["report"])
 
 
-def open(folder: str | os.PathLike[str]) -> RunFolder | StudyFolder | SweepFolder:
+@dataclass(frozen=True)
+class AuditFolder(Result):
+    """An audit: the folder in which result.json lies."""
+
+    folder: str
+
+    def to_dict(self) -> dict[str, Any]:
+        from rayexpand.storage.places import open_files
+        from rayexpand.storage.tables import read_json
+
+        return read_json(open_files(self.folder), "result.json") or {}
+
+    def table(self) -> Table:
+        return Audited(self.to_dict()).table()
+
+    def report(self) -> str:
+        """Writes the page of the audit `membership` and returns where."""
+        from rayexpand.reports.membership import write_membership_page
+
+        return str(write_membership_page(self.folder))
+
+
+def open(folder: str | os.PathLike[str]) -> RunFolder | StudyFolder | SweepFolder | AuditFolder:
     """What a folder holds. Raises UsageError where it is none of these."""
     from rayexpand.runs.store import first_look, read_facts
     from rayexpand.storage.places import open_files
 
     files = open_files(os.fspath(folder))
-    for name, kind in (("study.json", StudyFolder), ("sweep.json", SweepFolder)):
+    for name, kind in (("study.json", StudyFolder), ("sweep.json", SweepFolder), ("result.json", AuditFolder)):
         if first_look(files, name) is not None:
             return kind(os.fspath(folder))
     read_facts(files)

@@ -136,7 +136,7 @@ class Audited(Result):
         return self.facts
 
     def table(self) -> Table:
-        rows = [row for name, lines in (("copies", copy_lines),) if name in self.facts
+        rows = [row for name, lines in (("copies", copy_lines), ("membership", membership_lines)) if name in self.facts
                 for row in lines(self.facts[name])]
         return (f"audit {self.facts['name']}", str(self.facts["run"] or "")), rows
 
@@ -155,6 +155,21 @@ def copy_lines(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
             rows.append((f"near {SCOPES[scope]}", f"{null['observed']:,} above tau, {null['expected']:.3g} expected; "
                          f"excess at most {high:.2g} %"))
     return rows
+
+
+def membership_lines(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The audit `membership` in lines: every attack, what it says, and what it does not."""
+    rows: list[tuple[str, ...]] = [("membership", f"{found['images']:,} images, {found['shadows']} shadows")]
+    for name, one in found["lines"].items():
+        tpr, auc, null = one["tpr_at_fpr_001"], one["auc"], one["null"]["auc"]
+        rows.append((f"attack {name}" if name != "private" else name, f"TPR {_shares(tpr)} at FPR 0.1 %, AUC "
+                     f"{auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]; permuted {null['value']:.3f} "
+                     f"[{null['low']:.3f}, {null['high']:.3f}]"))
+    return rows + [("", line) for line in (*found["says"], *found["limits"])]
+
+
+def _shares(one: Mapping[str, float]) -> str:
+    return f"{100 * one['value']:.2g} % [{100 * one['low']:.2g}, {100 * one['high']:.2g}]"
 
 
 SCOPES = {"own": "the own seed", "class": "another seed of the class", "other": "another seed"}

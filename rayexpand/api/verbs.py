@@ -7,7 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rayexpand.api.driving import Relay, at, driver, extract_with, find_with, fit_with, score_with, train_trials
+from rayexpand.api.driving import (
+    Relay,
+    at,
+    driver,
+    extract_with,
+    find_with,
+    fit_with,
+    machines_with,
+    score_with,
+    train_trials,
+)
 from rayexpand.api.files import KINDS, Job, Set, as_overrides, config_of, data_of, parsed, preflight, read_job, where_of
 from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, drive_to_end
 from rayexpand.api.results import Artifact, Audited, Checked, ClusterJob, Event, Planned, PreparedData, Scores, Selected
@@ -148,12 +158,20 @@ def evaluate(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool |
 
 
 def audit(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,
-          on: Callable[[Event], None] | None = None) -> Audited:
-    """Whether a run may be released: which samples are copies of seeds."""
+          on: Callable[[Event], None] | None = None, same_process: bool = False) -> Audited:
+    """Whether samples may be released: which are copies of seeds, and whether pipelines of this kind say who was in the
+    dataset. An audit of the latter makes runs and classifiers; the same call continues it."""
     from rayexpand.studies import audit as audits
 
-    config = at(config_of("audit", job, set, machine), ray)
-    return Audited(audits.audit(config, find_with(ray, config.cluster), Relay(on)))
+    config, progress = at(config_of("audit", job, set, machine), ray), Relay(on)
+    with driver(ray, config.cluster, same_process=same_process) as drive:
+        machines = machines_with(ray, config.cluster, drive, progress)
+        found = audits.audit(config, find_with(ray, config.cluster), machines, progress)
+    if config.audit.membership is not None:
+        from rayexpand.reports.membership import write_membership_page
+
+        found["page"] = str(write_membership_page(found["file"].rpartition("/")[0]))
+    return Audited(found)
 
 
 def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,

@@ -28,7 +28,7 @@ def evaluate(file: File, set_: Set = None, machine: Machine = None, trust: Trust
 @app.command()
 def audit(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None, no_ray: NoRay = False,
           log_json: LogJson = False, as_json: Json = False) -> None:
-    """Say whether a run may be released: which of its samples are copies of seeds.
+    """Say whether samples may be released: which are copies of seeds, and whether they tell who was in the dataset.
 
     Example: rayexpand audit jobs/digits/audit-copies.yaml
     """
@@ -39,7 +39,7 @@ def audit(file: File, set_: Set = None, machine: Machine = None, trust: Trust = 
         found = api.audit(file, set=set_ or [], machine=machine, ray=not no_ray, on=progress)
     show(found, as_json)
     if not as_json:
-        print(f"written: {found.facts['file']}")
+        print(*(f"written: {found.facts[name]}" for name in ("file", "page") if name in found.facts), sep="\n")
 
 
 @app.command()

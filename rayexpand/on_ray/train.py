@@ -57,7 +57,7 @@ def train_study(study: Study, trials: Sequence[Trial], *,
     Raises UsageError when workers cannot share the batches, or the cluster is too small for one trial.
     """
     with connected(study.config.cluster):
-        training = _sized(study.config.training)
+        training = sized(study.config.training)
         if training.workers:
             _check_workers(study.files, trials, training)
         room = _room(training)
@@ -235,7 +235,7 @@ def _evaluated(answers: Callable[..., Answers], work: TrialWork, classifier: Cla
     return Answers.concatenate(found)
 
 
-def _sized(training: TrainingConfig) -> TrainingConfig:
+def sized(training: TrainingConfig) -> TrainingConfig:
     if training.gpus_per_worker is not None:
         return training
     on_gpu = ray.cluster_resources().get("GPU", 0) > 0 and training.device != "cpu"

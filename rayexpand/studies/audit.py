@@ -4,9 +4,10 @@
     audit:
       run: runs/birds
       copies: {held_out: {source: imagefolder, path: data/birds, split: val}}      # evaluation/copies.py
+      membership: {data: {...}, expansion: {...}, recipe: {...}}                   # membership.py, attacks.py
 
 Each section is an audit of its own and leaves an entry of its name in <run>/audit/<name>/result.json; entries of
-sections that a file does not have stay as they are.
+sections that a file does not have stay as they are. `membership` makes runs of its own and needs none.
 """
 
 from __future__ import annotations
@@ -29,9 +30,13 @@ from rayexpand.runs.run import Run
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import healthy_json, replace_json
+from rayexpand.studies import membership as shadows
+from rayexpand.studies.membership import MembershipConfig
 
 if TYPE_CHECKING:
-    from rayexpand.evaluation.copy_search import OnRows, Work
+    from rayexpand.evaluation.copy_search import Work
+    from rayexpand.runs.driving import Listener
+    from rayexpand.studies.attacks import Machines
 
 
 class AuditSection(Section):
@@ -40,6 +45,8 @@ class AuditSection(Section):
     run: str | None = Field(None, min_length=1, description="run folder that is audited, and where the result goes; "
                             "nothing of it may be pending")
     copies: CopiesConfig | None = Field(None, description="compare the samples of the run with its seeds")
+    membership: MembershipConfig | None = Field(None, description="attack whole pipelines of the same kind: do samples "
+                                                "or classifiers say which images a dataset had?")
 
 
 class AuditConfig(Section):
@@ -73,38 +80,46 @@ def parse_audit(raw: Mapping[str, Any], where: str = "configuration") -> AuditCo
         except UsageError as error:
             problems.append(f"audit.run: {error}")
     if config is not None:
-        problems += _problems(config.audit, run)
+        problems += _problems(config, run)
     if problems or config is None:
         raise ConfigError(where, problems)
     return config
 
 
-def _problems(section: AuditSection, run: Run | None) -> list[str]:
-    problems = []
+def _problems(config: AuditConfig, run: Run | None) -> list[str]:
+    section, problems = config.audit, list[str]()
     if section.copies is not None:
         problems += [f"audit.copies.{line}" for line in copies_config.check(section.copies, run)]
         if section.run is None:
             problems.append("audit.run: is missing; copies are looked for among the samples of a run")
-    else:
-        problems.append("audit: has nothing to do; give it the section copies")
+    if section.membership is not None:
+        problems += [f"audit.membership.{line}" for line in shadows.check(section.membership, config.cluster)]
+    if section.copies is None and section.membership is None:
+        problems.append("audit: has nothing to do; give it the section copies, or membership")
     if run is not None and (pending := run.totals().pending):
         problems.append(f"audit.run: {pending} planned samples of {run.folder} are not decided yet, and an audit looks "
                         "at all of them; run `rayexpand expand` with its file first")
     return problems
 
 
-def audit(config: AuditConfig, find: Work, on_rows: OnRows = lambda task, done, total: None) -> dict[str, Any]:
-    """What the sections of the file found, as written; `file` says where. `find` compares images with seeds, in this
-    process or on a cluster."""
+def audit(config: AuditConfig, find: Work, machines: Machines, progress: Listener) -> dict[str, Any]:
+    """What the sections of the file found, as written; `file` says where. `find` compares images with seeds, `machines`
+    make shadow pipelines and ask them, in this process or on a cluster."""
     from rayexpand.evaluation.copies import audit_copies
+    from rayexpand.studies.attacks import audit_membership
 
     section, place = config.audit, place_of(config)
     if section.copies is not None:
         assert section.run is not None
         started = time.perf_counter()
         found = audit_copies(runs.open_run(section.run), _on_device(section.copies, config.device), config.runtime,
-                             place.at("copies"), find, on_rows)
+                             place.at("copies"), find, progress)
         _store(place, config, "copies", {**found, "seconds": time.perf_counter() - started})
+    if section.membership is not None:
+        started, folder = time.perf_counter(), str(place.files.at(place.at("membership")))
+        found = audit_membership(shadows.on_device(section.membership, config.device), folder, machines, progress,
+                                 runtime=config.runtime, cluster=config.cluster)
+        _store(place, config, "membership", {**found, "seconds": time.perf_counter() - started})
     return {**(healthy_json(place.files, place.at("result.json")) or {}),
             "file": str(place.files.at(place.at("result.json")))}
 

@@ -104,6 +104,12 @@ class MembershipConfig(Section):
         return (*self.attack, PRIVATE)
 
 
+def on_device(config: MembershipConfig, device: str) -> MembershipConfig:
+    """With classifiers and extractor there, unless they say where themselves."""
+    return config.model_copy(update={name: one if one.device != "auto" else one.model_copy(update={"device": device})
+                                     for name, one in (("training", config.training), ("extractor", config.extractor))})
+
+
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
 
