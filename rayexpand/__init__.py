@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayexpand.api.folders import AuditFolder, RunFolder, StudyFolder, SweepFolder, open
-    from rayexpand.api.results import Artifact, Audited, Checked, ClusterJob, Event, Planned, Scores, Selected
+    from rayexpand.api.results import (
+        Artifact,
+        Audited,
+        Checked,
+        ClusterJob,
+        Event,
+        Planned,
+        PlannedStudy,
+        Scores,
+        Selected,
+    )
     from rayexpand.api.verbs import (
         audit,
         bench,
@@ -33,9 +43,10 @@ if TYPE_CHECKING:
     from rayexpand.methods import trust
 
 __version__ = "0.2.0"
-__all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "Planned", "RayexpandError",
-           "RunFolder", "Scores", "Selected", "StudyFolder", "SweepFolder", "audit", "bench", "dataset", "demo",
-           "evaluate", "expand", "fit", "open", "plan", "select", "submit", "sweep", "train", "trust", "validate"]
+__all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "Planned", "PlannedStudy",
+           "RayexpandError", "RunFolder", "Scores", "Selected", "StudyFolder", "SweepFolder", "audit", "bench",
+           "dataset", "demo", "evaluate", "expand", "fit", "open", "plan", "select", "submit", "sweep", "train",
+           "trust", "validate"]
 
 
 def __getattr__(name: str) -> Any:

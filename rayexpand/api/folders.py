@@ -147,7 +147,8 @@ class StudyFolder(_Paged):
 
         found = summary or self.summary()
         against = {(one["arm"], one["kind"]): points(one["mean"]) + (
-                       "" if one["low"] is None else f" [{points(one['low'])}, {points(one['high'])}]")
+                       "" if (known := one["adjusted"]) is None else
+                       f" [{points(known['low'])}, {points(known['high'])}]")
                    for one in found["comparisons"] if one["mean"] is not None}
         rows: list[tuple[str, ...]] = []
         for arm in found["arms"]:

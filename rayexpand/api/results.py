@@ -53,12 +53,13 @@ class Checked(Result):
     problems: list[str]
     dataset: dict[str, Any] | None = None  # see data.seeds.survey; None where it cannot be listed
     notes: list[str] = field(default_factory=list)  # how the generator of a run will be sampled
+    sees: str = ""  # of a study: which difference it can show
 
     def table(self) -> Table:
         from rayexpand.data.seeds import survey_lines
 
         rows: list[tuple[str, ...]] = [*survey_lines(self.dataset or {}), *(("sampling", one) for one in self.notes)]
-        rows += [("problem", one) for one in self.problems]
+        rows += [*([("study", self.sees)] if self.sees else []), *(("problem", one) for one in self.problems)]
         return (self.kind, str(self.config.get("name", ""))), rows
 
 
@@ -78,6 +79,25 @@ class Planned(Result):
         return ("what", "estimate", "how it is known"), [
             *self.estimate.table(), *((f"dataset: {name}", value, "") for name, value in survey_lines(
                 self.estimate.dataset or {})), *(("not yet ready to expand", one, "") for one in self.problems)]
+
+
+@dataclass(frozen=True)
+class PlannedStudy(Result):
+    """What a study would train and which difference it can show (studies.foresight.planned), and what still keeps it
+    from starting."""
+
+    facts: dict[str, Any]
+    problems: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.facts, "problems": self.problems}
+
+    def table(self) -> Table:
+        found = self.facts
+        controls = f", and at most {found['controls']:,} of controls" if found["controls"] else ""
+        return ("what", ""), [("arms", ", ".join(found["arms"])), ("seeds", ", ".join(map(str, found["seeds"]))),
+                              ("trainings", f"{found['trainings']:,}{controls}"), ("study", found["sees"]["sentence"]),
+                              *(("not yet ready to train", one) for one in self.problems)]
 
 
 @dataclass(frozen=True)

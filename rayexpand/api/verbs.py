@@ -20,7 +20,18 @@ from rayexpand.api.driving import (
 )
 from rayexpand.api.files import KINDS, Job, Set, as_overrides, config_of, data_of, parsed, preflight, read_job, where_of
 from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, drive_to_end
-from rayexpand.api.results import Artifact, Audited, Checked, ClusterJob, Event, Planned, PreparedData, Scores, Selected
+from rayexpand.api.results import (
+    Artifact,
+    Audited,
+    Checked,
+    ClusterJob,
+    Event,
+    Planned,
+    PlannedStudy,
+    PreparedData,
+    Scores,
+    Selected,
+)
 from rayexpand.contract.errors import ConfigError, RayexpandError, UsageError
 from rayexpand.contract.secrets import secret_problems
 
@@ -48,7 +59,12 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
     if kind == "run" and not problems:
         problems = weight_problems_of(config, present_only=True)
     notes = sampling_of(config) if kind == "run" and not problems else []
-    return Checked(kind, config.model_dump(mode="json"), problems, listed, notes)
+    sees = ""
+    if kind == "study" and not problems:
+        from rayexpand.studies.foresight import foreseen
+
+        sees = foreseen(config)["sentence"]
+    return Checked(kind, config.model_dump(mode="json"), problems, listed, notes, sees)
 
 
 def prepare_data(name: str, folder: str | os.PathLike[str], *, split: str = "official", label: str = "",
@@ -73,13 +89,20 @@ def published_sets() -> list[dict[str, Any]]:
                         for split, by in one.divisions.items()}} for name, one in SETS.items()]
 
 
-def plan(job: Job, *, set: Set = (), machine: Job | None = None) -> Planned:
-    """Images, bytes, hours and cost of a run, and what still keeps it from starting, without loading a model."""
+def plan(job: Job, *, set: Set = (), machine: Job | None = None) -> Planned | PlannedStudy:
+    """Images, bytes, hours and cost of a run; trainings of a study and the difference it can show; and what still keeps
+    it from starting, without loading a model."""
     from rayexpand.runs.estimate import estimate_config
     from rayexpand.runs.run import changed_since_planned, measured
     from rayexpand.runs.run import preflight as run_preflight
 
-    config = config_of("run", job, set, machine, "plan")
+    kind, raw, where = read_job(job, set, machine)
+    if kind == "study":
+        from rayexpand.studies.foresight import planned
+
+        study = parsed(kind, raw, where)
+        return PlannedStudy(planned(study), preflight(kind, study))
+    config = parsed(kind, raw, where, "run", "plan")
     if problems := secret_problems(config.model_dump(mode="json")):
         raise ConfigError(where_of(job), problems)
     estimate = estimate_config(config, measured(config))

@@ -1,11 +1,9 @@
-"""Scores of a classifier on a test set, and how sure a difference between two arms is.
+"""Scores of a classifier on a test set.
 
     here              meaning, unit
     N                 test images
     K                 classes
-    S                 seeds: trials of one arm that differ in nothing else
     probabilities_NK  rows that sum to 1
-    correct_SN        whether seed s labels image n right
 
 Every accuracy is a share in [0, 1].
 """
@@ -19,12 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rayexpand.contract.errors import Diverged, UsageError
-from rayexpand.contract.rng import generator, row_key
 
 ECE_BINS = 15  # Guo et al. 2017, section 5
 CUB_LT = (5, 20)  # few < 5 <= medium <= 20 < many: thresholds of Diff-Mix, table 2
 FLOWER_LT = (10, 30)
-_CHUNK = 1 << 24  # numbers held at once while resampling
 
 
 def softmax(logits_NK: np.ndarray) -> np.ndarray:
@@ -164,46 +160,6 @@ def summarise(values: Sequence[float] | np.ndarray, ddof: int = 1) -> Summary:
         raise UsageError("there is no value to take a mean of; finish at least one trial")
     std = float(x.std(ddof=ddof)) if x.size > ddof else None
     return Summary(x.size, float(x.mean()), std, ddof, float(x.std(ddof=1) / x.size ** 0.5) if x.size > 1 else None)
-
-
-class Difference(NamedTuple):
-    """Accuracy of a minus b: `mean`, its 95 % percentile interval, and the two-sided bootstrap `p` of no difference."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-
-
-def paired_bootstrap(correct_a_SN: np.ndarray, correct_b_SN: np.ndarray, seed: int = 0,
-                     draws: int = 10_000) -> Difference:
-    """Difference of two arms over the same test images, row s of both with the same seed; (N,) is one seed.
-
-    Each of `draws` resamples takes N images and S seeds with replacement, an image with the answers of both arms and
-    all seeds, a seed with its trial in both arms (the pigeonhole bootstrap, Owen 2007). Few seeds are a coarse sample
-    of seeds: with three, the interval is rather too narrow. p is (1 + resamples at or beyond zero) / (1 + draws) on
-    the smaller side, doubled. Raises UsageError where shapes differ.
-    """
-    a_SN, b_SN = (np.atleast_2d(np.asarray(one)).astype(np.int8) for one in (correct_a_SN, correct_b_SN))
-    if a_SN.shape != b_SN.shape or not a_SN.size:
-        raise UsageError(f"arms with answers of shape {a_SN.shape} and {b_SN.shape} cannot be paired; both need the "
-                         "same seeds and the same test images in the same order")
-    rng = generator(row_key(seed, "bootstrap", "", 0, 0, "draws"))
-    n_seeds, n_images = a_SN.shape
-    # Images with the same answers are interchangeable, and there are at most 3^S kinds of them.
-    kinds_PS, counts_P = np.unique((a_SN - b_SN).T, axis=0, return_counts=True)
-    found: list[np.ndarray] = []
-    step = max(1, _CHUNK // len(counts_P))
-    for start in range(0, draws, step):
-        size = min(step, draws - start)
-        images_DP = rng.multinomial(n_images, counts_P / n_images, size)
-        seeds_DS = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size)
-        found.append(((images_DP @ kinds_PS.astype(np.float64)) * seeds_DS).sum(axis=1))
-    totals_D = np.concatenate(found)  # sums of whole numbers: exact, so "at zero" is exact too
-    low, high = np.quantile(totals_D, (0.025, 0.975)) / (n_seeds * n_images)
-    beyond = min((totals_D <= 0).sum(), (totals_D >= 0).sum())
-    mean = float((kinds_PS.sum(axis=1) * counts_P).sum() / (n_seeds * n_images))
-    return Difference(mean, float(low), float(high), float(min(1.0, 2 * (1 + beyond) / (1 + draws))))
 
 
 def _checked(probabilities_NK: np.ndarray, labels_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

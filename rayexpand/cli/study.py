@@ -29,10 +29,12 @@ def train(file: File, set_: Set = None, machine: Machine = None, trust: Trust = 
         show_json({**found.to_dict(numbers), "report": found.page})
     else:
         print("test accuracy after the last epoch, mean ± standard error over n seeds; differences to "
-              f"{numbers['baseline']} and to the originals repeated, with 95 % intervals\n")
+              f"{numbers['baseline']} and to the originals repeated, with 95 % intervals that hold together\n")
         show_table(*found.table(numbers))
         for line in numbers.get("notes", ()):
             print(f"\n{line}")
+        if numbers["sees"]:
+            print(f"\nthis study {numbers['sees']['sentence']}")
         if further := found.further(numbers):
             print()
             show_table(*further)

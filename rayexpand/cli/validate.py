@@ -33,15 +33,21 @@ def validate(file: File, set_: Set = None, machine: Machine = None, trust: Trust
         import yaml
 
         print(yaml.safe_dump(found.config, sort_keys=False, allow_unicode=True), end="")
-    warn((f"{name}: {value}" for name, value, *_ in found.table()[1] if name != "sampling"), "data: ")
+    warn((f"{name}: {value}" for name, value, *_ in found.table()[1] if name not in ("sampling", "study")), "data: ")
     warn(found.notes, "sampling: ")
+    warn([found.sees] if found.sees else [], "study: ")
 
 
 @app.command()
 def plan(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None, as_json: Json = False) -> None:
-    """Count what a run would make and estimate images, bytes, hours and cost, without loading a model.
+    """Count what a run would make and estimate images, bytes, hours and cost, without loading a model. Of a study: what
+    it would train, and which difference it can show.
 
-    Example: rayexpand plan jobs/imagenet/expand-img2img.yaml --set estimate.gpus=64
+    Examples:
+
+        rayexpand plan jobs/imagenet/expand-img2img.yaml --set estimate.gpus=64
+
+        rayexpand plan jobs/digits/study.yaml
     """
     from rayexpand import api
 

@@ -28,15 +28,15 @@ from rayexpand.storage.places import open_files
 from rayexpand.studies.config import parse_study
 from rayexpand.studies.sweep.config import SweepConfig
 from rayexpand.studies.sweep.search import Search
-from rayexpand.studies.sweep.sweep import Candidate, Sweep, best_of, candidate, read_test
-from rayexpand.studies.sweep.trial import run_candidate, score_on_test
+from rayexpand.studies.sweep.sweep import Candidate, Sweep, best_of, candidate, read_test, scores_again
+from rayexpand.studies.sweep.trial import run_candidate, score_again
 
 RESTARTS = 3  # deaths of a trial's process before it counts as failed
 STOP_S = 10  # a stopped trial that has not ended by then is killed; Tune waits ten minutes
 
 
 def run_sweep(search: Search, on_change: Callable[[], None] = lambda: None) -> dict[str, Any] | None:
-    """Runs what is left of a sweep; returns the test score of the best, None where that was not asked for.
+    """Runs what is left of a sweep; returns the score of the best trained again, None where that was not asked for.
 
     Raises UsageError when the cluster cannot hold one trial.
     """
@@ -176,9 +176,9 @@ def _room(share: dict[str, float], most: int | None) -> int:
 
 
 def _test(search: Search, share: dict[str, float]) -> dict[str, Any] | None:
-    """Scores the best configuration on the test images, in a process like a trial's."""
+    """Trains and scores the best configuration again, in a process like a trial's."""
     best = search.best()
-    if best is None or search.sweep.config.score_on == "test":
+    if best is None or not scores_again(search.sweep):
         return None
     task = ray.remote(_score).options(num_cpus=share["cpu"], num_gpus=share.get("gpu", 0.0), max_retries=RESTARTS)
     try:
@@ -191,7 +191,7 @@ def _score(sweep: dict[str, Any], number: int, values: dict[str, Any], gpus: flo
     enter(sweep["cwd"])
     opened = _unpacked(sweep)
     best: Candidate = candidate(opened, number, values)
-    return score_on_test(opened, best, gpus=gpus)
+    return score_again(opened, best, gpus=gpus)
 
 
 def _packed(sweep: Sweep) -> dict[str, Any]:

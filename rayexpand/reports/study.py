@@ -26,11 +26,11 @@ from rayexpand.reports.templates import render, settings_of
 from rayexpand.runs.status import duration, read_classes, view_run
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_json
+from rayexpand.studies.comparisons import MIN_SEEDS
 from rayexpand.studies.results import Result, StudyView, number, read_study, run_folder, runs_of
 from rayexpand.studies.score_table import said_of_top1, score_table
 from rayexpand.studies.spreads import plus_minus, points
 from rayexpand.studies.summary import (
-    MIN_SEEDS,
     frequencies,
     summarised,
     summary,

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import yaml
-from scipy.stats import t as student
 
-from rayexpand.classifier.accuracy import paired_bootstrap, summarise
+from rayexpand.classifier.statistics import Estimate, crossed, expected_maximum
 from rayexpand.contract.errors import UsageError
 from rayexpand.reports import figures
 from rayexpand.reports.drawing import FigurePoint
@@ -24,10 +23,18 @@ from rayexpand.reports.templates import render, settings_of
 from rayexpand.studies.results import Predicted, StudyView, read_study
 from rayexpand.studies.spreads import plus_minus, points, spread
 from rayexpand.studies.sweep.search import describe, short
-from rayexpand.studies.sweep.sweep import Sweep, best_of, read_results, read_test, without_result, write_best
+from rayexpand.studies.sweep.sweep import (
+    Sweep,
+    best_of,
+    read_results,
+    read_test,
+    scores_again,
+    without_result,
+    write_best,
+)
 
-NO_TEST = ("There is no test.json: the score on the test images was not taken yet, or the file is gone. The same "
-           "command takes it.")
+NO_TEST = ("There is no test.json: the best configuration was not trained and scored again yet, or the file is gone. "
+           "The same command does it.")
 SELECTED = ("chosen by the test images: the best of several looks better there than it will be on new images; sweep "
             "with validation images for a score that can be published")
 
@@ -46,7 +53,8 @@ def write_sweep_report(sweep: Sweep, failed: Sequence[str] = ()) -> dict[str, An
     drawn = _figures(sweep, results, best)
     write_figures(sweep.files, [one["figure"] for one in drawn])
     page = render("sweep.html.j2", {"plus_minus": lambda one: plus_minus(one, 2), "points": points},
-        found=found, best=best, noise=within_noise(found), ranked=_ranked(found["trials"]),
+        found=found, best=best, noise=within_noise(found), inflation=inflated(found) if found["inflation"] else "",
+        fresh=retrained(found) if found["fresh"] else "", ranked=_ranked(found["trials"]),
         settings=_settings(sweep), fields=_fields(sweep),
         figures=drawn, written=datetime.now(UTC), selected=SELECTED,
         config=yaml.safe_dump(sweep.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
@@ -56,8 +64,10 @@ def write_sweep_report(sweep: Sweep, failed: Sequence[str] = ()) -> dict[str, An
 
 def _summary(sweep: Sweep, trials: list[dict[str, Any]], best: dict[str, Any] | None, failed: Sequence[str],
              test: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`spread`, `test_spread`: mean, se, n of the winner; `interval`: of its score, 95 %. Each trial has its `spread`
-    and, if finished, `against_best`: how much lower it is, with a 95 % interval and whether that holds 0."""
+    """`spread`, `test_spread`: mean, se, n of the winner; `interval`: of its score, 95 %; `inflation`: what being the
+    best of so many adds where all are equal; `fresh`: its score with seeds it was not chosen by, on the images it was
+    chosen by. Each trial has its `spread` and, if finished, `against_best`: how much lower it is, with a 95 % interval
+    and whether that holds 0."""
     config, commands = sweep.config, []
     if best is not None:
         commands = [f"rayexpand train {shlex.quote(str(sweep.files.at(name)))}" for name in ("best.yaml", "final.yaml")]
@@ -70,13 +80,12 @@ def _summary(sweep: Sweep, trials: list[dict[str, Any]], best: dict[str, Any] | 
              "score_on": config.score_on, "best": best and best["key"], "values": best and best["values"],
              "score": best and best["score"], "scores": best and best["scores"],
              "spread": best and spread(best["scores"]), "interval": best and _interval(best, answers),
-             "test_score": test and test["score"], "test_scores": test and test["scores"],
-             "test_spread": test and spread(test["scores"]),
+             **_again(config.score_on, test), "inflation": _inflation([one["against_best"] for one in lines]),
              "compared": sum(bool(one["against_best"]) for one in lines),
              "within_noise": [one["key"] for one in lines if (one["against_best"] or {}).get("within_noise")],
              "trials": lines, "failed": list(failed),
              "without_result": without_result(sweep, trials),
-             "test_note": NO_TEST if best is not None and test is None and config.score_on != "test" else "",
+             "test_note": NO_TEST if best is not None and test is None and scores_again(sweep) else "",
              "commands": commands,
              "report": str(sweep.files.at("report.html"))}
     return {**found, "words": _words(found)}
@@ -98,33 +107,52 @@ def _answers(sweep: Sweep, key: str) -> tuple[np.ndarray, np.ndarray] | None:
 def _interval(best: Mapping[str, Any], answers: Mapping[str, Any]) -> list[float] | None:
     """95 % of the score: over images and seeds from the answers, else over seeds; None for one seed without answers."""
     if (mine := answers.get(best["key"])) is not None:
-        found = paired_bootstrap(mine[1], np.zeros_like(mine[1]))
-        return [found.low, found.high]
-    return _over_seeds(best["scores"])
+        return list(crossed(mine[1]).interval())
+    return _interval_of(_over_seeds(best["scores"]))
 
 
 def _difference(one: Mapping[str, Any], best: Mapping[str, Any], answers: Mapping[str, Any]) -> dict[str, Any]:
     """A finished trial minus the best, paired over images and seeds where the answers of both are there, else over
     seeds. Without an interval, for one seed of a score that is no share of images, nothing shows it worse."""
     mine, theirs = answers.get(one["key"]), answers.get(best["key"])
-    interval: list[float] | None
     if mine is not None and theirs is not None and mine[1].shape == theirs[1].shape \
             and np.array_equal(mine[0], theirs[0]):
-        found = paired_bootstrap(mine[1], theirs[1])
-        interval = [found.low, found.high]
+        found: Estimate | None = crossed(mine[1].astype(np.int8) - theirs[1])
     else:
-        interval = _over_seeds(np.subtract(one["scores"], best["scores"]).tolist())
-    return {"mean": one["score"] - best["score"], "interval": interval,
+        found = _over_seeds(np.subtract(one["scores"], best["scores"]))
+    interval = _interval_of(found)
+    return {"mean": one["score"] - best["score"], "interval": interval, "se": found and found.se,
             "within_noise": interval is None or interval[0] <= 0 <= interval[1]}
 
 
-def _over_seeds(values: Sequence[float]) -> list[float] | None:
-    """95 % interval of a mean by Student's t; None for one value."""
-    found = summarise(values)
-    if found.se is None:
+def _over_seeds(values: Sequence[float] | np.ndarray) -> Estimate | None:
+    """A mean over seeds; None for one value."""
+    return crossed(np.asarray(values)) if len(values) > 1 else None
+
+
+def _interval_of(found: Estimate | None) -> list[float] | None:
+    return None if found is None else list(found.interval())
+
+
+def _again(score_on: str, test: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Scores of the best configuration trained once more."""
+    images = None if test is None or score_on == "test" else test
+    fresh = None if test is None or not test.get("seeds") else {
+        "seeds": test["seeds"], "scores": test["chosen_by"], "spread": spread(test["chosen_by"])}
+    return {"test_score": images and images["score"], "test_scores": images and images["scores"],
+            "test_spread": images and spread(images["scores"]), "fresh": fresh}
+
+
+def _inflation(differences: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """By how many standard errors of one score, and by which share, the best of so many finished configurations looks
+    better where all are equal; None for one. The error is that of a difference to the best over the root of two."""
+    known = [one for one in differences if one is not None]
+    if not known:
         return None
-    reach = float(student.ppf(0.975, found.n - 1)) * found.se
-    return [found.mean - reach, found.mean + reach]
+    errors = [one["se"] for one in known if one["se"] is not None]
+    factor = expected_maximum(len(known) + 1)
+    se = float(np.sqrt(np.mean(np.square(errors)) / 2)) if errors else None
+    return {"configurations": len(known) + 1, "factor": factor, "se": se, "share": None if se is None else factor * se}
 
 
 def _words(found: Mapping[str, Any]) -> list[str]:
@@ -134,9 +162,11 @@ def _words(found: Mapping[str, Any]) -> list[str]:
         images = found["score_on"]
         lines = [f"best: {describe(found['values'])}: {found['metric']} {_score(found['spread'])} on the {images} "
                  f"images{_between(found['interval'])}",
-                 *([within_noise(found)] if found["compared"] else []),
+                 *([within_noise(found), inflated(found)] if found["compared"] else []),
+                 *([] if found["fresh"] is None else [retrained(found)]),
                  SELECTED if images == "test" else "not yet scored on the test images" if found["test_score"] is None
-                 else f"on the test images, scored once: {_score(found['test_spread'])}",
+                 else f"on the test images{' with these seeds' if found['fresh'] else ''}, scored once: "
+                      f"{_score(found['test_spread'])}",
                  f"the same score again: {found['commands'][0]}",
                  f"all arms with these values, on the test images: {found['commands'][1]}"]
     return [*lines, f"report: {found['report']}"]
@@ -158,6 +188,21 @@ def within_noise(found: Mapping[str, Any]) -> str:
         return f"better than each of the {others} other finished configurations by more than the noise"
     return (f"within noise: {count} of the {others} other finished configurations {'is' if count == 1 else 'are'} not "
             "shown to be worse, the 95 % interval of the difference holds 0")
+
+
+def inflated(found: Mapping[str, Any]) -> str:
+    """What the choice alone adds to the score of the best."""
+    one = found["inflation"]
+    points_of = "" if one["share"] is None else f", here {100 * one['share']:.2f} points"
+    return (f"winner's inflation: of {one['configurations']} equal configurations the best looks {one['factor']:.2f} "
+            f"standard errors better than it is{points_of}")
+
+
+def retrained(found: Mapping[str, Any]) -> str:
+    """The score of the best with seeds that it was not chosen by."""
+    fresh = found["fresh"]
+    return (f"trained again with fresh seeds {', '.join(map(str, fresh['seeds']))}: {_score(fresh['spread'])} on the "
+            f"{found['score_on']} images it was chosen by, {points(fresh['spread']['mean'] - found['score'])} points")
 
 
 def _settings(sweep: Sweep) -> dict[str, list[tuple[str, str]]]:

@@ -81,7 +81,7 @@ def _asked(study: Study, **changes: Any) -> EvaluateConfig:
 
 def _samples(study: Study, trials: Sequence[Trial], made_from: str) -> Iterator[_Comparison]:
     """What trials without a result use. Those that use the same samples share one comparison."""
-    arms = {arm.name: arm for arm in arms_of(study)}
+    arms = {arm.name: arm for arm in arms_of(study.config)}
     wanted: dict[tuple[str, int | float | None, str | None], dict[str, dict[str, Any]]] = {}
     for trial in trials:
         if trial.run:

@@ -13,14 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from rayexpand.classifier.accuracy import paired_bootstrap
 from rayexpand.contract.errors import EnvironmentFault
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import csv_cell
+from rayexpand.studies.comparisons import MIN_SEEDS, best_minus_last, comparisons
+from rayexpand.studies.foresight import sight_of
 from rayexpand.studies.results import (
-    Predicted,
     Result,
     StudyView,
     controlled,
@@ -33,67 +31,9 @@ from rayexpand.studies.results import (
 from rayexpand.studies.score_table import compared_with, go_with_top1, of_samples
 from rayexpand.studies.spreads import plus_minus, points, spread
 
-MIN_SEEDS = 3  # below this no spread over seeds is worth printing as an error bar
 COUNTS = ("rows", "real_rows", "synthetic_rows", "updates", "samples_seen", "workers")
 SCORES = ("top1", "top5", "ece", "per_class")
 FREQUENCIES = ("many", "medium", "few", "all")
-VERDICTS = {"gain": "a gain", "loss": "a loss", "open": "no difference is shown, the interval holds 0",
-            "few": f"with fewer than {MIN_SEEDS} seeds neither gain nor loss is claimed"}
-
-# Comparing -----------------------------------------------------------------------------------------------------------
-
-
-def compare(study: StudyView, arm: str, against: str, kind: str) -> dict[str, Any]:
-    """Top-1 of one arm minus another, last epoch, over the seeds both have: mean with the paired bootstrap interval
-    over test images and seeds (shares in [0, 1]), a verdict and one sentence. Without predictions there is a mean but
-    no interval; without a common seed there is neither."""
-    mine, theirs = ({r["seed"]: r for r in study.arms[name]} for name in (arm, against))
-    seeds = sorted(mine.keys() & theirs.keys())
-    found: dict[str, Any] = {"arm": arm, "against": against, "kind": kind, "seeds": seeds, "images": None,
-                             "mean": None, "low": None, "high": None, "p": None, "verdict": "none", "why": "",
-                             "left_out_seeds": sorted(mine.keys() ^ theirs.keys())}
-    if not seeds:
-        found["why"] = "no seed in common, so nothing is compared"
-    elif isinstance(pair := _paired(study, [mine[s] for s in seeds], [theirs[s] for s in seeds]), str):
-        found["mean"] = float(np.mean([mine[s]["last"]["top1"] - theirs[s]["last"]["top1"] for s in seeds]))
-        found["why"] = f"no interval, {pair}"
-    else:
-        difference = paired_bootstrap(*pair)
-        found |= {**difference._asdict(), "images": pair[0].shape[1]}
-        found["verdict"] = ("few" if len(seeds) < MIN_SEEDS else "gain" if difference.low > 0
-                            else "loss" if difference.high < 0 else "open")
-    return {**found, "sentence": _sentence(found)}
-
-
-def _paired(study: StudyView, a: Sequence[Result], b: Sequence[Result]) -> tuple[np.ndarray, np.ndarray] | str:
-    """Right answers (S, N) of both arms over the same test images, or why they cannot be paired."""
-    sides: list[list[np.ndarray]] = [[], []]
-    first: Predicted | None = None
-    for side, results in zip(sides, (a, b), strict=True):
-        for result in results:
-            answers = study.predicted(result["trial"])
-            if isinstance(answers, str):
-                return answers
-            first = first or answers
-            if not np.array_equal(first.items, answers.items) or not np.array_equal(first.labels, answers.labels):
-                return f"predictions/{result['trial']}.parquet has other test images than {a[0]['trial']}"
-            if abs(answers.correct.mean() - result["last"]["top1"]) > 0.5 / len(answers.items) + 1e-6:
-                return (f"predictions/{result['trial']}.parquet is right on {answers.correct.mean():.4f}, but its "
-                        f"result says {result['last']['top1']:.4f}")
-            side.append(answers.correct)
-    return np.stack(sides[0]), np.stack(sides[1])
-
-
-def _sentence(found: Mapping[str, Any]) -> str:
-    beside = f"{found['arm']} against {'its control ' if found['kind'] == 'control' else ''}{found['against']}"
-    if found["mean"] is None:
-        return f"{beside}: {found['why']}."
-    seeds = f"{len(found['seeds'])} seed{'s' if len(found['seeds']) != 1 else ''}"
-    if found["low"] is None:
-        return f"{beside}: {points(found['mean'])} points, {seeds}; {found['why']}."
-    return (f"{beside}: {points(found['mean'])} points, 95 % interval {points(found['low'])} to "
-            f"{points(found['high'])}, {seeds}, {found['images']:,} test images: {VERDICTS[found['verdict']]}.")
-
 
 # Summary -------------------------------------------------------------------------------------------------------------
 
@@ -102,10 +42,9 @@ def summary(folder: str | Path) -> dict[str, Any]:
     """Every number of the page as one mapping, also written as summary.json and summary.csv into the study folder.
 
     `trials` (done, expected, missing, failed), `baseline`, `arms` (one each, with spreads {mean, se (standard error of
-    the mean), std (ddof 1), n, values}, shares in [0, 1], seconds), `comparisons`, `samples` (what they were compared
-    with; None for a study that does not ask), `warnings`. Raises UsageError if there is no study, EnvironmentFault if
-    the folder cannot be written.
-    """
+    the mean), std (ddof 1), n, values}, shares in [0, 1], seconds), `comparisons` (comparisons.py), `sees` (the
+    smallest difference it can show), `samples` (what they were compared with; None for a study that does not ask),
+    `warnings`. Raises UsageError if there is no study, EnvironmentFault if the folder cannot be written. """
     study = read_study(folder)
     found = summarised(study)
     write_numbers(study.files, found)
@@ -168,19 +107,12 @@ def _flat(place: str, value: Any) -> dict[str, float]:
 
 
 def summarised(study: StudyView) -> dict[str, Any]:
-    comparisons = []
-    for arm, (first, *_) in study.arms.items():
-        if study.baseline and arm != study.baseline:
-            comparisons.append(compare(study, arm, study.baseline, "control to baseline" if controlled(first)
-                                       else "baseline"))
-        if control := study.controls.get(arm):
-            comparisons.append(compare(study, arm, control, "control"))
     arms = [_arm(study, arm, trials) for arm, trials in study.arms.items()]
     samples = compared_with(study.config, study.scores)
     found = {"study": study.name,
              "trials": {"done": len(study.results), "expected": len(study.planned) or None,
                         "missing": study.missing, "failed": study.failed},
-             "baseline": study.baseline, "arms": arms, "comparisons": comparisons,
+             "baseline": study.baseline, "arms": arms, "comparisons": comparisons(study), "sees": sight_of(study),
              "samples": None if samples is None else {**samples, "with_top1": go_with_top1(arms)}}
     notes = [*_notes(found), *_varied(study)]
     return {**found, **({"notes": notes} if notes else {}), "warnings": _warnings(study, found)}
@@ -217,7 +149,7 @@ def _arm(study: StudyView, arm: str, trials: Sequence[Result]) -> dict[str, Any]
             "seeds": [r["seed"] for r in trials],
             **{name: spread(number(r, name) for r in trials) for name in COUNTS},
             "last": {name: spread(number(r, f"last.{name}") for r in trials) for name in SCORES},
-            "best": {"top1": spread(number(r, "best.top1") for r in trials)},
+            "best": {"top1": spread(number(r, "best.top1") for r in trials), "minus_last": best_minus_last(trials)},
             "by_frequency": {name: spread(number(r, f"by_frequency.{name}") for r in trials) for name in FREQUENCIES},
             "also": {name: _also([r["also"][name] for r in trials if name in (r.get("also") or {})])
                      for name in dict.fromkeys(name for r in trials for name in r.get("also") or {})},
@@ -272,6 +204,9 @@ def _warnings(study: StudyView, found: Mapping[str, Any]) -> list[str]:
     lines += [f"{c['arm']} against {c['against']}: seed{'s' if len(c['left_out_seeds']) > 1 else ''} "
               f"{', '.join(map(str, c['left_out_seeds']))} left out, not finished in both."
               for c in found["comparisons"] if c["left_out_seeds"] and c["kind"] != "control to baseline"]
+    lines += [f"{c['arm']} against {c['against']}: {points(c['mean'])} points after the last epoch and "
+              f"{points(c['best'])} in the best one, so the sign depends on the epoch that is read."
+              for c in found["comparisons"] if c["flips"] and c["kind"] != "control to baseline"]
     if len(units := {arm["cost"]["unit"] for arm in found["arms"] if arm["cost"]["training"]}) > 1:
         lines.append(f"Costs are in different units ({', '.join(sorted(units))} seconds) and cannot be compared.")
     if unknown := [arm["arm"] for arm in found["arms"] if arm["cost"]["fitting"] is None]:

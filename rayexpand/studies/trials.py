@@ -22,7 +22,7 @@ from rayexpand.runs.status import shard_seconds
 from rayexpand.storage.tables import replace_json
 from rayexpand.studies import extra_tests
 from rayexpand.studies.baselines import recipe_of
-from rayexpand.studies.config import REPEATED, ArmConfig
+from rayexpand.studies.config import REPEATED, ArmConfig, StudyConfig
 from rayexpand.studies.parts import Arm, Study, Trial, folder_of, lacks_predictions, read_result
 from rayexpand.studies.samples import training_set
 from rayexpand.studies.weights import without_weights
@@ -35,7 +35,7 @@ def make_trials(study: Study) -> list[Trial]:
     test_sha256 = fingerprint(study.opened.index(study.config.test), study.config.test)
     also = _also(study)
     data_sha256 = {seed: fingerprint(index, data) for seed, (data, index) in study.subsets.items()}
-    arms = arms_of(study)
+    arms = arms_of(study.config)
     _refuse_equal_names(study, arms)
     made = [[_trial(study, arm, seed, data_sha256[seed], test_sha256, also) for seed in study.config.seeds]
             for arm in arms]
@@ -65,13 +65,13 @@ def pending_trials(study: Study, trials: Sequence[Trial]) -> list[Trial]:
     return [trial for trial in trials if trial.name in todo]
 
 
-def arms_of(study: Study) -> list[Arm]:
+def arms_of(config: StudyConfig) -> list[Arm]:
     """The arms of the configuration, one for each of their ratios, and its baselines."""
     return [Arm(f"{one.name} {ratio:g}x" if isinstance(one.ratio, list) else one.name, one,
-                make_recipe({**study.config.recipe, **one.recipe}), ratio)
-            for one in study.config.arms for ratio in (one.ratio if isinstance(one.ratio, list) else [one.ratio])] + [
-        Arm(one.called, ArmConfig(name=one.called, use=one.use, control=False), recipe_of(one, study.config.recipe),
-            baseline=one) for one in study.config.baselines]
+                make_recipe({**config.recipe, **one.recipe}), ratio)
+            for one in config.arms for ratio in (one.ratio if isinstance(one.ratio, list) else [one.ratio])] + [
+        Arm(one.called, ArmConfig(name=one.called, use=one.use, control=False), recipe_of(one, config.recipe),
+            baseline=one) for one in config.baselines]
 
 
 def _controls(study: Study, arms: Sequence[Arm], epoch_rows: Sequence[tuple[int, ...]],

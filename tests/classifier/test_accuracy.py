@@ -13,7 +13,6 @@ from rayexpand.classifier.accuracy import (
     class_accuracies,
     frequency_groups,
     group_accuracy,
-    paired_bootstrap,
     restrict,
     scores_of,
     softmax,
@@ -181,58 +180,3 @@ def test_spread_of_real_fakes_table() -> None:
     assert summarise([0.5]) == (1, 0.5, None, 1, None)
     with pytest.raises(UsageError, match="no value"):
         summarise([])
-
-
-# ------------------------------------------------------------------------------------------------------------ bootstrap
-
-
-def test_bootstrap_of_one_seed_has_the_textbook_error() -> None:
-    a, b = answers(1, 0.8, 2000), answers(2, 0.7, 2000)
-    found = paired_bootstrap(a, b)
-    difference = a[0].astype(float) - b[0]
-
-    assert found.mean == pytest.approx(difference.mean())
-    assert (found.high - found.low) / 2 == pytest.approx(1.96 * difference.std() / 2000 ** 0.5, rel=0.03)
-    assert found.p == pytest.approx(2 / 10_001), "no resample reaches zero"
-    assert paired_bootstrap(b, a).mean == -found.mean
-
-
-def test_bootstrap_pairs_images() -> None:
-    """Arms that agree on almost every image differ surely, though each arm alone is uncertain by more than that."""
-    a = answers(1, 0.5, 2000)[0]
-    b = a.copy()
-    b[np.flatnonzero(a)[:10]] = False
-    found = paired_bootstrap(a, b)
-
-    assert found.mean == 10 / 2000
-    assert 0 < found.low < found.high < 0.01
-
-
-def test_bootstrap_resamples_seeds_too() -> None:
-    """Three seeds that disagree by more than images do: the interval is as wide as the seeds' own spread."""
-    a, b = answers(1, [0.9, 0.7, 0.5], 4000), answers(2, [0.6, 0.6, 0.6], 4000)
-    differences = a.mean(axis=1) - b.mean(axis=1)
-    found, images_only = paired_bootstrap(a, b), paired_bootstrap(a.ravel(), b.ravel())
-
-    assert found.mean == pytest.approx(differences.mean()) == images_only.mean
-    assert found.low == pytest.approx(differences.min(), abs=0.02)
-    assert found.high == pytest.approx(differences.max(), abs=0.02)
-    assert images_only.high - images_only.low < 0.04
-    assert found.p > 0.05 > images_only.p
-
-
-def test_bootstrap_of_equal_arms_and_its_key() -> None:
-    a, b = answers(1, [0.6, 0.6], 300), answers(2, [0.6, 0.6], 300)
-
-    assert paired_bootstrap(a, a) == (0.0, 0.0, 0.0, 1.0)
-    assert paired_bootstrap(a, b, seed=1) == paired_bootstrap(a, b, seed=1)
-    assert paired_bootstrap(a, b, seed=1) != paired_bootstrap(a, b, seed=2)
-    with pytest.raises(UsageError, match="same test images"):
-        paired_bootstrap(a, b[:, 1:])
-
-
-def test_bootstrap_under_no_difference_rejects_as_often_as_it_says() -> None:
-    rejected = sum(paired_bootstrap(answers(2 * i, 0.6, 400), answers(2 * i + 1, 0.6, 400), draws=500).p < 0.1
-                   for i in range(300))
-
-    assert 0.05 < rejected / 300 < 0.16

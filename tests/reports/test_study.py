@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayexpand.api.folders import StudyFolder as StudyResult
-from rayexpand.classifier.accuracy import paired_bootstrap
 from rayexpand.classifier.recipe import Recipe
+from rayexpand.classifier.statistics import crossed
 from rayexpand.contract.errors import UsageError
 from rayexpand.reports import figures
 from rayexpand.reports.drawing import FigurePoint
@@ -119,11 +119,13 @@ def test_means_deviations_and_differences_by_hand(tmp_path: Path) -> None:
     assert compared(found, "made")["mean"] == pytest.approx(0.3)
     assert compared(found, "made", "control")["mean"] == pytest.approx(0.2)
     assert compared(found, "original repeated 6x", "control to baseline")["mean"] == pytest.approx(0.1)
-    expected = paired_bootstrap(np.stack([first(n) for n in (7, 8, 9)]), np.stack([first(5)] * 3))
-    assert [compared(found, "made")[name] for name in ("mean", "low", "high", "p")] == list(expected)
+    expected = crossed(np.stack([first(n) for n in (7, 8, 9)]).astype(int) - first(5))
+    assert [compared(found, "made")[name] for name in ("mean", "low", "high", "p")] == [
+        expected.mean, *expected.interval(), expected.p]
     row = re.search(r"made 3 20 100 200 4,000 (.*?) original repeated 6x", section(page, "table"))
     assert row
-    assert row[1].startswith("80.0 ± 5.8 90.0 ± 0.0 100.0 ± 0.0 20.0 ± 5.8 50.0 ± 0.0 +30.0 +")
+    assert row[1].startswith("80.0 ± 5.8 90.0 ± 0.0 +10.0, +2.0 -14.8 to +34.8 epoch 3 100.0 ± 0.0 20.0 ± 5.8 "
+                             "50.0 ± 0.0 +30.0 -")
     assert row[1].endswith("90 + 6")
     assert "80.0 ± 5.8" in section(page, "figures")
     assert "Highest mean ± standard error: made , 80.0 ± 5.8 % (n = 3)" in section(page, "answer")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rayexpand.api.folders import SweepFolder
-from rayexpand.classifier.accuracy import paired_bootstrap
+from rayexpand.classifier.statistics import crossed
 from rayexpand.reports.sweep import write_sweep_report
 from rayexpand.storage.files import LocalFiles
 from rayexpand.storage.tables import replace_json
@@ -75,18 +75,25 @@ def test_the_winner_has_its_interval_and_says_who_is_within_noise(tmp_path: Path
     assert found["best"] == "bbbb0002"
     assert found["spread"] == {"mean": pytest.approx(0.84), "se": pytest.approx(0.01 / 3 ** 0.5),
                                "std": pytest.approx(0.01), "n": 3, "values": [0.84, 0.83, 0.85]}
-    mine = paired_bootstrap(correct(right["bbbb0002"]), np.zeros((3, 100)))
-    assert found["interval"] == [mine.low, mine.high]
-    close = paired_bootstrap(correct(right["aaaa0001"]), correct(right["bbbb0002"]))
+    low, high = crossed(correct(right["bbbb0002"])).interval()
+    assert found["interval"] == [low, high]
+    close = crossed(correct(right["aaaa0001"]).astype(int) - correct(right["bbbb0002"]))
     assert trials["aaaa0001"]["against_best"] == {"mean": pytest.approx(close.mean), "within_noise": True,
-                                                  "interval": [close.low, close.high]}
+                                                  "interval": list(close.interval()), "se": close.se}
     assert trials["cccc0003"]["against_best"]["within_noise"] is False
     assert trials["bbbb0002"]["against_best"] is trials["dddd0004"]["against_best"] is None
     assert found["within_noise"] == ["aaaa0001"]
-    said = (f"84.00 ± 0.58 % (n = 3) on the test images, 95 % interval {100 * mine.low:.2f} to {100 * mine.high:.2f} %",
+    said = (f"84.00 ± 0.58 % (n = 3) on the test images, 95 % interval {100 * low:.2f} to {100 * high:.2f} %",
             "within noise: 1 of the 2 other finished configurations is not shown to be worse")
     for line in said:
         assert any(line in words for words in found["words"])
+    far = crossed(correct(right["cccc0003"]).astype(int) - correct(right["bbbb0002"]))
+    inflation = found["inflation"]
+    assert (inflation["configurations"], inflation["factor"]) == (3, pytest.approx(0.8463, abs=1e-4))
+    assert inflation["share"] == pytest.approx(0.8463 * ((close.se ** 2 + far.se ** 2) / 4) ** 0.5, rel=1e-3)
+    assert "of 3 equal configurations the best looks 0.85 standard errors better than it is, here" in section(
+        page, "best")
+    assert found["fresh"] is None
     best = section(page, "best")
     assert "mean ± standard error over 3 seeds: 84.00 ± 0.58 % , 95 % interval" in best
     assert "Within noise: 1 of the 2 other" in best

@@ -28,7 +28,8 @@ TUNED = ("recipe", "expansions", "arms", "subset")  # sections of a study whose 
 
 
 # What may change between two starts of one sweep.
-OPERATIONAL = ("name", "out", "samples", "max_concurrent", "cpus_per_trial", "gpus_per_trial", "cluster")
+OPERATIONAL = ("name", "out", "samples", "fresh_seeds", "max_concurrent", "cpus_per_trial", "gpus_per_trial",
+               "cluster")
 UNSWEPT = ("training", "cluster", "extra_tests", "also")  # of its study; `also` is what 0.1 called extra_tests
 
 
@@ -58,6 +59,9 @@ class SweepConfig(Section):
     hold_out: int | None = Field(None, ge=1, description="without study.validation: so many images of each class of "
                                  "data are the validation images and are never trained on")
     seeds: list[int] | None = Field(None, min_length=1, description="instead of the study's")
+    fresh_seeds: int = Field(3, ge=0, description="the best configuration is trained once more with so many seeds "
+                             "that it was not chosen by, and scored on the test images and on those it was chosen by; "
+                             "0: with the seeds of the sweep, on the test images alone")
     seed: int = Field(0, ge=0, description="keys the suggestions and the held-out images")
     cpus_per_trial: float = Field(1.0, gt=0)
     gpus_per_trial: float | None = Field(None, ge=0, description="fractions share one; null: 1 where the cluster has "

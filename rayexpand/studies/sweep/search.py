@@ -11,8 +11,16 @@ from typing import Any
 from rayexpand.contract.errors import ConfigError, Interrupted, RayexpandError
 from rayexpand.storage.tables import healthy_json, read_json, replace_json
 from rayexpand.studies.sweep.space import n_suggestions, suggest
-from rayexpand.studies.sweep.sweep import Candidate, Sweep, best_of, candidate, read_results, read_test
-from rayexpand.studies.sweep.trial import run_candidate, score_on_test, write
+from rayexpand.studies.sweep.sweep import (
+    Candidate,
+    Sweep,
+    best_of,
+    candidate,
+    read_results,
+    read_test,
+    scores_again,
+)
+from rayexpand.studies.sweep.trial import run_candidate, score_again, write
 
 
 class Search:
@@ -43,7 +51,7 @@ class Search:
     def is_over(self) -> bool:
         """Whether nothing is left to do, the score on the test images included."""
         best = best_of(self.results)
-        is_scored = self.sweep.config.score_on == "test" or read_test(self.sweep, best) is not None
+        is_scored = not scores_again(self.sweep) or read_test(self.sweep, best) is not None
         return self.decided == self.total and best is not None and is_scored
 
     def next(self) -> Candidate | None:
@@ -111,8 +119,8 @@ class Search:
 
 
 def run_here(search: Search, on_change: Callable[[], None] = lambda: None) -> dict[str, Any] | None:
-    """Runs what is left of a sweep one after the other in this process; returns the test score of the best, None where
-    that was not asked for."""
+    """Runs what is left of a sweep one after the other in this process; returns the score of the best trained again,
+    None where that was not asked for."""
     while (found := search.next()) is not None:
         problem = ""
         try:
@@ -124,7 +132,7 @@ def run_here(search: Search, on_change: Callable[[], None] = lambda: None) -> di
         search.ended(found.key, problem)
         on_change()
     best = search.best()
-    return None if best is None or search.sweep.config.score_on == "test" else score_on_test(search.sweep, best)
+    return score_again(search.sweep, best) if best is not None and scores_again(search.sweep) else None
 
 
 def describe(values: dict[str, Any]) -> str:

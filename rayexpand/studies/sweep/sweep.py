@@ -148,10 +148,23 @@ def best_of(results: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
     return max(finished, key=lambda one: (one["score"], -one["number"]), default=None)
 
 
+def fresh_seeds(sweep: Sweep) -> list[int]:
+    """The seeds that the best configuration is trained again with: the first ones above those of the sweep."""
+    used = StudyConfig.model_fields["seeds"].default if sweep.base.get("seeds") is None else sweep.base["seeds"]
+    return list(range(max(used) + 1, max(used) + 1 + sweep.config.fresh_seeds))
+
+
 def read_test(sweep: Sweep, best: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The score of the best configuration on the test images, None where it was not taken yet."""
+    """The score of the best configuration on the test images, None where it was not taken yet or with other seeds than
+    are asked for. One of a version without fresh seeds counts."""
     found = healthy_json(sweep.files, "test.json") or {}
-    return found if best is not None and found.get("key") == best["key"] else None
+    is_current = found.get("seeds") in (None, fresh_seeds(sweep))
+    return found if best is not None and found.get("key") == best["key"] and is_current else None
+
+
+def scores_again(sweep: Sweep) -> bool:
+    """Whether the best configuration is trained once more."""
+    return sweep.config.score_on != "test" or sweep.config.fresh_seeds > 0
 
 
 def write_best(sweep: Sweep, best: Mapping[str, Any]) -> None:

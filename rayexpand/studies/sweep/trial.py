@@ -30,12 +30,14 @@ from rayexpand.runs.driving import Here
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import healthy_json, replace_json, sealed
 from rayexpand.studies.expansions import pending_runs
+from rayexpand.studies.extra_tests import ExtraTest
 from rayexpand.studies.parts import Study, Trial, read_result
 from rayexpand.studies.selections import make_selections
 from rayexpand.studies.study import prepare_study
-from rayexpand.studies.sweep.sweep import Candidate, Sweep, read_test
+from rayexpand.studies.sweep.sweep import Candidate, Sweep, fresh_seeds, read_test
 from rayexpand.studies.trial import (
     TrainingCurve,
+    also_answers,
     answers_of,
     checkpoint,
     fit,
@@ -48,6 +50,7 @@ from rayexpand.studies.trials import make_trials
 
 Progress = Callable[[str, int, int], None]
 
+CHOSEN_BY = "chosen-by"  # how the images that the best was chosen by are called, where it is trained again
 WORST = 0.0  # of every metric of a sweep: a share of the images
 
 
@@ -88,16 +91,26 @@ def run_candidate(sweep: Sweep, candidate: Candidate, *, gpus: float = 0.0,
     return found
 
 
-def score_on_test(sweep: Sweep, best: Candidate, *, gpus: float = 0.0) -> dict[str, Any]:
-    """Trains the best configuration once more and scores its last epoch on the test images, which nothing was chosen
-    by. Written to test.json; returned from there where it is for this configuration."""
+def score_again(sweep: Sweep, best: Candidate, *, gpus: float = 0.0) -> dict[str, Any]:
+    """Trains the best configuration once more and scores its last epoch on the test images, with `fresh_seeds` seeds
+    that it was not chosen by; these classifiers are also scored on the images it was chosen by (`chosen_by`), so that
+    what the choice added is seen. Written to test.json; returned from there where it is for this configuration and
+    these seeds."""
     if (found := read_test(sweep, {"key": best.key})) is not None:
         return found
-    test = DataConfig(**sweep.base["test"])
-    study = _with_pilots(sweep, prepare_study(best.study.model_copy(update={"name": f"{best.key}-test", "test": test})))
+    seeds, test = fresh_seeds(sweep), DataConfig(**sweep.base["test"])
+    config = best.study.model_copy(update={"name": f"{best.key}-test", "test": test,
+                                           "seeds": seeds or best.study.seeds})
+    if seeds and sweep.config.score_on != "test":
+        config = config.model_copy(update={"extra_tests": {CHOSEN_BY: ExtraTest(data=best.study.test)}})
+    study = _with_pilots(sweep, prepare_study(config))
     _expand(study)
-    *_, (_, _, scores) = train_together(study, make_trials(study), sweep.config.metric, gpus)
-    found = {"key": best.key, "score": sum(scores) / len(scores), "scores": scores}
+    trials, metric = make_trials(study), sweep.config.metric
+    *_, (_, _, scores) = train_together(study, trials, metric, gpus)
+    found = {"key": best.key, "score": sum(scores) / len(scores), "scores": scores, "seeds": seeds}
+    if seeds:
+        results = [read_result(study.files, trial.name) or {} for trial in trials]
+        found["chosen_by"] = [one["also"][CHOSEN_BY][metric] for one in results] if config.extra_tests else scores
     replace_json(sweep.files, "test.json", found)
     return found
 
@@ -161,7 +174,8 @@ class _Member:
                       every=self._training.checkpoint_steps, save=lambda: self._files.replace(
                           self._checkpoint, checkpoint(self._trial, classifier, self._curve)))
         if epoch == self.epochs - 1:
-            write_result(self._files, work, self._curve, answers, {}, device=str(self._device), workers=0,
+            also = {name: also_answers(work, classifier, name) for name in work.also}
+            write_result(self._files, work, self._curve, answers, also, device=str(self._device), workers=0,
                          gpus=self._gpus if self._device.type == "cuda" else 0.0)
             self._files.delete(self._checkpoint)
             self._is_done = True

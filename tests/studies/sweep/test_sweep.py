@@ -24,6 +24,7 @@ from rayexpand.studies.sweep.search import Search, describe, run_here
 from rayexpand.studies.sweep.space import Dimension, n_suggestions, parse_dimension, suggest
 from rayexpand.studies.sweep.sweep import best_of, candidate, open_sweep, read_results
 from rayexpand.studies.trials import make_trials
+from tests.commands import rewrite_json
 
 STRENGTH, LR = "expansions.noisy.method.magnitude", "recipe.lr"
 
@@ -35,7 +36,7 @@ def _raw(images: Path, out: Path) -> dict[str, Any]:
     data = {"source": "imagefolder", "path": str(images)}
     return {
         "name": "sweep", "out": str(out), "arm": "noisy", "samples": 4, "hold_out": 1, "score_on": "validation",
-        "space": {LR: {"choice": [0.01, 0.001]}},
+        "fresh_seeds": 0, "space": {LR: {"choice": [0.01, 0.001]}},
         "study": {
             "data": data, "test": data, "subset": {"kind": "per_class", "n": 2}, "seeds": [0],
             "recipe": {"updates": 4, "epochs": 2, "batch": 8, "backbone_args": {"width": 4}},
@@ -257,6 +258,44 @@ def _trained(file: Path) -> tuple[list[float], pa.Table]:
     trials = make_trials(study)
     scores = [run_trial(study.files, trial, study.config.training)["last"]["top1"] for trial in trials]
     return scores, pq.read_table(study.files.at(f"predictions/{trials[0].name}.parquet"))
+
+
+@pytest.mark.parametrize("score_on", ["validation", "test"])
+def test_the_best_is_trained_again_with_fresh_seeds(make: Make, score_on: str) -> None:
+    config = make(samples=2, fresh_seeds=2, seeds=[0, 4], score_on=score_on,
+                  hold_out=1 if score_on == "validation" else None)
+    search = Search(open_sweep(config))
+    test = run_here(search)
+    found = write_sweep_report(search.sweep)
+    page = (Path(config.folder) / "report.html").read_text()
+
+    assert test is not None
+    assert test["seeds"] == [5, 6]
+    assert len(test["chosen_by"]) == len(test["scores"]) == 2
+    assert found["fresh"]["scores"] == test["chosen_by"]
+    assert (found["test_score"] is None) == (score_on == "test")
+    words = f"rained again with fresh seeds 5, 6: {100 * found['fresh']['spread']['mean']:.2f}"
+    assert any(words in line for line in found["words"])
+    assert words in page
+    assert "winner's inflation: of 2 equal configurations the best looks 0.56 standard errors" in found["words"][2]
+    again = Search(open_sweep(make(samples=2, fresh_seeds=2, seeds=[0, 4], score_on=score_on,
+                                   hold_out=1 if score_on == "validation" else None)))
+    assert again.is_over
+    assert not Search(open_sweep(config.model_copy(update={"fresh_seeds": 3}))).is_over, "other seeds are asked for"
+
+
+def test_a_sweep_of_before_fresh_seeds_goes_on(make: Make) -> None:
+    """Neither its digest nor its score on the test images is another one."""
+    config = make(samples=1)
+    sweep = open_sweep(config)
+    run_here(Search(sweep))
+    folder = Path(config.folder)
+    rewrite_json(folder / "sweep.json", lambda facts: facts["config"].pop("fresh_seeds"), "sweep.json")
+    rewrite_json(folder / "test.json", lambda facts: facts.pop("seeds"), "test.json")
+    before = (folder / "test.json").read_bytes()
+
+    assert Search(open_sweep(config.model_copy(update={"fresh_seeds": 3}))).is_over
+    assert (folder / "test.json").read_bytes() == before
 
 
 def test_choosing_by_the_test_images_is_said(make: Make) -> None:
