@@ -115,8 +115,9 @@ def curve(*top1: float) -> list[dict[str, float]]:
 
 
 def test_best_minus_last_by_hand() -> None:
-    trials = [{"history": curve(0.1, 0.5, 0.62, 0.58, 0.60), "best": {"top1": 0.62, "epoch": 3}, "last": {"top1": 0.60}},
-              {"history": curve(0.1, 0.5, 0.60, 0.64, 0.60), "best": {"top1": 0.64, "epoch": 4}, "last": {"top1": 0.60}}]
+    last = {"top1": 0.60}
+    trials = [{"history": curve(0.1, 0.5, 0.62, 0.58, 0.60), "best": {"top1": 0.62, "epoch": 3}, "last": last},
+              {"history": curve(0.1, 0.5, 0.60, 0.64, 0.60), "best": {"top1": 0.64, "epoch": 4}, "last": last}]
     found = best_minus_last(trials)
     late = np.sqrt(np.mean([np.var([0.62, 0.58, 0.60], ddof=1), np.var([0.60, 0.64, 0.60], ddof=1)]))
 
