@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from rayexpand.classifier.accuracy import summarise
 from rayexpand.classifier.statistics import Estimate, crossed, expected_maximum
 from rayexpand.contract.errors import UsageError
 from rayexpand.reports import figures
