@@ -35,7 +35,7 @@ _CHUNK = 1 << 22  # numbers held at once while resampling
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanError:
     """A mean with its standard error and degrees of freedom."""
 
     mean: float
@@ -57,7 +57,7 @@ class Estimate:
 # Seeds crossed with images -------------------------------------------------------------------------------------------
 
 
-def crossed(difference_SN: np.ndarray) -> Estimate:
+def crossed(difference_SN: np.ndarray) -> MeanError:
     """The mean difference over seeds and images, both of them samples; (N,) is one seed, whose interval is over images
     alone. v = max(v_s + v_n - v_e, v_s, v_n). Raises UsageError for fewer than two numbers."""
     d_SN = np.atleast_2d(np.asarray(difference_SN, np.float64))
@@ -66,14 +66,14 @@ def crossed(difference_SN: np.ndarray) -> Estimate:
         raise UsageError("one answer of one seed has no interval; test on more images or with more seeds")
     mean = float(d_SN.mean())
     if min(seeds, images) == 1:
-        return Estimate(mean, float(d_SN.std(ddof=1) / d_SN.size ** 0.5), d_SN.size - 1)
+        return MeanError(mean, float(d_SN.std(ddof=1) / d_SN.size ** 0.5), d_SN.size - 1)
     seed, image, residual = _variances(d_SN)
     v = max(seed + image - residual, seed, image)
     if not v:
-        return Estimate(mean, 0.0, seeds - 1)
+        return MeanError(mean, 0.0, seeds - 1)
     df = v ** 2 / (seed ** 2 / (seeds - 1) + image ** 2 / (images - 1)
                    + residual ** 2 / ((seeds - 1) * (images - 1)))
-    return Estimate(mean, math.sqrt(v), df)
+    return MeanError(mean, math.sqrt(v), df)
 
 
 def _variances(d_SN: np.ndarray) -> tuple[float, float, float]:

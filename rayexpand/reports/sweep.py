@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from rayexpand.classifier.accuracy import summarise
-from rayexpand.classifier.statistics import Estimate, crossed, expected_maximum
+from rayexpand.classifier.statistics import MeanError, crossed, expected_maximum
 from rayexpand.contract.errors import UsageError
 from rayexpand.reports import figures
 from rayexpand.reports.drawing import FigurePoint
@@ -118,7 +118,7 @@ def _difference(one: Mapping[str, Any], best: Mapping[str, Any], answers: Mappin
     mine, theirs = answers.get(one["key"]), answers.get(best["key"])
     if mine is not None and theirs is not None and mine[1].shape == theirs[1].shape \
             and np.array_equal(mine[0], theirs[0]):
-        found: Estimate | None = crossed(mine[1].astype(np.int8) - theirs[1])
+        found: MeanError | None = crossed(mine[1].astype(np.int8) - theirs[1])
     else:
         found = _over_seeds(np.subtract(one["scores"], best["scores"]))
     interval = _interval_of(found)
@@ -126,12 +126,12 @@ def _difference(one: Mapping[str, Any], best: Mapping[str, Any], answers: Mappin
             "within_noise": interval is None or interval[0] <= 0 <= interval[1]}
 
 
-def _over_seeds(values: Sequence[float] | np.ndarray) -> Estimate | None:
+def _over_seeds(values: Sequence[float] | np.ndarray) -> MeanError | None:
     """A mean over seeds; None for one value."""
     return crossed(np.asarray(values)) if len(values) > 1 else None
 
 
-def _interval_of(found: Estimate | None) -> list[float] | None:
+def _interval_of(found: MeanError | None) -> list[float] | None:
     return None if found is None else list(found.interval())
 
 

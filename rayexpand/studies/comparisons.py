@@ -15,7 +15,7 @@ import numpy as np
 from rayexpand.classifier.statistics import (
     FOR_CORRELATIONS,
     LEVEL,
-    Estimate,
+    MeanError,
     correlations,
     crossed,
     expected_maximum,
@@ -135,7 +135,7 @@ def _adjust(study: StudyView, family: list[dict[str, Any]]) -> None:
             [means_DA[:, at[one["arm"]]] - means_DA[:, at[one["against"]]] for one in family], axis=1)))
         rule = "max-t"
     for one, adjusted in zip(known, p, strict=False):
-        low, high = Estimate(one["mean"], one["se"], one["df"]).interval(level)
+        low, high = MeanError(one["mean"], one["se"], one["df"]).interval(level)
         if adjusted < 1 - LEVEL:  # the step-down p may show a sign that intervals of one width for all do not
             low, high = (max(low, 0.0), high) if one["mean"] > 0 else (low, min(high, 0.0))
         one["adjusted"] = {"p": adjusted, "low": low, "high": high, "of": len(family),
