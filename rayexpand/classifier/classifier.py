@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (the customary name)
 
 from rayexpand.classifier.backbones import build_backbone
-from rayexpand.classifier.mixing import apply_image_mixes, apply_mix, draw_mix, smooth
+from rayexpand.classifier.mixing import mixed, smooth
 from rayexpand.classifier.recipe import Recipe, drw_is_on, drw_weights, lr_at
 from rayexpand.contract.errors import ConfigError, Diverged
 from rayexpand.contract.rng import generator, row_key
@@ -104,10 +104,7 @@ class Classifier:
         """Leaves the gradient of a batch in the weights, and returns its loss."""
         assert batch.y_BK.shape == (len(batch.x_BHWC), self.n_classes)
         x_BCHW, y_BK = self._images(batch.x_BHWC), torch.from_numpy(batch.y_BK).to(self.device)
-        if batch.mix_B5 is not None:
-            x_BCHW, y_BK = apply_image_mixes(x_BCHW, y_BK, torch.from_numpy(batch.mix_B5).to(self.device))
-        mix = draw_mix(self.recipe, self.seed, self.step, x_BCHW.shape[-1])
-        x_BCHW, y_BK = apply_mix(x_BCHW, y_BK, mix)
+        x_BCHW, y_BK = mixed(self.recipe, self.seed, self.step, x_BCHW, y_BK, batch.mix_B5)
         if batch.views_BVHWC is not None:
             x_BCHW = torch.cat([x_BCHW, *(self._images(batch.views_BVHWC[:, view]) for view in (0, 1))])
         is_weighed = drw_is_on(self.recipe, self.step, self.total_steps)

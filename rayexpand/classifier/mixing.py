@@ -113,6 +113,14 @@ def apply_image_mixes(x_BCHW: torch.Tensor, y_BK: torch.Tensor, mix_B5: torch.Te
     return x, lam_B[:, None] * y_BK + (1 - lam_B[:, None]) * y_BK.flip(0)
 
 
+def mixed(recipe: Recipe, seed: int, step: int, x_BCHW: torch.Tensor, y_BK: torch.Tensor,
+          mix_B5: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels of a slice as the network is shown them, before smoothing."""
+    if mix_B5 is not None:
+        x_BCHW, y_BK = apply_image_mixes(x_BCHW, y_BK, torch.from_numpy(mix_B5).to(x_BCHW.device))
+    return apply_mix(x_BCHW, y_BK, draw_mix(recipe, seed, step, x_BCHW.shape[-1]))
+
+
 def smooth(y_BK: torch.Tensor, smoothing: float, mode: str) -> torch.Tensor:
     """Smoothed labels (B, K) of one-hot or soft ones.
 

@@ -126,13 +126,26 @@ class Loader:
 
     def batches(self, start: int, stop: int, rank: int = 0, world: int = 1) -> Iterator[TrainBatch]:
         """A worker's slices of the steps start..stop-1, whatever epochs they lie in."""
+        from rayexpand.classifier.mixing import worker_rows
+
         for step in range(start, stop):
             epoch, within = divmod(step, self.epoch_steps)
             slots = self.slots(epoch, rank, world)
             encoded = self._windowed_images(epoch, within, rank, world) if self.is_windowed else None
             held = self._windowed_partners(epoch, within, rank, world) if self.is_windowed and self._mixer else None
             yield self._pasted(self.make(step, Slots(slots.items[within], slots.occurrence[within]), encoded, held),
-                               rank, world)
+                               worker_rows(self.batch, rank, world))
+
+    def part(self, step: int, images: int) -> tuple[TrainBatch, Slots, RowMixes]:
+        """About so many images of the global batch of a step, each with its partner in it, as `batches` gives them, and
+        how they are mixed with real images. Nothing but these is read."""
+        epoch, within = divmod(step, self.epoch_steps)
+        half = max(1, images // 2)
+        at = np.arange(self.batch) if 2 * half >= self.batch else np.r_[:half, self.batch - half:self.batch]
+        whole = self.slots(epoch)
+        slots = Slots(whole.items[within][at], whole.occurrence[within][at])
+        mixes = _UNMIXED if self._mixer is None else self._mixer.draw(*slots, _Streams(self.seed, epoch, "mix").at)
+        return self._pasted(self.make(step, slots), at), slots, mixes
 
     def make(self, step: int, slots: Slots, encoded: Sequence[bytes] | None = None,
              held: Mapping[int, bytes] | None = None) -> TrainBatch:
@@ -184,14 +197,13 @@ class Loader:
         return np.array([draw_image_mix(self.recipe, streams.at(item, repeat), self.recipe.size)
                          for item, repeat in zip(slots.items, slots.occurrence, strict=True)], np.float32)
 
-    def _pasted(self, batch: TrainBatch, rank: int, world: int) -> TrainBatch:
-        """A worker's slice with the boxes of CMO, where its step has some."""
-        from rayexpand.classifier.mixing import draw_paste, worker_rows
+    def _pasted(self, batch: TrainBatch, at: np.ndarray) -> TrainBatch:
+        """A slice with the boxes of CMO, where its step has some. `at`: its positions in the global batch."""
+        from rayexpand.classifier.mixing import draw_paste
 
         mix = draw_paste(self.recipe, self.seed, batch.step, self.total_steps, self.recipe.size)
         if mix is None or mix.box is None:
             return batch
-        at = worker_rows(self.batch, rank, world)
         items = self.tail_items(batch.step)[at]
         if self.is_windowed:  # nothing of it is kept: the window fills the memory
             unique, where = np.unique(items, return_inverse=True)

@@ -244,11 +244,11 @@ def contact_sheet(view: RunView, classes: ClassTable, most: int = SHEET_SAMPLES)
     chosen = [best[label] for label in spread(sorted(best), SHEET_CLASSES)]
     count = max(2, min(most, SHEET_PICTURES // max(1, len(chosen)) - 1))
     rows = []
-    for (_, seed_id, receipt), seed in zip(chosen, _seed_pictures(view, [one[1] for one in chosen]), strict=True):
+    for (_, seed_id, receipt), seed in zip(chosen, seed_pictures(view, [one[1] for one in chosen]), strict=True):
         table = find_rows(view.files, f"data/{receipt.data_file}", "seed_id", seed_id)
         found = table.sort_by("copy").to_pylist()
-        samples = tuple(_picture((sample["image"] or {}).get("bytes"), _about(sample),
-                                 _name(classes, sample["label"]) if sample["label"] != sample["source_label"] else "")
+        samples = tuple(encoded_picture((sample["image"] or {}).get("bytes"), about(sample),
+                                        painted_as(sample, classes))
                         for sample in found[:count])
         rows.append(SheetRow(_name(classes, found[0]["source_label"]), seed, samples))
     return rows
@@ -292,12 +292,12 @@ def _refused_rows(view: RunView, classes: ClassTable) -> list[dict[str, Any]]:
     for rows in turns[:REFUSED_ROWS]:
         sample_id, receipt = rows[0]
         (row,) = find_rows(view.files, f"rejected/{receipt.side_file}", "sample_id", sample_id).to_pylist()
-        picture = _picture((row["image"] or {}).get("bytes"), _about(row))
+        picture = encoded_picture((row["image"] or {}).get("bytes"), about(row))
         lines.append({**row, "picture": picture, "class": _name(classes, row["label"]), "others": len(rows) - 1})
     return sorted(lines, key=lambda line: (line["status"], line["reason"]))
 
 
-def _seed_pictures(view: RunView, seed_ids: list[str]) -> list[Picture]:
+def seed_pictures(view: RunView, seed_ids: list[str]) -> list[Picture]:
     """Pictures of seeds; grey boxes where the seed dataset cannot be read from here."""
     try:
         data = seeds.DataConfig.model_validate(view.run["config"]["data"])
@@ -320,7 +320,7 @@ def _seed_picture(seed: Any, data: seeds.DataConfig) -> Picture:
     return picture_of(Image.fromarray(pixels), f"seed {seed.seed_id}" + (f" ({note})" if note else ""))
 
 
-def _picture(encoded: bytes | None, title: str, caption: str = "") -> Picture:
+def encoded_picture(encoded: bytes | None, title: str, caption: str = "") -> Picture:
     """Picture of a PNG or JPEG file; a grey box for None or a broken one."""
     if not encoded:
         return Picture(title=title, caption=caption)
@@ -348,10 +348,15 @@ def score_texts(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple((score["name"], f"{score['value']:.3g}") for score in row["scores"] or ())
 
 
-def _about(row: Mapping[str, Any]) -> str:
+def about(row: Mapping[str, Any]) -> str:
     scores = "".join(f", {name} {value}" for name, value in score_texts(row))
     prompt = f", “{row['prompt']}”" if row["prompt"] else ""
     return f"{row['sample_id']}{prompt}, strength {row['strength']:g}, {row['steps_run']} steps{scores}"
+
+
+def painted_as(row: Mapping[str, Any], classes: ClassTable) -> str:
+    """The class of a sample that is another than that of its seed."""
+    return f"→ {_name(classes, row['label'])}" if row["label"] != row["source_label"] else ""
 
 
 def _name(classes: ClassTable, label: int) -> str:

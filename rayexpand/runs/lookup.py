@@ -1,0 +1,98 @@
+"""Rows of a run by the seeds they were made from, read without the rest: of a run of millions of samples, the row
+groups of the seeds that are asked for.
+
+Seeds are chosen by a key, never by what their samples look like, so pages of several runs show the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayexpand.contract.rng import PlanRng
+from rayexpand.contract.schema import Receipt
+from rayexpand.runs.status import RunView, read_plan_table
+from rayexpand.storage.tables import reading
+
+Place = tuple[str, int]  # seed id, copy
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of the rows of some seeds: kept rows with every column, and why the others are not there."""
+
+    kept: Mapping[Place, dict[str, Any]]
+    refused: Mapping[Place, str]  # status and reason
+    planned: Mapping[str, int] = field(default_factory=dict)  # seed id -> copies, of seeds of the run
+
+    def absence(self, place: Place) -> str:
+        """Why a row is not kept, in words."""
+        if place in self.refused:
+            return self.refused[place]
+        seed_id, copy = place
+        if seed_id not in self.planned:
+            return "not a seed of this run"
+        return "not planned" if copy >= self.planned[seed_id] else "pending"
+
+
+def seed_table(view: RunView) -> pa.Table:
+    """seed_id, label, copies and shard of every seed of the plan."""
+    return read_plan_table(view, "seeds.parquet").select(["seed_id", "label", "copies", "shard"])
+
+
+def keyed_seeds(tables: Sequence[pa.Table], per_class: int, classes: int | None = None,
+                seed: int = 0) -> dict[int, list[str]]:
+    """Label -> up to `per_class` seed ids with copies that the most of some runs share, by a key of the seed id alone;
+    of `classes` classes, evenly over the labels (None: all). A smaller choice lies inside a larger one."""
+    planned = [table.filter(pc.greater(table["copies"], 0)).select(["seed_id", "label"]) for table in tables]
+    counted = pa.concat_tables(planned).group_by(["seed_id", "label"]).aggregate([([], "count_all")])
+    if not counted.num_rows:
+        return {}
+    shared = counted.filter(pc.equal(counted["count_all"], pc.max(counted["count_all"])))
+    ids, labels = shared["seed_id"].to_pylist(), shared["label"].to_numpy()
+    order = np.lexsort((PlanRng(seed, "pictures").per_seed("seeds", ids), labels))
+    there = np.unique(labels)
+    chosen = there if classes is None else there[np.unique(np.linspace(0, len(there) - 1, classes).round().astype(int))]
+    first = np.searchsorted(labels[order], chosen)
+    stop = np.searchsorted(labels[order], chosen, side="right")
+    return {int(label): [ids[i] for i in order[a:min(b, a + per_class)]]
+            for label, a, b in zip(chosen, first, stop, strict=True)}
+
+
+def rows_of(view: RunView, table: pa.Table, seed_ids: Sequence[str], copies: int | None = None) -> Found:
+    """The rows of seeds, the first `copies` of each. `table`: that of `seed_table`. Raises DamagedFile."""
+    mine = table.filter(pc.is_in(table["seed_id"], pa.array(seed_ids, pa.string())))
+    wanted = pa.array(mine["seed_id"].to_pylist(), pa.string())
+    shards = set(mine["shard"].to_pylist())
+    kept, refused = dict[Place, dict[str, Any]](), dict[Place, str]()
+    for receipt in (one for one in view.receipts if one.shard_id in shards):  # a retry comes after what it retries
+        for row in _kept(view, receipt, wanted, copies):
+            kept[row["seed_id"], row["copy"]] = row
+            refused.pop((row["seed_id"], row["copy"]), None)
+        for row in _refused(view, receipt, wanted):
+            refused[row["seed_id"], row["copy"]] = f"{row['status']}: {row['reason']}"
+    return Found(kept, refused, dict(zip(mine["seed_id"].to_pylist(), mine["copies"].to_pylist(), strict=True)))
+
+
+def _kept(view: RunView, receipt: Receipt, wanted: pa.Array, copies: int | None) -> Iterator[dict[str, Any]]:
+    """One row group at a time, and of those without a wanted row two columns only."""
+    if not receipt.kept:
+        return
+    with view.store.open(receipt) as parquet, reading(view.files.at(f"data/{receipt.data_file}")):
+        for group in range(parquet.num_row_groups):
+            names = parquet.read_row_group(group, ["seed_id", "copy"], use_threads=False)
+            chosen = pc.is_in(names["seed_id"], wanted)
+            if copies is not None:
+                chosen = pc.and_(chosen, pc.less(names["copy"], copies))
+            if pc.any(chosen).as_py():
+                yield from parquet.read_row_group(group, use_threads=False).filter(chosen).to_pylist()
+
+
+def _refused(view: RunView, receipt: Receipt, wanted: pa.Array) -> list[dict[str, Any]]:
+    table = view.store.refused(receipt).select(["seed_id", "copy", "status", "reason"])
+    return table.filter(pc.is_in(table["seed_id"], wanted)).to_pylist()
