@@ -11,6 +11,7 @@ changes the folder. Errors are RayexpandError with `.exit_code`.
 
 from rayexpand.api.files import first_file, job_files, job_text, jobs_named_by, schema, write_new
 from rayexpand.api.folders import AuditFolder, RunFolder, StudyFolder, SweepFolder, open
+from rayexpand.api.pages import pictures
 from rayexpand.api.results import (
     Artifact,
     Audited,
@@ -49,5 +50,5 @@ from rayexpand.methods import trust
 __all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "Planned", "PlannedStudy",
            "PreparedData", "RayexpandError", "RunFolder", "Scores", "Selected", "StudyFolder", "SweepFolder", "audit",
            "bench", "cluster_jobs", "dataset", "demo", "evaluate", "expand", "first_file", "fit", "follow", "job_files",
-           "job_text", "jobs_named_by", "open", "plan", "prepare_data", "published_sets", "schema", "select", "stop",
-           "submit", "sweep", "train", "trust", "validate", "write_new"]
+           "job_text", "jobs_named_by", "open", "pictures", "plan", "prepare_data", "published_sets", "schema", "select",
+           "stop", "submit", "sweep", "train", "trust", "validate", "write_new"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 
+from rayexpand.cli import picture_options as pictured
 from rayexpand.cli.app import app
 from rayexpand.cli.options import Folder, Json, Trust
 from rayexpand.cli.show import show_json, show_table, warn
@@ -13,10 +15,16 @@ from rayexpand.contract.errors import UsageError
 
 
 @app.command()
-def report(folder: Folder,
+def report(folders: Annotated[list[str], typer.Argument(metavar="FOLDER", help="a run, a study or a sweep; with "
+                                                        "--matrix, --sheet, --map and --latents several runs")],
            strips: Annotated[int, typer.Option(min=0, help="of a guided run: load its models and also show so many "
                                                "samples beside plain ones of the same noise, those the guide is least "
                                                "sure of, and where samples lie among the prototypes")] = 0,
+           matrix: pictured.Matrix = False, sheet: pictured.Sheet = False, map_: pictured.Map = False,
+           failures: pictured.Failures = False, latents: pictured.Latents = False, batch: pictured.Batch = False,
+           saliency: pictured.Saliency = False, rows: pictured.Rows = None, copies: pictured.Copies = None,
+           images: pictured.Images = None, classes: pictured.Classes = None, guide: pictured.Guide = None,
+           checkpoint: pictured.Checkpoint = None, out: pictured.Out = None, name: pictured.Name = None,
            trust: Trust = None, as_json: Json = False) -> None:
     """Write the page of a run (counts, reasons, samples beside their seeds), of a study, or of a sweep.
 
@@ -25,14 +33,40 @@ def report(folder: Folder,
         rayexpand report runs/birds
 
         rayexpand report runs/digits-distdiff --strips 8
+
+        rayexpand report --matrix runs/birds-plain runs/birds-distdiff
+
+        rayexpand report --batch runs/my-study
     """
     from rayexpand import api
 
-    found = api.open(folder)
-    if strips and not isinstance(found, api.RunFolder):
-        raise UsageError(f"--strips: {folder} is no run; leave it out")
-    page = found.report(strips) if isinstance(found, api.RunFolder) else found.report()
+    asked = {"matrix": matrix, "sheet": sheet, "map": map_, "failures": failures, "latents": latents, "batch": batch,
+             "saliency": saliency}
+    options = {"rows": rows, "copies": copies, "images": images, "classes": classes, "guide": guide,
+               "checkpoint": checkpoint}
+    if kinds := [kind for kind, wanted in asked.items() if wanted]:
+        if strips or len(kinds) > 1:
+            raise UsageError(f"--{kinds[0]}: is a page of its own; leave --{kinds[1] if len(kinds) > 1 else 'strips'} "
+                             "out, or run it after this")
+        page = api.pictures(kinds[0], *folders, out=out, name=name, **options)  # type: ignore[arg-type]
+    else:
+        page = _own_page(folders, strips, {**options, "out": out, "name": name})
     show_json({"report": page}) if as_json else print(page)
+
+
+def _own_page(folders: Sequence[str], strips: int, options: Mapping[str, Any]) -> str:
+    """The page that every run, study and sweep has."""
+    from rayexpand import api
+
+    if given := [key for key, value in options.items() if value is not None]:
+        raise UsageError(f"--{given[0]}: is about pages with pictures; name one of them too, such as --matrix")
+    if len(folders) > 1:
+        raise UsageError(f"{len(folders)} folders are named, and a page is of one; name one, or a page that shows "
+                         "several, such as --matrix")
+    found = api.open(folders[0])
+    if strips and not isinstance(found, api.RunFolder):
+        raise UsageError(f"--strips: {folders[0]} is no run; leave it out")
+    return found.report(strips) if isinstance(found, api.RunFolder) else found.report()
 
 
 @app.command()

@@ -19,6 +19,7 @@ from rayexpand.contract.rng import RowRng
 from rayexpand.contract.schema import ClassTable
 from rayexpand.data.pixels import decode, prepare
 from rayexpand.models.guide_files import check_guide
+from rayexpand.models.scores import log_probabilities
 from rayexpand.runs.lookup import keyed_seeds, rows_of, seed_table
 from rayexpand.runs.status import RunView, read_classes, view_run
 
@@ -82,9 +83,7 @@ def _seen(rows: list[dict[str, Any]], guide: Any) -> Iterator[dict[str, Any]]:
     if not whole:
         return
     _, logits_BK = guide.seen(pixels)
-    e_BK = np.exp(logits_BK - logits_BK.max(axis=1, keepdims=True))
-    p_BK = e_BK / e_BK.sum(axis=1, keepdims=True)
-    for row, p_K in zip(whole, p_BK, strict=True):
+    for row, p_K in zip(whole, np.exp(log_probabilities(logits_BK)), strict=True):
         top = int(p_K.argmax())
         yield {"sample_id": row["sample_id"], "seed_id": row["seed_id"], "copy": row["copy"], "label": row["label"],
                "probability": float(p_K[row["label"]]), "seen_as": top, "seen_probability": float(p_K[top])}

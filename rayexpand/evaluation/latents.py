@@ -7,9 +7,9 @@ gives no formula, this one is ours).
     channel_C       channel profile: mean of d over tokens
     spread          standard deviation of a profile over its entries
 
-A shift of whole channels leaves the token profile flat, and one of whole tokens the channel profile, so the spreads tell
-noise of channels from noise of tokens. The new latent is the one whose decoded image the method returns: shards are
-sampled again, as `regen` does, and every call of the decoder is listened to. The seed's is the mean of its posterior.
+A shift of whole channels leaves the token profile flat, and one of whole tokens the channel profile, so the spreads
+tell noise of channels from noise of tokens. The new latent is the one whose decoded image the method returns: calls are
+sampled again, as `regen` does, and the decoder is listened to. The seed's is the mean of its posterior.
 """
 
 from __future__ import annotations

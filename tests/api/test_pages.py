@@ -1,0 +1,52 @@
+"""Pages with pictures as a user asks for them: what each kind takes, and which runs a folder stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rayexpand import api
+from rayexpand.contract.errors import ConfigError, UsageError
+from rayexpand.studies.run_folders import run_folders
+from rayexpand.studies.trials import make_trials
+from tests.studies.test_study import expanded, raw_study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> str:
+    made = expanded(raw_study(tmp_path_factory.mktemp("pictures")))
+    make_trials(made)
+    return str(made.files.root)
+
+
+def test_a_study_stands_for_the_runs_of_its_first_repetition_also_where_it_was_moved(study: str, tmp_path: Path
+                                                                                     ) -> None:
+    moved = tmp_path / "elsewhere"
+    Path(study).rename(moved)
+    try:
+        assert run_folders(str(moved)) == [f"{moved}/runs/flips-0"]
+        page = api.pictures("matrix", moved, name="flips", rows=2)
+    finally:
+        moved.rename(study)
+    assert run_folders(study) == [f"{study}/runs/flips-0"]
+    assert run_folders(f"{study}/runs/flips-1") == [f"{study}/runs/flips-1"]
+    assert Path(study, page.removeprefix(f"{moved}/")).is_file()
+    assert page.endswith("figures/flips.html")
+
+
+def test_everything_that_a_kind_does_not_take_is_said_at_once(study: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        api.pictures("batch", study, study, name="../up", out="elsewhere", rows=3, images=0)
+    text = str(caught.value)
+    for piece in ("--batch: 5 problems", "shows one study, and 2 folders", "name: '../up'", "rows: has no effect",
+                  "out: has no effect", "images: expected 1 or more"):
+        assert piece in text
+    assert not Path(study, "figures/batch.html").exists()
+
+
+def test_a_folder_of_another_kind_is_refused(study: str) -> None:
+    with pytest.raises(UsageError, match="no study is here"):
+        api.pictures("batch", f"{study}/runs/flips-0")
+    with pytest.raises(UsageError, match="is not a run folder"):
+        api.pictures("matrix", Path(study, "runs"))
