@@ -30,6 +30,7 @@ from rayexpand.data.seeds import DataConfig, SeedReader
 from rayexpand.diffusion.prototypes import Prototypes, load_prototypes
 from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation.features import Extractor, ExtractorConfig
+from rayexpand.models.folders import DIGITS
 from rayexpand.runs.lookup import keyed_seeds, rows_of, seed_table
 from rayexpand.runs.status import RunView, read_classes, read_plan_table, view_run
 
@@ -120,7 +121,7 @@ def _extractor(views: Sequence[RunView], guide: str | None, checkpoint: str | No
         return ExtractorConfig(guide=guide, checkpoint=checkpoint)
     with_guide = [view for view in views if view.run["models"].get("guide")]
     said = (with_guide or views)[0].run["config"].get("guide") or {}
-    weights = said.get("weights") or extractors.DIGITS
+    weights = said.get("weights") or DIGITS
     return ExtractorConfig(guide=weights, checkpoint=None if extractors.is_folder(weights) else said.get("checkpoint"))
 
 

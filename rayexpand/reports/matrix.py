@@ -17,7 +17,7 @@ from rayexpand.contract.schema import ClassTable
 from rayexpand.reports.run import Picture, about, encoded_picture, painted_as, seed_pictures
 from rayexpand.reports.templates import render
 from rayexpand.runs.config import OPERATIONAL
-from rayexpand.runs.lookup import Found, keyed_seeds, rows_of, seed_table
+from rayexpand.runs.lookup import SeedRows, keyed_seeds, rows_of, seed_table
 from rayexpand.runs.status import RunView, read_classes, view_run, write_page
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import replace_json
@@ -39,7 +39,7 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
-class Strip:
+class MatrixRow:
     """Seeds of one class, and of each run what it made of them; where nothing is shown, the title says why."""
 
     name: str
@@ -106,7 +106,7 @@ def _places(seeds: Sequence[str], copies: int) -> list[tuple[str, int]]:
     return [(seed_id, copy) for seed_id in seeds for copy in range(copies)]
 
 
-def _cell_facts(found: Found, seeds: Sequence[str], copies: int) -> Iterator[dict[str, Any]]:
+def _cell_facts(found: SeedRows, seeds: Sequence[str], copies: int) -> Iterator[dict[str, Any]]:
     """What stands in a cell: the sample with its draw and scores, or why there is none."""
     for place in _places(seeds, copies):
         row = found.kept.get(place)
@@ -118,21 +118,21 @@ def _cell_facts(found: Found, seeds: Sequence[str], copies: int) -> Iterator[dic
                    "scores": {one["name"]: one["value"] for one in row["scores"] or ()}}
 
 
-def _strips(views: Sequence[RunView], chosen: Sequence[tuple[int, list[str]]], found: Sequence[Found],
-            classes: Sequence[str], copies: int) -> Iterator[Strip]:
+def _strips(views: Sequence[RunView], chosen: Sequence[tuple[int, list[str]]], found: Sequence[SeedRows],
+            classes: ClassTable, copies: int) -> Iterator[MatrixRow]:
     ids = [seed_id for _, seeds in chosen for seed_id in seeds]
     pictures = dict(zip(ids, seed_pictures(_owner(views, found, ids), ids), strict=True))
     for label, seeds in chosen:
         cells = tuple(tuple(_shown(one, place, classes) for place in _places(seeds, copies)) for one in found)
-        yield Strip(classes.display[label], tuple(pictures[seed_id] for seed_id in seeds), cells)
+        yield MatrixRow(classes.display[label], tuple(pictures[seed_id] for seed_id in seeds), cells)
 
 
-def _owner(views: Sequence[RunView], found: Sequence[Found], ids: Sequence[str]) -> RunView:
+def _owner(views: Sequence[RunView], found: Sequence[SeedRows], ids: Sequence[str]) -> RunView:
     """A run that has all of the seeds, or the one with the most."""
     return max(zip(views, found, strict=True), key=lambda one: sum(seed_id in one[1].planned for seed_id in ids))[0]
 
 
-def _shown(found: Found, place: tuple[str, int], classes: ClassTable) -> Picture:
+def _shown(found: SeedRows, place: tuple[str, int], classes: ClassTable) -> Picture:
     row = found.kept.get(place)
     if row is None:
         return Picture(title=f"{place[0]}/{place[1]}: {found.absence(place)}", caption=found.absence(place))

@@ -23,7 +23,7 @@ Place = tuple[str, int]  # seed id, copy
 
 
 @dataclass(frozen=True)
-class Found:
+class SeedRows:
     """What became of the rows of some seeds: kept rows with every column, and why the others are not there."""
 
     kept: Mapping[Place, dict[str, Any]]
@@ -64,7 +64,7 @@ def keyed_seeds(tables: Sequence[pa.Table], per_class: int, classes: int | None 
             for label, a, b in zip(chosen, first, stop, strict=True)}
 
 
-def rows_of(view: RunView, table: pa.Table, seed_ids: Sequence[str], copies: int | None = None) -> Found:
+def rows_of(view: RunView, table: pa.Table, seed_ids: Sequence[str], copies: int | None = None) -> SeedRows:
     """The rows of seeds, the first `copies` of each. `table`: that of `seed_table`. Raises DamagedFile."""
     mine = table.filter(pc.is_in(table["seed_id"], pa.array(seed_ids, pa.string())))
     wanted = pa.array(mine["seed_id"].to_pylist(), pa.string())
@@ -76,7 +76,7 @@ def rows_of(view: RunView, table: pa.Table, seed_ids: Sequence[str], copies: int
             refused.pop((row["seed_id"], row["copy"]), None)
         for row in _refused(view, receipt, wanted):
             refused[row["seed_id"], row["copy"]] = f"{row['status']}: {row['reason']}"
-    return Found(kept, refused, dict(zip(mine["seed_id"].to_pylist(), mine["copies"].to_pylist(), strict=True)))
+    return SeedRows(kept, refused, dict(zip(mine["seed_id"].to_pylist(), mine["copies"].to_pylist(), strict=True)))
 
 
 def _kept(view: RunView, receipt: Receipt, wanted: pa.Array, copies: int | None) -> Iterator[dict[str, Any]]:
