@@ -3,7 +3,7 @@ together and each alone. Drawn from what evaluation/maps.py keeps in figures/<na
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +95,7 @@ def _scatter(axes: Axes, points: Sequence[Point], plane: str, runs: int, size: f
     """Draws points; a handle for each run, REAL and "prototype" that has one."""
     handles: dict[Any, Any] = {}
     for number in (REAL, *range(runs)):
-        x, y = _places(points, plane, lambda one, number=number: one["run"] == number and one["kind"] not in _MARKS)
+        x, y = _places([one for one in points if one["run"] == number and one["kind"] not in _MARKS], plane)
         if len(x):
             colour = drawing.colour_of(None if number == REAL else number)
             handles[number] = axes.scatter(
@@ -103,7 +103,7 @@ def _scatter(axes: Axes, points: Sequence[Point], plane: str, runs: int, size: f
                 marker="o" if number == REAL else drawing.MARKERS[(number + 1) % len(drawing.MARKERS)],
                 facecolors="none" if number == REAL else colour)
     for kind, (marker, area) in _MARKS.items():
-        x, y = _places(points, plane, lambda one, kind=kind: one["kind"] == kind)
+        x, y = _places([one for one in points if one["kind"] == kind], plane)
         if len(x):
             drawn = axes.scatter(x, y, s=area * size / 14, marker=marker, edgecolors=drawing.INK,
                                  facecolors=drawing.CARD if kind == "class" else "none", linewidths=1.0, zorder=4)
@@ -111,9 +111,9 @@ def _scatter(axes: Axes, points: Sequence[Point], plane: str, runs: int, size: f
     return handles
 
 
-def _places(points: Sequence[Point], plane: str, wanted: Callable[[Point], bool]) -> np.ndarray:
-    """(2, n): where the wanted points are."""
-    return np.array([one[plane] for one in points if wanted(one)], np.float64).reshape(-1, 2).T
+def _places(points: Sequence[Point], plane: str) -> np.ndarray:
+    """(2, n)."""
+    return np.array([one[plane] for one in points], np.float64).reshape(-1, 2).T
 
 
 def _word(number: Any, names: Sequence[str]) -> str:
