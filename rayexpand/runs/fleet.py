@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
@@ -58,9 +58,15 @@ class Course(NamedTuple):
 
 
 def simulate(seconds_N: Sequence[float] | np.ndarray, fleet: Fleet, seed: int = 0, repetition: int = 0) -> Course:
-    """One course of a run; the losses are drawn with the key of `seed` and `repetition`."""
-    return _Course(np.asarray(seconds_N, np.float64) + fleet.shard_s, fleet,
-                   generator(row_key(seed, "fleet", "", repetition, 0, "losses"))).run()
+    """One course of a run; the losses of a node are drawn with the key of `seed`, `repetition` and its number."""
+    return _Course(np.asarray(seconds_N, np.float64) + fleet.shard_s, fleet, seed, repetition).run()
+
+
+def lives(fleet: Fleet, node: int, seed: int, repetition: int) -> Iterator[float]:
+    """Seconds that a node is up before each of its losses."""
+    rng = generator(row_key(seed, "fleet", str(node), repetition, 0, "losses"))
+    while True:
+        yield rng.exponential(3600 / fleet.loss_rate) if fleet.loss_rate else np.inf
 
 
 @dataclass(slots=True)
@@ -75,6 +81,7 @@ class _Gpu:
 @dataclass(slots=True)
 class _Node:
     gpus: list[int]
+    lives: Iterator[float]
     life: int = 0  # how often it was asked for; events of an earlier life are stale
     up: bool = False
     since: float = 0.0  # paid from here
@@ -84,11 +91,12 @@ class _Node:
 class _Course:
     """A state and a heap of (time, order, event, which GPU or node, its life)."""
 
-    def __init__(self, seconds_N: np.ndarray, fleet: Fleet, rng: np.random.Generator) -> None:
-        self.seconds_N, self.fleet, self.rng = seconds_N, fleet, rng
+    def __init__(self, seconds_N: np.ndarray, fleet: Fleet, seed: int, repetition: int) -> None:
+        self.seconds_N, self.fleet = seconds_N, fleet
         used, size = min(fleet.gpus, len(seconds_N)), fleet.per_node
         self.gpus = [_Gpu(number // size) for number in range(used)]
-        self.nodes = [_Node(list(range(first, min(first + size, used)))) for first in range(0, used, size)]
+        self.nodes = [_Node(list(range(first, min(first + size, used))), lives(fleet, first // size, seed, repetition))
+                      for first in range(0, used, size)]
         self.queue: deque[int] = deque()
         self.next_shard = self.left = self.losses = 0  # left: of the wave
         self.paid = self.lost = 0.0
@@ -117,8 +125,8 @@ class _Course:
     def _up(self, number: int, now: float) -> None:
         node = self.nodes[number]
         node.up = True
-        if self.fleet.loss_rate:
-            self._at(now + self.rng.exponential(3600 / self.fleet.loss_rate), self._loss, number, node)
+        if (life := next(node.lives)) < np.inf:
+            self._at(now + life, self._loss, number, node)
         for gpu in node.gpus:
             self._at(now + self.fleet.load_s, self._ready, gpu, node)
 

@@ -13,6 +13,7 @@ import json
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ def efficiency(ms: float, actors: int, window_s: float) -> dict[str, Any]:
     """Images/s from when every actor has committed once to the last commit, over `actors` / `ms`."""
     with tempfile.TemporaryDirectory() as folder:
         shards = actors * (1 + -(-int(window_s) // max(1, int(0.256 * ms))))
-        config = _config(folder, _seeds(folder, shards * 8), ratio=32, batch=32, shard_images=256, actors=actors,
-                         method={"name": "tests.methods.fakes.Sleeping", "seconds": ms / 1000})
+        config = run_config(folder, write_seeds(folder, shards * 8), ratio=32, batch=32, shard_images=256,
+                            actors=actors, method={"name": "tests.methods.fakes.Sleeping", "seconds": ms / 1000})
         run = runs.prepare(config, device_here=False)
         expand(run, lambda: runs.pending_jobs(run))
         times = sorted(entry.modified for entry in run.files.entries("data").values())
@@ -45,8 +46,8 @@ def slope(shards: int) -> dict[str, Any]:
     readings: list[tuple[int, float]] = []
     stop = threading.Event()
     with tempfile.TemporaryDirectory() as folder:
-        config = _config(folder, _seeds(folder, shards), ratio=1, batch=1, shard_images=1, actors=2,
-                         method={"name": "tests.methods.fakes.Fake"})
+        config = run_config(folder, write_seeds(folder, shards), ratio=1, batch=1, shard_images=1, actors=2,
+                            method={"name": "tests.methods.fakes.Fake"})
         run = runs.prepare(config, device_here=False)
 
         def read() -> None:
@@ -67,7 +68,7 @@ def slope(shards: int) -> dict[str, Any]:
             "driver_mb": round(readings[-1][1]), "mb_per_10000_shards": round(1e4 * per_shard, 1)}
 
 
-def _seeds(folder: str, count: int) -> Path:
+def write_seeds(folder: str, count: int) -> Path:
     images = Path(folder, "seeds", "one")
     images.mkdir(parents=True)
     Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(images / "0000000.png")
@@ -77,11 +78,11 @@ def _seeds(folder: str, count: int) -> Path:
     return images.parent
 
 
-def _config(folder: str, seeds: Path, *, ratio: int, batch: int, shard_images: int, actors: int,
-            method: dict[str, Any]) -> RunConfig:
+def run_config(folder: str, seeds: Path, *, ratio: int, batch: int, shard_images: int, actors: int,
+               method: dict[str, Any], cluster: Mapping[str, Any] | None = None) -> RunConfig:
     return parse({"name": "run", "out": folder, "data": {"source": "imagefolder", "path": str(seeds)},
                   "method": {**method, "ratio": ratio}, "sampler": {"batch": batch, "shard_images": shard_images},
-                  "cluster": {"actors": actors, "cpus_per_actor": 0.5}})
+                  "cluster": {"actors": actors, "cpus_per_actor": 0.5, **(cluster or {})}})
 
 
 def main() -> None:

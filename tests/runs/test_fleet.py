@@ -64,7 +64,7 @@ def test_one_gpu_with_losses_against_the_closed_form(rate: float) -> None:
 
 def test_hours_add_up_with_losses() -> None:
     seconds_n = np.linspace(100, 300, 200)
-    for made in courses(seconds_n, Fleet(16, per_node=4, loss_rate=3, **CALM), 10):
+    for made in courses(seconds_n, Fleet(16, per_node=4, loss_rate=12, **CALM), 10):
         assert made.losses > 0
         assert made.paid_hours == pytest.approx(seconds_n.sum() / 3600 + made.lost_hours + made.waited_hours)
         assert made.waited_hours > 0
