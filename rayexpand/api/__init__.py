@@ -37,6 +37,7 @@ from rayexpand.api.verbs import (
     plan,
     prepare_data,
     published_sets,
+    rayjob,
     select,
     stop,
     submit,
@@ -49,6 +50,6 @@ from rayexpand.methods import trust
 
 __all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "Planned", "PlannedStudy",
            "PreparedData", "RayexpandError", "RunFolder", "Scores", "Selected", "StudyFolder", "SweepFolder", "audit",
-           "bench", "cluster_jobs", "dataset", "demo", "evaluate", "expand", "first_file", "fit", "follow", "job_files",
-           "job_text", "jobs_named_by", "open", "pictures", "plan", "prepare_data", "published_sets", "schema",
-           "select", "stop", "submit", "sweep", "train", "trust", "validate", "write_new"]
+           "bench", "cluster_jobs", "dataset", "demo", "evaluate", "expand", "first_file", "fit", "follow",
+           "job_files", "job_text", "jobs_named_by", "open", "pictures", "plan", "prepare_data", "published_sets",
+           "rayjob", "schema", "select", "stop", "submit", "sweep", "train", "trust", "validate", "write_new"]

@@ -302,6 +302,15 @@ def submit(job: str | os.PathLike[str], address: str | None = None, *, verb: str
     return ClusterJob(**asdict(ended))
 
 
+def rayjob(job: str | os.PathLike[str], *, verb: str = "", set: Set = (), **options: Any) -> str:
+    """YAML of the same job for Kubernetes; nothing is sent. `options`: image, retries, env, trust; see on_ray.rayjob.
+    """
+    from rayexpand.on_ray import rayjob as on_kubernetes
+
+    return on_kubernetes.rayjob(verb or KINDS[read_job(job, set, None)[0]][1], os.fspath(job), as_overrides(set),
+                                **options)
+
+
 def follow(submission_id: str, address: str | None = None, *, on_log: Callable[[str], None]) -> ClusterJob:
     """Follows the log of a job to its end."""
     from rayexpand.on_ray import submit as on_cluster

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from datetime import datetime, timedelta
 from typing import Annotated
 
 import typer
@@ -30,11 +32,18 @@ def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, tra
            python: Annotated[str, typer.Option(help="interpreter on the cluster; else its `python`")] = "",
            logs: Annotated[str, typer.Option(metavar="ID", help="follow the log of a job")] = "",
            stop: Annotated[str, typer.Option(metavar="ID", help="end a job; the same command continues it")] = "",
+           rayjob: Annotated[bool, typer.Option("--rayjob", help="send nothing: print the job as a RayJob of KubeRay, "
+                                                "for `kubectl apply -f -`")] = False,
+           image: Annotated[str, typer.Option(help="with --rayjob: the image of head and workers")] = "",
            list_: Annotated[bool, typer.Option("--list", help="list the jobs of this package")] = False,
            as_json: Json = False) -> None:
     """Run a verb as a job on a Ray cluster, with the same FILE; or follow, stop and list jobs.
 
-    Example: rayexpand submit expand my.yaml --set out=s3://bucket/runs --address http://head:8265
+    Examples:
+
+        rayexpand submit expand my.yaml --set out=s3://bucket/runs --address http://head:8265
+
+        rayexpand submit expand my.yaml --set out=s3://bucket/runs --rayjob | kubectl apply -f -
     """
     from rayexpand import api
 
@@ -45,9 +54,14 @@ def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, tra
     if list_:
         found = api.cluster_jobs(where)
         show_json(found) if as_json else show_table(
-            ("job", "run", "verb", "status", "exit code"),
+            ("job", "run", "verb", "status", "exit code", "started", "duration"),
             [(one["submission_id"], one["run"], one["verb"], one["status"],
-              "" if one["exit_code"] is None else one["exit_code"]) for one in found])
+              "" if one["exit_code"] is None else one["exit_code"], *_times(one["started"], one["ended"]))
+             for one in found])
+        return
+    if rayjob and verb and target:
+        print(api.rayjob(target, verb=verb, set=set_ or [], image=image or None, retries=retries, env=env or [],
+                         trust=trust or []), end="")
         return
     if logs:
         ended = api.follow(logs, where, on_log=on_log)
@@ -64,3 +78,11 @@ def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, tra
     show(ended, as_json)
     if not stop:
         raise typer.Exit(ended.exit_code)
+
+
+def _times(started: float | None, ended: float | None) -> tuple[str, str]:
+    """When a job started, here, and how long it took, or takes."""
+    if not started:
+        return "", ""
+    seconds = round((ended or time.time()) - started)
+    return datetime.fromtimestamp(started).strftime("%Y-%m-%d %H:%M"), str(timedelta(seconds=max(0, seconds)))

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def submit(verb: str, target: str, overrides: Sequence[str] = (), *, address: st
     said = {"target": target, **(read(target, overrides) if verb in FILE_VERBS else {})}
     if problems := secret_problems(said):
         raise ConfigError(target, problems)  # anyone who sees the dashboard could read it
-    run = _run_name(verb, target, overrides)
+    run = run_name(verb, target, overrides)
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch) / "package.zip"
         inside, left_out = write_package(package, Path(working_dir), Path(target) if verb in FILE_VERBS else None)
@@ -105,7 +105,7 @@ def submit(verb: str, target: str, overrides: Sequence[str] = (), *, address: st
                 + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""))
         if verb in FILE_VERBS:
             _refuse_unsent(verb, target, overrides, package)
-        references, settings = _environment(env)
+        references, settings = environment_of(env)
         line = entrypoint(verb, inside or target, overrides, references, python=python, url=url, trust=trust)
         job = Submission(run, verb, line, settings, num_cpus, resources)
         client = connect(url)
@@ -289,7 +289,7 @@ def _loopback(url: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def _run_name(verb: str, target: str, overrides: Sequence[str]) -> str:
+def run_name(verb: str, target: str, overrides: Sequence[str]) -> str:
     if verb in FILE_VERBS:
         return _name_and_out(verb, target, overrides)[0]
     if verb in RUN_VERBS:
@@ -302,6 +302,15 @@ def _run_name(verb: str, target: str, overrides: Sequence[str]) -> str:
 def _refuse_unsent(verb: str, target: str, overrides: Sequence[str], package: Path) -> None:
     """Raises ConfigError for files that a job would look for where it starts and that are not in what is sent, and for
     a relative `out`."""
+    with zipfile.ZipFile(package) as archive:
+        sent = {parent for name in archive.namelist() for parent in (name, *map(str, Path(name).parents))}
+    if problems := unsent_problems(verb, target, overrides, sent):
+        raise ConfigError(target, problems)
+
+
+def unsent_problems(verb: str, target: str, overrides: Sequence[str], sent: Set[str]) -> list[str]:
+    """What a job would look for where it starts and not find, and a relative `out`; `sent`: relative paths that are
+    there."""
     raw, problems = read(target, overrides), list[str]()
     out = _name_and_out(verb, target, overrides)[1]
     if verb == "fit" and "fit" not in raw:
@@ -313,14 +322,11 @@ def _refuse_unsent(verb: str, target: str, overrides: Sequence[str], package: Pa
                         "Give a path or URL that every node of the cluster sees: --set out=/shared/runs")
     if isinstance(study := raw.get("study"), str) and Path(study).is_file():
         raw["study"] = read(study)
-    with zipfile.ZipFile(package) as archive:
-        sent = {parent for name in archive.namelist() for parent in (name, *map(str, Path(name).parents))}
     if verb != "plan":  # which estimates without data
         problems += [f"{field}: {place!r} is not sent, for data and models do not travel with a job. Give a path or "
                      "URL that every node of the cluster sees" for field, place in _places(raw)
                      if _is_relative(place) and not fnmatch.filter(sent, os.path.normpath(place))]
-    if problems:
-        raise ConfigError(target, problems)
+    return problems
 
 
 def _is_relative(place: str) -> bool:
@@ -354,7 +360,7 @@ def _name_and_out(verb: str, target: str, overrides: Sequence[str]) -> tuple[str
     return config.name, config.out
 
 
-def _environment(asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def environment_of(asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """(names the cluster must have, settings to send)."""
     references, settings = [], {}
     for one in asked:

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rayexpand.contract.errors import ConfigError, UsageError
+from rayexpand.on_ray.rayjob import FOLDER, kubernetes_name, rayjob
+from tests.commands import ROOT, rayexpand
+from tests.test_cluster_files import problems
+
+SHARED = "out=s3://bucket/runs"
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> str:
+    path = tmp_path / "birds.yaml"
+    path.write_text("name: Birds_5x\n# vögel\ndata: {source: digits}\nmethod: {name: img2img, ratio: 5}\n"
+                    "cluster: {actors: 12}\n")
+    return str(path)
+
+
+def objects(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    config_map, made = yaml.safe_load_all(text)
+    return config_map, made
+
+
+def test_a_rayjob_follows_the_api_and_brings_its_file(job: str) -> None:
+    config_map, made = objects(rayjob("expand", job, [SHARED], image="registry/rx:1", retries=2))
+    cluster = made["spec"]["rayClusterSpec"]
+    head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]
+    pod = head["template"]["spec"]
+
+    assert list(problems(made, "RayJob", "RayJob")) == []
+    assert made["metadata"]["name"] == config_map["metadata"]["name"] == "birds-5x"
+    assert shlex.split(made["spec"]["entrypoint"]) == ["python", "-m", "rayexpand", "expand", f"{FOLDER}/birds.yaml",
+                                                       "--set", SHARED]
+    assert config_map["data"]["birds.yaml"] == Path(job).read_text()
+    assert pod["volumes"] == [{"name": "job", "configMap": {"name": "birds-5x"}}]
+    assert pod["containers"][0]["volumeMounts"][0]["mountPath"] == FOLDER
+    assert (made["spec"]["backoffLimit"], workers["maxReplicas"], workers["minReplicas"]) == (2, 12, 0)
+    assert {one["template"]["spec"]["containers"][0]["image"] for one in (head, workers)} == {"registry/rx:1"}
+
+
+def test_the_environment_of_both_pods_names_secrets_and_shows_values(job: str) -> None:
+    _, made = objects(rayjob("expand", job, [SHARED], env=["HF_TOKEN", "AWS_REGION=eu-1"]))
+    cluster = made["spec"]["rayClusterSpec"]
+    for part in (cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]):
+        env = {one.pop("name"): one for one in part["template"]["spec"]["containers"][0]["env"]}
+        assert env == {"HF_TOKEN": {"valueFrom": {"secretKeyRef": {"name": "rayexpand-secrets", "key": "HF_TOKEN"}}},
+                       "AWS_REGION": {"value": "eu-1"}}
+
+
+def test_without_changes_it_is_the_file_of_the_cluster_folder(job: str) -> None:
+    _, made = objects(rayjob("expand", job, [SHARED]))
+    file = yaml.safe_load((ROOT / "cluster" / "kuberay-rayjob.yaml").read_text())
+    ours, theirs = made["spec"]["rayClusterSpec"], file["spec"]["rayClusterSpec"]
+    ours["headGroupSpec"]["template"]["spec"].pop("volumes")
+    ours["headGroupSpec"]["template"]["spec"]["containers"][0].pop("volumeMounts")
+    ours["workerGroupSpecs"][0]["maxReplicas"] = theirs["workerGroupSpecs"][0]["maxReplicas"]
+
+    assert ours == theirs
+
+
+def test_what_a_pod_would_not_find_is_refused(job: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        rayjob("expand", job, ["data={source: imagefolder, path: data/birds}"])
+    assert "out: 'runs' is relative" in str(refused.value)
+    assert "data.path: 'data/birds' is not sent" in str(refused.value)
+    Path(job).write_text(Path(job).read_text() + "#" * 1_000_001)
+    with pytest.raises(UsageError, match="a ConfigMap holds 1,000,000"):
+        rayjob("expand", job, [SHARED])
+
+
+def test_a_verb_of_a_run_needs_no_file() -> None:
+    (made,) = yaml.safe_load_all(rayjob("retry", "s3://bucket/runs/birds"))
+
+    assert shlex.split(made["spec"]["entrypoint"])[3:] == ["retry", "s3://bucket/runs/birds"]
+    assert "volumes" not in made["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("Birds_5x", "birds-5x"), ("a" * 60, "a" * 47), ("..", "rayexpand"), ("x" * 46 + ".y", "x" * 46)])
+def test_names_are_those_of_kubernetes(name: str, says: str) -> None:
+    assert kubernetes_name(name) == says
+
+
+def test_the_flag_prints_and_sends_nothing(job: str) -> None:
+    ended = rayexpand("submit", "expand", job, "--set", SHARED, "--rayjob", "--address", "http://127.0.0.1:1")
+
+    assert ended.returncode == 0, ended.stderr
+    assert [one["kind"] for one in yaml.safe_load_all(ended.stdout)] == ["ConfigMap", "RayJob"]
