@@ -27,6 +27,7 @@ from rayexpand.api.results import (
 from rayexpand.api.verbs import (
     audit,
     bench,
+    check_marks,
     cluster_jobs,
     dataset,
     demo,
@@ -50,6 +51,7 @@ from rayexpand.methods import trust
 
 __all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "Planned", "PlannedStudy",
            "PreparedData", "RayexpandError", "RunFolder", "Scores", "Selected", "StudyFolder", "SweepFolder", "audit",
-           "bench", "cluster_jobs", "dataset", "demo", "evaluate", "expand", "first_file", "fit", "follow",
-           "job_files", "job_text", "jobs_named_by", "open", "pictures", "plan", "prepare_data", "published_sets",
-           "rayjob", "schema", "select", "stop", "submit", "sweep", "train", "trust", "validate", "write_new"]
+           "bench", "check_marks", "cluster_jobs", "dataset", "demo", "evaluate", "expand", "first_file", "fit",
+           "follow", "job_files", "job_text", "jobs_named_by", "open", "pictures", "plan", "prepare_data",
+           "published_sets", "rayjob", "schema", "select", "stop", "submit", "sweep", "train", "trust", "validate",
+           "write_new"]

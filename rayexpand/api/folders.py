@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -97,13 +97,21 @@ class RunFolder(_Paged):
                 "equal": committed == sample.sample_sha256 if committed else None, "image": sample.image}
 
     def export(self, out: str | os.PathLike[str], layout: Literal["webdataset", "huggingface", "imagefolder"] =
-               "webdataset", *, shard_images: int = 1000, selection: str | None = None,
+               "webdataset", *, shard_images: int = 1000, selection: str | None = None, require: Sequence[str] = (),
                on: Callable[[Event], None] | None = None) -> Any:
-        """Copies the kept samples into a new folder; see runs.export.Exported."""
+        """Copies the kept samples into a new folder; see runs.export.Exported. `require`: lines of the release sheet
+        that must pass. Raises UsageError with those that do not."""
+        from rayexpand.evaluation import release
+        from rayexpand.reports.card import sheet_text
         from rayexpand.runs.export import export
+        from rayexpand.runs.selections import read_selection
+        from rayexpand.runs.status import view_run
 
+        chosen = read_selection(self._run(), selection) if selection else None
+        sheet = release.release_sheet(view_run(self.folder), chosen, exported=True)
+        release.require(sheet, require)
         return export(self.folder, os.fspath(out), layout, shard_images=shard_images, selection=selection,
-                      on_rows=Relay(on))
+                      release=sheet_text(sheet), on_rows=Relay(on))
 
     def report(self, strips: int = 0) -> str:
         """Writes the page and returns where. `strips`: of a guided run, so many samples beside plain ones."""
@@ -112,11 +120,11 @@ class RunFolder(_Paged):
 
         return str(write_report(self.folder, look=look(self.folder, strips) if strips else None))
 
-    def card(self, license_id: str | None = None) -> str:
-        """Writes the dataset card and returns where."""
+    def card(self, license_id: str | None = None, license_of: Mapping[str, str] | None = None) -> str:
+        """Writes the dataset card and returns where. `license_of`: licenses of `generator`, `adapter` and `seeds`."""
         from rayexpand.reports.card import write_card
 
-        return str(write_card(self.folder, license_id=license_id))
+        return str(write_card(self.folder, license_id=license_id, license_of=license_of))
 
     def _run(self) -> Run:
         from rayexpand.runs.run import open_run

@@ -192,7 +192,7 @@ def _shares(one: Mapping[str, float]) -> str:
     return f"{100 * one['value']:.2g} % [{100 * one['low']:.2g}, {100 * one['high']:.2g}]"
 
 
-SCOPES = {"own": "the own seed", "class": "another seed of the class", "other": "another seed"}
+SCOPES = {"own": "the own seed", "class": "another seed of the class", "all": "another seed"}
 
 
 @dataclass(frozen=True)

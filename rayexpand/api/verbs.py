@@ -183,13 +183,18 @@ def evaluate(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool |
 def audit(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,
           on: Callable[[Event], None] | None = None, same_process: bool = False) -> Audited:
     """Whether samples may be released: which are copies of seeds, and whether pipelines of this kind say who was in the
-    dataset. An audit of the latter makes runs and classifiers; the same call continues it."""
+    dataset. An audit of the latter makes runs and classifiers; the same call continues it. Card and page of the run
+    are written anew."""
     from rayexpand.studies import audit as audits
 
     config, progress = at(config_of("audit", job, set, machine), ray), Relay(on)
     with driver(ray, config.cluster, same_process=same_process) as drive:
         machines = machines_with(ray, config.cluster, drive, progress)
         found = audits.audit(config, find_with(ray, config.cluster), machines, progress)
+    if config.audit.run is not None:
+        folder = RunFolder(config.audit.run)
+        folder.card()
+        folder.report()
     if config.audit.membership is not None:
         from rayexpand.reports.membership import write_membership_page
 
@@ -268,6 +273,13 @@ def dataset(run: str | os.PathLike[str] | RunFolder, selection: str | None = Non
         data = open_run(folder).config.data if real is True else seeds.DataConfig(**real)
         parts.append(RowSource(seeds=(seeds.build_index(data), data)))
     return SampleDataset(training_set(parts))
+
+
+def check_marks(folder: str | os.PathLike[str]) -> Any:
+    """Looks for the mark of synthetic origin in every image of an export; see runs.marks.MarksFound."""
+    from rayexpand.runs.marks import check_marks
+
+    return check_marks(os.fspath(folder))
 
 
 def demo(out: str = "", method: str = "img2img", *, on: Callable[[Event], None] | None = None) -> dict[str, Any]:

@@ -77,14 +77,22 @@ def status(folder: Folder, as_json: Json = False) -> None:
 @app.command()
 def verify(folder: Folder, trust: Trust = None,
            pixels: Annotated[bool, typer.Option(help="also decode every image and check its hash")] = False,
+           marks: Annotated[bool, typer.Option(help="of an export: check that every image says that it is "
+                                                    "synthetic")] = False,
            as_json: Json = False) -> None:
-    """Check every file of a run against its plan, and rebuild missing receipts.
+    """Check every file of a run against its plan, and rebuild missing receipts; or the marks of an export.
 
-    Example: rayexpand verify runs/birds --pixels
+    Examples:
+
+        rayexpand verify runs/birds --pixels
+
+        rayexpand verify birds-5x --marks
     """
     from rayexpand import api
 
-    found = api.RunFolder(folder).verify(pixels)
+    if marks and pixels:
+        raise UsageError("--marks looks at an export and --pixels at a run; give one of them")
+    found = api.check_marks(folder) if marks else api.RunFolder(folder).verify(pixels)
     if as_json:
         show_json(found.to_json())
     else:

@@ -71,14 +71,19 @@ def _own_page(folders: Sequence[str], strips: int, options: Mapping[str, Any]) -
 
 @app.command()
 def card(folder: Folder, license_id: Annotated[str | None, typer.Option("--license", help="e.g. cc-by-4.0")] = None,
+         license_of: Annotated[list[str] | None, typer.Option(metavar="WHAT=ID", help="of generator, adapter or seeds; "
+                                                              "repeatable")] = None,
          trust: Trust = None, as_json: Json = False) -> None:
     """Write the dataset card of a run (README.md in its folder).
 
-    Example: rayexpand card runs/birds --license cc-by-4.0
+    Example: rayexpand card runs/birds --license cc-by-4.0 --license-of seeds=cc-by-4.0
     """
     from rayexpand import api
 
-    page = api.RunFolder(folder).card(license_id)
+    given = [one.partition("=") for one in license_of or []]
+    if wrong := [name for name, sign, license_of_it in given if not (sign and license_of_it)]:
+        raise UsageError(f"--license-of {wrong[0]}: give what and its license, for example seeds=cc-by-4.0")
+    page = api.RunFolder(folder).card(license_id, {name: one for name, _, one in given})
     show_json({"card": page}) if as_json else print(page)
 
 
@@ -89,17 +94,24 @@ def export(folder: Folder,
                help="webdataset, huggingface, or imagefolder (up to about 100,000 images)")] = "webdataset",
            shard_images: Annotated[int, typer.Option(help="samples of one tar or parquet file")] = 1000,
            selection: Annotated[str, typer.Option(help="a decision in selections/; only the rows it keeps")] = "",
+           require: Annotated[str, typer.Option(metavar="LINE,...", help="lines of the release sheet that must pass, "
+                                                "e.g. copies,membership")] = "",
            trust: Trust = None, as_json: Json = False) -> None:
     """Copy the kept samples of a run into the layout of another tool.
 
-    Example: rayexpand export runs/birds birds-5x --layout imagefolder
+    Examples:
+
+        rayexpand export runs/birds birds-5x --layout imagefolder
+
+        rayexpand export runs/birds birds-5x --require copies,licenses
     """
     from rayexpand import api
     from rayexpand.cli.progress import Progress
 
     with Progress() as progress:
         made = api.RunFolder(folder).export(out, layout, shard_images=shard_images,  # type: ignore[arg-type]
-                                            selection=selection or None, on=progress)
+                                            selection=selection or None, on=progress,
+                                            require=[one.strip() for one in require.split(",") if one.strip()])
     if made.pending:
         warn([f"{made.pending:,} planned samples are not decided yet and are not in this export"], "")
     summary = {"folder": str(made.folder), "layout": made.layout, "count": made.count, "files": made.files,

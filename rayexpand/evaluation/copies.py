@@ -4,10 +4,7 @@ Every sample is compared with all seeds in the features of one extractor. What c
 held-out real images and by copies that are known to be some (copy_statistics.py). The work is cut into chunks: seeds,
 held-out images, known copies, and data files of the run; copy_search.py turns them into tables, here or on a cluster.
 
-    <run>/audit/<name>/copies/part-00000.parquet       one row for each sample: own, other and nearest seeds
-    <run>/audit/<name>/copies/calibration.parquet      the same of held-out images and known copies
-
-Parts are written as chunks come in, so a stopped audit continues.
+Parts of the result (audit_files.py) are written as chunks come in, so a stopped audit continues.
 """
 
 # N samples, M seeds, D features
@@ -15,7 +12,8 @@ Parts are written as chunks come in, so a stopped audit continues.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ from rayexpand.contract.settings import digest
 from rayexpand.data.seeds import build_index
 from rayexpand.evaluation import copy_statistics as statistics
 from rayexpand.evaluation import features as extractors
+from rayexpand.evaluation.audit_files import committed_sha256, numbers, part_names
 from rayexpand.evaluation.copies_config import CopiesConfig, chosen_extractor
 from rayexpand.evaluation.copy_search import CompareChunk, ComparedSeeds, CopyJob, OnRows, Work, held_out_chunk
 from rayexpand.evaluation.known_copies import EDITS, STRENGTHS, has_img2img
@@ -59,12 +58,16 @@ def audit_copies(run: Run, config: CopiesConfig, runtime: RuntimeConfig, folder:
     for name in (folder, ".tmp"):
         run.files.make_folder(name)
     run.files.replace(f"{folder}/calibration.parquet", parquet_bytes(calibration, {}))
-    rows = _sample_rows(run, job, folder, samples, found, work, on_rows)
-    return {"extractor": {"name": extractors.name_of(config.extractor), "sha256": job.extractor_sha256,
-                          "resize": extractors.RESIZE, "features": found.h_MD.shape[1]},
+    identity = digest({"version": VERSION, "config": config.model_dump(mode="json", exclude={"extractor", "known"}),
+                       "extractor": job.extractor_sha256, "seeds": found.sha256})
+    rows = _Parts(run, folder, identity).rows(samples, lambda chunks: work(job, chunks, found), on_rows)
+    extractor = {"name": extractors.name_of(config.extractor), "sha256": job.extractor_sha256,
+                 "resize": extractors.RESIZE, "features": found.h_MD.shape[1]}
+    repeated_M = (found.same_M != np.arange(len(found.same_M))) & found.sound_M
+    return {"identity": identity, "committed_sha256": committed_sha256(run.store.receipts()), "extractor": extractor,
             "within": config.within, "centre": config.centre, "top": config.top,
             "seeds": {"listed": len(run.plan.index), "compared": int(found.sound_M.sum()),
-                      "same_as_another": int((found.same_M != np.arange(len(found.same_M)))[found.sound_M].sum())},
+                      "same_as_another": int(repeated_M.sum())},
             **_summary(run, config, calibration, rows, sum(one.rows for one in held_out))}
 
 
@@ -121,63 +124,57 @@ def _all(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds | No
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def _sample_rows(run: Run, job: CopyJob, folder: str, chunks: Sequence[CompareChunk], found: ComparedSeeds, work: Work,
-                 on_rows: OnRows) -> pa.Table:
-    """Rows of all samples, those that are there already and the others, which are written as they come in."""
-    identity = digest({"version": VERSION, "config": job.config.model_dump(mode="json", exclude={"extractor", "batch"}),
-                       "extractor": job.extractor_sha256, "seeds": found.sha256, "batch": job.config.batch})
-    known = _known_parts(run, folder, identity, {chunk.key for chunk in chunks})
-    todo = [chunk for chunk in chunks if chunk.key not in known]
-    total = sum(one.rows for one in chunks)
-    done = total - sum(one.rows for one in todo)
-    waiting: list[tuple[str, pa.Table]] = []
-    try:
-        for number, table in work(job, todo, found) if todo else ():
-            waiting.append((todo[number].key, table))
-            on_rows("samples compared with seeds", done := done + todo[number].rows, total)
-            if sum(table.num_rows for _, table in waiting) >= PART_ROWS:
-                known |= _keep(run, folder, identity, waiting)
-                waiting = []
-    finally:
-        if waiting:
-            known |= _keep(run, folder, identity, waiting)
-    return pa.concat_tables([known[chunk.key] for chunk in chunks])
+@dataclass(frozen=True)
+class _Parts:
+    """Tables of samples below a folder of the run, kept as they come in; `identity` is that of the audit."""
 
+    run: Run
+    folder: str
+    identity: str
 
-def _known_parts(run: Run, folder: str, identity: str, wanted: set[str]) -> dict[str, pa.Table]:
-    """Tables by the key of their chunk; parts of another audit, and of data files that are no more, are removed."""
-    found: dict[str, pa.Table] = {}
-    for name in _parts(run, folder):
-        facts = parquet_facts(run.files, f"{folder}/{name}", JOB) or {}
-        if facts.get("job") != identity or not {key for key, _ in facts["chunks"]} <= wanted - found.keys():
-            run.files.delete(f"{folder}/{name}")
-            continue
-        table, start = read_table(run.files, f"{folder}/{name}").replace_schema_metadata(), 0
-        for key, rows in facts["chunks"]:
-            found[key] = table.slice(start, rows)
-            start += rows
-    return found
+    def rows(self, chunks: Sequence[CompareChunk],
+             work: Callable[[Sequence[CompareChunk]], Iterator[tuple[int, pa.Table]]], on_rows: OnRows) -> pa.Table:
+        """Rows of all samples: those that are there already, and the others."""
+        known = self._known({chunk.key for chunk in chunks})
+        todo = [chunk for chunk in chunks if chunk.key not in known]
+        total = sum(one.rows for one in chunks)
+        done = total - sum(one.rows for one in todo)
+        waiting: list[tuple[str, pa.Table]] = []
+        try:
+            for number, table in work(todo) if todo else ():
+                waiting.append((todo[number].key, table))
+                on_rows("samples compared with seeds", done := done + todo[number].rows, total)
+                if sum(table.num_rows for _, table in waiting) >= PART_ROWS:
+                    known |= self._keep(waiting)
+                    waiting = []
+        finally:
+            if waiting:
+                known |= self._keep(waiting)
+        return pa.concat_tables([known[chunk.key] for chunk in chunks])
 
+    def _known(self, wanted: set[str]) -> dict[str, pa.Table]:
+        """Tables by the key of their chunk; parts of another audit, and of data files that are no more, are removed."""
+        found: dict[str, pa.Table] = {}
+        files = self.run.files
+        for name in part_names(files, self.folder):
+            facts = parquet_facts(files, f"{self.folder}/{name}", JOB) or {}
+            if facts.get("job") != self.identity or not {key for key, _ in facts["chunks"]} <= wanted - found.keys():
+                files.delete(f"{self.folder}/{name}")
+                continue
+            table, start = read_table(files, f"{self.folder}/{name}").replace_schema_metadata(), 0
+            for key, rows in facts["chunks"]:
+                found[key] = table.slice(start, rows)
+                start += rows
+        return found
 
-def _keep(run: Run, folder: str, identity: str, tables: Sequence[tuple[str, pa.Table]]) -> dict[str, pa.Table]:
-    facts = {"job": identity, "chunks": [(key, table.num_rows) for key, table in tables]}
-    content = parquet_bytes(pa.concat_tables([table for _, table in tables]), {JOB: json.dumps(facts).encode()},
-                            row_group=PART_ROWS)
-    number = len(_parts(run, folder))
-    while not run.files.publish(f"{folder}/part-{number:05d}.parquet", content):
-        number += 1
-    return dict(tables)
-
-
-def _parts(run: Run, folder: str) -> list[str]:
-    return sorted(name for name in run.files.list(folder) if name.startswith("part-"))
-
-
-def read_rows(run: Run, name: str, columns: list[str]) -> pa.Table:
-    """Columns of all samples of the audit `name`, in the order of its parts."""
-    folder = f"audit/{name}/copies"
-    return pa.concat_tables([read_table(run.files, f"{folder}/{part}", columns).replace_schema_metadata()
-                             for part in _parts(run, folder)])
+    def _keep(self, tables: Sequence[tuple[str, pa.Table]]) -> dict[str, pa.Table]:
+        facts = {"job": self.identity, "chunks": [(key, table.num_rows) for key, table in tables]}
+        content = parquet_bytes(pa.concat_tables([table for _, table in tables]), {JOB: json.dumps(facts).encode()},
+                                row_group=PART_ROWS)
+        number = len(part_names(self.run.files, self.folder))
+        while not self.run.files.publish(f"{self.folder}/part-{number:05d}.parquet", content):
+            number += 1
+        return dict(tables)
 
 
 # --------------------------------------------------------------------------------------------------------------- result
@@ -186,10 +183,10 @@ def read_rows(run: Run, name: str, columns: list[str]) -> pa.Table:
 def _summary(run: Run, config: CopiesConfig, calibration: pa.Table, rows: pa.Table, listed: int) -> dict[str, Any]:
     """Thresholds, what they find of known copies, and the counts of the samples."""
     kind = np.asarray(calibration["kind"].to_pylist())
-    scopes = ["class", "other"] if config.within == "all" else ["class"]
-    null = {scope: _numbers(calibration, scope)[kind == "held_out"] for scope in scopes}
+    scopes = ["class", "all"] if config.within == "all" else ["class"]
+    null = {scope: numbers(calibration, scope)[kind == "held_out"] for scope in scopes}
     null = {scope: s_N[~np.isnan(s_N)] for scope, s_N in null.items()}
-    own_N = _numbers(calibration, "own")
+    own_N = numbers(calibration, "own")
     known = {one: own_N[(kind == one) & ~np.isnan(own_N)] for one in dict.fromkeys(kind.tolist()) if one != "held_out"}
     tau = {scope: statistics.threshold(s_N) for scope, s_N in null.items() if len(s_N) >= statistics.LEAST_NULL}
     if missing := [scope for scope in scopes if scope not in tau]:
@@ -214,16 +211,10 @@ def _counts(run: Run, rows: pa.Table, tau: Mapping[str, float], tau_copy: Mappin
     keys = run.plan.index.classes.key
     scopes: dict[str, Any] = {}
     for scope in ("own", *tau):
-        by = "class" if scope == "own" else scope
-        s_N = _numbers(rows, scope)
-        known_N = ~np.isnan(s_N)
-        copy_N = s_N > tau_copy[by]
-        above = int((s_N > tau[by]).sum())
-        scopes[scope] = {
-            "copies": int(copy_N.sum()), "share": float(copy_N[known_N].mean()) if known_N.any() else 0.0,
-            "candidates": above - int(copy_N.sum()), **({} if scope == "own" else {
-                "null": statistics.excess(above, max(int(known_N.sum()), 1))}),
-            "by_strength": _shares(copy_N, strength_N), "by_class": _largest(copy_N, label_N, keys)}
+        s_N = numbers(rows, scope)
+        copy_N = s_N > tau_copy["class" if scope == "own" else scope]
+        scopes[scope] = {**statistics.scope_counts(s_N, scope, tau, tau_copy),
+                         "by_strength": _shares(copy_N, strength_N), "by_class": _largest(copy_N, label_N, keys)}
     return {"scopes": scopes}
 
 
@@ -241,8 +232,3 @@ def _largest(copy_N: np.ndarray, label_N: np.ndarray, keys: Sequence[str], most:
     share_K = copies_K / np.maximum(had_K, 1)
     return {keys[label]: float(share_K[label]) for label in np.argsort(-share_K, kind="stable")[:most].tolist()
             if copies_K[label]}
-
-
-def _numbers(table: pa.Table, column: str) -> np.ndarray:
-    """float64, not a number where the table has none."""
-    return table[column].to_numpy().astype(np.float64)

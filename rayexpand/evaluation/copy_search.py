@@ -3,7 +3,7 @@
     here       meaning, unit
     h_MD       float32 features of the seeds as the extractor gives them, in the order of the index
     own        similarity of a sample, or of a known copy, to the seed it was made from
-    class      similarity to the nearest other seed of its class; other: to the nearest other seed of all
+    class      similarity to the nearest other seed of its class; all: to the nearest other seed of all
     top        similarities of the nearest seeds, its own among them
 
 Seeds with the same pixels and the same class count as one, and a seed with the same pixels as the own one is no other
@@ -198,7 +198,7 @@ class CopyFinder:
         assert self._searcher is not None
         ids, found = self._run.plan.index.table["seed_id"].combine_chunks(), self._searcher(h_ND, label_N, own_N)
         named: dict[str, Any] = {}
-        for scope in ("class", "other"):
+        for scope in ("class", "all"):
             at_N = found[f"{scope}_at"]
             named |= {f"{scope}_id": ids.take(pa.array(at_N, mask=at_N < 0)), scope: found[scope]}
         top_NT = found["top_at"]
@@ -274,11 +274,11 @@ class Searcher:
         found["class"], found["class_at"] = self._other(*in_class, own_N)
         if self._config.within == "class":
             of_all = in_class
-            found |= {"other": np.full(count, np.nan, np.float32), "other_at": np.full(count, -1)}
+            found |= {"all": np.full(count, np.nan, np.float32), "all_at": np.full(count, -1)}
         else:
             s, i = self._all.nearest(q_ND, wanted)
             of_all = s, np.where(i < 0, -1, self._at[i])
-            found["other"], found["other_at"] = self._other(*of_all, own_N)
+            found["all"], found["all_at"] = self._other(*of_all, own_N)
         found["top"], found["top_at"] = (one[:, :self._config.top] for one in of_all)
         return found
 

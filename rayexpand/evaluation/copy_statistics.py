@@ -16,6 +16,7 @@ strength 0.1 above tau cannot see copies, and then no share of copies is known.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,3 +72,18 @@ def excess(above: int, total: int) -> dict[str, Any]:
     low, high = exact_interval(above, total)
     return {"observed": above, "expected": total * rate, "of": total,
             "excess": {"value": above / total - rate, "low": low - rate, "high": high - rate}}
+
+
+def least_samples(allowed: float) -> int:
+    """Samples of which none may lie above tau, so that the excess is known to be below `allowed`."""
+    return math.ceil(math.log((1 - CONFIDENCE) / 2) / math.log(1 - (1 - NULL_QUANTILE) - allowed))
+
+
+def scope_counts(s_N: np.ndarray, scope: str, tau: Mapping[str, float], tau_copy: Mapping[str, float]
+                 ) -> dict[str, Any]:
+    """Copies and candidates of one scope; own seeds are judged by the thresholds of their class, and no excess is
+    expected of them."""
+    by, known_N = "class" if scope == "own" else scope, s_N[~np.isnan(s_N)]
+    above, copies = int((known_N > tau[by]).sum()), int((known_N > tau_copy[by]).sum())
+    found = {"of": len(s_N), "copies": copies, "share": copies / max(len(s_N), 1), "candidates": above - copies}
+    return found if scope == "own" else {**found, "null": excess(above, max(len(known_N), 1))}

@@ -33,11 +33,13 @@ from rayexpand.contract.schema import Receipt
 from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import Device, Section, differences, mistakes, read
 from rayexpand.evaluation import select_scores as by_guide
+from rayexpand.evaluation.audit_files import read_audit, similarities_of
 from rayexpand.evaluation.select_rules import (
     ANCHOR,
     ANCHOR_ENTROPY,
     BY_GUIDE,
     CONTRAST,
+    COPIES,
     ENTROPY,
     FEATURES,
     REASONS,
@@ -47,6 +49,7 @@ from rayexpand.evaluation.select_rules import (
     Random,
     Rule,
     ScoredSamples,
+    SeedCopies,
 )
 from rayexpand.evaluation.select_scores import OnRows, Score, ScoreJob
 from rayexpand.models.guide_files import check_guide
@@ -151,18 +154,21 @@ def select(config: SelectConfig, score: Score = by_guide.in_process,
     run = runs.open_run(config.run)
     needs_guide = config.rule.wants() & BY_GUIDE
     job = _job(run, config, needs_guide, on_rows) if needs_guide else None
-    settings = _settings(config, job)
+    rule, audited = _calibrated(run, config.rule)
+    settings = _settings(config, job) | audited
     receipts = list(run.store.receipts())  # one look: what a retry commits from here on is for another decision
     content = _content(receipts)
     name = f"selections/{config.name}.parquet"
     if (there := _there(run, name, settings, content)) is not None:
         return there
-    rows = _rows(run, receipts, config.rule.wants() - BY_GUIDE)
+    rows = _rows(run, receipts, frozenset() if audited else config.rule.wants() - BY_GUIDE)
+    if isinstance(rule, SeedCopies):
+        rows.table.scores[COPIES[rule.against]] = similarities_of(run.files, rule.audit, rule.against, rows.ids)
     if job is not None:
         chunks = by_guide.sample_chunks(receipts) + (by_guide.seed_chunks(run) if ANCHOR in needs_guide else [])
         found = by_guide.guide_scores(run, job, chunks, score, on_rows)
         rows.table.scores.update(_in_plan_order(found, rows, with_seeds=ANCHOR in needs_guide))
-    decision = config.rule.decide(rows.table, PlanRng(config.seed, "select"))
+    decision = rule.decide(rows.table, PlanRng(config.seed, "select"))
     facts = {**_facts(run, totals(run.plan.planned, receipts), config, rows, decision), "settings": settings,
              "content_sha256": content, "scored_in": job.folder if job else None,
              "seconds": time.perf_counter() - started}
@@ -173,6 +179,17 @@ def select(config: SelectConfig, score: Score = by_guide.in_process,
         assert there is not None
         return there
     return {**facts, "file": str(run.files.at(name)), "made": True}
+
+
+def _calibrated(run: Run, rule: Rule) -> tuple[Rule, dict[str, Any]]:
+    """A rule that looks at an audit with its threshold, and what decides besides. Raises UsageError."""
+    if not isinstance(rule, SeedCopies):
+        return rule, {}
+    found = (read_audit(run.files, rule.audit) or {}).get("copies")
+    if found is None:
+        similarities_of(run.files, rule.audit, rule.against, pa.array([], pa.string()))
+        raise UsageError(f"rule.audit: the audit {rule.audit!r} has not ended; run `rayexpand audit` with its file")
+    return rule.calibrated(found), {"audit": {name: found[name] for name in ("identity", "tau_copy")}}
 
 
 def _settings(config: SelectConfig, job: ScoreJob | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@
     random            some of each seed, class, or of all, by a key                      the control of every other rule
     selective         copies in which a guide sees the seed's class, but is less sure    GIF, section 3.2
     near_copies       the first of samples that a guide cannot tell apart                ours
+    seed_copies       samples that an audit does not call copies of a seed               ours
 
 A rule sees the whole run at once and knows no file and no model. Equal scores are ordered by a key of the sample id, so
 a decision depends on neither the order of files nor the number of processes.
@@ -17,13 +18,14 @@ a decision depends on neither the order of files nor the number of processes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from rayexpand.contract.errors import UsageError
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.settings import Section
 
@@ -31,6 +33,7 @@ CONFIDENCE, CONTRAST, ENTROPY, TOP = "clip_confidence", "clip_contrast", "clip_e
 FEATURES = "features"
 ANCHOR, ANCHOR_ENTROPY = "anchor", "anchor_entropy"  # of the seed of a sample, as it is
 BY_GUIDE = frozenset({CONFIDENCE, CONTRAST, ENTROPY, TOP, FEATURES, ANCHOR, ANCHOR_ENTROPY})
+COPIES = {scope: f"copies_{scope}" for scope in ("own", "class", "all")}  # similarities that an audit found
 
 KEPT, BELOW, WRONG, COPY, OVER, UNSCORED = range(6)
 REASONS = ("", "below_threshold", "wrong_class", "near_copy", "not_chosen", "no_score")
@@ -237,6 +240,40 @@ class NearCopies(Rule):
         return Decision(code_N, nearest_N)
 
 
+class SeedCopies(Rule):
+    """A sample stays unless its similarity to a seed, as an audit of the run found it, is above `threshold`. Where
+    there is no such seed it stays too."""
+
+    kind: Literal["seed_copies"] = "seed_copies"
+    audit: str = Field("audit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of an audit of the run with "
+                       "section copies")
+    against: Literal["own", "class", "all"] = Field("all", description="own: the seed it was made from; class: the "
+                                                    "nearest other seed of its class; all: the nearest other seed")
+    threshold: float | Literal["calibrated"] = Field("calibrated", description="similarity above which a sample is "
+                                                     "dropped, or calibrated: the audit's own tau_copy")
+
+    def wants(self) -> frozenset[str]:
+        return frozenset({COPIES[self.against]})
+
+    def calibrated(self, found: Mapping[str, Any]) -> SeedCopies:
+        """With the threshold of an audit's entry `copies`. Raises UsageError where that audit cannot see copies, or did
+        not look there."""
+        if self.threshold != "calibrated":
+            return self
+        if not found["sees_copies"]:
+            raise UsageError(f"rule.audit: the audit {self.audit!r} knows no threshold, for {found['words']}. Or give "
+                             "rule.threshold a number")
+        if (scope := "class" if self.against == "own" else self.against) not in found["tau_copy"]:
+            raise UsageError(f"rule.against: the audit {self.audit!r} looked within the class only; audit with "
+                             "`within: all`, or use class or own")
+        return self.model_copy(update={"threshold": found["tau_copy"][scope]})
+
+    def decide(self, rows: ScoredSamples, rng: PlanRng) -> Decision:
+        score_N = rows.scores[COPIES[self.against]]
+        return Decision(np.where(score_N > self.threshold, COPY, KEPT).astype(np.int8), score_N,
+                        {"threshold": self.threshold})
+
+
 def nearest_before(h_ND: np.ndarray, threshold: float) -> np.ndarray:
     """float64 (N,): largest cosine of each row with an earlier one that stayed (is above `threshold` with none before
     it); not a number where there is none. Rows have length 1."""
@@ -277,5 +314,5 @@ def _unscored(decision: Decision) -> Decision:
     return decision
 
 
-RULES: dict[str, type[Rule]] = {
-    one.model_fields["kind"].default: one for one in (ClipConfidence, Quantile, Best, Random, Selective, NearCopies)}
+RULES: dict[str, type[Rule]] = {one.model_fields["kind"].default: one for one in (
+    ClipConfidence, Quantile, Best, Random, Selective, NearCopies, SeedCopies)}

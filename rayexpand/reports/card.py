@@ -5,19 +5,21 @@ The front matter points at data/ only, so `datasets.load_dataset(<run folder>)` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rayexpand.contract.errors import UsageError
 from rayexpand.contract.schema import Reason
 from rayexpand.data.seeds import survey_lines
+from rayexpand.evaluation.release import ReleaseLine, release_sheet
 from rayexpand.methods import label_words_of
 from rayexpand.reports.licenses import license_identifier
 from rayexpand.reports.templates import render
 from rayexpand.runs.cut_prompts import words_of
-from rayexpand.runs.export import markdown_cell, published, size_category, stated_license
+from rayexpand.runs.export import markdown_cell, published, size_category, stated_license, stated_licenses
 from rayexpand.runs.status import RunView, class_counts, read_classes, view_run, write_page
 
 PROMISE = (
@@ -27,26 +29,32 @@ PROMISE = (
     "planned sample exactly once; a sampler may run twice. Not promised: equal pixels across stacks or batch shapes, "
     "equal encoded bytes across encoder versions, equal Parquet bytes.")
 GPU_CAVEAT = "On a GPU, guided methods are called run-to-run bitwise only after a test there has shown it."
+LICENSED = ("generator", "adapter", "seeds")
+RELEASE = "What is known before these samples are given away. A line that was not measured does not pass."
 ALL_CLASSES = 100  # up to here every class has its line
 
 
-def write_card(folder: str | Path, *, license_id: str | None = None) -> Path | str:
+def write_card(folder: str | Path, *, license_id: str | None = None,
+               license_of: Mapping[str, str] | None = None) -> Path | str:
     """Writes README.md into a run folder and returns its path or URL.
 
     `license_id` is a Hugging Face or SPDX license identifier; without one that of the card that is there stays, else
-    the card says that the license is unknown.
+    the card says that the license is unknown. `license_of`: those of `generator`, `adapter` and `seeds`; what is not
+    given stays as it was.
     Raises UsageError if there is no run or no such license, EnvironmentFault if the card cannot be written.
     """
     view = view_run(folder)
     license_id = stated_license(view.files) if license_id is None else license_identifier(license_id)
+    licenses = {**stated_licenses(view.files), **_source_licenses(license_of or {})}
     config = published(view.run["config"])
     classes, kept = read_classes(view), class_counts(view)
     lines = [(label, classes.name[label], classes.key[label], classes.count[label], int(kept[label]))
              for label in range(len(classes))]
     reasons = [(reason, Reason(reason).status.value, rows) for reason, rows in view.reasons.items()]
     text = render("card.md.j2", {"cell": markdown_cell, "number": lambda n: f"{n:,}"},
-        front=_front_matter(view, license_id), run={**view.run, "config": config}, totals=view.totals,
-        reasons=reasons, classes=lines,
+        front=_front_matter(view, license_id, licenses),
+        release=sheet_text(release_sheet(view, kept=kept, licenses=licenses)), run={**view.run, "config": config},
+        totals=view.totals, reasons=reasons, classes=lines,
         listed=lines if len(lines) <= ALL_CLASSES else [], license_id=license_id, promise=PROMISE,
         gpu_caveat=GPU_CAVEAT, stacks=view.stacks, source=_fields(config["data"]), settings=_fields(config["method"]),
         cut_words=words_of(view.run["cut_prompts"]) if view.run.get("cut_prompts") else "",
@@ -56,7 +64,21 @@ def write_card(folder: str | Path, *, license_id: str | None = None) -> Path | s
     return write_page(view.files, "README.md", text)
 
 
-def _front_matter(view: RunView, license_id: str | None) -> str:
+def sheet_text(sheet: Sequence[ReleaseLine]) -> str:
+    """The release sheet as a section in Markdown."""
+    lines = [f"| {line.name} | {'pass' if line.status == 'pass' else f'**{line.status.upper()}**'} | "
+             f"{markdown_cell(line.text)} |" for line in sheet]
+    return "\n".join(["## Release", "", RELEASE, "", "| line | | what was found |", "|---|---|---|", *lines, "", ""])
+
+
+def _source_licenses(given: Mapping[str, str]) -> dict[str, str]:
+    """Raises UsageError for a license that is unknown, or of something else."""
+    if unknown := [name for name in given if name not in LICENSED]:
+        raise UsageError(f"--license-of: {unknown[0]} is none of {', '.join(LICENSED)}")
+    return {name: license_identifier(one) for name, one in given.items()}
+
+
+def _front_matter(view: RunView, license_id: str | None, licenses: Mapping[str, str]) -> str:
     matter: dict[str, Any] = {
         "pretty_name": view.run["name"], "annotations_creators": ["machine-generated"],
         "task_categories": ["image-classification"], "size_categories": [size_category(view.totals.kept)],
@@ -64,6 +86,8 @@ def _front_matter(view: RunView, license_id: str | None) -> str:
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}]}
     if license_id:
         matter["license"] = license_id
+    if licenses:
+        matter["source_licenses"] = dict(licenses)
     return yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
 
 

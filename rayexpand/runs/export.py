@@ -8,6 +8,7 @@
 Where the labels of a method are mixtures (Diff-Mix), samples carry `soft_label`, a list with one weight for each class.
 In metadata.csv lists and scores are JSON, and a text that a spreadsheet would take for a formula, or a reader for
 something else than this text, has an apostrophe before it (`storage.tables.csv_cell`).
+Every image carries a mark of its synthetic origin (marks.py); its pixels, and so sample_sha256, are those of the run.
 
 Keys number the samples from 0, zero-padded to one width, in the order of the run's files: contiguous, unique over the
 whole dataset, without a dot (in WebDataset the first dot of a name starts its extension). Every sample is there once,
@@ -43,6 +44,7 @@ from PIL import Image
 from rayexpand.contract.errors import StorageError, UsageError
 from rayexpand.contract.schema import DATA_SCHEMA, DRAW_FIELDS, SOFT_LABEL, ClassTable, huggingface_metadata
 from rayexpand.methods import label_words
+from rayexpand.runs.marks import FROM_IMAGE, VOCABULARY, kind_of, mark_of, marked
 from rayexpand.runs.run import Run, open_run
 from rayexpand.runs.selections import Selection, read_selection
 from rayexpand.storage.files import Files, process_token, token_alive
@@ -68,12 +70,13 @@ class Exported:
 
 
 def export(folder: str, out: str, layout: Layout, *, shard_images: int = 1000, selection: str | None = None,
-           on_rows: OnRows = lambda task, done, total: None) -> Exported:
+           release: str = "", on_rows: OnRows = lambda task, done, total: None) -> Exported:
     """Writes the kept samples of the run in `folder` to the new folder `out`.
 
     `shard_images`: samples of one tar or parquet file. `selection`: name of a decision in selections/, of which only
-    the rows to keep are written. Raises UsageError for an unknown layout or selection, a run without samples, or an
-    `out` that exists, and StorageError where `out` cannot be written.
+    the rows to keep are written. `release`: Markdown of the release sheet, for the card. Raises UsageError for an
+    unknown layout or selection, a run without samples, or an `out` that exists, and StorageError where `out` cannot be
+    written.
     """
     if layout not in get_args(Layout):
         near = get_close_matches(str(layout), get_args(Layout), n=1)
@@ -102,7 +105,8 @@ def export(folder: str, out: str, layout: Layout, *, shard_images: int = 1000, s
         if not made:
             raise UsageError(f"{folder} has no sample to export" + (f" in selection {selection!r}" if selection else
                              "; run `rayexpand expand` first, `rayexpand status` says how far it is"))
-        (partial / "README.md").write_text(_readme(run, layout, made, files, selection, words, one_kind),
+        (partial / "README.md").write_text(_readme(run, layout, made, files, selection, words, one_kind,
+                                                     release),
                                              encoding="utf-8")
         _publish(partial, target)
     except OSError as error:
@@ -167,7 +171,15 @@ def _rows(run: Run, chosen: Selection | None, kept: int, on_rows: OnRows) -> Ite
                 if chosen is not None:
                     table = table.filter(chosen.keeps(table["sample_id"].to_pylist()))
                 if table.num_rows:
-                    yield table
+                    yield _marked(table, generated="prior" in run.config.needs)
+
+
+def _marked(table: pa.Table, *, generated: bool) -> pa.Table:
+    """The rows with the mark of synthetic origin in each image."""
+    images = [{**image, "bytes": marked(image["bytes"], kind_of(start, generated=generated))}
+              for image, start in zip(table["image"].to_pylist(), table["start"].to_pylist(), strict=True)]
+    column = table.schema.get_field_index("image")
+    return table.set_column(column, table.schema.field(column), pa.array(images, table.schema.field(column).type))
 
 
 def _image_kinds(run: Run, chosen: Selection | None) -> set[str]:
@@ -222,11 +234,11 @@ def _member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _as_png(content: bytes) -> bytes:
-    """A JPEG as PNG: more bytes, the same pixels."""
+    """A JPEG as PNG: more bytes, the same pixels, the same mark."""
     sink = io.BytesIO()
     with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
         image.convert("RGB").save(sink, "PNG", compress_level=3)
-    return sink.getvalue()
+    return marked(sink.getvalue(), mark_of(content) or FROM_IMAGE)
 
 
 def _imagefolder(rows: Iterator[pa.Table], folder: Path, classes: ClassTable, kept: int,
@@ -323,22 +335,36 @@ rows = ray.data.read_parquet("<folder>/data")  # image.bytes holds the encoded f
 
 def stated_license(files: Files) -> str | None:
     """The license identifier of the card in a run folder, None where it has none."""
+    found = _front_matter(files).get("license")
+    return str(found) if found else None
+
+
+def stated_licenses(files: Files) -> dict[str, str]:
+    """The licenses of what a run was made from (generator, adapter, seeds), as the card in its folder states them."""
+    found = _front_matter(files).get("source_licenses")
+    return {str(name): str(one) for name, one in found.items()} if isinstance(found, dict) else {}
+
+
+def _front_matter(files: Files) -> dict[str, Any]:
     text = (files.read("README.md") or b"").decode(errors="replace")
     with contextlib.suppress(yaml.YAMLError):
         matter = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
-        return str(matter["license"]) if isinstance(matter, dict) and matter.get("license") else None
-    return None
+        return matter if isinstance(matter, dict) else {}
+    return {}
 
 
-def _readme(run: Run, layout: Layout, made: int, files: int, selection: str | None, words: str, one_kind: bool) -> str:
+def _readme(run: Run, layout: Layout, made: int, files: int, selection: str | None, words: str, one_kind: bool,
+            release: str) -> str:
     """Dataset card of an export; its front matter tells `datasets` which files are data."""
-    matter = {"pretty_name": run.config.name, "annotations_creators": ["machine-generated"],
-              "task_categories": ["image-classification"], "size_categories": [size_category(made)],
-              "tags": ["synthetic", "rayexpand", run.config.method.name],
-              "configs": [{"config_name": "default",
-                           "data_files": [{"split": "train", "path": _PATTERNS[layout]}]}]}
+    matter: dict[str, Any] = {
+        "pretty_name": run.config.name, "annotations_creators": ["machine-generated"],
+        "task_categories": ["image-classification"], "size_categories": [size_category(made)],
+        "tags": ["synthetic", "rayexpand", run.config.method.name],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": _PATTERNS[layout]}]}]}
     if license_id := stated_license(run.files):
         matter["license"] = license_id
+    if licenses := stated_licenses(run.files):
+        matter["source_licenses"] = licenses
     models = "\n".join(f"| {name} | `{digest}` |" for name, digest in run.facts["models"].items()) or "| none | |"
     chosen = f", chosen by selection `{selection}`" if selection else ""
     loading = _LOADING[layout].format(last=files - 1)
@@ -372,9 +398,10 @@ rows = load_dataset("<folder>", split="train")
 {models}
 
 Run digest `{run.facts["run_digest"]}`, package version {run.facts["version"]}. `sample_sha256` is a hash over decoded
-pixels, label and draw; two samples with the same hash are the same sample.
+pixels, label and draw; two samples with the same hash are the same sample. Every image carries an XMP packet whose
+`Iptc4xmpExt:DigitalSourceType` says that it is synthetic, in the words of <{VOCABULARY}>.
 
-<details><summary>Configuration, every field with its value; absolute paths are shortened</summary>
+{release}<details><summary>Configuration, every field with its value; absolute paths are shortened</summary>
 
 ````yaml
 {yaml.safe_dump(published(run.facts["config"]), sort_keys=False)}````

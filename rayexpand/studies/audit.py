@@ -23,6 +23,7 @@ from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import Device, Section, mistakes, read
 from rayexpand.evaluation import copies_config
+from rayexpand.evaluation.audit_files import FOLDER, RESULT
 from rayexpand.evaluation.copies_config import CopiesConfig
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import ClusterConfig, RuntimeConfig
@@ -120,8 +121,8 @@ def audit(config: AuditConfig, find: Work, machines: Machines, progress: Listene
         found = audit_membership(shadows.on_device(section.membership, config.device), folder, machines, progress,
                                  runtime=config.runtime, cluster=config.cluster)
         _store(place, config, "membership", {**found, "seconds": time.perf_counter() - started})
-    return {**(healthy_json(place.files, place.at("result.json")) or {}),
-            "file": str(place.files.at(place.at("result.json")))}
+    return {**(healthy_json(place.files, place.at(RESULT)) or {}),
+            "file": str(place.files.at(place.at(RESULT)))}
 
 
 def _on_device(copies: CopiesConfig, device: str) -> CopiesConfig:
@@ -145,7 +146,7 @@ class AuditPlace(NamedTuple):
 def place_of(config: AuditConfig) -> AuditPlace:
     if config.audit.run is None:
         return AuditPlace(open_files(f"{config.out.rstrip('/')}/{config.name}"), "")
-    return AuditPlace(runs.open_run(config.audit.run).files, f"audit/{config.name}")
+    return AuditPlace(runs.open_run(config.audit.run).files, f"{FOLDER}/{config.name}")
 
 
 def _store(place: AuditPlace, config: AuditConfig, section: str, found: dict[str, Any]) -> None:
@@ -154,6 +155,6 @@ def _store(place: AuditPlace, config: AuditConfig, section: str, found: dict[str
         place.files.make_folder(name)
     entry = {**found, "created": time.time(), "version": __version__,
              "config": getattr(config.audit, section).model_dump(mode="json")}
-    replace_json(place.files, place.at("result.json"), {
-        **(healthy_json(place.files, place.at("result.json")) or {}), "name": config.name, "run": config.audit.run,
+    replace_json(place.files, place.at(RESULT), {
+        **(healthy_json(place.files, place.at(RESULT)) or {}), "name": config.name, "run": config.audit.run,
         section: entry})

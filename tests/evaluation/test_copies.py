@@ -19,9 +19,13 @@ from rayexpand.data.pixels import decode
 from rayexpand.data.seeds import DataConfig, SeedReader, build_index
 from rayexpand.evaluation import copies, copy_search
 from rayexpand.evaluation import copy_statistics as statistics
-from rayexpand.evaluation.copies import read_rows
+from rayexpand.evaluation.audit_files import copy_rows
 from rayexpand.evaluation.search import References, unit_rows
-from rayexpand.runs.run import Run, open_run
+from rayexpand.evaluation.select import parse as parse_select
+from rayexpand.evaluation.select import select
+from rayexpand.evaluation.select_rules import SeedCopies
+from rayexpand.runs.run import Run
+from rayexpand.runs.selections import read_selection
 from rayexpand.studies.audit import audit, parse_audit
 from tests.conftest import MakeConfig, complete
 from tests.methods.fakes import Planted
@@ -61,12 +65,13 @@ def audited(run: Run, guide: str, name: str = "audit", **fields: Any) -> dict[st
     config = parse_audit({"name": name, "audit": {"run": str(run.folder), "copies": {
         "extractor": {"guide": guide, "device": "cpu"}, "held_out": {"source": "digits", "split": "pool"}, "known": 20,
         **fields}}})
-    return audit(config, copy_search.in_process)
+    no_machines: Any = None  # which only membership asks for
+    return audit(config, copy_search.in_process, no_machines, lambda task, done, total, facts=None, rate=None: None)
 
 
 def by_id(run: Run, name: str = "audit") -> dict[str, dict[str, Any]]:
-    columns = ["sample_id", "own", "own_id", "class", "class_id", "other", "other_id", "top_id", "top"]
-    return {row["sample_id"]: row for row in read_rows(open_run(str(run.folder)), name, columns).to_pylist()}
+    columns = ["sample_id", "own", "own_id", "class", "class_id", "all", "all_id", "top_id", "top"]
+    return {row["sample_id"]: row for row in copy_rows(run.files, name, columns).to_pylist()}
 
 
 def test_planted_copies_come_first_in_all_scopes(run: Run, guide: str) -> None:
@@ -78,10 +83,10 @@ def test_planted_copies_come_first_in_all_scopes(run: Run, guide: str) -> None:
     assert rows[own]["own"] == one
     assert (rows[own]["own_id"], rows[own]["top_id"][0]) == (run.facts["planted"][own],) * 2
     assert rows[own]["class_id"] != run.facts["planted"][own], "the own seed is judged apart"
-    assert rows[of_class]["class"] == rows[of_class]["other"] == one
-    assert {rows[of_class][name] for name in ("class_id", "other_id")} == {run.facts["planted"][of_class]}
-    assert rows[of_other]["other"] == one
-    assert rows[of_other]["top_id"][0] == rows[of_other]["other_id"] == run.facts["planted"][of_other]
+    assert rows[of_class]["class"] == rows[of_class]["all"] == one
+    assert {rows[of_class][name] for name in ("class_id", "all_id")} == {run.facts["planted"][of_class]}
+    assert rows[of_other]["all"] == one
+    assert rows[of_other]["top_id"][0] == rows[of_other]["all_id"] == run.facts["planted"][of_other]
     assert rows[of_other]["class"] < 1
     for row in rows.values():
         assert row["top"] == sorted(row["top"], reverse=True)
@@ -188,3 +193,31 @@ def test_the_excess_has_an_exact_interval() -> None:
     assert (found["observed"], found["expected"]) == (3, pytest.approx(2.0))
     assert found["excess"]["value"] == pytest.approx(0.0005)
     assert found["excess"]["high"] == pytest.approx(beta.ppf(0.975, 4, 1997) - 0.001)
+
+
+# --------------------------------------------------------------------------------------------------------------- select
+
+
+def test_copies_are_dropped_by_a_selection(run: Run, guide: str) -> None:
+    audited(run, guide, "release")
+    job = {"run": str(run.folder), "rule": {"kind": "seed_copies", "audit": "release", "threshold": 0.999999}}
+    own, of_class, of_other = run.facts["planted"]
+    for against, dropped in (("own", {own}), ("class", {of_class}), ("all", {of_class, of_other})):
+        found = select(parse_select({**job, "name": against, "rule": {**job["rule"], "against": against}}))
+        kept = read_selection(run, against)
+        ids = sorted(by_id(run, "release"))
+        assert {one for one, keep in zip(ids, kept.keeps(ids).to_pylist(), strict=True) if not keep} == dropped
+        assert found["reasons"] == {"near_copy": len(dropped)}
+    with pytest.raises(UsageError, match="has no audit 'other' of copies; it has release"):
+        select(parse_select({**job, "name": "x", "rule": {**job["rule"], "audit": "other"}}))
+
+
+def test_a_calibrated_selection_takes_the_threshold_of_the_audit() -> None:
+    found = {"sees_copies": True, "words": "", "tau_copy": {"class": 0.8, "all": 0.9}}
+
+    assert [SeedCopies(against=one).calibrated(found).threshold for one in ("own", "class", "all")] == [0.8, 0.8, 0.9]
+    assert SeedCopies(threshold=0.5).calibrated(found).threshold == 0.5
+    with pytest.raises(UsageError, match="knows no threshold, for it is blind"):
+        SeedCopies().calibrated({"sees_copies": False, "words": "it is blind"})
+    with pytest.raises(UsageError, match="looked within the class only"):
+        SeedCopies().calibrated({**found, "tau_copy": {"class": 0.8}})

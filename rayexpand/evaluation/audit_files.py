@@ -1,0 +1,72 @@
+"""Results of audits beside a run, read.
+
+    <run>/audit/<name>/result.json                     an entry for each section
+    <run>/audit/<name>/copies/part-00000.parquet       one row for each sample: own, other and nearest seeds
+    <run>/audit/<name>/copies/calibration.parquet      the same of held-out images and known copies
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayexpand.contract.errors import UsageError
+from rayexpand.contract.schema import Receipt
+from rayexpand.contract.settings import digest
+from rayexpand.storage.files import Files
+from rayexpand.storage.tables import read_json, read_table
+
+FOLDER, RESULT = "audit", "result.json"
+
+
+def read_audit(files: Files, name: str) -> dict[str, Any] | None:
+    """The result of an audit of the run in `files`, None where there is none. Raises DamagedFile."""
+    return read_json(files, f"{FOLDER}/{name}/{RESULT}") if re.fullmatch(r"[\w.-]+", name) else None
+
+
+def latest(files: Files, section: str) -> dict[str, Any] | None:
+    """The entry of a section that was written last in any audit of the run, with the `audit` it is of."""
+    found = [{**one[section], "audit": name} for name in sorted(files.list(FOLDER))
+             if (one := read_audit(files, name)) and section in one]
+    return max(found, key=lambda entry: entry["created"], default=None)
+
+
+def committed_sha256(receipts: Iterable[Receipt]) -> str:
+    """Hash over what is committed; a retry changes it."""
+    return digest(sorted((one.data_file, one.content_sha256) for one in receipts))
+
+
+def part_names(files: Files, folder: str) -> list[str]:
+    return sorted(name for name in files.list(folder) if name.startswith("part-"))
+
+
+def copy_rows(files: Files, name: str, columns: Sequence[str]) -> pa.Table:
+    """Columns of all samples of the audit `name`, in the order of its parts. Raises UsageError where it has none."""
+    folder = f"{FOLDER}/{name}/copies"
+    if not (names := part_names(files, folder)):
+        known = [one for one in sorted(files.list(FOLDER)) if part_names(files, f"{FOLDER}/{one}/copies")]
+        raise UsageError(f"{files.root} has no audit {name!r} of copies; it has {', '.join(known) or 'none'}. Make it "
+                         "with `rayexpand audit`")
+    return pa.concat_tables([read_table(files, f"{folder}/{part}", list(columns)).replace_schema_metadata()
+                             for part in names])
+
+
+def numbers(table: pa.Table, column: str) -> np.ndarray:
+    """float64, not a number where the table has none."""
+    return table[column].to_numpy().astype(np.float64)
+
+
+def similarities_of(files: Files, name: str, scope: str, sample_ids: pa.Array) -> np.ndarray:
+    """float64: the similarity in a scope of each sample. Raises UsageError where the audit does not know one."""
+    table = copy_rows(files, name, ["sample_id", scope])
+    at = pc.index_in(sample_ids, table["sample_id"].combine_chunks())
+    if at.null_count:
+        unknown = sample_ids.filter(pc.is_null(at))[0].as_py()
+        raise UsageError(f"audit {name!r} says nothing about {at.null_count:,} samples, such as {unknown}; they were "
+                         "made after it: audit the run again")
+    return numbers(table, scope)[at.to_numpy()]
