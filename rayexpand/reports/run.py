@@ -42,6 +42,7 @@ from rayexpand.runs.status import (
     write_page,
 )
 from rayexpand.runs.store import FOOTER
+from rayexpand.storage.files import Files
 from rayexpand.storage.tables import find_rows, parquet_facts, read_table
 from rayexpand.studies.spreads import plus_minus
 
@@ -102,6 +103,7 @@ def write_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None, l
         stacks=_stacks(view),
         mixed=len(view.stacks) > 1, promise=PROMISE, gpu_caveat=GPU_CAVEAT, attempts=_attempts(view),
         commands=_commands(view, str(folder)), busy_seconds=sum(map(shard_seconds, view.receipts)),
+        pictures=picture_pages(view.files),
         written=datetime.now(UTC).timestamp())
     return write_page(view.files, "report.html", page)
 
@@ -216,6 +218,11 @@ def _attempts(view: RunView) -> list[dict[str, Any]]:
     return lines
 
 
+def picture_pages(files: Files) -> list[str]:
+    """Names of the pages in figures/ of a folder."""
+    return sorted(name.removesuffix(".html") for name in files.list("figures") if name.endswith(".html"))
+
+
 def _commands(view: RunView, folder: str) -> list[tuple[str, str]]:
     """(what for, command line) a reader can paste into a shell, those that apply now."""
     where, name = shlex.quote(folder), shlex.quote(f"{view.run['name']}.yaml")
@@ -225,6 +232,8 @@ def _commands(view: RunView, folder: str) -> list[tuple[str, str]]:
     if any(r.kept for r in view.receipts) and view.run["models"].get("guide"):
         lines.append(("Add guided beside plain samples to this page (loads the models)",
                       f"rayexpand report {where} --strips 10"))
+        lines.append(("Samples whose own class the guide sees least (loads the guide)",
+                      f"rayexpand report --failures {where}"))
     if view.totals.pending:
         lines.insert(0, ("Continue (with the job file of this run, or with the configuration above saved as one)",
                          f"rayexpand expand {name}"))

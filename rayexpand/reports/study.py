@@ -19,7 +19,7 @@ import yaml
 from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import RayexpandError
 from rayexpand.reports.figure import write_figures
-from rayexpand.reports.run import SheetRow, contact_sheet
+from rayexpand.reports.run import SheetRow, contact_sheet, picture_pages
 from rayexpand.reports.study_classes import classes_of
 from rayexpand.reports.study_figures import study_figures
 from rayexpand.reports.templates import render, settings_of
@@ -69,7 +69,8 @@ def write_study_report(folder: str | Path, *, demo: Mapping[str, Any] | None = N
         stacks=_values(study, "stack"), facts=_facts(study), trials=_trial_lines(study),
         mixed_units=len({arm["cost"]["unit"] for arm in found["arms"]}) > 1,
         config=yaml.safe_dump(dict(study.config), sort_keys=False, allow_unicode=True),
-        commands=_commands(study, str(folder)), min_seeds=MIN_SEEDS, written=datetime.now(UTC))
+        pictures=picture_pages(study.files), commands=_commands(study, str(folder)), min_seeds=MIN_SEEDS,
+        written=datetime.now(UTC))
     return write(study.files, "report.html", page)
 
 
@@ -252,10 +253,12 @@ def _trial_lines(study: StudyView) -> list[dict[str, Any]]:
 
 def _commands(study: StudyView, folder: str) -> list[tuple[str, str]]:
     """(what for, command line) a reader can paste into a shell."""
-    name = shlex.quote(f"{study.name}.yaml")
+    name, where = shlex.quote(f"{study.name}.yaml"), shlex.quote(folder)
     doing = "Train what is missing" if study.missing or study.failed else "Make the study again"
     return [(f"{doing} (with the file of this study, or the configuration below saved as one)",
-             f"rayexpand train {name}"), ("Write this page again", f"rayexpand report {shlex.quote(folder)}")]
+             f"rayexpand train {name}"), ("Write this page again", f"rayexpand report {where}"),
+            ("The same seeds by every expansion", f"rayexpand report --matrix {where}"),
+            ("The first training batch of every arm", f"rayexpand report --batch {where}")]
 
 
 def _count(found: Mapping[str, Any] | None) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from rayexpand import api
+from rayexpand.cli import pages  # noqa: F401  (registers its commands)
+from rayexpand.cli.app import app
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.studies.run_folders import run_folders
 from rayexpand.studies.trials import make_trials
@@ -50,3 +53,23 @@ def test_a_folder_of_another_kind_is_refused(study: str) -> None:
         api.pictures("batch", f"{study}/runs/flips-0")
     with pytest.raises(UsageError, match="is not a run folder"):
         api.pictures("matrix", Path(study, "runs"))
+
+
+def test_the_page_of_a_folder_leads_to_its_pages_with_pictures(study: str) -> None:
+    run = f"{study}/runs/flips-0"
+    api.pictures("sheet", run, rows=1, name="two words".replace(" ", "-"))
+
+    assert '<a href="figures/two-words.html">two-words</a>' in Path(api.RunFolder(run).report()).read_text()
+
+
+def test_the_command_line_asks_for_one_page_and_says_what_has_no_effect(study: str) -> None:
+    run = f"{study}/runs/flips-0"
+    found = CliRunner().invoke(app, ["report", "--matrix", run, "--rows", "2", "--name", "cli"])
+
+    assert found.stdout.strip() == f"{run}/figures/cli.html"
+    for arguments, said in ((["--matrix", "--batch"], "is a page of its own; leave --batch out"),
+                            (["--matrix", "--strips", "3"], "leave --strips out"),
+                            (["--rows", "3"], "name one of them too"), ([run], "2 folders are named")):
+        refused = CliRunner().invoke(app, ["report", run, *arguments])
+        assert isinstance(refused.exception, UsageError)
+        assert said in str(refused.exception)
