@@ -8,7 +8,7 @@ the place it lies in an EnvironmentFault (try again later).
     places.py     files and folders, local or behind fsspec, and what their errors mean
     listing.py    what every layout's listing looks like; labels and unique ids
     layouts.py    which module reads which source; all have the same five functions
-    digits.py folder.py parquet.py tars.py manifest.py npz.py cifar.py
+    digits.py folder.py parquet.py tars.py manifest.py npz.py cifar.py cifar_c.py
     pickles.py    pickles as data, for cifar.py
     index.py      mistakes, selection, the index
     reader.py     index rows -> encoded images

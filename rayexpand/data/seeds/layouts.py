@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from rayexpand.data.seeds import cifar, digits, folder, manifest, npz, parquet, tars
+from rayexpand.data.seeds import cifar, cifar_c, digits, folder, manifest, npz, parquet, tars
 from rayexpand.data.seeds.listing import Listing, Read
 from rayexpand.data.seeds.places import Place
 from rayexpand.data.seeds.source import DataConfig
@@ -28,4 +28,4 @@ class Layout(Protocol):
 
 
 LAYOUTS: Mapping[str, Layout] = {"digits": digits, "imagefolder": folder, "parquet": parquet, "webdataset": tars,
-                                 "manifest": manifest, "npz": npz, "cifar": cifar}
+                                 "manifest": manifest, "npz": npz, "cifar": cifar, "cifar_c": cifar_c}

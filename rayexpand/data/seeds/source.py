@@ -24,17 +24,19 @@ REPEAT = "~"  # before the number of an image that is listed again
 class DataConfig(Section):
     """Which seeds a run starts from."""
 
-    source: Literal["digits", "imagefolder", "parquet", "webdataset", "manifest", "npz", "cifar"] = Field(description=(
+    source: Literal["digits", "imagefolder", "parquet", "webdataset", "manifest", "npz", "cifar",
+                    "cifar_c"] = Field(description=(
         "digits: built in; imagefolder: one folder per class; parquet: Hugging Face layout; webdataset: tar shards; "
         "manifest: CSV or parquet file of image paths and labels; npz: MedMNIST arrays; cifar: python batches of "
-        "CIFAR-10 or CIFAR-100"))
+        "CIFAR-10 or CIFAR-100; cifar_c: arrays of CIFAR-10-C or CIFAR-100-C"))
     path: str | None = Field(default=None, description=(
         "dataset folder or fsspec URL, or one file (parquet, tar, manifest, npz), or a pattern with * (parquet, tar); "
         "relative paths start at the working directory"))
     split: str | None = Field(default=None, description=(
         "imagefolder: sub-folder ('train'); parquet, webdataset: prefix of the file names ('train-*.parquet'), also "
         "looked for in data/ and <split>/; manifest: value of split_column; npz: prefix of the arrays; cifar: train or "
-        "test; digits: seeds (the default), test, or pool, which the tiny prior and guide are trained on"))
+        "test; cifar_c: a corruption (fog), a severity ('3') or both (fog/3), null for all; digits: "
+        "seeds (the default), test, or pool, which the tiny prior and guide are trained on"))
     classes: str | None = Field(default=None, description=(
         "file that maps class ids to names: JSON object, CSV with columns key,name[,metaclass,noun], or lines "
         "'n01440764 tench, Tinca tinca'"))
