@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rayexpand.studies.attacks import Ask, Machines
     from rayexpand.studies.expansions import Fit
     from rayexpand.studies.parts import Study, Trial
+    from rayexpand.studies.robustness import Show
 
 
 class Relay:
@@ -129,6 +130,17 @@ def machines_with(ray: bool | str, cluster: ClusterConfig, drive: Driver, progre
         from rayexpand.on_ray.membership import ask
     return Machines(drive, fit_with(ray, on_workers=True), score_with(ray, cluster), extract_with(ray),
                     lambda study, trials: train_trials(study, trials, progress, ray=ray), ask)
+
+
+def show_with(ray: bool | str) -> Show:
+    """What shows corrupted images to finished classifiers."""
+    if ray:
+        from rayexpand.on_ray.robustness import show
+
+        return show
+    from rayexpand.studies.robustness import in_process
+
+    return in_process
 
 
 def drive_run(run: Run, progress: Relay, *, ray: bool | str, same_process: bool, retry: bool = False,

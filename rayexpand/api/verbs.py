@@ -16,6 +16,7 @@ from rayexpand.api.driving import (
     fit_with,
     machines_with,
     score_with,
+    show_with,
     train_trials,
 )
 from rayexpand.api.files import KINDS, Job, Set, as_overrides, config_of, data_of, parsed, preflight, read_job, where_of
@@ -207,6 +208,7 @@ def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
     """Expands what the arms of a study need, compares the samples with real images where it asks for that, trains every
     arm with every seed, and writes the page. What failed are lines of `.failed`; the same call tries it again."""
     from rayexpand.studies.expansions import pending_runs
+    from rayexpand.studies.robustness import show_corrupted
     from rayexpand.studies.sample_scores import score_samples
     from rayexpand.studies.selections import make_selections
     from rayexpand.studies.study import prepare_study
@@ -221,6 +223,7 @@ def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
         trials = make_trials(study)
         failed = score_samples(study, trials, extract_with(ray), progress)
         failed += train_trials(study, trials, progress, ray=ray)
+        failed += show_corrupted(study, trials, show_with(ray), progress)
     found = StudyFolder(config.folder, tuple(failed))
     found.report()
     return found

@@ -407,10 +407,11 @@ class TestSet:
     __test__ = False  # for pytest: no test case
 
     def __init__(self, index: SeedIndex, data: DataConfig, recipe: Recipe, rank: int, world: int, size: int, *,
-                 cache_bytes: int = TEST_CACHE_BYTES, section: str = "test") -> None:
+                 cache_bytes: int = TEST_CACHE_BYTES, section: str = "test", crop_border: int = 0) -> None:
         rows = sound_rows(index)
         self._rows = rows[rank * len(rows) // world:(rank + 1) * len(rows) // world]
         self._index, self._data, self._recipe, self._size, self._section = index, data, recipe, size, section
+        self._border = crop_border
         self._reader: SeedReader | None = None
         self._room, self._kept = cache_bytes, dict[int, TestBatch]()
 
@@ -424,13 +425,14 @@ class TestSet:
             if start in self._kept:
                 yield self._kept[start]
                 continue
-            made = self._make(self._rows[start:start + self._size])
+            made = self.at(self._rows[start:start + self._size])
             if made.x_BHWC.nbytes <= self._room:
                 self._room -= made.x_BHWC.nbytes
                 self._kept[start] = made
             yield made
 
-    def _make(self, rows: np.ndarray) -> TestBatch:
+    def at(self, rows: np.ndarray) -> TestBatch:
+        """Rows of the index, read and decoded. Raises UsageError."""
         if self._reader is None:
             self._reader = SeedReader(self._index, self._data)
         data, images = self._data, []
@@ -444,5 +446,13 @@ class TestSet:
                 raise UsageError(f"test image '{seed_id}' of {data.path or data.source} cannot be used ({fault}); "
                                  f"repair it, or name the others in a file and give it as {self._section}.ids"
                                  ) from fault
-            images.append(test_transform(image, self._recipe))
+            images.append(test_transform(self._inside(image, seed.seed_id), self._recipe))
         return TestBatch(np.stack(images), self._index.labels[rows], rows)
+
+    def _inside(self, image: np.ndarray, seed_id: str) -> np.ndarray:
+        """An image without its border. Raises UsageError where nothing is left."""
+        height, width = (side - 2 * self._border for side in image.shape[:2])
+        if min(height, width) < 1:
+            raise UsageError(f"test image '{seed_id}' of {self._data.path or self._data.source} has {image.shape[1]} x "
+                             f"{image.shape[0]} pixels, and crop_border {self._border} leaves nothing of it; lower it")
+        return np.ascontiguousarray(image[self._border:self._border + height, self._border:self._border + width])

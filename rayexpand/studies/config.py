@@ -233,6 +233,9 @@ def study_preflight(config: StudyConfig) -> list[str]:
                 for problem in renamed(seeds.check(data), section)]
     problems += [f"extra_tests.{name}.{line}" for name,
                  one in config.extra_tests.items() for line in extra_tests.problems(one)]
+    problems += [f"extra_tests.{name}: corrupted images are shown to the finished classifiers; set training.keep: "
+                 "weights" for name, one in config.extra_tests.items()
+                 if one.is_corrupted and config.training.keep != "weights"]
     problems += _samples_problems(config) + _baseline_problems(config) + _selection_problems(config)
     files = {file for arm in config.arms if (file := {**config.recipe, **arm.recipe}.get("checkpoint")) is not None}
     problems += [f"recipe.checkpoint: there is no file {file}{looked_at(file)}" for file in sorted(files)

@@ -22,6 +22,7 @@ from rayexpand.contract.errors import DamagedFile, UsageError, looked_at
 from rayexpand.storage.files import Files, each
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_table, unsealed
+from rayexpand.studies.robustness_table import read_corrupted
 from rayexpand.studies.score_table import read_scores
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class StudyView:
     failed: dict[str, str]  # trial or file -> why
     problems: list[str]
     scores: Mapping[str, Result] = field(default_factory=dict)  # of the samples, by trial (score_table.py)
+    corrupted: Mapping[str, Mapping[str, Result]] = field(default_factory=dict)  # by test, trial (robustness_table.py)
     _predicted: dict[str, Predicted | str] = field(default_factory=dict)
 
     @property
@@ -114,7 +116,8 @@ def read_study(folder: str | Path) -> StudyView:
     config = facts.get("config") if isinstance(facts.get("config"), dict) else facts
     study = StudyView(files, config or {}, _by_arm(config or {}, results), planned,
                       [trial for trial in expected if trial not in done], failed, problems,
-                      read_scores(files, config or {}, results, problems))
+                      read_scores(files, config or {}, results, problems),
+                      read_corrupted(files, config or {}, results, problems))
     study.problems += _subset_problems(study)
     return study
 

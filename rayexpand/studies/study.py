@@ -47,6 +47,7 @@ from rayexpand.studies.config import (
     study_preflight,
     unknown_soft_labels,
 )
+from rayexpand.studies.corrupted_sets import open_corrupted
 from rayexpand.studies.parts import Opened, Study, folder_of
 
 STUDY_FOLDERS = ("subsets", "lists", "trials", "results", "predictions", "checkpoints", ".tmp")
@@ -88,7 +89,7 @@ def prepare_study(config: StudyConfig, subset: Subset | None = None) -> Study:
     subsets = {seed: (subset or _subset)(config, files, whole, drawn_by[seed]) for seed in config.seeds}
     trained = _trained_on(config, subsets, opened)
     _refuse_overlap(config, trained, test, opened)
-    _open_also(config, trained, whole.classes)
+    _open_also(config, trained, whole.classes, opened)
     _refuse_real_reference(config, test, opened)
     if config.resample is False and _differ(subsets):
         raise ConfigError(config.name, [
@@ -132,15 +133,20 @@ def _refuse_real_reference(config: StudyConfig, test: SeedIndex, opened: Opened)
                          "or samples.real.ids")
 
 
-def _open_also(config: StudyConfig, trained: Sequence[tuple[str, Listed]], classes: ClassTable) -> None:
-    """Raises UsageError or SeedDataError for a further test set that cannot be used, or has training images in it."""
+def _open_also(config: StudyConfig, trained: Sequence[tuple[str, Listed]], classes: ClassTable,
+               opened: Opened) -> None:
+    """Raises UsageError or SeedDataError for a further test set that cannot be used, or has training images in it,
+    which cannot be seen of published files of corrupted images."""
     for name, one in config.extra_tests.items():
         try:
-            index = extra_tests.open_test(one, classes)
-            extra_tests.groups_of(one, index)
+            if one.is_corrupted:
+                index = open_corrupted(name, one, classes, opened.index).first.index
+            else:
+                index = extra_tests.open_test(one, classes).index
+                extra_tests.groups_of(one, index)
         except (SeedDataError, UsageError) as error:
             raise type(error)(f"extra_tests.{name}: {error}") from error
-        for called, held in trained:
+        for called, held in trained if not one.is_corrupted or one.corrupt is not None else ():
             if shared := shared_images(held, (index, one.data)):
                 raise UsageError(f"extra_tests.{name}: {len(shared):,} of its images are {called} ({few(shared)}); "
                                  "leave them out with data.ids, or choose another part")

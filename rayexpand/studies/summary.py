@@ -28,6 +28,7 @@ from rayexpand.studies.results import (
     replaces,
     runs_of,
 )
+from rayexpand.studies.robustness_table import mean_head, of_corrupted, tests_of
 from rayexpand.studies.score_table import compared_with, go_with_top1, of_samples
 from rayexpand.studies.spreads import plus_minus, points, spread
 
@@ -78,6 +79,8 @@ def further_scores(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tupl
     places: list[tuple[str, tuple[str, ...]]] = [(name, ("by_frequency", name)) for name in frequencies(found)[:-1]]
     places += [(f"{name}{words}", ("also", name, score)) for name in tests for words, score in (
         ("", "top1"), (", worst group", "worst"))]
+    places += [(f"{test} {one['name']}, {words}", ("robustness", test, score)) for test, one in tests_of(found).items()
+               for words, score in ((mean_head(one), "mean"), ("mCE", "mce"))]
     columns = [(head, [_percent(arm, place) for arm in found["arms"]]) for head, place in places]
     columns = [(head, cells) for head, cells in columns if any(cells)]
     if not columns:
@@ -153,6 +156,7 @@ def _arm(study: StudyView, arm: str, trials: Sequence[Result]) -> dict[str, Any]
             "by_frequency": {name: spread(number(r, f"by_frequency.{name}") for r in trials) for name in FREQUENCIES},
             "also": {name: _also([r["also"][name] for r in trials if name in (r.get("also") or {})])
                      for name in dict.fromkeys(name for r in trials for name in r.get("also") or {})},
+            **({"robustness": of_corrupted(study.corrupted, [r["trial"] for r in trials])} if study.corrupted else {}),
             "samples": of_samples([study.scores[r["trial"]] for r in trials if r["trial"] in study.scores]),
             "seconds_per_image": spread(_seconds_per_image(r) for r in trials), "cost": _cost(trials),
             **({"note": note} if (note := note_of(first)) else {})}

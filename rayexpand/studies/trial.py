@@ -27,7 +27,6 @@ import pyarrow as pa
 from rayexpand.classifier.accuracy import Answers, answer, frequency_groups, scores_of, softmax
 from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import ConfigError, EnvironmentFault, Interrupted, RayexpandError, UsageError
-from rayexpand.contract.schema import SeedIndex
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.loader.loader import Loader, TestSet
@@ -37,6 +36,7 @@ from rayexpand.storage.places import is_url
 from rayexpand.storage.tables import NAMED, parquet_bytes, replace_json
 from rayexpand.studies import extra_tests
 from rayexpand.studies.baselines import note_of
+from rayexpand.studies.class_maps import OpenedTest
 from rayexpand.studies.config import TrainingConfig
 from rayexpand.studies.extra_tests import ExtraTest
 from rayexpand.studies.parts import Trial
@@ -88,7 +88,7 @@ class TrialWork:
         return self.tested[rank, world]
 
     @cached_property
-    def also(self) -> dict[str, tuple[ExtraTest, SeedIndex]]:
+    def also(self) -> dict[str, tuple[ExtraTest, OpenedTest]]:
         """The further test sets, their labels in the numbering of the training classes."""
         tests = {name: ExtraTest(**{key: value for key, value in one.items() if key != "sha256"})
                  for name, one in self.trial.also.items()}
@@ -222,11 +222,12 @@ def answers_of(work: TrialWork, classifier: Answering, rank: int = 0, world: int
 
 def also_answers(work: TrialWork, classifier: Answering, name: str, rank: int = 0, world: int = 1) -> Answers:
     """Answers for this worker's share of a further test set."""
-    test, index = work.also[name]
-    among = extra_tests.classes_among(test, index)
-    share = TestSet(index, test.data, work.recipe, rank, world, TEST_BATCH, cache_bytes=0,
-                    section=f"extra_tests.{name}.data")
-    return Answers.concatenate([extra_tests.answer_among(items, classifier.logits(x_BHWC), labels, among)
+    test, opened = work.also[name]
+    among = extra_tests.classes_among(test, opened)
+    share = TestSet(opened.index, test.data, work.recipe, rank, world, TEST_BATCH, cache_bytes=0,
+                    section=f"extra_tests.{name}.data", crop_border=test.crop_border)
+    return Answers.concatenate([extra_tests.answer_among(items, classifier.logits(x_BHWC), labels, among,
+                                                         opened.accepted(items))
                                 for x_BHWC, labels, items in share.batches()])
 
 
@@ -307,8 +308,8 @@ def _write_predictions(files: Files, name: str, answers: Answers) -> None:
 
 
 def _also_scores(work: TrialWork, name: str, answers: Answers) -> dict[str, Any]:
-    test, index = work.also[name]
-    return extra_tests.scores(answers, test, extra_tests.groups_of(test, index), work.n_classes)
+    test, opened = work.also[name]
+    return extra_tests.scores(answers, test, extra_tests.groups_of(test, opened.index), work.n_classes, opened)
 
 
 def _real_counts(rows: TrainingSet) -> np.ndarray:

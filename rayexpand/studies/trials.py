@@ -22,6 +22,7 @@ from rayexpand.runs.status import shard_seconds
 from rayexpand.storage.tables import replace_json
 from rayexpand.studies import extra_tests
 from rayexpand.studies.baselines import recipe_of
+from rayexpand.studies.class_maps import map_sha256
 from rayexpand.studies.config import REPEATED, ArmConfig, StudyConfig
 from rayexpand.studies.parts import Arm, Study, Trial, folder_of, lacks_predictions, read_result
 from rayexpand.studies.samples import training_set
@@ -183,13 +184,16 @@ def _baseline(study: Study, arm: Arm) -> dict[str, Any]:
 
 
 def _also(study: Study) -> dict[str, dict[str, Any]]:
-    """The further test sets as trials keep them."""
+    """The further test sets as trials keep them; those of corrupted images are tested after all trials."""
     classes = next(iter(study.subsets.values()))[1].classes
     found = {}
     for name, one in study.config.extra_tests.items():
-        index = extra_tests.open_test(one, classes)
-        groups = extra_tests.groups_sha256(extra_tests.groups_of(one, index))
-        found[name] = {**one.model_dump(mode="json"), "sha256": digest([fingerprint(index, one.data), groups])}
+        if not one.is_corrupted:
+            index = extra_tests.open_test(one, classes).index
+            groups = extra_tests.groups_sha256(extra_tests.groups_of(one, index))
+            found[name] = {**one.model_dump(mode="json"), "sha256": digest([
+                fingerprint(index, one.data), groups, *([map_sha256(one.class_map)] if one.class_map else []),
+                *([one.crop_border] if one.crop_border else [])])}
     return found
 
 

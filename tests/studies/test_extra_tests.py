@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rayexpand.classifier.accuracy import Answers
+from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import SeedDataError, UsageError
 from rayexpand.contract.schema import ClassTable
 from rayexpand.data.seeds import DataConfig, build_index
+from rayexpand.loader.loader import TestSet
 from rayexpand.studies.extra_tests import ExtraTest, answer_among, classes_among, groups_of, open_test, problems, scores
 
 WATERBIRD = {"water on water": (642, 410), "water on land": (642, 406), "land on land": (2255, 1706),
@@ -56,13 +59,14 @@ def test_the_average_over_waterbird_groups_is_by_images() -> None:
 def test_classes_are_matched_by_key_in_whatever_order() -> None:
     trained = ClassTable.of([str(digit) for digit in reversed(range(10))] + ["none"])
     one = digits()
-    index, plain = open_test(one, trained), build_index(one.data)
+    opened, plain = open_test(one, trained), build_index(one.data)
+    index = opened.index
 
     np.testing.assert_array_equal(index.labels, 9 - plain.labels)
     assert index.classes is trained
     assert index.seed_ids == plain.seed_ids
-    assert classes_among(one, index) is None
-    assert classes_among(digits(restrict=True), index).tolist() == list(range(10))  # type: ignore[union-attr]
+    assert classes_among(one, opened) is None
+    assert classes_among(digits(restrict=True), opened).tolist() == list(range(10))  # type: ignore[union-attr]
     with pytest.raises(UsageError, match=r"its classes '8', '9' are none of those that are trained"):
         open_test(one, ClassTable.of([str(digit) for digit in range(8)]))
 
@@ -114,3 +118,96 @@ def test_a_file_of_groups_is_checked_before_training(tmp_path: Path, content: st
 def test_groups_that_cannot_be_meant(fields: dict[str, str], words: str) -> None:
     assert any(words in line for line in problems(digits(**fields)))
     assert problems(digits()) == []
+
+
+# Class maps -----------------------------------------------------------------------------------------------------------
+
+
+def mapped(folder: Path, lines: str, **fields: Any) -> ExtraTest:
+    (folder / "map.csv").write_text(f"key,train_key\n{lines}")
+    return digits(class_map=str(folder / "map.csv"), **fields)
+
+
+def test_an_image_is_right_if_it_is_taken_for_any_of_its_classes(tmp_path: Path) -> None:
+    """Digits 1 and 7 are one class of the set's words, 3 has two trained classes, the others have no line."""
+    trained = ClassTable.of(["three", "also three", "bar", "none"])
+    one = mapped(tmp_path, "1,bar\n7,bar\n3,also three\n3,three\nmoon,none\n", restrict=True)
+    opened, plain = open_test(one, trained), build_index(one.data)
+
+    assert opened.left_out == int((~np.isin(plain.labels, [1, 3, 7])).sum())
+    assert len(opened.index) == len(plain) - opened.left_out
+    assert {(plain.classes.key[own], int(label)) for own, label in zip(opened.own_N, opened.index.labels, strict=True)
+            } == {("1", 2), ("7", 2), ("3", 0)}
+    assert classes_among(one, opened).tolist() == [0, 1, 2], "the union of what is mapped"  # type: ignore[union-attr]
+    three = np.flatnonzero(opened.own_N == 3)[:1].repeat(3)
+    z_NK = np.array([[1.0, 2.0, 0.0, 9.0], [2.0, 1.0, 3.0, 0.0], [2.0, 1.0, 0.0, 0.0]])
+    found = answer_among(three, z_NK, opened.index.labels[three], classes_among(one, opened), opened.accepted(three))
+    assert found.rank.tolist() == [0, 1, 0]
+    assert found.label.tolist() == [1, 0, 0]
+    assert found.predicted.tolist() == [1, 2, 0]
+
+
+def test_scores_of_mapped_classes_are_by_the_classes_of_the_set(tmp_path: Path) -> None:
+    """1 and 7 are both right as `bar`: their accuracies count apart."""
+    one = mapped(tmp_path, "1,bar\n7,bar\n")
+    opened = open_test(one, ClassTable.of(["bar", "none"]))
+    order = np.arange(len(opened.index))
+    is_one = opened.own_N == 1
+    said = Answers(order, np.zeros(len(order), int), (~is_one).astype(int), (~is_one).astype(int),
+                   np.full(len(order), 0.5))
+    found = scores(said, one, None, 2, opened)
+
+    assert found["top1"] == is_one.mean()
+    assert (found["per_class"], found["classes"], found["left_out"]) == (0.5, 2, opened.left_out)
+
+
+def test_folders_that_are_numbers_are_numbers_of_the_trained_classes() -> None:
+    """ImageNet-V2: folder 10 is the tenth class, not what comes after folder 1."""
+    trained = ClassTable.of([f"n{number:02d}" for number in range(12)])
+    opened = open_test(digits(class_map="numbers"), trained)
+
+    assert np.unique(opened.index.labels).tolist() == list(range(10))
+    assert opened.left_out == 0
+    with pytest.raises(UsageError, match="its classes '8', '9' are no numbers from 0 to 7"):
+        open_test(digits(class_map="numbers"), ClassTable.of([f"n{number}" for number in range(8)]))
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ("key,label\n1,a\n", "has the columns 'key', 'label', and needs train_key"), ("key,train_key\n", "has no line"),
+    ("key,train_key\n1,\n", "has an empty cell"), ("key,train_key\n1,a\n2,bar\n", "has the train_key 'a', none of"),
+    ("key,train_key\none,bar\n", "has no line for any of its classes")])
+def test_a_class_map_is_checked(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "map.csv").write_text(content)
+    one = digits(class_map=str(tmp_path / "map.csv"))
+    if not (found := problems(one)):
+        with pytest.raises(UsageError) as raised:
+            open_test(one, ClassTable.of(["bar", "none"]))
+        found = [str(raised.value)]
+    assert [words in line for line in found] == [True]
+
+
+def test_the_border_is_cut_off_first(tmp_path: Path) -> None:
+    """ObjectNet's frame: an image with a red border is tested as the image inside it."""
+    rng = np.random.Generator(np.random.Philox(key=9))
+    for name in ("plain", "framed", "thin"):
+        (tmp_path / name / "a").mkdir(parents=True)
+    inner = rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)
+    framed = np.pad(inner, [(3, 3), (3, 3), (0, 0)])
+    framed[:3] = framed[-3:] = [255, 0, 0]
+    Image.fromarray(inner).save(tmp_path / "plain/a/0.png")
+    Image.fromarray(framed).save(tmp_path / "framed/a/0.png")
+    Image.fromarray(inner[:8, :8]).save(tmp_path / "thin/a/0.png")
+
+    def seen(name: str, border: int) -> np.ndarray:
+        data = DataConfig(source="imagefolder", path=str(tmp_path / name))
+        return next(TestSet(build_index(data), data, Recipe(size=16), 0, 1, 1, crop_border=border).batches()).x_BHWC
+
+    np.testing.assert_array_equal(seen("framed", 3), seen("plain", 0))
+    assert not np.array_equal(seen("framed", 0), seen("plain", 0))
+    with pytest.raises(UsageError, match="has 8 x 8 pixels, and crop_border 4 leaves nothing of it"):
+        seen("thin", 4)
+
+
+def test_fields_that_came_later_move_no_old_file() -> None:
+    assert set(digits().model_dump()) == {"data", "restrict", "groups", "group_of"}
+    assert set(digits(class_map="numbers", crop_border=3).model_dump()) >= {"class_map", "crop_border"}

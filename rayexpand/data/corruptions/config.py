@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rayexpand.contract.errors import few, looked_at
 from rayexpand.contract.settings import Section
-from rayexpand.data.corruptions.tables import COMMON, EXTRA, FROST, SEVERITIES
+from rayexpand.data.corruptions.tables import COMMON, EXTRA, FROST
 
 # Of the six published pictures the released code draws from the first five. Beginning of the sha256 of each file.
 FROST_SHA256 = ("ff9f9078", "fe211a89", "2d0d50b4", "3f8b91ca", "5fc6a19d")
@@ -25,7 +25,7 @@ class Corrupt(Section):
                                                 "pixels and are not scaled")
     types: Literal["common", "extra"] | list[str] = Field("common", description="common: all fifteen, without frost "
                                                           "where `frost` names no pictures; or names")
-    severities: list[Literal[1, 2, 3, 4, 5]] = Field(list(SEVERITIES), min_length=1, description="of 1 to 5")
+    severities: list[Literal[1, 2, 3, 4, 5]] = Field([1, 2, 3, 4, 5], min_length=1, description="of 1 to 5")
     store_jpeg: int | None = Field(None, ge=1, le=95, description="quality of a JPEG file that every image passes "
                                    "through; 85: as the published files of ImageNet-C; null: none")
     frost: str | None = Field(None, description="local folder of the published pictures of frost, found by their "

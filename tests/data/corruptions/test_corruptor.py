@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def test_what_cannot_be_meant_is_said(fields: dict[str, Any], words: str) -> Non
     assert len(Corrupt(table="cifar", **fields).problems()) == 1
 
 
-REFERENCES = ("imagecorruptions_imaug", "imagecorruptions")
+REFERENCE = "imagecorruptions"  # imagecorruptions-imaug 1.1.5 runs all types; its parent lacks two
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [
@@ -133,17 +133,11 @@ REFERENCES = ("imagecorruptions_imaug", "imagecorruptions")
 def test_types_without_draws_are_those_of_a_reference_implementation(kind: str, tolerance: float) -> None:
     """Grey levels, at 224 pixels. The published packages draw from global generators, so only types without draws can
     be compared whole."""
-    reference = next((found for name in REFERENCES if (found := _module(name)) is not None), None)
-    if reference is None:
-        pytest.skip(f"neither of {', '.join(REFERENCES)} is installed; install one to compare")
+    if importlib.util.find_spec(REFERENCE) is None:
+        pytest.skip("imagecorruptions-imaug is not installed; install it to compare")
+    reference = importlib.import_module(REFERENCE)
     made, x = Corruptor(Corrupt(table="imagenet"), "set"), image(224)
     for severity in SEVERITIES:
         theirs = reference.corrupt(x, corruption_name=kind, severity=severity)
         assert np.abs(made(x, "a", kind, severity).astype(int) - theirs).max() <= tolerance
 
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None

@@ -1,0 +1,257 @@
+"""A pass over corrupted images: the answers of a plain loop, resumed to equal bytes, and only what is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayexpand.contract.errors import ConfigError, Interrupted, UsageError
+from rayexpand.data.corruptions.corruptor import Corruptor
+from rayexpand.data.corruptions.tables import COMMON
+from rayexpand.data.seeds import DataConfig
+from rayexpand.data.subsets import fingerprint
+from rayexpand.storage.tables import read_json, read_table
+from rayexpand.studies import robustness
+from rayexpand.studies.config import parse_study, study_preflight
+from rayexpand.studies.kept import load_classifier
+from rayexpand.studies.parts import Study, Trial, read_result
+from rayexpand.studies.results import read_study
+from rayexpand.studies.robustness import CorruptedPass, in_process, show_corrupted
+from rayexpand.studies.study import prepare_study
+from rayexpand.studies.summary import further_scores, summary
+from rayexpand.studies.trial import run_trials
+from rayexpand.studies.trials import make_trials
+from tests.data.seeds.test_cifar_c import arrays
+from tests.studies.test_study import SMALL, raw_study
+
+TEST = {"source": "digits", "split": "test", "per_class": 3}
+TESTS: dict[str, Any] = {"c": {"data": TEST, "corrupt": {"table": "cifar", "types": ["fog", "gaussian_noise", "snow"],
+                                                         "severities": [1, 5]}}}
+ARMS = [{"name": "original"}, {"name": "larger", "recipe": {"size": 20}}]
+
+
+def raw_with(out: Path, **changes: Any) -> dict[str, Any]:
+    return raw_study(out, **{"arms": ARMS, "expansions": {}, "seeds": [0, 1], "training": {"keep": "weights"},
+                             "extra_tests": TESTS, **changes})
+
+
+def trained(raw: dict[str, Any]) -> tuple[Study, list[Trial]]:
+    study = prepare_study(parse_study(raw))
+    trials = make_trials(study)
+    assert [why for _, why in run_trials(study.files, trials, study.config.training) if why] == []
+    return study, trials
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[Trial]]:
+    """Trials that are trained and shown nothing yet."""
+    return trained(raw_with(tmp_path_factory.mktemp("robustness")))
+
+
+@pytest.fixture
+def ready(finished: tuple[Study, list[Trial]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+          ) -> tuple[Study, list[Trial]]:
+    """A copy of them, in blocks of seven images."""
+    monkeypatch.setattr(robustness, "BLOCK", 7)
+    out = finished[0].config.out
+    shutil.copytree(Path(out, "small"), tmp_path / "small")
+    study = prepare_study(parse_study(raw_with(tmp_path)))
+    return study, make_trials(study)
+
+
+def left_by(study: Study) -> dict[str, str]:
+    folder = Path(str(study.files.root), "robustness")
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_answers_are_those_of_a_plain_loop(ready: tuple[Study, list[Trial]]) -> None:
+    study, trials = ready
+    assert show_corrupted(study, trials, in_process) == []
+    index, data = study.opened.index(study.config.test), DataConfig(**TEST)
+    config = study.config.extra_tests["c"].corrupt
+    assert config is not None
+    made = Corruptor(config, fingerprint(index, data))
+    for trial in trials:
+        kept, found = load_classifier(study.files, trial), read_json(study.files, f"robustness/c/{trial.name}.json")
+        table = read_table(study.files, f"robustness/c/{trial.name}.parquet")
+        assert found is not None
+        clean = robustness.CorruptedImages(_opened(study), kept.view)._sets[0].at(np.arange(30)).x_BHWC
+        assert clean.shape[1] == found["side"] == kept.view.size
+        for kind in ("gaussian_noise", "snow", "fog"):
+            for severity in (1, 5):
+                x = np.stack([made(one, name, kind, severity) for one, name in zip(clean, index.seed_ids, strict=True)])
+                right = kept.answering.logits(x).argmax(axis=1) == index.labels
+                assert table[f"{kind}/{severity}"].to_pylist() == right.tolist()
+                assert found["top1"][kind][str(severity)] == right.mean()
+        assert table["item"].to_pylist() == list(range(30))
+        assert found["mean"] == pytest.approx(np.mean([value for one in found["top1"].values()
+                                                       for value in one.values()]))
+        assert (found["name"], found["images"], "mce" in found) == ("corrupted-v1", 30, False)
+
+
+def _opened(study: Study) -> Any:
+    classes = next(iter(study.subsets.values()))[1].classes
+    return robustness.open_corrupted("c", study.config.extra_tests["c"], classes)
+
+
+def test_a_pass_goes_on_after_the_last_block_to_the_same_bytes(ready: tuple[Study, list[Trial]], tmp_path: Path,
+                                                               caplog: pytest.LogCaptureFixture) -> None:
+    study, trials = ready
+    shown: list[int] = []
+
+    def stops(study: Study, one: CorruptedPass, blocks: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        for number, found in in_process(study, one, list(reversed(blocks))):
+            if len(shown) == 3:
+                raise Interrupted("stopped")
+            shown.append(number)
+            yield number, found
+
+    def counted(study: Study, one: CorruptedPass, blocks: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        shown.extend(blocks)
+        return in_process(study, one, blocks)
+
+    with pytest.raises(Interrupted):
+        show_corrupted(study, trials, stops)
+    blocks = sorted(Path(str(study.files.root), "robustness/c/blocks").iterdir())
+    assert len(blocks) == 3
+    assert read_json(study.files, f"robustness/c/{trials[0].name}.json") is None
+    blocks[0].write_bytes(blocks[0].read_bytes()[:-9])
+    shown.clear()
+    assert show_corrupted(study, trials, counted) == []
+    assert len(shown) == 2 * 5 - 2, "two views of five blocks, of which two were whole"
+    assert "is damaged" in caplog.text
+    resumed = left_by(study)
+
+    shutil.rmtree(Path(str(study.files.root), "robustness"))
+    assert show_corrupted(study, trials, in_process) == []
+    assert left_by(study) == resumed
+    assert len(resumed) == 2 * len(trials), "no block is left"
+
+
+def test_only_what_is_missing_is_shown(ready: tuple[Study, list[Trial]], caplog: pytest.LogCaptureFixture) -> None:
+    study, trials = ready
+    asked: list[list[str]] = []
+
+    def show(study: Study, one: CorruptedPass, blocks: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        asked.append([trial.name for trial in one.trials])
+        return in_process(study, one, blocks)
+
+    assert show_corrupted(study, trials, show) == []
+    assert sorted(name for one in asked for name in one) == sorted(trial.name for trial in trials)
+    assert [len(one) for one in asked] == [2, 2], "one pass for all that see images in the same way"
+    whole = left_by(study)
+    asked.clear()
+    assert show_corrupted(study, trials, show) == []
+    assert asked == []
+    study.files.delete(f"robustness/c/{trials[0].name}.json")
+    assert show_corrupted(study, trials, show) == []
+    assert asked == [[trials[0].name]]
+    assert left_by(study) == whole, "answers do not depend on who else is shown an image"
+    study.files.delete(f"weights/{trials[0].name}.safetensors")
+    study.files.delete(f"robustness/c/{trials[0].name}.json")
+    (line,) = show_corrupted(study, trials, show)
+    assert line.startswith(f"extra_tests.c: the weights of trial {trials[0].name} were not kept")
+
+
+def test_they_are_in_the_summary_and_nowhere_in_the_trials(ready: tuple[Study, list[Trial]]) -> None:
+    study, trials = ready
+    plain = prepare_study(parse_study(raw_with(Path(study.config.out), extra_tests={})))
+    assert [one.digest for one in make_trials(plain)] == [one.digest for one in trials]
+    study = prepare_study(study.config)
+    trials = make_trials(study)
+    assert show_corrupted(study, trials, in_process) == []
+    found = summary(str(study.files.root))
+    arm = found["arms"][0]["robustness"]["c"]
+    values = [read_json(study.files, f"robustness/c/{name}.json") for name in found["arms"][0]["trials"]]
+
+    assert list(arm["type"]) == ["gaussian_noise", "snow", "fog"]
+    assert arm["mean"]["values"] == [one["mean"] for one in values if one is not None]
+    assert arm["cell"]["snow/5"]["values"] == [one["top1"]["snow"]["5"] for one in values if one is not None]
+    assert arm["mce"] is None
+    heads, lines = further_scores(found) or ((), [])
+    assert heads[2] == "c corrupted-v1, mean of 3 types %"
+    assert len(lines) == 2
+    result = read_result(study.files, trials[0].name)
+    assert result is not None
+    assert result["also"] == {}
+    stale = read_json(study.files, f"robustness/c/{trials[0].name}.json") or {}
+    robustness.replace_json(study.files, f"robustness/c/{trials[0].name}.json", {**stale, "trial_digest": "other"})
+    view = read_study(str(study.files.root))
+    assert trials[0].name not in view.corrupted["c"]
+    assert any("is of another classifier" in line for line in view.problems)
+
+
+@pytest.mark.parametrize(("test", "words"), [
+    ({"data": TEST, "corrupt": {"table": "cifar", "types": ["fgo"]}}, r"corrupt\.types: 'fgo' are no corruptions"),
+    ({"data": TEST, "corrupt": {"table": "cifar"}, "group_of": "(.)"}, "group_of: corrupted images are counted by"),
+    ({"data": TEST, "corrupt": {"table": "cifar"}, "layout": "imagenet_c"}, "corrupted already"),
+    ({"data": TEST, "layout": "imagenet_c"}, "read as folders, not as source digits"),
+    ({"data": {"source": "cifar_c", "path": "nowhere"}}, "nowhere' does not exist"),
+    ({"data": TEST, "class_map": "nowhere.csv"}, "class_map: 'nowhere.csv' does not exist")])
+def test_mistakes_are_said_before_anything_runs(tmp_path: Path, test: dict[str, Any], words: str) -> None:
+    config = parse_study(raw_with(tmp_path, extra_tests={"c": test}))
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError("\n".join(study_preflight(config)))
+
+
+def test_weights_must_be_kept(tmp_path: Path) -> None:
+    config = parse_study(raw_with(tmp_path, training={}))
+    with pytest.raises(ConfigError, match=r"extra_tests\.c: corrupted images are shown to the finished class"):
+        prepare_study(config)
+    with pytest.raises(ConfigError, match="give one of them"):
+        parse_study(raw_with(tmp_path, extra_tests={"c": {"layout": "imagenet_c", "path": "a", "data": TEST}}))
+
+
+def test_a_digit_that_is_trained_on_is_not_corrupted_for_a_test(tmp_path: Path) -> None:
+    raw = raw_with(tmp_path, extra_tests={"c": {"data": {"source": "digits"}, "corrupt": {"table": "cifar"}}})
+    with pytest.raises(UsageError, match=r"extra_tests\.c: .* of its images are training images of seed 0"):
+        prepare_study(parse_study(raw))
+
+
+def imagenet_c(folder: Path, kinds: Sequence[str] = COMMON) -> Path:
+    """Two images of three digits, in folders by type, severity and class."""
+    from PIL import Image
+
+    for number, kind in enumerate(kinds):
+        for severity in range(1, 6):
+            for digit in (0, 3, 7):
+                place = folder / kind / str(severity) / str(digit)
+                place.mkdir(parents=True)
+                for image in range(2):
+                    level = np.full((16, 16, 3), (40 * severity + 11 * number + 7 * digit + image) % 256, np.uint8)
+                    Image.fromarray(level).save(place / f"{image}.png")
+    return folder
+
+
+def test_published_files_have_the_known_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ImageNet-C by folders, with mCE; CIFAR-C by arrays, whose classes are numbers, without."""
+    monkeypatch.setattr(robustness, "BLOCK", 3)
+    tests = {"in-c": {"layout": "imagenet_c", "path": str(imagenet_c(tmp_path / "imagenet-c"))},
+             "some": {"layout": "imagenet_c", "path": str(imagenet_c(tmp_path / "some", COMMON[:4]))},
+             "cifar-c": {"data": {"source": "cifar_c", "path": str(arrays(tmp_path / "cifar-c")), "split": "3"},
+                         "class_map": "numbers", "restrict": True}}
+    study, trials = trained(raw_with(tmp_path / "out", arms=ARMS[:1], seeds=[0], extra_tests=tests,
+                                     recipe={**SMALL, "updates": 2, "epochs": 1}))
+    assert show_corrupted(study, trials, in_process) == []
+    found = {name: read_json(study.files, f"robustness/{name}/original-s0.json") or {} for name in tests}
+
+    assert {name: one["name"] for name, one in found.items()} == {"in-c": "ImageNet-C", "some": "ImageNet-C",
+                                                                  "cifar-c": "CIFAR-C"}
+    assert [name for name, one in found.items() if "mce" in one] == ["in-c"]
+    assert (found["in-c"]["images"], found["cifar-c"]["images"], found["cifar-c"]["classes"]) == (6, 4, 3)
+    assert found["some"]["note"] == "4 of 15 types, in 5 severities"
+    assert {tuple(one) for one in found["cifar-c"]["top1"].values()} == {("3",)}
+    shutil.rmtree(tmp_path / "some" / COMMON[0] / "2")
+    with pytest.raises(UsageError, match=r"extra_tests\.some: .* do not have the same severities"):
+        prepare_study(study.config)
+    shutil.rmtree(tmp_path / "some")
+    (imagenet_c(tmp_path / "some", COMMON[:4]) / "shot_noise/4/7/1.png").unlink()
+    with pytest.raises(UsageError, match="shot_noise/4 has other images or labels than gaussian_noise/1"):
+        prepare_study(study.config)
