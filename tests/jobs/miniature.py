@@ -26,6 +26,7 @@ from PIL import Image
 from rayexpand import api
 from rayexpand.classifier.recipe import PRESETS, make_recipe
 from rayexpand.contract import settings
+from rayexpand.data.corruptions.tables import COMMON
 from rayexpand.fitting.adapter.recipe import make_finetune
 from rayexpand.methods import method_class
 from tests.commands import ROOT
@@ -168,7 +169,8 @@ def _smaller(key: str, value: Any, path: tuple[str, ...]) -> Any:
 _SMALL: dict[str, Callable[[Any], Any]] = {
     "n": lambda n: min(n, 2), "per_class": lambda n: min(n, 2), "hold_out": lambda n: 1,
     "images": lambda n: min(n or 4, 4), "dtype": lambda one: "float32",
-    "training": lambda one: {}, "resolution": lambda one: 16, "crops": lambda one: 1, "workers": lambda one: 0,
+    "training": lambda one: {"keep": one["keep"]} if "keep" in one else {},
+    "resolution": lambda one: 16, "crops": lambda one: 1, "workers": lambda one: 0,
     "size": lambda one: 16, "extractor": lambda one: {"guide": "models/tiny-clip"}, "metrics": lambda ones: ["kid"],
     "estimate": lambda one: {}}
 
@@ -284,9 +286,10 @@ def _selection(job: Job, name: str, run: str) -> Job:
 
 def _provide(raw: Mapping[str, Any], root: Path) -> None:
     """Whatever files the job names: its data sets, models, checkpoints, groups."""
+    numbered = [section["data"] for section in _sections(raw) if section.get("class_map") == "numbers"]
     for section in _sections(raw):
         if "source" in section and "path" in section:
-            _data(section, root)
+            _data(section, root, is_numbered=section in numbered)
         if str(section.get("checkpoint", "")).endswith(".safetensors"):
             _checkpoint(root / section["checkpoint"])
         if "captions" in section and isinstance(section["captions"], dict):
@@ -314,12 +317,14 @@ def _pixels(part: object, label: int, n: int) -> np.ndarray:
 _WORDS = {"n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player"}  # of three ImageNets
 
 
-def _data(section: Mapping[str, Any], root: Path) -> None:
+def _data(section: Mapping[str, Any], root: Path, is_numbered: bool) -> None:
     path, split = root / section["path"], section.get("split")
     is_npz = section["source"] == "npz"  # whose labels are numbers of the classes, so that all must be there
-    keys = _keys(section.get("classes"), root, None if is_npz else CLASSES)
+    keys = [*map(str, range(CLASSES))] if is_numbered else _keys(section.get("classes"), root,
+                                                                 None if is_npz else CLASSES)
     count = TEST if split in ("test", "val") and not is_npz else TRAIN
-    {"imagefolder": _folder, "parquet": _parquet, "npz": _npz}[section["source"]](path, split, keys, count, section)
+    {"imagefolder": _folder, "parquet": _parquet, "npz": _npz, "cifar_c": _cifar_c}[section["source"]](
+        path, split, keys, count, section)
 
 
 def _keys(classes: str | None, root: Path, count: int | None = CLASSES) -> list[str]:
@@ -337,6 +342,15 @@ def _keys(classes: str | None, root: Path, count: int | None = CLASSES) -> list[
     if file.suffix == ".csv":
         return [row["key"] for row in csv.DictReader(lines)][:count]
     return [line.split()[0] for line in lines][:count]
+
+
+def _cifar_c(path: Path, split: str | None, keys: list[str], count: int, section: Mapping[str, Any]) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    labels = np.tile(np.arange(len(keys) * count) % len(keys), 5).astype(np.uint8)
+    for kind in COMMON:
+        images = [_pixels(f"{path}{kind}", label, n)[:20, :20] for n, label in enumerate(labels.tolist())]
+        np.save(path / f"{kind}.npy", np.stack(images))
+    np.save(path / "labels.npy", labels)
 
 
 def _folder(path: Path, split: str | None, keys: list[str], count: int, section: Mapping[str, Any]) -> None:
