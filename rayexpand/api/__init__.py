@@ -29,6 +29,7 @@ from rayexpand.api.verbs import (
     bench,
     check_marks,
     cluster_jobs,
+    convert,
     dataset,
     demo,
     evaluate,
@@ -51,7 +52,7 @@ from rayexpand.methods import trust
 
 __all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "Planned", "PlannedStudy",
            "PreparedData", "RayexpandError", "RunFolder", "Scores", "Selected", "StudyFolder", "SweepFolder", "audit",
-           "bench", "check_marks", "cluster_jobs", "dataset", "demo", "evaluate", "expand", "first_file", "fit",
-           "follow", "job_files", "job_text", "jobs_named_by", "open", "pictures", "plan", "prepare_data",
+           "bench", "check_marks", "cluster_jobs", "convert", "dataset", "demo", "evaluate", "expand", "first_file",
+           "fit", "follow", "job_files", "job_text", "jobs_named_by", "open", "pictures", "plan", "prepare_data",
            "published_sets", "rayjob", "schema", "select", "stop", "submit", "sweep", "train", "trust", "validate",
            "write_new"]

@@ -141,9 +141,28 @@ class Scores(Result):
         return self.facts
 
     def table(self) -> Table:
+        """Each distance with its floor: the same statistic between halves of the real images."""
         found = self.facts
-        return ((f"{found['n_samples']:,} samples, {found['n_reference']:,} real", found["extractor"]["name"]),
-                [(name, f"{one['value']:.6g}") for name, one in found["scores"].items()])
+        rows: list[tuple[str, ...]] = [(name, _number(one["value"]), *_beside(one))
+                                       for name, one in found["scores"].items()]
+        for line in found.get("classes", {}).get("worst", ()):
+            rows.append((f"coverage of {line['class']}", _number(line["coverage"]), f"real {line['real']:.4g}",
+                         f"{line['generated_minus_real']:.4g}"))
+        return ((f"{found['n_samples']:,} samples, {found['n_reference']:,} real", str(found["extractor"]["name"]),
+                 "floor, images", "value - floor"), rows)
+
+
+def _number(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.6g}"
+
+
+def _beside(score: Mapping[str, Any]) -> tuple[str, str]:
+    """What a score is to be read against, and how far it is from it."""
+    for name, words in (("floor", f"{score.get('floor_images', 0):,}"), ("reference", "real"),
+                        ("training_alone", "without samples")):
+        if (other := score.get(name)) is not None and score["value"] is not None:
+            return f"{other:.6g}, {words}", f"{score['value'] - other:.6g}"
+    return "", ""
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,13 @@ def audit(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
     return Audited(found)
 
 
+def convert(preset: str, file: str, out: str) -> dict[str, Any]:
+    """Makes the safetensors file of a published extractor of the file that its publisher gives out."""
+    from rayexpand.evaluation import presets
+
+    return presets.convert(preset, file, out)
+
+
 def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,
           on: Callable[[Event], None] | None = None, same_process: bool = False) -> StudyFolder:
     """Expands what the arms of a study need, compares the samples with real images where it asks for that, trains every

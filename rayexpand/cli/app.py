@@ -11,7 +11,8 @@ from rayexpand import __version__
 from rayexpand.contract.errors import EXIT_DONE
 
 ORDER = ("demo", "init", "data", "jobs", "validate", "schema", "plan", "bench", "fit", "expand", "status", "verify",
-         "retry", "regen", "select", "evaluate", "audit", "train", "sweep", "report", "card", "export", "submit")
+         "retry", "regen", "select", "evaluate", "convert", "audit", "train",
+         "sweep", "report", "card", "export", "submit")
 
 
 class Commands(typer.core.TyperGroup):

@@ -62,7 +62,7 @@ def audit_copies(run: Run, config: CopiesConfig, runtime: RuntimeConfig, folder:
                        "extractor": job.extractor_sha256, "seeds": found.sha256})
     rows = _Parts(run, folder, identity).rows(samples, lambda chunks: work(job, chunks, found), on_rows)
     extractor = {"name": extractors.name_of(config.extractor), "sha256": job.extractor_sha256,
-                 "resize": extractors.RESIZE, "features": found.h_MD.shape[1]}
+                 "resize": config.extractor.brought.words, "features": found.h_MD.shape[1]}
     repeated_M = (found.same_M != np.arange(len(found.same_M))) & found.sound_M
     return {"identity": identity, "committed_sha256": committed_sha256(run.store.receipts()), "extractor": extractor,
             "within": config.within, "centre": config.centre, "top": config.top,

@@ -47,7 +47,7 @@ def check(config: CopiesConfig, run: Run | None) -> list[str]:
 def chosen_extractor(config: CopiesConfig, run: Run) -> ExtractorConfig:
     """The extractor, the guide of the run where none is named."""
     said, guide = config.extractor, run.config.guide
-    if said.guide is not None or said.timm is not None:
+    if said.is_named:
         return said
     checkpoint = None if extractors.is_folder(guide.weights) else guide.checkpoint
     return said.model_copy(update={"guide": guide.weights, "checkpoint": said.checkpoint or checkpoint})

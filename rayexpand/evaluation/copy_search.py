@@ -26,9 +26,8 @@ import numpy as np
 import pyarrow as pa
 
 from rayexpand.contract.errors import RowFault, UsageError
-from rayexpand.contract.rng import RowRng
 from rayexpand.contract.schema import ClassTable, SeedIndex
-from rayexpand.data.pixels import decode, prepare
+from rayexpand.data.pixels import decode
 from rayexpand.data.seeds import DataConfig, SeedReader
 from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation.copies_config import CopiesConfig
@@ -41,7 +40,6 @@ from rayexpand.runs.tools import load_tools
 from rayexpand.storage.tables import read_table
 
 OnRows = Callable[[str, int, int], None]
-_NO_CHANCE = RowRng(0, "audit", "", 0)  # "center" draws nothing
 
 
 @dataclass(frozen=True)
@@ -227,10 +225,11 @@ class CopyFinder:
         size, batch = self._extractor.size, self._job.config.batch
         parts = []
         for start in range(0, len(images), batch):
-            x_BHWC = np.zeros((batch, size, size, 3), np.uint8)  # a short call is filled with black
+            # A short call is filled with black.
+            x_BHWC: np.ndarray = np.zeros((batch, size, size, 3), self._extractor.intake.dtype)
             for slot, image in enumerate(images[start:start + batch]):
                 if image is not None:
-                    x_BHWC[slot] = prepare(image, size, "center", _NO_CHANCE)
+                    x_BHWC[slot] = self._extractor.intake(image, size)
             parts.append(self._extractor(x_BHWC)[:len(images) - start])
         sound_N = np.array([one is not None for one in images], bool)
         h_ND = np.concatenate(parts) if parts else np.empty((0, 1), np.float32)

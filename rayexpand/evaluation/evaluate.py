@@ -7,41 +7,40 @@ never do. The result is <run>/scores/<name>.json, written anew each time; the ru
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from pydantic import Field, ValidationError
 
 from rayexpand import __version__
-from rayexpand.contract.errors import ConfigError, RowFault, UsageError
-from rayexpand.contract.rng import PlanRng
-from rayexpand.contract.schema import ClassTable, Receipt, SeedIndex
+from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.secrets import secret_problems
-from rayexpand.contract.settings import Section, mistakes, read
+from rayexpand.contract.settings import Later, Section, mistakes, read
 from rayexpand.data import seeds
-from rayexpand.data.pixels import PILLOW_PIXELS
-from rayexpand.data.seeds import DataConfig, SeedReader, build_index
+from rayexpand.data.seeds import DataConfig
 from rayexpand.evaluation import features as extractors
-from rayexpand.evaluation.distance import measure
-from rayexpand.evaluation.features import ExtractorConfig, ImageBatch
+from rayexpand.evaluation.extraction import Found, Gathered, OnRows, counted, part_of
+from rayexpand.evaluation.features import ExtractorConfig
+from rayexpand.evaluation.measure import measure
+from rayexpand.evaluation.presets import RESERVED
+from rayexpand.evaluation.sides import Choice, Side, reference_of, samples_of, seeds_of
+from rayexpand.models.guide_files import CLASSIFIER, kind_of, present_guide
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import ClusterConfig, RuntimeConfig, guide_of_run
 from rayexpand.runs.run import Run
 from rayexpand.runs.selections import read_selection
-from rayexpand.storage.files import each
-from rayexpand.storage.places import open_files
-from rayexpand.storage.tables import read_table, replace_json
+from rayexpand.storage.tables import replace_json
 
-CHUNK = 2048  # seeds read, and held encoded, at once
-
-Metric = Literal["fid", "kid", "mmd2_linear", "mmd2_rbf", "precision_recall", "density_coverage"]
-OnRows = Callable[[str, int, int], None]
+Metric = Literal["fd", "fd_infinity", "kd", "mmd2_linear", "mmd2_rbf", "mmd2_rbf10", "precision_recall",
+                 "density_coverage", "authenticity", "vendi", "classes", "cover", "alignment",
+                 "fid", "fid_clean", "kid", "fd_dinov2", "cmmd"]
+EVERYTHING: list[Metric] = ["fd", "fd_infinity", "kd", "mmd2_linear", "mmd2_rbf", "precision_recall",
+                            "density_coverage", "authenticity", "vendi", "classes"]  # that needs only two sides
+TRAINING = "training images"  # the third side, of cover
+FRECHET = {"fd", "fid", "fid_clean", "fd_dinov2"}  # of all images, by sums
+OF_MEANS, OF_VARIETY = {"mmd2_rbf10", "cmmd"}, {"density_coverage", "vendi", "cover"}
 
 
 class DistanceConfig(Section):
@@ -49,11 +48,18 @@ class DistanceConfig(Section):
 
     images: int | None = Field(None, ge=2, description="take so many images of each side, chosen by a key; a smaller "
                                "choice lies inside a larger one. null: all")
+    rows: Annotated[int, Later(50_000)] = Field(
+        50_000, ge=4, description="neighbours, kernels and diversity are computed on so many images of a side at most, "
+        "chosen by a key; Frechet distances take all")
     extractor: ExtractorConfig = ExtractorConfig()
-    metrics: list[Metric] = Field(["fid", "kid", "mmd2_linear", "mmd2_rbf", "precision_recall", "density_coverage"],
-                                  min_length=1, description="what to compute")
+    metrics: list[Metric] = Field(EVERYTHING, min_length=1, description="what to compute; fid, fid_clean, kid, "
+                                  "fd_dinov2 and cmmd are for the published extractors alone")
     batch: int = Field(64, ge=1, description="images per call of the extractor")
-    seed: int = Field(0, ge=0, description="keys the choice of `images`, of kid's subsets and of the median's rows")
+    seed: int = Field(0, ge=0, description="keys the choice of `images`, of `rows`, of kd's subsets and of halves")
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(self.images, self.rows, self.seed)
 
 
 class EvaluateConfig(DistanceConfig):
@@ -66,29 +72,6 @@ class EvaluateConfig(DistanceConfig):
     reference: DataConfig = Field(description="real images to compare with")
     runtime: RuntimeConfig = RuntimeConfig()
     cluster: ClusterConfig = ClusterConfig()
-
-
-@dataclass(frozen=True)
-class Side:
-    """The images of one side in their order. `read` turns one of `chunks` into encoded images, anywhere."""
-
-    name: str
-    chunks: list[pa.Table]
-    read: Callable[[pa.Table], list[bytes | RowFault]]
-    min_side: int = 1
-    max_pixels: int = PILLOW_PIXELS
-
-    def __len__(self) -> int:
-        return sum(chunk.num_rows for chunk in self.chunks)
-
-    def calls(self, chunk: pa.Table, size: int, batch: int) -> Iterator[ImageBatch]:
-        return extractors.calls(self.read(chunk), size, batch, min_side=self.min_side, max_pixels=self.max_pixels)
-
-
-class Found(NamedTuple):
-    features_ND: np.ndarray  # float32
-    refused: int  # images that could not be decoded
-    size: int  # side of the extractor's input, pixels
 
 
 # (configuration with the extractor named, its content hash, sides) -> what was found of each side
@@ -116,7 +99,9 @@ def parse(raw: Mapping[str, Any], where: str = "configuration") -> EvaluateConfi
                 read_selection(run, selection)
         except UsageError as error:
             problems.append(f"{'run' if run is None else 'selection'}: {error}")
-    problems += _reference_problems(raw) + _extractor_problems(raw, run)
+    problems += _reference_problems(raw) + (found := _extractor_problems(raw, run))
+    if config is not None and run is not None and not found:
+        problems += metric_problems(config.metrics, _chosen(config.extractor, run))
     if problems or config is None:
         raise ConfigError(where, problems)
     assert run is not None
@@ -129,7 +114,10 @@ def evaluate(config: EvaluateConfig, extract: Extract, on_rows: OnRows = lambda 
     images for a metric."""
     started = time.perf_counter()
     run = runs.open_run(config.run)
-    sides = [samples_of(run, config), reference_of(config)]
+    sides = [samples_of(run, config.choice, config.selection, config.copies),
+             reference_of(config.reference, config.choice)]
+    if "cover" in config.metrics:
+        sides.append(training_of(run, config))
     for side in sides:
         if len(side) < 2:
             raise UsageError(f"{config.run}: {len(side)} {side.name} to compare, at least two are needed; run "
@@ -138,12 +126,13 @@ def evaluate(config: EvaluateConfig, extract: Extract, on_rows: OnRows = lambda 
     listed = time.perf_counter()
     found = extract(config, sha256, sides, on_rows)
     extracted = time.perf_counter()
-    measured = measure(config.metrics, found[0].features_ND, found[1].features_ND, config.seed)
+    measured = measure(config.metrics, found[0], found[1], seed=config.seed, training=found[2] if found[2:] else None,
+                       key=lambda statistic: extractors.key_of(statistic, config.extractor),
+                       texts=texts_of(config, run))
     result = {
         "name": config.name, "run": str(run.folder), "run_digest": run.facts["run_digest"], "version": __version__,
         "created": time.time(), "config": config.model_dump(mode="json"),
-        "extractor": {"name": extractors.name_of(config.extractor), "sha256": sha256, "size": found[0].size,
-                      "resize": extractors.RESIZE},
+        "extractor": facts_of(config.extractor, sha256, found[0].size),
         **measured, "refused": {side.name: one.refused for side, one in zip(sides, found, strict=True)},
         "warnings": _warnings(run, config, sides, found) + measured["warnings"],
         "seconds": {"list": listed - started, "features": extracted - listed,
@@ -160,89 +149,75 @@ def in_process(config: EvaluateConfig, sha256: str, sides: Sequence[Side], on_ro
 
     with torch_threads(config.runtime.torch_threads):
         extractor = extractors.load_extractor(config.extractor)
-        found = []
-        for side in sides:
-            calls = (call for chunk in side.chunks for call in side.calls(chunk, extractor.size, config.batch))
-            shown = _counted(calls, lambda done, side=side: on_rows(  # type: ignore[misc]
-                f"features of {side.name}", done, len(side)))
-            found.append(Found(*extractors.features(extractor, shown), extractor.size))
-        return found
+        return [_in_process(config, extractor, side, on_rows) for side in sides]
 
 
-# ---------------------------------------------------------------------------------------------------------------- sides
+def _in_process(config: EvaluateConfig, extractor: extractors.Extractor, side: Side, on_rows: OnRows) -> Found:
+    gathered, done = Gathered(side, extractor.size), 0
+
+    def more(images: int) -> None:
+        nonlocal done
+        done += images
+        on_rows(f"features of {side.name}", done, len(side))
+
+    for number, span in enumerate(side.spans):
+        chunks = [side.chunks[i] for i in span]
+        gathered.add(number, part_of(
+            ((chunk, counted(side.calls(chunk, extractor.size, config.batch, extractor.intake), more))
+             for chunk in chunks), extractor, sums=sums_wanted(config)))
+    return gathered.found()
 
 
-def samples_of(run: Run, config: EvaluateConfig) -> Side:
-    """The kept samples that the configuration chooses; one chunk is one data file."""
-    chosen = read_selection(run, config.selection) if config.selection else None
-    rng = PlanRng(config.seed, "evaluate")
-    whole = chosen is None and config.copies is None and config.images is None
-    taken = run.plan.first_copies(config.copies)
-
-    def rows_of(receipt: Receipt) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of a data file, and the number that ranks each for `images`."""
-        if whole:
-            return np.arange(receipt.kept), np.zeros(receipt.kept)
-        table = run.store.data(receipt, ["sample_id", "copy", "row"])
-        ids = table["sample_id"].to_pylist()
-        keep = np.ones(len(ids), bool) if chosen is None else np.asarray(chosen.keeps(ids))
-        if config.copies is not None:
-            keep &= table["copy"].to_numpy() < taken[run.plan.position(table["row"].to_numpy())]
-        return np.flatnonzero(keep), rng.per_seed("images", ids)[keep]
-
-    receipts = [receipt for receipt in run.store.receipts() if receipt.kept]
-    parts = list(each(run.files, rows_of, receipts))
-    limit = _limit([rank for _, rank in parts], config.images)
-    chunks = []
-    for receipt, (rows, rank) in zip(receipts, parts, strict=True):
-        if len(rows := rows[rank <= limit]):
-            chunks.append(pa.table({"row": rows}).replace_schema_metadata({b"file": receipt.data_file.encode()}))
-    return Side("samples", chunks, partial(read_samples, str(run.folder)))
+def sums_wanted(config: DistanceConfig) -> bool:
+    return bool(FRECHET & set(config.metrics))
 
 
-def reference_of(config: EvaluateConfig) -> Side:
-    """The real images that the configuration chooses; seeds known to be faulty only count as refused."""
-    table = build_index(config.reference).table
-    if config.images is not None:
-        rank = PlanRng(config.seed, "evaluate").per_seed("images", table["seed_id"].to_pylist())
-        rank[np.asarray(table["fault"].to_pylist()) != ""] = 2.0
-        table = table.take(pa.array(np.flatnonzero(rank <= _limit([rank], config.images))))
-    files = json.loads(table.schema.metadata[b"files"])
-    chunks = [_with_own_files(table.slice(i, CHUNK), files) for i in range(0, table.num_rows, CHUNK)]
-    return Side("reference", chunks, partial(read_seeds, config.reference), config.reference.min_side,
-                config.reference.max_pixels)
+def training_of(run: Run, config: DistanceConfig) -> Side:
+    """The seeds of a run."""
+    return seeds_of(run.plan.index, run.config.data, Choice(None, config.rows, config.seed), TRAINING)
 
 
-def read_samples(folder: str, chunk: pa.Table) -> list[bytes | RowFault]:
-    """Encoded images of chosen rows of a data file."""
-    table = read_table(open_files(folder), f"data/{chunk.schema.metadata[b'file'].decode()}", ["image"])
-    return [image["bytes"] for image in table["image"].take(chunk["row"]).to_pylist()]
+def texts_of(config: DistanceConfig, run: Run) -> dict[str, np.ndarray] | None:
+    """Class key -> features of the text of the class, where `alignment` asks for them."""
+    if "alignment" not in config.metrics:
+        return None
+    classes = run.plan.index.classes
+    return dict(zip(classes.key, extractors.class_texts(config.extractor, classes.asked), strict=True))
 
 
-def read_seeds(data: DataConfig, chunk: pa.Table) -> list[bytes | RowFault]:
-    """Encoded images of rows of a seed index, a RowFault for one that cannot be read."""
-    found = SeedReader(SeedIndex(chunk, ClassTable.of([])), data).read(range(chunk.num_rows))
-    return [one if isinstance(one, RowFault) else one.image for one in found]
-
-
-def _limit(ranks: Sequence[np.ndarray], images: int | None) -> float:
-    """The rank of the last image taken; ranks of 2 and more are never taken."""
-    ranks_N = np.concatenate([np.empty(0), *ranks])
-    if images is None or len(ranks_N) <= images:
-        return 1.0
-    return min(1.0, float(np.partition(ranks_N, images - 1)[images - 1]))
-
-
-def _with_own_files(table: pa.Table, files: Sequence[str]) -> pa.Table:
-    """The rows with only the file names they need: a chunk travels, thousands of names would travel with each."""
-    used, file = np.unique(table["file"].to_numpy(), return_inverse=True)
-    column = table.schema.get_field_index("file")
-    metadata = {**table.schema.metadata, b"files": json.dumps([files[i] for i in used]).encode()}
-    return table.set_column(column, table.schema.field(column), pa.array(file, pa.int32())
-                            ).replace_schema_metadata(metadata)
+def facts_of(config: ExtractorConfig, sha256: str, size: int | None = None) -> dict[str, Any]:
+    """What results say of an extractor; `unnamed` is why distances by it have no known name."""
+    return {"name": extractors.name_of(config), "sha256": sha256, **({"size": size} if size else {}),
+            "resize": config.brought.words, "unnamed": extractors.name_problem(config)}
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+def metric_problems(metrics: Sequence[str], extractor: ExtractorConfig) -> list[str]:
+    """What is wrong with metrics by an extractor that is sound."""
+    problems = []
+    for metric in metrics:
+        if metric in RESERVED and (why := _not_known(metric, extractor)):
+            problems.append(f"metrics: {why}")
+    if OF_MEANS & set(metrics) and not OF_VARIETY & set(metrics):
+        problems.append(f"metrics: {next(iter(OF_MEANS & set(metrics)))} compares little more than means, and does not "
+                        "see samples that are few images repeated; add density_coverage or vendi")
+    if "alignment" in metrics:
+        folder = None if extractor.preset or extractor.timm else present_guide(extractor.guide or "digits")
+        if extractor.timm or extractor.preset not in (None, "clip_l14_336") or (
+                folder is not None and kind_of(folder) == CLASSIFIER):
+            problems.append(f"metrics: {extractors.NO_TEXT.format(extractors.name_of(extractor))}")
+    return problems
+
+
+def _not_known(metric: str, extractor: ExtractorConfig) -> str | None:
+    """Why a known name is not for this extractor, and what the distance is called then."""
+    preset, statistic = RESERVED[metric]
+    why = f"it is for extractor: {{preset: {preset}}}" if extractor.preset != preset else extractors.name_problem(
+        extractor)
+    return why and (f"{metric} is the name of a published convention: {why}. By {extractors.name_of(extractor)} the "
+                    f"key is {extractors.key_of(statistic, extractor)}; write {statistic} for it")
 
 
 def _reference_problems(raw: Mapping[str, Any]) -> list[str]:
@@ -264,7 +239,7 @@ def _extractor_problems(raw: Mapping[str, Any], run: Run | None) -> list[str]:
 
 
 def _chosen(config: ExtractorConfig, run: Run) -> ExtractorConfig:
-    if config.guide is not None or config.timm is not None:
+    if config.is_named:
         return config
     guide = run.config.guide
     checkpoint = None if extractors.is_folder(guide.weights) else guide.checkpoint
@@ -278,14 +253,6 @@ def _warnings(run: Run, config: EvaluateConfig, sides: Sequence[Side], found: Se
     for side, one in zip(sides, found, strict=True):
         if one.refused:
             lines.append(f"{one.refused} of {len(side)} {side.name} images cannot be decoded and were left out")
-        if config.images is not None and len(side) < config.images:
+        if config.images is not None and len(side) < config.images and side.name != TRAINING:
             lines.append(f"there are only {len(side)} {side.name} images of the {config.images} asked for")
     return lines
-
-
-def _counted(calls: Iterator[ImageBatch], say: Callable[[int], None]) -> Iterator[ImageBatch]:
-    done = 0
-    for call in calls:
-        yield call
-        done += call.rows + call.refused
-        say(done)

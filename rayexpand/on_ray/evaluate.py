@@ -1,17 +1,21 @@
 """Features of many images over a Ray Data actor pool: an Extract of rayexpand.evaluation.evaluate.
 
-    driver    chunks (rows to read, no images) -> [read and decode] -> extract -> features, D floats per image
+    driver    spans (rows to read, no images) -> extract -> sums over all images, rows of those that are kept
     ModelServer   one small actor beside the driver: the extractor's files, for nodes that lack them (stage.py)
 
-On GPUs reading and decoding is a stage of its own on CPUs, so that GPUs do not wait for it; elsewhere each actor reads
-what it extracts. Calls are cut the same way in both, and put in their order by the driver, so features do not depend
-on the number of actors.
+An actor works on one span at a time and returns it as one row, so the driver never holds the features of all images.
+On GPUs, tasks on the CPUs that are left over read and decode ahead of each actor; elsewhere each actor reads what it
+extracts. Calls are cut the same way in both, and the driver puts spans together by their numbers, so the numbers do not
+depend on how many actors there are.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import socket
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,91 +25,80 @@ import pyarrow as pa
 import ray
 
 from rayexpand.contract.errors import packed, unpacked
-from rayexpand.evaluation.evaluate import EvaluateConfig, Found, OnRows, Side
-from rayexpand.evaluation.features import Extractor, ExtractorConfig, extractor_model, load_extractor, moved, stacked
-from rayexpand.on_ray.pool import Pool, choose_pool, connected, enter, of_items, waves
+from rayexpand.evaluation.evaluate import EvaluateConfig, sums_wanted
+from rayexpand.evaluation.extraction import Found, Gathered, OnRows, SpanPart, Sums, part_of
+from rayexpand.evaluation.features import Extractor, ExtractorConfig, ImageBatch, extractor_model, load_extractor, moved
+from rayexpand.evaluation.intake import IntakeConfig
+from rayexpand.evaluation.moments import Moments
+from rayexpand.evaluation.sides import Side
+from rayexpand.on_ray.pool import Pool, choose_pool, connected, enter, waves
 from rayexpand.on_ray.stage import local, open_model_server
 
 Row = dict[str, list[Any]]
+CALLS_AHEAD = 4  # of one chunk, that wait decoded
 
 
 def extract(config: EvaluateConfig, sha256: str, sides: Sequence[Side], on_rows: OnRows) -> list[Found]:
-    """Features of each side, on the cluster of `config.cluster`. Raises EnvironmentFault or ModelError as soon as a
-    chunk cannot be read or the extractor cannot be loaded."""
+    """What is found of each side, on the cluster of `config.cluster`. Raises EnvironmentFault or ModelError as soon as
+    a chunk cannot be read or the extractor cannot be loaded."""
     with connected(config.cluster):
-        chunks = [(side, number) for side in range(len(sides)) for number in range(len(sides[side].chunks))]
+        spans = [(side, number) for side in range(len(sides)) for number in range(len(sides[side].spans))]
         pool = choose_pool(config.cluster, models=True)
-        server = open_model_server({sha256: extractor_model(config.extractor)})
-        parts: dict[tuple[int, int, int], np.ndarray] = {}
-        refused, sizes = [0] * len(sides), [0] * len(sides)
+        pool = replace(pool, actors=min(pool.actors, max(1, len(spans))))
+        settings = {"config": config, "sha256": sha256, "sides": [side.alone() for side in sides],
+                    "server": open_model_server({sha256: extractor_model(config.extractor)}),
+                    "readers": _readers(pool)}
+        gathered = [Gathered(side) for side in sides]
         done = 0
-        for _, wave in waves(chunks):
-            for row in _dataset(config, sha256, sides, wave, pool, server).iter_rows():
+        for _, wave in waves(spans):
+            for row in pool.map([_item(sides, *one) for one in wave], ExtractActor, settings, in_flight=1).iter_rows():
                 if row["fault"]:
                     raise unpacked(row["fault"])
-                key = (int(row["side"]), int(row["chunk"]), int(row["call"]))
-                rows, side = int(row["rows"]), key[0]
-                if rows:
-                    parts[key] = np.frombuffer(row["features"], np.float32).reshape(rows, -1)
-                refused[side] += int(row["refused"])
-                sizes[side] = int(row["size"])
-                done += rows + int(row["refused"])
+                part = _unpacked_part(row)
+                gathered[int(row["side"])].size = int(row["size"])
+                gathered[int(row["side"])].add(int(row["span"]), part)
+                done += part.rows + part.refused
                 on_rows("features", done, sum(map(len, sides)))
-        return [Found(stacked([parts[key] for key in sorted(parts) if key[0] == side]), refused[side], sizes[side])
-                for side in range(len(sides))]
-
-
-class Reader:
-    """Chunks -> one row for each call, with its images."""
-
-    def __init__(self, config: EvaluateConfig, sides: Sequence[Side], size: int, cwd: str) -> None:
-        enter(cwd)
-        self._config, self._sides, self._size = config, sides, size
-
-    def __call__(self, batch: dict[str, Any]) -> Iterator[Row]:
-        (side,), (chunk,), (content,) = batch["side"], batch["chunk"], batch["rows"]
-        try:
-            table = pa.ipc.open_stream(content).read_all()
-            for number, call in enumerate(self._sides[side].calls(table, self._size, self._config.batch)):
-                yield {"side": [side], "chunk": [chunk], "call": [number], "rows": [call.rows],
-                       "refused": [call.refused], "images": [call.x_BHWC.tobytes()], "fault": [""]}
-        except Exception as error:
-            yield {"side": [side], "chunk": [chunk], "call": [0], "rows": [0], "refused": [0], "images": [b""],
-                   "fault": [_fault(error)]}
+        return [one.found() for one in gathered]
 
 
 class ExtractActor:
-    """One process of the pool: rows of `Reader`, or chunks where it reads for itself, -> features."""
+    """One process of the pool. Loads its extractor at the first span, so that a bad start is a fault, not a crash."""
 
-    def __init__(self, config: EvaluateConfig, sha256: str, sides: Sequence[Side], server: Any, cwd: str) -> None:
+    def __init__(self, config: EvaluateConfig, sha256: str, sides: Sequence[Side], server: Any, readers: int,
+                 cwd: str) -> None:
         enter(cwd)
-        self._config, self._sha256, self._sides, self._cwd, self._server = config, sha256, sides, cwd, server
+        self._config, self._sha256, self._sides, self._server = config, sha256, sides, server
+        self._readers = readers
         self._extractor: Extractor | None = None
 
-    def __call__(self, batch: dict[str, Any]) -> Iterator[Row]:
+    def __call__(self, batch: dict[str, Any]) -> Row:
+        (side,), (span,), (contents,) = batch["side"], batch["span"], batch["chunks"]
+        row = {"side": [side], "span": [span], "size": [0], "fault": [""], **_packed_part(NOTHING)}
         try:
             extractor = self._get()
-        except Exception as error:
-            yield _failed(_fault(error))
-            return
-        if "images" in batch:
-            yield self._one(extractor, {name: values[0] for name, values in batch.items()})
-            return
-        for row in Reader(self._config, self._sides, extractor.size, self._cwd)(batch):
-            yield self._one(extractor, {name: values[0] for name, values in row.items()})
+            chunks = [pa.ipc.open_stream(content).read_all() for content in contents]
+            part = part_of(zip(chunks, self._calls(self._sides[side], chunks, extractor), strict=True), extractor,
+                           sums=sums_wanted(self._config))
+            row |= {"size": [extractor.size], **_packed_part(part)}
+        except Exception as error:  # out of memory, a lost device, a file that is gone: the driver says so
+            row["fault"] = [packed(error, f"on {socket.gethostname()}")]
+        return row
 
-    def _one(self, extractor: Extractor, call: dict[str, Any]) -> Row:
-        if call["fault"]:
-            return _failed(call["fault"])
-        features = b""
-        if rows := int(call["rows"]):
-            shape = (self._config.batch, extractor.size, extractor.size, 3)
-            try:
-                features = extractor(np.frombuffer(call["images"], np.uint8).reshape(shape))[:rows].tobytes()
-            except Exception as error:  # out of memory, a lost device: the driver says so
-                return _failed(_fault(error))
-        return {"side": [call["side"]], "chunk": [call["chunk"]], "call": [call["call"]], "rows": [rows],
-                "refused": [call["refused"]], "features": [features], "size": [extractor.size], "fault": [""]}
+    def _calls(self, side: Side, chunks: Sequence[pa.Table], extractor: Extractor) -> Iterator[Iterator[ImageBatch]]:
+        """The calls of each chunk, those of the next `readers` chunks being made ahead by tasks."""
+        shape = (extractor.size, self._config.batch, extractor.intake)
+        if not self._readers:
+            yield from (side.calls(chunk, *shape) for chunk in chunks)
+            return
+        task = read_calls.options(num_returns="streaming", _generator_backpressure_num_objects=CALLS_AHEAD)
+        ahead: deque[Any] = deque()
+        for chunk in chunks:
+            ahead.append(task.remote(side, chunk, *shape, os.getcwd()))
+            if len(ahead) == self._readers:
+                yield map(ray.get, ahead.popleft())
+        while ahead:
+            yield map(ray.get, ahead.popleft())
 
     def _get(self) -> Extractor:
         if self._extractor is None:
@@ -116,6 +109,14 @@ class ExtractActor:
         return self._extractor
 
 
+@ray.remote(num_cpus=1)
+def read_calls(side: Side, chunk: pa.Table, size: int, batch: int, intake: IntakeConfig, cwd: str
+               ) -> Iterator[ImageBatch]:
+    """Calls of a chunk, read and decoded on a CPU."""
+    enter(cwd)
+    yield from side.calls(chunk, size, batch, intake)
+
+
 def here_or_staged(config: ExtractorConfig, sha256: str, server: Any) -> ExtractorConfig:
     """The extractor where it already is on this node, if its content is right, else a copy of the driver's.
 
@@ -124,24 +125,15 @@ def here_or_staged(config: ExtractorConfig, sha256: str, server: Any) -> Extract
     return moved(config, local(extractor_model(config), sha256, server))
 
 
-def _dataset(config: EvaluateConfig, sha256: str, sides: Sequence[Side], wave: Sequence[tuple[int, int]], pool: Pool,
-             server: Any) -> ray.data.Dataset:
-    plain = [Side(side.name, [], side.read, side.min_side, side.max_pixels) for side in sides]
-    data = of_items([{"side": side, "chunk": chunk, "rows": _content(sides[side].chunks[chunk])}
-                     for side, chunk in wave])
-    if readers := _readers(pool, len(wave)):
-        size = load_extractor(config.extractor.model_copy(update={"device": "cpu"})).size
-        on_cpus = Pool(readers, 1, 0.0, {}, {})
-        data = on_cpus.map(data, Reader, {"config": config, "sides": plain, "size": size}, in_flight=1)
-    pool = replace(pool, actors=min(pool.actors, len(wave)))
-    return pool.map(data, ExtractActor, {"config": config, "sha256": sha256, "sides": plain, "server": server})
-
-
-def _readers(pool: Pool, chunks: int) -> int:
-    """Processes that read and decode for GPU actors: the CPUs those leave. 0: every actor reads for itself."""
+def _readers(pool: Pool) -> int:
+    """Tasks that read and decode for each GPU actor: its share of the CPUs that actors leave. 0: it reads itself."""
     if not pool.gpus:
         return 0
-    return max(0, min(math.floor(ray.cluster_resources().get("CPU", 0) - pool.actors * pool.cpus), chunks))
+    return max(0, math.floor((ray.cluster_resources().get("CPU", 0) - pool.actors * pool.cpus) / pool.actors))
+
+
+def _item(sides: Sequence[Side], side: int, span: int) -> dict[str, Any]:
+    return {"side": side, "span": span, "chunks": [_content(sides[side].chunks[i]) for i in sides[side].spans[span]]}
 
 
 def _content(chunk: pa.Table) -> bytes:
@@ -151,10 +143,22 @@ def _content(chunk: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _failed(fault: str) -> Row:
-    return {"side": [0], "chunk": [0], "call": [0], "rows": [0], "refused": [0], "features": [b""], "size": [0],
-            "fault": [fault]}
+NOTHING = SpanPart(np.empty((0, 0), np.float32), np.empty(0, np.int64), np.empty(0, np.int8), None, 0, 0)
 
 
-def _fault(error: Exception) -> str:
-    return packed(error, f"on {socket.gethostname()}")
+def _packed_part(part: SpanPart) -> Row:
+    arrays = [*part[:3], *(np.asarray(one) for moments in part.sums or () for one in moments)]
+    sink = io.BytesIO()
+    for array in arrays:
+        np.save(sink, array, allow_pickle=False)
+    return {"arrays": [sink.getvalue()], "rows": [part.rows], "refused": [part.refused],
+            "summed": [part.sums is not None]}
+
+
+def _unpacked_part(row: dict[str, Any]) -> SpanPart:
+    stream = io.BytesIO(row["arrays"])
+    h_ND, labels_N, half_N = (np.load(stream) for _ in range(3))
+    sums = None
+    if row["summed"]:
+        sums = Sums(*(Moments(int(np.load(stream)), np.load(stream), np.load(stream)) for _ in Sums._fields))
+    return SpanPart(h_ND, labels_N, half_N, sums, int(row["rows"]), int(row["refused"]))

@@ -18,6 +18,7 @@ import yaml
 
 from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import RayexpandError
+from rayexpand.evaluation.features import with_current_names
 from rayexpand.reports.figure import write_figures
 from rayexpand.reports.run import SheetRow, contact_sheet, picture_pages
 from rayexpand.reports.study_classes import classes_of
@@ -125,7 +126,7 @@ def _scores(study: StudyView) -> dict[str, Any] | None:
         try:
             files = open_files(run_folder(study, run))
             for name in sorted(name for name in files.list("scores") if name.endswith(".json")):
-                found = read_json(files, f"scores/{name}") or {}
+                found = with_current_names(read_json(files, f"scores/{name}") or {})
                 lines.append({"run": run, "group": group, "file": name, "values": _score_values(found)})
                 warnings += [f"{run}, {name}: {line}" for line in found.get("warnings") or ()]
         except (OSError, ValueError, AttributeError, KeyError, RayexpandError) as error:

@@ -29,7 +29,7 @@ from rayexpand.data.seeds import DataConfig
 from rayexpand.data.subsets import SubsetConfig
 from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation import select as selecting
-from rayexpand.evaluation.evaluate import DistanceConfig
+from rayexpand.evaluation.evaluate import DistanceConfig, metric_problems
 from rayexpand.evaluation.features import ExtractorConfig
 from rayexpand.evaluation.select_rules import BY_GUIDE
 from rayexpand.fitting.adapter.config import AdapterFit
@@ -317,10 +317,12 @@ def _samples_problems(config: StudyConfig) -> list[str]:
                  for arm in config.arms if len(arm.uses) > 1]
     if not config.used:
         problems.append("samples: no arm uses an expansion, so there are none to compare; take it out")
-    if wanted.extractor.guide is None and wanted.extractor.timm is None and config.data.source != DIGITS:
+    if not wanted.extractor.is_named and config.data.source != DIGITS:
         problems.append(not_named("samples.extractor.guide", config.data))
-    elif wanted.extractor != ExtractorConfig():
-        problems += [f"samples.{line}" for line in extractors.check(wanted.extractor)]
+    elif found := extractors.check(wanted.extractor) if wanted.extractor != ExtractorConfig() else []:
+        problems += [f"samples.{line}" for line in found]
+    else:
+        problems += [f"samples.{line}" for line in metric_problems(wanted.metrics, wanted.extractor)]
     return problems
 
 

@@ -9,8 +9,9 @@ Other real images, as many as the samples, say what could be reached at that num
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from rayexpand.contract.protocols import Progress
 from rayexpand.contract.settings import digest
 from rayexpand.data.subsets import fingerprint
 from rayexpand.evaluation import features as extractors
-from rayexpand.evaluation.distance import measure
-from rayexpand.evaluation.evaluate import DistanceConfig, EvaluateConfig, Extract, Found, Side, reference_of, samples_of
+from rayexpand.evaluation.evaluate import DistanceConfig, EvaluateConfig, Extract, facts_of, texts_of, training_of
+from rayexpand.evaluation.extraction import Found
+from rayexpand.evaluation.measure import measure
+from rayexpand.evaluation.sides import Choice, Side, reference_of, samples_of
 from rayexpand.runs.estimate import estimate, first_draws
 from rayexpand.runs.run import Run
 from rayexpand.runs.work import cost_of_run
@@ -30,6 +33,8 @@ from rayexpand.studies.trials import arms_of
 
 SCORES, REAL = "scores", "scores/real"
 FEWEST = 2  # images of either side
+TOGETHER = 8  # comparisons whose features are held at once
+OF_A_RUN = {"cover", "alignment"}  # metrics that ask for its seeds or classes
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class _Comparison:
 
     side: Side
     files: dict[str, dict[str, Any]]  # name -> what the result is of
+    run: str | None = None  # that made them
 
 
 def score_samples(study: Study, trials: Sequence[Trial], extract: Extract,
@@ -48,22 +54,21 @@ def score_samples(study: Study, trials: Sequence[Trial], extract: Extract,
         return []
     config = _asked(study)
     sha256 = extractors.extractor_hash(config.extractor, progress)
-    shared = {"settings": study.config.samples.model_dump(mode="json"), "extractor": {
-        "name": extractors.name_of(config.extractor), "sha256": sha256, "resize": extractors.RESIZE}}
-    made_from = digest([shared, fingerprint(study.opened.index(config.reference), config.reference)])
+    settings = {"settings": study.config.samples.model_dump(mode="json")}
+    shared = {**settings, "extractor": facts_of(config.extractor, sha256)}
+    same = {name: one for name, one in shared["extractor"].items() if name != "unnamed"}  # what is as it was before
+    reference_sha256 = fingerprint(study.opened.index(config.reference), config.reference)
+    made_from = digest([{**settings, "extractor": same}, reference_sha256])
     todo = [*_samples(study, trials, made_from)]
     todo += _real(study, trials, made_from, todo)
     if not todo:
         return []
-    reference, *found = extract(config, sha256, [reference_of(config), *(one.side for one in todo)], progress)
     for folder in (SCORES, REAL):
         study.files.make_folder(folder)
     failed = []
-    for one, features in zip(todo, found, strict=True):
-        try:
-            result = _measured(config, one.side, features, reference)
-        except UsageError as error:
-            failed += [f"samples of {name}: {error}" for name in one.files]
+    for one, result in _measured(study, config, todo, partial(extract, config, sha256), progress):
+        if isinstance(result, UsageError):
+            failed += [f"samples of {name}: {result}" for name in one.files]
             continue
         for name, of in one.files.items():
             replace_json(study.files, f"{name}.json", {**of, **shared, **result})
@@ -94,7 +99,7 @@ def _samples(study: Study, trials: Sequence[Trial], made_from: str) -> Iterator[
             if not _is_done(study, name, of):
                 wanted.setdefault((trial.run, copies, arm.config.selection), {})[name] = of
     for (run, copies, selection), files in wanted.items():
-        yield _Comparison(samples_of(study.opened.run(run), _asked(study, copies=copies, selection=selection)), files)
+        yield _Comparison(samples_of(study.opened.run(run), _asked(study).choice, selection, copies), files, run)
 
 
 def gflop_per_image(run: Run) -> float | None:
@@ -123,8 +128,8 @@ def _real(study: Study, trials: Sequence[Trial], made_from: str, todo: Sequence[
         for seed in study.config.seeds if FEWEST <= images <= len(study.opened.index(wanted.real)) else ():
             of = {"digest": digest([made_from, real_sha256, images, seed]), "images": images, "seed": seed}
             if not _is_done(study, name := f"{REAL}/{images}-{seed}", of):
-                chosen = _asked(study, reference=wanted.real, images=images, seed=seed)
-                found.append(_Comparison(replace(reference_of(chosen), name="other real images"), {name: of}))
+                side = reference_of(wanted.real, Choice(images, wanted.rows, seed))
+                found.append(_Comparison(replace(side, name="other real images"), {name: of}))
     return found
 
 
@@ -132,9 +137,34 @@ def _is_done(study: Study, name: str, of: Mapping[str, Any]) -> bool:
     return (healthy_json(study.files, f"{name}.json") or {}).get("digest") == of["digest"]
 
 
-def _measured(config: EvaluateConfig, side: Side, found: Found, reference: Found) -> dict[str, Any]:
+def _measured(study: Study, config: EvaluateConfig, todo: Sequence[_Comparison], extract: Callable[..., list[Found]],
+              progress: Progress) -> Iterator[tuple[_Comparison, dict[str, Any] | UsageError]]:
+    """Scores of each comparison, or why there are none. Features of TOGETHER of them are held at once."""
+    reference, known = None, dict[Any, Any]()
+    for start in range(0, len(todo), TOGETHER):
+        part = todo[start:start + TOGETHER]
+        runs = list(dict.fromkeys(one.run for one in part if one.run)) if "cover" in config.metrics else []
+        sides = [one.side for one in part] + [training_of(study.opened.run(run), config) for run in runs]
+        if reference is None:
+            reference, *found = extract([reference_of(config.reference, config.choice), *sides], progress)
+        else:
+            found = extract(sides, progress)
+        training = dict(zip(runs, found[len(part):], strict=True))
+        for one, features in zip(part, found, strict=False):
+            try:
+                yield one, _scores(study, config, one, features, reference, training, known)
+            except UsageError as error:
+                yield one, error
+
+
+def _scores(study: Study, config: EvaluateConfig, one: _Comparison, found: Found, reference: Found,
+            training: Mapping[str, Found], known: dict[Any, Any]) -> dict[str, Any]:
     """Scores as they are written. Raises UsageError where there are too few images."""
-    if len(side) < FEWEST:
-        raise UsageError(f"{len(side)} images cannot be compared; at least {FEWEST} are needed")
-    measured = measure(config.metrics, found.features_ND, reference.features_ND, config.seed)
+    if len(one.side) < FEWEST:
+        raise UsageError(f"{len(one.side)} images cannot be compared; at least {FEWEST} are needed")
+    metrics = [metric for metric in config.metrics if one.run or metric not in OF_A_RUN]
+    measured = measure(metrics, found, reference, seed=config.seed, known=known,
+                       key=lambda statistic: extractors.key_of(statistic, config.extractor),
+                       training=training.get(str(one.run)),
+                       texts=texts_of(config, study.opened.run(one.run)) if one.run else None)
     return {**measured, "refused": {"samples": found.refused, "reference": reference.refused}, "size": reference.size}

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from rayexpand.contract.errors import DamagedFile
+from rayexpand.evaluation.features import with_current_names
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import unsealed
 from rayexpand.studies.spreads import plus_minus, points, spread
@@ -49,7 +50,7 @@ def read_scores(files: Files, config: Mapping[str, Any], results: Sequence[Resul
             problems.append(f"{place} was measured with other samples or settings than the study has now; it is left "
                             "out until `rayexpand train` measures it again.")
         else:
-            found[name] = one
+            found[name] = with_current_names(one)
     return found
 
 
@@ -87,7 +88,9 @@ def of_samples(found: Sequence[Result]) -> dict[str, Any]:
     names = dict.fromkeys(name for one in found for name in one["scores"])
     return {"images_compared": spread(one["n_samples"] for one in found),
             "gflop_per_image": spread(one.get("gflop_per_image") for one in found),
-            "scores": {name: spread(one["scores"].get(name, {}).get("value") for one in found) for name in names}}
+            "scores": {name: spread(one["scores"].get(name, {}).get("value") for one in found) for name in names},
+            "floors": {name: floor for name in names if (floor := spread(
+                one["scores"].get(name, {}).get("floor") for one in found)) is not None}}
 
 
 def go_with_top1(arms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -154,10 +157,16 @@ def _cells(arm: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
     if not (arm["synthetic_rows"] or {"mean": 0})["mean"]:
         return (NO_SAMPLES,) * (len(names) + 4)
     own, repetitions = arm["samples"], len(arm["seeds"])
-    cells = [_number(own["scores"].get(name), repetitions) for name in names]
+    cells = [_number(own["scores"].get(name), repetitions) + _floor(own, name) for name in names]
     return (*cells, _number(own["images_compared"], repetitions),
             _number(own["gflop_per_image"], missing=NO_NUMBER),
             _number(arm["seconds_per_image"], missing=NO_NUMBER), _number(arm["cost"]["fitting"], missing=NO_NUMBER))
+
+
+def _floor(own: Mapping[str, Any], name: str) -> str:
+    """The same statistic between halves of the reference, beside a distance."""
+    floor = own.get("floors", {}).get(name)
+    return "" if floor is None else f", floor {floor['mean']:,.3g}"
 
 
 def _number(found: Mapping[str, Any] | None, repetitions: int | None = None, missing: str = NOT_MEASURED) -> str:

@@ -13,8 +13,9 @@ from PIL import Image
 
 from rayexpand.contract.errors import ConfigError, RowFault, UsageError
 from rayexpand.data.pixels import decode
-from rayexpand.evaluation import evaluate as evaluation
-from rayexpand.evaluation.evaluate import EvaluateConfig, Side, evaluate, in_process, parse, reference_of, samples_of
+from rayexpand.evaluation import sides
+from rayexpand.evaluation.evaluate import EvaluateConfig, evaluate, in_process, parse
+from rayexpand.evaluation.sides import Side, reference_of, samples_of
 from rayexpand.runs.run import Run
 from rayexpand.storage.tables import parquet_bytes, read_json
 from tests.conftest import MakeConfig, complete
@@ -38,7 +39,7 @@ def config_of(run: Run, folder: Path, guide: str, **changes: Any) -> EvaluateCon
 
 
 def images_in(side: Side) -> list[bytes | RowFault]:
-    return [image for chunk in side.chunks for image in side.read(chunk)]
+    return [image for chunk in side.chunks for image in side.read(chunk).images]
 
 
 def select(run: Run, name: str, keep: dict[str, bool]) -> None:
@@ -64,7 +65,9 @@ def test_the_result_says_what_it_compared(run: Run, image_folder: Path, guide: s
     assert result["extractor"]["name"] == f"guide {guide}"
     assert len(result["extractor"]["sha256"]) == 64
     assert result["extractor"]["size"] == 16
-    assert {"fid", "kid_poly3_unbiased", "precision_k3", "coverage_k5"} <= result["scores"].keys()
+    assert "fd_clip_infinity" not in result["scores"]
+    assert "fd_infinity: 20 images are too few" in result["warnings"][1]
+    assert {"fd_clip", "kd_clip", "precision_k3", "coverage_k5", "vendi"} <= result["scores"].keys()
     assert "40 samples against 20" in result["warnings"][0]
     assert result["seconds"].keys() == {"list", "features", "scores"}
     assert shown[-1] == ("features of reference", 20, 20)
@@ -77,8 +80,8 @@ def test_a_run_against_its_own_samples_is_at_distance_zero(run: Run, guide: str)
     found = evaluate(config, in_process)
 
     assert (found["n_samples"], found["n_reference"], found["warnings"]) == (40, 40, [])
-    assert found["scores"]["fid"]["value"] == pytest.approx(0, abs=1e-6)
-    assert found["scores"]["mmd2_linear_biased"]["value"] == 0
+    assert found["scores"]["fd_clip"]["value"] == pytest.approx(0, abs=1e-6)
+    assert found["scores"]["mmd2_linear_biased_clip"]["value"] == 0
     assert [found["scores"][name]["value"] for name in ("precision_k3", "recall_k3", "coverage_k5")] == [1, 1, 1]
 
 
@@ -87,7 +90,8 @@ def test_which_samples_are_compared(run: Run, image_folder: Path, guide: str) ->
     select(run, "half", {row["sample_id"]: i % 2 == 0 for i, row in enumerate(rows)})
 
     def chosen(**changes: Any) -> list[bytes | RowFault]:
-        return images_in(samples_of(run, config_of(run, image_folder, guide, **changes)))
+        config = config_of(run, image_folder, guide, **changes)
+        return images_in(samples_of(run, config.choice, config.selection, config.copies))
 
     assert chosen() == [row["image"]["bytes"] for row in rows]
     assert chosen(copies=1) == [row["image"]["bytes"] for row in rows if row["copy"] < 1]
@@ -103,14 +107,15 @@ def test_which_samples_are_compared(run: Run, image_folder: Path, guide: str) ->
 def test_a_smaller_choice_lies_inside_a_larger_one(run: Run, image_folder: Path, guide: str) -> None:
     def chosen(side: Any, images: int, seed: int = 0) -> list[bytes | RowFault]:
         config = config_of(run, image_folder, guide, images=images, seed=seed)
-        return images_in(samples_of(run, config) if side is samples_of else reference_of(config))
+        return images_in(samples_of(run, config.choice) if side is samples_of else
+                         reference_of(config.reference, config.choice))
 
     for side in (samples_of, reference_of):
         few, more = chosen(side, 5), chosen(side, 12)
         assert (len(few), len(more)) == (5, 12)
         assert [image for image in more if image in few] == few, "the same images in the same order"
         assert chosen(side, 5, seed=1) != few
-    result = evaluate(config_of(run, image_folder, guide, images=18, metrics=["fid"]), in_process)
+    result = evaluate(config_of(run, image_folder, guide, images=18, metrics=["fd"]), in_process)
     assert (result["n_samples"], result["n_reference"], result["warnings"]) == (18, 18, [])
     assert "only 20 reference images of the 30" in " ".join(
         evaluate(config_of(run, image_folder, guide, images=30), in_process)["warnings"])
@@ -118,10 +123,10 @@ def test_a_smaller_choice_lies_inside_a_larger_one(run: Run, image_folder: Path,
 
 def test_chunks_of_seeds_carry_only_the_names_they_need(run: Run, guide: str, tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "CHUNK", 3)
+    monkeypatch.setattr(sides, "CHUNK", 3)
     config = parse({"run": str(run.folder), "extractor": {"guide": guide}, "reference": {
         "source": "parquet", "path": str(run.folder), "split": "train", "id_column": "sample_id"}})
-    side = reference_of(config)
+    side = reference_of(config.reference, config.choice)
 
     assert images_in(side) == [row["image"]["bytes"] for row in rows_of(run)]
     assert [chunk.num_rows for chunk in side.chunks] == [3] * 13 + [1]
@@ -135,11 +140,11 @@ def test_images_that_cannot_be_read_are_counted(run: Run, guide: str, tmp_path: 
         for i in range(10):
             Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / f"real/{name}/{i}.png")
     (tmp_path / "real/a/3.png").write_bytes(b"broken")
-    result = evaluate(config_of(run, tmp_path / "real", guide, metrics=["kid"]), in_process)
+    result = evaluate(config_of(run, tmp_path / "real", guide, metrics=["kd"]), in_process)
 
     assert (result["n_reference"], result["refused"]) == (19, {"samples": 0, "reference": 1})
     assert "1 of 20 reference images cannot be decoded" in result["warnings"][0]
-    assert decode(images_in(samples_of(run, config_of(run, tmp_path / "real", guide)))[0])[0].shape == (16, 16, 3)
+    assert decode(images_in(samples_of(run, sides.Choice()))[0])[0].shape == (16, 16, 3)
 
 
 def test_too_few_images(run: Run, image_folder: Path, guide: str) -> None:
@@ -156,7 +161,7 @@ def test_an_unfinished_run_is_said_to_be_so(make_config: MakeConfig, image_folde
     for shard in range(3):
         expander(shard)
     expander.close()
-    result = evaluate(config_of(run, image_folder, guide, metrics=["kid"]), in_process)
+    result = evaluate(config_of(run, image_folder, guide, metrics=["kd"]), in_process)
 
     assert result["n_samples"] == 24
     assert "16 planned samples are not decided yet" in result["warnings"][0]
@@ -164,7 +169,7 @@ def test_an_unfinished_run_is_said_to_be_so(make_config: MakeConfig, image_folde
 
 def test_all_mistakes_at_once(run: Run) -> None:
     with pytest.raises(ConfigError) as raised:
-        parse({"run": str(run.folder), "selection": "gone", "copies": 0, "metric": ["fid"], "metrics": ["fd"],
+        parse({"run": str(run.folder), "selection": "gone", "copies": 0, "metric": ["fid"], "metrics": ["fad"],
                "reference": {"source": "imagefolder", "path": "/nowhere"},
                "extractor": {"timm": "rsnet", "checkpoint": "x.pth"}}, "job.yaml")
     problems = "\n".join(raised.value.problems)

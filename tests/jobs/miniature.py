@@ -171,7 +171,7 @@ _SMALL: dict[str, Callable[[Any], Any]] = {
     "images": lambda n: min(n or 4, 4), "dtype": lambda one: "float32",
     "training": lambda one: {"keep": one["keep"]} if "keep" in one else {},
     "resolution": lambda one: 16, "crops": lambda one: 1, "workers": lambda one: 0,
-    "size": lambda one: 16, "extractor": lambda one: {"guide": "models/tiny-clip"}, "metrics": lambda ones: ["kid"],
+    "size": lambda one: 16, "extractor": lambda one: {"guide": "models/tiny-clip"}, "metrics": lambda ones: ["kd"],
     "estimate": lambda one: {}}
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +21,11 @@ import yaml
 
 from rayexpand.contract.errors import EnvironmentFault
 from rayexpand.evaluation import evaluate as evaluation
-from rayexpand.evaluation.evaluate import EvaluateConfig, Found, in_process, parse, reference_of, samples_of
+from rayexpand.evaluation import sides
+from rayexpand.evaluation.evaluate import EvaluateConfig, in_process, parse
+from rayexpand.evaluation.extraction import Found
 from rayexpand.evaluation.features import extractor_hash
+from rayexpand.evaluation.sides import reference_of, samples_of
 from rayexpand.on_ray import evaluate as on_ray
 from rayexpand.on_ray import stage
 from rayexpand.on_ray.pool import choose_pool
@@ -47,7 +51,7 @@ def job(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     real = Path(shutil.copytree(image_folder, folder / "real"))
     (real / "cat/2.png").write_bytes(b"broken")
     return {"run": str(run.folder), "reference": {"source": "imagefolder", "path": str(real)}, "batch": 7,
-            "extractor": {"guide": str(tiny_clip(folder / "clip")), "device": "cpu"}}
+            "extractor": {"guide": str(tiny_clip(folder / "clip")), "device": "cpu"}, "rows": 30}
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +59,9 @@ def expected(job: dict[str, Any]) -> dict[str, Any]:
     return evaluation.evaluate(parse(job), in_process)
 
 
-def sides_of(config: EvaluateConfig) -> list[evaluation.Side]:
+def sides_of(config: EvaluateConfig) -> list[sides.Side]:
     run: Run = open_run(config.run)
-    return [samples_of(run, config), reference_of(config)]
+    return [samples_of(run, config.choice), reference_of(config.reference, config.choice)]
 
 
 def extracted(config: EvaluateConfig, sha256: str) -> list[Found]:
@@ -65,8 +69,12 @@ def extracted(config: EvaluateConfig, sha256: str) -> list[Found]:
 
 
 def same(found: list[Found], other: list[Found]) -> bool:
-    return all(np.array_equal(a.features_ND, b.features_ND) and a[1:] == b[1:]
-               for a, b in zip(found, other, strict=True))
+    """Bit for bit: rows, classes, halves and sums."""
+    def flat(one: Found) -> list[np.ndarray]:
+        return [*map(np.asarray, one[:5]), *(np.asarray(part) for moments in one.sums or () for part in moments)]
+
+    return all(np.array_equal(a, b) for one, two in zip(found, other, strict=True)
+               for a, b in zip(flat(one), flat(two), strict=True))
 
 
 @pytest.mark.parametrize("actors", [1, 2])
@@ -105,7 +113,7 @@ def test_decoding_beside_gpus_changes_nothing(job: dict[str, Any]) -> None:
     sha256 = extractor_hash(config.extractor)
     pool = choose_pool(config.cluster, models=True)
 
-    assert (pool.gpus, pool.actors, on_ray._readers(pool, 100)) == (1.0, 1, 2)
+    assert (pool.gpus, pool.actors, on_ray._readers(pool)) == (1.0, 1, 2)
     assert same(extracted(config, sha256), in_process(config, sha256, sides_of(config), lambda *said: None))
 
 
@@ -149,8 +157,8 @@ def test_a_node_without_the_extractor_gets_it(job: dict[str, Any], tmp_path: Pat
 @pytest.mark.usefixtures("gpu_cluster")
 def test_an_actor_that_cannot_go_on_says_why(job: dict[str, Any], tmp_path: Path) -> None:
     config = parse({**job, "cluster": ClusterConfig(actors=1).model_dump()})
-    sides = sides_of(config)
-    gone = evaluation.Side(sides[0].name, sides[0].chunks, partial(evaluation.read_samples, str(tmp_path)))
+    samples, reference = sides_of(config)
+    gone = replace(samples, read=partial(sides.read_samples, str(tmp_path)))
 
     with pytest.raises(EnvironmentFault, match="o such file"):
-        on_ray.extract(config, extractor_hash(config.extractor), [gone, sides[1]], lambda *said: None)
+        on_ray.extract(config, extractor_hash(config.extractor), [gone, reference], lambda *said: None)

@@ -18,8 +18,10 @@ from rayexpand.cli.main import app
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.data.pixels import decode
 from rayexpand.evaluation import features as extractors
-from rayexpand.evaluation.distance import measure
-from rayexpand.evaluation.evaluate import EvaluateConfig, Found, Side
+from rayexpand.evaluation.evaluate import EvaluateConfig
+from rayexpand.evaluation.extraction import Found
+from rayexpand.evaluation.measure import measure
+from rayexpand.evaluation.sides import Side
 from rayexpand.reports.study import write_study_report
 from rayexpand.storage.tables import parquet_bytes, read_json
 from rayexpand.studies import sample_scores
@@ -36,7 +38,7 @@ from tests.commands import rewrite_json
 from tests.studies.test_study import expanded, raw_study
 from tests.tiny import tiny_clip
 
-METRICS = ["density_coverage", "kid"]
+METRICS = ["density_coverage", "kd"]
 ARMS = [{"name": "original"}, {"name": "flips", "use": "flips", "ratio": [1, 3]},
         {"name": "alone", "use": "flips", "real": 0}]
 
@@ -53,7 +55,7 @@ class Extractor:
 
 
 def features_of(side: Side) -> np.ndarray:
-    images = [image for chunk in side.chunks for image in side.read(chunk)]
+    images = [image for chunk in side.chunks for image in side.read(chunk).images]
     return np.stack([decode(image)[0][4:12:2, 4:12:2, 0].reshape(-1) / 255 for image in images]).astype(np.float32)
 
 
@@ -91,7 +93,8 @@ def test_every_arm_is_compared_with_the_same_images_once(tmp_path: Path) -> None
 
     assert failed == []
     assert [len(side) for side in sides] == [30, 20, 60, 20, 60, 20, 20]  # of 50 other digits none is left of 60
-    expected = measure(METRICS, features_of(sides[1]), features_of(sides[0]))
+    expected = measure(METRICS, *(Found(features_of(side), 0, 16) for side in sides[1::-1]),
+                       key=lambda statistic: f"{statistic}_digits")
     found = read_json(study.files, "scores/flips-1x-s0.json")
     assert found is not None
     assert found["scores"] == expected["scores"]
@@ -113,7 +116,7 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
     study.files.delete("scores/alone-s1.json")
     score_samples(study, make_trials(study), extractor)
     assert [len(side) for side in extractor.calls[1]] == [30, 60]
-    other = prepare_study(parse_study(raw(tmp_path, samples={"metrics": ["kid"]})))
+    other = prepare_study(parse_study(raw(tmp_path, samples={"metrics": ["kd"]})))
     score_samples(other, make_trials(other), extractor)
     assert [len(side) for side in extractor.calls[2]] == [30, 20, 60, 20, 60]
 
@@ -151,7 +154,7 @@ def test_the_table_has_accuracy_coverage_distance_and_cost(finished: Study) -> N
     heads, rows = table
     lines = {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
 
-    assert heads[4:] == ("coverage_k5", "density_k5", "kid_poly3_unbiased", "images", "GFLOP/image", "s/image",
+    assert heads[4:] == ("coverage_k5", "density_k5", "kd_digits", "images", "GFLOP/image", "s/image",
                          "s fitting")
     assert list(lines) == ["original", "flips 1x", "flips 3x", "alone", "20 other real images"]
     assert set(lines["original"].values()) >= {"no samples", "baseline"}
