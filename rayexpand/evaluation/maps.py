@@ -73,7 +73,7 @@ def feature_map(folders: Sequence[str], *, guide: str | None = None, checkpoint:
         for point, xy in zip(points, xy_N2.round(4).tolist(), strict=True):
             point[name] = xy
     return {"extractor": {"name": extractors.name_of(chosen), "sha256": sha256, "size": extractor.size,
-                          "resize": extractors.RESIZE},
+                          "resize": extractor.intake.words},
             "classes": {str(label): table.display[label] for label in keep}, "images_per_class": images,
             "runs": [{"name": view.run["name"], "run": str(view.files.root), "run_digest": view.run["run_digest"]}
                      for view in views], "points": points, **facts, "notes": notes}
@@ -159,7 +159,7 @@ def _features(extractor: Extractor, images: Iterator[MappedImage], keep: Mapping
         if one.label not in keep:
             other += 1
             continue
-        (call,) = extractors.calls([one.encoded], extractor.size, 1)
+        (call,) = extractors.calls([one.encoded], extractor.size, 1, intake=extractor.intake)
         refused += call.refused
         if call.rows:
             shown.append(replace(one, encoded=b""))

@@ -8,6 +8,7 @@ for none), both by a keyed choice over the whole side.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -85,6 +86,9 @@ class Choice:
     images: int | None = None
     rows: int = 50_000
     seed: int = 0
+
+
+EVERY_ROW = Choice(rows=sys.maxsize)
 
 
 def samples_of(run: Run, choice: Choice, selection: str | None = None, copies: float | None = None) -> Side:

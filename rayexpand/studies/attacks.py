@@ -26,10 +26,11 @@ from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.data.seeds.listing import encode_png
 from rayexpand.data.subsets import ids_hash
 from rayexpand.evaluation import features as extractors
-from rayexpand.evaluation.evaluate import EvaluateConfig, Extract, read_seeds, reference_of, samples_of
+from rayexpand.evaluation.evaluate import EvaluateConfig, Extract
 from rayexpand.evaluation.membership import log_odds
 from rayexpand.evaluation.membership_result import LIMITS, judged, said, worse
 from rayexpand.evaluation.select_scores import Score
+from rayexpand.evaluation.sides import EVERY_ROW, ChunkImages, read_seeds, reference_of, samples_of
 from rayexpand.loader.loader import TestSet
 from rayexpand.runs.config import ClusterConfig, RuntimeConfig
 from rayexpand.runs.driving import Driver, Listener
@@ -197,15 +198,15 @@ def _compare(phi: _Phi, study: Study, extract: Extract, runtime: RuntimeConfig, 
     extractor = extractor_of(config, study.config)
     sha256 = extractors.extractor_hash(extractor, progress)
     asked = EvaluateConfig(run=study.config.folder, reference=config.data, extractor=extractor, batch=config.batch,
-                           selection=None if config.selection is None else SELECTION, copies=config.copies,
-                           runtime=runtime, cluster=study.config.cluster)
+                           metrics=["precision_recall"], runtime=runtime, cluster=study.config.cluster)  # rows, no sums
+    selection = None if config.selection is None else SELECTION
     runs = {shadow: study.opened.run(folder_of(study.expansions[EXPANSION, shadow])) for shadow in study.config.seeds}
     digests = {shadow: phi.made_from(run=run.facts["run_digest"], extractor=sha256, copies=config.copies,
                                      selection=config.selection) for shadow, run in runs.items()}
     todo = [shadow for shadow in runs if phi.lacks("samples", shadow, digests[shadow])]
     if not todo:
         return
-    reference = reference_of(asked)
+    reference = reference_of(config.data, EVERY_ROW)
     images = replace(reference, name="audited images", chunks=[
         chunk.filter(pc.equal(chunk["fault"], "")) for chunk in reference.chunks])
     views = {"identity": images,
@@ -215,7 +216,8 @@ def _compare(phi: _Phi, study: Study, extract: Extract, runtime: RuntimeConfig, 
         raise UsageError(f"audit.membership.data: {max(one.refused for one in found)} images cannot be decoded; list "
                          "the others in a file and give it as data.ids")
     for done, shadow in enumerate(todo, 1):
-        samples, = extract(asked, sha256, [samples_of(runs[shadow], asked)], progress)
+        side = samples_of(runs[shadow], EVERY_ROW, selection, config.copies)
+        samples, = extract(asked, sha256, [side], progress)
         phi.write("samples", shadow, digests[shadow], np.stack(
             [nearest(one.features_ND, samples.features_ND) for one in found], axis=1))
         progress("comparing samples with images", len(runs) - len(todo) + done, len(runs))
@@ -229,16 +231,17 @@ def nearest(images_ND: np.ndarray, samples_RD: np.ndarray) -> np.ndarray:
                    for start in range(0, len(samples_RD), _ROWS)], axis=0)
 
 
-def read_flipped(data: DataConfig, chunk: pa.Table) -> list[bytes | RowFault]:
+def read_flipped(data: DataConfig, chunk: pa.Table) -> ChunkImages:
     """Encoded mirror images of rows of a seed index."""
+    plain = read_seeds(data, chunk)
     found: list[bytes | RowFault] = []
-    for one in read_seeds(data, chunk):
+    for one in plain.images:
         try:
             found.append(one if isinstance(one, RowFault) else encode_png(
                 decode(one, min_side=data.min_side, max_pixels=data.max_pixels)[0][:, ::-1]))
         except RowFault as fault:
             found.append(fault)
-    return found
+    return plain._replace(images=found)
 
 
 # --------------------------------------------------------------------------------------------------------------- result

@@ -16,10 +16,12 @@ import pytest
 from rayexpand.api.driving import Relay, train_trials
 from rayexpand.contract.rng import generator, row_key
 from rayexpand.evaluation import features as extractors
-from rayexpand.evaluation.evaluate import EvaluateConfig, Found, Side
+from rayexpand.evaluation.evaluate import EvaluateConfig
+from rayexpand.evaluation.extraction import Found
 from rayexpand.evaluation.membership import memberships
 from rayexpand.evaluation.membership_result import LIMITS, judged, said, worse
 from rayexpand.evaluation.select_scores import in_process as score_here
+from rayexpand.evaluation.sides import Side
 from rayexpand.fitting.fit import fit
 from rayexpand.runs.config import ClusterConfig, RuntimeConfig
 from rayexpand.runs.driving import Here
@@ -199,11 +201,11 @@ def test_the_nearest_sample_counts_whatever_the_blocks(monkeypatch: pytest.Monke
 def test_the_flip_shows_the_mirror_image() -> None:
     from rayexpand.data.pixels import decode
     from rayexpand.data.seeds import DataConfig
-    from rayexpand.evaluation.evaluate import read_seeds, reference_of
+    from rayexpand.evaluation.sides import EVERY_ROW, read_seeds, reference_of
 
     data = DataConfig(source="digits", per_class=1)
-    chunk, = reference_of(EvaluateConfig(run="none", reference=data)).chunks
-    plain, flipped = (decode(read(data, chunk)[0])[0] for read in (read_seeds, read_flipped))  # type: ignore[arg-type]
+    chunk, = reference_of(data, EVERY_ROW).chunks
+    plain, flipped = (decode(read(data, chunk).images[0])[0] for read in (read_seeds, read_flipped))  # type: ignore[arg-type]
 
     assert (plain[:, ::-1] == flipped).all()
     assert (plain != flipped).any()
