@@ -31,6 +31,7 @@ from rayexpand.diffusion.prototypes import Prototypes, load_prototypes
 from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation.features import Extractor, ExtractorConfig
 from rayexpand.models.folders import DIGITS
+from rayexpand.runs.differences import short_names
 from rayexpand.runs.lookup import keyed_seeds, rows_of, seed_table
 from rayexpand.runs.status import RunView, read_classes, read_plan_table, view_run
 
@@ -69,14 +70,15 @@ def feature_map(folders: Sequence[str], *, guide: str | None = None, checkpoint:
     plane, facts = project(f_ND, np.array([one["feature"] for one in marks]).reshape(-1, f_ND.shape[1]))
     points = [{"kind": "real" if one.run == REAL else "sample", "run": one.run, "label": one.label, "name": one.name}
               for one in shown] + [{key: value for key, value in one.items() if key != "feature"} for one in marks]
+    names = short_names([view.run["config"] for view in views])
     for name, xy_N2 in plane.items():
         for point, xy in zip(points, xy_N2.round(4).tolist(), strict=True):
             point[name] = xy
     return {"extractor": {"name": extractors.name_of(chosen), "sha256": sha256, "size": extractor.size,
                           "resize": extractor.intake.words},
             "classes": {str(label): table.display[label] for label in keep}, "images_per_class": images,
-            "runs": [{"name": view.run["name"], "run": str(view.files.root), "run_digest": view.run["run_digest"]}
-                     for view in views], "points": points, **facts, "notes": notes}
+            "runs": [{"name": name, "run": str(view.files.root), "run_digest": view.run["run_digest"]}
+                     for name, view in zip(names, views, strict=True)], "points": points, **facts, "notes": notes}
 
 
 def project(f_ND: np.ndarray, p_MD: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -14,7 +14,8 @@ from rayexpand.evaluation.latents import latent_changes
 from rayexpand.reports import drawing
 from rayexpand.reports.figure import Figure, write_figures
 from rayexpand.reports.templates import render
-from rayexpand.runs.status import write_page
+from rayexpand.runs.differences import short_names
+from rayexpand.runs.status import view_run, write_page
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_json, replace_json
 
@@ -28,7 +29,8 @@ ROW = 118  # height of the panels of a run
 def write_latents_page(folders: Sequence[str], out: str, *, name: str = "latents", images: int = 64) -> Path | str:
     """Computes and keeps the latent changes of some runs below `out`, and draws them; returns where the page is."""
     files = open_files(out)
-    runs = [latent_changes(folder, images) for folder in folders]
+    names = short_names([view_run(folder).run["config"] for folder in folders])
+    runs = [{**latent_changes(folder, images), "name": one} for folder, one in zip(folders, names, strict=True)]
     for where in ("figures", ".tmp"):
         files.make_folder(where)
     replace_json(files, f"figures/{name}.json", {"runs": runs})

@@ -16,7 +16,7 @@ from rayexpand.contract.errors import UsageError
 from rayexpand.contract.schema import ClassTable
 from rayexpand.reports.run import Picture, about, encoded_picture, painted_as, seed_pictures
 from rayexpand.reports.templates import render
-from rayexpand.runs.config import OPERATIONAL
+from rayexpand.runs.differences import differences_of
 from rayexpand.runs.lookup import SeedRows, keyed_seeds, rows_of, seed_table
 from rayexpand.runs.status import RunView, read_classes, view_run, write_page
 from rayexpand.storage.places import open_files
@@ -24,8 +24,6 @@ from rayexpand.storage.tables import replace_json
 
 MOST_RUNS, MOST_PICTURES = 16, 800
 LINES = 5  # of settings above a column
-_ASIDE = {"name", "out", "limits", "store", "runtime", "cluster", "estimate", "sampler", "codec", "method.ratio",
-          "method.measure", *(one for one in OPERATIONAL if one != "artifacts")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,31 +151,6 @@ def _columns(views: Sequence[RunView]) -> list[Column]:
                    tuple(lines[:LINES]) + ((("and more", f"{len(lines) - LINES} settings"),) if len(lines) > LINES
                                            else ()))
             for view, lines in zip(views, differing, strict=True)]
-
-
-def differences_of(configs: Sequence[Mapping[str, Any]]) -> list[list[tuple[str, str]]]:
-    """Of each configuration the (field, value) of what samples depend on and not all share; "–" for what it does not
-    have, such as an adapter. Fields of the method stand first, without its name, and only where it has them."""
-    flat = [dict(_leaves(config)) for config in configs]
-    names = list(dict.fromkeys(name for one in flat for name in one))
-    names.sort(key=lambda name: (not name.startswith("method."), name != "method.name"))
-    apart = [name for name in names if len({one.get(name, "–") for one in flat}) > 1]
-    return [[("method" if name == "method.name" else name.removeprefix("method."), one.get(name, "–"))
-             for name in apart if name in one or not name.startswith("method.")] for one in flat]
-
-
-def _leaves(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in config.items():
-        where = f"{place}{name}"
-        if where in _ASIDE or value in (None, "", [], {}):
-            continue
-        if isinstance(value, Mapping) and (not place or place == "data."):
-            yield from _leaves(value, f"{where}.")
-        elif isinstance(value, str) and where.startswith("artifacts."):
-            yield where, value.rstrip("/").rpartition("/")[2]
-        else:
-            yield where, value if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else (
-                f"{value:g}" if isinstance(value, float) else str(value))
 
 
 def _notes(views: Sequence[RunView]) -> list[str]:

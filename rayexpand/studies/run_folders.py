@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from rayexpand.contract.errors import UsageError
-from rayexpand.runs.store import first_look
+from rayexpand.runs.store import first_look, read_facts
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
 from rayexpand.studies.results import read_study, runs_of
@@ -13,16 +14,16 @@ from rayexpand.studies.sweep.sweep import read_results
 
 
 def run_folders(folder: str) -> list[str]:
-    """Of a study those of its first repetition, of a sweep those of finished trials, in the order of their numbers.
-    Raises UsageError where there is none."""
+    """Of a study those of its first repetition, of a sweep those of its trials in the order of their numbers, of each
+    its first repetition. Raises UsageError where there is none."""
     files = open_files(folder)
     if first_look(files, "study.json") is not None:
         trials = [one for one in read_study(folder).planned.values() if one]
         first = min((one["seed"] for one in trials), default=None)
-        found = _there(files, "runs", (run for one in trials if one["seed"] == first for run in runs_of(one)))
+        found = list(_there(files, "runs", (run for one in trials if one["seed"] == first for run in runs_of(one))))
     elif first_look(files, "sweep.json") is not None:
-        found = _there(files, "pilots", (f"{folder.rstrip('/')}/pilots/{name}" for one in read_results(files).values()
-                                         for name in one.get("pilots") or ()))
+        found = list(dict.fromkeys(run for one in read_results(files).values()
+                                   for run in _first_seed(_there(files, "pilots", one.get("pilots") or ()))))
     else:
         return [folder]
     if not found:
@@ -31,13 +32,19 @@ def run_folders(folder: str) -> list[str]:
     return found
 
 
-def _there(files: Files, below: str, runs: Iterable[str]) -> list[str]:
-    """Runs as their trials name them, or below this folder where that was moved; each once, those that are there."""
-    found: dict[str, None] = {}
+def _there(files: Files, below: str, runs: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Runs as their trials name them, or below this folder where that was moved, with their run.json; each once, those
+    that are there."""
+    found: dict[str, dict[str, Any]] = {}
     for run in runs:
-        here = f"{files.root}/{below}/{run.rstrip('/').rpartition('/')[2]}"
-        for one in (run, here):
+        for one in (run, f"{files.root}/{below}/{run.rstrip('/').rpartition('/')[2]}"):
             if open_files(one).read("run.json") is not None:
-                found[one] = None
+                found[one] = read_facts(open_files(one))
                 break
-    return list(found)
+    return found
+
+
+def _first_seed(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """Runs of the lowest random seed."""
+    seeds = [facts["config"].get("seed", 0) for facts in runs.values()]
+    return [run for run, seed in zip(runs, seeds, strict=True) if seed == min(seeds)]

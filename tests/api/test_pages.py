@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from rayexpand import api
 from rayexpand.cli import pages  # noqa: F401  (registers its commands)
 from rayexpand.cli.app import app
 from rayexpand.contract.errors import ConfigError, UsageError
+from rayexpand.storage.places import open_files
+from rayexpand.storage.tables import replace_json
 from rayexpand.studies.run_folders import run_folders
 from rayexpand.studies.trials import make_trials
 from tests.studies.test_study import expanded, raw_study
@@ -73,3 +76,19 @@ def test_the_command_line_asks_for_one_page_and_says_what_has_no_effect(study: s
         refused = CliRunner().invoke(app, ["report", run, *arguments])
         assert isinstance(refused.exception, UsageError)
         assert said in str(refused.exception)
+
+
+def test_a_sweep_stands_for_one_pilot_of_each_of_its_trials(study: str, tmp_path: Path) -> None:
+    """Two trials with two repetitions each, of which the second shares the pilots of the first."""
+    files = open_files(tmp_path)
+    for folder in ("trials", ".tmp"):
+        files.make_folder(folder)
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(UsageError, match="no run of it is here yet"):
+        run_folders(str(tmp_path))
+    shutil.copytree(f"{study}/runs", tmp_path / "pilots")
+    for number in (0, 1):
+        replace_json(files, f"trials/{number}.json", {"key": str(number), "number": number,
+                                                      "pilots": ["flips-1", "flips-0"]})
+
+    assert run_folders(str(tmp_path)) == [f"{tmp_path}/pilots/flips-0"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rayexpand.contract.errors import UsageError
-from rayexpand.reports.matrix import differences_of, write_matrix
+from rayexpand.reports.matrix import write_matrix
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import parse
 from rayexpand.storage.places import open_files
@@ -93,15 +93,3 @@ def test_runs_that_cannot_stand_side_by_side_are_refused(several: list[runs.Run]
     with pytest.raises(UsageError, match="pictures are more than"):
         write_matrix(folders(several), str(tmp_path), rows=400)
     assert not (tmp_path / "figures").exists()
-
-
-def test_what_tells_runs_apart() -> None:
-    plain = {"name": "a", "seed": 0, "method": {"name": "img2img", "strength": 0.5, "steps": 10, "solver": "ddim"},
-             "sampler": {"batch": 4}, "prior": {"weights": "sd", "device": "cpu"}, "artifacts": {}}
-    other = {"name": "b", "seed": 0, "method": {"name": "distdiff", "strength": 0.9, "steps": 10, "rho": 10.0},
-             "sampler": {"batch": 8}, "prior": {"weights": "sd", "device": "cuda"},
-             "artifacts": {"adapter": "artifacts/adapter-1a2b"}}
-
-    assert differences_of([plain, other]) == [
-        [("method", "img2img"), ("strength", "0.5"), ("solver", "ddim"), ("artifacts.adapter", "–")],
-        [("method", "distdiff"), ("strength", "0.9"), ("rho", "10"), ("artifacts.adapter", "adapter-1a2b")]]
