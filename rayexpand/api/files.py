@@ -22,7 +22,8 @@ Set = Mapping[str, Any] | Sequence[str]
 
 # The kinds of files: the key that only this kind has, and the verb that takes it. A run is what has none of the keys.
 KINDS = {"study": ("arms", "train"), "sweep": ("space", "sweep"), "fit": ("fit", "fit"), "select": ("rule", "select"),
-         "evaluate": ("reference", "evaluate"), "audit": ("audit", "audit"), "run": ("method", "expand")}
+         "evaluate": ("reference", "evaluate"), "audit": ("audit", "audit"),
+         "pivot": ("sources", "report"), "run": ("method", "expand")}
 MACHINE = ("cluster", "runtime", "store", "estimate")  # sections of a machine file, beside `device`
 LISTS = (".csv", ".json", ".txt")  # suffixes of ready files beside the YAML
 DEVICE = {"run": "prior.device", "fit": "device", "study": "training.device", "sweep": "study.training.device",
@@ -114,6 +115,10 @@ def _loader(kind: str) -> tuple[type[BaseModel], Callable[[Mapping[str, Any], st
         from rayexpand.studies.audit import AuditConfig, parse_audit
 
         return AuditConfig, parse_audit
+    if kind == "pivot":
+        from rayexpand.studies.pivot_config import PivotConfig, parse_pivot
+
+        return PivotConfig, parse_pivot
     from rayexpand.runs.config import RunConfig
     from rayexpand.runs.config import parse as parse_run
 
@@ -158,6 +163,10 @@ def preflight(kind: str, config: Any) -> list[str]:
         return study_preflight(config)
     if kind == "sweep":
         return study_preflight(_study_of(config))
+    if kind == "pivot":
+        from rayexpand.studies.pivot_config import pivot_preflight
+
+        return pivot_preflight(config)
     return []
 
 

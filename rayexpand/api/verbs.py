@@ -264,6 +264,14 @@ def sweep(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
     return found
 
 
+def report(job: Job, *, set: Set = ()) -> str:
+    """Tables and figures over several studies and sweeps, as a file of the kind `pivot` says; returns where the page
+    is. The page of one folder is `open(folder).report()`."""
+    from rayexpand.reports.pivot import write_pivot_report
+
+    return str(write_pivot_report(config_of("pivot", job, set, None)))
+
+
 def dataset(run: str | os.PathLike[str] | RunFolder, selection: str | None = None,
             real: bool | Mapping[str, Any] | None = None, *, copies: int | None = None) -> SampleDataset:
     """Samples of a finished run as a torch dataset of (image uint8 (3, H, W), soft label float32 (K,), facts).

@@ -9,14 +9,18 @@ import typer
 
 from rayexpand.cli import picture_options as pictured
 from rayexpand.cli.app import app
-from rayexpand.cli.options import Folder, Json, Trust
+from rayexpand.cli.options import Folder, Json, Set, Trust
 from rayexpand.cli.show import show_json, show_table, warn
 from rayexpand.contract.errors import UsageError
 
 
 @app.command()
-def report(folders: Annotated[list[str], typer.Argument(metavar="FOLDER", help="a run, a study or a sweep; with "
-                                                        "--matrix, --sheet, --map and --latents several runs")],
+def report(folders: Annotated[list[str] | None, typer.Argument(
+               metavar="[FOLDER]...", help="a run, a study or a sweep; with --matrix, --sheet, --map and --latents "
+               "several runs; none with --pivot")] = None,
+           pivot: Annotated[str | None, typer.Option("--pivot", metavar="FILE", help="instead: tables and figures over "
+                                                     "several studies and sweeps, as this YAML file says")] = None,
+           set_: Set = None,
            strips: Annotated[int, typer.Option(min=0, help="of a guided run: load its models and also show so many "
                                                "samples beside plain ones of the same noise, those the guide is least "
                                                "sure of, and where samples lie among the prototypes")] = 0,
@@ -37,6 +41,8 @@ def report(folders: Annotated[list[str], typer.Argument(metavar="FOLDER", help="
         rayexpand report --matrix runs/birds-plain runs/birds-distdiff
 
         rayexpand report --batch runs/my-study
+
+        rayexpand report --pivot jobs/digits/report-figures.yaml
     """
     from rayexpand import api
 
@@ -44,7 +50,15 @@ def report(folders: Annotated[list[str], typer.Argument(metavar="FOLDER", help="
              "saliency": saliency}
     options = {"rows": rows, "copies": copies, "images": images, "classes": classes, "guide": guide,
                "checkpoint": checkpoint}
-    if kinds := [kind for kind, wanted in asked.items() if wanted]:
+    if pivot is not None:
+        if folders or strips or any(asked.values()) or any(one is not None for one in (*options.values(), out, name)):
+            raise UsageError("--pivot: its file says what is shown, of which studies; leave folders and other options "
+                             "out, or change a field of the file with --set")
+        page = api.report(pivot, set=set_ or [])
+    elif not folders or set_:
+        raise UsageError("report: " + ("--set changes fields of the file of --pivot; leave it out" if set_ else
+                                       "name the folder of a run, study or sweep, or --pivot FILE"))
+    elif kinds := [kind for kind, wanted in asked.items() if wanted]:
         if strips or len(kinds) > 1:
             raise UsageError(f"--{kinds[0]}: is a page of its own; leave --{kinds[1] if len(kinds) > 1 else 'strips'} "
                              "out, or run it after this")

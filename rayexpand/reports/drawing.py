@@ -29,7 +29,7 @@ KEY_ROW = 15  # height of a line of the key
 COLOURS = 6
 MAX_NAME = 30  # letters of an arm's name in a figure
 DASHES = ("", "6 2.5", "1.5 2", "8 2 1.5 2", "3 1.5", "10 4")  # of the arms of a line, as CSS writes them
-MARKERS = "os^Dv*"
+MARKERS = "o^Dv*P"
 HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----")
 INK, SOFT, LINE, CARD, GREY = "#010203", "#010204", "#010205", "#010206", "#010207"
 SERIES = tuple(f"#0103{i:02x}" for i in range(COLOURS))
@@ -56,6 +56,11 @@ class FigurePoint:
 
 def colour_of(series: int | None) -> str:
     return GREY if series is None else SERIES[series % COLOURS]
+
+
+def marker_of(series: int | None) -> str:
+    """A square is real images only."""
+    return "s" if series is None else MARKERS[series % len(MARKERS)]
 
 
 def error_bar(axes: Axes, x: float, point: FigurePoint, colour: str) -> None:
@@ -121,6 +126,7 @@ def _inlined(svg: str, size: tuple[int, int], label: str) -> str:
                                  f'aria-label="{html.escape(label)}">', body, count=1)
     body = re.sub(r"<g id=\"[^\"]*\"", "<g", body.replace("xlink:href", "href"))
     body = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", body)
+    body = re.sub(r'fill="(#0[0-9a-f]{5})"', r'style="fill: \1"', body)  # of the ground of a hatch
     return re.sub(r"(fill|stroke): (#0[0-9a-f]{5})", lambda m: f"{m[1]}: var(--{_VARIABLES[m[2]]})", body)
 
 

@@ -9,8 +9,11 @@ again with the page; a figure that is no longer drawn stays until it is deleted.
 
 from __future__ import annotations
 
+import csv
 import hashlib
-from collections.abc import Iterable, Mapping
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +22,7 @@ from markupsafe import Markup
 from rayexpand.contract.errors import DamagedFile, EnvironmentFault
 from rayexpand.reports.drawing import standalone
 from rayexpand.storage.files import Files
-from rayexpand.storage.tables import read_json, replace_json
+from rayexpand.storage.tables import csv_cell, read_json, replace_json
 
 FOLDER = "figures"
 
@@ -39,18 +42,38 @@ class Figure:
         return Markup(self.svg)  # noqa: S704  (escaped where it is drawn)
 
 
+@dataclass(frozen=True, slots=True)
+class NumberTable:
+    """A table with the numbers behind it. A cell: its text, a second line below it, and whether it stands out."""
+
+    name: str
+    title: str
+    heads: tuple[str, ...]
+    lines: tuple[tuple[tuple[str, str, bool], ...], ...]
+    numbers: tuple[Mapping[str, Any], ...]
+
+
 def write_figures(files: Files, figures: Iterable[Figure]) -> None:
     """Writes both files of each. Raises EnvironmentFault if the folder takes no more files."""
-    try:
-        for folder in (".tmp", FOLDER):
-            files.make_folder(folder)
+    with _writing(files):
         for one in figures:
             picture = standalone(one.svg).encode()
             files.replace(f"{FOLDER}/{one.name}.svg", picture)
             replace_json(files, f"{FOLDER}/{one.name}.json", {**one.numbers, "svg_sha256": _hash(picture)})
-    except OSError as error:
-        raise EnvironmentFault(f"{files.at(FOLDER)}: {error.strerror}. Free space or allow writing there, then run the "
-                               "same command again; no result is touched.") from error
+
+
+def write_tables(files: Files, tables: Iterable[NumberTable]) -> None:
+    """Writes <name>.json, and <name>.csv without single values. Raises EnvironmentFault as `write_figures` does."""
+    with _writing(files):
+        for one in tables:
+            lines, text = list(_flat(one.numbers)), io.StringIO()
+            table = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)),
+                                   lineterminator="\n")
+            table.writeheader()
+            table.writerows({name: csv_cell(value) for name, value in line.items()} for line in lines)
+            files.replace(f"{FOLDER}/{one.name}.csv", text.getvalue().encode())
+            replace_json(files, f"{FOLDER}/{one.name}.json", {"kind": "table", "title": one.title,
+                                                              "numbers": list(one.numbers)})
 
 
 def read_figure(files: Files, name: str) -> dict[str, Any]:
@@ -62,5 +85,28 @@ def read_figure(files: Files, name: str) -> dict[str, Any]:
     return numbers
 
 
+@contextmanager
+def _writing(files: Files) -> Iterator[None]:
+    try:
+        for folder in (".tmp", FOLDER):
+            files.make_folder(folder)
+        yield
+    except OSError as error:
+        raise EnvironmentFault(f"{files.at(FOLDER)}: {error.strerror}. Free space or allow writing there, then run the "
+                               "same command again; no result is touched.") from error
+
+
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _flat(numbers: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Lines without the single values; of a mapping below, its mean, sd and n."""
+    for line in numbers:
+        flat: dict[str, Any] = {}
+        for name, value in line.items():
+            if isinstance(value, Mapping):
+                flat |= {name: value["mean"], f"{name}.sd": value["sd"], f"{name}.n": value["n"]}
+            elif name != "values":
+                flat[name] = value
+        yield flat

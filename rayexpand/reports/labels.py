@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def label_points(figure: Figure, axes: Axes, chosen: Sequence[FigurePoint], points: Sequence[FigurePoint]) -> list[str]:
-    """Writes names beside points where they cover neither a point nor another name; returns those without room."""
+def label_points(figure: Figure, axes: Axes, chosen: Sequence[FigurePoint], points: Sequence[FigurePoint],
+                 across: Sequence[float | None] = ()) -> list[str]:
+    """Writes names beside points where they cover neither a point nor another name; returns those without room.
+    `across`: the errors of the points in x."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     dots = [axes.transData.transform((point.x, point.mean)) for point in points]
@@ -21,6 +23,9 @@ def label_points(figure: Figure, axes: Axes, chosen: Sequence[FigurePoint], poin
     for point, (x, _) in zip(points, dots, strict=True):
         low, high = (axes.transData.transform((point.x, point.mean + sign * (point.se or 0)))[1] for sign in (-1, 1))
         taken.append((x - 2, low, x + 2, high))
+    for point, (_, y), error in zip(points, dots, across, strict=False):
+        left, right = (axes.transData.transform((point.x + sign * (error or 0), point.mean))[0] for sign in (-1, 1))
+        taken.append((left, y - 2, right, y + 2))
     room = axes.get_window_extent()
     without = []
     for point in sorted(chosen, key=lambda p: not p.emphasised):

@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from rayexpand.reports.drawing import (
     CARD,
-    COLOURS,
     GREY,
     INK,
     KEY_ROW,
-    MARKERS,
     WIDTH,
     FigurePoint,
     colour_of,
@@ -26,6 +24,7 @@ from rayexpand.reports.drawing import (
     error_bar,
     key,
     key_rows,
+    marker_of,
     short,
     svg,
 )
@@ -113,7 +112,7 @@ def _panel(axes: Axes, panel: Panel, places: Sequence[float], scaled: bool, name
         colour = colour_of(line.series)
         (handles[line.name],) = axes.plot(
             x, [point.mean for point in line.points], "--" if line.dashed else "-", color=colour, lw=1.5,
-            marker="s" if line.series is None else MARKERS[line.series % COLOURS], markersize=5,
+            marker=marker_of(line.series), markersize=5,
             markerfacecolor=CARD if line.dashed else colour)
         for point, place in zip(line.points, x, strict=True):
             error_bar(axes, place, point, colour)

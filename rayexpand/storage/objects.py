@@ -149,7 +149,7 @@ class ObjectFiles:
 
     def _entries(self, folder: str, prefix: str) -> dict[str, Entry]:
         with self._asking(f"{folder}/") as bucket:
-            below = f"{self._prefix}{folder}/"
+            below = f"{self._prefix}{folder}/" if folder else self._prefix
             return {key.removeprefix(below): entry for key, entry in bucket.entries(below + prefix) if key != below}
 
     def delete(self, *names: str) -> None:

@@ -240,7 +240,7 @@ def _arm_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [arm for arm in arms if isinstance(arm, Mapping)] if isinstance(arms, list) else []
 
 
-def _arm_config(config: Mapping[str, Any], arm: str) -> Mapping[str, Any]:
+def arm_config(config: Mapping[str, Any], arm: str) -> Mapping[str, Any]:
     """The configuration of an arm by its name, or by its name before the ratio; empty if there is none."""
     for one in _arm_configs(config):
         stem = arm.rpartition(" ")[0] if isinstance(one.get("ratio"), list) else arm
@@ -286,7 +286,7 @@ def _control(study: StudyView, arm: str) -> str | None:
 
 def replaces(study: StudyView, arm: str) -> bool:
     """Whether an arm replaces real rows by synthetic ones instead of adding them."""
-    return _arm_config(study.config, arm).get("replace") is not None
+    return arm_config(study.config, arm).get("replace") is not None
 
 
 def _rows_per_real(study: StudyView, arm: str) -> float | None:
@@ -297,7 +297,7 @@ def _rows_per_real(study: StudyView, arm: str) -> float | None:
     ratio = next((value for one in known if (value := number(one, "ratio")) is not None), None)
     if not known or (ratio is None and known[0].get("synthetic_rows")):
         return None
-    return round(float(_arm_config(study.config, arm).get("real", 1.0)) + (ratio or 0.0), 6)
+    return round(float(arm_config(study.config, arm).get("real", 1.0)) + (ratio or 0.0), 6)
 
 
 def _subset_problems(study: StudyView) -> list[str]:

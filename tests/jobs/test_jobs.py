@@ -31,6 +31,8 @@ from rayexpand.storage.places import open_files
 from rayexpand.studies import audit
 from rayexpand.studies.config import StudyConfig, load_study, run_config
 from rayexpand.studies.corrupted_sets import open_corrupted
+from rayexpand.studies.pivot_config import PivotConfig, load_pivot
+from rayexpand.studies.records import line_of
 from rayexpand.studies.sweep.config import load_sweep
 from rayexpand.studies.sweep.space import Dimension, n_suggestions, parse_dimension, suggest
 from rayexpand.studies.sweep.sweep import Sweep, candidate
@@ -82,13 +84,46 @@ def _sweep(config: Any) -> None:
     assert len(keys) == total
 
 
+def _report(config: PivotConfig) -> None:
+    """Its sources are what the files of jobs/ make, and what figures keep and compare with is in them."""
+    made = {one.name: one for path in FILES if _kind(path) in ("study", "sweep") for one in [_opened(path)]}
+    arms = {name: _arms(made[folder.removeprefix("runs/")]) for name, folders in config.folders.items()
+            for folder in folders[:1]}
+    assert {folder for folders in config.folders.values() for folder in folders} <= {f"runs/{name}" for name in made}
+    for name, one in config.figures.items():
+        sources = [str(source) for source in one.keep.get("source", ())]
+        assert {*sources} <= {*config.sources}, name
+        known = {arm for source in sources or config.sources for arm in arms[source]}
+        against = one.compared_with or {}
+        beside = {*arms[str(against["source"])]} if "source" in against else known
+        if one.of == "trials":
+            assert {str(arm) for arm in one.keep.get("arm", ())} <= known, name
+            assert {row for rows in one.ticks.values() for row in rows} <= known | {
+                str(use) for source in sources for use in _choices(config, source, made)}, name
+            assert {str(value) for field, value in against.items() if field in ("arm", "line")} <= {
+                *beside, *(line_of(arm) for arm in beside)}, name
+
+
+def _arms(made: Any) -> list[str]:
+    """Arms of a study as their trials have them, ratios apart; of a sweep the tuned one."""
+    if isinstance(made, StudyConfig):
+        return [f"{arm.name} {ratio:g}x" if isinstance(arm.ratio, list) else arm.name for arm in made.arms
+                for ratio in (arm.ratio if isinstance(arm.ratio, list) else [0])]
+    return [made.arm]
+
+
+def _choices(config: PivotConfig, source: str, made: dict[str, Any]) -> list[Any]:
+    sweep = made[config.folders[source][0].removeprefix("runs/")]
+    return [value for spec in getattr(sweep, "space", {}).values() for value in spec.get("choice", ())]
+
+
 # First word of a file's name -> what loads it, and what then holds of what it loads.
 VERBS: dict[str, tuple[Callable[[Path], Any], Callable[[Any], None]]] = {
     "expand": (load, _expand), "fit": (load_fit, lambda config: None), "pretrain": (load_fit, lambda config: None),
     "study": (load_study, lambda config: None), "sweep": (load_sweep, _sweep),
     "evaluate": (_finished(evaluate.load), lambda config: None),
     "audit": (_finished(audit.load_audit), lambda config: None),
-    "select": (_finished(select.load), lambda config: None)}
+    "select": (_finished(select.load), lambda config: None), "report": (load_pivot, _report)}
 
 
 def _kind(path: Path) -> str:
