@@ -58,8 +58,8 @@ def _planted(score_SN: np.ndarray, member_SN: np.ndarray, planted: int) -> dict[
 
 
 def worse(lines: Mapping[str, Mapping[str, Any]]) -> str:
-    """The line that finds more: a set is as private as that one says."""
-    return max(lines, key=lambda name: (lines[name]["tpr_at_fpr_001"]["value"], lines[name]["auc"]["value"]))
+    """The line that finds more, by the lower bound of TPR at FPR 0.1 %, then by AUC: a set is as private as it says."""
+    return max(lines, key=lambda name: (lines[name]["tpr_at_fpr_001"]["low"], lines[name]["auc"]["value"]))
 
 
 def said(lines: Mapping[str, Mapping[str, Any]], repeats: int) -> list[str]:

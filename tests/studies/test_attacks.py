@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from rayexpand.api.driving import Relay, train_trials
 from rayexpand.contract.rng import generator, row_key
@@ -25,9 +30,12 @@ from rayexpand.evaluation.sides import Side
 from rayexpand.fitting.fit import fit
 from rayexpand.runs.config import ClusterConfig, RuntimeConfig
 from rayexpand.runs.driving import Here
+from rayexpand.storage.places import open_files
+from rayexpand.storage.tables import read_json
 from rayexpand.studies import attacks
 from rayexpand.studies.attacks import Machines, ask_here, audit_membership, nearest, read_flipped
 from rayexpand.studies.membership import MembershipConfig
+from tests.commands import ROOT, process
 from tests.studies.test_membership import section
 from tests.studies.test_sample_scores import features_of
 from tests.studies.test_study import SMALL
@@ -85,8 +93,10 @@ def shadow_of(file: Path, folder: Path) -> set[int]:
         return {json.loads(one.read_text())["seed"] for one in (folder / "trials").iterdir()
                 if json.loads(one.read_text())["rows"] == name}
     part = folder / "/".join(name.split("/")[:2])  # artifacts/<kind>-<digest>
-    return {int(link.name.split("-")[1]) for link in (folder / "artifacts").glob("shadow-*")
-            if part.resolve() in (link.resolve(), *link.resolve().parents)}
+    said = (part / "artifact.json").read_text() if (part / "artifact.json").is_file() else ""
+    return {int(number) for number in re.findall(r"subsets/(\d+)\.txt", said)} | {
+        int(link.name.split("-")[1]) for link in (folder / "artifacts").glob("shadow-*")
+        if part.resolve() in (link.resolve(), *link.resolve().parents)}
 
 
 def ids_in(file: Path) -> set[str]:
@@ -181,6 +191,44 @@ def test_the_result_has_what_pages_and_cards_read(folder: Path) -> None:
     assert found["images"] == 40
     assert set(found["lines"]) == {"classifier", "samples", "private"}
     assert set(found["accuracy"]) == {"classifier", "private"}
+
+
+def job(folder: Path, small: MembershipConfig) -> tuple[Path, Path]:
+    """A file of the small audit, and where its result comes to lie."""
+    file = folder / "audit.yaml"
+    file.write_text(yaml.safe_dump({"name": "small", "out": str(folder / "runs"), "device": "cpu",
+                                    "audit": {"membership": small.model_dump(mode="json")}}))
+    return file, folder / "runs/small"
+
+
+def found_in(folder: Path) -> dict[str, Any]:
+    """The result, without what says when it was made."""
+    found = (read_json(open_files(folder), "result.json") or {})["membership"]
+    return {name: value for name, value in found.items() if name not in ("created", "seconds", "study", "config")}
+
+
+@pytest.mark.slow
+def test_an_audit_that_is_killed_goes_on_and_finds_the_same(small: MembershipConfig, tmp_path: Path) -> None:
+    """SIGKILL of the real process in expansion, in training and while classifiers are asked."""
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    (file, killed), (other, whole) = (job(tmp_path / name, small) for name in ("killed", "whole"))
+    assert process("audit", other, "--no-ray").returncode == 0
+    ended = []
+    for point in ("runs/shadow-1/data/*.parquet", "results/classifier-s2.json", "../phi/private/0.parquet"):
+        with subprocess.Popen([sys.executable, "-m", "rayexpand", "audit", str(file), "--no-ray"], cwd=ROOT,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+            while running.poll() is None and not list((killed / "membership/shadows").glob(point)):
+                time.sleep(0.01)
+            running.kill()
+            ended.append(running.wait())
+    done = process("audit", file, "--no-ray")
+
+    assert ended == [-signal.SIGKILL] * 3
+    assert done.returncode == 0, done.stderr
+    assert "cannot see it" in done.stdout
+    assert found_in(killed) == found_in(whole)
+    assert (killed / "membership.html").is_file()
 
 
 # what is compared ----------------------------------------------------------------------------------------------------
