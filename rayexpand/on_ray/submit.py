@@ -43,7 +43,7 @@ from rayexpand.on_ray.package import LARGE_BYTES, write_package
 from rayexpand.runs.config import parse
 
 LOCAL = "http://127.0.0.1:8265"
-FILE_VERBS = ("expand", "train", "fit", "evaluate", "select", "sweep", "plan", "validate", "bench")
+FILE_VERBS = ("expand", "train", "fit", "evaluate", "audit", "select", "sweep", "plan", "validate", "bench")
 WRITING = ("expand", "train", "fit", "sweep")  # below `out`
 FILES = ("ids", "classes", "captions", "features", "weights", "checkpoint", "file", "model", "generator", "guide")
 RUN_VERBS = ("retry", "verify", "report", "card")
@@ -317,7 +317,7 @@ def unsent_problems(verb: str, target: str, overrides: Sequence[str], sent: Set[
         problems.append("out: what `fit` makes for the file of a run goes to ./artifacts, and a job's working "
                         "directory is removed after it. Give `fit` a file of its own, with an `out` that every node "
                         "sees")
-    elif verb in WRITING and _is_relative(out):
+    elif (verb in WRITING or (verb == "audit" and not raw["audit"].get("run"))) and _is_relative(out):
         problems.append(f"out: {out!r} is relative, and a job's working directory is removed after it. "
                         "Give a path or URL that every node of the cluster sees: --set out=/shared/runs")
     if isinstance(study := raw.get("study"), str) and Path(study).is_file():
@@ -354,7 +354,7 @@ def _name_and_out(verb: str, target: str, overrides: Sequence[str]) -> tuple[str
 
         study = parse_study(raw, target)
         return study.name, study.out
-    if verb in ("fit", "evaluate", "select", "sweep", "validate"):
+    if verb in ("fit", "evaluate", "audit", "select", "sweep", "validate"):
         return str(raw.get("name", Path(target).stem)), str(raw.get("out", "runs"))
     config = parse(raw, target)
     return config.name, config.out

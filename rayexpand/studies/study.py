@@ -87,7 +87,7 @@ def prepare_study(config: StudyConfig, subset: Subset | None = None) -> Study:
     files.sweep()
     drawn_by = {seed: config.seeds[0] if config.vary == "classifier" else seed for seed in config.seeds}
     subsets = {seed: (subset or _subset)(config, files, whole, drawn_by[seed]) for seed in config.seeds}
-    trained = _trained_on(config, subsets, opened)
+    trained = _trained_on(config, subsets if subset is None else {config.seeds[0]: (config.data, whole)}, opened)
     _refuse_overlap(config, trained, test, opened)
     _open_also(config, trained, whole.classes, opened)
     _refuse_real_reference(config, test, opened)
