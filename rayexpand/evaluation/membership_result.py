@@ -69,10 +69,10 @@ def said(lines: Mapping[str, Mapping[str, Any]], repeats: int) -> list[str]:
         auc, planted, null = one["auc"], one["planted"], one["null"]["auc"]
         shown = f"AUC {auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]"
         what = ("does not tell members from others" if auc["low"] <= 0.5 <= auc["high"] else
-                "tells members from others" if auc["low"] > 0.5 else "ranks members below others")
+                "tells members from others better than chance" if auc["low"] > 0.5 else "ranks members below others")
         found.append(f"{name}: {shown}, so it {what}.")
         at = (f"{planted['hits']} of the {planted['shadows']} shadows that list one image {repeats} times, at FPR "
-              f"{planted['fpr']:.0%}")
+              f"{100 * planted['fpr']:g} %")
         found.append(f"{name}: finds the planted image in {at}." if planted["found"] else
                      f"{name}: cannot see it: finds the planted image in {at}, so what it does not find may be there.")
         if not null["low"] <= 0.5 <= null["high"]:

@@ -53,6 +53,8 @@ def roc(found: Mapping[str, Any]) -> Figure:
         axes = axes_of(figure, "false positive rate", "true positive rate")
         axes.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1.1))
         axes.minorticks_off()
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         handles = axes.plot([least, 1], [least, 1], color=SOFT, lw=1)
         for number, (name, points) in enumerate(curves.items()):
             colour = {PRIVATE: INK, NULL: GREY}.get(name, SERIES[number])
