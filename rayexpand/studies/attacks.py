@@ -29,6 +29,7 @@ from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation.evaluate import EvaluateConfig, Extract
 from rayexpand.evaluation.membership import log_odds
 from rayexpand.evaluation.membership_result import LIMITS, judged, said, worse
+from rayexpand.evaluation.search import References, unit_rows
 from rayexpand.evaluation.select_scores import Score
 from rayexpand.evaluation.sides import EVERY_ROW, ChunkImages, read_seeds, reference_of, samples_of
 from rayexpand.loader.loader import TestSet
@@ -58,7 +59,6 @@ log = logging.getLogger(__name__)
 
 BATCH = 256  # images of one call of a classifier
 _FACTS = b"rayexpand"
-_ROWS = 4096  # samples that are compared at once
 
 
 class Machines(NamedTuple):
@@ -225,10 +225,7 @@ def _compare(phi: _Phi, study: Study, extract: Extract, runtime: RuntimeConfig, 
 
 def nearest(images_ND: np.ndarray, samples_RD: np.ndarray) -> np.ndarray:
     """float32 (N,): the largest cosine of each image with any sample."""
-    images_ND, samples_RD = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-                             for x in (images_ND, samples_RD))
-    return np.max([(images_ND @ samples_RD[start:start + _ROWS].T).max(axis=1)
-                   for start in range(0, len(samples_RD), _ROWS)], axis=0)
+    return References(unit_rows(samples_RD)).nearest(unit_rows(images_ND), 1)[0][:, 0]
 
 
 def read_flipped(data: DataConfig, chunk: pa.Table) -> ChunkImages:
@@ -259,7 +256,8 @@ def _result(phi: _Phi, study: Study, trials: Sequence[Trial]) -> dict[str, Any]:
         **{key: lines[attack][key] for key in short}, "worse": attack,
         "private": {key: lines[PRIVATE][key] for key in short},
         "null": {key: lines[attack]["null"][key] for key in short},
-        "planted": {**lines[attack]["planted"], "image": members.ids[members.planted], "repeats": config.planted},
+        "planted": {**lines[attack]["planted"], "image": members.ids[members.planted], "repeats": config.planted,
+                    "seen_by": [line for line in config.attack if lines[line]["planted"]["found"]]},
         "lines": lines, "says": said(lines, config.planted), "limits": list(LIMITS),
         "images": len(members.ids), "shadows": config.shadows, "members": [int(sizes.min()), int(sizes.max())],
         "accuracy": _accuracy(study, trials), "study": study.config.folder}

@@ -94,7 +94,10 @@ def _problems(config: AuditConfig, run: Run | None) -> list[str]:
         if section.run is None:
             problems.append("audit.run: is missing; copies are looked for among the samples of a run")
     if section.membership is not None:
-        problems += [f"audit.membership.{line}" for line in shadows.check(section.membership, config.cluster)]
+        found = shadows.check(section.membership, config.cluster)
+        if run is not None and not found:
+            found = shadows.made_otherwise(section.membership, run, config.cluster)
+        problems += [f"audit.membership.{line}" for line in found]
     if section.copies is None and section.membership is None:
         problems.append("audit: has nothing to do; give it the section copies, or membership")
     if run is not None and (pending := run.totals().pending):

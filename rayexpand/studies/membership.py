@@ -35,13 +35,14 @@ from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import ConfigError, UsageError, few
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import SeedIndex
-from rayexpand.contract.settings import Section
+from rayexpand.contract.settings import Section, differences
 from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.data.subsets import ids_file, shared_images, sound_rows
 from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation.features import ExtractorConfig
 from rayexpand.evaluation.membership import PER_EXAMPLE_FROM, Variance, memberships
 from rayexpand.runs.config import ClusterConfig, RunConfig, guide_of_run
+from rayexpand.runs.run import Run
 from rayexpand.storage.files import Files
 from rayexpand.studies.config import StudyConfig, TrainingConfig, parse_study, run_config, study_preflight
 
@@ -123,6 +124,19 @@ def check(config: MembershipConfig, cluster: ClusterConfig = ClusterConfig()) ->
         return ["expansion.run: a run that exists was made of images that are not the members of one shadow; write its "
                 "configuration here"]
     return [*_renamed(study_preflight(study)), *_outside(_made(study)), *_extractor_problems(config, study)]
+
+
+def made_otherwise(config: MembershipConfig, run: Run, cluster: ClusterConfig) -> list[str]:
+    """The problem of an audit that lies in a run which was not made like its shadows, and says nothing of its
+    samples."""
+    study = study_of(config, "audit", cluster)
+    fit, old, new = study.expansions[EXPANSION].fit, run.config, _made(study)
+    changed = differences({"method": old.method.model_dump(mode="json"), "image": old.image.model_dump(mode="json")},
+                          {"method": new.method.model_dump(mode="json"), "image": new.image.model_dump(mode="json")})
+    if "prior" in new.needs and (fit is None or fit.pretrain is None) and old.prior.weights != new.prior.weights:
+        changed.append(f"prior.weights: {old.prior.weights!r} -> {new.prior.weights!r}")
+    return [f"expansion: {run.folder} was made otherwise ({'; '.join(changed[:3])}), so nothing would follow for its "
+            "samples; say here how it was made, or take audit.run out"] if changed else []
 
 
 def _extractor_problems(config: MembershipConfig, study: StudyConfig) -> list[str]:

@@ -77,15 +77,19 @@ def test_so_many_samples_without_a_candidate_are_enough() -> None:
     assert beta.ppf(0.975, 1, count) - 0.001 < 0.001 <= beta.ppf(0.975, 1, count - 1) - 0.001
 
 
-@pytest.mark.parametrize(("low", "status"), [(0.004, "pass"), (0.02, "fail")])
-def test_membership(run: Run, low: float, status: str) -> None:
+@pytest.mark.parametrize(("low", "seen_by", "status"), [
+    (0.004, ["samples"], "pass"), (0.02, ["samples"], "fail"), (0.02, [], "fail"), (0.004, [], "not measured")])
+def test_membership(run: Run, low: float, seen_by: list[str], status: str) -> None:
     def rate(value: float, low: float, high: float) -> dict[str, Any]:
         return {"tpr_at_fpr_001": {"value": value, "low": low, "high": high}}
 
     write(run, "membership", {**rate(0.03, low, 0.05), "private": rate(0.4, 0.3, 0.5), "null": rate(0.001, 0, 0.006),
-                              "worse": "samples"})
+                              "worse": "samples", "planted": {"repeats": 50, "seen_by": seen_by}})
     found = lines(run)["membership"]
     assert found.status == status
+    if status == "not measured":
+        assert "finds the image that it lists 50 times, so what they do not find may be there" in found.text
+        return
     assert "attack by samples: 3 %" in found.text
     assert "of the real images 40 % [30, 50]" in found.text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,16 @@ from pydantic import ValidationError
 from rayexpand.artifacts.store import publish
 from rayexpand.contract.errors import UsageError
 from rayexpand.data.seeds import DataConfig, build_index
-from rayexpand.runs.config import ClusterConfig
-from rayexpand.studies.membership import EXPANSION, Members, MembershipConfig, check, refuse_shared, study_of
+from rayexpand.runs.config import ClusterConfig, parse
+from rayexpand.studies.membership import (
+    EXPANSION,
+    Members,
+    MembershipConfig,
+    check,
+    made_otherwise,
+    refuse_shared,
+    study_of,
+)
 from rayexpand.studies.study import prepare_study
 
 DIGITS = {"source": "digits", "per_class": 4}
@@ -59,6 +68,16 @@ def test_nothing_made_of_other_images_is_read(tmp_path: Path) -> None:
     assert "expansion.prior.weights" in problems(expansion={**generated, "prior": {"weights": str(fitted)}})
     assert "extractor.guide: missing" in problems(expansion={
         "method": {"name": "distdiff", "prompt": "a {name}"}, "fit": {"guide": {"kind": "classifier"}}})
+
+
+def test_an_audit_of_a_run_makes_its_shadows_like_the_run() -> None:
+    made = {"name": "run", "data": DIGITS, "method": {"name": "classical", "policy": "randaugment"}}
+    same, other = (SimpleNamespace(config=parse({**made, **changed}), folder="runs/run") for changed in (
+        {}, {"method": {"name": "classical", "policy": "randaugment", "ratio": 3}}))
+
+    assert made_otherwise(section(), same, ClusterConfig()) == []  # type: ignore[arg-type]
+    (line,) = made_otherwise(section(), other, ClusterConfig())  # type: ignore[arg-type]
+    assert "runs/run was made otherwise (method.ratio: 3.0 -> 5.0)" in line
 
 
 def test_a_generator_trained_on_audited_images_is_refused() -> None:
