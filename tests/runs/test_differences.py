@@ -24,3 +24,15 @@ def test_pilots_of_a_sweep_are_called_by_what_was_swept() -> None:
     assert short_names(pilots) == ["strength 0.3", "strength 0.9"]
     assert short_names([{**pilots[0], "name": "plain"}, pilots[1]]) == ["plain", "strength 0.9"]
     assert short_names(pilots[:1]) == ["1a2b3c4d"], "nothing to tell it from"
+
+
+def test_lists_are_short_texts() -> None:
+    lists = [{"name": "a", "method": {"name": "gif", "adjectives": value}} for value in ([""], ["bright", "dark"],
+                                                                                         ["word"] * 40,
+                                                                                         ["word"] * 41)]
+    (_, first), (_, second), (_, third), _ = (lines[0] for lines in differences_of(lists))
+
+    assert (first, second) == ("no word", "bright, dark")
+    assert len(third) == 60
+    assert third.endswith("…")
+    assert differences_of(lists[2:])[0], "compared whole"
