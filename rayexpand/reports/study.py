@@ -20,6 +20,7 @@ from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import RayexpandError
 from rayexpand.evaluation.features import with_current_names
 from rayexpand.reports.figure import write_figures
+from rayexpand.reports.robustness import corrupted_sections
 from rayexpand.reports.run import SheetRow, contact_sheet, picture_pages
 from rayexpand.reports.study_classes import classes_of
 from rayexpand.reports.study_figures import study_figures
@@ -59,12 +60,13 @@ def write_study_report(folder: str | Path, *, demo: Mapping[str, Any] | None = N
     arms = {arm["arm"]: arm for arm in found["arms"]}
     best = _best(found)
     drawn = study_figures(study, found, best)
-    write_figures(study.files, drawn.get("all", ()))
+    corrupted = corrupted_sections(found)
+    write_figures(study.files, [*drawn.get("all", ()), *(figure for one in corrupted for figure in one["figures"])])
     page = render("study.html.j2", _FILTERS,
         found=found, sentences=[c for c in found["comparisons"] if c["kind"] != "control to baseline"],
         tally=_tally(found), best=best, arms=arms, against=_against(found), demo=_demo(demo), scores=_scores(study),
         figures=drawn, classes=classes_of(study, found["baseline"], best),
-        frequencies=_frequencies(study, found), also=_also(found),
+        frequencies=_frequencies(study, found), also=_also(found), corrupted=corrupted,
         samples=_samples(study), compared=score_table(found), told=said_of_top1(found),
         settings=settings_of(study.config), recipe=_recipe(study),
         stacks=_values(study, "stack"), facts=_facts(study), trials=_trial_lines(study),

@@ -79,7 +79,7 @@ def corrupted_table(found: Mapping[str, Any], test: str) -> Table:
     types = list(arms[0][1]["type"])
     has_mce = any(one["mce"] is not None for _, one in arms)
     heads = ("arm", "n", "clean test %", f"{mean_head(arms[0][1]['facts'])} %", *(("mCE %",) if has_mce else ()),
-             *(f"{short(kind)} %" for kind in types))
+             *(f"{short_type(kind)} %" for kind in types))
     return heads, [(arm["arm"], str(one["mean"]["n"]), *map(_cell, (
         arm["last"]["top1"], one["mean"], *((one["mce"],) if has_mce else ()),
         *(one["type"].get(kind) for kind in types)))) for arm, one in arms]
@@ -90,7 +90,7 @@ def mean_head(facts: Mapping[str, Any]) -> str:
     return "mean of " + (facts["note"] or f"{facts['types']} types")
 
 
-def short(kind: str) -> str:
+def short_type(kind: str) -> str:
     return _SHORT.get(kind, kind.replace("_", " "))
 
 
