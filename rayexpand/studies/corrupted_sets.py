@@ -38,6 +38,7 @@ class CorruptedSet:
     called: str  # ImageNet-C, CIFAR-C or corrupted-v1
     cells: tuple[Cell, ...]
     listings: tuple[tuple[DataConfig, OpenedTest], ...]
+    fingerprint: str  # of the images that are corrupted in memory, whatever is trained; keys every draw
     sha256: str  # of images, labels, classes that are right, and corruptions
 
     @property
@@ -62,19 +63,21 @@ def open_corrupted(name: str, test: ExtraTest, classes: ClassTable, listed: List
     """Lists a set of corrupted images. Raises UsageError where its classes are not those that are trained or its cells
     do not hold the same images; SeedDataError."""
     if test.corrupt is not None:
-        opened = _matched(test, listed(test.data), classes)
+        index = listed(test.data)
+        opened = _matched(test, index, classes)
         cells = tuple((kind, severity) for kind in test.corrupt.names for severity in sorted(test.corrupt.severities))
-        found = CorruptedSet(name, test, VERSION, cells, ((test.data, opened),), "")
+        found = CorruptedSet(name, test, VERSION, cells, ((test.data, opened),),
+                             fingerprint(index, test.data), "")
         corrupted = test.corrupt.model_dump(mode="json", exclude={"frost"})
     else:
         parts = _published(test)
         listings = tuple((data, _matched(test, listed(data), classes)) for _, data in parts)
         found = CorruptedSet(name, test, IMAGENET_C if test.layout is not None else CIFAR_C,
-                             tuple(cell for cell, _ in parts), listings, "")
+                             tuple(cell for cell, _ in parts), listings, "", "")
         _refuse_other_images(found)
         corrupted = {}
     prints = [fingerprint(opened.index, data) for data, opened in found.listings]
-    return replace(found, sha256=digest([found.called, prints, list(found.cells), corrupted,
+    return replace(found, sha256=digest([found.called, found.fingerprint, prints, list(found.cells), corrupted,
                                          map_sha256(test.class_map), test.crop_border]))
 
 
@@ -123,7 +126,7 @@ class CorruptedImages:
                       for data, opened in shown.listings]
         self._ids = shown.first.index.table["seed_id"]
         config = shown.test.corrupt
-        self._corruptor = None if config is None else Corruptor(config, fingerprint(shown.first.index, shown.test.data))
+        self._corruptor = None if config is None else Corruptor(config, shown.fingerprint)
 
     def made(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Number of a cell and uint8 (B, S, S, 3), for every cell. Raises UsageError naming an image that cannot be

@@ -20,11 +20,11 @@ _SHORT = {"elastic_transform": "elastic", "jpeg_compression": "JPEG"}
 
 def read_corrupted(files: Files, config: Mapping[str, Any], results: Sequence[Result],
                    problems: list[str]) -> dict[str, dict[str, Result]]:
-    """Scores by test and trial; those that cannot be used, or are of another classifier than the results, leave a line
-    in `problems`."""
+    """Scores by test and trial; those that cannot be used, or are of another classifier than the results or of other
+    settings, leave a line in `problems`."""
     digests = {str(one["trial"]): one.get("digest") for one in results}
     found: dict[str, dict[str, Result]] = {}
-    for test in config.get("extra_tests") or {}:
+    for test, asked in (config.get("extra_tests") or {}).items():
         there = {name.removesuffix(".json") for name in files.list(f"robustness/{test}") if name.endswith(".json")}
         for trial in [one for one in digests if one in there]:
             place = f"robustness/{test}/{trial}.json"
@@ -35,6 +35,9 @@ def read_corrupted(files: Files, config: Mapping[str, Any], results: Sequence[Re
                 continue
             if one.get("trial_digest") != digests[trial]:
                 problems.append(f"{place} is of another classifier than results/{trial}.json; it is left out until "
+                                "`rayexpand train` makes it again.")
+            elif one.get("settings") != asked:
+                problems.append(f"{place} was made with other settings of extra_tests.{test}; it is left out until "
                                 "`rayexpand train` makes it again.")
             else:
                 found.setdefault(test, {})[trial] = one

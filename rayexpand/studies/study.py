@@ -13,6 +13,7 @@ rows the control "original repeated" trains on the real rows alone, repeated to 
                  scores/<trial>.json its samples beside real images, where the study asks for that
                  predictions/<trial>.parquet, checkpoints/<trial>/
                  weights/<trial>.safetensors where the study keeps them
+                 robustness/<test>/ answers for corrupted images
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ def corrupted(study: StudyFolder) -> None:
             result = read_json(files, f"results/{trial}.json") or {}
             replace_json(files, f"robustness/{test}/{trial}.json", {
                 "trial": trial, "trial_digest": result["digest"], "name": called, "note": note, "images": 100,
-                "classes": 10, "restricted": False, "left_out": 0, "side": 16, **corruption_scores(top1, called)})
+                "classes": 10, "restricted": False, "left_out": 0, "side": 16, "settings": {},
+                **corruption_scores(top1, called)})
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import ConfigError, Interrupted, UsageError
+from rayexpand.contract.schema import ClassTable
 from rayexpand.data.corruptions.corruptor import Corruptor
 from rayexpand.data.corruptions.tables import COMMON
 from rayexpand.data.seeds import DataConfig
@@ -27,6 +31,7 @@ from rayexpand.studies.study import prepare_study
 from rayexpand.studies.summary import further_scores, summary
 from rayexpand.studies.trial import run_trials
 from rayexpand.studies.trials import make_trials
+from tests.commands import process
 from tests.data.seeds.test_cifar_c import arrays
 from tests.studies.test_study import SMALL, raw_study
 
@@ -99,6 +104,24 @@ def test_answers_are_those_of_a_plain_loop(ready: tuple[Study, list[Trial]]) -> 
 def _opened(study: Study) -> Any:
     classes = next(iter(study.subsets.values()))[1].classes
     return robustness.open_corrupted("c", study.config.extra_tests["c"], classes)
+
+
+def test_images_do_not_depend_on_what_is_trained(ready: tuple[Study, list[Trial]], tmp_path: Path) -> None:
+    """Other numbers of the classes, or fewer of them by a class map: an image stays as it is."""
+    test, rows = ready[0].config.extra_tests["c"], np.arange(3)
+    (tmp_path / "map.csv").write_text("key,train_key\n0,a\n1,b\n2,a\n")
+    some = test.model_copy(update={"class_map": str(tmp_path / "map.csv")})
+    view, ten = Recipe(size=16), ClassTable.of([str(digit) for digit in reversed(range(10))])
+    sets = [robustness.open_corrupted("c", test, ten), robustness.open_corrupted("c", some, ClassTable.of(["a", "b"]))]
+
+    assert len(sets[1].rows) < len(sets[0].rows)
+    assert sets[0].sha256 != sets[1].sha256
+    places = [[one.first.index.seed_ids.index(name) for name in sets[1].first.index.seed_ids[:3]] for one in sets]
+    first, second = ([x for _, x in robustness.CorruptedImages(one, view).made(np.array(at))]
+                     for one, at in zip(sets, places, strict=True))
+    assert rows.tolist() == places[1]
+    for one, other in zip(first, second, strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_a_pass_goes_on_after_the_last_block_to_the_same_bytes(ready: tuple[Study, list[Trial]], tmp_path: Path,
@@ -181,6 +204,14 @@ def test_they_are_in_the_summary_and_nowhere_in_the_trials(ready: tuple[Study, l
     result = read_result(study.files, trials[0].name)
     assert result is not None
     assert result["also"] == {}
+    config = read_json(study.files, "study.json") or {}
+    changed = {**config, "config": {**config["config"], "extra_tests": {"c": {**config["config"]["extra_tests"]["c"],
+                                                                              "restrict": True}}}}
+    robustness.replace_json(study.files, "study.json", changed)
+    other = read_study(str(study.files.root))
+    assert other.corrupted == {}
+    assert sum("was made with other settings of extra_tests.c" in line for line in other.problems) == len(trials)
+    robustness.replace_json(study.files, "study.json", config)
     stale = read_json(study.files, f"robustness/c/{trials[0].name}.json") or {}
     robustness.replace_json(study.files, f"robustness/c/{trials[0].name}.json", {**stale, "trial_digest": "other"})
     view = read_study(str(study.files.root))
@@ -213,6 +244,43 @@ def test_a_digit_that_is_trained_on_is_not_corrupted_for_a_test(tmp_path: Path) 
     raw = raw_with(tmp_path, extra_tests={"c": {"data": {"source": "digits"}, "corrupt": {"table": "cifar"}}})
     with pytest.raises(UsageError, match=r"extra_tests\.c: .* of its images are training images of seed 0"):
         prepare_study(parse_study(raw))
+
+
+def test_a_baseline_without_weights_is_shown_them_as_it_sees_images(tmp_path: Path) -> None:
+    study, trials = trained(raw_with(tmp_path, arms=ARMS[:1], seeds=[0], baselines=["clip_zero_shot"],
+                                     recipe={**SMALL, "updates": 2, "epochs": 1}))
+    assert show_corrupted(study, trials, in_process) == []
+    found = {trial.arm: read_json(study.files, f"robustness/c/{trial.name}.json") or {} for trial in trials}
+    zero_shot = load_classifier(study.files, trials[-1])
+    x = next(robustness.CorruptedImages(_opened(study), zero_shot.view).made(np.arange(30)))[1]
+    right = zero_shot.answering.logits(x).argmax(axis=1) == study.opened.index(study.config.test).labels
+
+    assert zero_shot.module is None
+    assert found["clip_zero_shot"]["top1"]["gaussian_noise"]["1"] == right.mean() > 0.5
+    assert found["clip_zero_shot"]["side"] == zero_shot.view.size
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_leaves_what_the_next_one_goes_on_with(tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL after the first block of four; the next command writes the bytes of one that was left alone."""
+    test = {"source": "digits", "split": "test"}
+    raw = {**raw_with(tmp_path, arms=ARMS[:1], seeds=[0]), "extra_tests": {"c": {**TESTS["c"], "data": test}}}
+    left = []
+    for name, killed in (("alone", False), ("killed", True)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**raw, "name": name}))
+        if killed:
+            with monkeypatch.context() as patch:
+                patch.setenv("RAYEXPAND_FAILPOINT", "after_corrupted:kill")
+                assert process("train", tmp_path / f"{name}.yaml", "--no-ray").returncode == -signal.SIGKILL
+            assert len(list((tmp_path / name / "robustness/c/blocks").iterdir())) == 1
+            assert not list((tmp_path / name / "robustness/c").glob("*.json"))
+        ended = process("train", tmp_path / f"{name}.yaml", "--no-ray")
+        assert ended.returncode == 0, ended.stderr
+        folder = tmp_path / name / "robustness"
+        left.append({str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()})
+    assert left[0] == left[1]
+    assert len(left[0]) == 2
 
 
 def imagenet_c(folder: Path, kinds: Sequence[str] = COMMON) -> Path:
