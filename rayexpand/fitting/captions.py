@@ -132,7 +132,8 @@ def listed_captions(made: CaptionsFit, data: seeds.DataConfig, index: SeedIndex)
     found = _read_captions(Path(made.file).expanduser())
     members = index.table["member"].to_pylist()
     keys = [index.classes.key[label] for label in index.labels]
-    wanted = [_lookup(found, *row) for row in zip(index.seed_ids, keys, members, strict=True)]
+    ids = [seeds.image_id(data, seed_id) for seed_id in index.seed_ids]
+    wanted = [_lookup(found, *row) for row in zip(ids, keys, members, strict=True)]
     if not any(wanted):
         raise UsageError(f"fit.captions.file: {made.file} has no caption for any of the {len(index)} seeds. Its keys "
                          f"look like {next(iter(found), '')!r}, the dataset's seed ids like {index.seed_ids[0]!r} and "

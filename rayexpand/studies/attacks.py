@@ -48,6 +48,7 @@ from rayexpand.studies.membership import (
     MembershipConfig,
     extractor_of,
     refuse_shared,
+    refuse_unreadable,
     study_of,
 )
 from rayexpand.studies.parts import Study, Trial, folder_of, read_result
@@ -92,6 +93,8 @@ def audit_membership(config: MembershipConfig, folder: str, machines: Machines, 
     files, whole = open_files(folder), build_index(config.data)
     wanted, members = study_of(config, folder, cluster), Members(config, whole)
     refuse_shared(config, wanted, whole)
+    if files.read("members.parquet") is None:
+        refuse_unreadable(config, whole, progress)
     for name in ("phi", ".tmp", *(f"phi/{line}" for line in config.lines)):
         files.make_folder(name)
     files.replace("members.parquet", parquet_bytes(members.table(), {NAMED: b"members.parquet"}))

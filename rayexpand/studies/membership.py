@@ -32,11 +32,13 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from rayexpand.artifacts.store import read_facts
-from rayexpand.contract.errors import ConfigError, UsageError, few
+from rayexpand.contract.errors import ConfigError, RowFault, UsageError, few
+from rayexpand.contract.protocols import Progress
 from rayexpand.contract.rng import PlanRng
-from rayexpand.contract.schema import SeedIndex
+from rayexpand.contract.schema import Seed, SeedIndex
 from rayexpand.contract.settings import Section, differences
-from rayexpand.data.seeds import DataConfig, build_index
+from rayexpand.data.pixels import decode
+from rayexpand.data.seeds import DataConfig, SeedReader, build_index
 from rayexpand.data.subsets import ids_file, shared_images, sound_rows
 from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation.features import ExtractorConfig
@@ -48,6 +50,8 @@ from rayexpand.studies.config import StudyConfig, TrainingConfig, parse_study, r
 
 Attack = Literal["classifier", "samples"]
 Query = Literal["identity", "flip"]
+
+_READ = 1024  # images held encoded at once
 
 EXPANSION, SELECTION, STUDY = "shadow", "released", "shadows"
 PRIVATE = "private"  # classifiers of the members' real images: how much an attack sees where nothing is hidden
@@ -190,6 +194,25 @@ def refuse_shared(config: MembershipConfig, study: StudyConfig, whole: SeedIndex
         if shared := shared_images((whole, config.data), (build_index(data), data)):
             raise UsageError(f"audit.membership.expansion.{field}: {len(shared):,} of the audited images trained it "
                              f"({few(shared)}), so it knows images that are no members; use other images")
+
+
+def refuse_unreadable(config: MembershipConfig, whole: SeedIndex, progress: Progress) -> None:
+    """Raises UsageError for audited images that cannot be decoded, before anything is made of the others: every attack
+    asks of every image."""
+    rows, reader, data, wrong = sound_rows(whole), SeedReader(whole, config.data), config.data, list[str]()
+    for start in range(0, len(rows), _READ):
+        for seed in reader.read(rows[start:start + _READ].tolist()):
+            try:
+                if isinstance(seed, RowFault):
+                    raise seed
+                decode(seed.image, min_side=data.min_side, max_pixels=data.max_pixels)
+            except RowFault as fault:
+                wrong.append(seed.seed_id if isinstance(seed, Seed) else str(fault))
+        progress("looking at images", min(start + _READ, len(rows)), len(rows))
+    if wrong:
+        raise UsageError(f"audit.membership.data: {len(wrong):,} of {len(rows):,} images cannot be used ({few(wrong)})"
+                         ", and every image is asked about; repair them, or list the others in a file and give it as "
+                         "data.ids")
 
 
 # ------------------------------------------------------------------------------------------------------------ the study

@@ -107,6 +107,18 @@ def test_a_column_of_a_manifest_follows_its_rows(tmp_path: Path, kind: str) -> N
     assert of_column(manifest_data(tmp_path, kind), "file_name") == {path: path for path in paths}, "used twice"
 
 
+def test_an_image_that_is_listed_again_has_its_own_caption(tmp_path: Path) -> None:
+    data = manifest_data(tmp_path, "csv", repeats={"b/1.png": 2})
+    listed = {"a/0.png": "text 0", "b/1.png": "text 1", "b/1.png~2": "text 1", "a/2.png": "text 2", "b/3.png": "",
+              "a/4.png": "text 4"}
+    assert of_column(data) == listed
+
+    index, file = seeds.build_index(data), tmp_path / "captions.json"
+    file.write_text(json.dumps({seed_id: text for seed_id, text in listed.items() if "~" not in seed_id}))
+    found = listed_captions(CaptionsFit(file=str(file)), data, index)
+    assert found == [listed[seed_id] for seed_id in index.seed_ids]
+
+
 @pytest.mark.parametrize(("column", "message"), [
     ("txt", r"no column 'txt' in .*, which has 'image', 'label', 'text'"), ("size", "'size' is int64; a caption is")])
 def test_a_column_that_is_not_there_or_no_text_is_refused(tmp_path: Path, column: str, message: str) -> None:

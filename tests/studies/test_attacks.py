@@ -231,6 +231,7 @@ def test_an_audit_that_is_killed_goes_on_and_finds_the_same(small: MembershipCon
 
 
 @pytest.mark.study
+@pytest.mark.timeout(3600)
 def test_the_job_on_digits(tmp_path: Path) -> None:
     """`samples` finds the planted digit, real images are found more than samples of them, permuted memberships are
     not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from rayexpand.studies.membership import (
     check,
     made_otherwise,
     refuse_shared,
+    refuse_unreadable,
     study_of,
 )
 from rayexpand.studies.study import prepare_study
@@ -131,3 +133,13 @@ def test_planted_and_members_are_keyed_by_the_seed_of_the_section() -> None:
     assert (first.member_SN == again.member_SN).all()
     assert (first.member_SN != other.member_SN).any()
     assert len({Members(section(seed=seed), whole).planted for seed in range(5)}) > 1
+
+
+def test_an_image_that_cannot_be_decoded_is_refused_before_anything_is_made(image_folder: Path, tmp_path: Path) -> None:
+    real = Path(shutil.copytree(image_folder, tmp_path / "real"))
+    config = section(data={"source": "imagefolder", "path": str(real)})
+    refuse_unreadable(config, build_index(config.data), lambda *_: None)
+    (real / "cat/2.png").write_bytes(b"broken")
+
+    with pytest.raises(UsageError, match=r"data: 1 of 20 images cannot be used \('cat/2.png'\).*give it as data\.ids"):
+        refuse_unreadable(config, build_index(config.data), lambda *_: None)
