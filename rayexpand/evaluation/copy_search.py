@@ -154,8 +154,8 @@ class CopyFinder:
                              f"--pixels {self._job.run}` names them")
         own_N = self._run.plan.position(table["row"].to_numpy())
         return self._rows(h_ND, table["label"].to_numpy(), own_N, {
-            "sample_id": table["sample_id"], "label": table["label"], "strength": table["strength"],
-            "own_id": table["seed_id"]})
+            "sample_id": table["sample_id"], "file": pa.array([chunk.file] * table.num_rows), "label": table["label"],
+            "strength": table["strength"], "own_id": table["seed_id"]})
 
     def _held_out(self, chunk: CompareChunk) -> pa.Table:
         """Images that are seeds themselves are left out."""

@@ -25,9 +25,11 @@ from rayexpand.contract.errors import three_digits
 from rayexpand.contract.schema import SEED_INDEX, ClassTable, Reason, Receipt, Seed, SeedIndex, Status
 from rayexpand.data import seeds
 from rayexpand.data.pixels import decode
+from rayexpand.evaluation.release import release_sheet
 from rayexpand.methods import label_words_of
 from rayexpand.reports.acceptance import acceptance
-from rayexpand.reports.card import GPU_CAVEAT, PROMISE
+from rayexpand.reports.card import GPU_CAVEAT, PROMISE, RELEASE
+from rayexpand.reports.copies import copies_section
 from rayexpand.reports.templates import COLOURS, render, settings_of
 from rayexpand.runs.cut_prompts import words_of
 from rayexpand.runs.status import (
@@ -96,12 +98,14 @@ def write_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None, l
         guidance=_guidance(view), look=look,
         acceptance=acceptance(view, classes, read := spread(list(view.receipts), FILES_SEARCHED)),
         shards_read=(len(read), len(view.receipts)),
-        refused=_refused_rows(view, classes),
+        refused=_refused_rows(view, classes), copies=copies_section(view, classes, seed_pictures, encoded_picture),
+        release=release_sheet(view),
         cut_words=words_of(view.run["cut_prompts"]) if view.run.get("cut_prompts") else "",
         label_words=label_words_of(view.run["config"]["method"], len(classes)), config=_yaml(view.run["config"]),
         settings=settings_of(view.run["config"]), dataset=seeds.survey_lines(view.run.get("dataset", {})),
         stacks=_stacks(view),
-        mixed=len(view.stacks) > 1, promise=PROMISE, gpu_caveat=GPU_CAVEAT, attempts=_attempts(view),
+        mixed=len(view.stacks) > 1, promise=PROMISE, release_words=RELEASE,
+        gpu_caveat=GPU_CAVEAT, attempts=_attempts(view),
         commands=_commands(view, str(folder)), busy_seconds=sum(map(shard_seconds, view.receipts)),
         pictures=picture_pages(view.files),
         written=datetime.now(UTC).timestamp())
