@@ -24,8 +24,8 @@ from rayexpand.contract.errors import UsageError
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.settings import digest
 from rayexpand.data.seeds import build_index
+from rayexpand.evaluation import copy_extractor as extractors
 from rayexpand.evaluation import copy_statistics as statistics
-from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation.audit_files import committed_sha256, numbers, part_names
 from rayexpand.evaluation.copies_config import CopiesConfig, chosen_extractor
 from rayexpand.evaluation.copy_search import CompareChunk, ComparedSeeds, CopyJob, OnRows, Work, held_out_chunk
@@ -46,7 +46,7 @@ def audit_copies(run: Run, config: CopiesConfig, runtime: RuntimeConfig, folder:
     """What the audit found, for its result file; its tables are written below `folder` of the run. Raises UsageError
     for fewer than 1000 held-out images or a run without samples."""
     config = config.model_copy(update={"extractor": chosen_extractor(config, run)})
-    job = CopyJob(str(run.folder), config, extractors.extractor_hash(config.extractor, on_rows), runtime)
+    job = CopyJob(str(run.folder), config, extractors.sha256_of(config.extractor, on_rows), runtime)
     samples = [CompareChunk("samples", f"{one.data_file} {one.content_sha256}", one.kept, one.data_file)
                for one in run.store.receipts() if one.kept]
     if not samples:
@@ -181,21 +181,22 @@ class _Parts:
 
 
 def _summary(run: Run, config: CopiesConfig, calibration: pa.Table, rows: pa.Table, listed: int) -> dict[str, Any]:
-    """Thresholds, what they find of known copies, and the counts of the samples."""
+    """Thresholds, what they find of known copies, and the counts of the samples. The scope class has none where too few
+    held-out images are of these classes."""
     kind = np.asarray(calibration["kind"].to_pylist())
-    scopes = ["class", "all"] if config.within == "all" else ["class"]
+    scopes: list[str] = [*dict.fromkeys(("class", config.within))]
     null = {scope: numbers(calibration, scope)[kind == "held_out"] for scope in scopes}
     null = {scope: s_N[~np.isnan(s_N)] for scope, s_N in null.items()}
     own_N = numbers(calibration, "own")
     known = {one: own_N[(kind == one) & ~np.isnan(own_N)] for one in dict.fromkeys(kind.tolist()) if one != "held_out"}
     tau = {scope: statistics.threshold(s_N) for scope, s_N in null.items() if len(s_N) >= statistics.LEAST_NULL}
-    if missing := [scope for scope in scopes if scope not in tau]:
-        raise UsageError(f"audit.copies.held_out: {len(null[missing[0]])} of {listed:,} held-out images can be "
-                         f"compared (scope {missing[0]}), and {statistics.LEAST_NULL:,} are needed: others are seeds "
-                         "themselves, cannot be read, or have a class that the run has not")
+    if config.within not in tau:
+        raise UsageError(f"audit.copies.held_out: {len(null[config.within])} of {listed:,} held-out images can be "
+                         f"compared (within: {config.within}), and {statistics.LEAST_NULL:,} are needed: others are "
+                         "seeds themselves, cannot be read, or have a class that the run has not")
     tau_copy = {scope: statistics.copy_threshold(known, value) for scope, value in tau.items()}
     found = {scope: statistics.found_shares(known, value) for scope, value in tau.items()}
-    words = statistics.cannot_see(found[scopes[-1]])
+    words = statistics.cannot_see(found[config.within])
     result: dict[str, Any] = {
         "held_out": {"listed": listed, "compared": {scope: len(s_N) for scope, s_N in null.items()}},
         "tau": tau, "tau_copy": tau_copy, "known_copies": {
@@ -212,7 +213,7 @@ def _counts(run: Run, rows: pa.Table, tau: Mapping[str, float], tau_copy: Mappin
     scopes: dict[str, Any] = {}
     for scope in ("own", *tau):
         s_N = numbers(rows, scope)
-        copy_N = s_N > tau_copy["class" if scope == "own" else scope]
+        copy_N = s_N > tau_copy[statistics.judged_by(scope, tau)]
         scopes[scope] = {**statistics.scope_counts(s_N, scope, tau, tau_copy),
                          "by_strength": _shares(copy_N, strength_N), "by_class": _largest(copy_N, label_N, keys)}
     return {"scopes": scopes}

@@ -9,9 +9,10 @@ from pydantic import Field
 from rayexpand.contract.settings import Section
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
-from rayexpand.evaluation import features as extractors
+from rayexpand.evaluation import copy_extractor as extractors
+from rayexpand.evaluation.copy_extractor import CopyExtractorConfig
 from rayexpand.evaluation.copy_statistics import LEAST_NULL
-from rayexpand.evaluation.features import ExtractorConfig
+from rayexpand.evaluation.features import is_folder
 from rayexpand.runs.config import guide_of_run
 from rayexpand.runs.run import Run
 
@@ -21,8 +22,8 @@ Scope = Literal["class", "all"]
 class CopiesConfig(Section):
     """How samples are compared with seeds, and by what that is calibrated."""
 
-    extractor: ExtractorConfig = Field(ExtractorConfig(), description="whose features are compared; without one the "
-                                       "guide of the run")
+    extractor: CopyExtractorConfig = Field(CopyExtractorConfig(), description="whose features are compared; without "
+                                           "one the guide of the run")
     held_out: DataConfig = Field(description="real images that are no seeds, 1000 or more: what similarity is usual")
     held_out_images: int = Field(10_000, ge=LEAST_NULL, description="take so many of them at most, chosen by "
                                  "a key")
@@ -44,10 +45,10 @@ def check(config: CopiesConfig, run: Run | None) -> list[str]:
     return problems + (own or extractors.check(chosen))
 
 
-def chosen_extractor(config: CopiesConfig, run: Run) -> ExtractorConfig:
+def chosen_extractor(config: CopiesConfig, run: Run) -> CopyExtractorConfig:
     """The extractor, the guide of the run where none is named."""
     said, guide = config.extractor, run.config.guide
     if said.is_named:
         return said
-    checkpoint = None if extractors.is_folder(guide.weights) else guide.checkpoint
+    checkpoint = None if is_folder(guide.weights) else guide.checkpoint
     return said.model_copy(update={"guide": guide.weights, "checkpoint": said.checkpoint or checkpoint})

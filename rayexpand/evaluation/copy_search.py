@@ -29,7 +29,7 @@ from rayexpand.contract.errors import RowFault, UsageError
 from rayexpand.contract.schema import ClassTable, SeedIndex
 from rayexpand.data.pixels import decode
 from rayexpand.data.seeds import DataConfig, SeedReader
-from rayexpand.evaluation import features as extractors
+from rayexpand.evaluation import copy_extractor as extractors
 from rayexpand.evaluation.copies_config import CopiesConfig
 from rayexpand.evaluation.known_copies import EDITS, edited, redrawn
 from rayexpand.evaluation.search import References, similarities, unit_rows
@@ -127,7 +127,7 @@ class CopyFinder:
 
     def __init__(self, job: CopyJob, run: Run, found: ComparedSeeds | None) -> None:
         self._job, self._run = job, run
-        self._extractor = extractors.load_extractor(job.config.extractor)
+        self._extractor = extractors.load(job.config.extractor)
         self._pool = ThreadPoolExecutor(job.runtime.io_threads, thread_name_prefix="io")
         self._searcher = None if found is None else Searcher(found, job.config, self._extractor.device)
 

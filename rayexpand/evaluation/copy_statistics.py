@@ -74,6 +74,11 @@ def excess(above: int, total: int) -> dict[str, Any]:
             "excess": {"value": above / total - rate, "low": low - rate, "high": high - rate}}
 
 
+def judged_by(scope: str, tau: Mapping[str, float]) -> str:
+    """The scope whose thresholds hold: own seeds have those of their class, where these are known."""
+    return scope if scope != "own" else "class" if "class" in tau else "all"
+
+
 def least_samples(allowed: float) -> int:
     """Samples of which none may lie above tau, so that the excess is known to be below `allowed`."""
     return math.ceil(math.log((1 - CONFIDENCE) / 2) / math.log(1 - (1 - NULL_QUANTILE) - allowed))
@@ -81,9 +86,8 @@ def least_samples(allowed: float) -> int:
 
 def scope_counts(s_N: np.ndarray, scope: str, tau: Mapping[str, float], tau_copy: Mapping[str, float]
                  ) -> dict[str, Any]:
-    """Copies and candidates of one scope; own seeds are judged by the thresholds of their class, and no excess is
-    expected of them."""
-    by, known_N = "class" if scope == "own" else scope, s_N[~np.isnan(s_N)]
+    """Copies and candidates of one scope, and where it is no own seed the excess."""
+    by, known_N = judged_by(scope, tau), s_N[~np.isnan(s_N)]
     above, copies = int((known_N > tau[by]).sum()), int((known_N > tau_copy[by]).sum())
     found = {"of": len(s_N), "copies": copies, "share": copies / max(len(s_N), 1), "candidates": above - copies}
     return found if scope == "own" else {**found, "null": excess(above, max(len(known_N), 1))}

@@ -28,6 +28,7 @@ from pydantic import Field, field_validator, model_validator
 from rayexpand.contract.errors import UsageError
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.settings import Section
+from rayexpand.evaluation.copy_statistics import judged_by
 
 CONFIDENCE, CONTRAST, ENTROPY, TOP = "clip_confidence", "clip_contrast", "clip_entropy", "clip_top"
 FEATURES = "features"
@@ -263,9 +264,9 @@ class SeedCopies(Rule):
         if not found["sees_copies"]:
             raise UsageError(f"rule.audit: the audit {self.audit!r} knows no threshold, for {found['words']}. Or give "
                              "rule.threshold a number")
-        if (scope := "class" if self.against == "own" else self.against) not in found["tau_copy"]:
-            raise UsageError(f"rule.against: the audit {self.audit!r} looked within the class only; audit with "
-                             "`within: all`, or use class or own")
+        if (scope := judged_by(self.against, found["tau_copy"])) not in found["tau_copy"]:
+            raise UsageError(f"rule.against: the audit {self.audit!r} has no threshold of {scope}; it has "
+                             f"{', '.join(found['tau_copy'])}")
         return self.model_copy(update={"threshold": found["tau_copy"][scope]})
 
     def decide(self, rows: ScoredSamples, rng: PlanRng) -> Decision:

@@ -18,8 +18,8 @@ import pyarrow as pa
 import ray
 
 from rayexpand.contract.errors import packed, unpacked
+from rayexpand.evaluation.copy_extractor import files_of, moved
 from rayexpand.evaluation.copy_search import CompareChunk, ComparedSeeds, CopyFinder, CopyJob
-from rayexpand.evaluation.features import extractor_model, moved
 from rayexpand.on_ray.pool import choose_pool, connected, enter, waves
 from rayexpand.on_ray.stage import local, open_model_server, run_models, with_local_models
 from rayexpand.runs.config import ClusterConfig
@@ -36,7 +36,7 @@ def find(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds | No
         pool = choose_pool(cluster, models=job.config.extractor.device != "cpu")
         run = open_run(job.run)
         prior = {part: sha256 for part, sha256 in run.facts["models"].items() if part in _DRAWN_BY}
-        server = open_model_server({job.extractor_sha256: extractor_model(job.config.extractor),
+        server = open_model_server({job.extractor_sha256: files_of(job.config.extractor),
                                     **run_models(run.config, prior)})
         shared, all_chunks = ray.put(found), ray.put(list(chunks))
         for start, wave in waves(range(len(chunks))):
@@ -81,7 +81,7 @@ class FindActor:
 
             torch.set_num_threads(self._job.runtime.torch_threads)
             extractor = self._job.config.extractor
-            there = local(extractor_model(extractor), self._job.extractor_sha256, self._server)
+            there = local(files_of(extractor), self._job.extractor_sha256, self._server)
             config = self._job.config.model_copy(update={"extractor": moved(extractor, there)})
             self._finder = CopyFinder(replace(self._job, config=config), self._staged(), ray.get(self._found))
         return self._finder

@@ -219,5 +219,6 @@ def test_a_calibrated_selection_takes_the_threshold_of_the_audit() -> None:
     assert SeedCopies(threshold=0.5).calibrated(found).threshold == 0.5
     with pytest.raises(UsageError, match="knows no threshold, for it is blind"):
         SeedCopies().calibrated({"sees_copies": False, "words": "it is blind"})
-    with pytest.raises(UsageError, match="looked within the class only"):
+    assert SeedCopies(against="own").calibrated({**found, "tau_copy": {"all": 0.9}}).threshold == 0.9
+    with pytest.raises(UsageError, match="has no threshold of all; it has class"):
         SeedCopies().calibrated({**found, "tau_copy": {"class": 0.8}})

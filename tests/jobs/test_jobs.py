@@ -176,7 +176,7 @@ def test_the_job_of_a_paper_says_what_it_reproduces() -> None:
     ("diffmix/sweep-gamma-all", "-1.08 +0.25 +0.92 +0.97 +0.50 +0.38"),
     ("realfake/study-celeba", "89.65 86.22 85.60 86.93 76.90 82.55 73.35"),
     ("realfake/fit-celeba", "Smiling Attractive Heavy Makeup"),
-    ("realfake/audit-membership-in10", "0.001 0.01 102,488 12,811"),
+    ("realfake/audit-membership-in10", "0.001 0.01 102,488 12,811"), ("realfake/audit-copies-in100", "1,024 DISC"),
     ("realfake/study-in10", "79.4"), ("realfake/study-in100", "62.4"), ("realfake/study-in1k", "54.1 42.9"),
     ("realfake/study-cub", "33.7"), ("realfake/study-cars", "47.1"), ("realfake/study-pets", "75.9"),
     ("realfake/study-eurosat", "94.0"), ("diffmix/study-waterbird", "62.46 60.90 61.83 72.94 70.28"),
