@@ -62,9 +62,11 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
     notes = sampling_of(config) if kind == "run" and not problems else []
     sees = ""
     if kind == "study" and not problems:
-        from rayexpand.studies.foresight import foreseen
+        from rayexpand.studies.foresight import foreseen, real_sizes
 
         sees = foreseen(config)["sentence"]
+        if config.value is not None:
+            real_sizes(config)
     return Checked(kind, config.model_dump(mode="json"), problems, listed, notes, sees)
 
 

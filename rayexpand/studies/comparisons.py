@@ -23,7 +23,7 @@ from rayexpand.classifier.statistics import (
     max_t,
     resampled,
 )
-from rayexpand.studies.results import Predicted, Result, StudyView, controlled, number
+from rayexpand.studies.results import Predicted, Result, StudyView, controlled, is_valued, number
 from rayexpand.studies.spreads import points, spread
 
 MIN_SEEDS = 3  # below this no spread over seeds is worth printing as an error bar
@@ -36,6 +36,8 @@ def comparisons(study: StudyView) -> list[dict[str, Any]]:
     and a simultaneous interval of the family, by which `verdict` and `sentence` go."""
     found = []
     for arm, (first, *_) in study.arms.items():
+        if is_valued(first):
+            continue
         if study.baseline and arm != study.baseline:
             found.append(_compare(study, arm, study.baseline, "control to baseline" if controlled(first)
                                   else "baseline"))

@@ -47,6 +47,7 @@ from rayexpand.studies import baselines, extra_tests
 from rayexpand.studies.baselines import Baseline
 from rayexpand.studies.extra_tests import ExtraTest
 from rayexpand.studies.priors import PriorFit, prior_problems
+from rayexpand.studies.value_config import PriceConfig, ValueConfig, used_by, value_arms, value_problems
 
 REPEATED = "original repeated"  # how controls are called
 
@@ -174,6 +175,11 @@ class StudyConfig(Section):
     baselines: Annotated[list[Baseline], Later([])] = Field(
         [], description="rows that need no expansion, by their kind or as sections: what a model trained on other "
         "images makes of the same real images")
+    value: Annotated[ValueConfig | None, Later(None)] = Field(
+        None, description="what one sample is worth in real images; {}: of every expansion, at 1, 2 and 5 samples of "
+        "each image; null: not asked")
+    price: Annotated[PriceConfig | None, Later(None)] = Field(
+        None, description="what an hour and a real image cost, in one currency; with value")
     baseline: str | None = Field(None, description="arm the others are compared with; null: the first")
     resample: bool | None = Field(None, description="expand anew for each seed; null: where the subsets differ")
     vary: Annotated[Literal["all", "classifier", "data"], Later("all")] = Field(
@@ -201,7 +207,8 @@ class StudyConfig(Section):
     @property
     def used(self) -> set[str]:
         """Names of the expansions that arms or baselines use."""
-        return {name for arm in self.arms for name in arm.uses} | {one.use for one in self.baselines if one.use}
+        return {name for arm in self.arms for name in arm.uses} | {one.use for one in self.baselines if one.use} | {
+            *used_by(self)}
 
     @property
     def folder(self) -> str:
@@ -219,7 +226,8 @@ def parse_study(raw: Mapping[str, Any], where: str = "study") -> StudyConfig:
         config = StudyConfig(**{str(key): value for key, value in raw.items()})
     except ValidationError as error:
         raise ConfigError(where, settings.mistakes(error, StudyConfig, "")) from error
-    problems = [*_arm_problems(config), *_recipe_problems(config), *_expansion_problems(config)]
+    problems = [*_arm_problems(config), *_recipe_problems(config), *_expansion_problems(config),
+                *value_problems(config)]
     if problems:
         raise ConfigError(where, problems + study_preflight(config))
     return config
@@ -368,6 +376,8 @@ def _arm_problems(config: StudyConfig) -> list[str]:
                 problems.append(f"{where}.fill: fills each class from one expansion; name one in use")
         if arm.draw != "uniform" and arm.use is not None and arm.replace is None:
             problems.append(f"{where}.draw: says what replaces a real row, and nothing does; give replace, or leave it")
+        if arm.name in {one.name for one in value_arms(config)}:
+            problems.append(f"{where}: the section value has an arm of this name; rename the arm")
         if arm.name.lower().startswith(REPEATED):
             problems.append(f"{where}: names that start with '{REPEATED}' are those of the automatic controls; rename "
                             "the arm")

@@ -8,13 +8,15 @@ import numpy as np
 
 from rayexpand.classifier.statistics import Noise, detectable, images_for, noise_of, seeds_for
 from rayexpand.contract.errors import UsageError
+from rayexpand.contract.schema import SeedIndex
 from rayexpand.data.seeds import build_index
-from rayexpand.data.subsets import sound_rows
+from rayexpand.data.subsets import choose, sound_rows
 from rayexpand.storage.places import open_files
 from rayexpand.studies.comparisons import MIN_SEEDS, joint_answers
 from rayexpand.studies.config import StudyConfig
-from rayexpand.studies.results import StudyView, note_of, read_study
+from rayexpand.studies.results import StudyView, is_valued, note_of, read_study
 from rayexpand.studies.trials import arms_of
+from rayexpand.studies.value_config import sizes_in
 
 WANTED = 0.01  # the difference that one would like to see: a point
 ENOUGH_SEEDS = 10  # that more images are reckoned with
@@ -63,7 +65,7 @@ def _measured(study: StudyView) -> Noise | None:
     base = str(study.baseline)
     found = []
     for arm, (first, *_) in study.arms.items():
-        if arm == base or note_of(first):
+        if arm == base or note_of(first) or is_valued(first):
             continue
         answers = joint_answers(study, [base, arm])
         if not isinstance(answers, str) and answers.shape[1] > 1 and answers.shape[2] > 1:
@@ -91,8 +93,20 @@ def _measured_in(folder: str) -> Noise | None:
 
 def planned(config: StudyConfig) -> dict[str, Any]:
     """What a study trains: names of `arms` and `seeds`, number of `trainings` and of those of `controls` at most, and
-    what it `sees`. Controls that several arms share are known when their samples are. Raises SeedDataError."""
+    what it `sees`. Controls that several arms share are known when their samples are. Raises SeedDataError, and UsageError
+    where there are too few images for `value`."""
     arms = arms_of(config)
     controls = sum(one.config.use is not None and one.config.control and one.config.replace is None for one in arms)
+    if config.value is not None:
+        fitting = real_sizes(config)
+        arms = [one for one in arms if one.value is None or one.value.role != "real" or one.value.size in fitting]
     return {"arms": [one.name for one in arms], "seeds": config.seeds, "trainings": len(arms) * len(config.seeds),
             "controls": controls * len(config.seeds), "sees": foreseen(config)}
+
+
+def real_sizes(config: StudyConfig) -> list[float]:
+    """The sizes of the section value that there are images for. Raises UsageError where there are too few, and
+    SeedDataError."""
+    whole = build_index(config.data)
+    drawn = choose(whole, config.subset, config.seeds[0])
+    return sizes_in(config, whole, SeedIndex(whole.table.take(drawn), whole.classes))

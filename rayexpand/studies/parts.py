@@ -11,12 +11,14 @@ from rayexpand.contract.errors import DamagedFile
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import digest
 from rayexpand.data.seeds import DataConfig, build_index
+from rayexpand.data.subsets import fingerprint
 from rayexpand.runs.config import RunConfig
 from rayexpand.runs.run import Run, open_run
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import healthy_json, read_table
 from rayexpand.studies.baselines import UNTRAINED, Baseline
 from rayexpand.studies.config import ArmConfig, StudyConfig
+from rayexpand.studies.value_config import HELD_OUT, ValueArm
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class Arm:
     copies: int | float | None = None  # of each seed that are used
     control_of: str = ""
     baseline: Baseline | None = None  # that it is the row of
+    value: ValueArm | None = None  # that it is
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Trial:
     classifier_seed: int | None = None  # both are `seed`, unless the study varies one alone
     data_seed: int | None = None  # of the real images and the samples
     runs: list[str] = field(default_factory=list)  # folders of the expansions, where there are several
+    value: dict[str, Any] = field(default_factory=dict)  # of an arm of the section value: ValueArm.facts
 
     @property
     def digest(self) -> str:
@@ -92,6 +96,7 @@ class Opened:
 
     def __init__(self) -> None:
         self._runs, self._indexes = dict[str, Run](), dict[str, SeedIndex]()
+        self._fingerprints = dict[str, str]()
 
     def run(self, folder: str) -> Run:
         """The run in a folder. What is committed is read anew whenever it is asked for."""
@@ -106,6 +111,13 @@ class Opened:
             self._indexes[key] = build_index(data)
         return self._indexes[key]
 
+    def fingerprint(self, index: SeedIndex, data: DataConfig) -> str:
+        """Of a dataset, taken once."""
+        key = data.model_dump_json()
+        if key not in self._fingerprints:
+            self._fingerprints[key] = fingerprint(index, data)
+        return self._fingerprints[key]
+
 
 @dataclass(frozen=True)
 class Study:
@@ -114,6 +126,18 @@ class Study:
     subsets: dict[int, tuple[DataConfig, SeedIndex]]  # real rows by seed
     expansions: dict[tuple[str, int], RunConfig | str]  # a run to make, or the folder of one
     opened: Opened = field(default_factory=Opened, compare=False)
+    sizes: dict[tuple[int, str], tuple[DataConfig, SeedIndex]] = field(default_factory=dict)  # of value; see real_key
+
+    def real_rows(self, arm: Arm, seed: int) -> tuple[DataConfig, SeedIndex]:
+        """The real images of an arm."""
+        return self.subsets[seed] if arm.value is None or not (key := real_key(arm.value)) else self.sizes[seed, key]
+
+
+def real_key(arm: ValueArm) -> str:
+    """Which real images an arm of value has: its size, or HELD_OUT; "" for those of the subset."""
+    if arm.role == "held out":
+        return HELD_OUT
+    return f"{arm.size:g}" if arm.role == "real" and arm.size != 1 else ""
 
 
 def read_result(files: Files, name: str) -> dict[str, Any] | None:

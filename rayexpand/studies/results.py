@@ -254,6 +254,11 @@ def controlled(result: Result) -> str:
     return str(result.get("control_of") or "")
 
 
+def is_valued(result: Result) -> bool:
+    """Whether a trial is of an arm of the section value, which is judged there and nowhere else."""
+    return bool(result.get("value"))
+
+
 def note_of(result: Result) -> str:
     """What must be said wherever a row is shown: that it knows other images; empty for an arm."""
     return str((result.get("baseline") or {}).get("note", ""))
@@ -274,9 +279,10 @@ def _control(study: StudyView, arm: str) -> str | None:
     control serves every arm it fits, though it names only the arm it was made for. Arms that replace real rows keep
     their number and need none."""
     first = study.arms[arm][0]
-    if controlled(first) or not first.get("synthetic_rows") or replaces(study, arm):
+    if controlled(first) or not first.get("synthetic_rows") or replaces(study, arm) or is_valued(first):
         return None
-    alone = [name for name, (one, *_) in study.arms.items() if not one.get("synthetic_rows") and not note_of(one)]
+    alone = [name for name, (one, *_) in study.arms.items()
+             if not one.get("synthetic_rows") and not note_of(one) and not is_valued(one)]
     named = [name for name in alone if controlled(study.arms[name][0]) == arm]
     rows = _rows_per_real(study, arm)
     same = [name for name in alone if rows is not None and _rows_per_real(study, name) == rows
@@ -306,7 +312,7 @@ def _subset_problems(study: StudyView) -> list[str]:
     for seed in sorted({r["seed"] for r in study.results}):
         hashes: dict[Any, list[str]] = {}
         for result in study.results:
-            if result["seed"] == seed and result.get("ids_sha256"):
+            if result["seed"] == seed and result.get("ids_sha256") and not is_valued(result):
                 hashes.setdefault(result["ids_sha256"], []).append(result["arm"])
         if len(hashes) > 1:
             sides = "; ".join(f"{ids[:12]}: {', '.join(arms)}" for ids, arms in hashes.items())

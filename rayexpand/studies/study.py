@@ -40,6 +40,7 @@ from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
 from rayexpand.studies import extra_tests
 from rayexpand.studies.config import (
+    ArmConfig,
     ExpansionConfig,
     StudyConfig,
     ratios_of,
@@ -49,7 +50,14 @@ from rayexpand.studies.config import (
     unknown_soft_labels,
 )
 from rayexpand.studies.corrupted_sets import open_corrupted
-from rayexpand.studies.parts import Opened, Study, folder_of
+from rayexpand.studies.parts import Opened, Study, folder_of, real_key
+from rayexpand.studies.value_config import (
+    HELD_OUT,
+    size_subset,
+    sizes_in,
+    value_arms,
+    with_held_out,
+)
 
 STUDY_FOLDERS = ("subsets", "lists", "trials", "results", "predictions", "checkpoints", ".tmp")
 
@@ -88,7 +96,10 @@ def prepare_study(config: StudyConfig, subset: Subset | None = None) -> Study:
     files.sweep()
     drawn_by = {seed: config.seeds[0] if config.vary == "classifier" else seed for seed in config.seeds}
     subsets = {seed: (subset or _subset)(config, files, whole, drawn_by[seed]) for seed in config.seeds}
+    sizes = {(seed, key): one for seed, drawn in drawn_by.items()
+             for key, one in _value_sizes(config, files, whole, subsets[seed][1], drawn).items()}
     trained = _trained_on(config, subsets if subset is None else {config.seeds[0]: (config.data, whole)}, opened)
+    trained += [(f"real images of value, seed {seed}", (index, data)) for (seed, _), (data, index) in sizes.items()]
     _refuse_overlap(config, trained, test, opened)
     _open_also(config, trained, whole.classes, opened)
     _refuse_real_reference(config, test, opened)
@@ -103,7 +114,7 @@ def prepare_study(config: StudyConfig, subset: Subset | None = None) -> Study:
                   if name in config.used}
     if problems := _run_problems(config, subsets, expansions, opened):
         raise ConfigError(config.name, problems)
-    return Study(config, files, subsets, expansions, opened)
+    return Study(config, files, subsets, expansions, opened, sizes)
 
 
 def _trained_on(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]],
@@ -171,6 +182,25 @@ def _subset(config: StudyConfig, files: Files, whole: SeedIndex, seed: int) -> t
     return data, seeds.build_index(data)
 
 
+def _value_sizes(config: StudyConfig, files: Files, whole: SeedIndex, base: SeedIndex,
+                 seed: int) -> dict[str, tuple[DataConfig, SeedIndex]]:
+    """The real images that the section value trains on beside the subset, by `real_key`. Raises UsageError where data
+    has too few."""
+    if config.value is None:
+        return {}
+    fitting, found = sizes_in(config, whole, base), {}
+    seed = seed if config.subset.seed is None else config.subset.seed
+    keys = {key: arm for arm in value_arms(config, fitting) if (key := real_key(arm))}
+    for key, arm in keys.items():
+        rows = with_held_out(whole, base, fitting[-1], seed) if key == HELD_OUT else size_subset(
+            whole, base, arm.size, seed)
+        ids, name = whole.table["seed_id"].take(rows).to_pylist(), f"subsets/{seed}-value-{key.replace(' ', '-')}.txt"
+        files.replace(name, ids_file(ids))
+        data = config.data.model_copy(update={"ids": str(files.at(name)), "per_class": None})
+        found[key] = data, seeds.build_index(data)
+    return found
+
+
 def _expansion(config: StudyConfig, name: str, one: ExpansionConfig, seed: int,
                subsets: Mapping[int, tuple[DataConfig, SeedIndex]], opened: Opened) -> RunConfig | str:
     if one.run is None:
@@ -213,7 +243,8 @@ def _run_problems(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, S
     exists a selection (of a run to be made, `make_trials` asks for it, when it can be decided)."""
     problems: list[str] = []
     most: dict[str, int] = {}  # copies of one seed, by folder
-    for arm, seed in ((arm, seed) for arm in config.arms for seed in config.seeds):
+    valued = [ArmConfig(name=one.name, use=one.use, ratio=one.ratio) for one in value_arms(config) if one.use]
+    for arm, seed in ((arm, seed) for arm in (*config.arms, *valued) for seed in config.seeds):
         runs = [expansions[name, seed] for name in arm.uses]
         for made in runs:
             if (folder := folder_of(made)) not in most:

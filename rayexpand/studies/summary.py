@@ -22,6 +22,7 @@ from rayexpand.studies.results import (
     Result,
     StudyView,
     controlled,
+    is_valued,
     note_of,
     number,
     read_study,
@@ -31,6 +32,7 @@ from rayexpand.studies.results import (
 from rayexpand.studies.robustness_table import mean_head, of_corrupted, tests_of
 from rayexpand.studies.score_table import compared_with, go_with_top1, of_samples
 from rayexpand.studies.spreads import plus_minus, points, spread
+from rayexpand.studies.value import value_of
 
 COUNTS = ("rows", "real_rows", "synthetic_rows", "updates", "samples_seen", "workers")
 SCORES = ("top1", "top5", "ece", "per_class")
@@ -112,7 +114,8 @@ def _flat(place: str, value: Any) -> dict[str, float]:
 def summarised(study: StudyView) -> dict[str, Any]:
     arms = [_arm(study, arm, trials) for arm, trials in study.arms.items()]
     samples = compared_with(study.config, study.scores)
-    found = {"study": study.name,
+    value = value_of(study)
+    found = {"study": study.name, **({} if value is None else {"value": value}),
              "trials": {"done": len(study.results), "expected": len(study.planned) or None,
                         "missing": study.missing, "failed": study.failed},
              "baseline": study.baseline, "arms": arms, "comparisons": comparisons(study), "sees": sight_of(study),
@@ -123,11 +126,12 @@ def summarised(study: StudyView) -> dict[str, Any]:
 
 def _varied(study: StudyView) -> list[str]:
     """What ± shows: in what the repetitions differ, and in what not."""
-    by_seed = {result["seed"]: result for result in study.results}
+    results = [result for result in study.results if not is_valued(result)]
+    by_seed = {result["seed"]: result for result in results}
     if len(by_seed) < 2:
         return []
     made = [[tuple(runs) for result in trials if (runs := runs_of(result))] for trials in study.arms.values()]
-    differ = {"real images": len({result.get("ids_sha256") for result in study.results}) > 1,
+    differ = {"real images": len({result.get("ids_sha256") for result in results}) > 1,
               **({"samples": any(len(set(runs)) > 1 for runs in made)} if any(made) else {}),
               "classifier seed": len({result.get("classifier_seed", seed) for seed, result in by_seed.items()}) > 1}
     shown, same = ([name for name in differ if differ[name] == value] for value in (True, False))
@@ -148,7 +152,8 @@ def _arm(study: StudyView, arm: str, trials: Sequence[Result]) -> dict[str, Any]
     first = trials[0]
     return {"arm": arm, "group": str(first.get("group") or ""), "ratio": number(first, "ratio"),
             "augment": str(first.get("augment") or ""), "control_of": controlled(first) or None,
-            "control": study.controls.get(arm), "trials": [r["trial"] for r in trials],
+            "control": study.controls.get(arm), "value": first.get("value") or None,
+            "trials": [r["trial"] for r in trials],
             "seeds": [r["seed"] for r in trials],
             **{name: spread(number(r, name) for r in trials) for name in COUNTS},
             "last": {name: spread(number(r, f"last.{name}") for r in trials) for name in SCORES},
@@ -202,7 +207,7 @@ def _warnings(study: StudyView, found: Mapping[str, Any]) -> list[str]:
     if few := [arm["arm"] for arm in found["arms"] if len(arm["seeds"]) < MIN_SEEDS]:
         lines.append(f"Fewer than {MIN_SEEDS} seeds, so no error bar is trustworthy: {', '.join(few)}.")
     if bare := [arm for arm, (first, *_) in study.arms.items() if first.get("synthetic_rows")
-                and arm not in study.controls and not replaces(study, arm)]:
+                and arm not in study.controls and not replaces(study, arm) and not is_valued(first)]:
         lines.append("No control with the real images repeated, so a difference may come from the number of rows "
                      f"alone: {', '.join(bare)}.")
     lines += [f"{c['arm']} against {c['against']}: seed{'s' if len(c['left_out_seeds']) > 1 else ''} "

@@ -293,6 +293,8 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
         "ids_sha256": trial.ids_sha256, "list_sha256": trial.list_sha256, "recipe": trial.recipe, "stack": _stack()}
     if trial.classifier_seed is not None:
         result |= {"classifier_seed": trial.classifier_seed, "data_seed": trial.data_seed}
+    if trial.value:
+        result["value"] = trial.value
     if trial.baseline:
         result["baseline"] = {**trial.baseline, **(facts or {}), "note": note_of(trial.baseline["kind"])}
     replace_json(files, f"results/{trial.name}.json", result)

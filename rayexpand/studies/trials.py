@@ -24,8 +24,9 @@ from rayexpand.studies import extra_tests
 from rayexpand.studies.baselines import recipe_of
 from rayexpand.studies.class_maps import map_sha256
 from rayexpand.studies.config import REPEATED, ArmConfig, StudyConfig
-from rayexpand.studies.parts import Arm, Study, Trial, folder_of, lacks_predictions, read_result
+from rayexpand.studies.parts import Arm, Study, Trial, folder_of, lacks_predictions, read_result, real_key
 from rayexpand.studies.samples import training_set
+from rayexpand.studies.value_config import repeats_of, updates_of, value_arms
 from rayexpand.studies.weights import without_weights
 
 log = logging.getLogger(__name__)
@@ -35,15 +36,13 @@ def make_trials(study: Study) -> list[Trial]:
     """Every classifier of the study, its training set written. Raises UsageError where an expansion is not complete."""
     test_sha256 = fingerprint(study.opened.index(study.config.test), study.config.test)
     also = _also(study)
-    data_sha256 = {seed: fingerprint(index, data) for seed, (data, index) in study.subsets.items()}
-    arms = arms_of(study.config)
+    arms = settled(study, arms_of(study.config))
     _refuse_equal_names(study, arms)
-    made = [[_trial(study, arm, seed, data_sha256[seed], test_sha256, also) for seed in study.config.seeds]
-            for arm in arms]
+    made = [[_trial(study, arm, seed, test_sha256, also) for seed in study.config.seeds] for arm in arms]
     controls = _controls(study, arms, [tuple(rows for _, rows in line) for line in made])
     _refuse_equal_names(study, [*arms, *(control for control, _ in controls)])
     for control, epoch_rows in controls:
-        made.append([_trial(study, _repeated(study, control, seed, rows), seed, data_sha256[seed], test_sha256, also)
+        made.append([_trial(study, _repeated(study, control, seed, rows), seed, test_sha256, also)
                      for seed, rows in zip(study.config.seeds, epoch_rows, strict=True)])
     trials = [line[number][0] for number in range(len(study.config.seeds)) for line in made]
     names = [trial.name for trial in trials]
@@ -72,7 +71,34 @@ def arms_of(config: StudyConfig) -> list[Arm]:
                 make_recipe({**config.recipe, **one.recipe}), ratio)
             for one in config.arms for ratio in (one.ratio if isinstance(one.ratio, list) else [one.ratio])] + [
         Arm(one.called, ArmConfig(name=one.called, use=one.use, control=False), recipe_of(one, config.recipe),
-            baseline=one) for one in config.baselines]
+            baseline=one) for one in config.baselines] + [
+        Arm(one.name, ArmConfig(name=one.name, use=one.use, real=float(one.role != "alone"), control=False),
+            make_recipe(dict(config.recipe)), one.ratio or None, value=one) for one in value_arms(config)]
+
+
+def settled(study: Study, arms: Sequence[Arm]) -> list[Arm]:
+    """The arms with those of value made comparable: sizes that there are images for, as many optimiser steps in one
+    schedule, and rows repeated where an epoch would not fill a batch."""
+    there = [arm for arm in arms if arm.value is None or arm.value.role != "real" or arm.value.size == 1
+             or (study.config.seeds[0], real_key(arm.value)) in study.sizes]
+    rows = {arm.name: _value_rows(study, arm) for arm in there if arm.value is not None}
+    if not rows:
+        return there
+    recipe = make_recipe(dict(study.config.recipe))
+    updates, repeats = recipe.updates or updates_of(rows, recipe.batch, recipe.epochs), repeats_of(rows, recipe.batch)
+    return [arm if arm.value is None else replace(
+        arm, recipe=recipe.model_copy(update={"updates": updates}), config=arm.config.model_copy(update={
+            "real": float(repeats[arm.name]) * (2 if arm.value.role == "repeated" else arm.config.real),
+            "weight": float(repeats[arm.name])})) for arm in there]
+
+
+def _value_rows(study: Study, arm: Arm) -> int:
+    """Rows that an arm of value shows in an epoch, if everything planned for the first seed is kept."""
+    assert arm.value is not None
+    first = study.config.seeds[0]
+    real = len(sound_rows(study.real_rows(arm, first)[1]))
+    shown = {"alone": 0, "repeated": 2 * real}.get(arm.value.role, real)
+    return shown + round(arm.value.ratio * len(sound_rows(study.subsets[first][1])))
 
 
 def _controls(study: Study, arms: Sequence[Arm], epoch_rows: Sequence[tuple[int, ...]],
@@ -131,11 +157,10 @@ def _refuse_equal_names(study: Study, arms: Sequence[Arm]) -> None:
                                               "letters, digits and . is dropped; rename one"])
 
 
-def _trial(study: Study, arm: Arm, seed: int, data_sha256: str, test_sha256: str, also: dict[str, dict[str, Any]],
-           ) -> tuple[Trial, int]:
+def _trial(study: Study, arm: Arm, seed: int, test_sha256: str, also: dict[str, dict[str, Any]]) -> tuple[Trial, int]:
     """A trial, its training set written, with its rows of an epoch. Raises UsageError for a run of other
     real images."""
-    data, index = study.subsets[seed]
+    data, index = study.real_rows(arm, seed)
     is_read = arm.config.real > 0 or arm.config.mix is not None  # real images are also mixed with
     parts = [RowSource(seeds=(index, data), weight=arm.config.real)] if is_read else []
     folders, limit = _folders(study, arm, seed), fill_counts(real_counts(index)) if arm.config.fill else None
@@ -150,17 +175,19 @@ def _trial(study: Study, arm: Arm, seed: int, data_sha256: str, test_sha256: str
         raise UsageError(f"arms.{arm.name}: {others[0]} was made from other images than the real rows of study seed "
                          f"{seed}; delete that run, or take `resample` out")
     ratio = sum(len(part) * part.weight for part in rows.parts if not part.is_real) / len(sound_rows(index))
+    ratio = ratio if arm.value is None else arm.value.ratio
     name = f"lists/{rows.digest[:8]}.arrow"
     training = study.config.training
     order = [training.shuffle_rows, training.streams] if rows.epoch_rows > training.shuffle_rows else []
     study.files.replace(name, rows.to_bytes())  # also where it is there: it holds paths, and folders may have moved
     trial = Trial(f"{_slug(arm.name)}-s{seed}", arm.name, seed, arm.config.group, ratio, arm.control_of,
                   arm.recipe.augment, arm.recipe.model_dump(mode="json"), name, rows.digest, ids,
-                  data_sha256, study.config.test.model_dump(mode="json"), test_sha256, also,
+                  study.opened.fingerprint(index, data), study.config.test.model_dump(mode="json"), test_sha256, also,
                   list(study.config.frequency), _file_sha256(arm.recipe.checkpoint), max(1, training.workers), order,
                   sum(_expansion_seconds(run, arm.copies) for run in runs),
                   folders[0] if len(folders) == 1 else "", _fitting_seconds(*runs), _baseline(study, arm),
-                  *_seeds(study, seed), folders if len(folders) > 1 else [])
+                  *_seeds(study, seed), folders if len(folders) > 1 else [],
+                  {} if arm.value is None else arm.value.facts())
     return trial, rows.epoch_rows
 
 

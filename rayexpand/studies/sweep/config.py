@@ -161,7 +161,7 @@ def study_with(base: Mapping[str, Any], config: SweepConfig, values: Mapping[str
             "training": {**(raw.get("training") or {}), "workers": 0}}
     raw.pop("baseline", None)
     raw.pop("validation", None)  # they are the test images of a trial
-    for name in ("extra_tests", "also", "baselines"):
+    for name in ("extra_tests", "also", "baselines", "value", "price"):
         raw.pop(name, None)  # nothing is chosen by them
     study = parse_study(raw)
     arm = next(one for one in study.arms if one.name == config.arm).model_copy(update={"control": False})

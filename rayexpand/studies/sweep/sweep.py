@@ -177,7 +177,7 @@ def write_best(sweep: Sweep, best: Mapping[str, Any]) -> None:
                                                                                                    sweep.config)}
     alone["expansions"] = {name: one for name, one in (raw.get("expansions") or {}).items()
                            if name in ArmConfig(**alone["arms"][0]).uses}
-    for field in ("baseline", "baselines"):
+    for field in ("baseline", "baselines", "value", "price"):
         alone.pop(field, None)
     if chosen := {name: one for name, one in (raw.get("selections") or {}).items()
                   if name == alone["arms"][0].get("selection")}:
