@@ -64,9 +64,12 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
     if kind == "study" and not problems:
         from rayexpand.studies.foresight import foreseen, real_sizes
 
-        sees = foreseen(config)["sentence"]
-        if config.value is not None:
-            real_sizes(config)
+        try:
+            sees = foreseen(config)["sentence"]
+            if config.value is not None:
+                real_sizes(config)
+        except RayexpandError as error:
+            problems = [str(error)]
     return Checked(kind, config.model_dump(mode="json"), problems, listed, notes, sees)
 
 

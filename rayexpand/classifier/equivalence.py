@@ -52,12 +52,16 @@ def worth(n_eq_D: np.ndarray, n0: float, m: float) -> np.ndarray:
     return (n_eq_D - n0) / m
 
 
-def bounds(values_D: np.ndarray, level: float = 0.95) -> tuple[float | None, float | None]:
-    """Percentile interval over resamples. A side is None, open, where the percentile itself lies outside the curve or
-    is not known (NaN)."""
+def bounds(values_D: np.ndarray, level: float = 0.95,
+           ends: tuple[float, float] | None = None) -> tuple[float | None, float | None]:
+    """Percentile interval over resamples. A side is None, open, where the percentile itself lies beyond the curve on
+    that side, or is not known (NaN); where it lies beyond the curve on the other side, the end of the curve bounds it:
+    `ends`, what the smallest and the largest size are worth."""
     low = np.quantile(np.where(np.isnan(values_D), -np.inf, values_D), (1 - level) / 2, method="lower")
     high = np.quantile(np.where(np.isnan(values_D), np.inf, values_D), (1 + level) / 2, method="higher")
-    return (float(low) if np.isfinite(low) else None, float(high) if np.isfinite(high) else None)
+    least, most = ends or (None, None)
+    return (float(low) if np.isfinite(low) else most if low > 0 else None,
+            float(high) if np.isfinite(high) else least if high < 0 else None)
 
 
 def holds(interval: tuple[float | None, float | None], value: float) -> bool:

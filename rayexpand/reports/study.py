@@ -25,6 +25,7 @@ from rayexpand.reports.run import SheetRow, contact_sheet, picture_pages
 from rayexpand.reports.study_classes import classes_of
 from rayexpand.reports.study_figures import study_figures
 from rayexpand.reports.templates import render, settings_of
+from rayexpand.reports.value_figures import value_figures
 from rayexpand.runs.status import duration, read_classes, view_run
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_json
@@ -60,12 +61,13 @@ def write_study_report(folder: str | Path, *, demo: Mapping[str, Any] | None = N
     arms = {arm["arm"]: arm for arm in found["arms"]}
     best = _best(found)
     drawn = study_figures(study, found, best)
-    corrupted = corrupted_sections(found)
-    write_figures(study.files, [*drawn.get("all", ()), *(figure for one in corrupted for figure in one["figures"])])
+    corrupted, of_value = corrupted_sections(found), value_figures(found.get("value"))
+    write_figures(study.files, [*drawn.get("all", ()), *of_value,
+                                *(figure for one in corrupted for figure in one["figures"])])
     page = render("study.html.j2", _FILTERS,
         found=found, sentences=[c for c in found["comparisons"] if c["kind"] != "control to baseline"],
         tally=_tally(found), best=best, arms=arms, against=_against(found), demo=_demo(demo), scores=_scores(study),
-        figures=drawn, classes=classes_of(study, found["baseline"], best),
+        figures=drawn, value_figures=of_value, classes=classes_of(study, found["baseline"], best),
         frequencies=_frequencies(study, found), also=_also(found), corrupted=corrupted,
         samples=_samples(study), compared=score_table(found), told=said_of_top1(found),
         settings=settings_of(study.config), recipe=_recipe(study),
@@ -80,7 +82,7 @@ def write_study_report(folder: str | Path, *, demo: Mapping[str, Any] | None = N
 def _best(found: Mapping[str, Any]) -> str | None:
     """The arm in its own right with the highest mean; None where there is nothing to choose from."""
     own = [arm for arm in found["arms"] if arm["arm"] != found["baseline"] and not arm["control_of"]
-           and "note" not in arm]
+           and "note" not in arm and not arm["value"]]
     return max(own, key=lambda arm: arm["last"]["top1"]["mean"])["arm"] if own else None
 
 

@@ -93,8 +93,8 @@ def _measured_in(folder: str) -> Noise | None:
 
 def planned(config: StudyConfig) -> dict[str, Any]:
     """What a study trains: names of `arms` and `seeds`, number of `trainings` and of those of `controls` at most, and
-    what it `sees`. Controls that several arms share are known when their samples are. Raises SeedDataError, and UsageError
-    where there are too few images for `value`."""
+    what it `sees`. Controls that several arms share are known when their samples are. Raises SeedDataError, and
+    UsageError where there are too few images for `value`."""
     arms = arms_of(config)
     controls = sum(one.config.use is not None and one.config.control and one.config.replace is None for one in arms)
     if config.value is not None:

@@ -51,6 +51,10 @@ class _Curve:
     def equivalent(self, arm: str) -> np.ndarray:
         return equivalent(self.sizes, self.rising_DP, self.means_DA[:, self.column[arm]], self.n0)
 
+    def ends(self, less: float, m: float) -> tuple[float, float]:
+        """k of the smallest and the largest size."""
+        return (self.sizes[0] - less) / m, (self.sizes[-1] - less) / m
+
     def difference(self, arm: str, other: str) -> dict[str, float]:
         found = crossed(self.answers_ASN[self.column[arm]].astype(np.int8) - self.answers_ASN[self.column[other]])
         low, high = found.interval()
@@ -110,7 +114,7 @@ def _curve(study: StudyView, facts: Mapping[str, Any], reals: Sequence[str], ans
 def _check(curve: _Curve, arm: str, role: str) -> dict[str, Any]:
     """As many real images again, held out or the same ones repeated: worth 1 and 0."""
     k_D = worth(curve.equivalent(arm), curve.n0, curve.n0)
-    low, high = bounds(k_D[1:], CHECKED)
+    low, high = bounds(k_D[1:], CHECKED, curve.ends(curve.n0, curve.n0))
     expected = 1.0 if role == "held out" else 0.0
     return {"arm": arm, "role": role, "k": _finite(k_D[0]), "low": low, "high": high, "expected": expected,
             "passed": holds((low, high), expected)}
@@ -125,12 +129,12 @@ def _arms(study: StudyView, facts: Mapping[str, Any], curve: _Curve, base: str, 
     for arm, one in sorted(((arm, one) for arm, one in facts.items() if one["role"] in ("samples", "alone")),
                            key=lambda pair: (pair[1]["role"] == "alone", pair[1]["use"], pair[1]["ratio"])):
         m = float(np.mean([r["synthetic_rows"] for r in study.arms[arm]]))
-        line = {"arm": arm, **one, "samples": m, "difference": curve.difference(arm, base)}
+        line = {"arm": arm, **one, "samples": m, "difference": curve.difference(arm, base), "price": None}
         if not flat:
-            n_eq_D = curve.equivalent(arm)
-            k_D = worth(n_eq_D, 0.0 if one["role"] == "alone" else curve.n0, m)
-            low, high = bounds(k_D[1:])
-            line |= {"n_eq": _finite(n_eq_D[0]), **_case(curve, one["role"], n_eq_D[0], m), "low": low, "high": high,
+            n_eq_D, less = curve.equivalent(arm), 0.0 if one["role"] == "alone" else curve.n0
+            k_D, ends = worth(n_eq_D, less, m), curve.ends(less, m)
+            low, high = bounds(k_D[1:], ends=ends)
+            line |= {"n_eq": _finite(n_eq_D[0]), **_case(k_D[0], ends), "low": low, "high": high,
                      "k": _finite(k_D[0]), "marginal": _marginal(before.get((one["role"], one["use"])), m, n_eq_D),
                      "price": _price(study, arm, m, _finite(k_D[0]), low, high)}
             before[one["role"], one["use"]] = m, n_eq_D
@@ -138,14 +142,11 @@ def _arms(study: StudyView, facts: Mapping[str, Any], curve: _Curve, base: str, 
     return found
 
 
-def _case(curve: _Curve, role: str, n_eq: float, m: float) -> dict[str, Any]:
-    """Where an arm lies, and the bound of k where that is outside the curve."""
-    less = 0.0 if role == "alone" else curve.n0
-    if n_eq == np.inf:
-        return {"case": "above", "bound": (curve.sizes[-1] - less) / m}
-    if n_eq == -np.inf:
-        return {"case": "below", "bound": (curve.sizes[0] - less) / m}
-    return {"case": "inside", "bound": None}
+def _case(k: float, ends: tuple[float, float]) -> dict[str, Any]:
+    """Where an arm lies, and the end of the curve beyond which k is not known."""
+    if np.isfinite(k):
+        return {"case": "inside", "bound": None}
+    return {"case": "above", "bound": ends[1]} if k > 0 else {"case": "below", "bound": ends[0]}
 
 
 def _marginal(before: tuple[float, np.ndarray] | None, m: float, n_eq_D: np.ndarray) -> dict[str, Any] | None:
@@ -192,7 +193,7 @@ def _crossovers(facts: Mapping[str, Any], curve: _Curve, base: str) -> list[dict
         at_D = equivalent(m, isotonic(means_DM), target_D, m[0])
         at_D = np.where(at_D == -np.inf, m[0], at_D)  # the first one reaches them already
         best = int(means_DM[0].argmax())
-        low, high = bounds(at_D[1:])
+        low, high = bounds(at_D[1:], ends=(m[0], m[-1]))
         found.append({"use": use, "target": float(target_D[0]), "samples": m, "top1": means_DM[0].tolist(),
                       "crossover": _finite(at_D[0]), "low": low, "high": high, "at_first": bool(at_D[0] == m[0]),
                       "best": m[best], "gap": float(target_D[0] - means_DM[0, best]),
@@ -220,8 +221,8 @@ def _first(found: Mapping[str, Any], failed: Sequence[Mapping[str, Any]]) -> str
         for use in dict.fromkeys(one["use"] for one in found["arms"]):
             one = [line for line in found["arms"] if line["use"] == use and line["role"] == "samples"][-1]
             lines.append(f"{one['sentence']}{_further(one)}{_pays(one)}")
-    short = [f"{found['images']:,} test images, fewer than {ENOUGH_IMAGES:,}"] if found["images"] < ENOUGH_IMAGES else []
-    short += [f"{found['seeds']} seeds, fewer than {MIN_SEEDS}"] if found["seeds"] < MIN_SEEDS else []
+    short = [f"{found['images']:,} test images, fewer than {ENOUGH_IMAGES:,}"] * (found["images"] < ENOUGH_IMAGES)
+    short += [f"{found['seeds']} seeds, fewer than {MIN_SEEDS}"] * (found["seeds"] < MIN_SEEDS)
     caution = f" ({'; '.join(short)}: expect wide intervals)" if short else ""
     return f"{'. '.join(lines)}{caution}."
 
