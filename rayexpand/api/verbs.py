@@ -66,8 +66,7 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
 
         try:
             sees = foreseen(config)["sentence"]
-            if config.value is not None:
-                real_sizes(config)
+            real_sizes(config)
         except RayexpandError as error:
             problems = [str(error)]
     return Checked(kind, config.model_dump(mode="json"), problems, listed, notes, sees)

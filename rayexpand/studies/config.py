@@ -47,7 +47,7 @@ from rayexpand.studies import baselines, extra_tests
 from rayexpand.studies.baselines import Baseline
 from rayexpand.studies.extra_tests import ExtraTest
 from rayexpand.studies.priors import PriorFit, prior_problems
-from rayexpand.studies.value_config import PriceConfig, ValueConfig, used_by, value_arms, value_problems
+from rayexpand.studies.value_config import ValueArm, ValueConfig, ValuePrices, used_by, value_arms, value_problems
 
 REPEATED = "original repeated"  # how controls are called
 
@@ -178,7 +178,7 @@ class StudyConfig(Section):
     value: Annotated[ValueConfig | None, Later(None)] = Field(
         None, description="what one sample is worth in real images; {}: of every expansion, at 1, 2 and 5 samples of "
         "each image; null: not asked")
-    price: Annotated[PriceConfig | None, Later(None)] = Field(
+    price: Annotated[ValuePrices | None, Later(None)] = Field(
         None, description="what an hour and a real image cost, in one currency; with value")
     baseline: str | None = Field(None, description="arm the others are compared with; null: the first")
     resample: bool | None = Field(None, description="expand anew for each seed; null: where the subsets differ")
@@ -208,7 +208,11 @@ class StudyConfig(Section):
     def used(self) -> set[str]:
         """Names of the expansions that arms or baselines use."""
         return {name for arm in self.arms for name in arm.uses} | {one.use for one in self.baselines if one.use} | {
-            *used_by(self)}
+            *used_by(self.value, self.expansions)}
+
+    def value_arms(self, real: Sequence[float] | None = None) -> list[ValueArm]:
+        """The arms of the section value; `real`: with these sizes alone."""
+        return value_arms(self.value, self.expansions, real)
 
     @property
     def folder(self) -> str:
@@ -227,7 +231,7 @@ def parse_study(raw: Mapping[str, Any], where: str = "study") -> StudyConfig:
     except ValidationError as error:
         raise ConfigError(where, settings.mistakes(error, StudyConfig, "")) from error
     problems = [*_arm_problems(config), *_recipe_problems(config), *_expansion_problems(config),
-                *value_problems(config)]
+                *value_problems(config.value, config.price, config.expansions, config.subset, config.vary)]
     if problems:
         raise ConfigError(where, problems + study_preflight(config))
     return config
@@ -376,7 +380,7 @@ def _arm_problems(config: StudyConfig) -> list[str]:
                 problems.append(f"{where}.fill: fills each class from one expansion; name one in use")
         if arm.draw != "uniform" and arm.use is not None and arm.replace is None:
             problems.append(f"{where}.draw: says what replaces a real row, and nothing does; give replace, or leave it")
-        if arm.name in {one.name for one in value_arms(config)}:
+        if arm.name in {one.name for one in config.value_arms()}:
             problems.append(f"{where}: the section value has an arm of this name; rename the arm")
         if arm.name.lower().startswith(REPEATED):
             problems.append(f"{where}: names that start with '{REPEATED}' are those of the automatic controls; rename "

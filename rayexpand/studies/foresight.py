@@ -105,8 +105,10 @@ def planned(config: StudyConfig) -> dict[str, Any]:
 
 
 def real_sizes(config: StudyConfig) -> list[float]:
-    """The sizes of the section value that there are images for. Raises UsageError where there are too few, and
-    SeedDataError."""
+    """The sizes of the section value that there are images for; none without it. Raises UsageError where there are too
+    few, and SeedDataError."""
+    if config.value is None:
+        return []
     whole = build_index(config.data)
     drawn = choose(whole, config.subset, config.seeds[0])
-    return sizes_in(config, whole, SeedIndex(whole.table.take(drawn), whole.classes))
+    return sizes_in(config.value, whole, SeedIndex(whole.table.take(drawn), whole.classes))

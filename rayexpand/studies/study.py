@@ -55,7 +55,6 @@ from rayexpand.studies.value_config import (
     HELD_OUT,
     size_subset,
     sizes_in,
-    value_arms,
     with_held_out,
 )
 
@@ -188,9 +187,9 @@ def _value_sizes(config: StudyConfig, files: Files, whole: SeedIndex, base: Seed
     has too few."""
     if config.value is None:
         return {}
-    fitting, found = sizes_in(config, whole, base), {}
+    fitting, found = sizes_in(config.value, whole, base), {}
     seed = seed if config.subset.seed is None else config.subset.seed
-    keys = {key: arm for arm in value_arms(config, fitting) if (key := real_key(arm))}
+    keys = {key: arm for arm in config.value_arms(fitting) if (key := real_key(arm))}
     for key, arm in keys.items():
         rows = with_held_out(whole, base, fitting[-1], seed) if key == HELD_OUT else size_subset(
             whole, base, arm.size, seed)
@@ -243,7 +242,7 @@ def _run_problems(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, S
     exists a selection (of a run to be made, `make_trials` asks for it, when it can be decided)."""
     problems: list[str] = []
     most: dict[str, int] = {}  # copies of one seed, by folder
-    valued = [ArmConfig(name=one.name, use=one.use, ratio=one.ratio) for one in value_arms(config) if one.use]
+    valued = [ArmConfig(name=one.name, use=one.use, ratio=one.ratio) for one in config.value_arms() if one.use]
     for arm, seed in ((arm, seed) for arm in (*config.arms, *valued) for seed in config.seeds):
         runs = [expansions[name, seed] for name in arm.uses]
         for made in runs:

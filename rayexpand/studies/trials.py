@@ -26,7 +26,7 @@ from rayexpand.studies.class_maps import map_sha256
 from rayexpand.studies.config import REPEATED, ArmConfig, StudyConfig
 from rayexpand.studies.parts import Arm, Study, Trial, folder_of, lacks_predictions, read_result, real_key
 from rayexpand.studies.samples import training_set
-from rayexpand.studies.value_config import repeats_of, updates_of, value_arms
+from rayexpand.studies.value_config import repeats_of, updates_of
 from rayexpand.studies.weights import without_weights
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def arms_of(config: StudyConfig) -> list[Arm]:
         Arm(one.called, ArmConfig(name=one.called, use=one.use, control=False), recipe_of(one, config.recipe),
             baseline=one) for one in config.baselines] + [
         Arm(one.name, ArmConfig(name=one.name, use=one.use, real=float(one.role != "alone"), control=False),
-            make_recipe(dict(config.recipe)), one.ratio or None, value=one) for one in value_arms(config)]
+            make_recipe(dict(config.recipe)), one.ratio or None, value=one) for one in config.value_arms()]
 
 
 def settled(study: Study, arms: Sequence[Arm]) -> list[Arm]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -11,10 +11,7 @@ from pydantic import Field
 from rayexpand.contract.errors import UsageError
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import Section
-from rayexpand.data.subsets import of_counts, real_counts
-
-if TYPE_CHECKING:
-    from rayexpand.studies.config import StudyConfig
+from rayexpand.data.subsets import SubsetConfig, of_counts, real_counts
 
 HELD_OUT = "held out"  # the key of the real images at hand with as many others
 Role = Literal["real", "held out", "repeated", "samples", "alone"]
@@ -32,7 +29,7 @@ class ValueConfig(Section):
                          "worth 1, and repeated, which must be worth 0")
 
 
-class PriceConfig(Section):
+class ValuePrices(Section):
     gpu_hour: float | None = Field(None, gt=0, description="of one GPU process")
     cpu_hour: float | None = Field(None, gt=0, description="of one CPU process")
     real_image: float | None = Field(None, gt=0, description="of one labelled real image more")
@@ -57,34 +54,36 @@ class ValueArm(NamedTuple):
         return {"role": self.role, "size": self.size, "use": self.use, "ratio": self.ratio}
 
 
-def used_by(config: StudyConfig) -> tuple[str, ...]:
-    """Expansions that are valued."""
-    if config.value is None:
+def used_by(value: ValueConfig | None, expansions: Iterable[str]) -> tuple[str, ...]:
+    """Expansions that are valued, of those of the study."""
+    if value is None:
         return ()
-    if config.value.use is None:
-        return tuple(config.expansions)
-    return (config.value.use,) if isinstance(config.value.use, str) else config.value.use
+    if value.use is None:
+        return tuple(expansions)
+    return (value.use,) if isinstance(value.use, str) else value.use
 
 
-def value_arms(config: StudyConfig, real: Sequence[float] | None = None) -> list[ValueArm]:
+def value_arms(value: ValueConfig | None, expansions: Iterable[str],
+               real: Sequence[float] | None = None) -> list[ValueArm]:
     """The arms of the section. `real`: the sizes there are images for; None: all that are asked for."""
-    if (value := config.value) is None:
+    if value is None:
         return []
     found = [ValueArm(f"value: real {size:g}x", "real", size) for size in (value.real if real is None else real)]
     if value.checks:
         found += [ValueArm("value: real 1x and held-out real 1x", "held out", 2.0),
                   ValueArm("value: real 1x repeated 2x", "repeated", 2.0)]
-    for use in used_by(config):
+    for use in used_by(value, expansions):
         found += [ValueArm(f"value: real 1x and {use} {ratio:g}x", "samples", 1.0, use, ratio) for ratio in value.ratio]
         if value.alone:
             found += [ValueArm(f"value: {use} {ratio:g}x", "alone", 0.0, use, ratio) for ratio in value.ratio]
     return found
 
 
-def value_problems(config: StudyConfig) -> list[str]:
+def value_problems(value: ValueConfig | None, price: ValuePrices | None, expansions: Collection[str],
+                   subset: SubsetConfig, vary: str) -> list[str]:
     """What is wrong with the section as far as can be known without listing images."""
-    if (value := config.value) is None:
-        return [] if config.price is None else ["price: says what samples cost beside what they are worth; add a "
+    if value is None:
+        return [] if price is None else ["price: says what samples cost beside what they are worth; add a "
                                                 "section value, or take it out"]
     problems = []
     for name, sizes in (("real", value.real), ("ratio", value.ratio)):
@@ -92,14 +91,14 @@ def value_problems(config: StudyConfig) -> list[str]:
             problems.append(f"value.{name}: {list(sizes)} must ascend from above 0, each number once")
     if 1 not in value.real or max(value.real, default=0) < 2:
         problems.append("value.real: needs 1, the real images at hand, and 2 or more, with which they are compared")
-    if not config.expansions:
+    if not expansions:
         problems.append("value: there is no expansion whose samples could be worth something; add one in expansions")
-    problems += [f"value.use: '{one}' is no expansion; known: {', '.join(config.expansions)}"
-                 for one in used_by(config) if one not in config.expansions]
-    if config.subset.kind == "full":
+    problems += [f"value.use: '{one}' is no expansion; known: {', '.join(expansions)}"
+                 for one in used_by(value, expansions) if one not in expansions]
+    if subset.kind == "full":
         problems.append("value: all of data are the real images at hand, so there are no more to compare samples with; "
                         "take a half or less of them with subset")
-    if config.vary == "classifier":
+    if vary == "classifier":
         problems.append("vary: classifier trains on the real images of the first seed alone, so no interval of value "
                         "would hold for others; take it out")
     return problems
@@ -108,11 +107,9 @@ def value_problems(config: StudyConfig) -> list[str]:
 # Real images ---------------------------------------------------------------------------------------------------------
 
 
-def sizes_in(config: StudyConfig, whole: SeedIndex, base: SeedIndex) -> list[float]:
+def sizes_in(value: ValueConfig, whole: SeedIndex, base: SeedIndex) -> list[float]:
     """The sizes that `data` has images for, with those that are held out. `base`: the subset of a seed. Raises
     UsageError below twice the subset."""
-    value = config.value
-    assert value is not None
     have, wanted = real_counts(whole), real_counts(base)
     room = float((have[wanted > 0] / wanted[wanted > 0]).min()) - value.checks
     fitting = [size for size in value.real if (_scaled(wanted, size) <= have - value.checks * wanted).all()]
