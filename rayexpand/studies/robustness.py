@@ -84,6 +84,8 @@ def show_corrupted(study: Study, trials: Sequence[Trial], show: Show,
             raise
         except RayexpandError as error:
             failed.append(f"extra_tests.{name}: {error}")
+        except (RuntimeError, ValueError, MemoryError) as error:  # torch's and the backbone's; other sets go on
+            failed.append(f"extra_tests.{name}: {type(error).__name__}: {error}")
     return failed
 
 

@@ -316,6 +316,14 @@ def test_published_files_have_the_known_names(tmp_path: Path, monkeypatch: pytes
     assert (found["in-c"]["images"], found["cifar-c"]["images"], found["cifar-c"]["classes"]) == (6, 4, 3)
     assert found["some"]["note"] == "4 of 15 types, in 5 severities"
     assert {tuple(one) for one in found["cifar-c"]["top1"].values()} == {("3",)}
+    shown = robustness.open_corrupted("c", study.config.extra_tests["cifar-c"],
+                                      next(iter(study.subsets.values()))[1].classes)
+    kept = load_classifier(study.files, trials[0])
+    (fog,) = [x for number, x in robustness.CorruptedImages(shown, kept.view).made(np.arange(4))
+              if shown.cells[number] == ("fog", 3)]
+    chosen = np.array([0, 3, 7])[kept.answering.logits(fog)[:, [0, 3, 7]].argmax(axis=1)]
+    table = read_table(study.files, "robustness/cifar-c/original-s0.parquet")
+    assert table["fog/3"].to_pylist() == (chosen == [7, 3, 0, 3]).tolist(), "among the classes of the set alone"
     shutil.rmtree(tmp_path / "some" / COMMON[0] / "2")
     with pytest.raises(UsageError, match=r"extra_tests\.some: .* do not have the same severities"):
         prepare_study(study.config)
