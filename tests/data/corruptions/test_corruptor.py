@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from rayexpand.data.corruptions import config as configs
+from rayexpand.data.corruptions import types
 from rayexpand.data.corruptions.config import Corrupt
 from rayexpand.data.corruptions.corruptor import Corruptor
 from rayexpand.data.corruptions.tables import COMMON, EXTRA, SEVERITIES, TABLES
@@ -157,3 +159,26 @@ def test_types_without_draws_are_those_of_a_reference_implementation(kind: str, 
         theirs = reference.corrupt(x, corruption_name=kind, severity=severity)
         assert np.abs(made(x, "a", kind, severity).astype(int) - theirs).max() <= tolerance
 
+
+@pytest.mark.parametrize(("table", "side"), [("imagenet", 224), ("cifar", 32)])
+def test_elastic_is_that_of_opencv_and_scikit_image(table: str, side: int) -> None:
+    """The published steps with the same draws: three points, an affine map, two smooth fields, linear reading."""
+    if importlib.util.find_spec("cv2") is None or importlib.util.find_spec("skimage") is None:
+        pytest.skip("OpenCV or scikit-image is not installed; imagecorruptions-imaug brings both")
+    cv2, smooth = importlib.import_module("cv2"), importlib.import_module("skimage.filters").gaussian
+    x, middle, square = image(side), side // 2, side // 3
+    before = np.array([[middle + square, middle + square], [middle + square, middle - square],
+                       [middle - square, middle - square]], np.float32)
+    for c in TABLES[table]["elastic_transform"]:
+        alpha, sd, most = c
+        draws = rng("elastic")
+        after = before + draws.uniform(-most, most, (3, 2)).astype(np.float32)
+        moved = cv2.warpAffine((x / 255).astype(np.float32), cv2.getAffineTransform(before, after), (side, side),
+                               borderMode=cv2.BORDER_REFLECT_101)
+        across, down = (alpha * (smooth(field, sd, mode="reflect", truncate=3) if sd else field)
+                        for field in (draws.uniform(-1, 1, (side, side)) for _ in range(2)))
+        at = np.mgrid[:side, :side] + np.stack([down, across])
+        expected = np.stack([ndimage.map_coordinates(moved[..., one], at, order=1, mode="reflect") for one in range(3)],
+                            axis=-1)
+        found = types.elastic_transform(x, c, rng("elastic"), types.Extras())
+        assert np.abs(found - 255 * expected).max() < .002
