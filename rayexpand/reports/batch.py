@@ -52,7 +52,8 @@ def _picture(row: Mapping[str, Any]) -> Picture:
     title = f"{row['place'] + 1}, {kind}, item {row['item']}, label {label}"
     return encoded_picture(row["image"], f"{title}; {row['mixing']}" if row["mixing"] else title,
                            f"{row['place'] + 1} · {label}" + (
-                               f" · {100 * row['own_share']:.0f} % own" if row["mixing"] else ""))
+                               f" · {100 * row['own_share']:.0f} % own" if row["mixing"] and len(row["label"]) == 1
+                               else ""))
 
 
 def label_words(label: Sequence[Mapping[str, Any]]) -> str:
