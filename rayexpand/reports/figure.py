@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,8 +55,8 @@ class NumberTable:
 
 def write_figures(files: Files, figures: Iterable[Figure]) -> None:
     """Writes both files of each. Raises EnvironmentFault if the folder takes no more files."""
-    with _writing(files):
-        for one in figures:
+    with _writing(files, made := list(figures)):
+        for one in made:
             picture = standalone(one.svg).encode()
             files.replace(f"{FOLDER}/{one.name}.svg", picture)
             replace_json(files, f"{FOLDER}/{one.name}.json", {**one.numbers, "svg_sha256": _hash(picture)})
@@ -64,8 +64,8 @@ def write_figures(files: Files, figures: Iterable[Figure]) -> None:
 
 def write_tables(files: Files, tables: Iterable[NumberTable]) -> None:
     """Writes <name>.json, and <name>.csv without single values. Raises EnvironmentFault as `write_figures` does."""
-    with _writing(files):
-        for one in tables:
+    with _writing(files, made := list(tables)):
+        for one in made:
             lines, text = list(_flat(one.numbers)), io.StringIO()
             table = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)),
                                    lineterminator="\n")
@@ -86,9 +86,10 @@ def read_figure(files: Files, name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _writing(files: Files) -> Iterator[None]:
+def _writing(files: Files, made: Sequence[Any]) -> Iterator[None]:
+    """Makes the folder where there is something for it."""
     try:
-        for folder in (".tmp", FOLDER):
+        for folder in (".tmp", FOLDER) if made else ():
             files.make_folder(folder)
         yield
     except OSError as error:

@@ -37,32 +37,38 @@ Named = Callable[[Value], str]
 
 def grouped_bars(name: str, found: Pivot, named: Named, series: Sequence[int | None], label: str) -> Figure:
     """A group of bars for each column, one bar for each row, from 0; mean ± standard error beside each. `series`: the
-    colour of each row."""
+    colour of each row. More rows than colours have their names above their bars, and no key."""
     measure, rows = found.measures[0], [named(row) for row in found.rows]
     groups = [(column, [(i, cell) for i, row in enumerate(found.rows)
                         if (cell := found.cells.get((found.panels[0], row, column, measure.name)))])
               for column in found.columns]
-    height = sum(GROUP + BAR * len(cells) for _, cells in groups) + 40 + KEY_ROW * key_rows(rows)[1]
+    above = len(rows) > COLOURS
+    step, keyed = BAR + KEY_ROW * above, [] if above else rows
+    height = sum(GROUP + step * len(cells) for _, cells in groups) + 40 + KEY_ROW * key_rows(keyed)[1]
 
     def draw(figure: Canvas) -> None:
         axes = axes_of(figure, measure.label, "")
-        y, reach = 0.0, 0.0
+        y, low, reach = 0.0, 0.0, 0.0
         for column, cells in groups:
             axes.text(0, y + 0.85 * GROUP, short(named(column), 48), va="bottom", color=INK, weight="bold")
             y += GROUP
             for number, cell in cells:
-                middle = y + BAR / 2
+                middle = y + step - BAR / 2
+                if above:
+                    axes.text(0, y + KEY_ROW, short(rows[number]), va="bottom", color=INK)
                 axes.barh(middle, cell.mean, 0.8 * BAR, **_look(series[number]))
-                axes.errorbar(cell.mean, middle, xerr=cell.se or 0, color=INK, capsize=2.5, lw=1.2)
-                reach = max(reach, cell.mean + (cell.se or 0))
-                axes.annotate(_text(cell, measure.digits), (cell.mean + (cell.se or 0), middle), (5, 0),
+                if cell.se is not None:
+                    axes.errorbar(cell.mean, middle, xerr=cell.se, color=INK, capsize=2.5, lw=1.2)
+                end = max(cell.mean + (cell.se or 0), 0.0)
+                low, reach = min(low, cell.mean - (cell.se or 0)), max(reach, end)
+                axes.annotate(_text(cell, measure.digits), (end, middle), (5, 0),
                               textcoords="offset points", va="center", color=INK)
-                y += BAR
-        axes.set(ylim=(y + 2, 0), xlim=(0, 1.35 * reach), yticks=[])
+                y += step
+        axes.set(ylim=(y + 2, 0), xlim=(1.1 * low, reach + 0.35 * (reach - low)), yticks=[])
         axes.grid(visible=False, axis="y")
-        if measure.label.endswith("(%)"):
-            axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 100])
-        key(figure, [_patch(one) for one in series], rows)
+        if measure.difference == "points" and reach <= 100:
+            axes.set_xticks([tick for tick in axes.get_xticks() if low <= tick <= 100])
+        key(figure, [_patch(one) for one in series] if keyed else [], keyed)
     return Figure(name, svg((WIDTH, height), draw, label), {
         "kind": "bars", "value": measure.label, "groups": [
             {"group": named(column), "bars": [{"name": rows[i], **cell.numbers()} for i, cell in cells]}

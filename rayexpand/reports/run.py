@@ -30,6 +30,8 @@ from rayexpand.methods import label_words_of
 from rayexpand.reports.acceptance import acceptance
 from rayexpand.reports.card import GPU_CAVEAT, PROMISE, RELEASE
 from rayexpand.reports.copies import copies_section
+from rayexpand.reports.figure import write_figures
+from rayexpand.reports.kept import kept_figures
 from rayexpand.reports.templates import COLOURS, render, settings_of
 from rayexpand.runs.cut_prompts import words_of
 from rayexpand.runs.status import (
@@ -90,9 +92,11 @@ def write_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None, l
     """
     view = view_run(folder)
     classes = read_classes(view)
+    kept = kept_figures(view)
+    write_figures(view.files, kept.values())
     page = render("run.html.j2", _FILTERS,
         run=view.run, status=read_status(folder), totals=view.totals, demo=_demo(demo), phases=_phases(view.receipts),
-        reasons=_reasons(view), selections=_selections(view), classes=_class_lines(view, classes),
+        reasons=_reasons(view), selections=_selections(view), kept=kept, classes=_class_lines(view, classes),
         n_classes=len(classes),
         lowest=LOWEST_CLASSES if len(classes) > ALL_CLASSES else 0, sheet=contact_sheet(view, classes),
         guidance=_guidance(view), look=look,

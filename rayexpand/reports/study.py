@@ -19,11 +19,13 @@ import yaml
 from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import RayexpandError
 from rayexpand.evaluation.features import with_current_names
-from rayexpand.reports.figure import write_figures
+from rayexpand.reports.figure import write_figures, write_tables
 from rayexpand.reports.robustness import corrupted_sections
 from rayexpand.reports.run import SheetRow, contact_sheet, picture_pages
+from rayexpand.reports.scatter import said_of
 from rayexpand.reports.study_classes import classes_of
 from rayexpand.reports.study_figures import study_figures
+from rayexpand.reports.tables import further_table
 from rayexpand.reports.templates import render, settings_of
 from rayexpand.reports.value_figures import value_figures
 from rayexpand.runs.status import duration, read_classes, view_run
@@ -60,15 +62,16 @@ def write_study_report(folder: str | Path, *, demo: Mapping[str, Any] | None = N
     write_numbers(study.files, found)
     arms = {arm["arm"]: arm for arm in found["arms"]}
     best = _best(found)
-    drawn = study_figures(study, found, best)
+    drawn, further = study_figures(study, found, best), further_table(found)
     corrupted, of_value = corrupted_sections(found), value_figures(found.get("value"))
     write_figures(study.files, [*drawn.get("all", ()), *of_value,
                                 *(figure for one in corrupted for figure in one["figures"])])
+    write_tables(study.files, filter(None, [further]))
     page = render("study.html.j2", _FILTERS,
         found=found, sentences=[c for c in found["comparisons"] if c["kind"] != "control to baseline"],
         tally=_tally(found), best=best, arms=arms, against=_against(found), demo=_demo(demo), scores=_scores(study),
         figures=drawn, value_figures=of_value, classes=classes_of(study, found["baseline"], best),
-        frequencies=_frequencies(study, found), also=_also(found), corrupted=corrupted,
+        frequencies=_frequencies(study, found), also=_also(found), further=further, corrupted=corrupted,
         samples=_samples(study), compared=score_table(found), told=said_of_top1(found),
         settings=settings_of(study.config), recipe=_recipe(study),
         stacks=_values(study, "stack"), facts=_facts(study), trials=_trial_lines(study),
@@ -276,4 +279,4 @@ def _count(found: Mapping[str, Any] | None) -> str:
 
 _FILTERS: dict[str, Callable[..., Any]] = {
     "number": _count, "duration": duration, "points": points, "percent": lambda x: f"{100 * x:.1f}",
-    "plus_minus": plus_minus}
+    "plus_minus": plus_minus, "said_of": said_of}

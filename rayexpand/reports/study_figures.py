@@ -9,14 +9,20 @@ from typing import Any
 from rayexpand.reports import figures
 from rayexpand.reports.drawing import COLOURS, DASHES, FigurePoint
 from rayexpand.reports.figure import Figure
+from rayexpand.reports.grids import grouped_bars
 from rayexpand.reports.lines import Line, Panel, lines
+from rayexpand.reports.scatter import scatter
+from rayexpand.studies.measures import measure
+from rayexpand.studies.pivot import pivot
+from rayexpand.studies.records import bench_records
 from rayexpand.studies.results import StudyView, number
 
 MAX_PANELS = 12  # of training curves
+DISTANCES = ("fid", "fd_", "cmmd", "kid", "kd_", "mmd", "coverage")  # scores by the beginning of their names
 
 
 def study_figures(study: StudyView, found: Mapping[str, Any], best: str | None) -> dict[str, Any]:
-    """What the page shows: `bars`, `ratios`, `cost` and `curves`, with `all` of their figures; empty without arms."""
+    """What the page shows, by name, with `all` of the figures; empty without arms."""
     arms = found["arms"]
     if not arms:
         return {}
@@ -32,8 +38,10 @@ def study_figures(study: StudyView, found: Mapping[str, Any], best: str | None) 
         cost, unlabelled = figures.costs([point for point, _ in costed], costed[0][1], "Accuracy against cost")
         drawn["cost"] = {"figure": cost, "unlabelled": unlabelled, "some": len(costed) > figures.LABELLED}
     drawn["curves"], drawn["curves_left_out"] = _curve_figures(study, found, series)
-    drawn["all"] = [drawn["bars"], *drawn["ratios"], *([drawn["cost"]["figure"]] if drawn["cost"] else []),
-                    *(one["figure"] for one in drawn["curves"])]
+    drawn["distance"] = _distance(found, series)
+    drawn["overhead"] = _overhead(study)
+    others = (drawn["cost"] and drawn["cost"]["figure"], drawn["distance"], drawn["overhead"])
+    drawn["all"] = [drawn["bars"], *drawn["ratios"], *filter(None, others), *(one["figure"] for one in drawn["curves"])]
     return drawn
 
 
@@ -105,6 +113,31 @@ def _frontier(arms: Sequence[Mapping[str, Any]]) -> set[str]:
             highest = arm["last"]["top1"]["mean"]
             found.add(arm["arm"])
     return found
+
+
+def _distance(found: Mapping[str, Any], series: Mapping[str, int]) -> Figure | None:
+    """Accuracy against the first distance or coverage that the samples of three arms have."""
+    arms = [arm for arm in found["arms"] if arm["samples"]["scores"] and not arm["control_of"]]
+    names = [name for name in dict.fromkeys(name for arm in arms for name in arm["samples"]["scores"])
+             if sum(arm["samples"]["scores"].get(name) is not None for arm in arms) >= 3]
+    chosen = next((name for first in DISTANCES for name in names if name.startswith(first)), None)
+    points = []
+    for arm in arms if chosen else ():
+        if (score := arm["samples"]["scores"].get(chosen)) is not None:
+            x = FigurePoint(arm["arm"], score["mean"], score["se"], values=tuple(score["values"]))
+            points.append((x, arm_point(arm, series, ())))
+    return scatter("distance", points, (f"{chosen} of the samples", figures.TOP1),
+                   "Accuracy against distance") if points else None
+
+
+def _overhead(study: StudyView) -> Figure | None:
+    """What `bench` stored: overhead of each arm by batch size (DiffCoRe-Mix, equation 9)."""
+    lines = list(bench_records(study.name, study.files))
+    if not lines:
+        return None
+    found = pivot(lines, [measure("overhead")], rows="arm", columns="batch")
+    return grouped_bars("overhead", found, lambda one: f"batch {one:g}" if isinstance(one, int | float) else one,
+                        list(range(len(found.rows))), "Overhead in training")
 
 
 def _curve_figures(study: StudyView, found: Mapping[str, Any],

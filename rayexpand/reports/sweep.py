@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from rayexpand.classifier.accuracy import summarise
 from rayexpand.classifier.statistics import MeanError, crossed, expected_maximum
 from rayexpand.contract.errors import UsageError
-from rayexpand.reports import figures
-from rayexpand.reports.drawing import FigurePoint
 from rayexpand.reports.figure import write_figures
+from rayexpand.reports.sweep_figures import sweep_figures
 from rayexpand.reports.templates import render, settings_of
 from rayexpand.studies.results import Predicted, StudyView, read_study
 from rayexpand.studies.spreads import plus_minus, points, spread
@@ -51,7 +49,7 @@ def write_sweep_report(sweep: Sweep, failed: Sequence[str] = ()) -> dict[str, An
         write_best(sweep, best)
     found = _summary(sweep, list(results.values()), best, failed, read_test(sweep, best))
     sweep.files.replace("summary.json", json.dumps(found, indent=1).encode())
-    drawn = _figures(sweep, results, best)
+    drawn = sweep_figures(sweep.space, _fields(sweep), results, best)
     write_figures(sweep.files, [one["figure"] for one in drawn])
     page = render("sweep.html.j2", {"plus_minus": lambda one: plus_minus(one, 2), "points": points},
         found=found, best=best, noise=within_noise(found), inflation=inflated(found) if found["inflation"] else "",
@@ -222,29 +220,3 @@ def _fields(sweep: Sweep) -> dict[str, str]:
     """Swept fields with their short names."""
     fields = [one.field for one in sweep.space]
     return dict(zip(fields, short(fields), strict=True))
-
-
-def _figures(sweep: Sweep, results: Mapping[str, dict[str, Any]], best: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """One figure for each swept field."""
-    drawn: list[dict[str, Any]] = []
-    for dimension in sweep.space if results else ():
-        field = dimension.field
-        numbers = [one["values"][field] for one in results.values()]
-        numbers = [*numbers, *dimension.values]
-        is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers)
-        names = [] if is_number else [str(value) for value in dimension.values]
-        groups: dict[str, list[FigurePoint]] = {"stopped": [], "finished": [], "best": []}
-        for one in results.values():
-            value = one["values"][field]
-            state = "best" if best is not None and one["key"] == best["key"] else one["state"]
-            groups[state].append(_point(one, value if is_number else names.index(str(value))))
-        made = figures.scores(f"score-{len(drawn) + 1}", [(state, own) for state, own in groups.items() if own], names,
-                              _fields(sweep)[field], f"Score against {field}", log=dimension.kind == "loguniform")
-        drawn.append({"field": field, "figure": made})
-    return drawn
-
-
-def _point(trial: Mapping[str, Any], x: float) -> FigurePoint:
-    """The score of a trial in percent over its repetitions."""
-    values = [100 * score for score in trial.get("scores") or [trial["score"]]]
-    return FigurePoint(trial["key"], 100 * trial["score"], summarise(values).se, x, values=tuple(values))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from rayexpand.reports.figure import NumberTable
 from rayexpand.studies.measures import Measure
 from rayexpand.studies.pivot import ALL, Cell, Pivot, Value
 from rayexpand.studies.pivot_config import PivotFigure, PriceConfig
+from rayexpand.studies.spreads import plus_minus
 
 Named = Callable[[Value], str]
 NONE = "–"
@@ -76,6 +77,27 @@ def cost_table(name: str, one: PivotFigure, found: Pivot, named: Named, prices: 
         numbers.append({"row": "people", "price_per_1000": 1000 * prices.human_image, **by_people})
     return NumberTable(name, "", tuple(heads), tuple(tuple((text, "", False) for text in line) for line in lines),
                        tuple(numbers))
+
+
+def further_table(found: Mapping[str, Any]) -> NumberTable | None:
+    """Top-1 and top-5 of every arm of a summary on all of its test sets side by side, mean ± standard error over seeds;
+    None without two further ones."""
+    tests = list(dict.fromkeys(name for arm in found["arms"] for name in arm["also"]))
+    if len(tests) < 2:
+        return None
+    places = [(name, *score) for name in (None, *tests) for score in (("top1", "top-1"), ("top5", "top-5"))]
+    lines, numbers = [], []
+    for arm in found["arms"]:
+        line = [(arm["arm"], "", False)]
+        for name, score, _ in places:
+            one = (arm["last"] if name is None else arm["also"].get(name) or {}).get(score)
+            line.append((NONE if one is None else plus_minus(one), "", False))
+            if one is not None:
+                numbers.append({"row": arm["arm"], "test": name or "test images", "measure": score, **{
+                    key: one[key] for key in ("mean", "se", "n", "values")}})
+        lines.append(tuple(line))
+    heads = [f"{name or 'test images'}, {words} %" for name, _, words in places]
+    return NumberTable("further-tests", "", ("arm", *heads), tuple(lines), tuple(numbers))
 
 
 # Cells ---------------------------------------------------------------------------------------------------------------

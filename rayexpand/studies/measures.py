@@ -6,6 +6,7 @@
     also.<set>.<score>             on a further test set: top1, top5, per_class, ece; worst, mean of groups
     samples.<score>                of its samples beside real images, as the study measured them
     score.<name>                   of its samples by `evaluate`; score.<file>.<name> where several files have it
+    guide                          of a CLIP model that `evaluate` asked: its own top-1 on the reference images, percent
     images seconds_per_image       samples it trained on, process-seconds of each
     discarded                      images that were drawn for these samples and not kept
     hours                          process-hours of the samples and of what was fitted for them
@@ -76,6 +77,7 @@ def _plain(prices: Prices) -> dict[str, Measure]:
               Measure("seconds_per_image", "process-seconds of an image", _seconds_per_image, 3),
               Measure("discarded", "images discarded", _discarded, 0), Measure("hours", "process-hours", _hours, 3),
               Measure("price", "price", lambda one: _price(one, prices), 2),
+              Measure("guide", "top-1 of the guide (%)", _guide, difference="points"),
               Measure("overhead", "overhead in training (%)", lambda one: one.overhead, difference="points"),
               Measure("batch_seconds", "seconds of a batch", _batch_seconds, 3)]
     return {one.name: one for one in found}
@@ -106,6 +108,11 @@ def _score(record: Record, name: str) -> float | None:
         raise UsageError(f"score.{name}: {', '.join(having)} of {record.run and record.run.folder} all have it; write "
                          f"score.{having[0]}.{name}")
     return files[having[0]][name] if having else None
+
+
+def _guide(record: Record) -> float | None:
+    found = _score(record, "clip_top1.reference")
+    return None if found is None else 100 * found
 
 
 def _seconds_per_image(record: Record) -> float | None:

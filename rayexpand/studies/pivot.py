@@ -165,10 +165,10 @@ def _known(records: Sequence[Record], measure: Measure) -> dict[tuple[str, int, 
 
 
 def _cell(known: Mapping[tuple[str, int, str, int], float], ddof: int) -> Cell | None:
-    return _spread(list(known.values()), ddof, any(key[2] for key in known)) if known else None
+    return cell_of(list(known.values()), ddof, any(key[2] for key in known)) if known else None
 
 
-def _spread(values: Sequence[float], ddof: int, pooled: bool) -> Cell:
+def cell_of(values: Sequence[float], ddof: int, pooled: bool = False) -> Cell:
     n = len(values)
     sd = float(np.std(values, ddof=ddof)) if n > ddof and n > 1 else None
     return Cell(tuple(values), sd, float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None, pooled)
@@ -178,9 +178,9 @@ def _difference(mine: Mapping[Any, float], theirs: Mapping[Any, float], ddof: in
     """Paired where both have the same sources and seeds, or the same seeds of one source each; else of the means."""
     sides = (mine, theirs)
     if mine.keys() == theirs.keys():
-        return _spread([mine[key] - theirs[key] for key in mine], ddof, any(key[2] for key in mine))
+        return cell_of([mine[key] - theirs[key] for key in mine], ddof, any(key[2] for key in mine))
     if all(len({key[0] for key in side}) == 1 and not any(key[2] for key in side) for side in sides):
         by_seed = [{key[1]: value for key, value in side.items()} for side in sides]
         if by_seed[0].keys() == by_seed[1].keys():
-            return _spread([by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0]], ddof, False)
+            return cell_of([by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0]], ddof, False)
     return Cell((fmean(mine.values()) - fmean(theirs.values()),), None, None)

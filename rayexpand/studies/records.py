@@ -118,7 +118,7 @@ def read_records(sources: Mapping[str, Sequence[str]], score_files: Sequence[str
                 if study.missing:
                     problems.append(f"{source}: {len(study.missing)} trials of {folder} are not finished: "
                                     f"{', '.join(study.missing[:8])}{' ...' * (len(study.missing) > 8)}")
-                own = list(_bench(source, study.files))
+                own = list(bench_records(source, study.files))
                 bench += own
                 trials += [_record(source, study, result, own, given, runs) for result in study.results]
     unused = {digest for digest, _, _ in given} - {run.digest for run in runs.values() if run}
@@ -187,13 +187,17 @@ def _score_file(place: str) -> tuple[str, str, Mapping[str, float]]:
 
 
 def _values(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Score -> number, of files that have {value, ...} and of those that have a number."""
+    """Score -> number, of files that have {value, ...} and of those that have a number; <score>.reference and .floor
+    are of real images."""
     plain = {name: one.get("value") if isinstance(one, Mapping) else one for name, one in scores.items()}
+    plain |= {f"{name}.{other}": one.get(other) for name, one in scores.items() if isinstance(one, Mapping)
+              for other in ("reference", "floor")}
     return {name: float(one) for name, one in plain.items()
             if isinstance(one, int | float) and not isinstance(one, bool)}
 
 
-def _bench(source: str, files: Files) -> Iterator[Record]:
+def bench_records(source: str, files: Files) -> Iterator[Record]:
+    """Lines of the benches in the folder of a study."""
     for name in sorted(one for one in files.list("", "bench-") if re.fullmatch(r"bench-\d+\.json", one)):
         for line in (healthy_json(files, name) or {"arms": ()})["arms"]:
             yield Record(source, line["arm"], 0, line, {"recipe": {"batch": line["batch"]}}, overhead=line["overhead"])

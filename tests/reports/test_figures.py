@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,13 @@ from rayexpand.reports import figures
 from rayexpand.reports.drawing import FigurePoint
 from rayexpand.reports.figure import Figure, read_figure, write_figures
 from rayexpand.reports.figures import FigureCurve
+from rayexpand.reports.grids import grouped_bars, heat, made
+from rayexpand.reports.kept import kept_per_seed
 from rayexpand.reports.lines import Line, Panel, crossover, lines
+from rayexpand.reports.scatter import rank_correlation, said_of, scatter
 from rayexpand.storage.files import LocalFiles
+from rayexpand.studies.measures import measure
+from rayexpand.studies.pivot import ALL, Pivot, cell_of
 
 PHONE = 400 - 2 * (6 + 12 + 1)  # pixels left for a figure on a screen of 400: main, section and its border
 NAME = "expansion with quite a long name 5x"
@@ -29,7 +35,25 @@ POINTS = [point("original", 60.0, 5.0, None), point(NAME, 70.0, 30.0), point("b 
 PANEL = Panel("a set", "top-1 (%)", (
     Line("a", (point("a 1x", 50.0, 1.0), point("a 5x", 60.0, 5.0)), 0),
     Line("b", (point("b 1x", 55.0, 1.0), point("b 5x", 61.0, 5.0)), 3)), POINTS[0])
+
+
+def grid(*rows: str, gains: bool = False, measures: tuple[str, ...] = ("top1",)) -> Pivot:
+    """Two columns of three trials each, rising along the rows."""
+    cells = {(ALL, row, column, name): cell_of([i + column, i + column + 1.0, i + column + 3.0], 1)
+             for i, row in enumerate(rows) for column in (1.0, 5.0) for name in measures}
+    return Pivot((ALL,), rows, (1.0, 5.0), tuple(measure(name) for name in measures), cells, cells if gains else {}, {})
+
+
 DRAWN: dict[str, Callable[[], Figure]] = {
+    "groups": lambda: grouped_bars("g", grid("a", NAME), str, [None, 1], "groups"),
+    "many bars": lambda: grouped_bars("m", grid(*(f"{NAME}{i}" for i in range(8))), str, list(range(8)), "many"),
+    "heat": lambda: heat("h", grid("a", "b"), str, ("gamma", "strength"), "heat"),
+    "gains": lambda: heat("h", grid("a", "b", gains=True), str, ("gamma", "strength"), "gains"),
+    "made": lambda: made("d", grid("a", measures=("images", "discarded", "hours")), str, "share", "made"),
+    "few points": lambda: scatter("f", [(one, one) for one in POINTS], ("fid", "top-1 (%)"), "few"),
+    "many points": lambda: scatter("p", [(point(f"arm {i}", i % 5, 0, i), point(f"arm {i}", i, 0, i))
+                                         for i in range(12)], ("fid", "top-1 (%)"), "many points"),
+    "kept": lambda: kept_per_seed("k", "third", {0: 3, 1: 5, 2: 1}),
     "bars": lambda: figures.bars(POINTS, "bars"),
     "lines": lambda: lines("ratio", [PANEL], "ratio", "ratios"),
     "panels": lambda: lines("ratio", [PANEL, PANEL], "ratio", "ratios"),
@@ -54,7 +78,7 @@ def test_letters_are_ten_pixels_on_a_screen_of_400(kind: str) -> None:
 @pytest.mark.parametrize("kind", DRAWN)
 def test_figures_know_no_colour_but_those_of_the_page(kind: str) -> None:
     svg = DRAWN[kind]().svg
-    assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", svg)) <= {
+    assert {one for one in re.findall(r"(?:fill|stroke): ([^;\"]+)", svg) if not one.startswith("url(#")} <= {
         "none", *(f"var(--{name})" for name in ("ink", "soft", "line", "card", "grey", *(f"s{i}" for i in range(6))))}
     assert "mathdefault" not in svg
     assert "$" not in svg
@@ -101,3 +125,42 @@ def test_a_figure_keeps_its_numbers_and_knows_when_they_are_not_its_own(tmp_path
             read_figure(files, "ratio")
         (tmp_path / "figures" / name).write_text(whole)
     assert read_figure(files, "ratio") == stored
+
+
+def test_a_rank_correlation_has_the_interval_of_bonett_and_wright() -> None:
+    x = list(range(10))
+    y = [0, 3, 1, 6, 2, 9, 4, 5, 8, 7]  # sum of squared rank differences 46: r = 1 - 6 * 46 / 990
+    found, interval = rank_correlation(x, y)
+    assert found == pytest.approx(0.7212121)
+    reach = 1.959964 * ((1 + 0.7212121 ** 2 / 2) / 7) ** 0.5
+    assert interval == pytest.approx((math.tanh(math.atanh(0.7212121) - reach), math.tanh(
+        math.atanh(0.7212121) + reach)))
+    assert rank_correlation(x[:4], y[:4])[1] is None
+    assert rank_correlation(x, x) == (pytest.approx(1), None)
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) == (None, None)
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    ("few points", "No rank correlation: 3 points, or all of one value"),
+    ("many points", "95 % interval")])
+def test_a_scatter_says_how_sure_its_correlation_is(kind: str, words: str) -> None:
+    figure = DRAWN[kind]()
+    assert words in said_of(figure) or figure.numbers["rank_correlation"] == pytest.approx(1)
+
+
+def test_many_points_have_numbers_and_a_key() -> None:
+    svg = DRAWN["many points"]().svg
+    assert all(f">{i} arm {i - 1}</text>" in svg for i in range(1, 13))
+
+
+def test_a_heat_map_has_its_numbers_in_the_cells() -> None:
+    gains, plain = DRAWN["gains"]().svg, DRAWN["heat"]().svg
+    assert ">+2.3</text>" in gains
+    assert ">2.3</text>" in plain
+    assert "gain, points" in gains
+
+
+def test_bars_of_one_colour_are_told_apart_without_it() -> None:
+    assert DRAWN["groups"]().svg.count("<pattern") == 1, "grey is plain, the other has a hatch"
+    many = DRAWN["many bars"]().svg
+    assert many.count(f">{NAME[:18]}") == 16, "more rows than colours have their names at their bars"

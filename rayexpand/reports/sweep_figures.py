@@ -1,0 +1,92 @@
+"""The figures of a sweep: the score against each swept field, and by each two fields that were chosen from a few
+values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from rayexpand.classifier.accuracy import summarise
+from rayexpand.reports import figures
+from rayexpand.reports.drawing import FigurePoint
+from rayexpand.reports.figure import Figure
+from rayexpand.reports.grids import heat
+from rayexpand.studies.measures import Measure
+from rayexpand.studies.pivot import ALL, Cell, Pivot, Place, Value, cell_of
+from rayexpand.studies.sweep.space import Dimension
+
+FEW = 12  # values of a field that is a side of a heat map
+
+Trial = Mapping[str, Any]
+
+
+def sweep_figures(space: Sequence[Dimension], names: Mapping[str, str], results: Mapping[str, Trial],
+                  best: Trial | None) -> list[dict[str, Any]]:
+    """`field` in words and `figure`, for the page. `names`: short names of fields."""
+    if not results:
+        return []
+    drawn = [{"field": one.field, "figure": _against(f"score-{number}", one, names[one.field], results, best)}
+             for number, one in enumerate(space, 1)]
+    pairs = [(a, b) for a, b in combinations(space, 2) if all(1 < len(_values(one, results)) <= FEW for one in (a, b))]
+    found = [(a, b, _grid(a, b, results)) for a, b in pairs]
+    drawn += [{"field": f"{a.field} by {b.field}", "figure": heat(
+        f"scores-{number}", grid, lambda value: f"{value:g}" if isinstance(value, int | float) else value,
+        (names[a.field], names[b.field]), f"Score by {a.field} and {b.field}")}
+        for number, (a, b, grid) in enumerate(found, 1) if grid.cells]
+    return drawn
+
+
+def _against(name: str, dimension: Dimension, axis: str, results: Mapping[str, Trial],
+             best: Trial | None) -> Figure:
+    field = dimension.field
+    numbers = [*(one["values"][field] for one in results.values()), *dimension.values]
+    is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers)
+    ticks = [] if is_number else [str(value) for value in dimension.values]
+    groups: dict[str, list[FigurePoint]] = {"stopped": [], "finished": [], "best": []}
+    for one in results.values():
+        value = one["values"][field]
+        state = "best" if best is not None and one["key"] == best["key"] else one["state"]
+        groups[state].append(_point(one, value if is_number else ticks.index(str(value))))
+    return figures.scores(name, [(state, own) for state, own in groups.items() if own], ticks, axis,
+                          f"Score against {field}", log=dimension.kind == "loguniform")
+
+
+def _values(dimension: Dimension, results: Mapping[str, Trial]) -> list[Value]:
+    """Of the finished trials: numbers rising, others in the order of the file."""
+    there = list(dict.fromkeys(_value(one, dimension) for one in results.values() if one["state"] == "finished"))
+    if all(isinstance(one, int | float) for one in there):
+        return sorted(there)
+    order = [_plain(one) for one in dimension.values]
+    return sorted(there, key=lambda one: order.index(one) if one in order else len(order))
+
+
+def _grid(a: Dimension, b: Dimension, results: Mapping[str, Trial]) -> Pivot:
+    """The scores of all finished trials with the same two values; of several trials they are pooled."""
+    scores: dict[Place, list[float]] = {}
+    trials: dict[Place, int] = {}
+    for one in results.values():
+        if one["state"] == "finished":
+            place = (ALL, _value(one, a), _value(one, b), "score")
+            scores.setdefault(place, []).extend(100 * score for score in one.get("scores") or [one["score"]])
+            trials[place] = trials.get(place, 0) + 1
+    cells: dict[Place, Cell] = {place: cell_of(own, 1, trials[place] > 1) for place, own in scores.items()}
+    return Pivot((ALL,), tuple(_values(a, results)), tuple(_values(b, results)),
+                 (Measure("score", "score (%)", lambda _: None),), cells, {}, {})
+
+
+def _value(trial: Trial, dimension: Dimension) -> Value:
+    return _plain(trial["values"][dimension.field])
+
+
+def _plain(value: Any) -> Value:
+    """A list of one is its value, and what is no number is text."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _point(trial: Trial, x: float) -> FigurePoint:
+    """The score of a trial in percent over its repetitions."""
+    values = [100 * score for score in trial.get("scores") or [trial["score"]]]
+    return FigurePoint(trial["key"], 100 * trial["score"], summarise(values).se, x, values=tuple(values))
