@@ -143,6 +143,8 @@ def small(raw: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
     made = {key: _smaller(key, value, (*path, key)) for key, value in raw.items()}
     if "arms" in made and "data" in made and "recipe" not in made:  # the defaults are those of digits
         made["recipe"] = _recipe({})
+    if "shadows" in made:
+        made |= {"shadows": 4, "stratified": True, "planted": 2}
     if path[-1:] == ("method",):
         made = _method(made)
     return made
@@ -430,6 +432,10 @@ def _expand(path: Path, set: list[str]) -> Any:
     return api.expand(path, set=set, same_process=True)
 
 
+def _audit(path: Path, set: list[str]) -> Any:
+    return api.audit(path, set=set, same_process=True)
+
+
 def _train(path: Path, set: list[str]) -> Any:
     found = api.train(path, set=set, same_process=True)
     assert not found.failed, "\n".join(found.failed)
@@ -443,4 +449,4 @@ def _sweep(path: Path, set: list[str]) -> Any:
 
 
 _VERBS: dict[str, Callable[..., Any]] = {"fit": api.fit, "expand": _expand, "select": api.select, "study": _train,
-                                         "sweep": _sweep, "evaluate": api.evaluate}
+                                         "sweep": _sweep, "evaluate": api.evaluate, "audit": _audit}

@@ -20,6 +20,8 @@ import yaml
 
 from rayexpand.api.driving import Relay, train_trials
 from rayexpand.contract.rng import generator, row_key
+from rayexpand.data.pixels import decode
+from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation.evaluate import EvaluateConfig
 from rayexpand.evaluation.extraction import Found
@@ -137,18 +139,21 @@ def test_no_file_of_a_shadow_names_an_image_that_is_no_member(folder: Path) -> N
 
 @pytest.mark.slow
 def test_nothing_that_is_fitted_for_a_shadow_names_another_image(tmp_path: Path) -> None:
+    texts = dict.fromkeys(build_index(DataConfig(source="digits")).seed_ids, "a text")
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
     config = section(expansion={
-        "method": {"name": "realfake", "prompt": "a photo of a {name}", "negative": "", "steps": 2},
-        "fit": {"adapter": {"recipe": {"preset": "tiny", "strategy": "db", "steps": 2, "prompt": "a photo of a {name}",
-                                       "visual_token": "class_mean", "mmd_gamma": 0.05}, "flips": False,
-                            "sheet": None}},
+        "method": {"name": "realfake", "prompt": "a photo of a {name}, {caption}", "negative": "", "steps": 2},
+        "fit": {"captions": {"file": str(tmp_path / "texts.json")},
+                "adapter": {"flips": False, "sheet": None, "recipe": {
+                    "preset": "tiny", "strategy": "db", "steps": 2, "prompt": "a photo of a {name}",
+                    "visual_token": "class_mean", "mmd_gamma": 0.05}}},
         "accept": {"to": "class", "attempts": 1}, "sampler": {"batch": 20, "shard_images": 40}}, recipe=SMALL)
     audited(config, tmp_path / "membership")
     named, members = named_by_shadow(tmp_path / "membership/shadows"), members_of(tmp_path / "membership")
 
     kinds = {one.name.rpartition("-")[0] for one in (tmp_path / "membership/shadows/artifacts").iterdir()
              if not one.is_symlink()}
-    assert {"adapter", "class_features", "thresholds"} <= kinds
+    assert {"adapter", "captions", "class_features", "thresholds"} <= kinds
     assert all(named[shadow] == members[shadow] for shadow in range(4))
 
 
@@ -258,8 +263,6 @@ def test_the_nearest_sample_counts() -> None:
 
 
 def test_the_flip_shows_the_mirror_image() -> None:
-    from rayexpand.data.pixels import decode
-    from rayexpand.data.seeds import DataConfig
     from rayexpand.evaluation.sides import EVERY_ROW, read_seeds, reference_of
 
     data = DataConfig(source="digits", per_class=1)
