@@ -38,6 +38,7 @@ CHUNK = 2048  # seeds or held-out images of one chunk
 KNOWN_CHUNK = 64  # known copies of one
 PART_ROWS = 50_000  # a part is written when it holds so many rows
 VERSION = 1  # raised when the code below makes other numbers of the same images
+COUNTED = ["label", "strength", "own", "class", "all"]  # columns that are held of all samples at once
 JOB = b"rayexpand"  # schema metadata of a part: digest of the job, and the chunks in it
 
 
@@ -134,7 +135,7 @@ class _Parts:
 
     def rows(self, chunks: Sequence[CompareChunk],
              work: Callable[[Sequence[CompareChunk]], Iterator[tuple[int, pa.Table]]], on_rows: OnRows) -> pa.Table:
-        """Rows of all samples: those that are there already, and the others."""
+        """COUNTED columns of all samples: of those that are there already, and of the others."""
         known = self._known({chunk.key for chunk in chunks})
         todo = [chunk for chunk in chunks if chunk.key not in known]
         total = sum(one.rows for one in chunks)
@@ -163,7 +164,7 @@ class _Parts:
                 continue
             table, start = read_table(files, f"{self.folder}/{name}").replace_schema_metadata(), 0
             for key, rows in facts["chunks"]:
-                found[key] = table.slice(start, rows)
+                found[key] = table.slice(start, rows).select(COUNTED)
                 start += rows
         return found
 
@@ -174,7 +175,7 @@ class _Parts:
         number = len(part_names(self.run.files, self.folder))
         while not self.run.files.publish(f"{self.folder}/part-{number:05d}.parquet", content):
             number += 1
-        return dict(tables)
+        return {key: table.select(COUNTED) for key, table in tables}
 
 
 # --------------------------------------------------------------------------------------------------------------- result
