@@ -31,7 +31,7 @@ from rayexpand.data.pixels import decode
 from rayexpand.data.seeds import DataConfig, SeedReader
 from rayexpand.evaluation import copy_extractor as extractors
 from rayexpand.evaluation.copies_config import CopiesConfig
-from rayexpand.evaluation.known_copies import EDITS, edited, redrawn
+from rayexpand.evaluation.known_copies import EDITS, drawing, edited, redrawn
 from rayexpand.evaluation.search import References, similarities, unit_rows
 from rayexpand.models.prior import inspect_prior
 from rayexpand.runs.config import RuntimeConfig
@@ -190,7 +190,7 @@ class CopyFinder:
 
     @cached_property
     def _tools(self) -> Any:
-        return load_tools(self._run.sampling, self._run.plan.index.classes)
+        return load_tools(drawing(self._run), self._run.plan.index.classes)
 
     def _rows(self, h_ND: np.ndarray, label_N: np.ndarray, own_N: np.ndarray, first: dict[str, Any]) -> pa.Table:
         assert self._searcher is not None

@@ -24,6 +24,7 @@ from rayexpand.contract.schema import Draw
 from rayexpand.data.pixels import prepare, to_uint8
 from rayexpand.methods import load_method
 from rayexpand.runs.config import RunConfig
+from rayexpand.runs.run import Run
 
 STRENGTHS = {"img2img_0.1": 0.1, "img2img_0.3": 0.3}
 _STEPS = 10  # at least, so that strength 0.1 runs one
@@ -59,15 +60,27 @@ def has_img2img(config: RunConfig) -> bool:
     return "prior" in config.needs and inspect_prior(config.prior).generator == "sd"
 
 
+def drawing(run: Run) -> RunConfig:
+    """The configuration of the run with image to image as its method, so that nothing else is loaded than its
+    generator, with its adapter where it has one."""
+    artifacts = {"adapter": run.config.artifacts["adapter"]} if "adapter" in run.facts["models"] else {}
+    return run.sampling.model_copy(update={"method": _method(next(iter(STRENGTHS)), run.config), "accept": None,
+                                           "artifacts": artifacts})
+
+
+def _method(kind: str, config: RunConfig) -> Any:
+    said = {name: value for name in ("guidance_scale", "solver")
+            if (value := getattr(config.method, name, None)) is not None}
+    steps = max(getattr(config.method, "steps", None) or 50, _STEPS)
+    return load_method("img2img", {**said, "steps": steps, "strength": STRENGTHS[kind]})
+
+
 def redrawn(kind: str, images: Sequence[np.ndarray], seed_ids: Sequence[str], labels: Sequence[int], tools: Tools,
             config: RunConfig, size: int) -> list[np.ndarray | None]:
     """Copies of a kind of STRENGTHS, in calls of the run's shape; None where one is not finite. Seeds are cut as for
     the run; steps, scale of guidance and solver are those of its method where it has them; noise is keyed by the seed.
     """
-    said = {name: getattr(config.method, name) for name in ("guidance_scale", "solver") if hasattr(config.method, name)}
-    steps = max(getattr(config.method, "steps", 50), _STEPS)
-    method = load_method("img2img", {**said, "steps": steps, "strength": STRENGTHS[kind]})
-    rows = []
+    method, rows = _method(kind, config), []
     for seed_id, label, image in zip(seed_ids, labels, images, strict=True):
         crop = RowRng(config.seed, config.method.name, seed_id, 0)
         rng = RowRng(config.seed, f"audit-{kind}", seed_id, 0)
