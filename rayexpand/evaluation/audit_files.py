@@ -1,5 +1,6 @@
 """Results of audits beside a run, read.
 
+    <run>/audit/<name>.done                            says that there is a result: object stores list no folders
     <run>/audit/<name>/result.json                     an entry for each section
     <run>/audit/<name>/copies/part-00000.parquet       one row for each sample: own, other and nearest seeds
     <run>/audit/<name>/copies/calibration.parquet      the same of held-out images and known copies
@@ -22,6 +23,7 @@ from rayexpand.storage.files import Files
 from rayexpand.storage.tables import read_json, read_table
 
 FOLDER, RESULT = "audit", "result.json"
+_DONE = ".done"
 
 
 def read_audit(files: Files, name: str) -> dict[str, Any] | None:
@@ -29,9 +31,19 @@ def read_audit(files: Files, name: str) -> dict[str, Any] | None:
     return read_json(files, f"{FOLDER}/{name}/{RESULT}") if re.fullmatch(r"[\w.-]+", name) else None
 
 
+def register(files: Files, name: str) -> None:
+    """Makes the audit `name` known among those of the run."""
+    files.make_folder(FOLDER)
+    files.mark(f"{FOLDER}/{name}{_DONE}")
+
+
+def audit_names(files: Files) -> list[str]:
+    return sorted(name.removesuffix(_DONE) for name in files.list(FOLDER) if name.endswith(_DONE))
+
+
 def latest(files: Files, section: str) -> dict[str, Any] | None:
     """The entry of a section that was written last in any audit of the run, with the `audit` it is of."""
-    found = [{**one[section], "audit": name} for name in sorted(files.list(FOLDER))
+    found = [{**one[section], "audit": name} for name in audit_names(files)
              if (one := read_audit(files, name)) and section in one]
     return max(found, key=lambda entry: entry["created"], default=None)
 
@@ -49,7 +61,7 @@ def copy_rows(files: Files, name: str, columns: Sequence[str]) -> pa.Table:
     """Columns of all samples of the audit `name`, in the order of its parts. Raises UsageError where it has none."""
     folder = f"{FOLDER}/{name}/copies"
     if not (names := part_names(files, folder)):
-        known = [one for one in sorted(files.list(FOLDER)) if part_names(files, f"{FOLDER}/{one}/copies")]
+        known = [one for one in audit_names(files) if part_names(files, f"{FOLDER}/{one}/copies")]
         raise UsageError(f"{files.root} has no audit {name!r} of copies; it has {', '.join(known) or 'none'}. Make it "
                          "with `rayexpand audit`")
     return pa.concat_tables([read_table(files, f"{folder}/{part}", list(columns)).replace_schema_metadata()

@@ -23,7 +23,7 @@ from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import Device, Section, mistakes, read
 from rayexpand.evaluation import copies_config
-from rayexpand.evaluation.audit_files import FOLDER, RESULT
+from rayexpand.evaluation.audit_files import FOLDER, RESULT, register
 from rayexpand.evaluation.copies_config import CopiesConfig
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import ClusterConfig, RuntimeConfig
@@ -161,3 +161,5 @@ def _store(place: AuditPlace, config: AuditConfig, section: str, found: dict[str
     replace_json(place.files, place.at(RESULT), {
         **(healthy_json(place.files, place.at(RESULT)) or {}), "name": config.name, "run": config.audit.run,
         section: entry})
+    if place.folder:
+        register(place.files, config.name)

@@ -12,13 +12,15 @@ from scipy.stats import beta
 from rayexpand.api.folders import RunFolder
 from rayexpand.contract.errors import UsageError
 from rayexpand.evaluation import copy_statistics as statistics
-from rayexpand.evaluation.audit_files import committed_sha256
+from rayexpand.evaluation.audit_files import committed_sha256, latest, register
 from rayexpand.evaluation.release import LINES, ReleaseLine, release_sheet, require
 from rayexpand.runs.run import Run
 from rayexpand.runs.status import view_run
+from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import replace_json
 from tests.commands import rayexpand
 from tests.conftest import MakeConfig, complete
+from tests.s3server import Server
 
 
 @pytest.fixture
@@ -33,6 +35,7 @@ def scope(copies: int, observed: int, of: int = 40) -> dict[str, Any]:
 def write(run: Run, section: str, entry: dict[str, Any], name: str = "release") -> None:
     run.files.make_folder(f"audit/{name}")
     replace_json(run.files, f"audit/{name}/result.json", {"name": name, section: {"created": 1.0, **entry}})
+    register(run.files, name)
 
 
 def copies(run: Run, **changes: Any) -> dict[str, Any]:
@@ -123,6 +126,15 @@ def test_licenses_stay_and_are_checked(run: Run) -> None:
         folder.card(license_of={"data": "cc-by-4.0"})
     with pytest.raises(UsageError, match="no license identifier"):
         folder.card(license_of={"seeds": "my own"})
+
+
+def test_the_newest_audit_is_found_in_an_object_store_too(object_stores: Server) -> None:
+    files = open_files("s3://runs/birds")
+    for created, name in ((2.0, "old"), (5.0, "new"), (3.0, "third")):
+        replace_json(files, f"audit/{name}/result.json", {"name": name, "copies": {"created": created}})
+        register(files, name)
+    assert latest(files, "copies") == {"created": 5.0, "audit": "new"}
+    assert latest(files, "membership") is None
 
 
 def test_required_lines_go_together() -> None:

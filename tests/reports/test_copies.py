@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from rayexpand.evaluation import copy_statistics as statistics
-from rayexpand.evaluation.audit_files import committed_sha256
+from rayexpand.evaluation.audit_files import committed_sha256, register
 from rayexpand.reports.run import write_report
 from rayexpand.runs.run import Run
 from rayexpand.storage.tables import parquet_bytes, replace_json
@@ -38,6 +38,7 @@ def page(run: Run, **entry: Any) -> str:
         "created": 1.0, "within": "all", "tau": {"all": 0.9}, "tau_copy": {"all": 0.95}, "words": "",
         "sees_copies": True, "known_copies": {"jpeg_75": shares}, "extractor": {"name": "guide x"},
         "committed_sha256": committed_sha256(run.store.receipts()), **entry}})
+    register(run.files, "release")
     text = Path(str(write_report(str(run.folder)))).read_text()
     return text[text.index('<section id="copies">'):text.index("</section>", text.index('<section id="release">'))]
 
