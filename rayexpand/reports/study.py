@@ -33,7 +33,7 @@ from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_json
 from rayexpand.studies.comparisons import MIN_SEEDS
 from rayexpand.studies.results import Result, StudyView, number, read_study, run_folder, runs_of
-from rayexpand.studies.score_table import said_of_top1, score_table
+from rayexpand.studies.score_table import said_of_samples_alone, said_of_top1, score_table
 from rayexpand.studies.spreads import plus_minus, points
 from rayexpand.studies.summary import (
     frequencies,
@@ -73,6 +73,7 @@ def write_study_report(folder: str | Path, *, demo: Mapping[str, Any] | None = N
         figures=drawn, value_figures=of_value, classes=classes_of(study, found["baseline"], best),
         frequencies=_frequencies(study, found), also=_also(found), further=further, corrupted=corrupted,
         samples=_samples(study), compared=score_table(found), told=said_of_top1(found),
+        alone=said_of_samples_alone(found),
         settings=settings_of(study.config), recipe=_recipe(study),
         stacks=_values(study, "stack"), facts=_facts(study), trials=_trial_lines(study),
         mixed_units=len({arm["cost"]["unit"] for arm in found["arms"]}) > 1,

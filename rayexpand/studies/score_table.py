@@ -152,6 +152,23 @@ def said_of_top1(found: Mapping[str, Any]) -> list[str]:
         for one in (found["samples"] or {"with_top1": ()})["with_top1"]]
 
 
+def said_of_samples_alone(found: Mapping[str, Any]) -> list[str]:
+    """The classifier accuracy score (Ravuri and Vinyals 2019) of each arm of samples alone, with its gap to real images
+    alone at the same updates, which is its control."""
+    gaps = {one["arm"]: one for one in found["comparisons"] if one["kind"] == "control" and one["mean"] is not None}
+    lines = []
+    for arm in found["arms"]:
+        if not (arm["synthetic_rows"] or {"mean": 0})["mean"] or (arm["real_rows"] or {"mean": 1})["mean"]:
+            continue
+        gap = gaps.get(arm["arm"])
+        beside = "no arm of real images alone has as many updates" if gap is None else (
+            f"{points(gap['mean'])} points to {gap['against']}, real images alone at the same updates" + (
+                "" if gap["low"] is None else f" (95 % interval {points(gap['low'])} to {points(gap['high'])})"))
+        lines.append(f"Classifier accuracy score of {arm['arm']}, samples alone: {plus_minus(arm['last']['top1'])} %; "
+                     f"{beside}.")
+    return lines
+
+
 def _cells(arm: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
     """Scores, images compared, arithmetic and seconds of one image, seconds of what was fitted."""
     if not (arm["synthetic_rows"] or {"mean": 0})["mean"]:

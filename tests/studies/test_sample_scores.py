@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,13 @@ from rayexpand.studies import sample_scores
 from rayexpand.studies.config import parse_study
 from rayexpand.studies.parts import Study
 from rayexpand.studies.sample_scores import score_samples
-from rayexpand.studies.score_table import _number, go_with_top1, said_of_top1, score_table
+from rayexpand.studies.score_table import (
+    _number,
+    go_with_top1,
+    said_of_samples_alone,
+    said_of_top1,
+    score_table,
+)
 from rayexpand.studies.spreads import spread
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.summary import summary
@@ -214,6 +221,35 @@ def test_the_page_and_the_csv_have_the_table(finished: Study) -> None:
         row = next(row for row in csv.DictReader(stream) if row["arm"] == "alone")
     assert float(row["samples.scores.coverage_k5"]) >= 0
     assert row["samples.images_compared"] == "60.0"
+
+
+def test_an_arm_of_samples_alone_has_its_classifier_accuracy_score(finished: Study) -> None:
+    """Beside real images alone at the same updates: its control, or that of an arm with as many rows."""
+    found = summary(finished.config.folder)
+    (line,) = said_of_samples_alone(found)
+    arm = next(one for one in found["arms"] if one["arm"] == "alone")
+    (gap,) = [one for one in found["comparisons"] if one["kind"] == "control" and one["arm"] == "alone"]
+    against = next(one for one in found["arms"] if one["arm"] == gap["against"])
+
+    share = 100 * arm["last"]["top1"]["mean"]
+    assert line.startswith(f"Classifier accuracy score of alone, samples alone: {share:.1f}")
+    assert f"{100 * gap['mean']:+.1f} points to {gap['against']}, real images alone at the same updates" in line
+    assert against["updates"]["mean"] == arm["updates"]["mean"]
+    assert (against["synthetic_rows"]["mean"], arm["real_rows"]["mean"]) == (0, 0)
+    assert line in html.unescape(Path(write_study_report(finished.config.folder)).read_text())
+    bare = {**found, "comparisons": []}
+    assert said_of_samples_alone(bare)[0].endswith("no arm of real images alone has as many updates.")
+
+
+def test_a_distance_stands_beside_its_floor(finished: Study) -> None:
+    found = summary(finished.config.folder)
+    table = score_table(found)
+    assert table is not None
+    lines = {row[0]: dict(zip(table[0], row, strict=True)) for row in table[1]}
+    floor = next(one for one in found["arms"] if one["arm"] == "alone")["samples"]["floors"]["kd_digits"]["mean"]
+
+    assert lines["alone"]["kd_digits"].endswith(f", floor {floor:,.3g}")
+    assert "floor" not in lines["alone"]["coverage_k5"]
 
 
 def test_scores_that_are_missing_damaged_or_of_other_samples_are_said(tmp_path: Path) -> None:
