@@ -19,6 +19,7 @@ from rayexpand.contract.errors import UsageError
 PRECISION_K = 3  # Kynkaanniemi et al. 2019, section 3
 COVERAGE_K = 5  # Naeem et al. 2020, section 4
 CLOSED = "closed balls: an image at the very radius counts"
+_MEBIBYTES = 256  # of distances held at once
 _ROUNDING = 1e-7  # of the largest norm: error of a distance that is computed from inner products
 
 
@@ -73,7 +74,7 @@ def balls_holding(points_ND: np.ndarray, centres_MD: np.ndarray, k: int) -> tupl
     radius_M = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(centres_MD).kneighbors()[0][:, -1] + slack
     balls: list[np.ndarray] = []
     held_M = np.zeros(len(centres_MD), np.int64)
-    for distances_BM in pairwise_distances_chunked(points_ND, centres_MD):
+    for distances_BM in pairwise_distances_chunked(points_ND, centres_MD, working_memory=_MEBIBYTES):
         inside_BM = distances_BM <= radius_M
         balls.append(inside_BM.sum(axis=1))
         held_M += inside_BM.sum(axis=0)

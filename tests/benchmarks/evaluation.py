@@ -6,8 +6,8 @@
 
 `compare` alternates both sides three times in one process, on the same data files with the same extractor (an untrained
 CLIP of 16 pixels and 512 features, which costs about as much as decoding), and prints the ratio of each pair. `whole`
-compares all samples with a fifth as many of another run, and prints images/s of extraction, seconds of each part, and the
-largest memory of the driver. Run from the root of the repository. Each prints one JSON object.
+compares all samples with a fifth as many of another run, and prints images/s of extraction, seconds of each part, and
+the largest memory of the driver. Run from the root of the repository. Each prints one JSON object.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FEATURES, BATCH, REPEATS = 512, 64, 3
 
 
 def make(out: Path, samples: int) -> dict[str, Any]:
-    """Two runs of RandAugment of a thousand digits with two random seeds, the second a fifth as large; the extractor."""
+    """Two runs of RandAugment of a thousand digits by two random seeds, the second a fifth as large; an extractor."""
     for seed, (name, images) in enumerate((("samples", samples), ("other", samples // 5))):
         complete(parse_run({
             "name": name, "out": str(out), "seed": seed, "data": {"source": "digits", "split": "pool"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from rayexpand.cli.main import app
 from rayexpand.contract.errors import ConfigError, ModelError, UsageError
 from rayexpand.contract.rng import RowRng
-from rayexpand.evaluation import presets
+from rayexpand.evaluation import features, presets
 from rayexpand.evaluation.evaluate import evaluate, in_process, metric_problems
 from rayexpand.evaluation.features import (
     ExtractorConfig,
@@ -194,6 +195,62 @@ def test_the_network_is_that_of_torch_fidelity(converted: Path, published: Path)
     (expected,) = theirs(torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
     assert np.allclose(extractor(brought), expected.numpy(), atol=1e-4 * float(expected.std()))
+
+
+def as_published(monkeypatch: pytest.MonkeyPatch, preset: str, file: Path) -> Path:
+    """Converts a file of a publisher, as if it were the known one."""
+    content = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setitem(PRESETS, preset, replace(PRESETS[preset], sha256=content))
+    convert(preset, str(file), str(file.with_suffix(".safetensors")))
+    return file.with_suffix(".safetensors")
+
+
+def test_dinov2_is_read_as_its_publisher_saved_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small network in its place: the token of its training is left out, positions are resampled to 224 pixels, and
+    the class token comes out."""
+    import timm
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    saved = timm.create_model("test_vit", num_classes=0, global_pool="token")
+    file = tmp_path / "dinov2.pth"
+    torch.save({**saved.state_dict(), "mask_token": torch.zeros(1, 64)}, file)
+    monkeypatch.setattr(features, "TIMM_DINOV2", "test_vit")
+    extractor = load_extractor(config := by(as_published(monkeypatch, "dinov2_l14", file), "dinov2_l14"))
+    larger = timm.create_model("test_vit", num_classes=0, img_size=224).eval()
+    larger.load_state_dict(checkpoint_filter_fn(saved.state_dict(), larger))
+    mean, std = (torch.tensor(larger.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    pixels = images(2, 224)
+    with torch.no_grad():
+        expected = larger((torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std)
+
+    assert extractor.size == 224
+    assert np.allclose(extractor(pixels), expected.numpy(), atol=1e-4)
+    assert (key_of("fd", config), key_of("kd", config)) == ("fd_dinov2", "kd_dinov2_l14")
+
+
+def test_clip_is_read_as_openai_saved_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small network in its place, with its text, and QuickGELU as OpenAI trained it."""
+    import open_clip
+
+    config = {"embed_dim": 32, "quick_gelu": True, "text_cfg": {"width": 64, "heads": 1, "layers": 1},
+              "vision_cfg": {"image_size": 28, "layers": 1, "width": 64, "patch_size": 14}}
+    (tmp_path / "openai-small.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    model = open_clip.create_model("openai-small").eval().half().float()  # as they are published
+    file = tmp_path / "clip.pt"
+    torch.save(model.state_dict(), file)
+    monkeypatch.setattr(features, "OPEN_CLIP", "openai-small")
+    named = by(as_published(monkeypatch, "clip_l14_336", file), "clip_l14_336")
+    pixels, texts = images(2, 28), ["a photo of a cat", "a photo of a dog"]
+    mean, std = (torch.tensor(one).view(1, 3, 1, 1) for one in (model.visual.image_mean, model.visual.image_std))
+    with torch.no_grad():
+        expected = model.encode_image((torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std)
+        words = model.encode_text(open_clip.get_tokenizer("openai-small")(texts), normalize=True)
+
+    assert np.allclose(load_extractor(named)(pixels), expected.numpy(), atol=1e-4)
+    assert np.allclose(features.class_texts(named, ["cat", "dog"]), words.numpy(), atol=1e-5)
+    assert (key_of("mmd2_rbf10", named), key_of("fd", named)) == ("cmmd", "fd_clip_l14_336")
+    assert metric_problems(["alignment", "cmmd", "vendi"], named) == []
 
 
 def test_mistakes_of_a_preset(tmp_path: Path) -> None:
