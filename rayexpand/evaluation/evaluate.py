@@ -21,7 +21,7 @@ from rayexpand.contract.settings import Later, Section, mistakes, read
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.evaluation import features as extractors
-from rayexpand.evaluation.extraction import Found, Gathered, OnRows, counted, part_of
+from rayexpand.evaluation.extraction import Found, Gathered, OnRows, ahead, counted, part_of
 from rayexpand.evaluation.features import ExtractorConfig
 from rayexpand.evaluation.measure import measure
 from rayexpand.evaluation.presets import RESERVED
@@ -163,7 +163,7 @@ def _in_process(config: EvaluateConfig, extractor: extractors.Extractor, side: S
     for number, span in enumerate(side.spans):
         chunks = [side.chunks[i] for i in span]
         gathered.add(number, part_of(
-            ((chunk, counted(side.calls(chunk, extractor.size, config.batch, extractor.intake), more))
+            ((chunk, counted(ahead(side.calls(chunk, extractor.size, config.batch, extractor.intake)), more))
              for chunk in chunks), extractor, sums=sums_wanted(config)))
     return gathered.found()
 

@@ -7,7 +7,9 @@ whatever order they come. Images never come to the driver.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ from rayexpand.evaluation.features import Extractor, ImageBatch, stacked
 from rayexpand.evaluation.moments import NONE, Moments, MomentsInOrder
 from rayexpand.evaluation.sides import Side
 
+CALLS_AHEAD = 4  # of one chunk, that wait decoded
 HALVES = (0, 1, 2)  # of the reference; 0: neither, and samples
 
 OnRows = Callable[[str, int, int], None]
@@ -112,6 +115,15 @@ class Gathered:
         sums = Sums(*(half.total for half in self._sums)) if self._summed else None
         classes = self._keys[labels_N] if len(self._keys) and (labels_N >= 0).all() else None
         return Found(h_ND, self._refused, self.size, classes, half_M if half_M.any() else None, sums, self._rows)
+
+
+def ahead(calls: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
+    """The calls, made by a thread while those before are worked on."""
+    with ThreadPoolExecutor(1, thread_name_prefix="calls") as pool:
+        waiting = deque(pool.submit(next, calls, None) for _ in range(CALLS_AHEAD))
+        while (call := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(next, calls, None))
+            yield call
 
 
 def counted(calls: Iterator[ImageBatch], say: Callable[[int], None]) -> Iterator[ImageBatch]:

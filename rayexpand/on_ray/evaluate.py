@@ -5,7 +5,7 @@
 
 An actor works on one span at a time and returns it as one row, so the driver never holds the features of all images.
 On GPUs, tasks on the CPUs that are left over read and decode ahead of each actor; elsewhere each actor reads what it
-extracts. Calls are cut the same way in both, and the driver puts spans together by their numbers, so the numbers do not
+extracts, in a thread ahead. Calls are cut the same way in both, and the driver puts spans together by their numbers, so the numbers do not
 depend on how many actors there are.
 """
 
@@ -26,7 +26,7 @@ import ray
 
 from rayexpand.contract.errors import packed, unpacked
 from rayexpand.evaluation.evaluate import EvaluateConfig, sums_wanted
-from rayexpand.evaluation.extraction import Found, Gathered, OnRows, SpanPart, Sums, part_of
+from rayexpand.evaluation.extraction import CALLS_AHEAD, Found, Gathered, OnRows, SpanPart, Sums, ahead, part_of
 from rayexpand.evaluation.features import Extractor, ExtractorConfig, ImageBatch, extractor_model, load_extractor, moved
 from rayexpand.evaluation.intake import IntakeConfig
 from rayexpand.evaluation.moments import Moments
@@ -35,7 +35,6 @@ from rayexpand.on_ray.pool import Pool, choose_pool, connected, enter, waves
 from rayexpand.on_ray.stage import local, open_model_server
 
 Row = dict[str, list[Any]]
-CALLS_AHEAD = 4  # of one chunk, that wait decoded
 
 
 def extract(config: EvaluateConfig, sha256: str, sides: Sequence[Side], on_rows: OnRows) -> list[Found]:
@@ -89,7 +88,7 @@ class ExtractActor:
         """The calls of each chunk, those of the next `readers` chunks being made ahead by tasks."""
         shape = (extractor.size, self._config.batch, extractor.intake)
         if not self._readers:
-            yield from (side.calls(chunk, *shape) for chunk in chunks)
+            yield from (ahead(side.calls(chunk, *shape)) for chunk in chunks)
             return
         task = read_calls.options(num_returns="streaming", _generator_backpressure_num_objects=CALLS_AHEAD)
         ahead: deque[Any] = deque()

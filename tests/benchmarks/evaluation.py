@@ -1,13 +1,14 @@
 """Evaluation of many samples: images per second beside a plain loop, and the memory of the driver.
 
     python -m tests.benchmarks.evaluation make --out <folder> [--samples 100000]     two runs of digits, once
-    python -m tests.benchmarks.evaluation compare --out <folder> [--images 20000]    features beside a plain loop
+    python -m tests.benchmarks.evaluation compare --out <folder> [--images 20000] [--small]   beside a plain loop
     python -m tests.benchmarks.evaluation whole --out <folder> [--no-ray]            `rayexpand evaluate` of all samples
 
-`compare` alternates both sides three times in one process, on the same data files with the same extractor (an untrained
-CLIP of 16 pixels and 512 features, which costs about as much as decoding), and prints the ratio of each pair. `whole`
-compares all samples with a fifth as many of another run, and prints images/s of extraction, seconds of each part, and
-the largest memory of the driver. Run from the root of the repository. Each prints one JSON object.
+`compare` alternates both sides three times in one process, on the same data files with the same extractor, and prints
+the ratio of each pair: an untrained ResNet-18 at 224 pixels (at most 1,000 images), or with `--small` an untrained CLIP
+of 16 pixels and 512 features, which costs less than decoding. `whole` compares all samples with a fifth as many of
+another run by that CLIP, and prints images/s of extraction, seconds of each part, and the largest memory of the driver.
+Run from the root of the repository. Each prints one JSON object.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
+import timm
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from rayexpand.evaluation.evaluate import EvaluateConfig, in_process, parse
 from rayexpand.evaluation.features import load_extractor
-from rayexpand.evaluation.sides import Side, samples_of
+from rayexpand.evaluation.sides import EVERY_ROW, Side, samples_of
 from rayexpand.runs.config import parse as parse_run
 from rayexpand.runs.run import open_run
 from tests.conftest import complete
@@ -49,6 +52,7 @@ def make(out: Path, samples: int) -> dict[str, Any]:
             "method": {"name": "classical", "policy": "randaugment", "ratio": images // 1000},
             "sampler": {"batch": 250, "shard_images": 1000}}))
     tiny_clip(out / "clip", features=FEATURES)
+    save_file(timm.create_model("resnet18").state_dict(), out / "resnet18.safetensors")
     return {"samples": samples, "bytes": sum(file.stat().st_size for file in out.rglob("*.parquet"))}
 
 
@@ -62,10 +66,12 @@ def raw_of(out: Path, **fields: Any) -> dict[str, Any]:
                           "id_column": "sample_id"}, **fields}
 
 
-def compare(out: Path, images: int) -> dict[str, Any]:
-    config = config_of(out, metrics=["fd", "kd"])
+def compare(out: Path, images: int, small: bool) -> dict[str, Any]:
+    config = config_of(out, metrics=["fd", "kd"], **({} if small else {"extractor": {
+        "timm": "resnet18", "checkpoint": str(out / "resnet18.safetensors"), "device": "cpu"}}))
+    images = images if small else min(images, 1000)
     run = open_run(str(out / "samples"))
-    whole = samples_of(run, config.choice)
+    whole = samples_of(run, EVERY_ROW)
     side = replace(whole, chunks=whole.chunks[:images // whole.chunks[0].num_rows])
     ratios, rates = [], []
     for _ in range(REPEATS):
@@ -130,13 +136,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=100_000)
     parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--small", action="store_true")
     parser.add_argument("--no-ray", action="store_true")
     parser.add_argument("--metrics", nargs="+", default=["fd", "kd", "density_coverage", "vendi"])
     given = parser.parse_args()
     if given.what == "make":
         found = make(given.out, given.samples)
     elif given.what == "compare":
-        found = compare(given.out, given.images)
+        found = compare(given.out, given.images, given.small)
     else:
         found = whole(given.out, given.no_ray, given.metrics)
     print(json.dumps(found))
