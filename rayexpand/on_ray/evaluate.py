@@ -5,8 +5,8 @@
 
 An actor works on one span at a time and returns it as one row, so the driver never holds the features of all images.
 On GPUs, tasks on the CPUs that are left over read and decode ahead of each actor; elsewhere each actor reads what it
-extracts, in a thread ahead. Calls are cut the same way in both, and the driver puts spans together by their numbers, so the numbers do not
-depend on how many actors there are.
+extracts, in a thread ahead. Calls are cut the same way in both, and the driver puts spans together by their numbers, so
+the numbers do not depend on how many actors there are.
 """
 
 from __future__ import annotations
