@@ -5,10 +5,11 @@
     python -m tests.benchmarks.evaluation whole --out <folder> [--no-ray]            `rayexpand evaluate` of all samples
 
 `compare` alternates both sides three times in one process, on the same data files with the same extractor, and prints
-the ratio of each pair in seconds and in CPU seconds (all a busy machine can compare): an untrained ResNet-18 at 224 pixels (at most 1,000 images), or with `--small` an untrained CLIP
-of 16 pixels and 512 features, which costs less than decoding. `whole` compares all samples with a fifth as many of
-another run by that CLIP, and prints images/s of extraction, seconds of each part, and the largest memory of the driver.
-Run from the root of the repository. Each prints one JSON object.
+the ratio of each pair in seconds and in CPU seconds (which a busy machine disturbs less): an untrained ResNet-18 at 224
+pixels (at most 1,000 images), or with `--small` an untrained CLIP of 16 pixels and 512 features, which costs less than
+decoding. `whole` compares all samples with a fifth as many of another run by that CLIP, and prints images/s of
+extraction, seconds of each part, and the largest memory of the driver. Run from the root of the repository. Each prints
+one JSON object.
 """
 
 from __future__ import annotations
