@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
+from rayexpand.classifier.recipe import make_recipe
 from rayexpand.contract.device import choose_device, torch_threads
 from rayexpand.contract.errors import UsageError
 from rayexpand.runs.config import RunConfig
@@ -84,7 +85,7 @@ def overhead(augmented: float, plain: float) -> float:
 
 
 def bench_study(config: StudyConfig, images: int = 0) -> TrainingBench:
-    """Times at least `images` images of every arm with the first seed. Writes bench-<batch of the baseline>.json in the
+    """Times at least `images` images of every arm with the first seed. Writes bench-<batch of the recipe>.json in the
     study's folder, and nothing else there that `train` would not find again.
 
     Raises what `prepare_study` raises, and UsageError where an expansion of an arm is not complete.
@@ -103,7 +104,8 @@ def bench_study(config: StudyConfig, images: int = 0) -> TrainingBench:
     costs, plain = _costs(study, trials, works, rounds)
     timed = ROUNDS * per_round * min(work.feed.batch for work in works.values())
     found = TrainingBench(costs, plain.arm, timed, device)
-    replace_json(study.files, f"bench-{plain.batch}.json", found.to_json())
+    batch = make_recipe(config.recipe).batch  # an epoch of fewer rows than that is one smaller batch
+    replace_json(study.files, f"bench-{batch}.json", {**found.to_json(), "recipe_batch": batch})
     return found
 
 

@@ -199,8 +199,10 @@ def _values(scores: Mapping[str, Any]) -> dict[str, float]:
 def bench_records(source: str, files: Files) -> Iterator[Record]:
     """Lines of the benches in the folder of a study."""
     for name in sorted(one for one in files.list("", "bench-") if re.fullmatch(r"bench-\d+\.json", one)):
-        for line in (healthy_json(files, name) or {"arms": ()})["arms"]:
-            yield Record(source, line["arm"], 0, line, {"recipe": {"batch": line["batch"]}}, overhead=line["overhead"])
+        found = healthy_json(files, name) or {"arms": ()}
+        for line in found["arms"]:
+            batch = found.get("recipe_batch", line["batch"])
+            yield Record(source, line["arm"], 0, {**line, "batch": batch}, overhead=line["overhead"])
 
 
 def _drawn(view: RunView, receipt: Receipt) -> tuple[int, int]:
