@@ -53,6 +53,7 @@ class Wanted:
     found: Pivot
     prices: PriceConfig
     lines: Mapping[str, int | None]
+    scores: tuple[str, ...]  # measures of samples that trials have
 
     @property
     def title(self) -> str:
@@ -87,6 +88,12 @@ class Wanted:
         span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         return f"n = {span} trial{'s' if counts != [1] else ''}"
 
+    def over(self, error: str) -> str:
+        """What a mean is of, and what stands after ±."""
+        if all(len(cell.values) == 1 for cell in self.found.cells.values()):
+            return "One number in each place, so there is no error."
+        return f"Mean ± {error} over {self.n}."
+
     def shown(self, *words: str, tables: tuple[NumberTable, ...] = (), figure: Figure | None = None) -> Shown:
         pooled = ("Some of these means pool several arms or settings of one seed, so that ± is not of repetitions "
                   "alone; add a field to rows, columns or panels, or keep one value of it, to tell them apart.",)
@@ -118,11 +125,13 @@ def pivot_figures(config: PivotConfig, records: Records) -> list[Shown]:
     real = dict.fromkeys(one.line for one in records.trials if one.line not in synthetic)
     colours = {**{name: i for i, name in enumerate(synthetic)},
                **{name: i + len(synthetic) - 1 if i else None for i, name in enumerate(real)}}
+    scores = (*dict.fromkeys(f"samples.{name}" for one in records.trials for name in one.samples), *dict.fromkeys(
+        f"score.{name}" for one in records.trials if one.run for file in one.run.scores.values() for name in file))
     shown = []
     for name, one in config.figures.items():
         try:
             found = _numbers(one, records, config.prices)
-            shown.append(_KINDS[one.kind](Wanted(name, one, found, config.prices, colours)))
+            shown.append(_KINDS[one.kind](Wanted(name, one, found, config.prices, colours, scores)))
         except UsageError as error:
             raise UsageError(f"figures.{name}: {error}") from error
     return shown
@@ -147,14 +156,14 @@ def _numbers(one: PivotFigure, records: Records, prices: PriceConfig) -> Pivot:
 def _table(wanted: Wanted) -> Shown:
     one, found = wanted.asked, wanted.found
     return wanted.shown(
-        f"Mean ± standard deviation (ddof {one.ddof}) over {wanted.n}."
+        wanted.over(f"standard deviation (ddof {one.ddof})")
         + f" Below it the difference to {wanted.against}." * bool(found.differences)
         + " Average: of the means over the columns, where none is missing." * one.average,
         tables=pivot_tables(wanted.name, one, found, wanted.named))
 
 
 def _bars(wanted: Wanted) -> Shown:
-    return wanted.shown(f"Mean ± standard error over {wanted.n}.", figure=grouped_bars(
+    return wanted.shown(wanted.over("standard error"), figure=grouped_bars(
         wanted.name, wanted.found, wanted.named, wanted.series, wanted.title))
 
 
@@ -167,7 +176,7 @@ def _lines(wanted: Wanted) -> Shown:
                    wanted.title, [wanted.named(tick) for tick in ticks])
     rings = any(line.get("crossover") is not None for panel in figure.numbers["panels"] for line in panel["lines"])
     return wanted.shown(
-        f"Mean ± one standard error over {wanted.n}; points at one x stand side by side."
+        wanted.over("standard error") + " Points at one x stand side by side."
         + f" A ring with a number: where the means of a line that begins below {wanted.against} reach it." * rings,
         figure=figure)
 
@@ -197,7 +206,7 @@ def _panel(wanted: Wanted, panel: Value, value: Measure, named: bool) -> Panel:
 def _heat(wanted: Wanted) -> Shown:
     names = wanted.field(wanted.asked.rows), wanted.field(wanted.asked.columns)
     return wanted.shown(f"Gain over {wanted.against}. " * bool(wanted.found.differences)
-                        + f"Mean ± standard error over {wanted.n}; a frame marks the largest.",
+                        + wanted.over("standard error") + " A frame marks the largest.",
                         figure=heat(wanted.name, wanted.found, wanted.named, names, wanted.title))
 
 
@@ -211,9 +220,10 @@ def _scatter(wanted: Wanted) -> Shown:
                 words = ", ".join(filter(None, (wanted.named(row), wanted.named(column) if column != ALL else "")))
                 points.append((_point(words, cells[0], 0.0, series), _point(words, cells[1], 0.0, series)))
     if not points:
-        raise UsageError(f"no {wanted.asked.rows} has both {x.name} and {y.name}")
+        raise UsageError(f"no {wanted.asked.rows} has both {x.name} and {y.name}; the samples of these trials have "
+                         f"{', '.join(wanted.scores) or 'no scores'}")
     figure = scatter(wanted.name, points, (x.label, y.label), wanted.title)
-    return wanted.shown(said_of(figure), f"Mean ± standard error over {wanted.n}.", figure=figure)
+    return wanted.shown(said_of(figure), wanted.over("standard error"), figure=figure)
 
 
 def _made(wanted: Wanted) -> Shown:

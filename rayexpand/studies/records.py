@@ -20,6 +20,7 @@ from typing import Any
 
 from rayexpand.contract.errors import RayexpandError, UsageError
 from rayexpand.contract.schema import Receipt, Status
+from rayexpand.evaluation.features import with_current_names
 from rayexpand.runs.status import RunView, view_run
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
@@ -155,7 +156,7 @@ def _record(source: str, study: StudyView, result: Result, bench: Sequence[Recor
         settings["fit"] = expansion.get("fit") or {}
     if run is not None:
         settings |= {name: run.config.get(name) or {} for name in SECTIONS if name not in settings}
-    scores = study.scores.get(result["trial"], {}).get("scores", {})
+    scores = study.scores.get(result["trial"], {"scores": {}})
     batch = settings["recipe"].get("batch")
     timed = [one for one in bench if one.arm == result["arm"] and one.result["batch"] == batch]
     return Record(source, result["arm"], result["seed"], result, settings, _values(scores), run,
@@ -172,7 +173,7 @@ def _run(folder: str, given: Sequence[tuple[str, str, Mapping[str, float]]]) -> 
     for name in sorted(one for one in files.list("scores") if one.endswith(".json")):
         found = healthy_json(files, f"scores/{name}")
         if found is not None and found.get("run_digest") == facts["run_digest"]:
-            scores[name.removesuffix(".json")] = _values(found.get("scores") or {})
+            scores[name.removesuffix(".json")] = _values(found)
     scores |= {name: values for digest, name, values in given if digest == facts["run_digest"]}
     return RunNumbers(folder, facts["config"], facts["run_digest"], facts["classes"], scores)
 
@@ -183,12 +184,13 @@ def _score_file(place: str) -> tuple[str, str, Mapping[str, float]]:
     found = healthy_json(open_files(folder or "."), name)
     if found is None or not {"run_digest", "scores"} <= found.keys():
         raise UsageError(f"scores: {place} is no result of `rayexpand evaluate`; give <run>/scores/<name>.json")
-    return found["run_digest"], str(found.get("name") or name.removesuffix(".json")), _values(found["scores"])
+    return found["run_digest"], str(found.get("name") or name.removesuffix(".json")), _values(found)
 
 
-def _values(scores: Mapping[str, Any]) -> dict[str, float]:
+def _values(result: Mapping[str, Any]) -> dict[str, float]:
     """Score -> number, of files that have {value, ...} and of those that have a number; <score>.reference and .floor
     are of real images."""
+    scores = with_current_names({"scores": {}, **result})["scores"]
     plain = {name: one.get("value") if isinstance(one, Mapping) else one for name, one in scores.items()}
     plain |= {f"{name}.{other}": one.get(other) for name, one in scores.items() if isinstance(one, Mapping)
               for other in ("reference", "floor")}
