@@ -33,6 +33,9 @@ def train(file: File, set_: Set = None, machine: Machine = None, trust: Trust = 
         show_table(*found.table(numbers))
         for line in numbers.get("notes", ()):
             print(f"\n{line}")
+        if worth := numbers.get("value"):
+            print("".join(f"\n{line}" for line in [worth["first"], *(one["sentence"] for one in (
+                *worth.get("arms", ()), *worth.get("crossovers", ())))]))
         if numbers["sees"]:
             print(f"\nthis study {numbers['sees']['sentence']}")
         if further := found.further(numbers):

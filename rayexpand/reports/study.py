@@ -42,6 +42,7 @@ from rayexpand.studies.summary import (
     write,
     write_numbers,
 )
+from rayexpand.studies.value import two_digits
 
 __all__ = ["summary", "write_study_report"]
 
@@ -280,4 +281,4 @@ def _count(found: Mapping[str, Any] | None) -> str:
 
 _FILTERS: dict[str, Callable[..., Any]] = {
     "number": _count, "duration": duration, "points": points, "percent": lambda x: f"{100 * x:.1f}",
-    "plus_minus": plus_minus, "said_of": said_of}
+    "plus_minus": plus_minus, "said_of": said_of, "two_digits": two_digits}

@@ -111,7 +111,7 @@ def _controls(study: Study, arms: Sequence[Arm], epoch_rows: Sequence[tuple[int,
     """
     taken = {arm.name for arm in arms}
     served = {(rows, _recipe_digest(arm)) for arm, rows in zip(arms, epoch_rows, strict=True)
-              if arm.config.use is None and arm.config.mix is None and arm.baseline is None}
+              if arm.config.use is None and arm.config.mix is None and arm.baseline is None and arm.value is None}
     found = []
     for arm, rows in zip(arms, epoch_rows, strict=True):
         is_wanted = arm.config.use is not None and arm.config.control and arm.config.replace is None

@@ -251,16 +251,21 @@ def _sentence(one: Mapping[str, Any], curve: _Curve, flat: bool) -> str:
     if one["case"] == "below":
         return f"{who} is harmful, worth less than {one['bound']:.2g} real images {sides} {place}" if (
             one["role"] == "samples") else f"{who} is worth less than {one['bound']:.2g} real images {sides} {place}"
-    return f"{who} is worth {one['k']:.2f} real images {sides} {place}"
+    return f"{who} is worth {two_digits(one['k'])} real images {sides} {place}"
 
 
 def _interval(one: Mapping[str, Any]) -> str:
-    k = "outside the curve" if one["k"] is None else f"{one['k']:.2f}"
+    k = "outside the curve" if one["k"] is None else two_digits(one["k"])
     return f"{k} [{_side(one['low'])}, {_side(one['high'])}]"
 
 
 def _side(value: float | None) -> str:
-    return "open" if value is None else f"{value:.2f}"
+    return "open" if value is None else two_digits(value)
+
+
+def two_digits(value: float) -> str:
+    """Two decimals; no sign of what rounds to zero."""
+    return f"{value:.2f}".replace("-0.00", "0.00")
 
 
 def _further(one: Mapping[str, Any]) -> str:

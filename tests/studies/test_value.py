@@ -11,7 +11,9 @@ import pytest
 from rayexpand.api.verbs import plan, validate
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.loader.training_set import TrainingSet
+from rayexpand.reports.figure import read_figure
 from rayexpand.reports.study import write_study_report
+from rayexpand.storage.places import open_files
 from rayexpand.studies.config import parse_study
 from rayexpand.studies.parts import Study
 from rayexpand.studies.study import prepare_study
@@ -73,6 +75,11 @@ def test_worth_by_hand(tmp_path: Path) -> None:
     assert section(page, "value").startswith("> What is one sample worth? " + found["first"])
     assert one["sentence"] in section(page, "value")
     assert page.index('id="value"') < page.index('id="answer"'), "it is the first sentence of the page"
+    drawn = read_figure(open_files(study.folder), "value")
+    assert [(one["n_eq"], one["k"]) for one in drawn["arms, top-1 in %, n_eq and k in real images"]] == [
+        (line["n_eq"], line["k"]) for line in found["arms"]]
+    assert [one["top1"] for one in drawn["curve, images and top-1 in %"]] == pytest.approx(
+        [100 * share for share in REAL.values()])
     assert not [c for c in summary(study.folder)["comparisons"] if "value" in c["arm"]], "judged here and nowhere else"
 
 
@@ -202,6 +209,7 @@ def test_value_becomes_ordinary_trials_of_equal_length(study: Study) -> None:
     assert counts["value: real 1x and flips 2x"] == (20, 40)
     assert counts["value: flips 2x"] == (0, 40)
     assert {one.control_of for one in make_trials(study) if one.value} == {""}, "the checks are their controls"
+    assert {"original repeated 2x", "original repeated 4x"} <= {one.arm for one in make_trials(study)}, "of other arms"
 
 
 def test_sizes_lie_in_each_other_and_held_out_images_in_none(study: Study) -> None:
