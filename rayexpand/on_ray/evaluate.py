@@ -91,13 +91,13 @@ class ExtractActor:
             yield from (ahead(side.calls(chunk, *shape)) for chunk in chunks)
             return
         task = read_calls.options(num_returns="streaming", _generator_backpressure_num_objects=CALLS_AHEAD)
-        ahead: deque[Any] = deque()
+        waiting: deque[Any] = deque()
         for chunk in chunks:
-            ahead.append(task.remote(side, chunk, *shape, os.getcwd()))
-            if len(ahead) == self._readers:
-                yield map(ray.get, ahead.popleft())
-        while ahead:
-            yield map(ray.get, ahead.popleft())
+            waiting.append(task.remote(side, chunk, *shape, os.getcwd()))
+            if len(waiting) == self._readers:
+                yield map(ray.get, waiting.popleft())
+        while waiting:
+            yield map(ray.get, waiting.popleft())
 
     def _get(self) -> Extractor:
         if self._extractor is None:
