@@ -12,6 +12,7 @@ Parts of the result (audit_files.py) are written as chunks come in, so a stopped
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayexpand.contract.errors import UsageError
+from rayexpand.contract.errors import DamagedFile, UsageError
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.settings import digest
 from rayexpand.data.seeds import build_index
@@ -33,6 +34,8 @@ from rayexpand.evaluation.known_copies import EDITS, STRENGTHS, has_img2img
 from rayexpand.runs.config import RuntimeConfig
 from rayexpand.runs.run import Run
 from rayexpand.storage.tables import parquet_bytes, parquet_facts, read_table
+
+log = logging.getLogger(__name__)
 
 CHUNK = 2048  # seeds or held-out images of one chunk
 KNOWN_CHUNK = 64  # known copies of one
@@ -154,19 +157,31 @@ class _Parts:
         return pa.concat_tables([known[chunk.key] for chunk in chunks])
 
     def _known(self, wanted: set[str]) -> dict[str, pa.Table]:
-        """Tables by the key of their chunk; parts of another audit, and of data files that are no more, are removed."""
+        """Tables by the key of their chunk; parts that are damaged, of another audit, or of data files that are no more, are
+        removed."""
         found: dict[str, pa.Table] = {}
         files = self.run.files
         for name in part_names(files, self.folder):
-            facts = parquet_facts(files, f"{self.folder}/{name}", JOB) or {}
-            if facts.get("job") != self.identity or not {key for key, _ in facts["chunks"]} <= wanted - found.keys():
+            table, start = self._part(name, wanted - found.keys()), 0
+            if table is None:
                 files.delete(f"{self.folder}/{name}")
                 continue
-            table, start = read_table(files, f"{self.folder}/{name}").replace_schema_metadata(), 0
+            facts = json.loads(table.schema.metadata[JOB])
             for key, rows in facts["chunks"]:
-                found[key] = table.slice(start, rows).select(COUNTED)
+                found[key] = table.slice(start, rows).select(COUNTED).replace_schema_metadata()
                 start += rows
         return found
+
+    def _part(self, name: str, wanted: set[str]) -> pa.Table | None:
+        """None where it is of another audit, of other chunks, or damaged."""
+        files, file = self.run.files, f"{self.folder}/{name}"
+        try:
+            facts = parquet_facts(files, file, JOB) or {}
+            is_ours = facts.get("job") == self.identity and {key for key, _ in facts["chunks"]} <= wanted
+            return read_table(files, file) if is_ours else None
+        except DamagedFile as error:
+            log.warning("%s. It is made again", error)
+            return None
 
     def _keep(self, tables: Sequence[tuple[str, pa.Table]]) -> dict[str, pa.Table]:
         facts = {"job": self.identity, "chunks": [(key, table.num_rows) for key, table in tables]}
@@ -214,6 +229,8 @@ def _counts(run: Run, rows: pa.Table, tau: Mapping[str, float], tau_copy: Mappin
     scopes: dict[str, Any] = {}
     for scope in ("own", *tau):
         s_N = numbers(rows, scope)
+        if scope == "class" and len(tau) > 1 and np.isnan(s_N).all():
+            continue  # every class has one seed
         copy_N = s_N > tau_copy[statistics.judged_by(scope, tau)]
         scopes[scope] = {**statistics.scope_counts(s_N, scope, tau, tau_copy),
                          "by_strength": _shares(copy_N, strength_N), "by_class": _largest(copy_N, label_N, keys)}

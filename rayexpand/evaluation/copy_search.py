@@ -246,7 +246,8 @@ class Searcher:
         self._centre = found.h_MD[self._at].mean(axis=0, dtype=np.float64) if config.centre else None
         self._unit_MD = unit_rows(found.h_MD, self._centre)
         self._of_class: dict[int, tuple[np.ndarray, References]] = {}
-        self._pixels = np.sort(found.pixels_M[self._at])
+        self._pixels, times = np.unique(found.pixels_M[self._at], return_counts=True)
+        self._wanted = config.top + int(times.max(initial=1))  # the own pixels may be listed under several classes
 
     @cached_property
     def _all(self) -> References:
@@ -264,7 +265,7 @@ class Searcher:
         own = np.full(count, np.nan, np.float32)
         own[has_own] = similarities(q_ND[has_own], self._unit_MD, own_N[has_own, None])[:, 0]
         found: dict[str, np.ndarray] = {"own": own}
-        wanted = self._config.top + 1  # one may be the own seed
+        wanted = self._wanted
         in_class = np.full((count, wanted), -np.inf, np.float32), np.full((count, wanted), -1)
         for label in np.unique(label_N[label_N >= 0]).tolist():
             rows, (at, references) = label_N == label, self._class(label)

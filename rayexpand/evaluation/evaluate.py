@@ -21,6 +21,7 @@ from rayexpand.contract.settings import Later, Section, mistakes, read
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.evaluation import features as extractors
+from rayexpand.evaluation.audit_files import committed_sha256
 from rayexpand.evaluation.extraction import Found, Gathered, OnRows, ahead, counted, part_of
 from rayexpand.evaluation.features import ExtractorConfig
 from rayexpand.evaluation.measure import measure
@@ -131,7 +132,8 @@ def evaluate(config: EvaluateConfig, extract: Extract, on_rows: OnRows = lambda 
                        texts=texts_of(config, run))
     result = {
         "name": config.name, "run": str(run.folder), "run_digest": run.facts["run_digest"], "version": __version__,
-        "created": time.time(), "config": config.model_dump(mode="json"),
+        "committed_sha256": committed_sha256(run.store.receipts()), "created": time.time(),
+        "config": config.model_dump(mode="json"),
         "extractor": facts_of(config.extractor, sha256, found[0].size),
         **measured, "refused": {side.name: one.refused for side, one in zip(sides, found, strict=True)},
         "warnings": _warnings(run, config, sides, found) + measured["warnings"],

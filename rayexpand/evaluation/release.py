@@ -54,7 +54,7 @@ def release_sheet(view: RunView, chosen: Selection | None = None, *, exported: b
     generator, adapter and seeds; None: as the card of the run states."""
     if kept is None:
         kept = class_counts(view) if chosen is None else _counts_of(view, chosen)
-    return [*_copies(view, chosen), _membership(view), _classes(view, kept), _labels(view.files), _mark(exported),
+    return [*_copies(view, chosen), _membership(view), _classes(view, kept), _labels(view, chosen), _mark(exported),
             _licenses(view, stated_licenses(view.files) if licenses is None else licenses)]
 
 
@@ -85,9 +85,11 @@ def _copies(view: RunView, chosen: Selection | None) -> list[ReleaseLine]:
     scopes = found["scopes"] if chosen is None else _scopes_of(view.files, found, chosen)
     by = f"by {found['extractor']['name']}, audit {found['audit']}"
     copied = [f"{one['copies']:,} of another seed {SCOPES[scope]}" for scope, one in scopes.items() if scope in SCOPES]
+    unseen = "" if "all" in scopes else "; seeds of other classes were not looked at"
     lines = [ReleaseLine("copies", _passed(not any(scopes[one]["copies"] for one in SCOPES if one in scopes)),
                          f"copies among {scopes['own']['of']:,} samples: {', '.join(copied)}; "
-                         f"{scopes['own']['copies']:,} of their own seed ({by})")]
+                         f"{scopes['own']['copies']:,} of their own seed{unseen} ({by})"
+                         )]
     nulls = {scope: one["null"] for scope, one in scopes.items() if "null" in one}
     words = [f"{SCOPES[scope]} {one['observed']:,} above tau, {one['expected']:.3g} expected, excess at most "
              f"{100 * one['excess']['high']:.2g} %" for scope, one in nulls.items()]
@@ -114,12 +116,17 @@ def _membership(view: RunView) -> ReleaseLine:
                            "section membership does")
     mine, private, null = (one["tpr_at_fpr_001"] for one in (found, found["private"], found["null"]))
     planted, is_low = found["planted"], mine["low"] <= null["high"]
+    by = f"audit {found['audit']}"
     if is_low and not planted["seen_by"]:
-        return ReleaseLine("membership", "not measured", f"no attack of audit {found['audit']} finds the image that it "
+        return ReleaseLine("membership", "not measured", f"no attack of {by} finds the image that it "
                            f"lists {planted['repeats']} times, so what they do not find may be there")
+    if is_low and private["low"] <= null["high"]:
+        return ReleaseLine("membership", "not measured", f"{by} is too small: even of classifiers of the real images it "
+                           f"finds {_share(private)} of the members at one false alarm in 1,000, with permuted "
+                           f"memberships {_share(null)}; audit more images, or with more shadows")
     return ReleaseLine("membership", _passed(is_low), (
         f"attack by {found['worse']}: {_share(mine)} of the members found at one false alarm in 1,000; of a classifier "
-        f"of the real images {_share(private)}, with permuted memberships {_share(null)} (audit {found['audit']}). An "
+        f"of the real images {_share(private)}, with permuted memberships {_share(null)} ({by}). An "
         "attack that finds nothing proves nothing"))
 
 
@@ -136,12 +143,15 @@ def _classes(view: RunView, kept_K: np.ndarray) -> ReleaseLine:
         f"; none of {', '.join(classes.display[label] for label in empty[:5])}" if empty else ""))
 
 
-def _labels(files: Files) -> ReleaseLine:
-    """Of the newest result of `evaluate` that asked the guide."""
+def _labels(view: RunView, chosen: Selection | None) -> ReleaseLine:
+    """Of the newest result of `evaluate` that asked the guide about these samples."""
+    samples = {"selection": None if chosen is None else chosen.name, "copies": None}
+    made, files = committed_sha256(view.receipts), view.files
     results = [one for name in files.list("scores") if name.endswith(".json")
-               if (one := read_json(files, f"scores/{name}")) and "clip_top1" in one.get("scores", {})]
+               if (one := read_json(files, f"scores/{name}")) and "clip_top1" in one.get("scores", {})
+               and one.get("committed_sha256") == made and {key: one["config"][key] for key in samples} == samples]
     if not results:
-        return ReleaseLine("labels", "not measured", "no result of `rayexpand evaluate` has clip_top1")
+        return ReleaseLine("labels", "not measured", "no result of `rayexpand evaluate` has clip_top1 of these samples")
     newest = max(results, key=lambda one: one["created"])
     found = newest["scores"]["clip_top1"]
     real = found.get("reference")

@@ -20,7 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -250,8 +250,8 @@ class SeedCopies(Rule):
                        "section copies")
     against: Literal["own", "class", "all"] = Field("all", description="own: the seed it was made from; class: the "
                                                     "nearest other seed of its class; all: the nearest other seed")
-    threshold: float | Literal["calibrated"] = Field("calibrated", description="similarity above which a sample is "
-                                                     "dropped, or calibrated: the audit's own tau_copy")
+    threshold: Annotated[float, Field(ge=-1, le=1)] | Literal["calibrated"] = Field(
+        "calibrated", description="similarity above which a sample is dropped, or calibrated: the audit's own tau_copy")
 
     def wants(self) -> frozenset[str]:
         return frozenset({COPIES[self.against]})
@@ -259,6 +259,9 @@ class SeedCopies(Rule):
     def calibrated(self, found: Mapping[str, Any]) -> SeedCopies:
         """With the threshold of an audit's entry `copies`. Raises UsageError where that audit cannot see copies, or did
         not look there."""
+        if self.against == "all" and found["within"] == "class":
+            raise UsageError(f"rule.against: the audit {self.audit!r} compared samples with seeds of their class alone"
+                             "; take class, or audit within: all")
         if self.threshold != "calibrated":
             return self
         if not found["sees_copies"]:

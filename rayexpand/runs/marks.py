@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayexpand.contract.errors import UsageError
@@ -145,14 +146,24 @@ def _images(folder: Path) -> Iterator[tuple[str, bytes]]:
     if not (tables or tars or files):
         raise UsageError(f"{folder} is no export: it has neither data/train-*.parquet, nor train/*.tar, nor images in "
                          "train/<class>/; give the folder that `rayexpand export` wrote")
-    for path in tables:
-        for batch in pq.ParquetFile(path).iter_batches(250, columns=["image", "sample_id"]):
-            for row in batch.to_pylist():
-                yield f"{path.name}: {row['sample_id']}", row["image"]["bytes"]
-    for path in tars:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.endswith((".png", ".jpg")) and (stream := tar.extractfile(member)):
-                    yield f"{path.name}: {member.name}", stream.read()
+    for path in (*tables, *tars):
+        try:
+            yield from _of_table(path) if path.suffix == ".parquet" else _of_tar(path)
+        except (pa.ArrowException, OSError, tarfile.TarError) as error:
+            raise UsageError(f"{path} is damaged, so its marks are not known ({error}); export the run "
+                             "again") from error
     for path in files:
         yield str(path.relative_to(folder)), path.read_bytes()
+
+
+def _of_table(path: Path) -> Iterator[tuple[str, bytes]]:
+    for batch in pq.ParquetFile(path).iter_batches(250, columns=["image", "sample_id"]):
+        for row in batch.to_pylist():
+            yield f"{path.name}: {row['sample_id']}", row["image"]["bytes"]
+
+
+def _of_tar(path: Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.name.endswith((".png", ".jpg")) and (stream := tar.extractfile(member)):
+                yield f"{path.name}: {member.name}", stream.read()

@@ -113,6 +113,8 @@ def audit(config: AuditConfig, find: Work, machines: Machines, progress: Listene
     from rayexpand.studies.attacks import audit_membership
 
     section, place = config.audit, place_of(config)
+    if section.membership is not None and section.run is not None:
+        shadows.refuse_unrelated(section.membership, runs.open_run(section.run))
     if section.copies is not None:
         assert section.run is not None
         started = time.perf_counter()

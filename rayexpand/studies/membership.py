@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from rayexpand.artifacts.store import read_facts
@@ -139,8 +140,20 @@ def made_otherwise(config: MembershipConfig, run: Run, cluster: ClusterConfig) -
                           {"method": new.method.model_dump(mode="json"), "image": new.image.model_dump(mode="json")})
     if "prior" in new.needs and (fit is None or fit.pretrain is None) and old.prior.weights != new.prior.weights:
         changed.append(f"prior.weights: {old.prior.weights!r} -> {new.prior.weights!r}")
+    was_tuned, is_tuned = bool(old.artifacts.get("adapter")), fit is not None and fit.adapter is not None
+    if was_tuned != is_tuned:
+        changed.append(f"fit.adapter: {'there' if was_tuned else 'none'} -> {'there' if is_tuned else 'none'}")
     return [f"expansion: {run.folder} was made otherwise ({'; '.join(changed[:3])}), so nothing would follow for its "
             "samples; say here how it was made, or take audit.run out"] if changed else []
+
+
+def refuse_unrelated(config: MembershipConfig, run: Run) -> None:
+    """Raises UsageError where no audited image is a seed of the run that the audit lies in."""
+    ids = build_index(config.data).table["seed_id"]
+    if not pc.any(pc.is_in(ids, run.plan.index.table["seed_id"].combine_chunks())).as_py():
+        raise UsageError(f"audit.membership.data: none of the {len(ids):,} images is a seed of {run.folder}, so "
+                         "nothing would follow for its samples; name the images that it was made from, or take "
+                         "audit.run out")
 
 
 def _extractor_problems(config: MembershipConfig, study: StudyConfig) -> list[str]:

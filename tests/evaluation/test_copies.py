@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 from scipy.ndimage import shift
 from scipy.stats import beta
 from sklearn.datasets import load_digits
@@ -20,6 +21,7 @@ from rayexpand.data.seeds import DataConfig, SeedReader, build_index
 from rayexpand.evaluation import copies, copy_search
 from rayexpand.evaluation import copy_statistics as statistics
 from rayexpand.evaluation.audit_files import copy_rows
+from rayexpand.evaluation.copies_config import CopiesConfig
 from rayexpand.evaluation.search import References, unit_rows
 from rayexpand.evaluation.select import parse as parse_select
 from rayexpand.evaluation.select import select
@@ -121,6 +123,19 @@ def test_cuts_change_no_id_and_a_stopped_audit_goes_on(run: Run, guide: str, mon
         name: row["top_id"] for name, row in wanted.items()}
 
 
+@pytest.mark.parametrize("at", [60, -6])
+def test_a_damaged_part_is_made_again(run: Run, guide: str, at: int) -> None:
+    """A page of it, or its end."""
+    audited(run, guide)
+    wanted, file = by_id(run), Path(str(run.folder), "audit/audit/copies/part-00000.parquet")
+    content = bytearray(file.read_bytes())
+    content[at] ^= 255
+    file.write_bytes(content)
+    audited(run, guide)
+
+    assert by_id(run) == wanted
+
+
 def test_held_out_images_that_are_seeds_are_left_out(run: Run, guide: str) -> None:
     with pytest.raises(UsageError, match=r"of 1,?000 held-out images can be compared"):
         audited(run, guide, held_out={"source": "digits", "split": "pool", "digits_split": 1})
@@ -213,12 +228,38 @@ def test_copies_are_dropped_by_a_selection(run: Run, guide: str) -> None:
 
 
 def test_a_calibrated_selection_takes_the_threshold_of_the_audit() -> None:
-    found = {"sees_copies": True, "words": "", "tau_copy": {"class": 0.8, "all": 0.9}}
+    found = {"sees_copies": True, "words": "", "within": "all", "tau_copy": {"class": 0.8, "all": 0.9}}
 
     assert [SeedCopies(against=one).calibrated(found).threshold for one in ("own", "class", "all")] == [0.8, 0.8, 0.9]
     assert SeedCopies(threshold=0.5).calibrated(found).threshold == 0.5
     with pytest.raises(UsageError, match="knows no threshold, for it is blind"):
-        SeedCopies().calibrated({"sees_copies": False, "words": "it is blind"})
+        SeedCopies().calibrated({**found, "sees_copies": False, "words": "it is blind"})
     assert SeedCopies(against="own").calibrated({**found, "tau_copy": {"all": 0.9}}).threshold == 0.9
     with pytest.raises(UsageError, match="has no threshold of all; it has class"):
         SeedCopies().calibrated({**found, "tau_copy": {"class": 0.8}})
+    for threshold in ("calibrated", 0.5):
+        with pytest.raises(UsageError, match="compared samples with seeds of their class alone"):
+            SeedCopies(threshold=threshold).calibrated({**found, "within": "class"})
+    for nothing in (float("nan"), 1.5):
+        with pytest.raises(ValidationError):
+            SeedCopies(threshold=nothing)
+
+
+def test_the_own_pixels_in_several_classes_are_no_other_seed() -> None:
+    """Also where they take all places that are kept."""
+    h_MD = np.array([[1, 0], [1, 0], [1, 0], [0.6, 0.8]], np.float32)
+    seeds = copy_search.ComparedSeeds(h_MD, np.ones(4, bool), np.array([7, 7, 7, 8], np.uint64), np.arange(4))
+    config = CopiesConfig(held_out=DataConfig(source="digits"), top=1)
+    found = copy_search.Searcher(seeds, config, "cpu")(h_MD[:1], np.array([0]), np.array([0]))
+
+    assert (found["all_at"].tolist(), found["all"].tolist()) == ([3], [pytest.approx(0.6)])
+
+
+def test_a_scope_without_other_seeds_is_left_out(run: Run) -> None:
+    """Of a run with one seed of each class."""
+    rows = pa.table({"label": np.arange(3), "strength": np.ones(3), "own": [0.1, 0.2, 0.9],
+                     "class": np.full(3, np.nan), "all": [0.3, 0.8, 0.1]})
+    tau = {"class": 0.5, "all": 0.5}
+    found = copies._counts(run, rows, tau, tau)["scopes"]
+
+    assert {name: one["copies"] for name, one in found.items()} == {"own": 1, "all": 1}

@@ -74,6 +74,27 @@ def test_copies(run: Run, changes: dict[str, Any], statuses: tuple[str, str], wo
     assert words in found["copies"].text + found["candidates"].text
 
 
+def test_seeds_that_were_not_looked_at_are_named(run: Run) -> None:
+    write(run, "copies", copies(run, scopes={"own": {"of": 40, "copies": 7}, "class": scope(0, 0, 4000)}))
+    assert "7 of their own seed; seeds of other classes were not looked at" in lines(run)["copies"].text
+    write(run, "copies", copies(run))
+    assert "not looked at" not in lines(run)["copies"].text
+
+
+@pytest.mark.parametrize(("changes", "status"), [
+    ({}, "pass"), ({"scores": {"clip_top1": {"value": 0.4, "reference": 0.9}}}, "fail"),
+    ({"config": {"selection": "best", "copies": None}}, "not measured"),
+    ({"config": {"selection": None, "copies": 1}}, "not measured"), ({"committed_sha256": "old"}, "not measured")])
+def test_labels_are_of_these_samples(run: Run, changes: dict[str, Any], status: str) -> None:
+    run.files.make_folder("scores")
+    replace_json(run.files, "scores/a.json", {
+        "name": "a", "created": 1.0, "committed_sha256": committed_sha256(run.store.receipts()),
+        "config": {"selection": None, "copies": None}, "scores": {"clip_top1": {"value": 0.85, "reference": 0.9}},
+        **changes})
+
+    assert lines(run)["labels"].status == status
+
+
 def test_so_many_samples_without_a_candidate_are_enough() -> None:
     count = statistics.least_samples(0.001)
 
@@ -90,6 +111,11 @@ def test_membership(run: Run, low: float, seen_by: list[str], status: str) -> No
                               "worse": "samples", "planted": {"repeats": 50, "seen_by": seen_by}})
     found = lines(run)["membership"]
     assert found.status == status
+    weak = {**rate(0.03, 0.004, 0.05), "private": rate(0.04, 0.005, 0.1), "null": rate(0.001, 0, 0.006)}
+    write(run, "membership", {**weak, "worse": "samples", "planted": {"repeats": 50, "seen_by": ["samples"]}})
+    small = lines(run)["membership"]
+    assert small.status == "not measured"
+    assert "audit release is too small: even of classifiers of the real images" in small.text
     if status == "not measured":
         assert "finds the image that it lists 50 times, so what they do not find may be there" in found.text
         return

@@ -78,3 +78,15 @@ def test_verify_marks_names_what_has_none(make_config: MakeConfig, tmp_path: Pat
     answer = rayexpand("verify", tmp_path / "export", "--marks")
     assert answer.returncode == 1
     assert "has no mark of synthetic origin" in answer.stdout
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "huggingface"])
+def test_a_damaged_export_is_said_to_be_damaged(layout: Any, make_config: MakeConfig, tmp_path: Path) -> None:
+    run = complete(make_config("Fake", ratio=2))[0]
+    export(str(run.folder), str(tmp_path / "export"), layout)
+    file = next(one for one in (tmp_path / "export").rglob("*") if one.suffix in (".tar", ".parquet"))
+    content = file.read_bytes()
+    file.write_bytes(content[:len(content) // 2 + 100])
+
+    with pytest.raises(UsageError, match=f"{file.name} is damaged, so its marks are not known"):
+        check_marks(str(tmp_path / "export"))

@@ -23,6 +23,7 @@ from rayexpand.studies.membership import (
     made_otherwise,
     refuse_shared,
     refuse_unreadable,
+    refuse_unrelated,
     study_of,
 )
 from rayexpand.studies.study import prepare_study
@@ -80,6 +81,17 @@ def test_an_audit_of_a_run_makes_its_shadows_like_the_run() -> None:
     assert made_otherwise(section(), same, ClusterConfig()) == []  # type: ignore[arg-type]
     (line,) = made_otherwise(section(), other, ClusterConfig())  # type: ignore[arg-type]
     assert "runs/run was made otherwise (method.ratio: 3.0 -> 5.0)" in line
+    tuned = SimpleNamespace(folder="runs/run", config=same.config.model_copy(update={"artifacts": {"adapter": "a"}}))
+    (line,) = made_otherwise(section(), tuned, ClusterConfig())  # type: ignore[arg-type]
+    assert "fit.adapter: there -> none" in line
+
+
+def test_an_audit_in_a_run_is_of_its_seeds() -> None:
+    run: Any = SimpleNamespace(folder="runs/run", plan=SimpleNamespace(index=build_index(DataConfig(**DIGITS))))
+
+    refuse_unrelated(section(data={"source": "digits"}), run)
+    with pytest.raises(UsageError, match="none of the 500 images is a seed of runs/run"):
+        refuse_unrelated(section(data={"source": "digits", "split": "test"}), run)
 
 
 def test_a_generator_trained_on_audited_images_is_refused() -> None:
