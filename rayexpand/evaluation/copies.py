@@ -157,8 +157,8 @@ class _Parts:
         return pa.concat_tables([known[chunk.key] for chunk in chunks])
 
     def _known(self, wanted: set[str]) -> dict[str, pa.Table]:
-        """Tables by the key of their chunk; parts that are damaged, of another audit, or of data files that are no more, are
-        removed."""
+        """Tables by the key of their chunk; parts that are damaged, of another audit, or of data files that are no more,
+        are removed."""
         found: dict[str, pa.Table] = {}
         files = self.run.files
         for name in part_names(files, self.folder):

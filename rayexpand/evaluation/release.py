@@ -3,7 +3,8 @@
     line         passes
     copies       no sample is a copy of another seed (own seeds are reported)
     candidates   samples above tau exceed the null rate by less than EXCESS, at 95 % confidence
-    membership   the attack finds no more members, at one false alarm in 1,000, than with permuted memberships
+    membership   the attack finds no more members, at one false alarm in 1,000, than with permuted memberships, where it
+                 does of classifiers of the real images, and finds the planted one
     classes      every class of the seeds has a sample
     labels       the guide sees the label of samples at least AGREEMENT times as often as that of real images
     mark         every image says that it is synthetic
@@ -88,8 +89,7 @@ def _copies(view: RunView, chosen: Selection | None) -> list[ReleaseLine]:
     unseen = "" if "all" in scopes else "; seeds of other classes were not looked at"
     lines = [ReleaseLine("copies", _passed(not any(scopes[one]["copies"] for one in SCOPES if one in scopes)),
                          f"copies among {scopes['own']['of']:,} samples: {', '.join(copied)}; "
-                         f"{scopes['own']['copies']:,} of their own seed{unseen} ({by})"
-                         )]
+                         f"{scopes['own']['copies']:,} of their own seed{unseen} ({by})")]
     nulls = {scope: one["null"] for scope, one in scopes.items() if "null" in one}
     words = [f"{SCOPES[scope]} {one['observed']:,} above tau, {one['expected']:.3g} expected, excess at most "
              f"{100 * one['excess']['high']:.2g} %" for scope, one in nulls.items()]
@@ -121,8 +121,8 @@ def _membership(view: RunView) -> ReleaseLine:
         return ReleaseLine("membership", "not measured", f"no attack of {by} finds the image that it "
                            f"lists {planted['repeats']} times, so what they do not find may be there")
     if is_low and private["low"] <= null["high"]:
-        return ReleaseLine("membership", "not measured", f"{by} is too small: even of classifiers of the real images it "
-                           f"finds {_share(private)} of the members at one false alarm in 1,000, with permuted "
+        return ReleaseLine("membership", "not measured", f"{by} is too small: even of classifiers of the real images "
+                           f"it finds {_share(private)} of the members at one false alarm in 1,000, with permuted "
                            f"memberships {_share(null)}; audit more images, or with more shadows")
     return ReleaseLine("membership", _passed(is_low), (
         f"attack by {found['worse']}: {_share(mine)} of the members found at one false alarm in 1,000; of a classifier "
