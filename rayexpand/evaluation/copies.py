@@ -157,7 +157,7 @@ class _Parts:
         return pa.concat_tables([known[chunk.key] for chunk in chunks])
 
     def _known(self, wanted: set[str]) -> dict[str, pa.Table]:
-        """Tables by the key of their chunk; parts that are damaged, of another audit, or of data files that are no more,
+        """Tables by the key of their chunk; parts that are damaged, of another audit, or of data files that are gone
         are removed."""
         found: dict[str, pa.Table] = {}
         files = self.run.files
