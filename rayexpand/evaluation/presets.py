@@ -109,7 +109,7 @@ def _content_problem(preset: str, path: Path, _version: tuple[int, int], publish
         return (f"it has no record of being made from {PRESETS[preset].source}; make it with `rayexpand "
                 f"convert {preset}`")
     if facts.get(TENSORS) != tensors_sha256(load_file(path)):
-        return ("its tensors are not those that were converted; make it again with `rayexpand convert {preset}`")
+        return f"its tensors are not those that were converted; make it again with `rayexpand convert {preset}`"
     return None
 
 

@@ -58,6 +58,10 @@ class CorruptedSet:
         types, severities = ({cell[part] for cell in self.cells} for part in (0, 1))
         return "" if types == {*COMMON} else f"{len(types)} of {len(COMMON)} types, in {len(severities)} severities"
 
+    def view_of(self, recipe: Recipe) -> Recipe:
+        """How a classifier is shown the images. The files of ImageNet-C were cut to their middle square already."""
+        return recipe.model_copy(update={"resize": None}) if self.called == IMAGENET_C else recipe
+
 
 def open_corrupted(name: str, test: ExtraTest, classes: ClassTable, listed: Listed = build_index) -> CorruptedSet:
     """Lists a set of corrupted images. Raises UsageError where its classes are not those that are trained or its cells
@@ -77,8 +81,9 @@ def open_corrupted(name: str, test: ExtraTest, classes: ClassTable, listed: List
         _refuse_other_images(found)
         corrupted = {}
     prints = [fingerprint(opened.index, data) for data, opened in found.listings]
+    cut = ["not cut again"] if found.called == IMAGENET_C else []
     return replace(found, sha256=digest([found.called, found.fingerprint, prints, list(found.cells), corrupted,
-                                         map_sha256(test.class_map), test.crop_border]))
+                                         map_sha256(test.class_map), test.crop_border, *cut]))
 
 
 def _matched(test: ExtraTest, index: SeedIndex, classes: ClassTable) -> OpenedTest:

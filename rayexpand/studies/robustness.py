@@ -101,17 +101,19 @@ def _passes(study: Study, shown: CorruptedSet, trials: Sequence[Trial]) -> list[
         result = read_result(study.files, trial.name)
         if result is None or result["digest"] != trial.digest:
             continue  # it failed, and that is said already
-        of = result_digest(shown, trial, result)
-        if (healthy_json(study.files, f"{FOLDER}/{shown.name}/{trial.name}.json") or {}).get("digest") != of:
-            view = Recipe(**{**trial.recipe, "checkpoint": None, "pretrained": None}) if trial.is_trained else \
-                load_classifier(study.files, trial).view
+        of, name = result_digest(shown, trial, result), f"{FOLDER}/{shown.name}/{trial.name}.json"
+        if (found := healthy_json(study.files, name) or {}).get("digest") != of:
+            view = shown.view_of(Recipe(**{**trial.recipe, "checkpoint": None, "pretrained": None}) if trial.is_trained
+                                 else load_classifier(study.files, trial).view)
             waiting.setdefault(digest(_seen(view)), []).append((trial, view, of))
-    found = [CorruptedPass(shown, line[0][1], tuple(one[0] for one in line), tuple(one[2] for one in line), BLOCK)
-             for line in waiting.values()]
-    keys = {one.key for one in found}
+        elif found["settings"] != (settings := shown.test.model_dump(mode="json")):  # such as a folder that was moved
+            replace_json(study.files, name, {**found, "settings": settings})
+    passes = [CorruptedPass(shown, line[0][1], tuple(one[0] for one in line), tuple(one[2] for one in line), BLOCK)
+              for line in waiting.values()]
+    keys = {one.key for one in passes}
     folder = f"{FOLDER}/{shown.name}/blocks"
     study.files.delete(*(f"{folder}/{name}" for name in study.files.list(folder) if name[:KEY] not in keys))
-    return found
+    return passes
 
 
 def _seen(view: Recipe) -> list[Any]:

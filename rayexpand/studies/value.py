@@ -91,7 +91,8 @@ def value_of(study: StudyView) -> dict[str, Any] | None:
     failed = [one for one in found["checks"] if not one["passed"]]
     found["arms"] = [] if failed and not found["flat"] else _arms(study, facts, curve, base, found["flat"])
     found["crossovers"] = [] if failed or found["flat"] else _crossovers(facts, curve, base)
-    return {**found, "first": _first(found, failed)}
+    unpriced = "" if failed or found["flat"] else _unpriced(study, found["arms"])
+    return {**found, "unpriced": unpriced, "first": _first(found, failed) + (f" {unpriced}." if unpriced else "")}
 
 
 def _unfinished(study: StudyView, sizes: Sequence[float]) -> str | None:
@@ -165,19 +166,33 @@ def _price(study: StudyView, arm: str, m: float, k: float | None, low: float | N
     with the interval of k turned over; `break_even`: the k at which samples cost as much as real images. None without
     prices, or where seconds are not known."""
     prices = study.config.get("price") or {}
-    results = study.arms[arm]
-    on_gpu = any(str(r.get("device", "")).startswith("cuda") for r in results)
-    hour = prices.get("gpu_hour" if on_gpu else "cpu_hour")
+    results, unit = study.arms[arm], _unit(study, arm)
+    hour = prices.get(f"{unit.lower()}_hour")
     seconds = [(number(r, "expansion_seconds") or 0.0) + (number(r, "fitting_seconds") or 0.0) for r in results]
     if hour is None or not sum(seconds):
         return None
     sample = float(np.mean(seconds)) / 3600 * hour / m
     real = prices.get("real_image")
-    return {"sample": sample, "unit": "GPU" if on_gpu else "CPU",
+    return {"sample": sample, "unit": unit,
             "equivalent": sample / k if k is not None and k > 0 else None,
             "low": sample / high if high is not None and high > 0 else None,
             "high": sample / low if low is not None and low > 0 else None,
             "real": real, "break_even": None if real is None else sample / real}
+
+
+def _unit(study: StudyView, arm: str) -> str:
+    """GPU or CPU: what an hour of a process is of."""
+    return "GPU" if any(str(r.get("device", "")).startswith("cuda") for r in study.arms[arm]) else "CPU"
+
+
+def _unpriced(study: StudyView, arms: Sequence[Mapping[str, Any]]) -> str:
+    """Why prices that are given say nothing of some arms; empty where they do."""
+    if not study.config.get("price") or all(one["price"] for one in arms):
+        return ""
+    unit = next(_unit(study, one["arm"]) for one in arms if not one["price"])
+    if study.config["price"].get(f"{unit.lower()}_hour") is None:
+        return f"No cost is printed: trials ran on a {unit}, and price.{unit.lower()}_hour is not given"
+    return "No cost is printed: how long the samples took is not known"
 
 
 def _crossovers(facts: Mapping[str, Any], curve: _Curve, base: str) -> list[dict[str, Any]]:

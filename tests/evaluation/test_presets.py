@@ -122,7 +122,8 @@ def test_other_content_never_has_it(converted: Path, tmp_path: Path) -> None:
     save_file(tensors, changed, record)
 
     assert "no record of being made from https://github.com" in str(name_problem(by(bare)))
-    assert "not those that were converted" in str(name_problem(by(changed)))
+    assert "not those that were converted; make it again with `rayexpand convert inception2015`" in str(
+        name_problem(by(changed)))
     assert "no record of being made from https://dl.fbaipublic" in str(name_problem(by(converted, "dinov2_l14")))
     for file in (bare, changed):
         assert key_of("fd", by(file)) == "fd_inception2015_unverified"

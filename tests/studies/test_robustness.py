@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import ConfigError, Interrupted, UsageError
@@ -20,7 +21,7 @@ from rayexpand.data.corruptions.corruptor import Corruptor
 from rayexpand.data.corruptions.tables import COMMON
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.subsets import fingerprint
-from rayexpand.storage.tables import read_json, read_table
+from rayexpand.storage.tables import read_json, read_table, replace_json
 from rayexpand.studies import robustness
 from rayexpand.studies.config import parse_study, study_preflight
 from rayexpand.studies.kept import load_classifier
@@ -283,10 +284,43 @@ def test_a_process_that_is_killed_leaves_what_the_next_one_goes_on_with(tmp_path
     assert len(left[0]) == 2
 
 
+def test_a_set_that_was_moved_keeps_its_scores(ready: tuple[Study, list[Trial]], tmp_path: Path) -> None:
+    """Nothing is shown again, and results are not left out for ever because they name another folder."""
+    study, trials = ready
+    assert show_corrupted(study, trials, in_process) == []
+    name = f"robustness/c/{trials[0].name}.json"
+    before = read_json(study.files, name) or {}
+    elsewhere = {**before, "settings": {**before["settings"], "data": {**before["settings"]["data"], "path": "old"}}}
+    replace_json(study.files, name, elsewhere)
+    assert trials[0].name not in read_study(str(study.files.root)).corrupted["c"]
+
+    def nothing(study: Study, one: CorruptedPass, blocks: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        raise AssertionError("images are shown again")
+        yield 0, np.empty(0)
+
+    assert show_corrupted(study, trials, nothing) == []
+    assert read_json(study.files, name) == before
+    assert trials[0].name in read_study(str(study.files.root)).corrupted["c"]
+
+
+def test_files_of_imagenet_c_are_shown_whole(ready: tuple[Study, list[Trial]], tmp_path: Path) -> None:
+    """They are the middle squares already; a recipe that cuts its tests does not cut these again."""
+    test = parse_study(raw_with(tmp_path / "out", extra_tests={"c": {
+        "layout": "imagenet_c", "path": str(imagenet_c(tmp_path / "in-c", COMMON[:1]))}})).extra_tests["c"]
+    classes = next(iter(ready[0].subsets.values()))[1].classes
+    shown, cut = robustness.open_corrupted("c", test, classes), Recipe(size=16, resize=20)
+    file = tmp_path / "in-c" / COMMON[0] / "1" / "0" / "0.png"
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[0], pixels[:, 0] = 255, 200
+    Image.fromarray(pixels).save(file)
+    number, x_BHWC = next(robustness.CorruptedImages(shown, shown.view_of(cut)).made(np.array([0])))
+
+    assert (number, x_BHWC[0].tolist()) == (0, pixels.tolist())
+    assert _opened(ready[0]).view_of(cut) == cut, "images that are corrupted here are cut as others"
+
+
 def imagenet_c(folder: Path, kinds: Sequence[str] = COMMON) -> Path:
     """Two images of three digits, in folders by type, severity and class."""
-    from PIL import Image
-
     for number, kind in enumerate(kinds):
         for severity in range(1, 6):
             for digit in (0, 3, 7):

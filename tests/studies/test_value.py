@@ -168,6 +168,18 @@ def test_prices_of_gif(tmp_path: Path) -> None:
     assert found["first"].endswith("; at your prices samples pay off above 0.05.")
 
 
+def test_a_price_that_cannot_be_reckoned_is_said(tmp_path: Path) -> None:
+    for name, price, seconds, words in (
+            ("device", {"gpu_hour": 2.5, "real_image": 0.1}, 10.0,
+             "trials ran on a CPU, and price.cpu_hour is not given"),
+            ("seconds", {"cpu_hour": 2.5}, 0.0, "how long the samples took is not known")):
+        study = valued(tmp_path / name, {1: 0.74}, expansion_seconds=seconds, fitting_seconds=0.0,
+                       config={"price": {"gpu_hour": None, "cpu_hour": None, "real_image": None, **price}})
+        found = summary(study.finish())["value"]
+        assert [one["price"] for one in found["arms"]] == [None]
+        assert f"No cost is printed: {words}." in found["first"]
+
+
 def test_trainings_that_wait_are_named(tmp_path: Path) -> None:
     study = valued(tmp_path / "s", {1: 0.74})
     study.finish()
