@@ -44,7 +44,7 @@ def demo(out: Annotated[str, typer.Option(help="folder for the runs and the repo
     show_table(("trained on", "accuracy", "n"), rows)
     if fitted := [f"{kind.replace('_', ' ')}, {seconds:.1f}" for kind, seconds in found["fit_cpu_seconds"].items()]:
         print(f"\nfitted for {method} on each subset: {'; '.join(fitted)} CPU seconds in all")
-    print(f"\ngain of expanded over original: {100 * found['gain']:+.1f} ± {100 * found['gain_se']:.1f} points")
+    print(f"\ngain of expanded over original: {100 * found['gain']:+z.1f} ± {100 * found['gain_se']:.1f} points")
     print(f"{found['note']}\nsamples beside their seeds: {found['samples']}\nreport: {found['report']}")
 
 

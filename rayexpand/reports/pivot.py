@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,10 +24,12 @@ from rayexpand.reports.tables import cost_table, pivot_tables
 from rayexpand.reports.templates import render
 from rayexpand.storage.places import open_files
 from rayexpand.studies.measures import Measure, measure
-from rayexpand.studies.pivot import ALL, Cell, Pivot, Value, pivot
+from rayexpand.studies.pivot import ALL, Cell, Pivot, Value, kept_of, pivot
 from rayexpand.studies.pivot_config import PivotConfig, PivotFigure, PriceConfig
 from rayexpand.studies.records import Records, line_of, read_records
 from rayexpand.studies.summary import write
+
+log = logging.getLogger(__name__)
 
 OF_MADE = ("images", "discarded", "hours")
 OF_COST = ("images", "seconds_per_image", "hours", "price")
@@ -36,12 +39,14 @@ FIELDS = {"ratio": "synthetic images per real image", "subset.n": "real images p
 
 @dataclass(frozen=True)
 class Shown:
-    """One figure of the file as the page has it: tables, or a picture; and what must be said of it."""
+    """One figure of the file as the page has it: tables, or a picture; and what must be said of it. `missing`: why it
+    is not there."""
 
     title: str
     tables: tuple[NumberTable, ...] = ()
     figure: Figure | None = None
     words: tuple[str, ...] = ()
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,14 +109,20 @@ class Wanted:
 
 
 def write_pivot_report(config: PivotConfig) -> Path | str:
-    """Writes the page, its figures and tables; returns where the page is. Raises UsageError, with the figure's name,
-    for what no source has."""
+    """Writes the page, its figures and tables; returns where the page is. A figure without data is a line of the page
+    and of the log. Raises UsageError where no figure has any."""
     records = read_records(config.folders, config.scores)
     shown = pivot_figures(config, records)
+    missing = [one.missing for one in shown if one.missing]
+    if len(missing) == len(shown):
+        raise UsageError("no figure of the file has data:\n  " + "\n  ".join(missing))
+    for line in missing:
+        log.warning("%s. The other figures are written", line)
     files = open_files(config.folder)
     write_figures(files, [one.figure for one in shown if one.figure])
     write_tables(files, [table for one in shown for table in one.tables])
-    page = render("pivot.html.j2", {}, name=config.name, shown=shown, problems=records.problems,
+    page = render("pivot.html.j2", {}, name=config.name, shown=[one for one in shown if not one.missing],
+                  missing=missing, problems=records.problems,
                   sources=[(name, folders, sum(one.source == name for one in records.trials))
                            for name, folders in config.folders.items()],
                   config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
@@ -120,7 +131,7 @@ def write_pivot_report(config: PivotConfig) -> Path | str:
 
 
 def pivot_figures(config: PivotConfig, records: Records) -> list[Shown]:
-    """Every table and figure of a file, drawn from these records. Raises UsageError with the name of the figure."""
+    """Every table and figure of a file, drawn from these records, or why it is missing, with its name."""
     synthetic = dict.fromkeys(one.line for one in records.trials if one.result.get("synthetic_rows"))
     real = dict.fromkeys(one.line for one in records.trials if one.line not in synthetic)
     colours = {**{name: i for i, name in enumerate(synthetic)},
@@ -130,16 +141,15 @@ def pivot_figures(config: PivotConfig, records: Records) -> list[Shown]:
     shown = []
     for name, one in config.figures.items():
         try:
-            found = _numbers(one, records, config.prices)
-            shown.append(_KINDS[one.kind](Wanted(name, one, found, config.prices, colours, scores)))
+            found, prices = _numbers(one, records, config.prices), _with_those_of_studies(config.prices, records, one)
+            shown.append(_KINDS[one.kind](Wanted(name, one, found, prices, colours, scores)))
         except UsageError as error:
-            raise UsageError(f"figures.{name}: {error}") from error
+            shown.append(Shown(one.title or name, missing=f"figures.{name}: {error}"))
     return shown
 
 
 def _numbers(one: PivotFigure, records: Records, prices: PriceConfig) -> Pivot:
-    priced = prices.gpu_hour is not None or prices.cpu_hour is not None
-    costs = [name for name in OF_COST if name != "price" or priced]
+    costs = [name for name in OF_COST if name != "price" or _is_priced(records, one, prices)]
     names = {"made": OF_MADE, "cost": (*costs, *one.values)}.get(one.kind, one.values)
     found = pivot(records.bench if one.of == "bench" else records.trials,
                   [measure(value, prices.hourly) for value in names], rows=one.rows, columns=one.columns,
@@ -148,6 +158,21 @@ def _numbers(one: PivotFigure, records: Records, prices: PriceConfig) -> Pivot:
         raise UsageError(f"nothing has {', '.join(names)} by {', '.join(filter(None, (one.rows, one.columns)))}; "
                          f"{len(records.trials)} trials and {len(records.bench)} lines of benches were read")
     return found
+
+
+def _is_priced(records: Records, one: PivotFigure, prices: PriceConfig) -> bool:
+    """Whether the file has prices, or the studies of all trials of the figure have some."""
+    shown = kept_of(records.trials, one.keep)
+    return prices.gpu_hour is not None or prices.cpu_hour is not None or (
+        bool(shown) and all({"gpu_hour", "cpu_hour"} & one.prices.keys() for one in shown))
+
+
+def _with_those_of_studies(prices: PriceConfig, records: Records, one: PivotFigure) -> PriceConfig:
+    """Prices with that of a real image, where the file gives none and all studies of the figure say the same."""
+    said = {record.prices.get("real_image") for record in kept_of(records.trials, one.keep)}
+    if prices.human_image is not None or len(said) != 1:
+        return prices
+    return prices.model_copy(update={"human_image": said.pop()})
 
 
 # Kinds ---------------------------------------------------------------------------------------------------------------
@@ -241,7 +266,8 @@ def _cost(wanted: Wanted) -> Shown:
     return wanted.shown(
         f"Means over {wanted.n}, ± standard deviation (ddof {wanted.asked.ddof}). Process-seconds of an image: of "
         "every process of the expansion over the images that were trained on; hours: with what was fitted for them."
-        + " The line of people has the price that the file of this page gives." * bool(wanted.prices.human_image),
+        + " The line of people has the price of a real image that the file of this page, or its study, gives."
+        * bool(wanted.prices.human_image),
         tables=(cost_table(wanted.name, wanted.asked, wanted.found, wanted.named, wanted.prices),))
 
 

@@ -11,7 +11,7 @@ from rayexpand.reports.figure import NumberTable
 from rayexpand.studies.measures import Measure
 from rayexpand.studies.pivot import ALL, Cell, Pivot, Value
 from rayexpand.studies.pivot_config import PivotFigure, PriceConfig
-from rayexpand.studies.spreads import plus_minus
+from rayexpand.studies.spreads import plus_minus, signed
 
 Named = Callable[[Value], str]
 NONE = "–"
@@ -61,7 +61,7 @@ def cost_table(name: str, one: PivotFigure, found: Pivot, named: Named, prices: 
         for value in values:
             cell, gain = (side.get((ALL, row, ALL, value.name)) for side in (found.cells, found.differences))
             line += [NONE if cell is None else _spread(cell, value.digits)]
-            line += [NONE if gain is None or not gain.mean else f"{gain.mean:+.{value.digits}f}"] \
+            line += [NONE if gain is None or not gain.mean else signed(gain.mean, value.digits)] \
                 if found.differences else []
         lines.append(line)
         numbers.append({"row": named(row), "price_per_1000": thousand, **{
@@ -119,7 +119,7 @@ def _text(found: Pivot, panel: Value, row: Value, column: Value, measure: Measur
     best = measure.name.partition(".")[0] in HIGHER and len(others) > 1 and cell.mean == max(others)
     gain = found.differences.get((panel, row, column, measure.name))
     return (_spread(cell, measure.digits) + ("" if same_n else f" (n = {len(cell.values)})"),
-            "" if gain is None or _is_own(found, panel, row, column, measure) else f"{gain.mean:+.{measure.digits}f}",
+            "" if gain is None or _is_own(found, panel, row, column, measure) else signed(gain.mean, measure.digits),
             best)
 
 
@@ -133,7 +133,7 @@ def _average(found: Pivot, panel: Value, row: Value, measure: Measure) -> tuple[
     mean = found.average(panel, row, measure.name)
     gain = found.average(panel, row, measure.name, differences=True) if found.differences else None
     return (NONE if mean is None else f"{mean:.{measure.digits}f}",
-            "" if not gain else f"{gain:+.{measure.digits}f}", False)
+            "" if not gain else signed(gain, measure.digits), False)
 
 
 def _numbers(found: Pivot, panel: Value, named: Named, one: PivotFigure) -> Iterator[dict[str, Any]]:

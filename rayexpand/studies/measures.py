@@ -10,7 +10,7 @@
     images seconds_per_image       samples it trained on, process-seconds of each
     discarded                      images that were drawn for these samples and not kept
     hours                          process-hours of the samples and of what was fitted for them
-    price                          of these hours, at given prices
+    price                          of these hours, at given prices, else those of the section price of its study
     overhead                       of its training over the baseline by `bench`, percent (DiffCoRe-Mix, equation 9)
 """
 
@@ -131,13 +131,20 @@ def _hours(record: Record) -> float | None:
     return None if spent is None else (spent + (fitted or 0.0)) / 3600
 
 
+def hourly_price(record: Record, prices: Prices) -> float | None:
+    """Of the device that a trial ran on: as given, else as its study says."""
+    name = "gpu_hour" if str(record.result.get("device", "")).startswith("cuda") else "cpu_hour"
+    given = prices.gpu_hour if name == "gpu_hour" else prices.cpu_hour
+    return record.prices.get(name) if given is None else given
+
+
 def _price(record: Record, prices: Prices) -> float | None:
     """Raises UsageError where an hour of its device has no price."""
-    hours, on_gpu = _hours(record), str(record.result.get("device", "")).startswith("cuda")
-    hourly = prices.gpu_hour if on_gpu else prices.cpu_hour
+    hours, hourly = _hours(record), hourly_price(record, prices)
     if hours and hourly is None:
-        raise UsageError(f"prices.{'gpu' if on_gpu else 'cpu'}_hour is not given, and {record.arm} of {record.source} "
-                         "was made on that device; give it, or leave the measure price out")
+        name = "gpu_hour" if str(record.result.get("device", "")).startswith("cuda") else "cpu_hour"
+        raise UsageError(f"prices.{name} is not given, and {record.arm} of {record.source} was made on that device, "
+                         f"whose study has no price.{name} either; give it, or leave the measure price out")
     return None if hours is None else hours * (hourly or 0.0)
 
 

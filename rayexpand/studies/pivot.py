@@ -75,7 +75,7 @@ def pivot(records: Sequence[Record], measures: Sequence[Measure], *, rows: str =
     field. Raises UsageError for fields that no trial has, and for
     values to keep or to compare with that none has."""
     axes, keep = (panels, rows, columns), keep or {}
-    kept = [one for one in records if all(_is_kept(one, name, values) for name, values in keep.items())]
+    kept = kept_of(records, keep)
     for name, wanted in keep.items():
         if lacking := [one for one in wanted if not any(_same(value_of(r, name), one) for r in records)]:
             raise UsageError(f"keep.{name}: no trial has {', '.join(map(repr, lacking))}; there are "
@@ -102,6 +102,11 @@ def pivot(records: Sequence[Record], measures: Sequence[Measure], *, rows: str =
     shown = [tuple(v for v in _ordered(kept, name, keep.get(name, ())) if any(place[i] == v for place in groups))
              if name else (ALL,) for i, name in enumerate(axes)]
     return Pivot(shown[0], shown[1], shown[2], tuple(measures), cells, differences, baselines)
+
+
+def kept_of(records: Sequence[Record], keep: Mapping[str, Sequence[Any]]) -> list[Record]:
+    """Those that have one of the values of each field."""
+    return [one for one in records if all(_is_kept(one, name, values) for name, values in keep.items())]
 
 
 def value_of(record: Record, name: str) -> Value | None:

@@ -29,9 +29,11 @@ FILE_NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 
 class PriceConfig(Section):
-    gpu_hour: float | None = Field(None, ge=0, description="of one process with a GPU")
-    cpu_hour: float | None = Field(None, ge=0, description="of one process without")
-    human_image: float | None = Field(None, ge=0, description="of one real image with its label, collected by people")
+    gpu_hour: float | None = Field(None, ge=0, description="of one process with a GPU; null: as the section price of a "
+                                   "study says")
+    cpu_hour: float | None = Field(None, ge=0, description="of one process without; null: as its study says")
+    human_image: float | None = Field(None, ge=0, description="of one real image with its label, collected by "
+                                      "people; null: price.real_image of the study")
     human_seconds: float | None = Field(None, ge=0, description="seconds that takes a person")
     currency: str = Field("", description="what prices are in, as tables write it")
 

@@ -3,9 +3,9 @@ samples it trained on; the rows of every table and figure over several of them.
 
     record      one trial: an arm of a source with one seed; or one arm of a `bench`, with one batch size
     source      a study or sweep folder, or several, by the name that tables and figures call it
-    field       what records are grouped by: source, arm, line (an arm without its ratio), seed, ratio, batch; or a
-                dotted setting: recipe.lr, subset.n, fit.groups, method.strength, prior.weights, guide.weights,
-                arm.use, arm.soft_label.gamma
+    field       what records are grouped by: source, arm, line (an arm without its ratio), seed, ratio (of a control,
+                that of its arm), batch; or a dotted setting: recipe.lr, subset.n, fit.groups, method.strength,
+                prior.weights, guide.weights, arm.use, arm.soft_label.gamma
 
 Score files of `evaluate` belong to a trial where they have the run digest of the run it took its samples of.
 """
@@ -25,7 +25,7 @@ from rayexpand.runs.status import RunView, view_run
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import healthy_json
-from rayexpand.studies.results import Result, StudyView, arm_config, read_study, run_folder, runs_of
+from rayexpand.studies.results import Result, StudyView, arm_config, number, read_study, run_folder, runs_of
 from rayexpand.studies.sweep.sweep import read_results
 
 FILES_READ = 32  # data files opened for the draws behind the samples of a run, spread evenly over it
@@ -68,6 +68,8 @@ class Record:
     samples: Mapping[str, Any] = field(default_factory=dict)  # scores that the study itself measured
     run: RunNumbers | None = None  # where the trial took samples of one run
     overhead: float | None = None  # of the training in percent, where a bench of the study has it
+    prices: Mapping[str, float] = field(default_factory=dict)  # section price of its study, without what it leaves out
+    arm_ratio: float | None = None  # of a control: the ratio of the arm that it is beside
 
     @property
     def line(self) -> str:
@@ -77,9 +79,11 @@ class Record:
         """The value of a field, None where the record has none. Raises UsageError for a name that is no field."""
         if name in ("source", "arm", "line", "seed"):
             return getattr(self, name)
-        if name in ("ratio", "batch"):
-            found = self.result.get(name)
-            return found if found is not None or name == "ratio" else self.field("recipe.batch")
+        if name == "ratio":
+            return self.result.get("ratio") if self.arm_ratio is None else self.arm_ratio
+        if name == "batch":
+            found = self.result.get("batch")
+            return self.field("recipe.batch") if found is None else found
         if name == "classes":
             return self.run.classes if self.run else None
         section, _, rest = name.partition(".")
@@ -159,8 +163,15 @@ def _record(source: str, study: StudyView, result: Result, bench: Sequence[Recor
     scores = study.scores.get(result["trial"], {"scores": {}})
     batch = settings["recipe"].get("batch")
     timed = [one for one in bench if one.arm == result["arm"] and one.result["batch"] == batch]
+    prices = {name: price for name, price in (config.get("price") or {}).items() if price is not None}
     return Record(source, result["arm"], result["seed"], result, settings, _values(scores), run,
-                  timed[0].result["overhead"] if timed else None)
+                  timed[0].result["overhead"] if timed else None, prices, _arm_ratio(study, result))
+
+
+def _arm_ratio(study: StudyView, control: Result) -> float | None:
+    """None of an arm that is no control, or whose own arm has no result of that seed."""
+    return next((number(one, "ratio") for one in study.arms.get(str(control.get("control_of") or ""), ())
+                 if one["seed"] == control["seed"]), None)
 
 
 def _run(folder: str, given: Sequence[tuple[str, str, Mapping[str, float]]]) -> RunNumbers | None:

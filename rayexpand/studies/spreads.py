@@ -27,4 +27,10 @@ def plus_minus(found: Mapping[str, Any], digits: int = 1) -> str:
 def points(share: float) -> str:
     """A difference of shares in percentage points with its sign: one decimal, more where that would read as zero."""
     value = 100 * share
-    return f"{value:+.1f}" if abs(value) >= 0.05 or value == 0 else f"{value:+.1g}"
+    return f"{value:+z.1f}" if abs(value) >= 0.05 or abs(value) < 1e-9 else f"{value:+.1g}"
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """A difference with its sign; one that reads as zero has none."""
+    text = f"{value:+.{digits}f}"
+    return text if float(text) else text[1:]

@@ -231,16 +231,10 @@ def _cost_line(raw: Raw, arm: str) -> dict[str, Any]:
 
 def _table(raw: Raw) -> dict[str, Any]:
     places = [("original", 0.0, "original"), *(("a", r, f"a {r:.0f}x") for r in (1.0, 5.0)),
-              *(("original repeated", 0.0, "") for _ in ()), *(("b", r, f"b {r:.0f}x") for r in (1.0, 5.0))]
-    pooled = raw.arms["original repeated 2x"] + raw.arms["original repeated 6x"]
+              *(("original repeated", r, f"original repeated {r + 1:.0f}x") for r in (1.0, 5.0)),
+              *(("b", r, f"b {r:.0f}x") for r in (1.0, 5.0))]
     lines = [{"row": row, "column": f"{ratio:g}", "ddof": 0, **cell(raw.top1(arm), 0),
               "difference": cell(_gain(raw, arm), 0)} for row, ratio, arm in places]
-    repeated = [100 * one["last"]["top1"] for arm in ("original repeated 2x", "original repeated 6x")
-                for one in raw.arms[arm]]
-    assert len(pooled) == 6
-    mean = float(np.mean(repeated) - np.mean(raw.top1("original")))
-    lines.insert(3, {"row": "original repeated", "column": "0", "ddof": 0, "pooled": True, **cell(repeated, 0),
-                     "difference": {"mean": mean, "sd": None, "se": None, "n": 1, "values": [mean]}})
     return {"numbers": lines}
 
 
