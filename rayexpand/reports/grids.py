@@ -99,7 +99,7 @@ def heat(name: str, found: Pivot, named: Named, axes_names: tuple[str, str], lab
             if cell.mean == largest:
                 axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor=INK, lw=1.6))
             error = "" if cell.se is None else f"\n± {cell.se:.{measure.digits}f}"
-            axes.text(x, y, f"{cell.mean:{sign}.{measure.digits}f}{error}", ha="center", va="center", color=INK)
+            axes.text(x, y, f"{cell.mean:{sign}z.{measure.digits}f}{error}", ha="center", va="center", color=INK)
         axes.set(xlim=(-0.5, len(found.columns) - 0.5), ylim=(len(found.rows) - 0.5, -0.5))
         _ticks(axes, [named(one) for one in found.columns])
         axes.set_yticks(range(len(found.rows)), [short(named(one), 16) for one in found.rows])

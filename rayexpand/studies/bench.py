@@ -76,7 +76,8 @@ class TrainingBench:
         return ("arm", "batch", "loader, ms", "step, ms", "training, s", "overhead, %", "the same images, %"), [
             (one.arm, str(one.batch), f"{1e3 * one.loader_seconds:.1f}", f"{1e3 * one.step_seconds:.1f}",
              f"{one.seconds:,.1f}", *(("baseline", "") if one.arm == one.against else
-                                      (f"{one.overhead:+z.1f}", f"{one.overhead_per_image:+z.1f}"))) for one in self.arms]
+                                      (f"{one.overhead:+z.1f}", f"{one.overhead_per_image:+z.1f}")))
+            for one in self.arms]
 
 
 def overhead(augmented: float, plain: float) -> float:

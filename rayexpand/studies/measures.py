@@ -6,7 +6,8 @@
     also.<set>.<score>             on a further test set: top1, top5, per_class, ece; worst, mean of groups
     samples.<score>                of its samples beside real images, as the study measured them
     score.<name>                   of its samples by `evaluate`; score.<file>.<name> where several files have it
-    guide                          of a CLIP model that `evaluate` asked: its own top-1 on the reference images, percent
+    guide                          of its samples: the guide's own top-1, percent. Of a guide that was trained, on the
+                                   test images of the study; of a CLIP model that `evaluate` asked, on the reference
     images seconds_per_image       samples it trained on, process-seconds of each
     discarded                      images that were drawn for these samples and not kept
     hours                          process-hours of the samples and of what was fitted for them
@@ -111,7 +112,8 @@ def _score(record: Record, name: str) -> float | None:
 
 
 def _guide(record: Record) -> float | None:
-    found = _score(record, "clip_top1.reference")
+    found = number(record.result, "guide.top1")
+    found = _score(record, "clip_top1.reference") if found is None else found
     return None if found is None else 100 * found
 
 

@@ -14,6 +14,7 @@ rows the control "original repeated" trains on the real rows alone, repeated to 
                  predictions/<trial>.parquet, checkpoints/<trial>/
                  weights/<trial>.safetensors where the study keeps them
                  robustness/<test>/ answers for corrupted images
+                 guides/<digest>.json what trained guides of the runs answer on the test images
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ from rayexpand.studies.baselines import note_of
 from rayexpand.studies.class_maps import OpenedTest
 from rayexpand.studies.config import TrainingConfig
 from rayexpand.studies.extra_tests import ExtraTest
+from rayexpand.studies.guides import guide_scores
 from rayexpand.studies.parts import Trial
 from rayexpand.studies.weights import keep_weights
 
@@ -295,6 +296,8 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
         result |= {"classifier_seed": trial.classifier_seed, "data_seed": trial.data_seed}
     if trial.value:
         result["value"] = trial.value
+    if (guide := guide_scores(files, trial, work.feed.rows.classes, device)) is not None:
+        result["guide"] = guide
     if trial.baseline:
         result["baseline"] = {**trial.baseline, **(facts or {}), "note": note_of(trial.baseline["kind"])}
     replace_json(files, f"results/{trial.name}.json", result)
