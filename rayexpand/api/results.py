@@ -37,11 +37,16 @@ class Result:
         rows: list[tuple[str, ...]] = [(name.replace("_", " "), text(value)) for name, value in self.to_dict().items()]
         return (type(self).__name__, ""), rows
 
+    def below(self) -> list[str]:
+        """Sentences that stand below the table: they are no cells, which they would make hundreds of letters wide."""
+        return []
+
     def _repr_html_(self) -> str:
         titles, rows = self.table()
         lines = ["".join(f"<th>{html.escape(one)}</th>" for one in titles)]
         lines += ["".join(f"<td>{html.escape(masked(one))}</td>" for one in row) for row in rows]
-        return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+        below = "".join(f"<p>{html.escape(masked(one))}</p>" for one in self.below())
+        return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>" + below
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,10 @@ class Checked(Result):
         from rayexpand.data.seeds import survey_lines
 
         rows: list[tuple[str, ...]] = [*survey_lines(self.dataset or {}), *(("sampling", one) for one in self.notes)]
-        rows += [*([("study", self.sees)] if self.sees else []), *(("problem", one) for one in self.problems)]
         return (self.kind, str(self.config.get("name", ""))), rows
+
+    def below(self) -> list[str]:
+        return [*([f"study: {self.sees}"] if self.sees else []), *(f"problem: {one}" for one in self.problems)]
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,10 @@ class Planned(Result):
 
         return ("what", "estimate", "how it is known"), [
             *self.estimate.table(), *((f"dataset: {name}", value, "") for name, value in survey_lines(
-                self.estimate.dataset or {})), *(("not yet ready to expand", one, "") for one in self.problems)]
+                self.estimate.dataset or {}))]
+
+    def below(self) -> list[str]:
+        return [f"not yet ready to expand: {one}" for one in self.problems]
 
 
 @dataclass(frozen=True)
@@ -96,8 +106,11 @@ class PlannedStudy(Result):
         found = self.facts
         controls = f", and at most {found['controls']:,} of controls" if found["controls"] else ""
         return ("what", ""), [("arms", ", ".join(found["arms"])), ("seeds", ", ".join(map(str, found["seeds"]))),
-                              ("trainings", f"{found['trainings']:,}{controls}"), ("study", found["sees"]["sentence"]),
-                              *(("not yet ready to train", one) for one in self.problems)]
+                              ("trainings", f"{found['trainings']:,}{controls}")]
+
+    def below(self) -> list[str]:
+        return [f"study: {self.facts['sees']['sentence']}", *(f"not yet ready to train: {one}"
+                                                              for one in self.problems)]
 
 
 @dataclass(frozen=True)

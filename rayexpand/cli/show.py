@@ -30,15 +30,20 @@ def show_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     for row in rows:
         table.add_row(*(masked(str(cell)) for cell in row))  # before a line is folded
     width = None if sys.stdout.isatty() else WIDE  # a file has no edge to fold lines at
-    Console(width=width, soft_wrap=False, markup=False, highlight=False).print(table)
+    console = Console(width=width, soft_wrap=False, markup=False, highlight=False)
+    with console.capture() as drawn:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
 
 
 def show(result: Any, as_json: bool) -> None:
-    """A result of the API, as JSON or as its table."""
+    """A result of the API, as JSON or as its table, and below it what is a sentence."""
     if as_json:
         show_json(result.to_dict())
-    else:
-        show_table(*result.table())
+        return
+    show_table(*result.table())
+    if below := result.below():
+        print("\n".join(["", *(masked(line) for line in below)]))
 
 
 def warn(lines: Iterable[str], prefix: str = "rayexpand: ") -> None:

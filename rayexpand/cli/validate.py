@@ -33,7 +33,7 @@ def validate(file: File, set_: Set = None, machine: Machine = None, trust: Trust
         import yaml
 
         print(yaml.safe_dump(found.config, sort_keys=False, allow_unicode=True), end="")
-    warn((f"{name}: {value}" for name, value, *_ in found.table()[1] if name not in ("sampling", "study")), "data: ")
+    warn((f"{name}: {value}" for name, value, *_ in found.table()[1] if name != "sampling"), "data: ")
     warn(found.notes, "sampling: ")
     warn([found.sees] if found.sees else [], "study: ")
 
