@@ -9,14 +9,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayexpand.contract.errors import UsageError
+from rayexpand.contract.errors import DamagedFile, UsageError
 from rayexpand.contract.schema import Receipt
 from rayexpand.contract.settings import digest
 from rayexpand.storage.files import Files
@@ -28,7 +29,16 @@ _DONE = ".done"
 
 def read_audit(files: Files, name: str) -> dict[str, Any] | None:
     """The result of an audit of the run in `files`, None where there is none. Raises DamagedFile."""
-    return read_json(files, f"{FOLDER}/{name}/{RESULT}") if re.fullmatch(r"[\w.-]+", name) else None
+    with _made_again():
+        return read_json(files, f"{FOLDER}/{name}/{RESULT}") if re.fullmatch(r"[\w.-]+", name) else None
+
+
+@contextmanager
+def _made_again() -> Iterator[None]:
+    try:
+        yield
+    except DamagedFile as error:
+        raise DamagedFile(f"{error}. Run `rayexpand audit` with its file again, which makes it anew") from error
 
 
 def register(files: Files, name: str) -> None:
@@ -64,8 +74,9 @@ def copy_rows(files: Files, name: str, columns: Sequence[str]) -> pa.Table:
         known = [one for one in audit_names(files) if part_names(files, f"{FOLDER}/{one}/copies")]
         raise UsageError(f"{files.root} has no audit {name!r} of copies; it has {', '.join(known) or 'none'}. Make it "
                          "with `rayexpand audit`")
-    return pa.concat_tables([read_table(files, f"{folder}/{part}", list(columns)).replace_schema_metadata()
-                             for part in names])
+    with _made_again():
+        return pa.concat_tables([read_table(files, f"{folder}/{part}", list(columns)).replace_schema_metadata()
+                                 for part in names])
 
 
 def numbers(table: pa.Table, column: str) -> np.ndarray:

@@ -48,6 +48,8 @@ def write_batches(folder: str, *, images: int = 16, name: str = "batch") -> pa.T
                          "first, it may be stopped once training begins")
     training = TrainingConfig(**(view.config.get("training") or {}))
     rows = [row for trial in trials[:MOST_ARMS] for row in _rows(files, trial, training, images)]
+    rows += [{"arm": trial.arm, "trial": trial.name, "why": f"a page has room for {MOST_ARMS} arms"}
+             for trial in trials[MOST_ARMS:]]
     table = pa.Table.from_pylist(rows, BATCHES)
     place = f"figures/{name}.parquet"
     for where in ("figures", ".tmp"):

@@ -40,19 +40,26 @@ MAPS = pa.schema([
 
 def write_saliency(folder: str, *, images: int = 10, name: str = "saliency") -> pa.Table:
     """Computes and keeps the maps of `images` test images for the first repetition of each arm. Raises UsageError where
-    there is no study, or no trial of it kept its weights."""
+    there is no study, no trial of it kept its weights, or no arm has a map."""
     files, view = open_files(folder), read_study(folder)
     first = min((int(one["seed"]) for one in view.results), default=None)
-    trials = [read_trial(files, str(one["trial"])) for one in view.results if one["seed"] == first][:MOST_ARMS]
+    trials = [read_trial(files, str(one["trial"])) for one in view.results if one["seed"] == first]
     if not any(one.get("weights") for one in view.results):
         raise UsageError(f"--saliency: {folder} has no trial with kept weights; set training.keep: weights in its file "
                          "and run `rayexpand train` again")
+    if images > MOST_IMAGES:
+        raise UsageError(f"--saliency: --images {images:,} are more than the {MOST_IMAGES} of a page; lower it")
     training = TrainingConfig(**(view.config.get("training") or {}))
     test = DataConfig(**trials[0].test)
-    index = chosen_images(build_index(test), min(images, MOST_IMAGES))
+    index = chosen_images(build_index(test), images)
     with torch_threads(training.threads):
         device = str(choose_device(training.device))
-        rows = [row for trial in trials for row in _rows(files, trial, index, test, device)]
+        rows = [row for trial in trials[:MOST_ARMS] for row in _rows(files, trial, index, test, device)]
+    if not any(row.get("image") for row in rows):
+        raise UsageError("\n  ".join([f"--saliency: no arm of {folder} has a map:", *(
+            f"{row['arm']}: {row['why']}" for row in rows)]))
+    rows += [{"arm": trial.arm, "trial": trial.name, "why": f"a page has room for {MOST_ARMS} arms"}
+             for trial in trials[MOST_ARMS:]]
     table, place = pa.Table.from_pylist(rows, MAPS), f"figures/{name}.parquet"
     for where in ("figures", ".tmp"):
         files.make_folder(where)

@@ -14,7 +14,7 @@ from scipy.ndimage import shift
 from scipy.stats import beta
 from sklearn.datasets import load_digits
 
-from rayexpand.contract.errors import ConfigError, UsageError
+from rayexpand.contract.errors import ConfigError, DamagedFile, UsageError
 from rayexpand.contract.rng import generator, row_key
 from rayexpand.data.pixels import decode
 from rayexpand.data.seeds import DataConfig, SeedReader, build_index
@@ -131,6 +131,8 @@ def test_a_damaged_part_is_made_again(run: Run, guide: str, at: int) -> None:
     content = bytearray(file.read_bytes())
     content[at] ^= 255
     file.write_bytes(content)
+    with pytest.raises(DamagedFile, match="Run `rayexpand audit` with its file again"):
+        by_id(run)
     audited(run, guide)
 
     assert by_id(run) == wanted

@@ -18,6 +18,7 @@ from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.loader.loader import Loader
 from rayexpand.loader.training_set import TrainingSet
 from rayexpand.reports.batch import arms_of, write_batch_page
+from rayexpand.studies import batches
 from rayexpand.studies.batches import write_batches
 from rayexpand.studies.parts import Trial
 from rayexpand.studies.trial import make_classifier, open_work
@@ -112,6 +113,16 @@ def test_the_page_says_labels_shares_and_why_an_arm_has_none(trials: tuple[str, 
     assert "no training set" in {one.arm: one.why for one in without}["plain"]
     assert {one.arm: len(one.pictures) for one in without}["cut"] == (0 if named["cut"].rows == named["plain"].rows
                                                                       else 4)
+
+
+def test_arms_for_which_there_is_no_room_are_named(trials: tuple[str, dict[str, Trial], Any],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "MOST_ARMS", 1)
+    shown, *others = arms_of(write_batches(trials[0], images=1, name="short"))
+
+    assert shown.pictures
+    assert {one.why for one in others} == {"a page has room for 1 arms"}
+    assert {shown.arm, *(one.arm for one in others)} == trials[1].keys()
 
 
 def test_a_study_without_a_trial_is_refused(tmp_path: Path) -> None:

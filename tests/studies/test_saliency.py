@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from rayexpand.evaluation.gradcam import grad_cam
 from rayexpand.reports.saliency import overlay, write_saliency_page
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_table
+from rayexpand.studies import saliency
 from rayexpand.studies.kept import load_classifier, read_trial
 from rayexpand.studies.saliency import chosen_images
 from tests.reports.test_run import visible
@@ -45,6 +47,22 @@ def test_maps_are_those_of_the_kept_classifier(kept: tuple) -> None:  # noqa: F8
     words = visible(page.read_text())
     assert "What the classifiers look at" in words
     assert told["clip_finetune"] in words
+
+
+def test_what_a_page_has_no_room_for_is_said(kept: tuple, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(saliency, "MOST_ARMS", 1)
+    table = saliency.write_saliency(str(kept[0].files.root), images=1, name="short").to_pylist()
+    assert table[0]["why"] is None
+    assert {row["why"] for row in table[1:]} == {"a page has room for 1 arms"}
+    with pytest.raises(UsageError, match="--images 65 are more than the 64 of a page"):
+        saliency.write_saliency(str(kept[0].files.root), images=65)
+
+
+def test_a_study_whose_weights_are_gone_has_no_page(kept: tuple, tmp_path: Path) -> None:  # noqa: F811
+    shutil.copytree(str(kept[0].files.root), folder := tmp_path / "study")
+    shutil.rmtree(folder / "weights")
+    with pytest.raises(UsageError, match=r"no arm of .* has a map:\n  .*: the weights of trial .* were not kept"):
+        write_saliency_page(str(folder))
 
 
 def test_a_study_without_weights_is_told_what_to_set(tmp_path: Path) -> None:
