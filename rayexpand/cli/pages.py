@@ -22,8 +22,7 @@ def report(folders: Annotated[list[str] | None, typer.Argument(
                                                      "several studies and sweeps, as this YAML file says")] = None,
            set_: Set = None,
            strips: Annotated[int, typer.Option(min=0, help="of a guided run: load its models and also show so many "
-                                               "samples beside plain ones of the same noise, those the guide is least "
-                                               "sure of, and where samples lie among the prototypes")] = 0,
+                                               "samples beside plain ones of the same noise")] = 0,
            matrix: pictured.Matrix = False, sheet: pictured.Sheet = False, map_: pictured.Map = False,
            failures: pictured.Failures = False, latents: pictured.Latents = False, batch: pictured.Batch = False,
            saliency: pictured.Saliency = False, rows: pictured.Rows = None, copies: pictured.Copies = None,

@@ -242,6 +242,8 @@ def _commands(view: RunView, folder: str) -> list[tuple[str, str]]:
                       f"rayexpand report {where} --strips 10"))
         lines.append(("Samples whose own class the guide sees least (loads the guide)",
                       f"rayexpand report --failures {where}"))
+        lines.append(("Where samples lie for the guide, among real images and prototypes (loads the guide)",
+                      f"rayexpand report --map {where}"))
     if view.totals.pending:
         lines.insert(0, ("Continue (with the job file of this run, or with the configuration above saved as one)",
                          f"rayexpand expand {name}"))

@@ -14,8 +14,7 @@ from PIL import Image
 from rayexpand.contract.errors import UsageError
 from rayexpand.fitting.fit import fit_for, with_artifacts
 from rayexpand.methods import load_method
-from rayexpand.models.tiny import digits
-from rayexpand.reports.guided import CLASSES, FAILURES, Look, look, plain_twin
+from rayexpand.reports.guided import Look, look, plain_twin
 from rayexpand.reports.run import Picture, write_report
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import parse
@@ -99,7 +98,7 @@ def test_plain_samples_have_the_noise_of_the_guided_ones(made: dict[str, runs.Ru
 
 
 @pytest.mark.parametrize("name", list(COPIES))
-def test_the_page_shows_strips_failures_and_features(made: dict[str, runs.Run], looks: dict[str, Look],
+def test_the_page_shows_strips_and_names_the_pages_of_the_guide(made: dict[str, runs.Run], looks: dict[str, Look],
                                                      name: str) -> None:
     run, seen = made[name], looks[name]
     page = write_report(run.folder, look=seen).read_text()
@@ -108,26 +107,12 @@ def test_the_page_shows_strips_failures_and_features(made: dict[str, runs.Run], 
     assert len({strip.name for strip in seen.strips}) == 10
     assert all(picture.uri for strip in seen.strips for picture in (strip.seed, strip.plain, strip.guided))
     assert all(strip.plain.uri not in (strip.seed.uri, strip.guided.uri) for strip in seen.strips)
-    assert len(seen.failures) == FAILURES
-    assert [one.probability for one in seen.failures] == sorted(one.probability for one in seen.failures)
-    assert seen.judged == 20 * COPIES[name]
-    assert seen.named_right > 0.8
-    kinds = [point.kind for point in seen.points]
-    with_prototypes = name == "distdiff"
-    assert {kind: kinds.count(kind) for kind in set(kinds)} == {
-        "sample": seen.judged, "seed": 20, **({"group": 20, "class": CLASSES} if with_prototypes else {})}
-    assert all(0 <= place <= seen.side for point in seen.points for place in (point.x, point.y))
-    assert [(one[0], one[1]) for one in seen.classes] == [(point, i) for i, point in enumerate(
-        sorted({point.of for point in seen.points}, key=digits.CLASS_NAMES.index))], "a colour of its own for each"
-    for shown, _, x, y in seen.classes:
-        assert f'<text x="{x}" y="{y}">{shown}</text>' in page
-    features = page.split('id="features"')[1].split("</section>")[0]
-    assert features.count("<tr><td>") == len(seen.points), "what a point is stands in words"
     assert Page(page).open == []
     assert all(link.startswith("data:image/") for link in Page(page).links)
     assert 'id="strips"' in page
     assert "flip fraction" in page
-    assert ("prototypes of the groups" in page) == with_prototypes
+    for kind in ("failures", "map"):
+        assert f"rayexpand report --{kind} {run.folder}" in visible(page)
 
 
 def test_a_page_without_the_models_names_the_command(made: dict[str, runs.Run]) -> None:
