@@ -35,9 +35,11 @@ DEEPEST = 0.42  # opacity of the largest cell: text on it stays readable in both
 Named = Callable[[Value], str]
 
 
-def grouped_bars(name: str, found: Pivot, named: Named, series: Sequence[int | None], label: str) -> Figure:
+def grouped_bars(name: str, found: Pivot, named: Named, series: Sequence[int | None], label: str,
+                 groups_are: str = "") -> Figure:
     """A group of bars for each column, one bar for each row, from 0; mean ± standard error beside each. `series`: the
-    colour of each row. More rows than colours have their names above their bars, and no key."""
+    colour of each row. More rows than colours have their names above their bars, and no key. `groups_are`: what numbers
+    above groups count."""
     measure, rows = found.measures[0], [named(row) for row in found.rows]
     groups = [(column, [(i, cell) for i, row in enumerate(found.rows)
                         if (cell := found.cells.get((found.panels[0], row, column, measure.name)))])
@@ -48,6 +50,7 @@ def grouped_bars(name: str, found: Pivot, named: Named, series: Sequence[int | N
 
     def draw(figure: Canvas) -> None:
         axes = axes_of(figure, measure.label, "")
+        axes.set_ylabel(groups_are)
         y, low, reach = 0.0, 0.0, 0.0
         for column, cells in groups:
             axes.text(0, y + 0.85 * GROUP, short(named(column), 48), va="bottom", color=INK, weight="bold")

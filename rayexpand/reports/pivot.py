@@ -188,8 +188,10 @@ def _table(wanted: Wanted) -> Shown:
 
 
 def _bars(wanted: Wanted) -> Shown:
+    counts = any(isinstance(column, int | float) for column in wanted.found.columns)
     return wanted.shown(wanted.over("standard error"), figure=grouped_bars(
-        wanted.name, wanted.found, wanted.named, wanted.series, wanted.title))
+        wanted.name, wanted.found, wanted.named, wanted.series, wanted.title,
+        f"groups: {wanted.field(wanted.asked.columns)}" if counts else ""))
 
 
 def _lines(wanted: Wanted) -> Shown:
