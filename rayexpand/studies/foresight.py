@@ -50,18 +50,19 @@ def _needed(noise: Noise, images: int, seeds: int) -> str:
 
 
 def sight_of(study: StudyView) -> dict[str, Any] | None:
-    """What the finished trials say: None without predictions of two arms."""
+    """What the finished trials say: None without predictions of two arms on two test images."""
     if study.baseline is None:
         return None
     first = study.predicted(study.arms[study.baseline][0]["trial"])
-    if isinstance(first, str) or len(study.arms) < 2:
+    if isinstance(first, str) or len(study.arms) < 2 or len(first.items) < 2:
         return None
     seeds = study.config.get("seeds") or sorted({one["seed"] for one in study.results})
     return sight(len(first.items), len(seeds), _measured(study))
 
 
 def _measured(study: StudyView) -> Noise | None:
-    """Parts of 6.1 over the arms that have two seeds or more with the baseline; None where there are none."""
+    """Parts of 6.1 over the arms that have two seeds or more with the baseline; None where there are none, or where all
+    differences are the same, which says nothing of those to come."""
     base = str(study.baseline)
     found = []
     for arm, (first, *_) in study.arms.items():
@@ -70,7 +71,7 @@ def _measured(study: StudyView) -> Noise | None:
         answers = joint_answers(study, [base, arm])
         if not isinstance(answers, str) and answers.shape[1] > 1 and answers.shape[2] > 1:
             found.append(answers[1].astype(np.int8) - answers[0])
-    return noise_of(found) if found else None
+    return noise_of(found) if any(np.ptp(one) for one in found) else None
 
 
 def foreseen(config: StudyConfig) -> dict[str, Any]:

@@ -72,6 +72,8 @@ def value_of(study: StudyView) -> dict[str, Any] | None:
     if (problem := _unfinished(study, [size for size, _ in reals])) is not None:
         return {"problem": problem, "first": f"What one sample is worth is not known yet: {problem}."}
     answers = joint_answers(study, list(facts))
+    if not isinstance(answers, str) and answers[0].size < 2:
+        answers = "one test image and one seed say nothing of what varies"
     if isinstance(answers, str):
         return {"problem": answers, "first": f"What one sample is worth is not known: {answers}."}
     curve = _curve(study, facts, [arm for _, arm in reals], answers)
@@ -115,10 +117,11 @@ def _curve(study: StudyView, facts: Mapping[str, Any], reals: Sequence[str], ans
 def _check(curve: _Curve, arm: str, role: str) -> dict[str, Any]:
     """As many real images again, held out or the same ones repeated: worth 1 and 0."""
     k_D = worth(curve.equivalent(arm), curve.n0, curve.n0)
-    low, high = bounds(k_D[1:], CHECKED, curve.ends(curve.n0, curve.n0))
+    ends = curve.ends(curve.n0, curve.n0)
+    low, high = bounds(k_D[1:], CHECKED, ends)
     expected = 1.0 if role == "held out" else 0.0
-    return {"arm": arm, "role": role, "k": _finite(k_D[0]), "low": low, "high": high, "expected": expected,
-            "passed": holds((low, high), expected)}
+    return {"arm": arm, "role": role, "k": _finite(k_D[0]), **_case(k_D[0], ends), "low": low, "high": high,
+            "expected": expected, "passed": holds((low, high), expected)}
 
 
 # Arms ----------------------------------------------------------------------------------------------------------------
@@ -229,7 +232,7 @@ def _first(found: Mapping[str, Any], failed: Sequence[Mapping[str, Any]]) -> str
     """One for each expansion, at its largest ratio, with what is to be known before it is believed."""
     if found["flat"] or failed:
         lines = [_flat(found["doubling"])] if found["flat"] else [
-            f"No worth is printed: {_called(one, found['n0'])} worth {_interval(one)} real images each, and that must "
+            f"No worth is printed: {_called(one, found['n0'])} worth {_interval(one)} real images each, which must "
             f"hold {one['expected']:g}, so this curve does not measure what real images do here" for one in failed]
     else:
         lines = []
@@ -237,9 +240,12 @@ def _first(found: Mapping[str, Any], failed: Sequence[Mapping[str, Any]]) -> str
             one = [line for line in found["arms"] if line["use"] == use and line["role"] == "samples"][-1]
             lines.append(f"{one['sentence']}{_further(one)}{_pays(one)}")
     short = [f"{found['images']:,} test images, fewer than {ENOUGH_IMAGES:,}"] * (found["images"] < ENOUGH_IMAGES)
-    short += [f"{found['seeds']} seeds, fewer than {MIN_SEEDS}"] * (found["seeds"] < MIN_SEEDS)
+    short += [f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}, fewer than {MIN_SEEDS}"] * (
+        found["seeds"] < MIN_SEEDS)
     caution = f" ({'; '.join(short)}: expect wide intervals)" if short else ""
-    return f"{'. '.join(lines)}{caution}."
+    unchecked = "" if found["checks"] or found["flat"] else " (value.checks is off, so whether this curve measures " \
+        "what real images do here is not known)"
+    return f"{'. '.join(lines)}{caution}{unchecked}."
 
 
 def _called(one: Mapping[str, Any], n0: float) -> str:
@@ -270,7 +276,8 @@ def _sentence(one: Mapping[str, Any], curve: _Curve, flat: bool) -> str:
 
 
 def _interval(one: Mapping[str, Any]) -> str:
-    k = "outside the curve" if one["k"] is None else two_digits(one["k"])
+    k = two_digits(one["k"]) if one["k"] is not None else \
+        f"{'more' if one['case'] == 'above' else 'less'} than {two_digits(one['bound'])}"
     return f"{k} [{_side(one['low'])}, {_side(one['high'])}]"
 
 

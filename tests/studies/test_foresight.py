@@ -55,3 +55,14 @@ def test_two_repetitions_are_measured(tmp_path: Path) -> None:
     assert found["measured"]
     assert found["disagree"] == pytest.approx((correct[0] != correct[1]).mean(), abs=0.05)
     assert found == page
+
+
+def test_arms_without_a_difference_measure_nothing(tmp_path: Path) -> None:
+    """Equal answers do not say that every difference would be seen, and one test image is no error of the page."""
+    for images in (200, 1):
+        study = StudyFolder(tmp_path / str(images))
+        for seed in range(3):
+            for arm in ("original", "flips"):
+                study.add(arm, seed, equal_arms(3, 1, 1, images)[0][0] if images > 1 else [seed == 0])
+        sees = summary(study.finish())["sees"]
+        assert sees is None if images == 1 else not sees["measured"]

@@ -110,7 +110,8 @@ def test_a_flat_curve_defines_no_worth(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("checks", "words"), [
     ({"held out": 0.71, "repeated": 0.70}, "100 held-out real images are worth 0.0"),
-    ({"held out": 0.78, "repeated": 0.75}, "the 100 real images, repeated, are worth 0.")])
+    ({"held out": 0.78, "repeated": 0.75}, "the 100 real images, repeated, are worth 0."),
+    ({"held out": 0.9, "repeated": 0.70}, "100 held-out real images are worth more than 3.00 [3.00, open] real")])
 def test_a_check_that_fails_leaves_nothing_but_why(tmp_path: Path, checks: dict[str, float], words: str) -> None:
     study = valued(tmp_path / "s", {1: 0.74}, checks=checks, alone={1: 0.6, 2: 0.65})
     page = Path(write_study_report(study.finish())).read_text()
@@ -123,11 +124,19 @@ def test_a_check_that_fails_leaves_nothing_but_why(tmp_path: Path, checks: dict[
 
 @pytest.mark.parametrize(("images", "seeds", "words"), [
     (600, 3, "(600 test images, fewer than 1,000: expect wide intervals)."),
-    (1200, 2, "(2 seeds, fewer than 3: expect wide intervals).")])
+    (1200, 2, "(2 seeds, fewer than 3: expect wide intervals)."),
+    (1200, 1, "(1 seed, fewer than 3: expect wide intervals)."),
+    (1, 1, "is not known: one test image and one seed say nothing of what varies.")])
 def test_too_few_images_or_seeds_are_said_in_the_first_line(tmp_path: Path, images: int, seeds: int,
                                                             words: str) -> None:
     study = valued(tmp_path / "s", {1: 0.74}, images=images, seeds=seeds)
     assert words in summary(study.finish())["value"]["first"]
+
+
+def test_a_curve_without_checks_is_said_to_have_none(tmp_path: Path) -> None:
+    found = summary(valued(tmp_path / "s", {1: 0.74}, checks={}).finish())["value"]
+    assert found["first"].startswith("One sample of img2img is worth 0.41 real images [")
+    assert "value.checks is off" in found["first"]
 
 
 def test_samples_alone_and_where_they_reach_the_real_images(tmp_path: Path) -> None:
