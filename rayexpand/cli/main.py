@@ -18,7 +18,7 @@ from typing import Any
 from rayexpand.cli import cluster, data, expand, fit, jobs, judge, pages, start, study, validate
 from rayexpand.cli.app import app
 from rayexpand.cli.lines import json_stderr
-from rayexpand.contract.errors import EXIT_FAULT, Interrupted, RayexpandError
+from rayexpand.contract.errors import EXIT_FAULT, Interrupted, RayexpandError, Stopped
 from rayexpand.contract.secrets import masked, masked_output
 
 LOG_JSON = "--log-json"
@@ -37,6 +37,8 @@ def main() -> None:
 def _run() -> None:
     try:
         app()
+    except Stopped as stop:
+        _fail(Interrupted.__name__, str(stop), stop.exit_code)
     except RayexpandError as error:
         _fail(type(error).__name__, str(error), error.exit_code)
     except Exception as error:
@@ -47,7 +49,7 @@ def _run() -> None:
 
 
 def _stopped(number: int, frame: Any) -> None:
-    raise Interrupted(f"{signal.Signals(number).name} received; the same command continues where this one was")
+    raise Stopped(f"{signal.Signals(number).name} received; the same command continues where this one was")
 
 
 def _fail(kind: str, message: str, exit_code: int) -> None:

@@ -15,6 +15,8 @@
     ├── ProgramFault                exit 70  a fault of this package, in another process
     └── RowFault                    (never leaves a shard) one row cannot become a sample; carries a Reason
 
+    Stopped (a BaseException)       exit 75  a signal told this process to end
+
 Only `cli/` turns these into messages and exit codes.
 """
 
@@ -89,6 +91,13 @@ class OverBudget(RayexpandError):
 
 class DigestMismatch(RayexpandError):
     exit_code = EXIT_DIGEST
+
+
+class Stopped(BaseException):
+    """A signal told this process to end. It is no Exception, because it comes anywhere: whoever turns exceptions into
+    faults of what was being done (an image that cannot be decoded, a trial that failed) must not take it for one."""
+
+    exit_code = EXIT_RESUMABLE
 
 
 class Interrupted(RayexpandError):

@@ -28,9 +28,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayexpand.contract.errors import (
     EnvironmentFault,
-    Interrupted,
     ProgramFault,
     RayexpandError,
+    Stopped,
     UsageError,
     packed,
     unpacked,
@@ -254,9 +254,9 @@ def _own_folder() -> str:
     return folder
 
 
-def _stop_in(error: BaseException | None) -> Interrupted | None:
-    """The Interrupted of a signal handler, which leaves Ray's compiled code wrapped in a SystemError."""
-    while error is not None and not isinstance(error, Interrupted):
+def _stop_in(error: BaseException | None) -> Stopped | None:
+    """The Stopped of a signal handler, which leaves Ray's compiled code wrapped in a SystemError."""
+    while error is not None and not isinstance(error, Stopped):
         error = error.__cause__ or error.__context__
     return error
 

@@ -35,6 +35,7 @@ from rayexpand.contract.errors import (
     EXIT_USAGE,
     ConfigError,
     Interrupted,
+    Stopped,
     UsageError,
 )
 from rayexpand.contract.secrets import secret_problems
@@ -168,7 +169,7 @@ def follow(client: Any, submission_id: str, on_log: Callable[[str], None], *, po
                     _rest(client, submission_id, seen, on_log)
                     return outcome(submission_id, details)
             time.sleep(poll_s)
-    except (KeyboardInterrupt, Interrupted) as stopped:
+    except (KeyboardInterrupt, Stopped) as stopped:
         raise Interrupted(f"no longer following {submission_id}; it goes on. `rayexpand submit --logs {submission_id}` "
                           f"follows it again, `rayexpand submit --stop {submission_id}` ends it.") from stopped
 

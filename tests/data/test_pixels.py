@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import tracemalloc
 from pathlib import Path
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from rayexpand.contract.errors import RowFault
+from rayexpand.cli import main as cli
+from rayexpand.contract.errors import RowFault, Stopped
 from rayexpand.contract.rng import RowRng
+from rayexpand.data import pixels
 from rayexpand.data.pixels import PILLOW_PIXELS, decode, encode, prepare
 from tests.corpus import HEIGHT, WIDTH, bad_images, bomb, encoded, odd_images, photo
 from tests.data.seeds.odd import deep_png, deep_tiff
@@ -249,3 +252,20 @@ def test_codec_by_size() -> None:
     assert not (decoded == large).all()
     np.testing.assert_array_equal(decode(content)[0], decoded)
     np.testing.assert_array_equal(decode(encode(large, "png", 95)[0])[0], large)
+
+
+@pytest.mark.parametrize("place", ["_upright", "_orientation", "_raw_mode"])
+def test_a_stop_inside_a_decode_is_no_fault_of_the_image(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal comes at any place, also where every exception of Pillow is turned into a fault of the image."""
+    def stopped(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    image = encoded(photo(), "PNG")
+    monkeypatch.setattr(Image.Image if place == "_orientation" else pixels,
+                        "getexif" if place == "_orientation" else place, stopped)
+    before = signal.signal(signal.SIGTERM, cli._stopped)
+    try:
+        with pytest.raises(Stopped, match="SIGTERM received"):
+            decode(image)
+    finally:
+        signal.signal(signal.SIGTERM, before)
