@@ -192,7 +192,9 @@ def within_noise(found: Mapping[str, Any]) -> str:
 def inflated(found: Mapping[str, Any]) -> str:
     """What the choice alone adds to the score of the best."""
     one = found["inflation"]
-    points_of = "" if one["share"] is None else f", here {100 * one['share']:.2f} points"
+    points_of = "" if one["share"] is None else (
+        f", here {100 * one['share']:.2f} points: one is {100 * one['se']:.2f}, as the differences to the best "
+        "have it")
     return (f"winner's inflation: of {one['configurations']} equal configurations the best looks {one['factor']:.2f} "
             f"standard errors better than it is{points_of}")
 

@@ -82,7 +82,8 @@ def surveyed(data: DataConfig) -> tuple[SeedIndex, dict[str, Any]]:
 
 def survey_lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A survey in words, one (what, text) for each of its parts."""
-    return [(name.replace("_", " "), _said(value)) for name, value in found.items()]
+    return [(name.replace("_", " "), ", ".join(f"{key} ({count:,})" for key, count in value.items())
+             if name == "largest_classes" else _said(value)) for name, value in found.items()]
 
 
 def _said(value: Any) -> str:

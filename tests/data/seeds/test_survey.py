@@ -130,6 +130,6 @@ def test_validate_shows_it_in_words(tmp_path: Path) -> None:
     found = api.validate({"name": "x", "out": str(tmp_path), "data": data.model_dump(exclude_defaults=True),
                           "method": {"name": "classical"}})
     rows = dict(row[:2] for row in found.table()[1])
-    assert rows["largest classes"] == "a 3, b 1"
+    assert rows["largest classes"] == "a (3), b (1)"
     assert rows["faults"] == "missing 1"
     assert rows["skipped"].startswith(".heic files 5, examples a/0.heic, a/1.heic, a/2.heic, .csv files 1")
