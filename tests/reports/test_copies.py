@@ -67,6 +67,8 @@ def test_an_extractor_that_sees_no_copies_is_said_instead_of_a_share(run: Run) -
     assert "<b>this extractor cannot see copies here.</b>" in found
     assert "samples are copies" not in found
     assert "<b>NOT MEASURED</b>" in found
+    assert "<code>rayexpand export</code>" in found, "commands stand as commands"
+    assert "`" not in found
 
 
 def test_a_run_without_an_audit_has_no_such_section(make_config: MakeConfig) -> None:
