@@ -34,7 +34,7 @@ from rayexpand.storage.tables import read_json
 from rayexpand.studies.comparisons import MIN_SEEDS
 from rayexpand.studies.results import Result, StudyView, number, read_study, run_folder, runs_of
 from rayexpand.studies.score_table import said_of_samples_alone, said_of_top1, score_table
-from rayexpand.studies.spreads import plus_minus, points
+from rayexpand.studies.spreads import plain, plus_minus, points
 from rayexpand.studies.summary import (
     frequencies,
     summarised,
@@ -281,4 +281,4 @@ def _count(found: Mapping[str, Any] | None) -> str:
 
 _FILTERS: dict[str, Callable[..., Any]] = {
     "number": _count, "duration": duration, "points": points, "percent": lambda x: f"{100 * x:.1f}",
-    "plus_minus": plus_minus, "said_of": said_of, "two_digits": two_digits}
+    "plain": plain, "plus_minus": plus_minus, "said_of": said_of, "two_digits": two_digits}

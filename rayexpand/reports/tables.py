@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from rayexpand.reports.figure import NumberTable
 from rayexpand.studies.measures import Measure
 from rayexpand.studies.pivot import ALL, Cell, Pivot, Value
 from rayexpand.studies.pivot_config import PivotFigure, PriceConfig
-from rayexpand.studies.spreads import plus_minus, signed
+from rayexpand.studies.spreads import plain, plus_minus, signed
 
 Named = Callable[[Value], str]
 NONE = "–"
@@ -152,7 +150,4 @@ def _spread(cell: Cell, digits: int) -> str:
 
 
 def _plain(value: float | None) -> str:
-    """Three digits that count, without an exponent."""
-    if value is None:
-        return NONE
-    return f"{value:,.0f}" if abs(value) >= 1000 else np.format_float_positional(value, 3, fractional=False, trim="-")
+    return NONE if value is None else plain(value)

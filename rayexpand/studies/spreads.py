@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from rayexpand.classifier.accuracy import summarise
 
 
@@ -28,6 +30,12 @@ def points(share: float) -> str:
     """A difference of shares in percentage points with its sign: one decimal, more where that would read as zero."""
     value = 100 * share
     return f"{value:+z.1f}" if abs(value) >= 0.05 or abs(value) < 1e-9 else f"{value:+.1g}"
+
+
+def plain(value: float, digits: int = 3) -> str:
+    """Digits that count, without an exponent: 0.00000101, 18.9, 1,499."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else np.format_float_positional(
+        value, digits, fractional=False, trim="-")
 
 
 def signed(value: float, digits: int = 1) -> str:

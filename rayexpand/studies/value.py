@@ -28,7 +28,7 @@ from rayexpand.classifier.statistics import crossed, resampled
 from rayexpand.contract.errors import few
 from rayexpand.studies.comparisons import MIN_SEEDS, joint_answers
 from rayexpand.studies.results import StudyView, is_valued, number
-from rayexpand.studies.spreads import points
+from rayexpand.studies.spreads import plain, points
 
 ENOUGH_IMAGES = 1000  # test images; below, intervals are too wide to say much
 CHECKED = 0.99  # level of the intervals of the checks
@@ -302,7 +302,7 @@ def _further(one: Mapping[str, Any]) -> str:
 
 def _pays(one: Mapping[str, Any]) -> str:
     even = (one["price"] or {}).get("break_even")
-    return "" if even is None else f"; at your prices samples pay off above {even:.2g}"
+    return "" if even is None else f"; at your prices samples pay off above {plain(even, 2)}"
 
 
 def _crossing(one: Mapping[str, Any], n0: float) -> str:

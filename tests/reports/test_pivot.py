@@ -13,7 +13,7 @@ import pytest
 from rayexpand.api import report
 from rayexpand.contract.errors import UsageError
 from rayexpand.studies.records import read_records
-from rayexpand.studies.spreads import points, signed
+from rayexpand.studies.spreads import plain, points, signed
 from tests.studyfolder import StudyFolder
 
 RIGHT = np.arange(20) < 13
@@ -81,3 +81,8 @@ def test_a_control_stands_at_the_ratio_of_its_arm(tmp_path: Path) -> None:
 def test_what_reads_as_zero_has_no_sign(value: float, text: str) -> None:
     assert signed(value) == text
     assert points(-1e-17) == "+0.0"
+
+
+@pytest.mark.parametrize(("value", "text"), [(1.009e-6, "0.00000101"), (18.94, "18.9"), (1499.2, "1,499"), (0, "0")])
+def test_prices_have_no_exponent(value: float, text: str) -> None:
+    assert plain(value) == text
