@@ -240,7 +240,7 @@ def test_a_sweep_and_the_best_once_more(make: Make) -> None:
     assert {arm.name for arm in load_study(folder / "final.yaml").arms} == {"original", "noisy"}
     page = (folder / "report.html").read_text()
     assert f"{100 * best['score']:.2f} %" in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3, "one for each field, and one of both"
     assert "Selection on the test images" not in page
 
 
