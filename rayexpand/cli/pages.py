@@ -124,7 +124,7 @@ def export(folder: Folder,
     with Progress() as progress:
         made = api.RunFolder(folder).export(out, layout, shard_images=shard_images,  # type: ignore[arg-type]
                                             selection=selection or None, on=progress,
-                                            require=[one.strip() for one in require.split(",") if one.strip()])
+                                            require=[one.strip() for one in require.split(",")] if require else [])
     if made.pending:
         warn([f"{made.pending:,} planned samples are not decided yet and are not in this export"], "")
     summary = {"folder": str(made.folder), "layout": made.layout, "count": made.count, "files": made.files,

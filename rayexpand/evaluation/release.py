@@ -62,7 +62,7 @@ def release_sheet(view: RunView, chosen: Selection | None = None, *, exported: b
 def require(sheet: Sequence[ReleaseLine], wanted: Sequence[str]) -> None:
     """Raises UsageError with every wanted line that does not pass."""
     if unknown := [name for name in wanted if name not in LINES]:
-        raise UsageError(f"--require: {', '.join(unknown)} is no line of the release sheet; those are "
+        raise UsageError(f"--require: {', '.join(map(repr, unknown))} is no line of the release sheet; those are "
                          f"{', '.join(LINES)}")
     names = {one for name in wanted for one in WITH.get(name, (name,))}
     if failing := [line for line in sheet if line.name in names and line.status != "pass"]:

@@ -60,6 +60,8 @@ def write_saliency(folder: str, *, images: int = 10, name: str = "saliency") -> 
             f"{row['arm']}: {row['why']}" for row in rows)]))
     rows += [{"arm": trial.arm, "trial": trial.name, "why": f"a page has room for {MOST_ARMS} arms"}
              for trial in trials[MOST_ARMS:]]
+    rows += [{"arm": arm, "trial": "", "why": f"its trial of repetition {first} is not finished"}
+             for arm in view.arms if arm not in {trial.arm for trial in trials}]
     table, place = pa.Table.from_pylist(rows, MAPS), f"figures/{name}.parquet"
     for where in ("figures", ".tmp"):
         files.make_folder(where)

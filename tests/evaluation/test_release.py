@@ -131,7 +131,7 @@ def test_an_export_stops_at_the_line_it_requires(run: Run, tmp_path: Path) -> No
     assert "membership: NOT MEASURED" in str(caught.value)
     assert "classes" not in str(caught.value)
     assert not out.exists()
-    with pytest.raises(UsageError, match="copy is no line of the release sheet; those are copies"):
+    with pytest.raises(UsageError, match="'copy' is no line of the release sheet; those are copies"):
         folder.export(out, require=["copy"])
     write(run, "copies", copies(run))
     folder.card(license_of={"seeds": "cc-by-4.0"})

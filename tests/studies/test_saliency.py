@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_table
 from rayexpand.studies import saliency
 from rayexpand.studies.kept import load_classifier, read_trial
+from rayexpand.studies.results import read_study
 from rayexpand.studies.saliency import chosen_images
 from tests.reports.test_run import visible
 from tests.studies.test_weights import kept, study_of  # noqa: F401  (a fixture)
@@ -56,6 +58,17 @@ def test_what_a_page_has_no_room_for_is_said(kept: tuple, monkeypatch: pytest.Mo
     assert {row["why"] for row in table[1:]} == {"a page has room for 1 arms"}
     with pytest.raises(UsageError, match="--images 65 are more than the 64 of a page"):
         saliency.write_saliency(str(kept[0].files.root), images=65)
+
+
+def test_an_arm_without_the_first_repetition_is_said(kept: tuple, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    folder = str(kept[0].files.root)
+    view = read_study(folder)
+    late = next(arm for arm in view.arms if arm != view.baseline)
+    arms = {**view.arms, late: [{**one, "seed": 1} for one in view.arms[late]]}
+    monkeypatch.setattr(saliency, "read_study", lambda _: replace(view, arms=arms))
+    rows = saliency.write_saliency(folder, images=1, name="late").to_pylist()
+
+    assert {row["why"] for row in rows if row["arm"] == late} == {"its trial of repetition 0 is not finished"}
 
 
 def test_a_study_whose_weights_are_gone_has_no_page(kept: tuple, tmp_path: Path) -> None:  # noqa: F811
