@@ -51,6 +51,7 @@ class Comparison:
         self.x_ND, self.y_MD = checked(samples.features_ND, reference.features_ND)
         self.n, self.m = samples.images, reference.images
         self.seed, self.key, self._known = seed, key, {} if known is None else known
+        self.trained_on = 0  # reference images with the very features of a training image, once cover has looked
 
     def chosen(self, rows: int, of: int, stream: str) -> np.ndarray:
         """Keyed choice of `rows` of `of` places, in order."""
@@ -113,6 +114,9 @@ def _warnings(pair: Comparison, metrics: Sequence[str]) -> list[str]:
     if {"fd", "fid", "fid_clean", "fd_dinov2"} & set(metrics) and least <= width:
         lines.append(f"{least} images are few for {width} features: most of a Frechet distance is then its bias; read "
                      "value - floor, fd_infinity or kd, or take more images of both")
+    if pair.trained_on:
+        lines.append(f"cover: {pair.trained_on:,} of {pair.m:,} reference images have the very features of a training "
+                     "image, so they are at distance 0 with any samples; give held-out images")
     if "classes" in metrics and not _shared_classes(pair):
         lines.append("classes: samples and reference have no class of the same key, so no class is compared")
     return lines
@@ -221,7 +225,8 @@ def _cover(pair: Comparison) -> Result:
     real = neighbours.cover(pair.y_MD, e_ED)
     both = neighbours.cover(pair.y_MD, np.concatenate([e_ED, pair.x_ND]))
     counts = {"n_samples": len(pair.x_ND), "n_reference": len(pair.y_MD), "n_training": len(e_ED)}
-    return {f"cover_{name}": {"value": both[name], "training_alone": real[name], **counts} for name in both}
+    pair.trained_on = int(real.pop("same") or 0)
+    return {f"cover_{name}": {"value": both[name], "training_alone": value, **counts} for name, value in real.items()}
 
 
 def _alignment(pair: Comparison) -> Result:

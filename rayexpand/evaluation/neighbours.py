@@ -51,7 +51,8 @@ def authenticity(x_ND: np.ndarray, y_MD: np.ndarray) -> float:
 
 def cover(s_SD: np.ndarray, e_ED: np.ndarray) -> dict[str, float | None]:
     """How far held-out images are from their nearest in `e_ED`: the largest distance `delta` and `div` = 1 / delta
-    (None where delta is 0), of which one image decides, quantiles `q50` and `q95`, and the `mean`."""
+    (None where delta is 0), of which one image decides, quantiles `q50` and `q95`, and the `mean`; `same`: how
+    many have the very features of one there."""
     from sklearn.neighbors import NearestNeighbors
 
     e_ED, s_SD, slack = _centred(e_ED, s_SD)
@@ -60,7 +61,7 @@ def cover(s_SD: np.ndarray, e_ED: np.ndarray) -> dict[str, float | None]:
     delta = float(distance_S.max())
     q50, q95 = np.quantile(distance_S, (0.5, 0.95))
     return {"delta": delta, "div": 1 / delta if delta else None, "q50": float(q50), "q95": float(q95),
-            "mean": float(distance_S.mean())}
+            "mean": float(distance_S.mean()), "same": int((distance_S == 0).sum())}
 
 
 def balls_holding(points_ND: np.ndarray, centres_MD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +70,8 @@ def balls_holding(points_ND: np.ndarray, centres_MD: np.ndarray, k: int) -> tupl
     from sklearn.neighbors import NearestNeighbors
 
     if len(centres_MD) <= k:
-        raise UsageError(f"{len(centres_MD)} images have no {k}-th nearest neighbour; take more than {k} of both")
+        raise UsageError(f"precision, recall, density and coverage: {len(centres_MD)} images are too few for balls "
+                         f"that reach to the nearest neighbour number {k}; take more than {k} of both")
     points_ND, centres_MD, slack = _centred(points_ND, centres_MD)
     radius_M = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(centres_MD).kneighbors()[0][:, -1] + slack
     balls: list[np.ndarray] = []

@@ -73,9 +73,15 @@ def _compare(study: StudyView, arm: str, against: str, kind: str) -> dict[str, A
     if isinstance(difference_SN, str):
         return {**found, "why": f"no interval, {difference_SN}"}
     one = crossed(difference_SN)
-    low, high = one.interval()
+    low, high = _shares(one.interval())
     return {**found, "mean": one.mean, "low": low, "high": high, "p": one.p, "se": one.se, "df": one.df,
             "images": difference_SN.shape[1]}
+
+
+
+def _shares(interval: tuple[float, float]) -> tuple[float, float]:
+    """Of two repetitions t knows little: an interval of shares ends where shares do."""
+    return max(interval[0], -1.0), min(interval[1], 1.0)
 
 
 def _difference(study: StudyView, pairs: Sequence[tuple[Result, Result]]) -> np.ndarray | str:
@@ -137,7 +143,7 @@ def _adjust(study: StudyView, family: list[dict[str, Any]]) -> None:
             [means_DA[:, at[one["arm"]]] - means_DA[:, at[one["against"]]] for one in family], axis=1)))
         rule = "max-t"
     for one, adjusted in zip(known, p, strict=False):
-        low, high = MeanError(one["mean"], one["se"], one["df"]).interval(level)
+        low, high = _shares(MeanError(one["mean"], one["se"], one["df"]).interval(level))
         if adjusted < 1 - LEVEL:  # the step-down p may show a sign that intervals of one width for all do not
             low, high = (max(low, 0.0), high) if one["mean"] > 0 else (low, min(high, 0.0))
         one["adjusted"] = {"p": adjusted, "low": low, "high": high, "of": len(family),

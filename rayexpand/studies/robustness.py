@@ -163,12 +163,13 @@ def _write(files: Files, one: CorruptedPass, trial: Trial, of: str, right_CN: np
     files.replace(place, parquet_bytes(table, {NAMED: place.encode()}, row_group=1 << 16), "robustness table")
     top1 = dict(zip(shown.cells, right_CN.mean(axis=1).tolist(), strict=True))
     side = one.view.test_size or one.view.size
+    images, classes = int(right_CN.shape[1]), len(np.unique(shown.first.own_N[shown.rows]))
     replace_json(files, f"{name}.json", {
         "trial": trial.name, "arm": trial.arm, "seed": trial.seed, "test": shown.name, "name": shown.called,
-        "digest": of, "trial_digest": trial.digest, "note": shown.note, "images": int(right_CN.shape[1]), "side": side,
-        "classes": len(np.unique(shown.first.own_N[shown.rows])), "restricted": shown.test.restrict,
+        "digest": of, "trial_digest": trial.digest, "note": shown.note, "images": images, "side": side,
+        "classes": classes, "restricted": shown.test.restrict,
         "left_out": shown.first.left_out, "settings": shown.test.model_dump(mode="json"),
-        **corruption_scores(top1, shown.called)})
+        **corruption_scores(top1, shown.called, (images, classes))})
 
 
 class Shower:

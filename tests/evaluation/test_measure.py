@@ -82,7 +82,7 @@ def test_what_is_not_to_be_trusted_is_said() -> None:
         "9 samples against 18 reference images: these values, Frechet distances above all, compare only with values at "
         "the same two numbers; set `images` to take as many of both"]
     assert measure(["precision_recall"], of(normals(8, 8)), of(normals(8, 8, 1)))["warnings"] == []
-    with pytest.raises(UsageError, match="3-th nearest"):
+    with pytest.raises(UsageError, match="nearest neighbour number 3"):
         measure(["precision_recall"], of(normals(3, 3)), of(normals(3, 3)))
 
 
@@ -143,3 +143,14 @@ def test_alignment_stands_beside_that_of_real_images() -> None:
     assert found["clip_score"]["text"] == "a photo of a {name}"
     with pytest.raises(UsageError, match="no class that the guide was asked about"):
         measure(["alignment"], of(np.eye(2), ["x", "y"]), real, texts=texts)
+
+
+def test_training_images_among_the_reference_of_cover_are_said() -> None:
+    real, training = normals(12, 4, 1), normals(5, 4, 2)
+    held_out = measure(["cover"], of(normals(6, 4, 3)), of(real), training=of(training))
+    shared = measure(["cover"], of(normals(6, 4, 3)), of(np.concatenate([real, training[:2]])),
+                     training=of(training))
+
+    assert not any(line.startswith("cover: ") for line in held_out["warnings"])
+    assert "cover: 2 of 14 reference images have the very features of a training image" in "\n".join(shared["warnings"])
+    assert "cover_same" not in shared["scores"]

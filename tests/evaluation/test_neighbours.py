@@ -65,7 +65,7 @@ def test_the_oracle_of_the_specification() -> None:
 
     assert precision_recall(samples, reals, k=1) == (0.5, 1.0)
     assert density_coverage(samples, reals, k=1) == (1.0, 0.5)
-    with pytest.raises(UsageError, match="3-th nearest"):
+    with pytest.raises(UsageError, match="nearest neighbour number 3"):
         precision_recall(normals(3, 3), normals(3, 3))
 
 

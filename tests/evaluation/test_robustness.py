@@ -45,6 +45,8 @@ def test_mce_is_of_all_published_files_of_imagenet_c_alone() -> None:
     assert 100 * corruption_scores(flat(), IMAGENET_C)["mce"] == pytest.approx(64.672573, abs=1e-6)
     for top1, name in ((flat(), "corrupted-v1"), (flat(), CIFAR_C), (some, IMAGENET_C), (three, IMAGENET_C)):
         assert "mce" not in corruption_scores(top1, name)
+    for part in ((50_000, 100), (6, 1_000)):
+        assert "mce" not in corruption_scores(flat(), IMAGENET_C, part), "AlexNet's errors are of all"
 
 
 @pytest.mark.parametrize(("columns", "mean"), [

@@ -221,7 +221,7 @@ def test_they_are_in_the_summary_and_nowhere_in_the_trials(ready: tuple[Study, l
 
 
 @pytest.mark.parametrize(("test", "words"), [
-    ({"data": TEST, "corrupt": {"table": "cifar", "types": ["fgo"]}}, r"corrupt\.types: 'fgo' are no corruptions"),
+    ({"data": TEST, "corrupt": {"table": "cifar", "types": ["fgo"]}}, "types: 'fgo': no corruption of this name"),
     ({"data": TEST, "corrupt": {"table": "cifar"}, "group_of": "(.)"}, "group_of: corrupted images are counted by"),
     ({"data": TEST, "corrupt": {"table": "cifar"}, "layout": "imagenet_c"}, "corrupted already"),
     ({"data": TEST, "layout": "imagenet_c"}, "read as folders, not as source digits"),
@@ -335,6 +335,7 @@ def imagenet_c(folder: Path, kinds: Sequence[str] = COMMON) -> Path:
 def test_published_files_have_the_known_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ImageNet-C by folders, with mCE; CIFAR-C by arrays, whose classes are numbers, without."""
     monkeypatch.setattr(robustness, "BLOCK", 3)
+    monkeypatch.setattr("rayexpand.evaluation.robustness.WHOLE", (6, 3))
     tests = {"in-c": {"layout": "imagenet_c", "path": str(imagenet_c(tmp_path / "imagenet-c"))},
              "some": {"layout": "imagenet_c", "path": str(imagenet_c(tmp_path / "some", COMMON[:4]))},
              "cifar-c": {"data": {"source": "cifar_c", "path": str(arrays(tmp_path / "cifar-c")), "split": "3"},

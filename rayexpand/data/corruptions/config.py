@@ -49,7 +49,7 @@ class Corrupt(Section):
         """What is wrong, one line each: `field: what, why, next step`."""
         asked, found = list(self.names) if isinstance(self.types, str) else self.types, list[str]()
         if unknown := [name for name in asked if name not in (*COMMON, *EXTRA)]:
-            found.append(f"types: {few(unknown)} are no corruptions; choose among {', '.join(COMMON)}")
+            found.append(f"types: {few(unknown)}: no corruption of this name; choose among {', '.join(COMMON)}")
         if extra := [name for name in asked if name in EXTRA]:
             found.append(f"types: {few(extra)} have no parameters in these tables; choose among the fifteen common "
                          "types, or give published files")
