@@ -16,8 +16,8 @@ from rayexpand.contract.errors import UsageError
 
 
 @app.command()
-def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, train, fit, evaluate, select, sweep, "
-                                               "plan, validate or bench with a FILE; retry, verify, report or card "
+def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, train, fit, evaluate, select, audit, "
+                                               "sweep, plan, validate or bench with a FILE; retry, verify, report or card "
                                                "with a RUN")] = "",
            target: Annotated[str, typer.Argument(metavar="FILE|RUN")] = "",
            set_: Set = None, trust: Trust = None,

@@ -68,7 +68,9 @@ def test_they_change_the_samples_and_the_hash(family_folder: Folders, lora: Path
         seen[name] = {text: prior.predict(z_BCHW, at, prior.embed([text], [""], 3.0)).clean
                       for text in ("a zero", "a zero <w>")}
     assert not torch.equal(seen["plain"]["a zero"], seen["styled"]["a zero"])
-    assert torch.equal(seen["plain"]["a zero"], seen["worded"]["a zero"])
+    near = {"rtol": 1e-4, "atol": 1e-4}  # on some CPUs bits depend on where in memory weights lie
+    torch.testing.assert_close(seen["plain"]["a zero"], seen["worded"]["a zero"], **near)
+    assert not torch.allclose(seen["plain"]["a zero"], seen["styled"]["a zero"], **near)
     assert not torch.equal(seen["plain"]["a zero <w>"], seen["worded"]["a zero <w>"])
 
 

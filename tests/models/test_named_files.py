@@ -41,7 +41,7 @@ def test_a_single_file_samples_as_its_folder(single_file: Files, family_folder: 
         cond = prior.embed(["a photo of a two"] * 2, [""] * 2, 5.0)
         seen = prior.predict(z_BCHW, prior.schedule("ddim", 10, 5).first, cond)
         outs.append(torch.cat([seen.clean.flatten(), prior.decode(seen.clean).flatten()]))
-    assert torch.equal(*outs)
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)  # on some CPUs bits depend on where in memory weights lie
 
 
 def test_validate_and_prepare(single_file: Files, tmp_path: Path) -> None:

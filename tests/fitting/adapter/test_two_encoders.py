@@ -352,14 +352,17 @@ def test_training_with_class_tokens_pools_at_the_end_of_the_text(xl: Path) -> No
     assert pooled_places(encoder.model, lambda: model.module.text(model.ids(TEXTS))) != found
 
 
+NEAR = {"rtol": 2e-5, "atol": 2e-5}  # on some CPUs bits depend on where in memory weights lie
+
+
 def test_words_of_the_base_are_pooled_as_before(xl: Path, tmp_path: Path) -> None:
     base, texts = loaded(xl), ["a seven", "a photo of a zero", ""]
     prior = base.with_adapter(tiny_adapter(tmp_path / "ti", xl, KEYS, strategy="ti"), base_sha256=None)
     ours, before = (one.embed(texts, texts, 1.0) for one in (prior, base))
     assert ours.pooled_BP is not None
     assert before.pooled_BP is not None
-    assert torch.equal(ours.pooled_BP, before.pooled_BP)
-    assert torch.equal(ours.tokens_BTE, before.tokens_BTE)
+    torch.testing.assert_close(ours.pooled_BP, before.pooled_BP, **NEAR)
+    torch.testing.assert_close(ours.tokens_BTE, before.tokens_BTE, **NEAR)
 
 
 # -------------------------------------------------------------------------------------------------------- adapters
@@ -367,9 +370,9 @@ def test_words_of_the_base_are_pooled_as_before(xl: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("strategy", [pytest.param("ti", marks=pytest.mark.slow),
                                       pytest.param("db", marks=pytest.mark.slow), "ti_db"])
-def test_fitted_adapters_reload_to_the_same_bits(raw: Callable[..., Any], xl: Path, strategy: str) -> None:
-    """The modules in training and the prior that loads the adapter say the same, bit for bit, and samples differ from
-    those of the base."""
+def test_fitted_adapters_reload_to_what_was_trained(raw: Callable[..., Any], xl: Path, strategy: str) -> None:
+    """The modules in training and the prior that loads the adapter say the same, and samples differ from those of the
+    base."""
     kept: list[Finetuner] = []
     update = Finetuner.update
 
@@ -397,12 +400,12 @@ def test_fitted_adapters_reload_to_the_same_bits(raw: Callable[..., Any], xl: Pa
         for text in texts:
             cond = prior.embed([text], [text], 1.0)
             states = model.module.text(model.ids([text]))
-            assert torch.equal(cond.tokens_BTE, states.tokens)
+            torch.testing.assert_close(cond.tokens_BTE, states.tokens, **NEAR)
             assert cond.pooled_BP is not None
-            assert torch.equal(cond.pooled_BP, states.pooled)
+            torch.testing.assert_close(cond.pooled_BP, states.pooled, **NEAR)
             at = prior.schedule("ddim", 4).first._replace(label=500.0)
             trained = model.module(z_t, t_B, model.ids([text]))
-            assert torch.equal(prior.predict(z_t, at, cond).noise, trained)
+            torch.testing.assert_close(prior.predict(z_t, at, cond).noise, trained, **NEAR)
         base = loaded(xl)
         assert not torch.allclose(base.predict(z_t, at, base.embed([text], [text], 1.0)).noise, trained, atol=1e-4)
 
