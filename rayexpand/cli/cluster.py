@@ -17,8 +17,8 @@ from rayexpand.contract.errors import UsageError
 
 @app.command()
 def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, train, fit, evaluate, select, audit, "
-                                               "sweep, plan, validate or bench with a FILE; retry, verify, report or card "
-                                               "with a RUN")] = "",
+                                               "sweep, plan, validate or bench with a FILE; retry, verify, report or "
+                                               "card with a RUN")] = "",
            target: Annotated[str, typer.Argument(metavar="FILE|RUN")] = "",
            set_: Set = None, trust: Trust = None,
            address: Annotated[str, typer.Option(help="dashboard of the cluster; else RAY_API_SERVER_ADDRESS, else "
