@@ -177,9 +177,9 @@ def noise_of(differences: Sequence[np.ndarray]) -> Noise:
     return Noise(varies, image / varies if varies else 0.0, math.sqrt(seed))
 
 
-def detectable(noise: Noise, images: int, seeds: int) -> float:
-    """The smallest true difference, a share, that is shown with probability 0.8 at the 5 % level. One seed: what the
-    images alone would show."""
+def detectable(noise: Noise, images: int, seeds: int, of: int = 1) -> float:
+    """The smallest true difference, a share, that is shown with probability 0.8 at the 5 % level, as one `of` so many
+    comparisons that are adjusted together (by Bonferroni, so at most). One seed: what the images alone would show."""
     image = noise.repeats * noise.disagree / images
     residual = (1 - noise.repeats) * noise.disagree / (images * seeds)
     if seeds == 1:
@@ -189,7 +189,7 @@ def detectable(noise: Noise, images: int, seeds: int) -> float:
         v = image + of_seeds
         df = v ** 2 / (of_seeds ** 2 / (seeds - 1) + (image + residual) ** 2 / (images - 1)
                        + residual ** 2 / ((seeds - 1) * (images - 1))) if v else 1.0
-    return float(student.ppf(0.975, df) + student.ppf(0.8, df)) * math.sqrt(v)
+    return float(student.isf(0.025 / of, df) + student.ppf(0.8, df)) * math.sqrt(v)
 
 
 def seeds_for(difference: float, noise: Noise, images: int, most: int = 20) -> int | None:

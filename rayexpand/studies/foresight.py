@@ -14,6 +14,7 @@ from rayexpand.data.subsets import choose, sound_rows
 from rayexpand.storage.places import open_files
 from rayexpand.studies.comparisons import MIN_SEEDS, joint_answers
 from rayexpand.studies.config import StudyConfig
+from rayexpand.studies.parts import Arm
 from rayexpand.studies.results import StudyView, is_valued, note_of, read_study
 from rayexpand.studies.trials import arms_of
 from rayexpand.studies.value_config import sizes_in
@@ -22,21 +23,25 @@ WANTED = 0.01  # the difference that one would like to see: a point
 ENOUGH_SEEDS = 10  # that more images are reckoned with
 
 
-def sight(images: int, seeds: int, noise: Noise | None = None) -> dict[str, Any]:
-    """`points` (the smallest difference that is shown in four of five such studies, percentage points), what it is
-    reckoned with, and a sentence. `noise` None: nothing is measured yet."""
+def sight(images: int, seeds: int, noise: Noise | None = None, compared: int = 1) -> dict[str, Any]:
+    """`points` (the smallest difference that is shown in four of five such studies, percentage points), `together` (the
+    same where `compared` arms are judged together), what it is reckoned with, and a sentence. `noise` None: nothing is
+    measured yet."""
     known = Noise() if noise is None else noise
     seen = detectable(known, images, seeds)
+    together = detectable(known, images, seeds, max(compared, 1))
     words = [f"sees {100 * seen:.1f} points with {seeds} seed{'s' if seeds != 1 else ''} and {images:,} test images"]
+    if compared > 1:
+        words[0] += f" in one comparison, {100 * together:.1f} in one of {compared} that are judged together"
     if seeds < MIN_SEEDS:
         words.append(f"fewer than {MIN_SEEDS} seeds claim nothing")
     if seen > WANTED:
         words.append(f"1 point needs {_needed(known, images, seeds)}")
     how = (f"{100 * known.disagree:.0f} % of the test images answered differently, {100 * known.seed_sd:.1f} points "
            f"between seeds: {'assumed' if noise is None else 'measured'}")
-    return {"points": 100 * seen, "images": images, "seeds": seeds, "measured": noise is not None,
-            "disagree": known.disagree, "repeats": known.repeats, "seed_sd": known.seed_sd,
-            "sentence": f"{'; '.join(words)} ({how})"}
+    return {"points": 100 * seen, "together": 100 * together, "compared": compared, "images": images, "seeds": seeds,
+            "measured": noise is not None, "disagree": known.disagree, "repeats": known.repeats,
+            "seed_sd": known.seed_sd, "sentence": f"{'; '.join(words)} ({how})"}
 
 
 def _needed(noise: Noise, images: int, seeds: int) -> str:
@@ -57,7 +62,8 @@ def sight_of(study: StudyView) -> dict[str, Any] | None:
     if isinstance(first, str) or len(study.arms) < 2 or len(first.items) < 2:
         return None
     seeds = study.config.get("seeds") or sorted({one["seed"] for one in study.results})
-    return sight(len(first.items), len(seeds), _measured(study))
+    judged = [one for arm, (one, *_) in study.arms.items() if arm != study.baseline and not is_valued(one)]
+    return sight(len(first.items), len(seeds), _measured(study), len(judged))
 
 
 def _measured(study: StudyView) -> Noise | None:
@@ -84,7 +90,13 @@ def foreseen(config: StudyConfig) -> dict[str, Any]:
             noise = _measured_in(config.folder)
         except UsageError:
             noise = None  # study.json is damaged, which `train` says and mends
-    return sight(max(images, 2), len(config.seeds), noise)
+    judged = sum(1 + with_control(one) for one in arms_of(config) if one.value is None)
+    return sight(max(images, 2), len(config.seeds), noise, judged - 1)
+
+
+def with_control(arm: Arm) -> bool:
+    """Whether the real rows repeated may be trained beside it; arms of as many rows share one."""
+    return arm.config.use is not None and arm.config.control and arm.config.replace is None
 
 
 def _measured_in(folder: str) -> Noise | None:
@@ -97,7 +109,7 @@ def planned(config: StudyConfig) -> dict[str, Any]:
     what it `sees`. Controls that several arms share are known when their samples are. Raises SeedDataError, and
     UsageError where there are too few images for `value`."""
     arms = arms_of(config)
-    controls = sum(one.config.use is not None and one.config.control and one.config.replace is None for one in arms)
+    controls = sum(with_control(one) for one in arms)
     if config.value is not None:
         fitting = real_sizes(config)
         arms = [one for one in arms if one.value is None or one.value.role != "real" or one.value.size in fitting]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from scipy.stats import t as student
 
 from rayexpand import api
 from rayexpand.classifier.statistics import Noise
@@ -24,6 +25,18 @@ def test_what_a_study_can_see_in_words(images: int, seeds: int, words: str) -> N
     assert words in sight(images, seeds)["sentence"]
 
 
+def test_what_is_judged_together_is_seen_less() -> None:
+    """Bonferroni's level: of ten, each at half a percent."""
+    noise = Noise(0.2, 0.5, 0.003)
+    found = sight(10_000, 5, noise, compared=10)
+    v = 0.5 * 0.2 / 10_000 + 0.5 * 0.2 / 50_000 + 0.003 ** 2 / 5
+    df = v ** 2 / ((0.5 * 0.2 / 50_000 + 0.003 ** 2 / 5) ** 2 / 4 + (0.1 / 10_000 + 0.1 / 50_000) ** 2 / 9_999
+                   + (0.1 / 50_000) ** 2 / (4 * 9_999))
+
+    assert found["together"] == pytest.approx(100 * (student.isf(0.0025, df) + student.ppf(0.8, df)) * v ** 0.5)
+    assert f"in one comparison, {found['together']:.1f} in one of 10 that are judged together" in found["sentence"]
+
+
 def test_seeds_that_differ_too_much_are_said() -> None:
     found = sight(10_000, 3, Noise(0.2, 0.5, 0.05))
     assert "1 point needs more than 10 seeds, on any number of test images" in found["sentence"]
@@ -33,7 +46,7 @@ def test_seeds_that_differ_too_much_are_said() -> None:
 def test_plan_and_validate_say_it_before_anything_is_made(tmp_path: Path) -> None:
     raw = raw_study(tmp_path)
     found = api.plan(raw)
-    words = "sees 23.3 points with 2 seeds and 30 test images"
+    words = "sees 23.3 points with 2 seeds and 30 test images in one comparison, "
 
     assert found.to_dict()["arms"] == ["original", "flips 1x", "flips 3x"]
     assert (found.to_dict()["trainings"], found.to_dict()["controls"]) == (6, 4)
@@ -54,6 +67,10 @@ def test_two_repetitions_are_measured(tmp_path: Path) -> None:
 
     assert found["measured"]
     assert found["disagree"] == pytest.approx((correct[0] != correct[1]).mean(), abs=0.05)
+    for one in (found, page):
+        assert one.pop("together") >= one["points"]
+        assert one.pop("compared") in (1, 4), "the page judges what is there"
+        one.pop("sentence")
     assert found == page
 
 
