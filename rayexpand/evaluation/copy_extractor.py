@@ -83,12 +83,19 @@ def check(config: CopyExtractorConfig) -> list[str]:
 
 
 def name_of(config: CopyExtractorConfig) -> str:
-    """Only a released SSCD file with its published intake is called SSCD."""
+    """Only a file of a released name with the published intake is called SSCD, and by what: its publisher states no
+    hash that its content could be held against."""
     if (script := config.torchscript) is None:
         return extractors.name_of(config)
-    found = _SSCD.fullmatch(Path(script.path).name)
-    is_sscd = found is not None and (script.size, script.intake) == (SSCD_SIDE, SSCD_INTAKE)
-    return f"SSCD {found[1]}" if found and is_sscd else f"torchscript {Path(script.path).name}"
+    if (model := _sscd_model(config)) is None:
+        return f"torchscript {Path(script.path).name}"
+    return f"SSCD {model} (by its file name; sha256 {script.sha256[:12]})"
+
+
+def _sscd_model(config: CopyExtractorConfig) -> str | None:
+    script = config.torchscript
+    found = None if script is None else _SSCD.fullmatch(Path(script.path).name)
+    return found[1] if found and script and (script.size, script.intake) == (SSCD_SIDE, SSCD_INTAKE) else None
 
 
 def load(config: CopyExtractorConfig) -> Extractor:
@@ -150,9 +157,9 @@ def _torchscript(config: CopyExtractorConfig) -> Extractor:
 
 def _refuse_false_name(config: CopyExtractorConfig, h_BD: np.ndarray) -> None:
     """Raises ModelError for a file with the name of SSCD that is none."""
-    kind, _, model = name_of(config).partition(" ")
-    width = SSCD_WIDTHS.get(model, 512)
-    if kind == "SSCD" and (h_BD.shape[1] != width or not np.allclose(np.linalg.norm(h_BD, axis=1), 1, atol=1e-3)):
+    model = _sscd_model(config)
+    width = SSCD_WIDTHS.get(model or "", 512)
+    if model and (h_BD.shape[1] != width or not np.allclose(np.linalg.norm(h_BD, axis=1), 1, atol=1e-3)):
         raise ModelError(f"extractor.torchscript: {model} gives rows of length 1 with {width} features, and this file "
                          f"gives {h_BD.shape[1]} of length {np.linalg.norm(h_BD[0]):.3g}; it is not SSCD: give it "
                          "another name")

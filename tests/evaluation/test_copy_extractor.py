@@ -75,7 +75,8 @@ def test_only_sscd_is_called_sscd(tmp_path: Path) -> None:
     named = "sscd_disc_large.torchscript.pt"
     sscd = saved(tmp_path, named, width=1024)
 
-    assert extractors.name_of(config(sscd)) == "SSCD sscd_disc_large"
+    said = f"by its file name; sha256 {sscd['sha256'][:12]}"
+    assert extractors.name_of(config(sscd)) == f"SSCD sscd_disc_large ({said})"
     assert extractors.name_of(config({**sscd, "size": 288})) == f"torchscript {named}", "another intake"
     assert extractors.name_of(config(saved(tmp_path))) == "torchscript model.pt"
     assert extractors.load(config(sscd)).size == 320
