@@ -39,7 +39,7 @@ def demo(out: Annotated[str, typer.Option(help="folder for the runs and the repo
             for name, arm in arms.items()]
     rows += [(f"control: {name}", f"{100 * value:.1f}", "") for name, value in found["controls"].items()
              if name not in found["control_arms"]]
-    print(f"two real digits per class, expanded by {method}; test accuracy in %, mean ± standard error over three "
+    print(f"two real digits per class, expanded by {method}; test accuracy in %, mean ± standard error over five "
           "subsets\n")
     show_table(("trained on", "accuracy", "n"), rows)
     if fitted := [f"{kind.replace('_', ' ')}, {seconds:.1f}" for kind, seconds in found["fit_cpu_seconds"].items()]:

@@ -67,13 +67,13 @@ def sight_of(study: StudyView) -> dict[str, Any] | None:
 
 
 def _measured(study: StudyView) -> Noise | None:
-    """Parts of 6.1 over the arms that have two seeds or more with the baseline; None where there are none, or where all
-    differences are the same, which says nothing of those to come."""
+    """Parts of 6.1 over the arms that have two seeds or more with the baseline, those of the section `value` where
+    there are no others; None where there are none, or where all differences are the same, which says nothing of those
+    to come."""
     base = str(study.baseline)
+    others = {arm: first for arm, (first, *_) in study.arms.items() if arm != base and not note_of(first)}
     found = []
-    for arm, (first, *_) in study.arms.items():
-        if arm == base or note_of(first) or is_valued(first):
-            continue
+    for arm in [one for one, first in others.items() if not is_valued(first)] or others:
         answers = joint_answers(study, [base, arm])
         if not isinstance(answers, str) and answers.shape[1] > 1 and answers.shape[2] > 1:
             found.append(answers[1].astype(np.int8) - answers[0])

@@ -44,9 +44,9 @@ UPDATES = 60  # of the 200 that users get, and one test instead of five: the gat
 
 
 def quick_study(out: Path, method: str = "img2img") -> StudyConfig:
-    """The study of the demo with fewer steps; the arms that no gate asks about take just a few."""
+    """The study of the demo with fewer steps and subsets; the arms that no gate asks about take just a few."""
     raw = study_of(out, method).model_dump(mode="json")
-    raw["recipe"] |= {"updates": UPDATES, "epochs": 1}
+    raw |= {"recipe": {**raw["recipe"], "updates": UPDATES, "epochs": 1}, "seeds": raw["seeds"][:3]}
     for arm in raw["arms"]:
         if arm["name"] in (ARMS[1], ARMS[3]):
             arm["recipe"] |= {"updates": 2}
@@ -68,9 +68,10 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     return json.loads(done.stdout), out
 
 
-def test_quick_changes_nothing_but_the_number_of_steps(tmp_path: Path) -> None:
+def test_quick_changes_nothing_but_the_numbers_of_steps_and_subsets(tmp_path: Path) -> None:
     quick, whole = (study(tmp_path).model_dump(mode="json") for study in (quick_study, study_of))
     for study in (quick, whole):
+        study.pop("seeds")
         for recipe in (study["recipe"], *(arm["recipe"] for arm in study["arms"])):
             for steps in ("updates", "epochs"):
                 recipe.pop(steps, None)
@@ -144,7 +145,7 @@ def test_every_method_has_a_demo(method: str, tmp_path: Path) -> None:
     assert [arm.name for arm in study.arms][:4] == list(ARMS)
     assert set(controls) == CONTROLS.get(method, set(controls))
     assert [name for name, one in study.expansions.items() if one.fit] == ["expanded"] * (method in FITTED)
-    assert study.seeds == [0, 1, 2]
+    assert study.seeds == [0, 1, 2, 3, 4]
 
 
 def test_each_subset_is_expanded_with_its_own_prototypes(tmp_path: Path) -> None:

@@ -83,3 +83,14 @@ def test_arms_without_a_difference_measure_nothing(tmp_path: Path) -> None:
                 study.add(arm, seed, equal_arms(3, 1, 1, images)[0][0] if images > 1 else [seed == 0])
         sees = summary(study.finish())["sees"]
         assert sees is None if images == 1 else not sees["measured"]
+
+
+def test_a_study_of_values_alone_is_measured_by_them(tmp_path: Path) -> None:
+    study = StudyFolder(tmp_path / "small", {"arms": [{"name": "original"}], "seeds": [0, 1]})
+    correct = equal_arms(4, 2, 2, 30)
+    for seed in range(2):
+        study.add("original", seed, correct[0][seed])
+        study.add("value: real 2x", seed, correct[1][seed], value={"role": "real", "size": 2.0})
+    study.finish()
+
+    assert summary(study.folder)["sees"]["measured"]
