@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from rayexpand.methods import trust
 from rayexpand.on_ray.expand import expand
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import RunConfig, parse
@@ -80,6 +81,7 @@ def write_seeds(folder: str, count: int) -> Path:
 
 def run_config(folder: str, seeds: Path, *, ratio: int, batch: int, shard_images: int, actors: int,
                method: dict[str, Any], cluster: Mapping[str, Any] | None = None) -> RunConfig:
+    trust(method["name"])
     return parse({"name": "run", "out": folder, "data": {"source": "imagefolder", "path": str(seeds)},
                   "method": {**method, "ratio": ratio}, "sampler": {"batch": batch, "shard_images": shard_images},
                   "cluster": {"actors": actors, "cpus_per_actor": 0.5, **(cluster or {})}})
