@@ -116,7 +116,7 @@ def test_pictures_are_those_that_were_published(frost: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("fields", "words"), [
     ({"types": "extra"}, "'speckle_noise', 'gaussian_blur', 'spatter', .* have no parameters in these tables"),
-    ({"types": ["fog", EXTRA[0]]}, "'speckle_noise' have no parameters"), ({"types": ["fgo"]}, "'fgo' are no corru"),
+    ({"types": ["fog", EXTRA[0]]}, "'speckle_noise' have no parameters"), ({"types": ["fgo"]}, "'fgo': no corru"),
     ({"types": []}, "an empty list corrupts nothing"), ({"types": ["fog", "fog"]}, "has one twice"),
     ({"severities": [1, 1]}, "severities: .* has one twice"), ({"types": ["frost"]}, "frost: missing, and `types`"),
     ({"frost": "nowhere"}, "there is no folder nowhere")])
