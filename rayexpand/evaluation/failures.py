@@ -8,6 +8,7 @@ thousand are read. Failures of those are the lowest p_own, not the worst of the 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,8 @@ from rayexpand.models.guide_files import check_guide
 from rayexpand.models.scores import log_probabilities
 from rayexpand.runs.lookup import keyed_seeds, rows_of, seed_table
 from rayexpand.runs.status import RunView, read_classes, view_run
+
+log = logging.getLogger(__name__)
 
 BATCH = 64
 CLASSES_AT_ONCE = 8  # whose rows are held together
@@ -76,7 +79,8 @@ def _seen(rows: list[dict[str, Any]], guide: Any) -> Iterator[dict[str, Any]]:
     for row in rows:
         try:
             image, _ = decode(row["image"]["bytes"])
-        except RowFault:
+        except RowFault as fault:
+            log.warning("%s is not looked at: %s", row["sample_id"], fault)
             continue
         pixels.append(prepare(image, guide.size[0], "center", _NO_CHANCE, cut_by=guide.filter))
         whole.append(row)

@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (the customary name)
 from torchvision.models import inception as tv
 
-SIZE = 299  # pixels
-
 
 class PoolingA(tv.InceptionA):
     def _forward(self, x: Tensor) -> list[Tensor]:

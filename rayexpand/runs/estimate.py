@@ -353,11 +353,13 @@ def _say_hours(config: RunConfig, ends: Sequence[Hours], shards: int, notes: dic
 
 def _say_best_size(config: RunConfig, planned: int, ends: Sequence[Hours], notes: dict[str, str]) -> None:
     """A shard size that ends sooner by more than a tenth, where there is one."""
-    for one in ends[:1]:
-        size, wall = _best_size(config, planned, one.images_per_second or 1)
-        if wall < 0.9 * (one.wall_hours or 0):
-            notes["shards"] += (f"; with sampler.shard_images={size:,} it would end after "
-                                f"{three_digits(wall)} h instead of {three_digits(one.wall_hours or 0)} h")
+    if not ends:
+        return
+    rate, now = ends[0].images_per_second or 1, ends[0].wall_hours or 0
+    size, wall = _best_size(config, planned, rate)
+    if wall < 0.9 * now:
+        notes["shards"] += (f"; with sampler.shard_images={size:,} it would end after {three_digits(wall)} h instead "
+                            f"of {three_digits(now)} h")
 
 
 def image_side(config: RunConfig, side: int | None = None, cost: Cost | None = None) -> tuple[int | None, str]:

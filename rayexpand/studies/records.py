@@ -12,6 +12,7 @@ Score files of `evaluate` belong to a trial where they have the run digest of th
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import healthy_json
 from rayexpand.studies.results import Result, StudyView, arm_config, number, read_study, run_folder, runs_of
 from rayexpand.studies.sweep.sweep import read_results
+
+log = logging.getLogger(__name__)
 
 FILES_READ = 32  # data files opened for the draws behind the samples of a run, spread evenly over it
 BUILT_IN = ("source", "arm", "line", "seed", "ratio", "batch", "classes")
@@ -50,7 +53,8 @@ class RunNumbers:
         try:
             view = view_run(self.folder)
             drawn = [_drawn(view, one) for one in _spread(list(view.receipts), FILES_READ)]
-        except (RayexpandError, OSError, KeyError):
+        except (RayexpandError, OSError, KeyError) as error:
+            log.warning("what %s discarded is not known: %s", self.folder, error)
             return None
         made, kept = map(sum, zip(*drawn, strict=True)) if drawn else (0, 0)
         return 1 - kept / made if made else None

@@ -16,7 +16,6 @@ import tempfile
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,8 +72,7 @@ def real(fleet: Fleet, seed: int, pause: float, shards: int, shard_s: float) -> 
                 cluster={"address": cluster.address, "resources": {"sampler": 1}})
             return _drive(cluster, runs.prepare(config, device_here=False), up, fleet, seed, pause)
     finally:
-        with suppress(Exception):
-            ray.shutdown()
+        ray.shutdown()
         cluster.shutdown()
 
 
