@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from rayexpand.classifier.augment import is_blank
 from rayexpand.contract.errors import EnvironmentFault, Interrupted, RayexpandError, RowFault
 from rayexpand.contract.protocols import Batch, Expansion, Method, Tools
 from rayexpand.contract.rng import RowRng
@@ -438,7 +439,7 @@ class Expander:
             return
         tries = work.tries.setdefault(draw.sample_id, _Tries())
         tries.scores[f"{TRY}{draw.attempt}"] = score = scores[SCORE]
-        able = reason is Reason.BELOW_THRESHOLD and image is not None and not _is_constant(image)
+        able = reason is Reason.BELOW_THRESHOLD and image is not None and not is_blank(image)
         if accept.exhausted == "best" and able and score > tries.best_score:
             tries.best_score, tries.best = score, self._submit(work, draw, image, None, "", scores)
         if draw.attempt + 1 < accept.attempts:
@@ -459,7 +460,7 @@ class Expander:
         if image is None:
             reason = reason or Reason.NAN_LATENT
             return Sample(draw, method, reason.status, None, "", reason, detail, note, scores)
-        if reason is None and _is_constant(image):
+        if reason is None and is_blank(image):
             reason, detail = Reason.CONSTANT_IMAGE, f"every pixel of the sample is {image[0, 0].tolist()}"
         if size is not None:
             image = resized(image, *size)
@@ -575,10 +576,6 @@ def _check(expansion: Expansion, batch: Batch) -> None:
     for image in expansion.images:
         assert image is None or (image.ndim == 3 and image.shape[2] == 3 and (
             image.dtype == np.uint8 or image.dtype.kind == "f")), "an image must be (H, W, 3), uint8 or float in [0, 1]"
-
-
-def _is_constant(image: np.ndarray) -> bool:
-    return bool((image == image[0, 0]).all())
 
 
 def _sorted(error: Exception) -> Exception:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import ConfigError, SeedDataError, UsageError, few
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import ClassTable, SeedIndex
@@ -36,6 +37,7 @@ from rayexpand.data.subsets import (
     shared_images,
     sound_rows,
 )
+from rayexpand.loader.loader import TestSet
 from rayexpand.runs.config import RunConfig
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
@@ -152,16 +154,25 @@ def _open_also(config: StudyConfig, trained: Sequence[tuple[str, Listed]], class
     for name, one in config.extra_tests.items():
         try:
             if one.is_corrupted:
-                index = open_corrupted(name, one, classes, opened.index).first.index
+                shown = open_corrupted(name, one, classes, opened.index)
+                index, data = shown.first.index, shown.listings[0][0]
             else:
-                index = extra_tests.open_test(one, classes).index
+                index, data = extra_tests.open_test(one, classes).index, one.data
                 extra_tests.groups_of(one, index)
+            _look_at_few(index, data, one.crop_border)
         except (SeedDataError, UsageError) as error:
             raise type(error)(f"extra_tests.{name}: {error}") from error
         for called, held in trained if not one.is_corrupted or one.corrupt is not None else ():
             if shared := shared_images(held, (index, one.data)):
                 raise UsageError(f"extra_tests.{name}: {len(shared):,} of its images are {called} ({few(shared)}); "
                                  "leave them out with data.ids, or choose another part")
+
+
+def _look_at_few(index: SeedIndex, data: DataConfig, border: int) -> None:
+    """Raises UsageError where the first, middle or last image cannot be read, or `border` leaves nothing of it."""
+    rows = sound_rows(index)
+    few_rows = np.unique(rows[[0, len(rows) // 2, -1]])
+    TestSet(index, data, Recipe(size=8), 0, 1, 1, cache_bytes=0, section="data", crop_border=border).at(few_rows)
 
 
 def _distinct(subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> dict[int, Listed]:

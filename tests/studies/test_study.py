@@ -702,6 +702,8 @@ ALSO = {"data": {"source": "digits", "split": "test", "per_class": 2}}
      "extra_tests.other: 20 of its images are training images of seed"),
     ({"other": {"data": {"source": "imagefolder", "path": "{greys}/test"}}}, UsageError,
      "extra_tests.other: its classes 'a', 'b' are none of those that are trained"),
+    ({"other": {**ALSO, "crop_border": 8}}, UsageError,
+     r"extra_tests.other: test image .* has 16 x 16 pixels, and crop_border 8 leaves nothing of it"),
 ])
 def test_further_test_sets_are_checked_before_anything_is_made(
         tmp_path: Path, greys: Path, also: dict[str, Any], error: type[Exception], words: str) -> None:
