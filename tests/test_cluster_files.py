@@ -249,7 +249,9 @@ def test_secrets_come_by_reference(name: str) -> None:
     assert spec["authOptions"]["mode"] == "token"
     for pod in pods:
         (container,) = pod["containers"]
-        assert all("value" not in one and "secretKeyRef" in one["valueFrom"] for one in container["env"])
+        shown = {one["name"]: one["value"] for one in container["env"] if "value" in one}
+        assert shown == {"RAYEXPAND_NODE_GPUS": pods[1]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]}
+        assert all("secretKeyRef" in one["valueFrom"] for one in container["env"] if one["name"] not in shown)
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
         assert pod["securityContext"]["runAsNonRoot"] is True
 

@@ -129,7 +129,7 @@ def machines_with(ray: bool | str, cluster: ClusterConfig, drive: Driver, progre
     if ray:
         from rayexpand.on_ray.membership import ask
     return Machines(drive, fit_with(ray, on_workers=True), score_with(ray, cluster), extract_with(ray),
-                    lambda study, trials: train_trials(study, trials, progress, ray=ray), ask)
+                    lambda study, trials: train_trials(study, trials, progress, ray=ray), ask, not ray)
 
 
 def show_with(ray: bool | str) -> Show:

@@ -228,7 +228,7 @@ def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
     config, progress = at(config_of("study", job, set, machine), ray), Relay(on)
     with driver(ray, config.cluster, same_process=same_process) as drive:
         study = prepare_study(config)
-        for run in pending_runs(study, progress, fit_with(ray, on_workers=True)):
+        for run in pending_runs(study, progress, fit_with(ray, on_workers=True), device_here=not ray):
             drive(run, progress)
         make_selections(study, score_with(ray, config.cluster), progress)
         trials = make_trials(study)

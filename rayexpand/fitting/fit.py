@@ -76,7 +76,7 @@ def fit(config: FitConfig, progress: Progress, engine: Engine | None = None) -> 
 def _checked(config: FitConfig, engine: Engine | None) -> SeedIndex:
     """The images, listed. Raises ConfigError with everything that is wrong, also with what their classes lack."""
     wanted = [(maker, section) for maker in MAKERS if (section := getattr(config.fit, maker.kind)) is not None]
-    here = engine is None or any(maker.is_here(section) for maker, section in wanted)
+    here = engine is None or (not engine.is_elsewhere and any(maker.is_here(section) for maker, section in wanted))
     problems = preflight(config, device_here=here, on_ray=engine is not None and engine.tuning.spreads)
     if seeds.check(config.data):
         raise ConfigError(config.name, problems)

@@ -91,7 +91,7 @@ def fit_guide(config: FitBase, made: GuideFit, world: World) -> Path:
     index, progress = world.index, world.progress
     made_from: dict[str, Any] = {"version": KIND, "seed": config.seed, "data": data_facts(config, index)}
     if made.kind == CLIP_HEAD:
-        guide = load_fit_guide(config, index)
+        guide = load_fit_guide(config.model_copy(update={"device": "cpu"}), index)  # it is only looked at
         if not isinstance(guide, ClipGuide):
             raise ConfigError(config.name, [f"guide.weights: {config.guide.weights} is a classifier; kind clip_head "
                                             "fine-tunes a CLIP guide, such as 'digits' or an open_clip folder"])

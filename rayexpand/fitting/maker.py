@@ -62,6 +62,7 @@ class Engine:
     tuning: Any
     alone: Callable[[Training, Progress, Path], dict[str, Any]] = lambda function, progress, folder: function(
         progress, folder)
+    is_elsewhere: bool = False  # `alone` is on a worker
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +168,7 @@ def open_test(job: PretrainJob) -> SeedIndex | None:
     return test
 
 
-def make_prior(job: PretrainJob, test: SeedIndex | None, folder: Path, progress: Progress) -> dict[str, Any]:
+def make_prior(job: PretrainJob, test: SeedIndex | None, progress: Progress, folder: Path) -> dict[str, Any]:
     """Fills the folder of an artifact; facts for its artifact.json. Raises ModelError, UsageError."""
     from rayexpand.contract.device import choose_device
     from rayexpand.fitting import prior_quality
@@ -263,7 +264,8 @@ class PretrainMaker(Maker):
                           config.device, config.runtime.torch_threads, config.runtime.io_threads)
         test = open_test(job)
         folder = publish(config.out, KIND, job.made_from(test),
-                         lambda folder: make_prior(job, test, folder, world.progress))
+                         lambda folder: world.engine.alone(
+            partial(make_prior, job, test), world.progress, folder))
         shutil.rmtree(job.steps, ignore_errors=True)
         return folder
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +64,8 @@ def check_generator(folder: str) -> list[str]:
     return problems + flat_weight_problems(path)
 
 
-def write_prompts(made: PromptsFit, classes: ClassTable, seed: int, device: str, folder: Path,
-                  progress: Progress) -> dict[str, Any]:
+def write_prompts(made: PromptsFit, classes: ClassTable, seed: int, device: str, progress: Progress,
+                  folder: Path) -> dict[str, Any]:
     """Writes prompts.json, sentences by class key, into `folder`; returns facts about them. Raises ModelError, and
     UsageError for a class about which no sentence could be used."""
     writer = _Writer(made, device)
@@ -168,8 +169,8 @@ class PromptsMaker(Maker):
                      "names": [list(classes.name), list(classes.metaclass), list(classes.noun)],
                      "generator_sha256": folder_hash(Path(section.generator).expanduser()),
                      **section.model_dump(exclude={"generator"})}
-        return publish(config.out, "prompts", made_from, lambda folder: write_prompts(
-            section, classes, config.seed, config.device, folder, world.progress))
+        return publish(config.out, "prompts", made_from, lambda folder: world.engine.alone(
+            partial(write_prompts, section, classes, config.seed, config.device), world.progress, folder))
 
     def problems(self, section: PromptsFit, config: FitBase, *, on_ray: bool) -> list[str]:
         return [f"fit.prompts.generator: {one}" for one in check_generator(section.generator)]

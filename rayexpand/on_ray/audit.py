@@ -33,7 +33,7 @@ def find(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds | No
     """Tables of chunks as they come in. Raises UsageError for a sample that cannot be decoded, ModelError or
     EnvironmentFault for a fault of a node."""
     with connected(cluster):
-        pool = choose_pool(cluster, models=job.config.extractor.device != "cpu")
+        pool = choose_pool(cluster.at("judge"), job.config.extractor.device)
         run = open_run(job.run)
         prior = {part: sha256 for part, sha256 in run.facts["models"].items() if part in _DRAWN_BY}
         server = open_model_server({job.extractor_sha256: files_of(job.config.extractor),

@@ -42,7 +42,7 @@ def extract(config: EvaluateConfig, sha256: str, sides: Sequence[Side], on_rows:
     a chunk cannot be read or the extractor cannot be loaded."""
     with connected(config.cluster):
         spans = [(side, number) for side in range(len(sides)) for number in range(len(sides[side].spans))]
-        pool = choose_pool(config.cluster, models=True)
+        pool = choose_pool(config.cluster.at("judge"), config.extractor.device)
         pool = replace(pool, actors=min(pool.actors, max(1, len(spans))))
         settings = {"config": config, "sha256": sha256, "sides": [side.alone() for side in sides],
                     "server": open_model_server({sha256: extractor_model(config.extractor)}),

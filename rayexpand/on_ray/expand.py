@@ -159,7 +159,8 @@ def expand(run: runs.Run, jobs: Callable[[], list[runs.Job]], *, to_the_end: boo
     capacity.
     """
     with connected(run.config.cluster):
-        pool = choose_pool(run.config.cluster, models=bool(run.config.needs & MODELS))
+        device = run.config.prior.device if run.config.needs & MODELS else "cpu"
+        pool = choose_pool(run.config.cluster.at("expand"), device)
         attempt = runs.begin(run)
         heartbeats = beside_driver(Heartbeats)
         server = open_model_server(run_models(run.config, run.facts["models"]))

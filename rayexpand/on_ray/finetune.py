@@ -37,7 +37,7 @@ from rayexpand.fitting.config import FitConfig
 from rayexpand.models.folders import ModelFiles
 from rayexpand.models.prior import inspect_prior, prior_model
 from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
-from rayexpand.on_ray.pool import Notices, cause_of, check_shared, enter, mean_over_workers
+from rayexpand.on_ray.pool import Notices, cause_of, check_shared, enter, gpus_each, mean_over_workers, place_of
 from rayexpand.on_ray.spans import SpanActor, over_spans
 from rayexpand.on_ray.stage import artifact_model, local, open_model_server
 
@@ -62,7 +62,7 @@ def tuning_on(config: FitConfig, connect: Callable[[], Any], task: Callable[...,
             progress("fine-tuning on a worker", 0, job.made.finetune.steps)
             task(_train_alone, job, open_model_server(dict(_parts(job).values())))
             return 0.0
-        train_spread(job, progress)
+        train_spread(job, progress, place_of(config.cluster.at("fit")))
         return 0.0
 
     return TuneEngine(parts, train, spreads=True)
@@ -121,7 +121,7 @@ class LatentActor(SpanActor):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def train_spread(job: TuneJob, progress: Progress) -> None:
+def train_spread(job: TuneJob, progress: Progress, where: dict[str, Any]) -> None:
     """Trains on Ray Train workers to the end and leaves `result/` in the folder of the job.
 
     Raises UsageError where the cluster has no room or not the device; what a worker refused for good, as it did;
@@ -133,7 +133,7 @@ def train_spread(job: TuneJob, progress: Progress) -> None:
     folder = Path(job.folder)
     (folder / REFUSED).unlink(missing_ok=True)  # of an attempt whose driver died
     server = open_model_server(dict(_parts(job).values()))
-    under_way = _drive.remote(job, server, gpus, os.getcwd())
+    under_way = _drive.remote(job, server, gpus, where, os.getcwd())
     while not ray.wait([under_way], timeout=1.0)[0]:
         progress("fine-tuning", _position(folder), job.made.finetune.steps)
     failure: ray.exceptions.RayError | None = None
@@ -153,15 +153,17 @@ def train_spread(job: TuneJob, progress: Progress) -> None:
 
 
 @ray.remote(max_retries=DRIVER_RETRIES, num_cpus=0)
-def _drive(job: TuneJob, server: Any, gpus: float, cwd: str) -> None:
+def _drive(job: TuneJob, server: Any, gpus: float, where: dict[str, Any], cwd: str) -> None:
     """Drives the Ray Train run, in a task, so that the caller can look at how far it is."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    resources = {"CPU": job.made.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
+    resources = {"CPU": job.made.cpus_per_worker, **({"GPU": gpus} if gpus else {}), **where["resources"]}
+    labels: Any = {"label_selector": where["label_selector"] or None}
     TorchTrainer(
         _work_on, train_loop_config={"job": job, "server": server, "gpus": gpus, "cwd": cwd},
-        scaling_config=ScalingConfig(num_workers=job.made.workers, use_gpu=bool(gpus), resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=job.made.workers, use_gpu=bool(gpus), resources_per_worker=resources,
+                                     **labels),
         run_config=RunConfig(name=f"finetune-{job.digest[:8]}", storage_path=str(Path(job.folder, "ray").absolute()),
                              failure_config=FailureConfig(max_failures=WORKER_FAILURES))).fit()
 
@@ -274,9 +276,9 @@ def _local_job(job: TuneJob, server: Any) -> TuneJob:
 
 
 def _gpus(job: TuneJob) -> float:
-    if job.made.gpus_per_worker is not None:
-        return job.made.gpus_per_worker
-    return float(ray.cluster_resources().get("GPU", 0) > 0 and job.base.device != "cpu")
+    if job.base.device.startswith("cuda") and not ray.cluster_resources().get("GPU", 0):
+        return job.made.gpus_per_worker or 0.0  # which is refused
+    return gpus_each(job.made.gpus_per_worker, job.base.device, "fit.adapter.gpus_per_worker")
 
 
 def _check_device(job: TuneJob, gpus: float) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,6 +14,7 @@ from typing import Any
 
 import ray
 
+from rayexpand.contract.device import torch_threads
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.fitting.captions import CaptionBlock
@@ -22,15 +25,16 @@ from rayexpand.fitting.maker import Engine, Training
 from rayexpand.on_ray.captions import caption_blocks
 from rayexpand.on_ray.features import classes, feature_blocks
 from rayexpand.on_ray.finetune import tuning_on
-from rayexpand.on_ray.pool import check_shared, connected, enter, error_of
+from rayexpand.on_ray.pool import address_of, check_shared, connected, enter, error_of, gpus_each, place_of
 
 TASK_RETRIES = 16  # deaths of a process that trains alone before the fit counts as failed
 
 
 def fit(config: FitConfig, progress: Progress, *, on_workers: bool = False) -> dict[str, Path]:
     """As fitting.fit.fit, with prototypes, features and captions computed on a cluster; it is joined, or started, only
-    if there are any to make. `on_workers`: also what trains in one process (a guide, an adapter without workers) is a
-    task of the cluster, for a driver on a head without GPU."""
+    if there are any to make. `on_workers`: also what trains in one process (a guide, a generator, an adapter without
+    workers) is a task, as always on a cluster that is joined, where the driver may be on a head without GPU."""
+    on_workers = on_workers or address_of(config.cluster) is not None
     with contextlib.ExitStack() as stack:
 
         def connect() -> None:
@@ -50,24 +54,34 @@ def fit(config: FitConfig, progress: Progress, *, on_workers: bool = False) -> d
             def alone(function: Training, progress: Progress, folder: Path) -> dict[str, Any]:
                 connect()
                 progress("training on a worker", 0, 1)
-                return one_task(config, _filled, function, str(folder.absolute()))
+                return one_task(config, _filled, function, str(folder.absolute()), config.runtime.torch_threads)
 
-            engine = replace(engine, alone=alone, tuning=tuning_on(config, connect, partial(one_task, config)))
+            engine = replace(engine, alone=alone, is_elsewhere=True,
+                             tuning=tuning_on(config, connect, partial(one_task, config)))
         return fit_with(config, progress, engine)
 
 
 def one_task(config: FitConfig, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in one process of the cluster, on a GPU where there are any. Raises its error, or
-    EnvironmentFault where the process died too often."""
-    gpus = float(config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=TASK_RETRIES)(function)
+    """What a function returns in one process of the cluster, which has what the stage fit gives an actor. Raises its
+    error, or EnvironmentFault where the process died too often."""
+    cluster = config.cluster.at("fit")
+    gpus = gpus_each(cluster.gpus_per_actor, config.device, "cluster.gpus_per_actor")
+    task = ray.remote(num_cpus=cluster.cpus_per_actor, num_gpus=gpus, max_retries=TASK_RETRIES,
+                      **place_of(cluster))(function)
     try:
         return ray.get(task.remote(*arguments, cwd=os.getcwd()))
     except ray.exceptions.RayError as error:
         raise error_of(error, "a task of fit ended: {}. The same command tries again") from error
 
 
-def _filled(function: Training, folder: str, cwd: str) -> dict[str, Any]:
+def _filled(function: Training, folder: str, threads: int, cwd: str) -> dict[str, Any]:
     enter(cwd)
     check_shared(folder)
-    return function(lambda *_: None, Path(folder))
+    for left in Path(folder).iterdir():  # by an attempt whose process died
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    wall, cpu = time.perf_counter(), time.process_time()
+    with torch_threads(threads):
+        facts = function(lambda *_: None, Path(folder))
+    seconds = time.perf_counter() - wall
+    return {"cpu_seconds": time.process_time() - cpu, "process_seconds": seconds,
+            "gpu_seconds": seconds * (facts.get("device") == "cuda"), **facts}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from rayexpand.on_ray.pool import connected, enter, error_of
+from rayexpand.on_ray.pool import connected, enter, error_of, place_of
 from rayexpand.on_ray.train import TASK_RETRIES, sized
 from rayexpand.storage.places import open_files
 from rayexpand.studies.attacks import Question, phi_of
@@ -20,7 +20,8 @@ def ask(study: Study, trials: Sequence[Trial], question: Question) -> Iterator[t
     """Answers as they come in. Raises what a task raised, EnvironmentFault where its place was at fault."""
     with connected(study.config.cluster):
         training = sized(study.config.training)
-        task = _ask.options(num_cpus=training.cpus_per_worker, num_gpus=training.gpus_per_worker or 0)
+        task = _ask.options(num_cpus=training.cpus_per_worker, num_gpus=training.gpus_per_worker or 0,
+                            **place_of(study.config.cluster.at("train")))
         running = {task.remote(str(study.files.root), vars(trial), question, training.device, training.threads,
                                os.getcwd()): trial for trial in trials}
         while running:

@@ -41,7 +41,13 @@ from rayexpand.storage.files import process_token, token_alive
 
 NO_PROGRESS_S = -1  # never; Ray's default ends a run that waits half an hour for spot GPUs
 NOTICE_S = 2.0  # a node is taken away 30 s after the notice, or later
+NODE_GPUS = "RAYEXPAND_NODE_GPUS"  # of a node that an autoscaler would bring; set on the head
 WAVE = 10_000  # items handed to Ray Data at once
+
+
+def place_of(cluster: ClusterConfig) -> dict[str, Any]:
+    """What a node must have, as options of a task."""
+    return {"resources": cluster.resources, "label_selector": cluster.label_selector}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +156,11 @@ class Notices:
         return self._known is not None and self._known != before
 
 
+def address_of(cluster: ClusterConfig) -> str | None:
+    """The cluster that is joined: the one that is named, or that of the job this runs in. None: one of our own."""
+    return cluster.address or os.environ.get("RAY_ADDRESS")
+
+
 @contextlib.contextmanager
 def connected(cluster: ClusterConfig) -> Iterator[None]:
     """Ray, connected: to `cluster.address`, to the cluster of the job this runs in, else to one of our own.
@@ -168,7 +179,7 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         _say_warning_of_restarts_once()
         yield
         return
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(cluster)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     temporary, refusals = None, list[bytes]()
     if address:
@@ -299,15 +310,28 @@ class _Restarted:
     def __init__(self, argument: None) -> None: ...
 
 
-def choose_pool(cluster: ClusterConfig, *, models: bool) -> Pool:
-    """How many actors of which size. What is not configured follows from the cluster as it is now; `models`: the
-    actors hold models, so they want GPUs where there are any.
+def gpus_each(given: float | None, device: str, field: str) -> float:
+    """GPUs of one process: those given, else one where its device may be a GPU and the cluster has any. Raises
+    UsageError where there is no node yet to tell from: CPU processes on GPU nodes that come later would be silent."""
+    if given is not None:
+        return given
+    total, to_come = ray.cluster_resources(), os.environ.get(NODE_GPUS)
+    if device == "auto" and not total.get("GPU", 0) and not total.get("CPU", 0):
+        if to_come is None:
+            raise UsageError(f"{field}: this cluster has no node to work on yet, so it cannot be seen whether its "
+                             f"nodes have GPUs. Say it: --set {field}=1, or 0 for nodes without GPU")
+        return float(float(to_come) > 0)
+    return float(device.startswith("cuda") or (device == "auto" and total.get("GPU", 0) > 0))
+
+
+def choose_pool(cluster: ClusterConfig, device: str) -> Pool:
+    """How many actors of which size. What is not configured follows from the cluster as it is now; `device`: what the
+    actors compute on, "cpu" also for those without models.
 
     Raises UsageError when no number is given and the cluster has no room for a single actor yet.
     """
     total = ray.cluster_resources()
-    on_gpu = models and total.get("GPU", 0) > 0
-    gpus = float(on_gpu) if cluster.gpus_per_actor is None else cluster.gpus_per_actor
+    gpus = gpus_each(cluster.gpus_per_actor, device, "cluster.gpus_per_actor")
     wants = {"CPU": cluster.cpus_per_actor, "GPU": gpus, **cluster.resources}
     room = min((int(total.get(name, 0) / amount) for name, amount in wants.items() if amount), default=1)
     actors = cluster.actors or room

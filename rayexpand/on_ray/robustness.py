@@ -30,7 +30,7 @@ Row = dict[str, list[Any]]
 def show(study: Study, one: CorruptedPass, blocks: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
     """Shows blocks on the cluster of the study. Raises what an actor raised, with its class."""
     with connected(study.config.cluster):
-        pool = choose_pool(study.config.cluster, models=True)
+        pool = choose_pool(study.config.cluster.at("judge"), study.config.training.device)
         cells = len(one.shown.cells)
         open_blocks: dict[int, dict[int, np.ndarray]] = {}
         for _, wave in waves(blocks):

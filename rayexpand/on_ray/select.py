@@ -30,7 +30,7 @@ def score(job: ScoreJob, chunks: Sequence[Chunk], cluster: ClusterConfig) -> Ite
     """Scores of chunks as they come in. Raises UsageError for a sample that cannot be decoded, ModelError or
     EnvironmentFault for a fault of a node."""
     with connected(cluster):
-        pool = choose_pool(cluster, models=job.device != "cpu")
+        pool = choose_pool(cluster.at("judge"), job.device)
         server = open_model_server({job.sha256: _model(job)})
         for start, wave in waves(chunks):
             items = [{"number": number, "chunk": list(map(str, chunk))} for number, chunk in enumerate(wave, start)]

@@ -35,7 +35,7 @@ def over_spans(actor: type[SpanActor], arguments: dict[str, Any], config: FitCon
     A span that its node spoils is made once more, by new actors. Raises EnvironmentFault for one that is spoilt twice,
     and for more of them than there are actors; what an actor refuses (a model that cannot be used) as it is.
     """
-    pool = choose_pool(config.cluster, models=config.device != "cpu")
+    pool = choose_pool(config.cluster.at("fit"), config.device)
     spans = spans or _spans(len(index), batch, pool.actors)
     made_with = {**arguments, "server": open_model_server(models, shared=index)}
     costs |= {"cpu_seconds": 0.0, "gpu_seconds": 0.0, "process_seconds": 0.0, "actors": min(pool.actors, len(spans))}

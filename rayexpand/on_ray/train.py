@@ -23,7 +23,7 @@ import ray.data
 from rayexpand.classifier.accuracy import Answers
 from rayexpand.contract.errors import Interrupted, UsageError, packed, unpacked
 from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
-from rayexpand.on_ray.pool import Notices, cause_of, connected, enter, mean_over_workers
+from rayexpand.on_ray.pool import Notices, cause_of, connected, enter, gpus_each, mean_over_workers, place_of
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
 from rayexpand.studies.config import TrainingConfig
@@ -60,7 +60,7 @@ def train_study(study: Study, trials: Sequence[Trial], *,
         training = sized(study.config.training)
         if training.workers:
             _check_workers(study.files, trials, training)
-        room = _room(training)
+        room = _room(training, study.config.cluster.at("train").resources)
         failed, waiting = [], list(trials)
         running: dict[Any, Trial] = {}
         fault: Interrupted | None = None
@@ -85,10 +85,11 @@ def train_study(study: Study, trials: Sequence[Trial], *,
 
 def _submit(study: Study, trial: Trial, training: TrainingConfig) -> Any:
     arguments = (str(study.files.root), vars(trial), training.model_dump(), os.getcwd())
+    where = place_of(study.config.cluster.at("train"))
     if training.workers and trial.is_trained:
-        return _train_spread.remote(*arguments)
-    return _train_alone.options(num_cpus=training.cpus_per_worker,
-                                num_gpus=training.gpus_per_worker or 0).remote(*arguments)
+        return _train_spread.remote(*arguments, where)
+    return _train_alone.options(num_cpus=training.cpus_per_worker, num_gpus=training.gpus_per_worker or 0,
+                                **where).remote(*arguments)
 
 
 @ray.remote(max_retries=TASK_RETRIES, max_calls=0)
@@ -99,7 +100,8 @@ def _train_alone(folder: str, trial: dict[str, Any], training: dict[str, Any], c
 
 
 @ray.remote(max_retries=TASK_RETRIES, num_cpus=0)
-def _train_spread(folder: str, trial: dict[str, Any], training: dict[str, Any], cwd: str) -> None:
+def _train_spread(folder: str, trial: dict[str, Any], training: dict[str, Any], cwd: str,
+                  where: dict[str, Any]) -> None:
     """Drives the Ray Train run of one trial; in a task, so that several run side by side."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -108,11 +110,13 @@ def _train_spread(folder: str, trial: dict[str, Any], training: dict[str, Any], 
     config, files = TrainingConfig(**training), open_files(folder)
     files.delete(_refusal(trial["name"]))  # of an attempt whose driver died
     place = str(files.at("checkpoints"))
-    resources = {"CPU": config.cpus_per_worker, **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})}
+    resources = {"CPU": config.cpus_per_worker, **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}),
+                 **where["resources"]}
+    labels: Any = {"label_selector": where["label_selector"] or None}
     TorchTrainer(
         _work_on, train_loop_config={"folder": folder, "trial": trial, "training": training, "cwd": cwd},
         scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=bool(config.gpus_per_worker),
-                                     resources_per_worker=resources),
+                                     resources_per_worker=resources, **labels),
         run_config=RunConfig(name=f"{trial['name']}-{Trial(**trial).digest[:8]}",
                              storage_path=place if "://" in place else os.path.abspath(place),
                              failure_config=FailureConfig(max_failures=WORKER_FAILURES))).fit()
@@ -236,16 +240,15 @@ def _evaluated(answers: Callable[..., Answers], work: TrialWork, classifier: Cla
 
 
 def sized(training: TrainingConfig) -> TrainingConfig:
-    if training.gpus_per_worker is not None:
-        return training
-    on_gpu = ray.cluster_resources().get("GPU", 0) > 0 and training.device != "cpu"
-    return training.model_copy(update={"gpus_per_worker": float(on_gpu)})
+    gpus = gpus_each(training.gpus_per_worker, training.device, "training.gpus_per_worker")
+    return training.model_copy(update={"gpus_per_worker": gpus})
 
 
-def _room(training: TrainingConfig) -> int:
+def _room(training: TrainingConfig, resources: dict[str, float]) -> int:
     """How many trials the cluster holds at once. Raises UsageError when it cannot hold one."""
     total, workers = ray.cluster_resources(), max(1, training.workers)
-    wants = {"CPU": workers * training.cpus_per_worker, "GPU": workers * (training.gpus_per_worker or 0.0)}
+    wants = {"CPU": workers * training.cpus_per_worker, "GPU": workers * (training.gpus_per_worker or 0.0),
+             **{name: workers * amount for name, amount in resources.items()}}
     room = min(int(total.get(name, 0) / amount) for name, amount in wants.items() if amount)
     if room < 1:
         raise UsageError(f"training.workers: one trial wants {wants}, and the cluster has "

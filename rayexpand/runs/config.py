@@ -187,6 +187,19 @@ class RuntimeConfig(Section):
         "those it makes, those decoded ahead and those that wait to be encoded; one image always goes through")
 
 
+Stage = Literal["fit", "expand", "judge", "train"]
+
+
+class StageConfig(Section):
+    """Fields of `cluster` that differ in one stage of a study; null: those of the cluster."""
+
+    actors: int | None = Field(None, ge=1)
+    cpus_per_actor: float | None = Field(None, ge=0)
+    gpus_per_actor: float | None = Field(None, ge=0)
+    resources: dict[str, float] | None = None
+    label_selector: dict[str, str] | None = None
+
+
 class ClusterConfig(Section):
     address: str | None = Field(None, description="Ray cluster to join (auto, or host:port); null: RAY_ADDRESS, the "
                                 "cluster of the job this runs in, or a cluster of our own on this machine")
@@ -197,6 +210,23 @@ class ClusterConfig(Section):
                                          "methods with models where the cluster has GPUs, else 0")
     resources: dict[str, float] = Field({}, description="custom resources each reserves")
     label_selector: dict[str, str] = Field({}, description="labels a node must have, e.g. {ray.io/market-type: spot}")
+    stages: dict[Stage, StageConfig] = Field({}, description="other values for a stage: fit (guides, generators, "
+                                             "prototypes, captions, features), expand, judge (whatever asks a model "
+                                             "about finished samples: select, evaluate, audit, corrupted test images), "
+                                             "train (classifiers)")
+
+    @model_validator(mode="after")
+    def _has_no_second_word(self) -> ClusterConfig:
+        for name in ("actors", "cpus_per_actor", "gpus_per_actor"):
+            if "train" in self.stages and getattr(self.stages["train"], name) is not None:
+                raise ValueError(f"stages.train.{name}: a study says this itself, with training.workers, "
+                                 "cpus_per_worker and gpus_per_worker; take it out")
+        return self
+
+    def at(self, stage: Stage) -> ClusterConfig:
+        """What counts in one stage."""
+        said = self.stages[stage].model_dump(exclude_none=True) if stage in self.stages else {}
+        return self.model_copy(update={**said, "stages": {}})
 
 
 class EstimateConfig(Section):

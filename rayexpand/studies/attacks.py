@@ -71,6 +71,7 @@ class Machines(NamedTuple):
     extract: Extract
     train: Callable[[Study, list[Trial]], list[str]]  # one line for each trial that failed
     ask: Ask
+    device_here: bool = True  # runs are sampled in this process
 
 
 class Question(NamedTuple):
@@ -99,7 +100,7 @@ def audit_membership(config: MembershipConfig, folder: str, machines: Machines, 
         files.make_folder(name)
     files.replace("members.parquet", parquet_bytes(members.table(), {NAMED: b"members.parquet"}))
     study = prepare_study(wanted, members.subset)
-    for run in pending_runs(study, progress, machines.fit):
+    for run in pending_runs(study, progress, machines.fit, device_here=machines.device_here):
         machines.drive(run, progress)
     make_selections(study, machines.score, progress)
     trials = [trial for trial in make_trials(study) if trial.arm in config.lines]

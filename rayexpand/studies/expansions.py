@@ -19,8 +19,10 @@ from rayexpand.studies.priors import prior_task, with_prior
 Fit = Callable[[FitConfig, Progress], dict[str, Path]]  # makes artifacts, here or on a cluster: folders by role
 
 
-def pending_runs(study: Study, progress: Progress = lambda *_: None, fit: Fit = fit_here) -> Iterator[runs.Run]:
-    """The expansions that have shards to make, each once, ready to be driven. `fit` makes what they need fitted."""
+def pending_runs(study: Study, progress: Progress = lambda *_: None, fit: Fit = fit_here, *,
+                 device_here: bool = True) -> Iterator[runs.Run]:
+    """The expansions that have shards to make, each once, ready to be driven. `fit` makes what they need fitted;
+    `device_here`: they are sampled in this process, so their devices must be here."""
     each = {one.folder: (name, one) for (name, _), one in study.expansions.items() if isinstance(one, RunConfig)}
     for name, made in each.values():
         wanted = study.config.expansions[name].fit if name in study.config.expansions else None
@@ -30,6 +32,6 @@ def pending_runs(study: Study, progress: Progress = lambda *_: None, fit: Fit = 
         if wanted is not None:
             task = fit_config(made, wanted.guide, wanted.adapter, wanted.captions, groups=wanted.groups, out=out)
             made = made if task is None else with_artifacts(made, fit(task, progress))
-        run = runs.prepare(made, progress, where=f"expansions.{made.name}")
+        run = runs.prepare(made, progress, device_here=device_here, where=f"expansions.{made.name}")
         if runs.pending_jobs(run):
             yield run

@@ -46,7 +46,7 @@ def generator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def written(folder: Path, classes: ClassTable = CLASSES, seed: int = 0, **fields: Any) -> dict[str, list[str]]:
     folder.mkdir()
     made = PromptsFit(**{"per_class": 6, "batch": 4, "max_tokens": 5, "must_name": False, **fields})
-    facts = write_prompts(made, classes, seed, "cpu", folder, lambda *said: None)
+    facts = write_prompts(made, classes, seed, "cpu", lambda *said: None, folder)
     lists = json.loads((folder / "prompts.json").read_text())
     assert facts == {"device": "cpu", "sentences": sum(map(len, lists.values())),
                      "fewest_of_a_class": min(map(len, lists.values()))}
@@ -130,4 +130,4 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model.safetensors").write_text("no")
     with pytest.raises(ModelError, match="cannot be read: it is cut off"):
-        write_prompts(PromptsFit(generator=str(tmp_path)), CLASSES, 0, "cpu", tmp_path, lambda *said: None)
+        write_prompts(PromptsFit(generator=str(tmp_path)), CLASSES, 0, "cpu", lambda *said: None, tmp_path)

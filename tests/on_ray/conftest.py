@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -94,3 +95,19 @@ def head() -> Iterator[Head]:
         yield started
     finally:
         stop_head(started)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A head without room for actors; tests add nodes."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    ensure_token()
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False,
+                                                         "object_store_memory": 150_000_000})
+    try:
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()

@@ -111,7 +111,7 @@ def gpu_cluster() -> Iterator[None]:
 def test_decoding_beside_gpus_changes_nothing(job: dict[str, Any]) -> None:
     config = parse(job)
     sha256 = extractor_hash(config.extractor)
-    pool = choose_pool(config.cluster, models=True)
+    pool = choose_pool(config.cluster, "auto")
 
     assert (pool.gpus, pool.actors, on_ray._readers(pool)) == (1.0, 1, 2)
     assert same(extracted(config, sha256), in_process(config, sha256, sides_of(config), lambda *said: None))

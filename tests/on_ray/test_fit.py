@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import ModelError
 from rayexpand.fitting import fit as fits
 from rayexpand.fitting.config import parse_fit
+from rayexpand.models import folders
 from rayexpand.models.guides import guide_hash, guide_model
 from rayexpand.models.prior import prior_hash
 from rayexpand.on_ray import fit as on_ray
@@ -181,7 +183,7 @@ def test_every_kind_of_model_is_copied_and_checked(head: Head, raw: dict[str, An
         ray.shutdown()
 
 
-def test_what_trains_in_one_process_is_a_task_of_the_cluster_for_a_study(
+def test_what_trains_in_one_process_is_a_task_of_a_cluster_that_is_joined(
         head: Head, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver on a head without GPU trains nothing itself: here it could not."""
     for name, value in head.env.items():
@@ -198,8 +200,33 @@ def test_what_trains_in_one_process_is_a_task_of_the_cluster_for_a_study(
 
     monkeypatch.setattr("rayexpand.classifier.classifier.Classifier.update", trained)
     monkeypatch.setattr("rayexpand.fitting.adapter.train.tune", trained)
-    made = on_ray.fit(parse_fit({**raw, "out": str(tmp_path / "task")}), quiet, on_workers=True)
+    made = on_ray.fit(parse_fit({**raw, "out": str(tmp_path / "task")}), quiet)
 
     assert {role: folder.name for role, folder in made.items()} == {role: one.name for role, one in here.items()}
     for role, file in (("guide", "model.safetensors"), ("adapter", "pytorch_lora_weights.safetensors")):
         assert (made[role] / file).read_bytes() == (here[role] / file).read_bytes()
+
+
+def test_a_stage_has_resources_and_labels_of_its_own(
+        cluster: Any, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head without room, one node of the wrong label, one of the right one, which says that it was there."""
+    for kind in ("spot", "on-demand"):
+        add(cluster, resources={"big": 1, kind: 1}, labels={"ray.io/market-type": kind}, num_gpus=1,
+            env_vars={"RAYEXPAND_CACHE": str(folders.cache_root()), "KIND_OF_NODE": kind})
+    cluster.wait_for_nodes()
+    stage = {"resources": {"big": 1}, "label_selector": {"ray.io/market-type": "on-demand"}, "cpus_per_actor": 0.5}
+    wanted = parse_fit({
+        "name": "ants", "out": str(tmp_path / "out"), "data": {"source": "imagefolder", "path": str(image_folder)},
+        "fit": {"guide": {"recipe": {"backbone_args": {"width": 4}, "updates": 1, "batch": 8}}},
+        **on(cluster, stages={"fit": stage})})
+    monkeypatch.setattr(on_ray, "_filled", _said)
+    made = on_ray.fit(wanted, quiet)
+
+    assert json.loads((made["guide"] / "said.json").read_text()) == {"kind": "on-demand", "gpus": 1, "big": 1.0}
+
+
+def _said(function: Any, folder: str, threads: int, cwd: str) -> dict[str, Any]:
+    given = ray.get_runtime_context().get_assigned_resources()
+    (Path(folder) / "said.json").write_text(json.dumps({
+        "kind": os.environ["KIND_OF_NODE"], "gpus": given.get("GPU"), "big": given.get("big")}))
+    return {}

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -41,19 +41,6 @@ from tests.on_ray.test_finetune import driver, kept, raw, wait_for
 from tests.tiny import tiny_adapter, tiny_pipeline
 
 pytestmark = pytest.mark.cluster
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A head without room for actors; tests add nodes."""
-    ensure_token()
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False,
-                                                         "object_store_memory": 150_000_000})
-    try:
-        yield made
-    finally:
-        ray.shutdown()
-        made.shutdown()
 
 
 def add(cluster: Cluster, **arguments: Any) -> Any:

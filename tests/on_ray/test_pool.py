@@ -103,3 +103,34 @@ def test_what_starts_does_not_wait_for_capacity() -> None:
         del waiting, starting
     finally:
         ray.shutdown()
+
+
+@pytest.mark.parametrize(("nodes", "device", "said", "gpus"), [
+    ({"CPU": 4.0, "GPU": 2.0}, "auto", None, 1.0), ({"CPU": 4.0}, "auto", None, 0.0),
+    ({"CPU": 4.0, "GPU": 2.0}, "cpu", None, 0.0), ({}, "cuda", None, 1.0), ({}, "cpu", None, 0.0),
+    ({}, "auto", "1", 1.0), ({}, "auto", "0", 0.0), ({"CPU": 4.0}, "auto", "1", 0.0)])
+def test_a_process_takes_a_gpu_where_nodes_have_or_will_have_any(
+        nodes: dict[str, float], device: str, said: str | None, gpus: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool.ray, "cluster_resources", lambda: nodes)
+    monkeypatch.delenv(pool.NODE_GPUS, raising=False)
+    if said is not None:
+        monkeypatch.setenv(pool.NODE_GPUS, said)
+
+    assert pool.gpus_each(None, device, "cluster.gpus_per_actor") == gpus
+    assert pool.gpus_each(0.25, device, "cluster.gpus_per_actor") == 0.25
+
+
+def test_a_cluster_without_nodes_is_not_taken_for_one_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool.ray, "cluster_resources", dict)
+    monkeypatch.delenv(pool.NODE_GPUS, raising=False)
+    with pytest.raises(UsageError, match=r"--set training.gpus_per_worker=1"):
+        pool.gpus_each(None, "auto", "training.gpus_per_worker")
+
+
+def test_a_stage_changes_what_it_says_and_nothing_else() -> None:
+    cluster = ClusterConfig(actors=8, resources={"big": 1}, stages={"fit": {"actors": 2, "resources": {}}})  # type: ignore[dict-item]
+
+    assert cluster.at("expand") == ClusterConfig(actors=8, resources={"big": 1})
+    assert cluster.at("fit") == ClusterConfig(actors=2)
+    with pytest.raises(ValueError, match="a study says this itself"):
+        ClusterConfig(stages={"train": {"gpus_per_actor": 1}})  # type: ignore[dict-item]
