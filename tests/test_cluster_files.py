@@ -179,7 +179,7 @@ Change = Callable[[dict[str, Any]], Any]
     (lambda job: job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0].update(minWorkers=0), "minWorkers: unknown"),
     (lambda job: job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0].pop("maxReplicas"), "maxReplicas: missing"),
     (lambda job: worker(job).update(lifeCycle={}), "lifeCycle: unknown field of Container"),
-    (lambda job: worker(job)["env"][0]["valueFrom"].update(secretRef={}), "secretRef: unknown field of EnvVarSource"),
+    (lambda job: worker(job)["env"][1]["valueFrom"].update(secretRef={}), "secretRef: unknown field of EnvVarSource"),
     (lambda job: worker(job)["resources"]["limits"].update({"nvidia.com/gpu": 1}), "limits: not strings by string")])
 def test_a_mistake_in_a_kuberay_file_is_found(change: Change, says: str) -> None:
     broken = copy.deepcopy(read("kuberay-rayjob.yaml"))

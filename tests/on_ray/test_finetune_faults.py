@@ -28,6 +28,7 @@ from rayexpand.on_ray import spans as spans_on_ray
 from rayexpand.on_ray.features import FeatureActor
 from rayexpand.on_ray.loaders import LoaderTime, loaded_steps
 from rayexpand.on_ray.pool import NO_PROGRESS_S, Pool
+from rayexpand.runs.config import ClusterConfig
 
 
 def test_loaders_wait_for_a_slow_step_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +72,7 @@ def test_what_ends_a_fine_tuning_says_whether_to_go_on(written: RayexpandError |
     monkeypatch.setattr(ray, "wait", lambda *_, **__: (["run"], []))
     monkeypatch.setattr(ray, "get", ended)
     with pytest.raises(RayexpandError) as caught:
-        spread.train_spread(SimpleNamespace(folder=str(tmp_path)), lambda *_: None)  # type: ignore[arg-type]
+        spread.train_spread(SimpleNamespace(folder=str(tmp_path)), lambda *_: None, {})  # type: ignore[arg-type]
     assert type(caught.value) is expected
     assert caught.value.exit_code == exit_code
     assert ("batch: too small" in str(caught.value)) == (exit_code != 75)
@@ -140,7 +141,7 @@ def test_a_span_that_a_node_spoils_is_made_once_more(faults: list[dict[int, str]
     monkeypatch.setattr(spans_on_ray, "choose_pool", lambda *_, **__: TwoActors(2, 1.0, 0.0, {}, {}))
     monkeypatch.setattr(spans_on_ray, "open_model_server", lambda *_, **__: None)
     costs: dict[str, Any] = {}
-    config: Any = SimpleNamespace(cluster=None, device="cpu")
+    config: Any = SimpleNamespace(cluster=ClusterConfig(), device="cpu")
     index: Any = range(6)
     found = spans_on_ray.over_spans(FeatureActor, {}, config, {}, index, 2, costs,
                                   [range(2), range(2, 4), range(4, 6)])

@@ -51,7 +51,7 @@ def test_the_environment_of_both_pods_names_secrets_and_shows_values(job: str) -
     for part in (cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]):
         env = {one.pop("name"): one for one in part["template"]["spec"]["containers"][0]["env"]}
         assert env == {"HF_TOKEN": {"valueFrom": {"secretKeyRef": {"name": "rayexpand-secrets", "key": "HF_TOKEN"}}},
-                       "AWS_REGION": {"value": "eu-1"}}
+                       "AWS_REGION": {"value": "eu-1"}, "RAYEXPAND_NODE_GPUS": {"value": "1"}}
 
 
 def test_without_changes_it_is_the_file_of_the_cluster_folder(job: str) -> None:
