@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Scores,
         Selected,
     )
+    from rayexpand.api.statuses import status
     from rayexpand.api.verbs import (
         audit,
         bench,
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "Planned", "PlannedStudy",
            "RayexpandError", "RunFolder", "Scores", "Selected", "StudyFolder", "SweepFolder", "audit", "bench",
-           "dataset", "demo", "evaluate", "expand", "fit", "open", "plan", "select", "submit", "sweep", "train",
-           "trust", "validate"]
+           "dataset", "demo", "evaluate", "expand", "fit", "open", "plan", "select", "status", "submit", "sweep",
+           "train", "trust", "validate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,7 @@ from rayexpand.api.results import (
     Scores,
     Selected,
 )
+from rayexpand.api.statuses import status
 from rayexpand.api.verbs import (
     audit,
     bench,
@@ -55,5 +56,5 @@ __all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event
            "PreparedData", "RayexpandError", "RunFolder", "Scores", "Selected", "StudyFolder", "SweepFolder", "audit",
            "bench", "check_marks", "cluster_jobs", "convert", "dataset", "demo", "evaluate", "expand", "first_file",
            "fit", "follow", "job_files", "job_text", "jobs_named_by", "open", "pictures", "plan", "prepare_data",
-           "published_sets", "rayjob", "report", "schema", "select", "stop", "submit", "sweep", "train", "trust",
-           "validate", "write_new"]
+           "published_sets", "rayjob", "report", "schema", "select", "status", "stop", "submit", "sweep", "train",
+           "trust", "validate", "write_new"]

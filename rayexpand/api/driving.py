@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from rayexpand.evaluation.evaluate import Extract
     from rayexpand.evaluation.select_scores import Score
     from rayexpand.runs.config import ClusterConfig
-    from rayexpand.runs.driving import Driver
+    from rayexpand.runs.driving import Driver, Listener
     from rayexpand.runs.run import Run
+    from rayexpand.storage.heartbeats import Heartbeat
     from rayexpand.studies.attacks import Ask, Machines
     from rayexpand.studies.expansions import Fit
     from rayexpand.studies.parts import Study, Trial
@@ -31,9 +32,12 @@ class Relay:
     def __init__(self, on: Callable[[Event], None] | None) -> None:
         self._on, self._thread = on, threading.get_ident()
         self._raised: BaseException | None = None
+        self.hearers: list[Listener] = []  # that hear everything, and raise nothing
 
-    def __call__(self, task: str, done: int, total: int, facts: dict[str, int] | None = None,
+    def __call__(self, task: str, done: int, total: int, facts: Mapping[str, int] | None = None,
                  rate: float | None = None) -> None:
+        for hearer in list(self.hearers):
+            hearer(task, done, total, facts, rate)
         here = threading.get_ident() == self._thread
         if here and self._raised is not None:
             raise self._raised
@@ -45,6 +49,21 @@ class Relay:
             if here:
                 raise
             self._raised = error
+
+
+@contextlib.contextmanager
+def alive(progress: Relay, folder: str, verb: str, name: str, *, attempt: int | None = None,
+          lazily: bool = False) -> Iterator[Heartbeat]:
+    """This process says in a folder that it drives a verb there, and how far it is; see storage.heartbeats."""
+    from rayexpand.storage.heartbeats import Heartbeat
+    from rayexpand.storage.places import open_files
+
+    with Heartbeat(open_files(folder), verb, name, attempt=attempt, lazily=lazily) as heartbeat:
+        progress.hearers.append(heartbeat.say)
+        try:
+            yield heartbeat
+        finally:
+            progress.hearers.remove(heartbeat.say)
 
 
 def address_override(ray: bool | str) -> list[str]:
@@ -150,14 +169,16 @@ def drive_run(run: Run, progress: Relay, *, ray: bool | str, same_process: bool,
     from rayexpand.reports.card import write_card
     from rayexpand.reports.run import write_report
     from rayexpand.runs.driving import jobs_of, rate_of
-    from rayexpand.runs.run import check_budget, tally_of
+    from rayexpand.runs.run import begun, check_budget, tally_of
 
     started, before = time.perf_counter(), run.totals()
     folder = str(run.folder)
     try:
         if todo := jobs_of(run, retry=retry)():
             with driver(ray, run.config.cluster, same_process=same_process) as drive:
-                drive(run, progress, retry=retry)
+                run = begun(run)
+                with alive(progress, folder, "retry" if retry else "expand", run.config.name, attempt=run.attempt):
+                    drive(run, progress, retry=retry)
         else:
             check_budget(run, tally_of(run))
     except OverBudget:
@@ -178,25 +199,26 @@ def train_trials(study: Study, trials: Sequence[Trial], progress: Relay, *, ray:
     from rayexpand.studies.trials import pending_trials
 
     todo = pending_trials(study, trials)
-    done = len(trials) - len(todo)
+    done, failed = len(trials) - len(todo), 0
     if not todo:
         return []
     check_recipes(todo, len(study.subsets[study.config.seeds[0]][1].classes))
 
-    def heard(trial: Trial) -> None:
-        nonlocal done
-        done += 1
-        show(trial)
+    def show(running: int) -> None:
+        progress(f"training {study.config.name}", done + failed, len(trials),
+                 {"running": running, **({"failed": failed} if failed else {})})
 
-    def show(trial: Trial) -> None:
-        progress(f"training {study.config.name}", done, len(trials))
+    def ended(running: int, problem: str) -> None:
+        nonlocal done, failed
+        done, failed = done + (not problem), failed + bool(problem)
+        show(running)
 
     if ray:
         from rayexpand.on_ray.train import train_study
 
-        return train_study(study, todo, on_done=heard)
-    failed = []
-    for trial, problem in run_trials(study.files, todo, study.config.training, show):
-        failed += [f"{trial.name}: {problem}"] if problem else []
-        heard(trial)
-    return failed
+        return train_study(study, todo, on_start=show, on_done=ended)
+    problems = []
+    for trial, problem in run_trials(study.files, todo, study.config.training, lambda trial: show(1)):
+        problems += [f"{trial.name}: {problem}"] if problem else []
+        ended(0, problem)
+    return problems

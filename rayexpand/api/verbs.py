@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayexpand.api.driving import (
     Relay,
+    alive,
     at,
     driver,
     extract_with,
@@ -33,7 +34,7 @@ from rayexpand.api.results import (
     Scores,
     Selected,
 )
-from rayexpand.contract.errors import ConfigError, RayexpandError, UsageError
+from rayexpand.contract.errors import EXIT_FAILURE, ConfigError, RayexpandError, UsageError
 from rayexpand.contract.secrets import secret_problems
 
 if TYPE_CHECKING:
@@ -146,8 +147,9 @@ def fit(job: Job, *, set: Set = (), machine: Job | None = None, out: str | None 
             raise UsageError(f"{where}: method {run.method.name} needs neither guide nor prototypes fitted; expand it")
     else:
         config = parsed(kind, {**raw, "out": out} if out else raw, where, wanted="fit")
-    config = at(config, ray)
-    made = fit_with(ray)(config, Relay(on))
+    config, progress = at(config, ray), Relay(on)
+    with alive(progress, config.out, "fit", config.name, lazily=True):
+        made = fit_with(ray)(config, progress)
     return {role: Artifact(str(folder), read_facts(folder), f"{config.out}/{config.name}-{role}")
             for role, folder in made.items()}
 
@@ -172,8 +174,9 @@ def select(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | s
     """Decides which samples of a run stay; its data files are not touched."""
     from rayexpand.evaluation.select import select
 
-    config = at(config_of("select", job, set, machine), ray)
-    return Selected(select(config, score_with(ray, config.cluster), Relay(on)))
+    config, progress = at(config_of("select", job, set, machine), ray), Relay(on)
+    with alive(progress, config.run, "select", config.name):
+        return Selected(select(config, score_with(ray, config.cluster), progress))
 
 
 def evaluate(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,
@@ -181,8 +184,9 @@ def evaluate(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool |
     """How far the samples of a run are from real images."""
     from rayexpand.evaluation import evaluate as evaluation
 
-    config = at(config_of("evaluate", job, set, machine), ray)
-    return Scores(evaluation.evaluate(config, extract_with(ray), Relay(on)))
+    config, progress = at(config_of("evaluate", job, set, machine), ray), Relay(on)
+    with alive(progress, config.run, "evaluate", config.name):
+        return Scores(evaluation.evaluate(config, extract_with(ray), progress))
 
 
 def audit(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,
@@ -193,7 +197,9 @@ def audit(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
     from rayexpand.studies import audit as audits
 
     config, progress = at(config_of("audit", job, set, machine), ray), Relay(on)
-    with driver(ray, config.cluster, same_process=same_process) as drive:
+    place = config.audit.run or f"{config.out.rstrip('/')}/{config.name}"
+    with (driver(ray, config.cluster, same_process=same_process) as drive,
+          alive(progress, place, "audit", config.name)):
         machines = machines_with(ray, config.cluster, drive, progress)
         found = audits.audit(config, find_with(ray, config.cluster), machines, progress)
     if config.audit.run is not None:
@@ -223,18 +229,23 @@ def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
     from rayexpand.studies.sample_scores import score_samples
     from rayexpand.studies.selections import make_selections
     from rayexpand.studies.study import prepare_study
-    from rayexpand.studies.trials import make_trials
+    from rayexpand.studies.trials import announce, make_trials
 
     config, progress = at(config_of("study", job, set, machine), ray), Relay(on)
     with driver(ray, config.cluster, same_process=same_process) as drive:
         study = prepare_study(config)
-        for run in pending_runs(study, progress, fit_with(ray, on_workers=True), device_here=not ray):
-            drive(run, progress)
-        make_selections(study, score_with(ray, config.cluster), progress)
-        trials = make_trials(study)
-        failed = score_samples(study, trials, extract_with(ray), progress)
-        failed += train_trials(study, trials, progress, ray=ray)
-        failed += show_corrupted(study, trials, show_with(ray), progress)
+        with alive(progress, config.folder, "train", config.name) as heartbeat:
+            announce(study)
+            for run in pending_runs(study, progress, fit_with(ray, on_workers=True), device_here=not ray):
+                with heartbeat.also_in(run.files):
+                    drive(run, progress)
+            make_selections(study, score_with(ray, config.cluster), progress)
+            trials = make_trials(study)
+            failed = score_samples(study, trials, extract_with(ray), progress)
+            failed += train_trials(study, trials, progress, ray=ray)
+            failed += show_corrupted(study, trials, show_with(ray), progress)
+            if failed:
+                heartbeat.ends_with(EXIT_FAILURE, f"{len(failed)} failed: {failed[0]}")
     found = StudyFolder(config.folder, tuple(failed))
     found.report()
     return found
@@ -254,15 +265,19 @@ def sweep(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
 
     def show() -> None:
         states = [one["state"] for one in search.results.values()]
-        progress(f"sweeping {config.name}", search.decided, search.total,
-                 {state: states.count(state) for state in ("finished", "stopped", "diverged")
-                  if state != "diverged" or state in states})
+        facts = {**{state: states.count(state) for state in ("finished", "stopped", "diverged")},
+                 "running": len(search.running), "failed": len(search.failed)}
+        progress(f"sweeping {config.name}", search.decided, search.total, {
+            state: count for state, count in facts.items() if count or state in ("finished", "stopped")})
 
-    show()
     run: Any = searching.run_here
     if ray:
         from rayexpand.on_ray.sweep import run_sweep as run
-    run(search, show)
+    with alive(progress, config.folder, "sweep", config.name) as heartbeat:
+        show()
+        run(search, show)
+        if search.failed:
+            heartbeat.ends_with(EXIT_FAILURE, f"{len(search.failed)} failed: {search.failed[0]}")
     found = SweepFolder(config.folder, tuple(search.failed))
     found.report()
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from rayexpand.cli.options import File, Folder, Json, LogJson, Machine, NoRay, S
 from rayexpand.cli.show import quiet_stdout, show, show_json, show_table, warn
 from rayexpand.contract.errors import UsageError
 
+WATCH_S = 10.0
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -63,15 +65,32 @@ def _ended(found: Any, as_json: bool) -> None:
 
 
 @app.command()
-def status(folder: Folder, as_json: Json = False) -> None:
-    """Say how far a run is; works while it runs and after it died.
+def status(folder: Annotated[str, typer.Argument(metavar="FOLDER", help="of a run, study, sweep or audit, or a folder "
+                                                 "that holds artifacts; a path or a URL")],
+           watch: Annotated[bool, typer.Option("--watch", help="show it again every ten seconds, until it is complete "
+                                               "or Ctrl-C")] = False,
+           as_json: Json = False) -> None:
+    """Say how far a run, a study, a sweep or a fit is, and whether its driver lives.
 
-    Example: rayexpand status runs/birds
+    It reads the folder alone, so it works on every machine that sees it, while the driver runs and after it died.
+
+    Examples:
+
+        rayexpand status runs/birds
+
+        rayexpand status s3://bucket/runs/my-study --watch
+
+        rayexpand status artifacts
     """
     from rayexpand import api
 
-    found = api.RunFolder(folder).status()
-    show_json(found.to_json()) if as_json else show_table((f"run {found.name}", ""), found.table())
+    while True:
+        found = api.status(folder)
+        show_json(found.to_json()) if as_json else show_table((f"{found.kind} {found.name}", ""), found.table())
+        if not watch or found.complete:
+            return
+        time.sleep(WATCH_S)
+        print("" if as_json else "\n", end="", flush=True)
 
 
 @app.command()

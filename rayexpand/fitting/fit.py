@@ -62,12 +62,13 @@ def fit(config: FitConfig, progress: Progress, engine: Engine | None = None) -> 
 
     world = World(_checked(config, engine), progress, engine or HERE, {})
     wanted = config.fit
+    sections = [(maker, section) for maker in MAKERS if (section := getattr(wanted, maker.kind)) is not None]
     with torch_threads(config.runtime.torch_threads):
-        for maker in MAKERS:
-            if (section := getattr(wanted, maker.kind)) is not None:
-                folder = maker.make(section, config, world)
-                world.made[maker.role(section)] = folder
-                config = maker.applied(config, folder)
+        for done, (maker, section) in enumerate(sections):
+            progress(f"fitting {maker.kind}", done, len(sections))
+            folder = maker.make(section, config, world)
+            world.made[maker.role(section)] = folder
+            config = maker.applied(config, folder)
     for role, folder in world.made.items():
         point(config.out, f"{config.name}-{role}", folder)
     return dict(world.made)

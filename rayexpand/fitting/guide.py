@@ -23,6 +23,7 @@ from rayexpand.loader.training_set import TrainingSet
 from rayexpand.models.guide_files import CLASSIFIER, CLIP_HEAD, guide_folder, save_classifier, save_clip_head
 from rayexpand.models.guides import ClipGuide, guide_hash, load_guide
 from rayexpand.runs.config import GuideConfig
+from rayexpand.storage.position import Position
 
 log = logging.getLogger(__name__)
 
@@ -123,10 +124,12 @@ def _train_classifier(config: FitBase, kind: str, recipe: Recipe, index: SeedInd
     feed, device = _feed(config, recipe, index), choose_device(config.device)
     classifier = Classifier(recipe, len(index.classes), config.seed, feed.total_steps, device=device,
                             class_counts=np.asarray(index.classes.count))
-    loss = 0.0
+    loss, position = 0.0, Position(folder)
     for batch in feed.batches(0, feed.total_steps):
         loss = classifier.update(batch)
         progress("training the guide", classifier.step, feed.total_steps)
+        position("training the guide", classifier.step, feed.total_steps, lambda: {"loss": loss})  # noqa: B023
+    position.remove()
     save_classifier(folder, classifier.module, recipe, index.classes.key)
     return {"device": device.type, "updates": feed.total_steps, "last_loss": loss}
 
@@ -147,7 +150,7 @@ def _tune_clip(config: FitBase, recipe: Recipe, index: SeedIndex, progress: Prog
     tuned = torch.nn.ModuleDict({"visual": guide.model.visual})
     tuned.register_parameter("head", head)
     optimiser = make_optimiser(tuned.requires_grad_(True), recipe)
-    loss, guide.texts_KD = torch.zeros(()), head
+    loss, guide.texts_KD, position = torch.zeros(()), head, Position(folder)
     for batch in feed.batches(0, feed.total_steps):
         x_BCHW = torch.from_numpy(batch.x_BHWC).to(guide.device).permute(0, 3, 1, 2) / 255
         y_BK = smooth(torch.from_numpy(batch.y_BK).to(guide.device), recipe.smoothing, recipe.smoothing_mode)
@@ -160,6 +163,8 @@ def _tune_clip(config: FitBase, recipe: Recipe, index: SeedIndex, progress: Prog
             group["lr"] = lr_at(recipe, batch.step, feed.total_steps)
         optimiser.step()
         progress("fine-tuning the guide", batch.step + 1, feed.total_steps)
+        position("fine-tuning the guide", batch.step + 1, feed.total_steps, lambda: {"loss": float(loss)})  # noqa: B023
+    position.remove()
     tuned.requires_grad_(False).eval()
     if not torch.isfinite(loss):
         raise UsageError(f"fine-tuning diverged: the loss is {float(loss)} at the end. Lower fit.guide.recipe.lr")

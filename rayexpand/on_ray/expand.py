@@ -161,7 +161,7 @@ def expand(run: runs.Run, jobs: Callable[[], list[runs.Job]], *, to_the_end: boo
     with connected(run.config.cluster):
         device = run.config.prior.device if run.config.needs & MODELS else "cpu"
         pool = choose_pool(run.config.cluster.at("expand"), device)
-        attempt = runs.begin(run)
+        attempt = runs.begun(run).attempt
         heartbeats = beside_driver(Heartbeats)
         server = open_model_server(run_models(run.config, run.facts["models"]))
         with _watched(heartbeats, on_snapshot, say):

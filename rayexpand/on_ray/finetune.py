@@ -40,11 +40,12 @@ from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_st
 from rayexpand.on_ray.pool import Notices, cause_of, check_shared, enter, gpus_each, mean_over_workers, place_of
 from rayexpand.on_ray.spans import SpanActor, over_spans
 from rayexpand.on_ray.stage import artifact_model, local, open_model_server
+from rayexpand.storage.position import read_position
 
 SPAN_BYTES = 64 << 20  # of the images one loader task makes, at most
 WORKER_FAILURES = 4  # deaths of workers before the fine-tuning counts as failed; nodes taken away do not count
 DRIVER_RETRIES = 16  # deaths of the process that watches the workers
-REFUSED, POSITION = "refused", "position"  # files in the folder of a job
+REFUSED = "refused"  # a file in the folder of a job
 
 
 def tuning_on(config: FitConfig, connect: Callable[[], Any], task: Callable[..., Any] | None = None) -> TuneEngine:
@@ -135,7 +136,7 @@ def train_spread(job: TuneJob, progress: Progress, where: dict[str, Any]) -> Non
     server = open_model_server(dict(_parts(job).values()))
     under_way = _drive.remote(job, server, gpus, where, os.getcwd())
     while not ray.wait([under_way], timeout=1.0)[0]:
-        progress("fine-tuning", _position(folder), job.made.finetune.steps)
+        progress("fine-tuning", (read_position(folder) or {"step": 0})["step"], job.made.finetune.steps)
     failure: ray.exceptions.RayError | None = None
     try:
         ray.get(under_way)
@@ -206,11 +207,7 @@ def _train(job: TuneJob, server: Any, gpus: float) -> None:
         mean_over_workers([tuning.curve.cpu_seconds], device)
         return
     with RunLogger(tuning) as notebook:
-        def on_point(point: dict[str, float]) -> None:
-            notebook.log(point)
-            _replace(Path(job.folder, POSITION), str(tuning.tuner.step))
-
-        tune(tuning, batches, save=notebook.save, mean=mean, on_point=on_point, elsewhere=lambda: loaders.seconds,
+        tune(tuning, batches, save=notebook.save, mean=mean, on_point=notebook.log, elsewhere=lambda: loaders.seconds,
              warned=warned)
         (spent,) = mean_over_workers([tuning.curve.cpu_seconds], device)
         notebook.finish(gpus=gpus, workers=job.world, cpu_seconds=spent * job.world)
@@ -324,14 +321,6 @@ def _replace(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")  # all workers may refuse at once
     partial.write_text(text)
     os.replace(partial, path)
-
-
-def _position(folder: Path) -> int:
-    """The last step of which a curve has a point."""
-    try:
-        return int((folder / POSITION).read_text())
-    except (OSError, ValueError):
-        return 0
 
 
 def _said_by_worker(error: Exception) -> RayexpandError | None:

@@ -104,6 +104,7 @@ class _Suggestions(Searcher):
         if found is None:
             return self.FINISHED
         self._keys[trial_id] = found.key
+        self._on_change()
         return {"number": found.number, "values": found.values, "key": found.key}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

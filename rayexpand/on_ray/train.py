@@ -50,9 +50,10 @@ TASK_RETRIES = 16  # deaths of a trial's process before it counts as failed
 WORKER_FAILURES = 4  # the same of Ray Train workers; nodes taken away do not count
 
 
-def train_study(study: Study, trials: Sequence[Trial], *,
-                on_done: Callable[[Trial], None] = lambda trial: None) -> list[str]:
+def train_study(study: Study, trials: Sequence[Trial], *, on_start: Callable[[int], None] = lambda running: None,
+                on_done: Callable[[int, str], None] = lambda running, problem: None) -> list[str]:
     """Trains `trials` at once as far as the cluster has room; returns one line for each that failed, with its name.
+    `on_start` and `on_done` hear how many are under way, `on_done` also why one failed, "" where it did not.
 
     Raises UsageError when workers cannot share the batches, or the cluster is too small for one trial.
     """
@@ -68,16 +69,18 @@ def train_study(study: Study, trials: Sequence[Trial], *,
             while waiting and len(running) < room:
                 trial = waiting.pop(0)
                 running[_submit(study, trial, training)] = trial
+                on_start(len(running))
             done, _ = ray.wait(list(running), num_returns=1)
-            trial = running.pop(done[0])
+            trial, problem = running.pop(done[0]), ""
             try:
                 ray.get(done[0])
             except ray.exceptions.RayError as error:
                 if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Interrupted):
-                    fault = error.cause  # the place is at fault, not the trial
+                    fault, problem = error.cause, str(error.cause)  # the place is at fault, not the trial
                 else:
-                    failed.append(f"{trial.name}: {cause_of(error)}")
-            on_done(trial)
+                    problem = cause_of(error)
+                    failed.append(f"{trial.name}: {problem}")
+            on_done(len(running), problem)
         if fault is not None:
             raise fault
         return failed

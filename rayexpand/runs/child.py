@@ -1,7 +1,7 @@
 """A process that drives runs for another one, which `driving.Child` starts: `python -m rayexpand.runs.child`.
 
-One JSON line on stdin for each run: its configuration, and whether failed rows are made again. JSON lines on stdout:
-{"rows": n} after each sampler call, {"counts": ..., "shard": [seconds, rows]} after each commit, and at the end
+One JSON line on stdin for each run: its configuration, its start, and whether failed rows are made again. JSON lines on
+stdout: {"rows": n} after each sampler call, {"counts": ..., "shard": [seconds, rows]} after each commit, and at the end
 {"totals": ...} or an error as `contract.errors.packed` writes it. The end of stdin, also where the other process dies,
 ends this one after its current call.
 """
@@ -13,7 +13,7 @@ import os
 import queue
 import sys
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import IO, Any
 
 from rayexpand.contract.errors import Interrupted, packed
@@ -55,7 +55,7 @@ def _drive(here: Here, task: dict[str, Any], wanted: threading.Event, out: IO[st
         say({"counts": asdict(totals), "shard": [seconds, rows]})
 
     try:
-        run = reopen(parse(task["config"]))
+        run = replace(reopen(parse(task["config"])), attempt=task["attempt"])
         say({"totals": asdict(here.drive(run, lambda rows: say({"rows": rows}), committed, retry=task["retry"]))})
     except Interrupted as error:
         if wanted.is_set():

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from rayexpand.contract.errors import EnvironmentFault, Interrupted, unpacked
@@ -29,7 +29,7 @@ DEATHS = 6  # of a child in a row without a commit between them, before its run 
 class Listener(Protocol):
     """What a driver tells while it works. `rate`: images per second of the run, 0 before it is known."""
 
-    def __call__(self, task: str, done: int, total: int, facts: dict[str, int] | None = None,
+    def __call__(self, task: str, done: int, total: int, facts: Mapping[str, int] | None = None,
                  rate: float | None = None) -> None: ...
 
 
@@ -187,7 +187,8 @@ class Child:
         committed = False
         try:
             with contextlib.suppress(BrokenPipeError):  # a dead one says nothing, which ends the loop
-                process.stdin.write(json.dumps({"config": resolved(run.config), "retry": retry}) + "\n")  # type: ignore[union-attr]
+                task = {"config": resolved(run.config), "retry": retry, "attempt": run.attempt}
+                process.stdin.write(json.dumps(task) + "\n")  # type: ignore[union-attr]
                 process.stdin.flush()  # type: ignore[union-attr]
             for said in _lines(process):
                 if "rows" in said:

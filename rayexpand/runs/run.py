@@ -94,6 +94,7 @@ class Run:
     store: Store
     plan: Plan
     facts: dict[str, Any]  # run.json
+    attempt: int = 0  # the start that this process has registered
 
     @property
     def folder(self) -> Path | str:
@@ -356,10 +357,15 @@ def begin(run: Run) -> int:
                                    "version": __version__})
 
 
+def begun(run: Run) -> Run:
+    """The run with its start registered, if it is not yet."""
+    return run if run.attempt else replace(run, attempt=begin(run))
+
+
 def start(run: Run, load: Callable[[], Tools] | None = None,
           on_rows: Callable[[int], None] = lambda n: None) -> Expander:
     """Registers an attempt and returns the Expander that works for it in this process."""
-    return expander_of(run, begin(run), load, on_rows)
+    return expander_of(run, begun(run).attempt, load, on_rows)
 
 
 def expander_of(run: Run, attempt: int, load: Callable[[], Tools] | None = None,

@@ -24,6 +24,7 @@ from rayexpand.contract.schema import ClassTable, Reason, Receipt, Status
 from rayexpand.runs.blame import running_here
 from rayexpand.runs.store import Store, Totals, attempt_names, read_facts, totals
 from rayexpand.storage.files import Files, each
+from rayexpand.storage.heartbeats import DriverSeen, drivers_in
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_json, read_table
 
@@ -95,13 +96,20 @@ class RunStatus:
     attempts: int
     processes: int  # sampler processes alive on this host
     mixed_stacks: bool  # shards were made on different stacks, so the reproducibility promise does not span them
+    drivers: tuple[DriverSeen, ...] = ()  # that work in the folder, or did last
+    problems: tuple[str, ...] = ()  # files that are damaged; what they held is not counted
+
+    @property
+    def kind(self) -> str:
+        return "run"
 
     @property
     def complete(self) -> bool:
         return self.pending == 0
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "complete": self.complete}
+        return {"kind": self.kind, **asdict(self), "complete": self.complete,
+                "drivers": [one.to_json() for one in self.drivers], "problems": list(self.problems)}
 
     def table(self) -> list[tuple[str, str]]:
         """(label, value) lines for people."""
@@ -118,23 +126,24 @@ class RunStatus:
                  ("attempts", f"{self.attempts}"), ("processes here", f"{self.processes}")]
         if self.mixed_stacks:
             lines.append(("stacks", "mixed: shards were made on different stacks, see the report"))
-        return lines
+        return lines + driver_lines(self.drivers, self.problems)
 
 
-def view_run(folder: str | Path) -> RunView:
+def view_run(folder: str | Path, on_damaged: Callable[[str], None] | None = None) -> RunView:
     """The run in `folder`, a path or a URL. Raises UsageError if there is none, StorageError if its store refuses,
-    DigestMismatch if a data file is of another run.
+    DigestMismatch if a data file is of another run, DamagedFile if one is damaged, unless `on_damaged` hears of it.
     """
     files = open_files(folder)
     run = read_facts(files)
     store = Store(files, run["run_digest"])
     data = {name: entry.modified for name, entry in files.entries("data").items() if name.endswith(".parquet")}
-    return RunView(run, tuple(store.receipts(data)), data, store)
+    return RunView(run, tuple(store.receipts(data, on_damaged)), data, store)
 
 
 def read_status(folder: str | Path, clock: Callable[[], float] = time.time) -> RunStatus:
     """Counts, rate and finishing time of a run. Raises UsageError if there is none below `folder`."""
-    view = view_run(folder)
+    problems: list[str] = []
+    view = view_run(folder, problems.append)
     counts, committed = view.totals, view.committed
     spans = shard_spans(view.receipts, committed)
     rate, now = Rate(spans), Rate(latest(spans)).images_per_second
@@ -146,7 +155,18 @@ def read_status(folder: str | Path, clock: Callable[[], float] = time.time) -> R
         images_per_second=rate.images_per_second, concurrency=rate.concurrency, eta_seconds=eta,
         last_commit_age_seconds=max(0.0, clock() - max(committed.values())) if committed else None,
         attempts=len(attempt_names(view.files)), processes=running_here(view.files),
-        mixed_stacks=len(view.stacks) > 1)
+        mixed_stacks=len(view.stacks) > 1, drivers=tuple(drivers_in(view.files, problems, clock())),
+        problems=tuple(problems))
+
+
+def driver_lines(drivers: Iterable[DriverSeen], problems: Iterable[str]) -> list[tuple[str, str]]:
+    """(label, value) lines: those who work, or else the one that did last, with its task; then what is damaged."""
+    seen = list(drivers)
+    shown = [one for one in seen if one.state != "ended"] or seen[:1]
+    lines = [line for one in shown for line in (
+        ("driver", one.words), *((("works on" if one.state == "running" else "worked on", one.task),)
+                                 if one.task and one.state != "ended" else ()))]
+    return [*(lines or [("driver", "no heartbeat is known")]), *(("damaged", one) for one in problems)]
 
 
 class Rate:

@@ -223,16 +223,27 @@ class Store:
         name = receipt_name(receipt)
         self.files.replace(name, sealed(name, asdict(receipt)), "receipt", receipt.shard_id)
 
-    def receipts(self, names: Iterable[str] | None = None) -> Iterator[Receipt]:
+    def receipts(self, names: Iterable[str] | None = None,
+                 on_damaged: Callable[[str], None] | None = None) -> Iterator[Receipt]:
         """One receipt per committed file, in shard order: from the cache, or from the footer where that is gone.
 
-        `names` are the files in data/, if they have been listed already.
+        `names` are the files in data/, if they have been listed already. `on_damaged` hears of files whose footer says
+        nothing, which are then left out; without it they raise what `find` raises.
         """
+        def found(key: tuple[int, int]) -> Receipt | None:
+            try:
+                return self.find(*key)
+            except UsageError as error:
+                if on_damaged is None:
+                    raise
+                on_damaged(str(error))
+                return None
+
         listed = self.files.list("data") if names is None else names
         committed = sorted(parsed for name in listed if (parsed := parse_data_name(name)))
         cached = self.cached() if committed else {}
         cached = {key: receipt for key, receipt in cached.items() if receipt.run_digest == self.run_digest}
-        rebuilt = each(self.files, lambda key: self.find(*key), [key for key in committed if key not in cached])
+        rebuilt = each(self.files, found, [key for key in committed if key not in cached])
         for key in committed:
             receipt = cached[key] if key in cached else next(rebuilt)
             if receipt is not None:

@@ -21,6 +21,7 @@ import torch
 
 from rayexpand.contract.errors import Diverged
 from rayexpand.contract.protocols import Progress
+from rayexpand.storage.position import Position
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class Stage:
             self._restore(*found)
         started = time.perf_counter(), time.process_time()
         before = dict(self.seconds)
+        position = None if checkpoints is None else Position(checkpoints.folder)
         while self.step < self.steps:
             loss = loss_of()
             self._descend(loss)
@@ -111,6 +113,8 @@ class Stage:
             if checkpoints is not None and saves:
                 checkpoints.save(self.name, *self._state())
             report(self.name, self.step, self.steps)
+            if position is not None:
+                position(self.name, self.step, self.steps, lambda: {"loss": float(loss.detach())})  # noqa: B023
 
     def _descend(self, loss: torch.Tensor) -> None:
         self._optimiser.zero_grad(set_to_none=True)

@@ -54,7 +54,7 @@ from rayexpand.studies.membership import (
 from rayexpand.studies.parts import Study, Trial, folder_of, read_result
 from rayexpand.studies.selections import make_selections
 from rayexpand.studies.study import prepare_study
-from rayexpand.studies.trials import make_trials
+from rayexpand.studies.trials import announce, make_trials
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ def audit_membership(config: MembershipConfig, folder: str, machines: Machines, 
         files.make_folder(name)
     files.replace("members.parquet", parquet_bytes(members.table(), {NAMED: b"members.parquet"}))
     study = prepare_study(wanted, members.subset)
+    announce(study)
     for run in pending_runs(study, progress, machines.fit, device_here=machines.device_here):
         machines.drive(run, progress)
     make_selections(study, machines.score, progress)

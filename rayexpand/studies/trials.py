@@ -19,7 +19,7 @@ from rayexpand.loader.training_set import RowSource
 from rayexpand.models.guides import guide_hash
 from rayexpand.runs.run import Run
 from rayexpand.runs.status import shard_seconds
-from rayexpand.storage.tables import replace_json
+from rayexpand.storage.tables import healthy_json, replace_json
 from rayexpand.studies import extra_tests
 from rayexpand.studies.baselines import recipe_of
 from rayexpand.studies.class_maps import map_sha256
@@ -48,8 +48,24 @@ def make_trials(study: Study) -> list[Trial]:
     names = [trial.name for trial in trials]
     for trial in trials:
         replace_json(study.files, f"trials/{trial.name}.json", {**vars(trial), "digest": trial.digest})
-    replace_json(study.files, "study.json", {"config": study.config.model_dump(mode="json"), "trials": names})
+    replace_json(study.files, "study.json", {**_facts(study), "trials": names})
     return trials
+
+
+def announce(study: Study) -> None:
+    """Writes study.json before the trials of the study can be known, for who looks at its folder meanwhile: those of an
+    earlier start stay in it."""
+    known = (healthy_json(study.files, "study.json") or {}).get("trials") or []
+    replace_json(study.files, "study.json", {**_facts(study), "trials": known})
+
+
+def _facts(study: Study) -> dict[str, Any]:
+    """What study.json says beside its trials: the runs they take samples of, and how many trials there are without
+    controls."""
+    folders = dict.fromkeys(folder_of(one) for one in study.expansions.values())
+    return {"config": study.config.model_dump(mode="json"),
+            "runs": [{"name": one.rstrip("/").rpartition("/")[2], "folder": one} for one in folders],
+            "trainings": len(arms_of(study.config)) * len(study.config.seeds)}
 
 
 def pending_trials(study: Study, trials: Sequence[Trial]) -> list[Trial]:

@@ -31,6 +31,7 @@ from rayexpand.fitting.adapter.recipe import TARGETS
 from rayexpand.fitting.adapter.sample_grid import draw_sheet
 from rayexpand.models.folders import loaded_files, quiet_libraries
 from rayexpand.models.prior import load_prior, sources_of
+from rayexpand.storage.position import Position
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -204,6 +205,7 @@ class RunLogger:
         self._tuning, self._folder = tuning, Path(tuning.job.folder)
         self._checkpoints = Checkpoints(self._folder, tuning.job.made.checkpoint_every)
         self._events: Any = None
+        self._position = Position(self._folder)
 
     def __enter__(self) -> RunLogger:
         if self._tuning.job.made.tensorboard:
@@ -221,6 +223,7 @@ class RunLogger:
         """One point of the curves."""
         tuning, step = self._tuning, int(point["step"])
         progress("fine-tuning", step, tuning.steps)
+        self._position("fine-tuning", step, tuning.steps, lambda: {k: v for k, v in point.items() if k != "step"})
         if self._events is None:
             return
         recipe = tuning.job.made.finetune

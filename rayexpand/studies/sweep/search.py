@@ -123,6 +123,7 @@ def run_here(search: Search, on_change: Callable[[], None] = lambda: None) -> di
     None where that was not asked for."""
     while (found := search.next()) is not None:
         problem = ""
+        on_change()
         try:
             run_candidate(search.sweep, found, on_epoch=partial(search.heard, found.key))
         except Interrupted:

@@ -1,0 +1,163 @@
+"""What the folder of a study says of its stages, read without a driver: fits, runs, trials."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rayexpand.contract.errors import DamagedFile, RayexpandError, UsageError, looked_at
+from rayexpand.fitting.maker import ARTIFACTS
+from rayexpand.fitting.status import FitStatus, read_fits
+from rayexpand.runs.status import RunStatus, driver_lines, duration, read_status
+from rayexpand.storage.files import Files, each
+from rayexpand.storage.heartbeats import DriverSeen, drivers_in
+from rayexpand.storage.places import is_url, open_files
+from rayexpand.storage.tables import read_json
+
+PACE_RESULTS = 20  # the time left follows from so many results at most
+
+
+@dataclass(frozen=True, slots=True)
+class RunStage:
+    """An expansion of a study. `status` is None where it has not begun; then `problem` says what is wrong, if anything
+    is."""
+
+    name: str
+    status: RunStatus | None = None
+    problem: str = ""
+
+    @property
+    def complete(self) -> bool:
+        return self.status is not None and self.status.complete
+
+    @property
+    def words(self) -> str:
+        if self.status is None:
+            return self.problem or "not begun"
+        one = self.status
+        left = "" if one.complete else f", {duration(one.eta_seconds)} left"
+        return (f"{one.planned - one.pending:,} of {one.planned:,} decided ({one.kept:,} kept, {one.rejected:,} "
+                f"rejected, {one.failed:,} failed){left}")
+
+
+@dataclass(frozen=True, slots=True)
+class StudyStatus:
+    """One look at a study; trials = done + running + failed + pending."""
+
+    name: str
+    folder: str
+    fits: FitStatus | None
+    runs: tuple[RunStage, ...]
+    trials: int  # known so far: controls are added once the samples are there
+    trials_are_final: bool
+    done: int
+    running: int
+    failed: int  # by what the last driver said
+    last_result_age_seconds: float | None
+    eta_seconds: float | None  # None where it is unknown, also of a stage that has not begun
+    drivers: tuple[DriverSeen, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return "study"
+
+    @property
+    def pending(self) -> int:
+        return self.trials - self.done - self.running - self.failed
+
+    @property
+    def complete(self) -> bool:
+        return self.trials_are_final and self.done == self.trials and all(one.complete for one in self.runs)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, **asdict(self), "pending": self.pending, "complete": self.complete,
+                "fits": None if self.fits is None else self.fits.to_json(),
+                "runs": [{"name": one.name, "problem": one.problem, "complete": one.complete,
+                          "status": None if one.status is None else one.status.to_json()} for one in self.runs],
+                "drivers": [one.to_json() for one in self.drivers], "problems": list(self.problems)}
+
+    def table(self) -> list[tuple[str, str]]:
+        fits = () if self.fits is None else self.fits.parts
+        trials = f"{self.trials:,}{'' if self.trials_are_final else ' and controls'}"
+        return [*((f"fit {one.folder}", one.words) for one in fits),
+                *((f"run {one.name}", one.words) for one in self.runs),
+                ("trials", f"{trials}: {self.done:,} done, {self.running:,} running, {self.failed:,} failed, "
+                 f"{self.pending:,} pending"),
+                ("last result", "none yet" if self.last_result_age_seconds is None else
+                 f"{duration(self.last_result_age_seconds)} ago"),
+                ("time left", "none" if self.complete else duration(self.eta_seconds)),
+                *driver_lines(self.drivers, self.problems)]
+
+
+def read_study_status(folder: str | Path, clock: Callable[[], float] = time.time) -> StudyStatus:
+    """Raises UsageError where no study is, DamagedFile where study.json does not hold what was written."""
+    files, now, problems = open_files(folder), clock(), list[str]()
+    facts = read_json(files, "study.json")
+    if facts is None:
+        raise UsageError(f"{folder}: no study is here (no study.json){looked_at(folder)}. Give the folder that "
+                         "`rayexpand train` makes, <out>/<name>")
+    drivers = tuple(drivers_in(files, problems, now))
+    runs = tuple(_stage(files, one, clock) for one in facts.get("runs") or ())
+    trials = [str(one) for one in facts.get("trials") or ()]
+    results = files.entries("results")
+    done = sum(each(files, lambda trial: _is_done(files, trial, problems),
+                    [trial for trial in trials if f"{trial}.json" in results]))
+    said = next((one for one in drivers if one.beat.verb in ("train", "audit")), None)
+    told = said.beat.facts if said is not None else {}
+    left = max(len(trials), facts.get("trainings") or 0) - done
+    failed = min(int(told.get("failed", 0)), left)
+    running = min(int(told.get("running", 0)), left - failed) if said is not None and said.state == "running" else 0
+    ends = sorted(entry.modified for name, entry in results.items() if name.endswith(".json"))
+    return StudyStatus(
+        str(facts.get("config", {}).get("name") or Path(str(files.root)).name), str(folder), _fits(folder, clock),
+        runs, done + left, bool(trials), done, running, failed, max(0.0, now - ends[-1]) if ends else None,
+        _eta(runs, pace(ends), left), drivers, tuple(problems))
+
+
+def pace(ends: Sequence[float]) -> float | None:
+    """Seconds from one result to the next, by the last of them; None of fewer than two."""
+    last = ends[-PACE_RESULTS - 1:]
+    return (last[-1] - last[0]) / (len(last) - 1) if len(last) > 1 else None
+
+
+def _eta(runs: Sequence[RunStage], seconds: float | None, left: int) -> float | None:
+    open_runs = [one.status.eta_seconds if one.status is not None else None for one in runs if not one.complete]
+    parts = [*open_runs, *([seconds * left if seconds is not None else None] if left else [])]
+    known = [one for one in parts if one is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def _is_done(files: Files, trial: str, problems: list[str]) -> bool:
+    """Whether a trial has the result of what it would train now."""
+    try:
+        result, planned = read_json(files, f"results/{trial}.json"), read_json(files, f"trials/{trial}.json")
+    except DamagedFile as error:
+        problems.append(str(error))
+        return False
+    return result is not None and (planned is None or result.get("digest") == planned.get("digest"))
+
+
+def _stage(files: Files, run: Mapping[str, Any], clock: Callable[[], float]) -> RunStage:
+    """A run where the study says it is, or below the study where that was moved."""
+    folder = str(run["folder"])
+    for place in (folder, f"{files.root}/runs/{folder.rstrip('/').rpartition('/')[2]}"):
+        if open_files(place).read("run.json") is None:
+            continue
+        try:
+            return RunStage(str(run["name"]), read_status(place, clock))
+        except RayexpandError as error:
+            return RunStage(str(run["name"]), problem=str(error))
+    return RunStage(str(run["name"]))
+
+
+def _fits(folder: str | Path, clock: Callable[[], float]) -> FitStatus | None:
+    if is_url(folder):
+        return None
+    try:
+        return read_fits(Path(folder) / ARTIFACTS, clock)
+    except UsageError:
+        return None
