@@ -16,7 +16,7 @@ import pytest
 from rayexpand import api
 from rayexpand.api import driving
 from rayexpand.api.results import Event
-from rayexpand.contract.errors import DamagedFile, RayexpandError, UsageError
+from rayexpand.contract.errors import DamagedFile, UsageError
 from rayexpand.storage.files import LocalFiles
 from rayexpand.storage.heartbeats import SILENT_S, Beat
 from rayexpand.storage.tables import replace_json
@@ -63,7 +63,8 @@ def study(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def test_a_study_shows_its_stages_while_it_runs(study: tuple[Path, dict[str, Any]]) -> None:
     _, said = study
     first, trained = said["expanding"], said["training"]
-    assert (first["kind"], first["trials"], first["trials_are_final"], first["eta_seconds"]) == ("study", 4, False, None)
+    assert (first["kind"], first["trials"], first["trials_are_final"]) == ("study", 4, False)
+    assert first["eta_seconds"] is None
     assert [one["name"] for one in first["runs"]] == ["noisy-0", "noisy-1"]
     assert [one["complete"] for one in trained["runs"]] == [True, True]
     assert trained["runs"][0]["status"]["kept"] == 8
@@ -192,11 +193,12 @@ def _says(folder: Path) -> None:
     """A status, or an error of ours that names a file."""
     try:
         seen = api.status(folder)
-        json.dumps(seen.to_json())
+    except (UsageError, DamagedFile) as error:
+        message = str(error)
+    else:
+        message = json.dumps(seen.to_json())
         assert seen.table()
-    except RayexpandError as error:
-        assert isinstance(error, (UsageError, DamagedFile)), error
-        assert str(folder) in str(error) or "data/" in str(error)
+    assert str(folder) in message or "data/" in message
 
 
 def test_a_silent_driver_of_another_host_is_said_after_half_a_minute(tmp_path: Path) -> None:
