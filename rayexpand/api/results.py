@@ -59,6 +59,7 @@ class Checked(Result):
     dataset: dict[str, Any] | None = None  # see data.seeds.survey; None where it cannot be listed
     notes: list[str] = field(default_factory=list)  # how the generator of a run will be sampled
     sees: str = ""  # of a study: which difference it can show
+    counts: list[str] = field(default_factory=list)  # of a sweep: its trials, classifiers, expansions
 
     def table(self) -> Table:
         from rayexpand.data.seeds import survey_lines
@@ -67,7 +68,8 @@ class Checked(Result):
         return (self.kind, str(self.config.get("name", ""))), rows
 
     def below(self) -> list[str]:
-        return [*([f"study: {self.sees}"] if self.sees else []), *(f"problem: {one}" for one in self.problems)]
+        return [*([f"study: {self.sees}"] if self.sees else []), *(f"sweep: {one}" for one in self.counts),
+                *(f"problem: {one}" for one in self.problems)]
 
 
 @dataclass(frozen=True)

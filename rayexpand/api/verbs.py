@@ -70,7 +70,16 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
             real_sizes(config)
         except RayexpandError as error:
             problems = [str(error)]
-    return Checked(kind, config.model_dump(mode="json"), problems, listed, notes, sees)
+    return Checked(kind, config.model_dump(mode="json"), problems, listed, notes, sees,
+                   _counts(config) if kind == "sweep" else [])
+
+
+def _counts(config: Any) -> list[str]:
+    """What a sweep will try, in words."""
+    from rayexpand.studies.sweep.count import count_of
+
+    found = count_of(config)
+    return [found.sentence, *found.lines()]
 
 
 def prepare_data(name: str, folder: str | os.PathLike[str], *, split: str = "official", label: str = "",
@@ -252,8 +261,9 @@ def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
 
 
 def sweep(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,
-          on: Callable[[Event], None] | None = None) -> SweepFolder:
-    """Searches the fields of a study for the best classifier, and writes the page and the best as a study file."""
+          on: Callable[[Event], None] | None = None, say: Callable[[str], None] = lambda line: None) -> SweepFolder:
+    """Searches the fields of a study for the best classifier, and writes the page and the best as a study file. `say`
+    hears what it will try before it starts."""
     from rayexpand.studies.sweep import search as searching
     from rayexpand.studies.sweep.sweep import open_sweep
 
@@ -261,6 +271,8 @@ def sweep(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
     if not ray and config.scheduler is not None:
         raise UsageError("scheduler: without Ray one configuration is tried after the other, so there is none to "
                          "compare with while it trains; use Ray, or set scheduler to none")
+    for line in _counts(config):
+        say(line)
     search = searching.Search(open_sweep(config, progress))
 
     def show() -> None:

@@ -63,7 +63,8 @@ def sweep(file: File, set_: Set = None, machine: Machine = None, trust: Trust = 
     from rayexpand.cli.progress import Progress
 
     with Progress(log_json) as progress, quiet_stdout():
-        found = api.sweep(file, set=set_ or [], machine=machine, ray=not no_ray, on=progress)
+        found = api.sweep(file, set=set_ or [], machine=machine, ray=not no_ray, on=progress,
+                          say=lambda line: warn([line], "sweep: "))
     numbers = found.summary()
     if as_json:
         show_json(numbers)

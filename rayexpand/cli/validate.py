@@ -36,6 +36,7 @@ def validate(file: File, set_: Set = None, machine: Machine = None, trust: Trust
     warn((f"{name}: {value}" for name, value, *_ in found.table()[1] if name != "sampling"), "data: ")
     warn(found.notes, "sampling: ")
     warn([found.sees] if found.sees else [], "study: ")
+    warn(found.counts, "sweep: ")
 
 
 @app.command()

@@ -124,9 +124,10 @@ def curves(name: str, lines: Sequence[FigureCurve], label: str) -> Figure:
 def scores(name: str, groups: Sequence[tuple[str, Sequence[FigurePoint]]], ticks: Sequence[str], axis: str,
            label: str, *, log: bool = False) -> Figure:
     """Scores of the trials of a sweep against one field (%), with their standard errors over repetitions, in groups by
-    what became of them: best, finished, stopped. `ticks` names the values of a field that is not a number, whose x
-    then count from 0."""
-    styles = {"best": (SERIES[1], "*", 13), "finished": (SERIES[0], "o", 6), "stopped": (GREY, "o", 5)}
+    what became of them: best, finished, stopped, diverged. `ticks` names the values of a field that is not a number,
+    whose x then count from 0."""
+    styles = {"best": (SERIES[1], "*", 13), "finished": (SERIES[0], "o", 6), "stopped": (GREY, "o", 5),
+              "diverged": (GREY, "X", 6)}
 
     def draw(figure: Canvas) -> None:
         axes, handles = axes_of(figure, axis, "score (%)"), []

@@ -14,7 +14,7 @@ from rayexpand.reports.figure import Figure
 from rayexpand.reports.grids import heat
 from rayexpand.studies.measures import Measure
 from rayexpand.studies.pivot import ALL, Cell, Pivot, Place, Value, cell_of
-from rayexpand.studies.sweep.space import Dimension
+from rayexpand.studies.sweep.space import LOG, Dimension
 
 FEW = 12  # values of a field that is a side of a heat map
 
@@ -40,21 +40,23 @@ def sweep_figures(space: Sequence[Dimension], names: Mapping[str, str], results:
 def _against(name: str, dimension: Dimension, axis: str, results: Mapping[str, Trial],
              best: Trial | None) -> Figure:
     field = dimension.field
-    numbers = [*(one["values"][field] for one in results.values()), *dimension.values]
+    own = [one for one in results.values() if field in one["values"]]
+    numbers = [*(one["values"][field] for one in own), *dimension.values]
     is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers)
     ticks = [] if is_number else [str(value) for value in dimension.values]
-    groups: dict[str, list[FigurePoint]] = {"stopped": [], "finished": [], "best": []}
-    for one in results.values():
+    groups: dict[str, list[FigurePoint]] = {"diverged": [], "stopped": [], "finished": [], "best": []}
+    for one in own:
         value = one["values"][field]
         state = "best" if best is not None and one["key"] == best["key"] else one["state"]
         groups[state].append(_point(one, value if is_number else ticks.index(str(value))))
-    return figures.scores(name, [(state, own) for state, own in groups.items() if own], ticks, axis,
-                          f"Score against {field}", log=dimension.kind == "loguniform")
+    return figures.scores(name, [(state, points) for state, points in groups.items() if points], ticks, axis,
+                          f"Score against {field}", log=dimension.kind in LOG)
 
 
 def _values(dimension: Dimension, results: Mapping[str, Trial]) -> list[Value]:
     """Of the finished trials: numbers rising, others in the order of the file."""
-    there = list(dict.fromkeys(_value(one, dimension) for one in results.values() if one["state"] == "finished"))
+    there = list(dict.fromkeys(_value(one, dimension) for one in results.values()
+                               if one["state"] == "finished" and dimension.field in one["values"]))
     if all(isinstance(one, int | float) for one in there):
         return sorted(there)
     order = [_plain(one) for one in dimension.values]
@@ -66,7 +68,7 @@ def _grid(a: Dimension, b: Dimension, results: Mapping[str, Trial]) -> Pivot:
     scores: dict[Place, list[float]] = {}
     trials: dict[Place, int] = {}
     for one in results.values():
-        if one["state"] == "finished":
+        if one["state"] == "finished" and {a.field, b.field} <= one["values"].keys():
             place = (ALL, _value(one, a), _value(one, b), "score")
             scores.setdefault(place, []).extend(100 * score for score in one.get("scores") or [one["score"]])
             trials[place] = trials.get(place, 0) + 1

@@ -27,15 +27,14 @@ from rayexpand.data.seeds import SeedReader, build_index
 from rayexpand.evaluation import evaluate, select
 from rayexpand.fitting.config import load_fit
 from rayexpand.runs.config import load, parse, resolved
-from rayexpand.storage.places import open_files
 from rayexpand.studies import audit
 from rayexpand.studies.config import StudyConfig, load_study, run_config
 from rayexpand.studies.corrupted_sets import open_corrupted
 from rayexpand.studies.pivot_config import PivotConfig, load_pivot
 from rayexpand.studies.records import line_of
-from rayexpand.studies.sweep.config import load_sweep
-from rayexpand.studies.sweep.space import Dimension, n_suggestions, parse_dimension, suggest
-from rayexpand.studies.sweep.sweep import Sweep, candidate
+from rayexpand.studies.sweep.config import dimensions_of, load_sweep
+from rayexpand.studies.sweep.count import count_of
+from rayexpand.studies.sweep.space import n_suggestions, suggest
 from tests.commands import ROOT
 from tests.data.seeds.test_cifar_c import arrays as cifar_c_arrays
 
@@ -73,15 +72,12 @@ def _finished(loads: Callable[[str], Any]) -> Callable[[Path], None]:
 
 
 def _sweep(config: Any) -> None:
-    """Every point of a grid, as the sweep would try it."""
-    parsed = [parse_dimension(field, spec) for field, spec in config.space.items()]
-    space = tuple(one for one in parsed if isinstance(one, Dimension))
-    if config.search != "grid":
-        return
-    sweep = Sweep(config, open_files(config.folder), dict(config.study), space)  # makes no folder
-    total = n_suggestions(space, config.search, config.samples)
-    keys = {candidate(sweep, n, suggest(space, config.search, config.seed, n)).key for n in range(total)}
-    assert len(keys) == total
+    """Every point of a grid, as the sweep would try it: each can be, and points with other values are other trials."""
+    if config.search == "grid":
+        space = dimensions_of(config)
+        points = [suggest(space, "grid", 0, number) for number in range(n_suggestions(space, "grid", None))]
+        found = count_of(config)
+        assert (found.trials, found.refused) == (len({json.dumps(one) for one in points}), ())
 
 
 def _report(config: PivotConfig) -> None:

@@ -22,7 +22,7 @@ from rayexpand.runs import config as configs
 from rayexpand.runs.config import ClusterConfig, RunConfig, semantic
 from rayexpand.storage.places import open_files
 from rayexpand.studies.config import ArmConfig, ExpansionConfig, StudyConfig, parse_study
-from rayexpand.studies.sweep.space import Dimension, parse_dimension
+from rayexpand.studies.sweep.space import Dimension, condition_problems, n_suggestions, parse_dimension
 
 TUNED = ("recipe", "expansions", "arms", "subset")  # sections of a study whose fields can be swept
 
@@ -46,8 +46,10 @@ class SweepConfig(Section):
                                   "file; a trial trains in one process, whatever its training.workers")
     arm: str = Field(description="name of the arm that is tuned")
     space: dict[str, Any] = Field(min_length=1, description="dotted field -> {choice: [...]}, {grid: [...]}, "
-                                  "{uniform: [low, high], step: ...}, {loguniform: [low, high]} or {randint: [low, "
-                                  "high]}, both ends included; an arm or expansion stands by its name")
+                                  "{uniform: [low, high], step: ...}, {loguniform: [low, high]}, {randint: [low, "
+                                  "high]} or {lograndint: [low, high]}, both ends included; `when: {field: value}` "
+                                  "beside it: only where a field of the space has this value, or one of a list; an arm "
+                                  "or expansion stands by its name")
     samples: int | None = Field(None, ge=1, description="configurations that are tried; of each point of the grid, "
                                 "where there is one")
     search: Literal["random", "grid", "optuna"] = Field("random", description="optuna: tree of Parzen estimators")
@@ -181,11 +183,12 @@ def identity(study: StudyConfig) -> dict[str, Any]:
              "order": [study.training.shuffle_rows, study.training.streams]}
     if arm.selection in study.selections:
         found["select"] = study.selections[str(arm.selection)]
-    made = [_made_from(study.expansions[name], data) for name in arm.uses]
+    made = [made_from(study.expansions[name], data) for name in arm.uses]
     return {**found, **(made[0] if len(made) == 1 else {"expansions": made} if made else {})}
 
 
-def _made_from(one: ExpansionConfig, data: Mapping[str, Any]) -> dict[str, Any]:
+def made_from(one: ExpansionConfig, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the samples of an expansion."""
     return {"expansion": one.run if one.run is not None else semantic(pilot_run(one, data)),
             **({"fit": one.fit.model_dump(mode="json")} if one.fit is not None else {})}
 
@@ -258,12 +261,17 @@ def _mistakes_of_train(raw: Mapping[str, Any]) -> list[str]:
 def _sampling_problems(config: SweepConfig) -> list[str]:
     parsed = [parse_dimension(field, spec) for field, spec in config.space.items()]
     problems = [f"space.{one}" for one in parsed if isinstance(one, str)]
-    kinds = {one.kind for one in parsed if isinstance(one, Dimension)}
+    known = [one for one in parsed if isinstance(one, Dimension)]
+    kinds = {one.kind for one in known}
+    if len(known) == len(parsed):
+        problems += [f"space.{line}" for line in condition_problems(known)]
     if config.search == "grid":
         if kinds - {"choice", "grid"}:
             problems.append("search: a grid needs every field as a list of values; write choice, or search: random")
-        if config.samples is not None:
-            problems.append("samples: search grid tries every point once; take samples out")
+        elif config.samples is not None:
+            points = n_suggestions(known, "grid", None)
+            problems.append(f"samples: search grid tries every point once, and this space has {points:,}; take samples "
+                            f"out, or write search: random, which tries {config.samples:,} of them")
     elif config.samples is None:
         problems.append("samples: is required and missing; how many configurations are tried")
     if config.search == "optuna" and "grid" in kinds:
@@ -297,7 +305,7 @@ def _field_problems(config: SweepConfig, dimension: Dimension) -> Iterator[str]:
     identities = []
     for value in dimension.examples():
         try:
-            identities.append(digest(identity(study_with(config.study, config, {field: value}))))
+            identities.append(digest(identity(study_with(config.study, config, dimension.with_conditions(value)))))
         except ConfigError as error:
             yield from (line.removeprefix(f"{field}: ") for line in error.problems)
     if len(identities) > 1 and len(set(identities)) == 1:

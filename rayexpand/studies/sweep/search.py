@@ -37,7 +37,7 @@ class Search:
         self._known: dict[int, dict[str, Any]] = {}
         for name in sweep.files.list("suggestions"):
             written = healthy_json(sweep.files, f"suggestions/{name}") or {}
-            if written.get("number", self.total) < self.total:
+            if written.get("number", self.total) < self.total:  # `key` is null of one whose values do not go together
                 self._known[written["number"]] = written
         todo = [n for n, known in sorted(self._known.items()) if known["key"] not in self.results]
         self._todo = deque([*todo, *(n for n in range(self.total) if n not in self._known)])
@@ -64,14 +64,19 @@ class Search:
                 found = candidate(self.sweep, number, values)
             except ConfigError as error:
                 self.failed.append(f"{describe(values)}: {'; '.join(error.problems)}")
+                self._note(number, values, None)
                 continue
-            if known is None:
-                self._known[number] = {"number": number, "values": values, "key": found.key}
-                replace_json(self.sweep.files, f"suggestions/{number:04d}.json", self._known[number])
+            self._note(number, values, found.key)
             if found.key not in self.results and found.key not in self.running:
                 self.running[found.key] = found
                 return found
         return None
+
+    def _note(self, number: int, values: dict[str, Any], key: str | None) -> None:
+        """Writes a suggestion before it is tried."""
+        if (written := {"number": number, "values": values, "key": key}) != self._known.get(number):
+            self._known[number] = written
+            replace_json(self.sweep.files, f"suggestions/{number:04d}.json", written)
 
     def heard(self, key: str, epoch: int, score: float, started: float = 0.0) -> None:
         """A running trial scored an epoch; a trial that was restarted reports its first ones again."""
@@ -111,11 +116,11 @@ class Search:
 
     def _suggested(self, number: int) -> dict[str, Any]:
         config = self.sweep.config
-        seen = [(one["values"], [(int(p["epoch"]), p["score"]) for p in one["curve"]], one["state"])
-                for one in self.results.values()]
-        seen += [(one.values, [(int(p["epoch"]), p["score"]) for p in self._curves.get(one.key, [])], "running")
-                 for one in self.running.values()]
-        return suggest(self.sweep.space, config.search, config.seed, number, seen, self.total)
+        seen = {one["number"]: (one["values"], one["curve"], one["state"]) for one in self.results.values()}
+        seen |= {one.number: (one.values, self._curves.get(one.key, []), "running") for one in self.running.values()}
+        return suggest(self.sweep.space, config.search, config.seed, number, [
+            (values, [(int(point["epoch"]), point["score"]) for point in curve], state)
+            for _, (values, curve, state) in sorted(seen.items())], self.total)  # in whatever order they ended
 
 
 def run_here(search: Search, on_change: Callable[[], None] = lambda: None) -> dict[str, Any] | None:

@@ -138,8 +138,8 @@ def read_results(files: Files) -> dict[str, dict[str, Any]]:
 def without_result(sweep: Sweep, results: Iterable[Mapping[str, Any]]) -> list[str]:
     """Keys of configurations that were to be tried and have no result: in work, or their files are gone."""
     names = sorted(name for name in sweep.files.list("suggestions") if name.endswith(".json"))
-    wanted = [one["key"] for name in names if (one := healthy_json(sweep.files, f"suggestions/{name}")) is not None]
-    return sorted({*wanted} - {one["key"] for one in results})
+    wanted = {one["key"] for name in names if (one := healthy_json(sweep.files, f"suggestions/{name}")) is not None}
+    return sorted(wanted - {None} - {one["key"] for one in results})
 
 
 def best_of(results: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:

@@ -71,6 +71,8 @@ def problems_of(raw: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(("spec", "said"), [
     ({"uniform": [0.9, 0.3]}, "low must be below high"), ({"uniform": [0, 1], "step": 2}, "between 0 and high - low"),
     ({"loguniform": [0, 1]}, "needs low above 0"), ({"randint": [1.5, 3]}, "whole numbers"),
+    ({"lograndint": [0, 8]}, "needs low above 0"), ({"lograndint": [1, 8], "step": 2}, "takes no step"),
+    ({"choice": [1.0, float("nan")]}, "not finite"), ({"choice": [1, 2], "when": []}, "when: must name fields"),
     ({"choice": [1, 1]}, "given twice"), ({"choice": 3}, "list of two or more"), ({"choice": [2]}, "list of two"),
     ({"uniform": ["a", 1]}, "in numbers"), ({"uniform": [True, 2]}, "in numbers"),
     ({"choice": [1, 2], "step": 1}, "no effect"),
@@ -90,6 +92,8 @@ def test_a_space_that_cannot_be(spec: Any, said: str) -> None:
     ({"uniform": [0.1, 0.2]}, lambda v: 0.1 <= v <= 0.2 and len(str(v)) <= 6),
     ({"loguniform": [1e-4, 1e-1]}, lambda v: 1e-4 <= v <= 1e-1),
     ({"randint": [1, 3]}, lambda v: v in (1, 2, 3) and isinstance(v, int)),
+    ({"lograndint": [1, 64]}, lambda v: 1 <= v <= 64 and isinstance(v, int)),
+    ({"uniform": [1.0, 1.001], "step": 0.0001}, lambda v: v in [float(f"1.000{i}") for i in range(10)] + [1.001]),
     ({"randint": [2, 9], "step": 3}, lambda v: v in (2, 5, 8))])
 @pytest.mark.parametrize("search", ["random", "optuna"])
 def test_suggestions_lie_in_the_space(spec: Any, allowed: Callable[[Any], bool], search: str) -> None:
@@ -119,6 +123,25 @@ def test_a_suggestion_depends_on_its_number_and_not_on_who_asks() -> None:
     assert suggest(space, "optuna", 5, 6, seen, 6) == suggest(space, "optuna", 5, 6, seen, 6)
     # a sampler that restarts its stream suggests its first values once more
     assert len({str(suggest(space, "optuna", 5, number, [], 99)) for number in range(8)}) == 8
+
+
+def test_whole_numbers_on_a_log_scale_are_as_often_small_as_large() -> None:
+    space = [_dimension("a", {"lograndint": [1, 1023]})]
+    found = np.array([suggest(space, "random", 0, number)["a"] for number in range(400)])
+
+    share = np.log(31.5 / 0.5) / np.log(1023.5 / 0.5)  # of the logarithms below 31.5
+    assert abs(np.mean(found < 32) - share) < 3 * np.sqrt(share * (1 - share) / 400)
+
+
+def test_the_order_in_which_trials_ended_decides_nothing(make: Make, raw: dict[str, Any]) -> None:
+    values = [0.02 * n + 0.01 for n in range(8)]
+    suggested = []
+    for order in (range(8), range(7, -1, -1)):
+        search = Search(open_sweep(make(search="optuna", samples=20, space={LR: {"uniform": [0.001, 0.2]}})))
+        search.results = {str(n): {"number": n, "values": {LR: values[n]}, "state": "finished",
+                                   "curve": [{"epoch": 1, "score": 0.5 + (n % 2) / 10}]} for n in order}
+        suggested.append(search._suggested(8))
+    assert suggested[0] == suggested[1]
 
 
 def test_optuna_goes_where_scores_are_high() -> None:
@@ -393,6 +416,8 @@ def test_a_configuration_that_diverges_is_scored_worst_and_not_tried_again(make:
     assert ran.failed == []
     assert (wild["state"], wild["score"], wild["curve"][-1]) == ("diverged", 0.0, {"epoch": 2, "score": 0.0})
     assert "diverged" in wild["problem"]
+    page = Path(write_sweep_report(ran.sweep)["report"]).read_text()
+    assert page.count("<td>diverged</td>") == 1
     assert (best_of(ran.results) or {})["key"] == tame["key"]
     again = Search(open_sweep(config))
     assert (list(iter(again.next, None)), again.is_over) == ([], True)
