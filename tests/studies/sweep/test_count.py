@@ -68,7 +68,7 @@ def test_optuna_is_counted_from_above() -> None:
 
 
 def test_a_grid_says_its_size_where_fewer_are_asked_for() -> None:
-    with pytest.raises(ConfigError, match="this space has 12; take samples out, or .* tries 5 of"):
+    with pytest.raises(ConfigError, match=r"this space has 12; take samples out, or .* tries 5 of"):
         sweep(samples=5)
 
 
