@@ -44,15 +44,17 @@ if TYPE_CHECKING:
 def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
     """Checks a job of any kind without loading a model. Raises ConfigError for mistakes in the file itself."""
     from rayexpand.data import seeds
+    from rayexpand.runs.plan import dealing_of
     from rayexpand.runs.run import changed_since_planned, sampling_of, weight_problems_of
 
     kind, raw, where = read_job(job, set, machine)
     config = parsed(kind, raw, where)
-    problems, listed = preflight(kind, config), None
+    problems, listed, dealt = preflight(kind, config), None, list[str]()
     data = data_of(kind, config)
     if data is not None and not secret_problems(data.model_dump(mode="json")) and not seeds.check(data):
         try:
-            listed = seeds.survey(data)
+            index, listed = seeds.surveyed(data)
+            dealt = dealing_of(index, config) if kind == "run" and not problems else []
         except RayexpandError as error:
             problems = list(dict.fromkeys([*problems, *getattr(error, "problems", [str(error)])]))
         else:
@@ -60,7 +62,7 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
                 listed["since_planned"] = changed
     if kind == "run" and not problems:
         problems = weight_problems_of(config, present_only=True)
-    notes = sampling_of(config) if kind == "run" and not problems else []
+    notes = [*sampling_of(config), *dealt] if kind == "run" and not problems else []
     sees = ""
     if kind == "study" and not problems:
         from rayexpand.studies.foresight import foreseen, real_sizes

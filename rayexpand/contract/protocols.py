@@ -145,6 +145,8 @@ class Method(Protocol):
 
     A method whose labels are mixtures may say in `label_words()` what they are; cards, pages and exports print it.
 
+    A method whose copies cannot be dealt by weights says why in `no_allocation()`, which is "" where they can.
+
     A method whose samples are meant to be judged may give in `acceptance()` fields of the section `accept`, which a job
     file without them gets; None where it is set to keep all."""
 

@@ -270,7 +270,7 @@ def _rows(run: Run, receipts: Sequence[Receipt], columns: frozenset[str]) -> _Sa
     table = pa.concat_tables(parts).sort_by("row")
     row_N = table["row"].to_numpy()
     index = run.plan.index
-    seed_N = np.searchsorted(run.plan.first_row, row_N, side="right") - 1
+    seed_N = run.plan.position(row_N)
     counts = np.bincount(index.labels[index.labels >= 0], minlength=len(index.classes))
     ids = table["sample_id"].combine_chunks()
     rows = ScoredSamples(_Ids(ids), table["label"].to_numpy(), seed_N, counts,

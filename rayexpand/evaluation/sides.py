@@ -96,7 +96,7 @@ def samples_of(run: Run, choice: Choice, selection: str | None = None, copies: f
     chosen = read_selection(run, selection) if selection else None
     rng = PlanRng(choice.seed, "evaluate")
     whole = chosen is None and copies is None and choice.images is None
-    taken = run.plan.first_copies(copies)
+    below = run.plan.first + run.plan.first_copies(copies)
 
     def rows_of(receipt: Receipt) -> tuple[np.ndarray, np.ndarray]:
         """Rows of a data file, and the number that ranks each for `images`."""
@@ -106,7 +106,7 @@ def samples_of(run: Run, choice: Choice, selection: str | None = None, copies: f
         ids = table["sample_id"].to_pylist()
         keep = np.ones(len(ids), bool) if chosen is None else np.asarray(chosen.keeps(ids))
         if copies is not None:
-            keep &= table["copy"].to_numpy() < taken[run.plan.position(table["row"].to_numpy())]
+            keep &= table["copy"].to_numpy() < below[run.plan.position(table["row"].to_numpy())]
         return np.flatnonzero(keep), rng.per_seed("images", ids)[keep]
 
     receipts = [receipt for receipt in run.store.receipts() if receipt.kept]

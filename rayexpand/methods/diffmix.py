@@ -193,6 +193,10 @@ class DiffMix(Section):
         amount_K[rng.dataset("balance").permutation(able)[:rest]] += 1
         return amount_K
 
+    def no_allocation(self) -> str:
+        return (f"gives every target class its number of samples already (targets: {self.targets})"
+                if self.targets in ("balanced", "fill") else "")
+
     def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
         target = self._target(label, row, classes, rng)
         strength, run = 1.0, self.steps

@@ -64,6 +64,9 @@ class Vae(Section):
                              "seed has more than one")
         return planned
 
+    def no_allocation(self) -> str:
+        return "" if self.sample else "decodes the mean (sample: false), so that copies of a seed would be one image"
+
     def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
         return Draw(sample_id=f"{seed_id}/{copy}", seed_id=seed_id, copy=copy, source_label=label, target_label=label,
                     prompt="", negative="", start=Start.IMAGE, strength=0.0, steps_run=0, attempt=0, row=row,

@@ -20,7 +20,7 @@ from rayexpand.reports.licenses import license_identifier
 from rayexpand.reports.templates import render
 from rayexpand.runs.cut_prompts import words_of
 from rayexpand.runs.export import markdown_cell, published, size_category, stated_license, stated_licenses
-from rayexpand.runs.status import RunView, class_counts, read_classes, view_run, write_page
+from rayexpand.runs.status import RunView, class_counts, history, read_classes, view_run, write_page
 
 PROMISE = (
     "On one stack (versions in the receipt, same CPU instruction set or GPU model, dtype, attention backend, thread "
@@ -58,7 +58,7 @@ def write_card(folder: str | Path, *, license_id: str | None = None,
         listed=lines if len(lines) <= ALL_CLASSES else [], license_id=license_id, promise=PROMISE,
         gpu_caveat=GPU_CAVEAT, stacks=view.stacks, source=_fields(config["data"]), settings=_fields(config["method"]),
         cut_words=words_of(view.run["cut_prompts"]) if view.run.get("cut_prompts") else "",
-        dataset=survey_lines(view.run.get("dataset", {})),
+        dataset=survey_lines(view.run.get("dataset", {})), history=history(view.run),
         label_words=label_words_of(view.run["config"]["method"], len(classes)),
         config=yaml.safe_dump(config, sort_keys=False))
     return write_page(view.files, "README.md", text)

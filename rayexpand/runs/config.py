@@ -23,6 +23,7 @@ from rayexpand.data.seeds import DataConfig
 from rayexpand.data.seeds.source import wanted_ids
 from rayexpand.methods import load_method, method_class
 from rayexpand.models.prior_config import PriorModel
+from rayexpand.runs.allocation import Allocate
 
 IMAGE_BYTES = 1 << 30  # runtime.image_bytes
 PEAK_SHARE = (0.3, 0.5)  # estimate.peak_share
@@ -278,6 +279,10 @@ class RunConfig(Section):
     accept: Annotated[Accept | None, Later(None)] = Field(None, description="judge samples as they are made, and draw "
                                                           "again what is refused; null: keep all, unless the method "
                                                           "brings a judge")
+    allocate: Annotated[Allocate | None, Later(None)] = Field(
+        None, description="deal the copies by weights; null: each seed gets what the method plans")
+    grow: Annotated[bool, Later(False)] = Field(False, description="where the folder holds a smaller run whose samples "
+                                                "this one has too, make only the rest; off: refuse another run")
     limits: LimitsConfig = LimitsConfig()
     store: StoreConfig = StoreConfig()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -312,7 +317,7 @@ class RunConfig(Section):
 
 # The device and its attention kernels are in the stack fingerprint of every receipt instead; an artifact counts by its
 # content hash, wherever it lies.
-OPERATIONAL = ("name", "out", "artifacts", "limits", "store", "runtime", "cluster", "estimate", "prior.device",
+OPERATIONAL = ("name", "out", "artifacts", "grow", "limits", "store", "runtime", "cluster", "estimate", "prior.device",
                "prior.attention", "prior.channels_last", "prior.compile")
 
 
@@ -384,7 +389,9 @@ def semantic(config: RunConfig) -> dict[str, Any]:
         if leaf:
             fields[section] = {k: v for k, v in fields[section].items() if k != leaf}
         else:
-            del fields[section]
+            fields.pop(section, None)
+    if config.allocate is not None:
+        fields["allocate"].pop("scores")  # what follows from them is in the plan
     if not config.needs & {"adapter"}:
         fields["prior"].pop("adapter")
     if not config.needs & {"prior"}:

@@ -25,10 +25,11 @@ from rayexpand.data.pixels import header_size
 from rayexpand.models.cost import Cost
 from rayexpand.models.folders import EMBEDDED
 from rayexpand.models.prior import present
+from rayexpand.runs.allocation import dealt_facts, dealt_words
 from rayexpand.runs.config import MODELS
 from rayexpand.runs.cut_prompts import CutPrompts, cut_prompts
 from rayexpand.runs.fleet import Course, Fleet, simulate
-from rayexpand.runs.plan import make_plan
+from rayexpand.runs.plan import make_plan, planned_copies
 from rayexpand.runs.status import shard_seconds
 from rayexpand.runs.work import cost_of_run, image_work, peak_tflops
 
@@ -153,11 +154,14 @@ def estimate_config(config: RunConfig, measured: Measured | None = None) -> Esti
         if config.estimate.seeds is None or abs(few[0] - few[1]) > 2:
             raise
         index = _stand_in(config.estimate.seeds, 1)
-    planned = int(config.method.copies(index, rng).sum(dtype=np.int64))
+    copies, _ = planned_copies(index, config)
+    planned = int(copies.sum(dtype=np.int64))
     made = estimate(config, seeds=len(index), planned=planned, measured=measured,
                     side=few_seeds.side if image_side(config)[0] is None else None, seed_bytes=few_seeds.bytes,
                     draws=first_draws(config, index, planned))
     notes = {**made.notes, **({"cut_prompts": found.words} if found is not None else {})}
+    if config.allocate is not None:
+        notes["images"] += f"; dealt {dealt_words(dealt_facts(config.allocate, index, copies))}"
     return replace(made, cut_prompts=found, dataset=dataset, notes=notes)
 
 

@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -41,7 +41,7 @@ from rayexpand.models.prior import inspect_prior
 from rayexpand.runs.accept import SCORE, TRY, judge
 from rayexpand.runs.blame import DEAD_UNEXPLAINED, DECODE, ENCODE, SHARD, Blame, ProcessFault, Row, Verdicts
 from rayexpand.runs.config import RunConfig
-from rayexpand.runs.plan import Call, Plan, Unit, pack
+from rayexpand.runs.plan import Call, Plan, Unit, at, pack
 from rayexpand.runs.shard_images import Decoded, PhaseClock, ShardImages
 from rayexpand.runs.store import Store
 from rayexpand.runs.tools import load_tools, stack_fingerprint
@@ -138,17 +138,17 @@ class Expander:
         with clock.phase("read"):
             used = {draw.seed_id for unit in units for draw in unit if draw.start == Start.IMAGE}
             found, listed = self._read(shard_id, used)
-        for draw in (draw for unit in units for draw in unit if draw.copy == 0):
-            if reason := verdicts.seeds.get(draw.row):  # in place of the seed, or it would be decoded ahead
-                found[draw.seed_id] = RowFault(reason, "processes that decoded this seed alone ended")
+        for seed_id, row in _first_rows(units).items():
+            if reason := verdicts.seeds.get(row):  # in place of the seed, or it would be decoded ahead
+                found[seed_id] = RowFault(reason, "processes that decoded this seed alone ended")
         images = ShardImages(found, listed, self._decode, self._pool, self.config.runtime.image_bytes,
                              self._decoded_bytes, math.prod(self._filler_shape([])))
         return _Work(shard_id, generation, _key(shard_id, generation), units, images, clock, verdicts)
 
     def _decode_one_by_one(self, work: _Work) -> None:
         """Decodes each seed alone under a marker, so that a decoder's crash blames its seed."""
-        rows = {draw.seed_id: (draw.row - draw.copy, 0) for unit in work.units for draw in unit
-                if draw.start == Start.IMAGE}
+        decoded = ([draw for draw in unit if draw.start == Start.IMAGE] for unit in work.units)
+        rows = {seed_id: (row, 0) for seed_id, row in _first_rows(decoded).items()}
         waiting = [(seed_id, row) for seed_id, row in rows.items() if row[0] not in work.verdicts.seeds]
         waiting.sort(key=lambda one: work.verdicts.turn(DECODE, one[1]))
         for others, (seed_id, row) in enumerate(waiting):
@@ -163,11 +163,11 @@ class Expander:
     def _read(self, shard_id: int, used: set[str]) -> tuple[dict[str, Seed | RowFault | None], dict[str, RowFault]]:
         """Seeds of a shard by id, None for a seed whose image no draw uses; and the faults known from the listing."""
         rows = self.plan.seeds_of(shard_id)
-        part = self.plan.index.table.slice(rows.start, len(rows))
+        part = at(self.plan.index.table, rows)
         found: dict[str, Seed | RowFault | None] = {
             seed_id: RowFault(fault, "seen when the dataset was listed") if fault else None
             for seed_id, fault in zip(part["seed_id"].to_pylist(), part["fault"].to_pylist(), strict=True)}
-        wanted = [row for row, seed_id in zip(rows, found, strict=True) if seed_id in used]
+        wanted = [row for row, seed_id in zip(rows.tolist(), found, strict=True) if seed_id in used]
         ids = [seed_id for seed_id in found if seed_id in used]
         listed = {seed_id: fault for seed_id, fault in found.items() if isinstance(fault, RowFault)}
         return found | dict(zip(ids, self._reader.read(wanted), strict=True)), listed
@@ -560,6 +560,14 @@ class _Smaller(RayexpandError):
 
 class _SamplerError(RayexpandError):
     pass
+
+
+def _first_rows(units: Iterable[Sequence[Draw]]) -> dict[str, int]:
+    """The first row of each seed, which stands for the seed where a process died of it."""
+    rows: dict[str, int] = {}
+    for draw in (draw for unit in units for draw in unit):
+        rows.setdefault(draw.seed_id, draw.row)
+    return rows
 
 
 def _row(draw: Draw) -> Row:

@@ -47,6 +47,7 @@ from rayexpand.models.prior_sampling import (
     starting_points,
 )
 from rayexpand.models.sources import source_notes
+from rayexpand.runs.allocation import allocation_problems, dealt_facts, scores_sha256
 from rayexpand.runs.blame import Blame, forget_unexplained
 from rayexpand.runs.config import MODELS, RunConfig, ids_sha256, parse, resolved, semantic, unnamed
 from rayexpand.runs.cut_prompts import cut_prompts, words_of
@@ -144,6 +145,7 @@ def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool
             problems.append(f"image.fit: 'none' keeps each image's own size, but {config.method.name} samples squares; "
                             "use crop, center or squash")
     problems += check_artifacts(config, planned=planned, text_width=text_width)
+    problems += [] if planned or config.allocate is None else allocation_problems(config.allocate, config.method)
     problems += check_space(config, present_only=True) if not problems and not planned else []
     if with_classes and data_is_sound and names_classes(config):
         problems += _class_problems(config)
@@ -517,7 +519,9 @@ def _facts(config: RunConfig, plan: Plan, models: dict[str, str]) -> dict[str, A
             "plan_digest": identity, "plan": f"plan/{identity[:8]}", "planned": plan.planned, "shards": plan.n_shards,
             "seeds": len(plan.index), "classes": len(plan.index.classes), "models": models, **revised,
             **({"ids_sha256": ids_sha256(config.data)} if config.data.ids else {}),
-            **({"captions_sha256": captions_sha256(config)} if plan.captions is not None else {})}
+            **({"captions_sha256": captions_sha256(config)} if plan.captions is not None else {}),
+            **({"dealt": dealt_facts(config.allocate, plan.index, plan.copies)} if config.allocate else {}),
+            **({"scores_sha256": scores_sha256(config.allocate)} if config.allocate and config.allocate.scores else {})}
 
 
 def _open(config: RunConfig, files: Files, models: dict[str, str], plan: Plan | None = None) -> Run:
@@ -533,6 +537,8 @@ def _open(config: RunConfig, files: Files, models: dict[str, str], plan: Plan | 
     changed = differences({**before, "models": facts["models"]}, {**now, "models": models})
     if (said := facts.get("captions_sha256")) and (said_now := captions_sha256(config) or said) != said:
         changed.append(f"artifacts.captions: {said!r} -> {said_now!r}")
+    if (said := facts.get("scores_sha256")) and (said_now := scores_sha256(config.allocate) or said) != said:
+        changed.append(f"allocate.scores: {said!r} -> {said_now!r}")
     if changed:
         raise DigestMismatch("\n  ".join([f"{files.root} holds another run; continuing would mix two datasets. What "
                                           "differs (there -> here):", *changed,

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from rayexpand.contract.errors import DamagedFile, EnvironmentFault, UsageError, three_digits
 from rayexpand.contract.schema import ClassTable, Reason, Receipt, Status
+from rayexpand.runs.allocation import dealt_words
 from rayexpand.runs.blame import running_here
 from rayexpand.runs.store import Store, Totals, attempt_names, read_facts, totals
 from rayexpand.storage.files import Files, each
@@ -98,6 +99,7 @@ class RunStatus:
     mixed_stacks: bool  # shards were made on different stacks, so the reproducibility promise does not span them
     drivers: tuple[DriverSeen, ...] = ()  # that work in the folder, or did last
     problems: tuple[str, ...] = ()  # files that are damaged; what they held is not counted
+    history: tuple[tuple[str, str], ...] = ()  # see `history`
 
     @property
     def kind(self) -> str:
@@ -117,6 +119,7 @@ class RunStatus:
         lines = [("planned", f"{self.planned:,}"), ("kept", f"{self.kept:,}"), ("rejected", f"{self.rejected:,}"),
                  ("failed", f"{self.failed:,}"), ("pending", f"{self.pending:,} ({100 * decided:.1f} % decided)"),
                  ("shards", f"{self.shards_done:,} of {self.shards:,}"),
+                 *self.history,
                  *((f"  {reason}", f"{rows:,}") for reason, rows in self.reasons.items()),
                  ("images per second", "unknown" if self.images_per_second is None else
                   f"{three_digits(self.images_per_second)} with {self.concurrency:.1f} shards in work"),
@@ -156,7 +159,7 @@ def read_status(folder: str | Path, clock: Callable[[], float] = time.time) -> R
         last_commit_age_seconds=max(0.0, clock() - max(committed.values())) if committed else None,
         attempts=len(attempt_names(view.files)), processes=running_here(view.files),
         mixed_stacks=len(view.stacks) > 1, drivers=tuple(drivers_in(view.files, problems, clock())),
-        problems=tuple(problems))
+        problems=tuple(problems), history=tuple(history(view.run)))
 
 
 def driver_lines(drivers: Iterable[DriverSeen], problems: Iterable[str]) -> list[tuple[str, str]]:
@@ -167,6 +170,12 @@ def driver_lines(drivers: Iterable[DriverSeen], problems: Iterable[str]) -> list
         ("driver", one.words), *((("works on" if one.state == "running" else "worked on", one.task),)
                                  if one.task and one.state != "ended" else ()))]
     return [*(lines or [("driver", "no heartbeat is known")]), *(("damaged", one) for one in problems)]
+
+
+def history(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How the copies of a run came about, (what, in words): nothing where each seed has what the method plans. `run`:
+    its run.json."""
+    return [("dealt", dealt_words(run["dealt"]))] if "dealt" in run else []
 
 
 class Rate:

@@ -11,8 +11,10 @@ import numpy as np
 from PIL import Image
 
 from rayexpand.contract.errors import DamagedFile, RayexpandError
+from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import DRAW_FIELDS, Draw, Receipt, Status, sample_sha256
-from rayexpand.runs.plan import Plan
+from rayexpand.runs.allocation import allocated
+from rayexpand.runs.plan import Plan, plan_digest
 from rayexpand.runs.run import Run
 from rayexpand.runs.store import MAKE_AGAIN, Store, Totals, content_sha256, data_name, parse_data_name, totals
 from rayexpand.storage.tables import read_table
@@ -41,7 +43,7 @@ class Findings:
 def verify(run: Run, *, pixels: bool = False) -> Findings:
     """Checks every byte of every committed file, and rebuilds missing receipts. `pixels` also decodes each image and
     checks its hash, so that a file of a version without seals is checked as well."""
-    findings, receipts, named = Findings(), [], set()
+    findings, receipts, named = Findings(_plan_problems(run)), [], set()
     failed_before: dict[int, set[str]] = {}
     faulty: set[int] = set()
     seen: set[tuple[int, int]] = set()
@@ -72,6 +74,23 @@ def verify(run: Run, *, pixels: bool = False) -> Findings:
     findings.garbage = len(set(run.files.list("rejected")) - named)
     findings.totals = totals(run.plan.planned, receipts)
     return findings
+
+
+def _plan_problems(run: Run) -> list[str]:
+    """Whether the plan is the one of run.json, and its copies are those that its weights give."""
+    plan, allocate, folder = run.plan, run.config.allocate, run.facts["plan"]
+    if plan_digest(plan) != run.facts["plan_digest"]:
+        return [f"{folder}: is not the plan that run.json names. Restore that folder of the run from a copy"]
+    if plan.weight is None or allocate is None:
+        return []
+    rng = PlanRng(plan.run_seed, plan.method.name)
+    dealt = allocated(allocate, plan.index, plan.method.copies(plan.index, rng), plan.weight, rng)
+    if len(wrong := np.flatnonzero(dealt != plan.copies)):
+        seed_id = plan.index.table["seed_id"][int(wrong[0])].as_py()
+        return [f"{folder}/seeds.parquet: the copies of {len(wrong):,} seeds are not those that their weights give "
+                f"({seed_id}: {plan.copies[wrong[0]]} instead of {dealt[wrong[0]]}): they were changed by hand. "
+                "Restore that folder of the run from a copy"]
+    return []
 
 
 def _problem(run: Run, where: str, error: OSError | RayexpandError | KeyError) -> str:

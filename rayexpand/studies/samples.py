@@ -173,7 +173,7 @@ def _first_of_each_class(labels: np.ndarray, ids: Sequence[str], limit: np.ndarr
 def _blocks(run: Run, receipts: Sequence[Receipt], rows: RowSource, chosen: Selection | None,
             with_seeds: bool) -> Iterator[_Block]:
     named = ["sample_id"] if chosen is not None or rows.limit is not None else []
-    taken = run.plan.first_copies(rows.copies)
+    below = run.plan.first + run.plan.first_copies(rows.copies)
     numbered = ["row"] if with_seeds or isinstance(rows.copies, float) else []
 
     def block(receipt: Receipt) -> _Block:
@@ -182,7 +182,7 @@ def _blocks(run: Run, receipts: Sequence[Receipt], rows: RowSource, chosen: Sele
                                  DATA_SCHEMA)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         position = run.plan.position(table["row"].to_numpy()) if numbered else None  # of their seeds
-        most = taken[position] if isinstance(rows.copies, float) else rows.copies
+        most = below[position] if isinstance(rows.copies, float) else rows.copies
         keep = np.ones(len(table), bool) if most is None else table["copy"].to_numpy() < most
         if chosen is not None:
             keep &= chosen.keeps(table["sample_id"].to_pylist()).to_numpy(zero_copy_only=False)

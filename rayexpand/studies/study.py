@@ -26,7 +26,6 @@ import numpy as np
 
 from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import ConfigError, SeedDataError, UsageError, few
-from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import ClassTable, SeedIndex
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
@@ -39,6 +38,7 @@ from rayexpand.data.subsets import (
 )
 from rayexpand.loader.loader import TestSet
 from rayexpand.runs.config import RunConfig
+from rayexpand.runs.plan import planned_copies
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
 from rayexpand.studies import extra_tests
@@ -274,10 +274,11 @@ def _run_problems(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, S
 
 
 def _planned_copies(made: RunConfig | str, index: SeedIndex, opened: Opened) -> np.ndarray:
-    """Copies of each seed of a run, or of one that is to be made of `index`."""
+    """Below which number the copies of each seed of a run are, or of one that is to be made of `index`."""
     if isinstance(made, str):
-        return opened.run(made).plan.copies
-    return made.method.copies(index, PlanRng(made.seed, made.method.name))
+        plan = opened.run(made).plan
+        return plan.first + plan.copies
+    return planned_copies(index, made)[0]
 
 
 def _differ(subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> bool:

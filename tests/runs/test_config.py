@@ -90,7 +90,8 @@ def test_a_missing_file_names_itself() -> None:
 
 OTHER = {"limits.max_failed": 0.5, "runtime.io_threads": 7, "cluster.actors": 3, "prior.device": "cpu",
          "out": "elsewhere", "estimate.gpus": 9, "store.single_writer": True, "prior.attention": "eager",
-         "prior.channels_last": True, "prior.compile": True, "name": "b", "artifacts.prototypes": "elsewhere"}
+         "prior.channels_last": True, "prior.compile": True, "name": "b", "artifacts.prototypes": "elsewhere",
+         "grow": True}
 
 
 def test_operational_fields_leave_the_digest_alone() -> None:
