@@ -29,7 +29,6 @@ from tests.benchmarks.peers.judge import judge
 from tests.benchmarks.peers.table import PEERS
 from tests.benchmarks.peers.task import Task, write_seeds
 
-
 IMPORTED = ("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img", "pyarrow.dataset", "transformers",
             "rayexpand.api.verbs", "rayexpand.models.latent", "rayexpand.runs.expander")
 
