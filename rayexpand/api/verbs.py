@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from rayexpand.api.driving import (
@@ -39,6 +39,7 @@ from rayexpand.contract.secrets import secret_problems
 
 if TYPE_CHECKING:
     from rayexpand.loader.dataset import SampleDataset
+    from rayexpand.on_ray.job import JobOrder
 
 
 def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
@@ -351,27 +352,45 @@ def demo(out: str = "", method: str = "img2img", *, on: Callable[[Event], None] 
 
 
 def submit(job: str | os.PathLike[str], address: str | None = None, *, verb: str = "", set: Set = (),
+           machine: str | os.PathLike[str] | None = None, trust: Sequence[str] = (),
            on_log: Callable[[str], None] = lambda text: None, say: Callable[[str], None] = lambda line: None,
            **options: Any) -> ClusterJob:
-    """Runs a file (by the verb of its kind) or a run folder (with `verb`) as a job on a cluster, and follows it.
+    """Runs a file (by the verb of its kind) or a folder (with `verb`) as a job on a cluster, and follows it.
 
-    `options`: working_dir, wait, retries, env, num_cpus, python, trust; see on_ray.submit.submit.
+    `options`: working_dir, wait, retries, env, num_cpus, python; see on_ray.submit.submit.
     """
     from rayexpand.on_ray import submit as on_cluster
 
-    overrides = as_overrides(set)
-    ended = on_cluster.submit(verb or KINDS[read_job(job, set, None)[0]][1], os.fspath(job), overrides, address=address,
-                              on_log=on_log, say=say, **options)
+    asked = _asked(job, verb, set, machine, trust)
+    ended = on_cluster.submit(asked, address=address, on_log=on_log, say=say, **options)
     return ClusterJob(**asdict(ended))
 
 
-def rayjob(job: str | os.PathLike[str], *, verb: str = "", set: Set = (), **options: Any) -> str:
-    """YAML of the same job for Kubernetes; nothing is sent. `options`: image, retries, env, trust; see on_ray.rayjob.
-    """
+def rayjob(job: str | os.PathLike[str], *, verb: str = "", set: Set = (),
+           machine: str | os.PathLike[str] | None = None, trust: Sequence[str] = (), **options: Any) -> str:
+    """YAML of the same job for Kubernetes; nothing is sent. `options`: image, retries, env; see on_ray.rayjob."""
     from rayexpand.on_ray import rayjob as on_kubernetes
 
-    return on_kubernetes.rayjob(verb or KINDS[read_job(job, set, None)[0]][1], os.fspath(job), as_overrides(set),
-                                **options)
+    return on_kubernetes.rayjob(_asked(job, verb, set, machine, trust), **options)
+
+
+def _asked(job: str | os.PathLike[str], verb: str, set: Set, machine: str | os.PathLike[str] | None,
+           trust: Sequence[str]) -> JobOrder:
+    """A job as `submit` and `rayjob` take it. Raises ConfigError for a file of another verb."""
+    from rayexpand.on_ray.job import JobOrder
+
+    target, at = os.fspath(job), None if machine is None else os.fspath(machine)
+    wanted = JobOrder(verb, target, as_overrides(set), at, tuple(trust))
+    if verb and not wanted.takes_file:
+        if at is not None:
+            raise UsageError(f"--machine {at}: `{verb}` works on a folder, which has its own; take it out")
+        return wanted
+    kind, raw, where = read_job(job, set, machine)
+    verb = verb or KINDS[kind][1]
+    made_by = next((one for one, (_, by) in KINDS.items() if by == verb), "")
+    if made_by not in ("", kind) and (verb, kind) != ("fit", "run"):
+        parsed(kind, raw, where, made_by)  # which refuses it
+    return replace(wanted, verb=verb, raw=raw)
 
 
 def follow(submission_id: str, address: str | None = None, *, on_log: Callable[[str], None]) -> ClusterJob:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from rayexpand.cli.app import app
-from rayexpand.cli.options import Json, Set, Trust
+from rayexpand.cli.options import Json, Machine, Set, Trust
 from rayexpand.cli.show import show, show_json, show_table
 from rayexpand.contract.errors import UsageError
 
@@ -20,7 +20,7 @@ def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, tra
                                                "sweep, plan, validate or bench with a FILE; retry, verify, report or "
                                                "card with a RUN")] = "",
            target: Annotated[str, typer.Argument(metavar="FILE|RUN")] = "",
-           set_: Set = None, trust: Trust = None,
+           set_: Set = None, machine: Machine = None, trust: Trust = None,
            address: Annotated[str, typer.Option(help="dashboard of the cluster; else RAY_API_SERVER_ADDRESS, else "
                                                 "http://127.0.0.1:8265")] = "",
            working_dir: Annotated[str, typer.Option(help="folder that is sent and where the job starts")] = ".",
@@ -60,17 +60,17 @@ def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, tra
              for one in found])
         return
     if rayjob and verb and target:
-        print(api.rayjob(target, verb=verb, set=set_ or [], image=image or None, retries=retries, env=env or [],
-                         trust=trust or []), end="")
+        print(api.rayjob(target, verb=verb, set=set_ or [], machine=machine, image=image or None, retries=retries,
+                         env=env or [], trust=trust or []), end="")
         return
     if logs:
         ended = api.follow(logs, where, on_log=on_log)
     elif stop:
         ended = api.stop(stop, where)
     elif verb and target:
-        ended = api.submit(target, where, verb=verb, set=set_ or [], working_dir=working_dir, wait=wait,
-                           retries=retries, env=env or [], num_cpus=num_cpus, python=python or None, trust=trust or [],
-                           on_log=on_log, say=lambda line: print(line, file=sys.stderr, flush=True))
+        ended = api.submit(target, where, verb=verb, set=set_ or [], machine=machine, working_dir=working_dir,
+                           wait=wait, retries=retries, env=env or [], num_cpus=num_cpus, python=python or None,
+                           trust=trust or [], on_log=on_log, say=lambda line: print(line, file=sys.stderr, flush=True))
     else:
         raise UsageError("submit needs a verb and what it works on, for example "
                          "`rayexpand submit expand my.yaml --set out=s3://bucket/runs`, or one of --logs ID, "

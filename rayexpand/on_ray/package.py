@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,15 +19,16 @@ SKIP_AT_TOP = {"runs", "data", "build", "dist"}
 SKIP_SUFFIXES = (".egg-info", ".pem", ".key", ".pyc")
 
 
-def write_package(path: Path, working_dir: Path, file: Path | None) -> tuple[str, list[str]]:
-    """Zips what a job needs into `path`; returns the name of `file` inside and what was left out for its size.
+def write_package(path: Path, working_dir: Path, files: Sequence[str] = ()) -> tuple[dict[str, str], list[str]]:
+    """Zips what a job needs into `path`; returns the names of `files` inside, by name, and what was left out for its
+    size. The files are sent whatever they are, those of elsewhere in folders of their own.
 
     Left out: hidden files, runs/, data/, caches, virtual environments, keys, links, what git ignores, large files.
     Equal content makes an equal zip, which Ray then does not upload again.
     """
     if not working_dir.is_dir():
         raise UsageError(f"--working-dir {working_dir}: is not a folder; give the one a job should start in")
-    root, inside, contents, left_out = working_dir.resolve(), "", {}, []
+    root, inside, contents, left_out = working_dir.resolve(), dict[str, str](), {}, []
     for name in _code(root, _listed(root)):
         if (root / name).stat().st_size > LARGE_BYTES:
             left_out.append(name)
@@ -36,10 +37,10 @@ def write_package(path: Path, working_dir: Path, file: Path | None) -> tuple[str
     contents = {name: file for name, file in contents.items() if not name.startswith("rayexpand/")}
     package = _package(root)
     contents |= {f"rayexpand/{name}": package / name for name in _code(package, _walked(package, "rayexpand/"))}
-    if file is not None:
-        at = file.resolve()
-        inside = str(at.relative_to(root)) if at.is_relative_to(root) else f"job/{at.name}"
-        contents[inside] = at
+    for number, file in enumerate(files):
+        at = Path(file).resolve()
+        inside[file] = str(at.relative_to(root)) if at.is_relative_to(root) else f"job/{number}/{at.name}"
+        contents[inside[file]] = at
     if (size := sum(one.stat().st_size for one in contents.values())) > PACKAGE_BYTES:
         raise UsageError(f"--working-dir {working_dir}: {size >> 20} MB in {len(contents)} files would be sent; give a "
                          "folder with the code only, and put data and models where every node sees them")

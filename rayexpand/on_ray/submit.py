@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fnmatch
 import os
 import re
-import shlex
-import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,16 +35,10 @@ from rayexpand.contract.errors import (
     Stopped,
     UsageError,
 )
-from rayexpand.contract.secrets import secret_problems
-from rayexpand.contract.settings import read
+from rayexpand.on_ray.job import JobOrder, checked, entrypoint, environment_of, unsent_problems
 from rayexpand.on_ray.package import LARGE_BYTES, write_package
-from rayexpand.runs.config import parse
 
 LOCAL = "http://127.0.0.1:8265"
-FILE_VERBS = ("expand", "train", "fit", "evaluate", "audit", "select", "sweep", "plan", "validate", "bench")
-WRITING = ("expand", "train", "fit", "sweep")  # below `out`
-FILES = ("ids", "classes", "captions", "features", "weights", "checkpoint", "file", "model", "generator", "guide")
-RUN_VERBS = ("retry", "verify", "report", "card")
 OURS = (EXIT_DONE, EXIT_FAILURE, EXIT_USAGE, EXIT_OVER_BUDGET, EXIT_DIGEST, EXIT_FAULT, EXIT_RESUMABLE)
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED", "LOST")
 NODE_LOSS = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE", "JOB_SUPERVISOR_ACTOR_START_FAILURE",
@@ -55,7 +46,6 @@ NODE_LOSS = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE"
 
 QUIET_S = 60.0  # silence in a log after which the job is asked how it is
 PATIENCE_S = 300.0  # how long the cluster may be out of reach before the job counts as lost
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE|(^|_)KEY(_|$)|APIKEY", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -75,55 +65,58 @@ class Submission:
 
     run: str
     verb: str
+    folder: str  # that it works on
     entrypoint: str
     env: Mapping[str, str]
     num_cpus: float = 0.0  # the entrypoint only waits for its actors
     resources: Mapping[str, float] | None = None
 
 
-def submit(verb: str, target: str, overrides: Sequence[str] = (), *, address: str | None = None,
-           working_dir: str = ".", wait: bool = True, retries: int = 3, backoff_s: float = 30.0,
-           env: Sequence[str] = (), num_cpus: float = 0.0, resources: Mapping[str, float] | None = None,
-           python: str | None = None, trust: Sequence[str] = (), on_log: Callable[[str], None] = lambda text: None,
-           say: Callable[[str], None] = lambda line: None) -> Ended:
-    """Runs `rayexpand VERB TARGET --set ...` on the cluster at `address` (an http(s) URL) and says how it ended.
+def submit(job: JobOrder, *, address: str | None = None, working_dir: str = ".", wait: bool = True, retries: int = 3,
+           backoff_s: float = 30.0, env: Sequence[str] = (), num_cpus: float = 0.0,
+           resources: Mapping[str, float] | None = None, python: str | None = None,
+           on_log: Callable[[str], None] = lambda text: None, say: Callable[[str], None] = lambda line: None) -> Ended:
+    """Runs a verb on the cluster at `address` (an http(s) URL) and says how it ended.
 
-    `trust`: dotted names of methods of the user's own, which the job may import from what is sent. Follows the log with
-    `on_log` and submits again after exit code 75 or a lost node, up to `retries` times with doubling pauses; with
-    `wait=False` it returns once the job is accepted. Raises UsageError for anything that can be known to be wrong
-    before the job runs, and Interrupted if this process is stopped while the job goes on.
+    Follows the log with `on_log` and submits again after exit code 75 or a lost node, up to `retries` times with
+    doubling pauses; with `wait=False` it returns once the job is accepted. Raises UsageError for anything that can be
+    known to be wrong before the job runs, and Interrupted if this process is stopped while the job goes on.
     """
-    url = _url(address)
-    said = {"target": target, **(read(target, overrides) if verb in FILE_VERBS else {})}
-    if problems := secret_problems(said):
-        raise ConfigError(target, problems)  # anyone who sees the dashboard could read it
-    run = run_name(verb, target, overrides)
+    url, asked = _url(address), checked(job)
+    run, folder = asked.name_and_folder()
     with tempfile.TemporaryDirectory() as scratch:
-        package = Path(scratch) / "package.zip"
-        inside, left_out = write_package(package, Path(working_dir), Path(target) if verb in FILE_VERBS else None)
+        package, root = Path(scratch) / "package.zip", Path(working_dir)
+        inside, left_out = write_package(package, root, asked.files)
         if left_out:
             say(f"not sent, larger than {LARGE_BYTES >> 20} MB: {', '.join(left_out[:5])}"
                 + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""))
-        if verb in FILE_VERBS:
-            _refuse_unsent(verb, target, overrides, package)
+        if problems := unsent_problems(asked, _sent(package), root):
+            raise ConfigError(asked.target, problems)
         references, settings = environment_of(env)
-        line = entrypoint(verb, inside or target, overrides, references, python=python, url=url, trust=trust)
-        job = Submission(run, verb, line, settings, num_cpus, resources)
+        line = entrypoint(asked.arguments(inside.get(asked.target, asked.target), inside.get(asked.machine or "")),
+                          references, python=python, here=_loopback(url))
+        sending = Submission(run, asked.verb, folder, line, settings, num_cpus, resources)
         client = connect(url)
-        _refuse_twin(client, job)
+        _refuse_twin(client, sending)
         if not wait:
-            return Ended(_send(client, job, package), "PENDING", EXIT_DONE)
+            return Ended(_send(client, sending, package), "PENDING", EXIT_DONE)
 
         def attempt(before: Ended | None) -> Ended:
             client = _client(url)
             if before is not None and before.status == "LOST" and _goes_on(client, before.submission_id):
                 submission_id = before.submission_id  # only this machine was cut off
             else:
-                submission_id = _send(client, job, package)
+                submission_id = _send(client, sending, package)
                 say(f"submitted {submission_id}")
             return follow(client, submission_id, on_log)
 
         return keep_trying(attempt, retries=retries, backoff_s=backoff_s, say=say)
+
+
+def _sent(package: Path) -> set[str]:
+    """Files and folders of what is sent."""
+    with zipfile.ZipFile(package) as archive:
+        return {parent for name in archive.namelist() for parent in (name, *map(str, Path(name).parents))}
 
 
 def keep_trying(attempt: Callable[[Ended | None], Ended], *, retries: int, backoff_s: float,
@@ -290,119 +283,13 @@ def _loopback(url: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def run_name(verb: str, target: str, overrides: Sequence[str]) -> str:
-    if verb in FILE_VERBS:
-        return _name_and_out(verb, target, overrides)[0]
-    if verb in RUN_VERBS:
-        if "://" not in target and not Path(target).is_absolute():
-            raise UsageError(f"{target}: a job does not start in this folder; give the absolute path of the run")
-        return target.rstrip("/").rpartition("/")[2]
-    raise UsageError(f"{verb!r} does not run as a job; these do: {', '.join((*FILE_VERBS, *RUN_VERBS))}")
-
-
-def _refuse_unsent(verb: str, target: str, overrides: Sequence[str], package: Path) -> None:
-    """Raises ConfigError for files that a job would look for where it starts and that are not in what is sent, and for
-    a relative `out`."""
-    with zipfile.ZipFile(package) as archive:
-        sent = {parent for name in archive.namelist() for parent in (name, *map(str, Path(name).parents))}
-    if problems := unsent_problems(verb, target, overrides, sent):
-        raise ConfigError(target, problems)
-
-
-def unsent_problems(verb: str, target: str, overrides: Sequence[str], sent: Set[str]) -> list[str]:
-    """What a job would look for where it starts and not find, and a relative `out`; `sent`: relative paths that are
-    there."""
-    raw, problems = read(target, overrides), list[str]()
-    out = _name_and_out(verb, target, overrides)[1]
-    if verb == "fit" and "fit" not in raw:
-        problems.append("out: what `fit` makes for the file of a run goes to ./artifacts, and a job's working "
-                        "directory is removed after it. Give `fit` a file of its own, with an `out` that every node "
-                        "sees")
-    elif (verb in WRITING or (verb == "audit" and not raw["audit"].get("run"))) and _is_relative(out):
-        problems.append(f"out: {out!r} is relative, and a job's working directory is removed after it. "
-                        "Give a path or URL that every node of the cluster sees: --set out=/shared/runs")
-    if isinstance(study := raw.get("study"), str) and Path(study).is_file():
-        raw["study"] = read(study)
-    if verb != "plan":  # which estimates without data
-        problems += [f"{field}: {place!r} is not sent, for data and models do not travel with a job. Give a path or "
-                     "URL that every node of the cluster sees" for field, place in _places(raw)
-                     if _is_relative(place) and not fnmatch.filter(sent, os.path.normpath(place))]
-    return problems
-
-
-def _is_relative(place: str) -> bool:
-    return "://" not in place and not Path(place).expanduser().is_absolute()
-
-
-def _places(raw: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """(field, text) of what a file names: dataset and runs, and other texts that are a file or folder here."""
-    for key, value in raw.items():
-        if isinstance(value, Mapping):
-            yield from _places(value, f"{above}{key}.")
-        elif isinstance(value, list):
-            yield from _places({f"{key}.{number}": one for number, one in enumerate(value)}, above)
-        elif isinstance(value, str) and key != "out" and (
-                key in ("path", "run") or ((key in FILES or above == "artifacts.") and Path(value).exists())):
-            yield f"{above}{key}", value.rpartition("::")[2]
-
-
-def _name_and_out(verb: str, target: str, overrides: Sequence[str]) -> tuple[str, str]:
-    """Of a checked configuration where the verb takes a run or a study; the job checks the others."""
-    raw = read(target, overrides)
-    raw.pop("kind", None)
-    if verb == "train":
-        from rayexpand.studies.config import parse_study
-
-        study = parse_study(raw, target)
-        return study.name, study.out
-    if verb in ("fit", "evaluate", "audit", "select", "sweep", "validate"):
-        return str(raw.get("name", Path(target).stem)), str(raw.get("out", "runs"))
-    config = parse(raw, target)
-    return config.name, config.out
-
-
-def environment_of(asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """(names the cluster must have, settings to send)."""
-    references, settings = [], {}
-    for one in asked:
-        name, sign, value = one.partition("=")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise UsageError(f"--env {name}: not the name of an environment variable")
-        if sign and SECRET_NAME.search(name):
-            raise UsageError(f"--env {name}=...: looks like a secret, and what is sent with a job can be read by "
-                             f"everyone who sees the cluster's dashboard and logs. Set it on the nodes "
-                             f"(cluster/README.md), and give --env {name}.")
-        if sign:
-            settings[name] = value
-        else:
-            references.append(name)
-    return references, settings
-
-
-def entrypoint(verb: str, target: str, overrides: Sequence[str], references: Sequence[str], *, python: str | None,
-               url: str, trust: Sequence[str] = ()) -> str:
-    """The shell line of a job; the exit code of rayexpand is its exit code."""
-    if python:
-        line = f"p={shlex.quote(python)}; "
-    elif _loopback(url):  # this machine, or a port forwarded from another: our interpreter if it has ray there
-        probe = shlex.quote("import importlib.util as u, sys; sys.exit(u.find_spec('ray') is None)")
-        line = f'p={shlex.quote(sys.executable)}; "$p" -c {probe} 2>/dev/null || p=python; '
-    else:
-        line = "p=python; "
-    for name in references:
-        line += (f'[ -n "${{{name}:-}}" ] || {{ echo "rayexpand: {name} is not set on the cluster; set it on the nodes '
-                 f'by reference to a secret" >&2; exit {EXIT_USAGE}; }}; ')
-    arguments = [verb, target, *(part for one in overrides for part in ("--set", one)),
-                 *(part for one in trust for part in ("--trust", one))]
-    return f'{line}exec "$p" -m rayexpand {shlex.join(arguments)}'
-
-
 def _refuse_twin(client: Any, job: Submission) -> None:
     with _refusals():
         found = client.list_jobs()
     for one in found:
         facts = one.metadata or {}
-        if facts.get("run") == job.run and facts.get("rayexpand") == job.verb and str(one.status) not in TERMINAL:
+        is_same = facts.get("rayexpand") == job.verb and facts.get("folder") == job.folder
+        if is_same and str(one.status) not in TERMINAL:
             raise UsageError(f"{one.submission_id} is {str(one.status).lower()} and does the same; follow it with "
                              f"`rayexpand submit --logs {one.submission_id}` or end it with --stop")
 
@@ -431,7 +318,8 @@ def _send_as(client: Any, submission_id: str, number: int, job: Submission, pack
     try:
         return client.submit_job(
             entrypoint=job.entrypoint, submission_id=submission_id, runtime_env=runtime_env,
-            metadata={"rayexpand": job.verb, "run": job.run, "attempt": str(number)},
+            metadata={"rayexpand": job.verb, "run": job.run, "folder": job.folder,
+                      "attempt": str(number)},
             entrypoint_num_cpus=job.num_cpus, entrypoint_resources=dict(job.resources) if job.resources else None)
     except RuntimeError as error:
         if "already" in str(error) and submission_id in str(error):

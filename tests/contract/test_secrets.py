@@ -141,11 +141,12 @@ def test_a_fault_of_ours_leaves_none_behind(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_job_with_a_secret_is_not_sent(tmp_path: Path) -> None:
+    from rayexpand.on_ray.job import JobOrder
     from rayexpand.on_ray.submit import submit
 
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(run_raw("s3://bucket/x", Path("/shared"))))
     url = "s3://KEY:hunter2@bucket/x"
     with pytest.raises(UsageError, match=r"data\.path: holds a password or token \(s3://\*\*\*@bucket/x\)"):
-        submit("expand", str(tmp_path / "x.yaml"), [f"data.path={url}"], address="http://127.0.0.1:9")
+        submit(JobOrder("expand", str(tmp_path / "x.yaml"), [f"data.path={url}"]), address="http://127.0.0.1:9")
     with pytest.raises(UsageError, match="holds a password or token"):
-        submit("verify", url, address="http://127.0.0.1:9")
+        submit(JobOrder("verify", url), address="http://127.0.0.1:9")

@@ -14,7 +14,7 @@ import yaml
 
 from rayexpand import api
 from rayexpand.evaluation.audit_files import copy_rows
-from rayexpand.on_ray.submit import FILE_VERBS
+from rayexpand.on_ray.job import FILE_VERBS
 from rayexpand.runs.config import parse as parse_run
 from rayexpand.storage.files import LocalFiles
 from tests.conftest import complete

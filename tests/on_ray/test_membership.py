@@ -12,10 +12,9 @@ import ray
 import yaml
 
 from rayexpand import api
-from rayexpand.contract.errors import ConfigError, DamagedFile
+from rayexpand.contract.errors import DamagedFile
+from rayexpand.on_ray.job import JobOrder, checked, unsent_problems
 from rayexpand.on_ray.membership import ask
-from rayexpand.on_ray.package import write_package
-from rayexpand.on_ray.submit import FILE_VERBS, _refuse_unsent
 from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_json
@@ -61,14 +60,12 @@ def test_an_audit_on_ray_finds_what_one_process_finds(here: Path, head: Head, tm
 
 
 def test_a_job_writes_where_every_node_sees_it(tmp_path: Path) -> None:
-    file, package = tmp_path / "audit.yaml", tmp_path / "package.zip"
+    file = tmp_path / "audit.yaml"
     file.write_text(yaml.safe_dump(raw(Path("runs"))))
-    write_package(package, tmp_path, file)
+    (problem,) = unsent_problems(checked(JobOrder("audit", str(file))), set())
 
-    assert "audit" in FILE_VERBS
-    with pytest.raises(ConfigError, match=r"out: 'runs' is relative"):
-        _refuse_unsent("audit", str(file), [], package)
-    _refuse_unsent("audit", str(file), ["out=/shared/runs"], package)
+    assert problem.startswith("out: 'runs' is relative")
+    assert unsent_problems(checked(JobOrder("audit", str(file), ["out=/shared/runs"])), set()) == []
 
 
 def test_a_task_answers_as_this_process_does_and_keeps_the_class_of_an_error(here: Path,

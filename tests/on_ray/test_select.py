@@ -20,7 +20,7 @@ from rayexpand.contract.errors import EnvironmentFault, UsageError
 from rayexpand.evaluation.select import parse, select
 from rayexpand.evaluation.select_scores import ScoreJob, sample_chunks
 from rayexpand.on_ray import select as on_ray
-from rayexpand.on_ray.submit import FILE_VERBS, run_name
+from rayexpand.on_ray.job import JobOrder, checked
 from rayexpand.runs.config import ClusterConfig
 from rayexpand.runs.config import parse as parse_run
 from rayexpand.runs.run import open_run
@@ -74,8 +74,7 @@ def test_it_runs_as_a_job(tmp_path: Path) -> None:
     file = tmp_path / "select.yaml"
     file.write_text("name: one\nrun: /shared/runs/x\nrule: {kind: random, n: 1}\n")
 
-    assert "select" in FILE_VERBS
-    assert run_name("select", str(file), ["name=two"]) == "two"
+    assert checked(JobOrder("select", str(file), ["name=two"])).name_and_folder()[0] == "two"
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,9 @@ import yaml
 
 from rayexpand.contract.errors import Interrupted, UsageError
 from rayexpand.methods import trust
-from rayexpand.on_ray import package, submit
-from rayexpand.on_ray.submit import Ended, entrypoint, follow, keep_trying, outcome
+from rayexpand.on_ray import job, package, submit
+from rayexpand.on_ray.job import JobOrder, entrypoint
+from rayexpand.on_ray.submit import Ended, follow, keep_trying, outcome
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import load
 from tests.commands import rayexpand
@@ -161,7 +162,7 @@ def test_a_job_that_outlives_the_connection_is_followed_again(pauses: list[float
 
     monkeypatch.setattr(submit, "_client", lambda url: client)
     monkeypatch.setattr(submit, "follow", fake_follow)
-    end = submit.submit("plan", CLASSICAL, [], working_dir=str(ROOT / "jobs"))
+    end = submit.submit(JobOrder("plan", CLASSICAL), working_dir=str(ROOT / "jobs"))
 
     assert (followed, len(client.sent), end.exit_code) == (["digits-classical-1"] * 2, 1, 0)
 
@@ -181,11 +182,12 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_entrypoint_ends_with_our_exit_code(tmp_path: Path) -> None:
     hostile = "name=it's; exit 9"
-    wrong = shell(entrypoint("validate", CLASSICAL, [hostile], [], python=sys.executable, url=REMOTE))
+    wrong = shell(entrypoint(["validate", CLASSICAL, "--set", hostile], [], python=sys.executable, here=False))
 
     assert wrong.returncode == 2
     assert "it's; exit 9" in wrong.stderr
-    good = entrypoint("validate", CLASSICAL, [f"out={tmp_path}"], ["SOME_SECRET"], python=sys.executable, url=REMOTE)
+    good = entrypoint(["validate", CLASSICAL, "--set", f"out={tmp_path}"], ["SOME_SECRET"], python=sys.executable,
+                      here=False)
     asked = shell(good)
     assert (asked.returncode, asked.stdout) == (2, "")
     assert "SOME_SECRET is not set on the cluster" in asked.stderr
@@ -197,15 +199,13 @@ def test_a_forwarded_port_falls_back_to_the_python_there(tmp_path: Path, monkeyp
     there.write_text("#!/bin/sh\necho there \"$@\"\n")
     there.chmod(there.stat().st_mode | stat.S_IXUSR)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    line = entrypoint("plan", "x.yaml", [], [], python=None, url="http://127.0.0.1:8265")
+    line = entrypoint(["plan", "x.yaml"], [], python=None, here=True)
 
-    trusting = entrypoint("plan", "x.yaml", [], [], python=None, url=REMOTE, trust=["a.b.C"])
-    assert trusting.endswith("plan x.yaml --trust a.b.C")
-    assert "p=python; exec" in entrypoint("plan", "x.yaml", [], [], python=None, url=REMOTE)
+    assert "p=python; exec" in entrypoint(["plan", "x.yaml"], [], python=None, here=False)
     assert "x.yaml: 1 problem" in shell(line, PATH=path).stderr  # this machine: our own interpreter
     for missing in (str(tmp_path / "absent"), "/bin/false"):
-        monkeypatch.setattr(submit.sys, "executable", missing)
-        line = entrypoint("plan", "x.yaml", [], [], python=None, url="http://127.0.0.1:8265")
+        monkeypatch.setattr(job.sys, "executable", missing)
+        line = entrypoint(["plan", "x.yaml"], [], python=None, here=True)
         assert shell(line, PATH=path).stdout == "there -m rayexpand plan x.yaml\n"
 
 
@@ -218,16 +218,17 @@ def test_the_package_holds_code_and_no_secrets(tmp_path: Path) -> None:
     (tree / "weights.bin").write_bytes(bytes(package.LARGE_BYTES + 1))
     (tree / "link.txt").symlink_to("/etc/hostname")
     (tmp_path / "job.yaml").write_text("name: x")
-    inside, left_out = package.write_package(tmp_path / "a.zip", tree, tmp_path / "job.yaml")
-    package.write_package(tmp_path / "b.zip", tree, tmp_path / "job.yaml")
+    inside, left_out = package.write_package(tmp_path / "a.zip", tree, [str(tmp_path / "job.yaml")])
+    package.write_package(tmp_path / "b.zip", tree, [str(tmp_path / "job.yaml")])
     names = zipfile.ZipFile(tmp_path / "a.zip").namelist()
 
-    assert (inside, left_out) == ("job/job.yaml", ["weights.bin"])
+    assert (inside, left_out) == ({str(tmp_path / "job.yaml"): "job/0/job.yaml"}, ["weights.bin"])
     assert {name for name in names if not name.startswith("rayexpand/")} == {
-        "mine.py", "jobs/a.yaml", "pkg/data/table.py", "job/job.yaml"}
+        "mine.py", "jobs/a.yaml", "pkg/data/table.py", "job/0/job.yaml"}
     assert {"rayexpand/__main__.py", "rayexpand/reports/card.md.j2", "rayexpand/on_ray/submit.py"} <= set(names)
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
-    assert package.write_package(tmp_path / "c.zip", tree, tree / "jobs" / "a.yaml")[0] == "jobs/a.yaml"
+    assert package.write_package(tmp_path / "c.zip", tree, [str(tree / "jobs" / "a.yaml")])[0] == {
+        str(tree / "jobs/a.yaml"): "jobs/a.yaml"}
 
 
 def test_git_decides_what_belongs_to_a_tree(tmp_path: Path) -> None:
@@ -237,7 +238,7 @@ def test_git_decides_what_belongs_to_a_tree(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     subprocess.run(["git", "add", "gone.py"], cwd=tmp_path, check=True)
     (tmp_path / "gone.py").unlink()
-    package.write_package(tmp_path / "out.zip", tmp_path, None)
+    package.write_package(tmp_path / "out.zip", tmp_path)
 
     names = zipfile.ZipFile(tmp_path / "out.zip").namelist()
     assert [name for name in names if "/" not in name] == ["new.py"]
@@ -245,7 +246,7 @@ def test_git_decides_what_belongs_to_a_tree(tmp_path: Path) -> None:
 
 def test_every_module_of_the_package_is_sent(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
-    package.write_package(tmp_path / "out.zip", tmp_path / "work", None)
+    package.write_package(tmp_path / "out.zip", tmp_path / "work")
 
     with zipfile.ZipFile(tmp_path / "out.zip") as archive:
         sent = {name for name in archive.namelist() if name.endswith(".py")}
@@ -260,7 +261,7 @@ def test_git_is_not_asked_about_the_package(tmp_path: Path) -> None:
     (tree / ".gitignore").write_text("data/\nruns/\n")  # what a user of the package ignores are rooms of it
     (tree / "mine.py").write_text("")
     subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
-    package.write_package(tmp_path / "out.zip", tree, None)
+    package.write_package(tmp_path / "out.zip", tree)
 
     names = zipfile.ZipFile(tmp_path / "out.zip").namelist()
     assert {"mine.py", "rayexpand/runs/run.py", "rayexpand/data/pixels.py"} <= set(names)
@@ -274,21 +275,21 @@ def test_a_file_that_says_its_kind_is_submitted(verb: str, fields: dict[str, Any
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump({"kind": kind, "name": "mine", "out": "/runs", "data": {"source": "digits"},
                                     **fields}))
-    assert submit._name_and_out(verb, str(file), []) == ("mine", "/runs")
+    assert job.checked(JobOrder(verb, str(file))).name_and_folder() == ("mine", "/runs/mine")
 
 
 def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package, "PACKAGE_BYTES", 1000)
     with pytest.raises(UsageError, match="files would be sent"):
-        package.write_package(tmp_path / "x.zip", ROOT, None)
+        package.write_package(tmp_path / "x.zip", ROOT)
     with pytest.raises(UsageError, match="not a folder"):
-        package.write_package(tmp_path / "x.zip", tmp_path / "absent", None)
+        package.write_package(tmp_path / "x.zip", tmp_path / "absent")
 
 
 @pytest.mark.parametrize(("arguments", "fields", "says"), [
     (("expand", CLASSICAL), {}, "out: 'runs' is relative"),
     (("expand", CLASSICAL, ["method.polcy=x"]), {}, "did you mean 'policy'"),
-    (("retry", "runs/digits"), {}, "absolute path"),
+    (("retry", "runs/digits"), {}, r"path that every node .*/runs/digits"),
     (("submit", CLASSICAL), {}, "does not run as a job"),
     (("plan", CLASSICAL), {"address": "10.0.0.1:6379"}, "give its URL"),
     (("plan", CLASSICAL), {"env": ["HF_TOKEN=abc"]}, "looks like a secret"),
@@ -298,12 +299,12 @@ def test_what_is_wrong_here_is_never_sent(arguments: tuple[Any, ...], fields: di
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     def write_package(path: Path, *rest: Any) -> tuple[str, list[str]]:
         zipfile.ZipFile(path, "w").close()
-        return "x.yaml", []
+        return {}, []
 
     monkeypatch.setattr(submit, "write_package", write_package)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     with pytest.raises(UsageError, match=says):
-        submit.submit(*arguments, **fields)
+        submit.submit(JobOrder(*arguments), **fields)
 
 
 def test_what_is_not_sent_is_named_before_anything_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +327,7 @@ def test_what_is_not_sent_is_named_before_anything_is(tmp_path: Path, monkeypatc
 
     def refused(verb: str, file: str) -> list[str]:
         with pytest.raises(UsageError) as caught:
-            submit.submit(verb, file, address="http://127.0.0.1:9")
+            submit.submit(JobOrder(verb, file), address="http://127.0.0.1:9")
         return [line.split(":")[0] for line in getattr(caught.value, "problems", [])]
 
     assert refused("expand", "birds.yaml") == ["out", "data.path", "prior.weights"]
@@ -348,14 +349,14 @@ def test_commands_that_pages_print_say_where_a_job_writes() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "cluster").iterdir(),
              ROOT / "rayexpand/cli/cluster.py"]
     printed = [line for page in pages for line in page.read_text().splitlines()
-               for verb in submit.WRITING if f"rayexpand submit {verb} " in line]
+               for verb in job.WRITING if f"rayexpand submit {verb} " in line]
     assert len(printed) > 4
     assert [line for line in printed if "out=" not in line] == []
 
 
 def test_the_help_names_every_verb_that_runs_as_a_job() -> None:
     words = rayexpand("submit", "--help").stdout.replace(",", " ").split()
-    assert {*submit.FILE_VERBS, *submit.RUN_VERBS} <= set(words)
+    assert {*job.FILE_VERBS, *job.RUN_VERBS} <= set(words)
 
 
 def test_a_token_goes_to_other_machines_only_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +375,8 @@ class Jobs:
     """A client that knows some jobs and takes others."""
 
     def __init__(self, *known: tuple[str, str, str, str]) -> None:
-        self.known = [SimpleNamespace(submission_id=i, status=s, metadata={"run": r, "rayexpand": v})
+        self.known = [SimpleNamespace(submission_id=i, status=s, metadata={
+            "run": r, "rayexpand": v, "folder": f"/runs/{r}"})
                       for i, s, r, v in known]
         self.sent: list[dict[str, Any]] = []
         self.taken = {"digits-8"}
@@ -391,20 +393,22 @@ class Jobs:
 
 def test_each_attempt_has_its_own_number() -> None:
     client = Jobs(("digits-7", "FAILED", "digits", "expand"), ("digits-x-99", "FAILED", "digits-x", "expand"))
-    job = submit.Submission("digits", "expand", "true", {"OMP_NUM_THREADS": "1"}, 0.0, {"head": 0.01})
+    order = submit.Submission("digits", "expand", "/runs/digits", "true", {"OMP_NUM_THREADS": "1"}, 0.0,
+                              {"head": 0.01})
 
-    assert submit._send(client, job, Path("p.zip")) == "digits-9"  # 8 was taken meanwhile
+    assert submit._send(client, order, Path("p.zip")) == "digits-9"  # 8 was taken meanwhile
     (sent,) = client.sent
-    assert sent["metadata"] == {"rayexpand": "expand", "run": "digits", "attempt": "9"}
+    assert sent["metadata"] == {"rayexpand": "expand", "run": "digits", "folder": "/runs/digits", "attempt": "9"}
     assert sent["runtime_env"] == {"working_dir": "p.zip", "env_vars": {"OMP_NUM_THREADS": "1"}}
     assert (sent["entrypoint_num_cpus"], sent["entrypoint_resources"]) == (0.0, {"head": 0.01})
 
 
 def test_a_run_is_not_driven_twice() -> None:
-    job = submit.Submission("digits", "expand", "true", {})
+    order = submit.Submission("digits", "expand", "/runs/digits", "true", {})
     with pytest.raises(UsageError, match="digits-2 is running and does the same"):
-        submit._refuse_twin(Jobs(("digits-2", "RUNNING", "digits", "expand")), job)
-    submit._refuse_twin(Jobs(("digits-2", "STOPPED", "digits", "expand"), ("d-1", "RUNNING", "digits", "plan")), job)
+        submit._refuse_twin(Jobs(("digits-2", "RUNNING", "digits", "expand")), order)
+    submit._refuse_twin(Jobs(("digits-2", "STOPPED", "digits", "expand"), ("d-1", "RUNNING", "digits", "plan"),
+                             ("digits-3", "RUNNING", "other/digits", "expand")), order)
 
 
 # From here on a real cluster, one for all tests of this folder.
@@ -422,16 +426,17 @@ def cluster(head: Head, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.cluster
 def test_a_job_makes_what_this_machine_makes(cluster: str, tmp_path: Path) -> None:
     heard: list[str] = []
-    end = submit.submit("expand", CLASSICAL, [f"out={tmp_path / 'job'}"], address=cluster, on_log=heard.append,
-                        env=["PATH", "SOME_SETTING=1"])
+    end = submit.submit(JobOrder("expand", CLASSICAL, [f"out={tmp_path / 'job'}"]), address=cluster,
+                        on_log=heard.append, env=["PATH", "SOME_SETTING=1"])
     here, _ = complete(load(CLASSICAL, [f"out={tmp_path / 'here'}"]))
 
     assert (end.exit_code, end.status, end.attempts) == (0, "SUCCEEDED", 1)
     assert hashes(runs.open_run(str(tmp_path / "job" / "digits-classical"))) == hashes(here)
     assert "Running entrypoint" in "".join(heard)
     assert "run digits-classical" in "".join(heard)  # the summary, at the end of the log
-    (job,) = [one for one in submit.jobs(address=cluster) if one["submission_id"] == end.submission_id]
-    assert (job["run"], job["verb"], job["status"], job["exit_code"]) == ("digits-classical", "expand", "SUCCEEDED", 0)
+    (known,) = [one for one in submit.jobs(address=cluster) if one["submission_id"] == end.submission_id]
+    assert (known["run"], known["verb"], known["status"]) == ("digits-classical", "expand", "SUCCEEDED")
+    assert known["exit_code"] == 0
     again: list[str] = []
     assert submit.logs(end.submission_id, address=cluster, on_log=again.append).exit_code == 0
     assert "".join(again) == "".join(heard)
@@ -452,15 +457,15 @@ def slow_job(tmp_path: Path, image_folder: Path) -> Path:
 @pytest.mark.cluster
 def test_a_job_stopped_midway_continues_when_submitted_again(cluster: str, slow_job: Path, tmp_path: Path) -> None:
     name = yaml.safe_load(slow_job.read_text())["name"]
-    sent = submit.submit("expand", str(slow_job), address=cluster, wait=False)
+    sent = submit.submit(JobOrder("expand", str(slow_job)), address=cluster, wait=False)
     with pytest.raises(UsageError, match="does the same"):
-        submit.submit("expand", str(slow_job), address=cluster, wait=False)
+        submit.submit(JobOrder("expand", str(slow_job)), address=cluster, wait=False)
     data = tmp_path / "out" / name / "data"
     while not (data.is_dir() and any(data.iterdir())):
         time.sleep(0.02)
     stopped = submit.stop(sent.submission_id, address=cluster)
     halfway = runs.open_run(str(tmp_path / "out" / name)).totals()
-    end = submit.submit("expand", str(slow_job), address=cluster)
+    end = submit.submit(JobOrder("expand", str(slow_job)), address=cluster)
     undisturbed, _ = complete(load(slow_job, [f"out={tmp_path / 'here'}", "method.seconds=0.1"]))
 
     assert (stopped.status, stopped.exit_code, sent.submission_id) == ("STOPPED", 75, f"{name}-1")
@@ -479,7 +484,7 @@ def test_exit_codes_come_through(cluster: str, slow_job: Path, changes: list[str
     del raw["method"]["seconds"]
     slow_job.write_text(yaml.safe_dump(raw))
     heard: list[str] = []
-    end = submit.submit("expand", str(slow_job), changes, address=cluster, on_log=heard.append)
+    end = submit.submit(JobOrder("expand", str(slow_job), changes), address=cluster, on_log=heard.append)
 
     assert (end.exit_code, end.status, end.attempts) == (exit_code, "FAILED", 1)
     assert says in "".join(heard)
@@ -497,8 +502,8 @@ def test_a_method_of_the_users_own_travels(cluster: str, tmp_path: Path, monkeyp
         "method": {"name": "mymethod.Mine", "ratio": 1}, "sampler": {"batch": 8}}))
     monkeypatch.syspath_prepend(str(folder))
     trust("mymethod.Mine")  # here, where the file is read before it is sent
-    end = submit.submit("expand", str(folder / "mine.yaml"), address=cluster, working_dir=str(folder),
-                        trust=["mymethod.Mine"])
+    end = submit.submit(JobOrder("expand", str(folder / "mine.yaml"), trust=["mymethod.Mine"]), address=cluster,
+                        working_dir=str(folder))
 
     assert end.exit_code == 0, end.message
     assert runs.open_run(str(tmp_path / "out" / "mine")).totals().kept == 10
@@ -520,12 +525,12 @@ def test_a_wrong_token_is_explained(cluster: str, tmp_path: Path, token: str | N
 
 @pytest.mark.cluster
 def test_no_job_holds_the_token(cluster: str) -> None:
-    submit.submit("plan", CLASSICAL, address=cluster)
+    submit.submit(JobOrder("plan", CLASSICAL), address=cluster)
     real, client = submit._token(cluster), submit.connect(cluster)
     assert real
-    for job in client.list_jobs():
-        assert real not in json.dumps(vars(job), default=str)
-        assert not job.submission_id or real not in client.get_job_logs(job.submission_id)
+    for one in client.list_jobs():
+        assert real not in json.dumps(vars(one), default=str)
+        assert not one.submission_id or real not in client.get_job_logs(one.submission_id)
 
 
 @pytest.mark.cluster
@@ -553,7 +558,7 @@ def test_a_killed_job_is_submitted_again_by_itself(cluster: str, slow_job: Path,
 
     killer = threading.Thread(target=kill_once, daemon=True)
     killer.start()
-    end = submit.submit("expand", str(slow_job), address=cluster, backoff_s=0.1)
+    end = submit.submit(JobOrder("expand", str(slow_job)), address=cluster, backoff_s=0.1)
     killer.join()
     undisturbed, _ = complete(load(slow_job, [f"out={tmp_path / 'here'}"]))
 
