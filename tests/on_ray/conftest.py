@@ -29,6 +29,7 @@ class Head:
     dashboard: str
     env: dict[str, str]
     folder: Path
+    ports: tuple[int, ...]
 
 
 def free_ports(count: int) -> list[int]:
@@ -64,19 +65,34 @@ def ensure_token() -> None:
         token.write_text(secrets.token_hex(16))
 
 
-def start_head(*, cpus: int, auth: str = "token") -> Head:
+def start_head(*, cpus: int, gpus: int = 0, auth: str = "token", ports: tuple[int, ...] = ()) -> Head:
+    """`ports`: those of a head before, whose place this one takes."""
     folder = Path(tempfile.mkdtemp(prefix="rxt-"))  # short: sockets below it have a length limit
-    port, dashboard, agent, client, metrics = free_ports(5)
+    ports = ports or tuple(free_ports(5))
+    port, dashboard, agent, client, metrics = ports
     env = {**os.environ, "RAY_AUTH_MODE": auth, "RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1",
            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     env.pop("RAY_ADDRESS", None)
     ensure_token()
-    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}",
-                    "--node-ip-address=127.0.0.1", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
-                    f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
-                    f"--metrics-export-port={metrics}", f"--num-cpus={cpus}", "--object-store-memory=200000000",
-                    f"--temp-dir={folder}", "--disable-usage-stats"], env=env, check=True, capture_output=True)
-    return Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", env, folder)
+    _ray_start(env, "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
+               f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
+               f"--metrics-export-port={metrics}", f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--temp-dir={folder}")
+    return Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", env, folder, ports)
+
+
+def add_node(head: Head, *, cpus: int, gpus: int = 0) -> None:
+    """A node with a folder of its own: two that share one remove each other's packages of jobs."""
+    agent, metrics = free_ports(2)
+    folder = Path(tempfile.mkdtemp(dir=head.folder, prefix="n"))
+    _ray_start({**head.env, "RAY_TMPDIR": str(folder)}, f"--address={head.address}", f"--num-cpus={cpus}",
+               f"--num-gpus={gpus}", f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
+               f"--temp-dir={folder}")
+
+
+def _ray_start(env: dict[str, str], *options: str) -> None:
+    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "start", *options, "--node-ip-address=127.0.0.1",
+                    "--object-store-memory=200000000", "--disable-usage-stats"], env=env, check=True,
+                   capture_output=True)
 
 
 def stop_head(head: Head) -> None:

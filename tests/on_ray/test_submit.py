@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -345,13 +346,31 @@ def test_what_is_not_sent_is_named_before_anything_is(tmp_path: Path, monkeypatc
     assert refused("plan", "birds.yaml") == [], "a plan can do without data"
 
 
-def test_commands_that_pages_print_say_where_a_job_writes() -> None:
+def printed() -> list[str]:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "cluster").iterdir(),
              ROOT / "rayexpand/cli/cluster.py"]
-    printed = [line for page in pages for line in page.read_text().splitlines()
-               for verb in job.WRITING if f"rayexpand submit {verb} " in line]
-    assert len(printed) > 4
-    assert [line for line in printed if "out=" not in line] == []
+    lines = [line for page in pages for line in page.read_text().replace("\n--", " --").splitlines()]
+    return sorted({f"submit {part.partition('`')[0].partition('|')[0]}".strip().rstrip(".")
+                   for line in lines for part in line.split("rayexpand submit ")[1:] if not part.startswith("--env")})
+
+
+@pytest.mark.parametrize("command", printed())
+def test_a_command_that_a_page_prints_gets_as_far_as_the_cluster(command: str, tmp_path: Path) -> None:
+    contents = {
+        "study.yaml": {"data": {"source": "digits"}, "test": {"source": "digits", "split": "test"},
+                       "arms": [{"name": "original"}]},
+        "figures.yaml": {"sources": {"a": ["/shared/runs/a"]}}, "gpus.yaml": {"cluster": {"actors": 8}},
+        **{name: {"data": {"source": "digits"}, "method": {"name": "img2img"}} for name in ("my.yaml", "birds.yaml")}}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(yaml.safe_dump({**content, **({} if "cluster" in content else {"name": "one"})}))
+    words = [str(tmp_path / word) if word in contents else word.replace("$PWD", "/here").strip("'")
+             for word in shlex.split(command, comments=True)]
+    end = rayexpand(*words, *(() if "--rayjob" in words else ("--address", "http://127.0.0.1:9")))
+
+    if "--rayjob" in words:
+        assert [one["kind"] for one in yaml.safe_load_all(end.stdout)] == ["ConfigMap", "RayJob"], end.stderr
+    else:
+        assert (end.returncode, "no Ray cluster answers" in end.stderr) == (2, True), end.stderr
 
 
 def test_the_help_names_every_verb_that_runs_as_a_job() -> None:
