@@ -3,8 +3,10 @@
     python -m tests.benchmarks.fleet --nodes 4 --life 60 --seeds 1 2 3 4 5
 
 A Ray cluster of several nodes on this machine, one sleeping sampler on each. A calm run gives the seconds of loading
-and of a shard, and of bringing a node; then each seed kills nodes after the lives that the simulation draws with it,
-and brings another one after a pause. Prints one JSON object: seconds of each run beside the simulated ones.
+and of a shard, and of bringing a node; that is all the simulation is told. Then each seed kills nodes after the lives
+that the simulation draws with it, and brings another one after a pause. Prints one JSON line for the calm run and one
+for each seed: seconds beside the simulated ones, and those simulated with the seconds that bringing a node took in
+that very run.
 """
 
 from __future__ import annotations
@@ -12,11 +14,16 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import os
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
+
+os.environ["RAY_AUTH_MODE"] = "token"  # before ray is imported
 
 import numpy as np
 import ray
@@ -38,23 +45,30 @@ class Ran(NamedTuple):
     bringing: list[float]  # seconds of each new node, the pause included
 
 
-def measure(nodes: int, life: float, pause: float, shards: int, shard_s: float, seeds: list[int]) -> dict[str, Any]:
+TRIED = 3  # nodes that are brought after the calm run, to time it
+
+
+def measure(nodes: int, life: float, pause: float, shards: int, shard_s: float,
+            seeds: list[int]) -> Iterator[dict[str, Any]]:
+    """What was told, then a line for each seed."""
     calm = real(Fleet(nodes), 0, pause, shards, shard_s)
-    rounds = -(-shards // nodes)
-    overhead = max(0.0, (calm.seconds - calm.first) / (rounds - 1) - shard_s)
-    load = calm.first - shard_s - overhead
-    rows = []
+    overhead = max(0.0, (calm.seconds - calm.first) / (-(-shards // nodes) - 1) - shard_s)
+    told = Fleet(nodes, 1, 3600 / life, float(np.mean(calm.bringing)), calm.first - shard_s - overhead, overhead, 1e9)
+    yield {"nodes": nodes, "life_s": life, "pause_s": pause, "shards": shards, "shard_s": shard_s,
+           "calm_s": round(calm.seconds, 1), "load_s": round(told.load_s, 2), "overhead_s": round(overhead, 3),
+           "node_start_s": round(told.node_start_s, 1)}
     for seed in seeds:
-        drawn = Fleet(nodes, loss_rate=3600 / life)
-        made = real(drawn, seed, pause, shards, shard_s)
-        fleet = Fleet(nodes, 1, 3600 / life, float(np.mean(made.bringing or [pause])), load, overhead, 1e9)
-        said = simulate(np.full(shards, shard_s), fleet, seed)
-        rows.append({"seed": seed, "losses": made.losses, "seconds": round(made.seconds, 1),
-                     "simulated": round(3600 * said.wall_hours - fleet.node_start_s, 1),
-                     "simulated_losses": said.losses, "node_start_s": round(fleet.node_start_s, 1)})
-    return {"nodes": nodes, "life_s": life, "pause_s": pause, "shards": shards, "shard_s": shard_s, "calm": {
-        "seconds": round(calm.seconds, 1), "load_s": round(load, 2), "overhead_s": round(overhead, 3)}, "runs": rows,
-        "ratios": [round(one["seconds"] / one["simulated"], 3) for one in rows]}
+        made = real(told, seed, pause, shards, shard_s)
+        said = _said(told, shards, shard_s, seed)
+        then = replace(told, node_start_s=float(np.mean(made.bringing or [told.node_start_s])))
+        yield {"seed": seed, "losses": made.losses, "seconds": round(made.seconds, 1), "simulated": round(said, 1),
+               "ratio": round(made.seconds / said, 3), "node_start_s": round(then.node_start_s, 1),
+               "simulated_with_it": round(_said(then, shards, shard_s, seed), 1)}
+
+
+def _said(fleet: Fleet, shards: int, shard_s: float, seed: int) -> float:
+    """Seconds from the first task, for the nodes are up before."""
+    return 3600 * simulate(np.full(shards, shard_s), fleet, seed).wall_hours - fleet.node_start_s
 
 
 def real(fleet: Fleet, seed: int, pause: float, shards: int, shard_s: float) -> Ran:
@@ -107,6 +121,12 @@ def _drive(cluster: Cluster, run: runs.Run, up: list[Any], fleet: Fleet, seed: i
                     heapq.heappush(events, (time.perf_counter() + next(drawn[node]), "kill", node))
             time.sleep(0.05)
         done.result()
+    for node in () if fleet.loss_rate else range(TRIED):
+        cluster.remove_node(up[node % fleet.gpus], allow_graceful=False)
+        gone = time.perf_counter()
+        time.sleep(pause)
+        up[node % fleet.gpus] = _add(cluster)
+        bringing.append(time.perf_counter() - gone)
     return Ran(commits[-1] - start, commits[0] - start, losses, bringing)
 
 
@@ -123,7 +143,8 @@ def main() -> None:
     parser.add_argument("--shard-s", type=float, default=4, help="seconds that a shard sleeps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     given = parser.parse_args()
-    print(json.dumps(measure(given.nodes, given.life, given.pause, given.shards, given.shard_s, given.seeds)))
+    for line in measure(given.nodes, given.life, given.pause, given.shards, given.shard_s, given.seeds):
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
