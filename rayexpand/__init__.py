@@ -20,7 +20,9 @@ if TYPE_CHECKING:
         ClusterJob,
         Event,
         Planned,
-        PlannedStudy,
+        PlannedFit,
+    PlannedStudy,
+    PlannedSweep,
         Scores,
         Selected,
     )
@@ -44,10 +46,10 @@ if TYPE_CHECKING:
     from rayexpand.methods import trust
 
 __version__ = "0.2.0"
-__all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "Planned", "PlannedStudy",
-           "RayexpandError", "RunFolder", "Scores", "Selected", "StudyFolder", "SweepFolder", "audit", "bench",
-           "dataset", "demo", "evaluate", "expand", "fit", "open", "plan", "select", "status", "submit", "sweep",
-           "train", "trust", "validate"]
+__all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "Planned", "PlannedFit",
+           "PlannedStudy", "PlannedSweep", "RayexpandError", "RunFolder", "Scores", "Selected", "StudyFolder",
+           "SweepFolder", "audit", "bench", "dataset", "demo", "evaluate", "expand", "fit", "open", "plan", "select",
+           "status", "submit", "sweep", "train", "trust", "validate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,9 @@ from rayexpand.api.results import (
     ClusterJob,
     Event,
     Planned,
+    PlannedFit,
     PlannedStudy,
+    PlannedSweep,
     PreparedData,
     Scores,
     Selected,
@@ -52,9 +54,9 @@ from rayexpand.api.verbs import (
 from rayexpand.contract.errors import RayexpandError
 from rayexpand.methods import trust
 
-__all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "Planned", "PlannedStudy",
-           "PreparedData", "RayexpandError", "RunFolder", "Scores", "Selected", "StudyFolder", "SweepFolder", "audit",
-           "bench", "check_marks", "cluster_jobs", "convert", "dataset", "demo", "evaluate", "expand", "first_file",
-           "fit", "follow", "job_files", "job_text", "jobs_named_by", "open", "pictures", "plan", "prepare_data",
-           "published_sets", "rayjob", "report", "schema", "select", "status", "stop", "submit", "sweep", "train",
-           "trust", "validate", "write_new"]
+__all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "Planned", "PlannedFit",
+           "PlannedStudy", "PlannedSweep", "PreparedData", "RayexpandError", "RunFolder", "Scores", "Selected",
+           "StudyFolder", "SweepFolder", "audit", "bench", "check_marks", "cluster_jobs", "convert", "dataset", "demo",
+           "evaluate", "expand", "first_file", "fit", "follow", "job_files", "job_text", "jobs_named_by", "open",
+           "pictures", "plan", "prepare_data", "published_sets", "rayjob", "report", "schema", "select", "status",
+           "stop", "submit", "sweep", "train", "trust", "validate", "write_new"]

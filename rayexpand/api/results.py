@@ -93,26 +93,64 @@ class Planned(Result):
         return [f"not yet ready to expand: {one}" for one in self.problems]
 
 
-@dataclass(frozen=True)
-class PlannedStudy(Result):
-    """What a study would train and which difference it can show (studies.foresight.planned), and what still keeps it
-    from starting."""
+STAGES = ("stage", "what", "hours", "wall time", "USD", "bytes", "how hours are known")
 
-    facts: dict[str, Any]
+
+@dataclass(frozen=True)
+class PlannedFit(Result):
+    """What a fit file would make and cost by artifact (runs.stages.Stages), and what still keeps it from starting."""
+
+    costs: Any
     problems: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.facts, "problems": self.problems}
+        return {**self.costs.to_json(), "problems": self.problems}
 
     def table(self) -> Table:
-        found = self.facts
-        controls = f", and at most {found['controls']:,} of controls" if found["controls"] else ""
-        return ("what", ""), [("arms", ", ".join(found["arms"])), ("seeds", ", ".join(map(str, found["seeds"]))),
-                              ("trainings", f"{found['trainings']:,}{controls}")]
+        return STAGES, self.costs.table()
 
     def below(self) -> list[str]:
-        return [f"study: {self.facts['sees']['sentence']}", *(f"not yet ready to train: {one}"
-                                                              for one in self.problems)]
+        return [f"not yet ready to fit: {one}" for one in self.problems]
+
+
+@dataclass(frozen=True)
+class PlannedStudy(Result):
+    """What a study would train and cost by stage, which difference it can show (studies.plan.StudyPlan), and what still
+    keeps it from starting."""
+
+    plan: Any
+    problems: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.plan.to_json(), "problems": self.problems}
+
+    def table(self) -> Table:
+        return STAGES, self.plan.costs.table()
+
+    def below(self) -> list[str]:
+        found = self.plan
+        controls = f", and {found.controls:,} of controls" if found.controls else ""
+        done = f"; {found.done:,} are done" if found.done else ""
+        return [f"arms: {', '.join(found.arms)}; seeds: {', '.join(map(str, found.seeds))}",
+                f"trainings: {found.trainings:,}{controls}{done}", f"study: {found.sees['sentence']}",
+                *(f"not yet ready to train: {one}" for one in self.problems)]
+
+
+@dataclass(frozen=True)
+class PlannedSweep(Result):
+    """Trials, epochs and costs of a sweep (studies.sweep.plan.SweepPlan), and what still keeps it from starting."""
+
+    plan: Any
+    problems: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.plan.to_json(), "problems": self.problems}
+
+    def table(self) -> Table:
+        return STAGES, self.plan.costs.table()
+
+    def below(self) -> list[str]:
+        return [f"sweep: {self.plan.sentence}", *(f"not yet ready to sweep: {one}" for one in self.problems)]
 
 
 @dataclass(frozen=True)

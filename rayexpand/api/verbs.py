@@ -29,7 +29,9 @@ from rayexpand.api.results import (
     ClusterJob,
     Event,
     Planned,
+    PlannedFit,
     PlannedStudy,
+    PlannedSweep,
     PreparedData,
     Scores,
     Selected,
@@ -107,19 +109,20 @@ def published_sets() -> list[dict[str, Any]]:
                         for split, by in one.divisions.items()}} for name, one in SETS.items()]
 
 
-def plan(job: Job, *, set: Set = (), machine: Job | None = None) -> Planned | PlannedStudy:
-    """Images, bytes, hours and cost of a run; trainings of a study and the difference it can show; and what still keeps
-    it from starting, without loading a model."""
+def plan(job: Job, *, set: Set = (),
+         machine: Job | None = None) -> Planned | PlannedFit | PlannedStudy | PlannedSweep:
+    """What a run, fit, study or sweep makes and costs, by stage, and what still keeps it from starting, without loading
+    a model; of a study also the difference it can show, of a sweep the number of trials."""
     from rayexpand.runs.estimate import estimate_config
     from rayexpand.runs.run import changed_since_planned, measured
     from rayexpand.runs.run import preflight as run_preflight
 
     kind, raw, where = read_job(job, set, machine)
-    if kind == "study":
-        from rayexpand.studies.foresight import planned
-
-        study = parsed(kind, raw, where)
-        return PlannedStudy(planned(study), preflight(kind, study))
+    if kind in ("fit", "study", "sweep"):
+        config = parsed(kind, raw, where)
+        if problems := secret_problems(config.model_dump(mode="json")):
+            raise ConfigError(where_of(job), problems)
+        return _planned(kind, config, preflight(kind, config))
     config = parsed(kind, raw, where, "run", "plan")
     if problems := secret_problems(config.model_dump(mode="json")):
         raise ConfigError(where_of(job), problems)
@@ -127,6 +130,20 @@ def plan(job: Job, *, set: Set = (), machine: Job | None = None) -> Planned | Pl
     if changed := changed_since_planned(config):
         estimate.notes["images"] += f"; {changed}"
     return Planned(estimate, run_preflight(config))
+
+
+def _planned(kind: str, config: Any, problems: list[str]) -> PlannedFit | PlannedStudy | PlannedSweep:
+    if kind == "fit":
+        from rayexpand.fitting.plan import plan_fit
+
+        return PlannedFit(plan_fit(config), problems)
+    if kind == "study":
+        from rayexpand.studies.plan import plan_study
+
+        return PlannedStudy(plan_study(config), problems)
+    from rayexpand.studies.sweep.plan import plan_sweep
+
+    return PlannedSweep(plan_sweep(config), problems)
 
 
 def bench(job: Job, *, rows: int = 0, set: Set = (), machine: Job | None = None) -> Any:

@@ -31,8 +31,11 @@ from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import Section
 from rayexpand.data import seeds
+from rayexpand.fitting.costs import unit_on
 from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
 from rayexpand.models.folders import flat_weight_problems, folder_hash, quiet_libraries
+from rayexpand.runs.fleet_hours import PROCESS
+from rayexpand.runs.stages import PlanStage, Sizes, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -272,6 +275,13 @@ class CaptionsMaker(Maker):
     kind = "captions"
     text = "a text about each image"
     section = CaptionsFit
+
+    def stages(self, section: CaptionsFit, config: FitBase, sizes: Sizes) -> list[PlanStage]:
+        what = f"{sizes.images:,} captions"
+        if section.model is None:
+            return [PlanStage("fit captions", what, PROCESS, (0.0, 0.0), "they are read, no model writes them")]
+        return [unknown("fit captions", what, "what a captioning model costs is not counted; fit a part first "
+                        "(data.ids) and multiply", unit_on(config.device))]
 
     def make(self, section: CaptionsFit, config: FitBase, world: World) -> Path:
         index, listed = world.index, listed_captions(section, config.data, world.index)

@@ -39,11 +39,13 @@ from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import Later, Section
 from rayexpand.data.batches import Resize
+from rayexpand.fitting.costs import features_pass
 from rayexpand.fitting.features import Block, Intake, by_class, gathered
 from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
 from rayexpand.models.guide_files import CLASSIFIER, check_guide, features_of, kind_of, present_guide
 from rayexpand.models.guides import guide_hash
 from rayexpand.runs.config import GuideConfig, RunConfig, unnamed
+from rayexpand.runs.stages import PlanStage, Sizes
 
 VERSION = 1  # raised when the code below makes something else of the same configuration
 _CHUNK = 1 << 14  # rows copied at once
@@ -164,6 +166,13 @@ class ImageFeaturesMaker(Maker):
     def for_run(self, config: RunConfig) -> ImageFeaturesFit:
         judge = None if config.accept is None or self.kind in config.method.needs() else config.accept.guide
         return self.section(guide=judge)
+
+    def stages(self, section: ImageFeaturesFit, config: FitBase, sizes: Sizes) -> list[PlanStage]:
+        names = [one.weights for one in guides_of(section, config)]
+        most = getattr(section, "images", None)  # of a class
+        images = sizes.images if most is None else min(sizes.images, most * sizes.classes)
+        return [features_pass(f"fit {self.kind}", images, names, config.device, config.estimate,
+                              config.runtime.io_threads)]
 
     def make(self, section: ImageFeaturesFit, config: FitBase, world: World) -> Path:
         guides = guides_of(section, config)

@@ -17,12 +17,16 @@ from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import Section
+from rayexpand.fitting.costs import features_pass, trained, unit_on
 from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
 from rayexpand.loader.loader import Loader
 from rayexpand.loader.training_set import TrainingSet
+from rayexpand.models.cost import tower_of
 from rayexpand.models.guide_files import CLASSIFIER, CLIP_HEAD, guide_folder, save_classifier, save_clip_head
 from rayexpand.models.guides import ClipGuide, guide_hash, load_guide
 from rayexpand.runs.config import GuideConfig
+from rayexpand.runs.fleet_hours import PROCESS
+from rayexpand.runs.stages import PlanStage, Sizes, unknown
 from rayexpand.storage.position import Position
 
 log = logging.getLogger(__name__)
@@ -60,6 +64,19 @@ class GuideMaker(Maker):
             problems += [f"fit.guide.recipe.{name}: has no effect on kind clip_head; take it out"
                          for name in ("jsd", "mix_per") if getattr(recipe, name) != getattr(plain, name)]
         return problems
+
+    def stages(self, section: GuideFit, config: FitBase, sizes: Sizes) -> list[PlanStage]:
+        recipe, name = make_recipe(section.recipe), f"fit {section.kind}"
+        if section.kind in ("random", "pretrained"):
+            return [PlanStage(name, "no training", PROCESS, (0.0, 0.0), "its weights are given, or random")]
+        batch = min(recipe.batch, sizes.images)
+        steps = recipe.updates or recipe.epochs * (sizes.images // batch)
+        what, unit = f"{steps:,} steps of {batch} images", unit_on(config.device, config.data.source == "digits")
+        if section.kind == CLIP_HEAD:
+            tower = tower_of(config.guide.weights)
+            return [unknown(name, what, "the network of guide.weights is none of those known", unit) if tower is None
+                    else features_pass(name, steps * batch, (), config.device, config.estimate, tflop=3 * tower)]
+        return [trained(name, what, recipe, sizes.classes, steps * batch, 0, config.estimate, unit)]
 
     def is_here(self, section: GuideFit) -> bool:
         return True

@@ -11,18 +11,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import BaseModel, Field
 
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import ClassTable, SeedIndex
-from rayexpand.contract.settings import Device, Section
+from rayexpand.contract.settings import Device, Later, Section
 from rayexpand.data.seeds import DataConfig
 from rayexpand.diffusion.prototypes import ClassPrototypes
 from rayexpand.fitting.adapter.config import BaseConfig
-from rayexpand.runs.config import ClusterConfig, GuideConfig, RunConfig, RuntimeConfig
+from rayexpand.runs.config import ClusterConfig, EstimateConfig, GuideConfig, RunConfig, RuntimeConfig
+from rayexpand.runs.stages import PlanStage, Sizes, unknown
 
 ARTIFACTS = "artifacts"
 
@@ -43,6 +44,7 @@ class FitBase(Section):
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
     runtime: RuntimeConfig = RuntimeConfig()
     cluster: ClusterConfig = ClusterConfig()
+    estimate: Annotated[EstimateConfig, Later(EstimateConfig())] = EstimateConfig()
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,10 @@ class Maker(ABC):
     def for_run(self, config: RunConfig) -> Any:
         """The section for a run that needs this kind; None where a run does not say enough."""
         return None
+
+    def stages(self, section: Any, config: Any, sizes: Sizes) -> list[PlanStage]:
+        """What making it costs, as far as that is known before."""
+        return [unknown(f"fit {self.kind}", "", "how long it takes is not counted; a first fit says it")]
 
     def role(self, section: Any) -> str:
         """What it is for, in the name of its link."""

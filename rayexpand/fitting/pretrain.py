@@ -49,10 +49,12 @@ from rayexpand.data import seeds
 from rayexpand.data.batches import SeedBatches, resized
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.subsets import ids_hash, shared_images
+from rayexpand.fitting.costs import unit_on
 from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
 from rayexpand.models.tiny.setting import Setting
 from rayexpand.models.tiny.setting import problems as setting_problems
 from rayexpand.runs.config import GuideConfig
+from rayexpand.runs.stages import PlanStage, Sizes, unknown
 
 if TYPE_CHECKING:
     from rayexpand.models.tiny.pretrain import Trained, TrainingImages
@@ -62,6 +64,7 @@ VERSION = 1  # raised when the code below makes something else of the same confi
 ASKED = "a photo of a {name}"  # of a guide about a class, in every run
 READ = 1024  # images read and decoded at once
 MEMORY = 16 << 30  # bytes of uint8 pixels that are held
+SMALL = 32  # pixels: images of this side and below are made for CPUs
 SHOWN = 2000  # about so many training images are measured on where no test images are named
 
 
@@ -258,6 +261,11 @@ class PretrainMaker(Maker):
     kind = "pretrain"
     text = "a small generator with its guide, trained from nothing; its guide serves the other sections"
     section = PretrainFit
+
+    def stages(self, section: PretrainFit, config: FitBase, sizes: Sizes) -> list[PlanStage]:
+        what = f"{section.guide.steps:,} + {section.vae.steps:,} + {section.unet.steps:,} steps"
+        return [unknown("fit pretrain", what, "small networks trained in one process are not counted; the first fit "
+                        "says how long they take", unit_on(config.device, section.size <= SMALL))]
 
     def make(self, section: PretrainFit, config: FitBase, world: World) -> Path:
         job = PretrainJob(section, config.seed, config.data, world.index, data_facts(config, world.index), config.out,

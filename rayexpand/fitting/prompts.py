@@ -29,9 +29,11 @@ from rayexpand.contract.protocols import Progress
 from rayexpand.contract.rng import RowRng
 from rayexpand.contract.schema import ClassTable
 from rayexpand.contract.settings import Section
+from rayexpand.fitting.costs import unit_on
 from rayexpand.fitting.maker import FitBase, Maker, World
 from rayexpand.methods.lecf import FILE
 from rayexpand.models.folders import flat_weight_problems, folder_hash, quiet_libraries
+from rayexpand.runs.stages import PlanStage, Sizes, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -162,6 +164,11 @@ class PromptsMaker(Maker):
     kind = "prompts"
     text = "sentences about each class, written by a text model"
     section = PromptsFit
+
+    def stages(self, section: PromptsFit, config: FitBase, sizes: Sizes) -> list[PlanStage]:
+        what = f"{section.per_class * sizes.classes:,} sentences"
+        return [unknown("fit prompts", what, "what a text model costs is not counted; fit a part first (per_class) and "
+                        "multiply", unit_on(config.device))]
 
     def make(self, section: PromptsFit, config: FitBase, world: World) -> Path:
         classes = world.index.classes

@@ -11,9 +11,11 @@ from rayexpand.artifacts.prototypes import FILE
 from rayexpand.artifacts.store import publish
 from rayexpand.contract.settings import Section
 from rayexpand.diffusion.prototypes import join, save_prototypes
+from rayexpand.fitting.costs import asked_of_guide
 from rayexpand.fitting.features import Intake, by_class, gathered
 from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
 from rayexpand.models.guides import guide_hash
+from rayexpand.runs.stages import PlanStage, Sizes
 
 VERSION = 1  # raised when the code below makes something else of the same configuration
 
@@ -32,6 +34,9 @@ class PrototypesMaker(Maker):
     text = "prototypes of each class by the guide's features"
     section = PrototypesFit
     by_guide = True
+
+    def stages(self, section: PrototypesFit, config: FitBase, sizes: Sizes) -> list[PlanStage]:
+        return [asked_of_guide("fit prototypes", config, sizes)]
 
     def make(self, section: PrototypesFit, config: FitBase, world: World) -> Path:
         guide = guide_hash(config.guide.weights, config.guide.checkpoint, world.progress)

@@ -36,12 +36,14 @@ from rayexpand.artifacts.thresholds import LEVELS, Statistics, Thresholds, write
 from rayexpand.contract.errors import UsageError
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.settings import Later, Section
+from rayexpand.fitting.costs import asked_of_guide
 from rayexpand.fitting.features import Intake, by_class, gathered
 from rayexpand.fitting.maker import FitBase, Maker, World, data_facts, with_guide
 from rayexpand.models.guide_files import CLASS_PROMPT
 from rayexpand.models.guides import ClipGuide, guide_hash, load_guide
 from rayexpand.models.scores import confidence, unit
 from rayexpand.runs.config import GuideConfig, RunConfig
+from rayexpand.runs.stages import PlanStage, Sizes
 
 VERSION = 1  # raised when the code below makes something else of the same configuration
 MOST = 4096  # images of a class whose pairs are all looked at for quantiles
@@ -178,6 +180,9 @@ class ThresholdsMaker(Maker):
 
     def for_run(self, config: RunConfig) -> ThresholdsFit:
         return ThresholdsFit(guide=None if config.accept is None else config.accept.guide)
+
+    def stages(self, section: ThresholdsFit, config: FitBase, sizes: Sizes) -> list[PlanStage]:
+        return [asked_of_guide("fit thresholds", config, sizes, section.guide)]
 
     def make(self, section: ThresholdsFit, config: FitBase, world: World) -> Path:
         config, classes = with_guide(config, section.guide), world.index.classes

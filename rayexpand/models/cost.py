@@ -118,6 +118,24 @@ def cost_of(weights: str) -> Cost | None:
     return replace(SD1, known="assumed, for its name says nothing", side=None)
 
 
+# Image towers of CLIP by the letter or word in the name: width, width inside its layers, layers.
+_TOWERS = {"b": (768, 3072, 12), "l": (1024, 4096, 24), "h": (1280, 5120, 32), "g": (1408, 6144, 40),
+           "bigg": (1664, 8192, 48)}
+_TOWER = re.compile(r"vit[-_](base|large|huge|giant|gigantic|b|l|h|g|bigg)[-_](?:patch)?(\d+)(?:.*?[-_](\d{3})\b)?")
+_WORDS = {"base": "b", "large": "l", "huge": "h", "giant": "g", "gigantic": "bigg"}
+
+
+def tower_of(name: str) -> float | None:
+    """TFLOP of one image in the transformer that the name of a guide says (ViT-B-32, timm/vit_large_patch14_clip_224);
+    None where it says none."""
+    if (found := _TOWER.search(name.lower())) is None:
+        return None
+    width, inner, layers = _TOWERS[_WORDS.get(found[1], found[1])]
+    patch, side = int(found[2]), int(found[3] or 224)
+    patches = (side // patch) ** 2
+    return (_transformer(patches + 1, width, inner, layers)[0] + 2 * patches * 3 * patch * patch * width) / 1e12
+
+
 def _configurations(weights: str) -> dict[str, Any]:
     """Configurations by part, as far as they are on this machine, in a folder or in the cache of the hub."""
     folder = Path(weights).expanduser()

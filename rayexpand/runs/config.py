@@ -27,6 +27,7 @@ from rayexpand.runs.allocation import Allocate
 
 IMAGE_BYTES = 1 << 30  # runtime.image_bytes
 PEAK_SHARE = (0.3, 0.5)  # estimate.peak_share
+TRAINING_SHARE = (0.1, 0.4)
 
 
 class ImageConfig(Section):
@@ -235,7 +236,17 @@ class EstimateConfig(Section):
     images_per_second: float | None = Field(None, gt=0, description="measured images/s of one GPU (or one CPU process)")
     bytes_per_image: int | None = Field(None, gt=0, description="measured encoded bytes of one image")
     gpus: int = Field(1, ge=1, description="GPUs (or CPU processes) to plan with")
-    gpu_hour_usd: float | None = Field(None, ge=0, description="price of one GPU hour")
+    classes: Annotated[int | None, Later(None)] = Field(
+        None, ge=1, description="the same for classes, by which the subsets of a study count")
+    tests: Annotated[int | None, Later(None)] = Field(None, ge=1, description="the same for test images of a study")
+    gpu_hour_usd: float | None = Field(None, ge=0, description="price of one GPU hour; of one CPU process too, where "
+                                       "cpu_hour_usd is null")
+    cpu_hour_usd: Annotated[float | None, Later(None)] = Field(
+        None, ge=0, description="price of one hour of a CPU process")
+    head_hour_usd: Annotated[float | None, Later(None)] = Field(
+        None, ge=0, description="price of one hour of the head, paid over the wall time")
+    storage_gb_month_usd: Annotated[float | None, Later(None)] = Field(
+        None, ge=0, description="price of a gigabyte (10^9 bytes) of output for a month")
     gpus_per_node: Annotated[int, Later(1)] = Field(1, ge=1, description="GPUs that are lost together")
     preemptions_per_gpu_hour: float = Field(0.05, ge=0, description="spot losses to plan with: how often an hour of a "
                                             "GPU is ended by the loss of its node")
@@ -254,7 +265,11 @@ class EstimateConfig(Section):
         PEAK_SHARE, description="least and largest share of that peak which a run keeps; an assumption, which `bench` "
         "replaces by a measurement")
 
-    @field_validator("peak_share")
+    training_share: Annotated[tuple[float, float], Later(TRAINING_SHARE)] = Field(
+        TRAINING_SHARE, description="the same for trainings of classifiers and fine-tuning, which wait for images and "
+        "normalise in between; an assumption, which `bench` of a study or finished trials replace")
+
+    @field_validator("peak_share", "training_share")
     @classmethod
     def _is_a_range(cls, share: tuple[float, float]) -> tuple[float, float]:
         if not 0 < share[0] <= share[1] <= 1:

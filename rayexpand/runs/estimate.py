@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayexpand.contract.errors import SeedDataError, UsageError, three_digits
-from rayexpand.contract.rng import PlanRng, RowRng, generator, row_key
+from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import SEED_INDEX, ClassTable, Draw, Receipt, Seed, SeedIndex
 from rayexpand.data import seeds as seed_io
 from rayexpand.data.pixels import header_size
@@ -28,13 +28,13 @@ from rayexpand.models.prior import present
 from rayexpand.runs.allocation import dealt_facts, dealt_words
 from rayexpand.runs.config import MODELS
 from rayexpand.runs.cut_prompts import CutPrompts, cut_prompts
-from rayexpand.runs.fleet import Course, Fleet, simulate
+from rayexpand.runs.fleet_hours import GPU, PROCESS, Hours, fleet_of, hours_of, price_of, spread
 from rayexpand.runs.plan import make_plan, planned_copies
 from rayexpand.runs.status import shard_seconds
 from rayexpand.runs.work import cost_of_run, image_work, peak_tflops
 
 if TYPE_CHECKING:
-    from rayexpand.runs.config import RunConfig
+    from rayexpand.runs.config import EstimateConfig, RunConfig
 
 # Bytes of one row in its Parquet file = ROW_BYTES + bytes per pixel * pixels. Measured on whole files of 1,000 rows:
 # png 2.3 (593 bytes for digits of 16 px, 726 with noise of 2 grey levels, 2,324 for CIFAR-10 of 32 px); jpeg q95
@@ -43,11 +43,7 @@ if TYPE_CHECKING:
 BYTES_PER_PIXEL = {"png": 2.3, "jpeg": 0.65}
 ROW_BYTES = 40  # provenance columns after compression, mostly the sample's hash
 JPEG_QUALITY = 95
-COURSES, LEAST_COURSES = 20, 5  # simulated runs; of more shards than MANY_SHARDS fewer: they differ less
-MANY_SHARDS, MOST_SHARDS = 20_000, 200_000
-STARTS = {"GPU": (120.0, 60.0), "CPU process": (0.0, 5.0)}  # assumed: seconds of a node's start, and of loading
-SPREAD = 0.1  # assumed: seconds of a shard are within 10 % of the mean, evenly
-SHARD_S = 0.2  # of a shard beside its sampler calls: 96.5 % of a bare sampler's rate at 5.1 s a shard (docs/figures.md)
+MOST_SHARDS = 200_000
 SIZES = (1 / 16, 1 / 4, 1, 4)  # shares of sampler.shard_images that are tried, to say which finishes soonest
 DIGITS_SIDE = 16  # pixels, the embedded prior
 ASSUMED_SIDE = 512  # pixels, a prior whose own size is unknown before it is loaded
@@ -60,19 +56,6 @@ class Measured:
     images_per_second: float | None
     bytes_per_image: float | None
     source: str = "an earlier run"
-
-
-@dataclass(frozen=True, slots=True)
-class Hours:
-    """What follows from a throughput. Hours are those of `Estimate.unit`, means over simulated runs."""
-
-    images_per_second: float | None = None  # of one GPU, or of one CPU process
-    gpu_hours: float | None = None  # that end in committed images
-    expected_lost_hours: float | None = None  # work that is done again after a loss
-    waiting_hours: float | None = None  # paid without work: boot, loading, the end
-    wall_hours: float | None = None
-    wall_hours_95: float | None = None  # 95 % of simulated runs end before
-    cost_usd: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +78,8 @@ class Estimate:
     notes: dict[str, str]
     cut_prompts: CutPrompts | None = None  # None where no prompt is read, or the generator is not here
     dataset: dict[str, Any] | None = None  # see data.seeds.survey; None where it cannot be listed
-    unit: str = "GPU"  # what all hours are of: a GPU, or a CPU process where no GPU works
+    unit: str = GPU  # what all hours are of: a GPU, or a CPU process where no GPU works
+    best_shard_images: int | None = None  # of the sizes that are tried, where a throughput is known
     interval: tuple[Hours, Hours] | None = None  # slow and fast, where nothing was measured: see `notes`
 
     def to_json(self) -> dict[str, Any]:
@@ -137,8 +121,9 @@ class Estimate:
 def estimate_config(config: RunConfig, measured: Measured | None = None) -> Estimate:
     """Expected totals of a configuration. Lists the seeds and opens at most 16 of them.
 
-    Where the seeds cannot be listed, estimate.seeds stands in for them; without it, or where the number of samples
-    depends on the classes, the SeedDataError of the listing is raised.
+    Where the seeds cannot be listed, estimate.seeds stands in for them, with estimate.classes of about equal size;
+    without it, or where the number of samples depends on classes that are not told, the SeedDataError of the listing is
+    raised.
     """
     rng, few_seeds, found, dataset = PlanRng(config.seed, config.method.name), _Few(None, 0), None, None
     try:
@@ -148,12 +133,13 @@ def estimate_config(config: RunConfig, measured: Measured | None = None) -> Esti
         few_seeds = _few(config, index)
     except SeedDataError as unlisted:
         try:
-            few = [int(config.method.copies(_stand_in(100, classes), rng).sum()) for classes in (1, 2)]
+            few = [int(config.method.copies(stand_in(100, classes), rng).sum()) for classes in (1, 2)]
         except UsageError:  # a plan that only the real classes make possible
             raise unlisted from None
-        if config.estimate.seeds is None or abs(few[0] - few[1]) > 2:
+        by_class = config.estimate.classes is None and abs(few[0] - few[1]) > 2
+        if config.estimate.seeds is None or by_class:
             raise
-        index = _stand_in(config.estimate.seeds, 1)
+        index = stand_in(config.estimate.seeds, config.estimate.classes or 1)
     copies, _ = planned_copies(index, config)
     planned = int(copies.sum(dtype=np.int64))
     made = estimate(config, seeds=len(index), planned=planned, measured=measured,
@@ -182,6 +168,33 @@ def estimate(config: RunConfig, *, seeds: int, planned: int, measured: Measured 
     without which no arithmetic is counted, `seed_bytes` the mean size of an encoded seed, which only sharpens the
     answer.
     """
+    made = work_of(config, seeds=seeds, planned=planned, measured=measured, side=side, draws=draws)
+    notes, unit, shards = made.notes, unit_of(config), made.shards
+    ends = [_hours(config, planned, max(shards, 1), rate) for rate in made.rates]
+    _say_hours(config, ends, max(shards, 1), notes)
+    best = _say_best_size(config, planned, ends, notes)
+    held = _process_bytes(config, planned, made.bytes, made.image, seed_bytes * seeds / max(shards, 1), notes)
+    known = asdict(ends[0]) if len(ends) == 1 else asdict(Hours())
+    return Estimate(seeds=seeds, images=planned, shards=shards, bytes=made.bytes, petaflop=made.petaflop,
+                    process_bytes=held, notes=notes, unit=unit, best_shard_images=best,
+                    interval=(ends[0], ends[1]) if len(ends) == 2 else None, **known)
+
+
+class RunWork(NamedTuple):
+    """What a run makes and the arithmetic of it, before any fleet; see Estimate. `rates`: images per second of one GPU
+    or process, a slow and a fast one where they follow from the arithmetic, none where unknown."""
+
+    shards: int
+    bytes: int | None
+    petaflop: float | None
+    rates: list[float]
+    image: _Image
+    notes: dict[str, str]
+
+
+def work_of(config: RunConfig, *, seeds: int, planned: int, measured: Measured | None = None, side: int | None = None,
+            draws: Sequence[Draw] = ()) -> RunWork:
+    """See `estimate`."""
     notes, cost = {"images": f"{seeds:,} seeds"}, cost_of_run(config)
     if config.accept is not None and config.accept.attempts > 1:
         notes["images"] += (f"; hours count one attempt for each, and up to {config.accept.attempts} are made "
@@ -191,14 +204,7 @@ def estimate(config: RunConfig, *, seeds: int, planned: int, measured: Measured 
     image = _Image(*image_side(config, side, cost))
     size = _bytes(config, planned, measured, image, notes)
     work = _petaflop(config, planned, seeds, image, cost, draws, notes)
-    rates, unit = _rates(config, planned, measured, work, notes), _unit(config)
-    ends = [_hours(config, planned, max(shards, 1), rate) for rate in rates]
-    _say_hours(config, ends, max(shards, 1), notes)
-    _say_best_size(config, planned, ends, notes)
-    held = _process_bytes(config, planned, size, image, seed_bytes * seeds / max(shards, 1), notes)
-    known = asdict(ends[0]) if len(ends) == 1 else asdict(Hours())
-    return Estimate(seeds=seeds, images=planned, shards=shards, bytes=size, petaflop=work, process_bytes=held,
-                    notes=notes, unit=unit, interval=(ends[0], ends[1]) if len(ends) == 2 else None, **known)
+    return RunWork(shards, size, work, _rates(config, planned, measured, work, notes), image, notes)
 
 
 def measure(receipts: Sequence[Receipt], data_bytes: int) -> Measured:
@@ -221,7 +227,7 @@ def human_bytes(count: int | None) -> str:
     return f"{count} bytes"
 
 
-def _stand_in(n_seeds: int, n_classes: int) -> SeedIndex:
+def stand_in(n_seeds: int, n_classes: int) -> SeedIndex:
     """An index of seeds that are not on this machine."""
     labels = np.arange(n_seeds, dtype=np.int32) % n_classes
     columns = {name: [""] * n_seeds if name in ("member", "fault") else labels for name in SEED_INDEX.names}
@@ -280,7 +286,7 @@ def _rates(config: RunConfig, planned: int, measured: Measured | None, petaflop:
         notes["images_per_second"] = notes["gpu_hours"] = f"measured by {measured.source}"
         return [measured.images_per_second]
     remedy = "measure it by `rayexpand bench` with this file, or run with --set estimate.images_per_second=..."
-    if petaflop is None or _unit(config) != "GPU":
+    if petaflop is None or unit_of(config) != GPU:
         notes["images_per_second"] = remedy
         notes["gpu_hours"] = notes["wall_hours"] = "needs a throughput"
         return []
@@ -294,55 +300,33 @@ def _rates(config: RunConfig, planned: int, measured: Measured | None, petaflop:
 
 def _hours(config: RunConfig, planned: int, shards: int, rate: float) -> Hours:
     """Of a run at a throughput."""
-    hours, price = planned / rate / 3600, config.estimate.gpu_hour_usd
-    courses = _courses(config, planned, shards, rate)
-    wall, paid, lost, waited = (float(np.mean([one[place] for one in courses])) for place in range(4))
-    late = float(np.quantile([one.wall_hours for one in courses], 0.95, method="higher"))
-    return Hours(rate, hours, lost, waited, wall, late, None if price is None else paid * price)
-
-
-def _courses(config: RunConfig, planned: int, shards: int, rate: float) -> list[Course]:
-    """Simulated runs of `shards` shards of equal size."""
-    fleet = _fleet(config)
-    spread_N = generator(row_key(0, "fleet", "", 0, 0, "seconds")).uniform(1 - SPREAD, 1 + SPREAD, shards)
-    seconds_N = planned / rate * spread_N / spread_N.sum()
-    courses = min(COURSES, max(LEAST_COURSES, COURSES * MANY_SHARDS // shards)) if fleet.loss_rate else 1
-    return [simulate(seconds_N, fleet, repetition=number) for number in range(courses)]
-
-
-def _fleet(config: RunConfig) -> Fleet:
-    asked, assumed = config.estimate, STARTS[_unit(config)]
-    start, load = (given if given is not None else one for given, one in zip((asked.node_start_s, asked.load_s),
-                                                                            assumed, strict=True))
-    return Fleet(asked.gpus, asked.gpus_per_node, asked.preemptions_per_gpu_hour, start, load, SHARD_S, asked.idle_s)
+    return replace(hours_of(config.estimate, unit_of(config), spread(planned / rate, shards)), images_per_second=rate)
 
 
 def _best_size(config: RunConfig, planned: int, rate: float) -> tuple[int, float]:
     """(images in a shard, wall hours) of the shard size that ends soonest on average, of those that are tried."""
     sizes = {max(config.sampler.batch, round(config.sampler.shard_images * share)) for share in SIZES}
-    ends = {size: float(np.mean([one.wall_hours for one in _courses(config, planned, shards, rate)]))
+    ends = {size: _hours(config, planned, shards, rate).wall_hours or 0.0
             for size in sizes if (shards := -(-planned // size)) <= MOST_SHARDS}
     return min(ends.items(), key=lambda one: (one[1], -one[0])) if ends else (config.sampler.shard_images, math.inf)
 
 
-def _unit(config: RunConfig) -> str:
+def unit_of(config: RunConfig) -> str:
     """What the work runs on, as far as it is known before it starts: the embedded prior is made for CPUs."""
     prior = config.prior
     no_gpu = (not config.needs & MODELS or prior.device == "cpu" or config.cluster.gpus_per_actor == 0
               or (prior.weights in EMBEDDED and prior.device == "auto"))
-    return "CPU process" if no_gpu else "GPU"
+    return PROCESS if no_gpu else GPU
 
 
 def _say_hours(config: RunConfig, ends: Sequence[Hours], shards: int, notes: dict[str, str]) -> None:
     """What the hours were made with."""
-    settings, unit = config.estimate, _unit(config)
-    notes["cost_usd"] = ("set estimate.gpu_hour_usd" if settings.gpu_hour_usd is None else
-                         f"{settings.gpu_hour_usd:g} USD per {unit} hour that is paid: work, lost and "
-                         "waiting; no storage, no network")
+    settings, unit = config.estimate, unit_of(config)
+    notes["cost_usd"] = price_note(settings, unit)
     if not ends:
         return
-    units = unit if settings.gpus == 1 else f"{unit}s" if unit == "GPU" else f"{unit}es"
-    fleet, per_node = _fleet(config), f", {settings.gpus_per_node} on a node" * (settings.gpus_per_node > 1)
+    units = unit if settings.gpus == 1 else f"{unit}s" if unit == GPU else f"{unit}es"
+    fleet, per_node = fleet_of(settings, unit), f", {settings.gpus_per_node} on a node" * (settings.gpus_per_node > 1)
     notes["wall_hours"] = f"simulated, mean of runs with {settings.gpus:,} {units} (estimate.gpus){per_node}"
     notes["wall_hours_95"] = "of simulated runs" if fleet.loss_rate else "nothing is lost, so all are alike"
     minutes = [f"{(one.gpu_hours or 0) / shards * 60:,.1f}" for one in reversed(ends)]
@@ -355,15 +339,26 @@ def _say_hours(config: RunConfig, ends: Sequence[Hours], shards: int, notes: dic
         notes["expected_lost_hours"] += "; lost faster than made, choose a smaller sampler.shard_images"
 
 
-def _say_best_size(config: RunConfig, planned: int, ends: Sequence[Hours], notes: dict[str, str]) -> None:
-    """A shard size that ends sooner by more than a tenth, where there is one."""
+def price_note(asked: EstimateConfig, unit: str) -> str:
+    """What a cost is made of, or what it needs."""
+    if (price := price_of(asked, unit)) is None:
+        return "set estimate.gpu_hour_usd" if unit == GPU else "set estimate.cpu_hour_usd"
+    head = f", and {asked.head_hour_usd:g} an hour for the head" if asked.head_hour_usd else ""
+    return f"{price:g} USD per {unit} hour that is paid: work, lost and waiting{head}; no storage, no network"
+
+
+def _say_best_size(config: RunConfig, planned: int, ends: Sequence[Hours], notes: dict[str, str]) -> int | None:
+    """The shard size that ends soonest of those that are tried; sampler.shard_images unless that is sooner by more than
+    a tenth, which is said."""
     if not ends:
-        return
+        return None
     rate, now = ends[0].images_per_second or 1, ends[0].wall_hours or 0
     size, wall = _best_size(config, planned, rate)
     if wall < 0.9 * now:
         notes["shards"] += (f"; with sampler.shard_images={size:,} it would end after {three_digits(wall)} h instead "
                             f"of {three_digits(now)} h")
+        return size
+    return config.sampler.shard_images
 
 
 def image_side(config: RunConfig, side: int | None = None, cost: Cost | None = None) -> tuple[int | None, str]:

@@ -8,6 +8,7 @@
     load_s             from a node that can run to the first sampler call: copying the models there and loading them
     shard_s            of each shard, beside its sampler calls: reading, committing, Ray
     idle_s             a node without work is given back after so many seconds
+    saved_s            what is saved within a shard every so many seconds is not lost: a training has checkpoints
     wave               shards handed out together: the next wave begins, and its actors load, when one is done
 
 What is simulated is what the engine does on Ray (runs/run.py, on_ray/expand.py). A GPU takes the next shard when it has
@@ -44,6 +45,7 @@ class Fleet:
     shard_s: float = 0.0
     idle_s: float = 60.0
     wave: int = 20_000
+    saved_s: float = np.inf
 
 
 class Course(NamedTuple):
@@ -149,7 +151,10 @@ class _Course:
         self.losses += 1
         for gpu in (self.gpus[one] for one in node.gpus):
             if gpu.shard is not None:
-                self.lost += now - gpu.since
+                done = now - gpu.since
+                saved = done - done % self.fleet.saved_s
+                self.lost += done - saved
+                self.seconds_N[gpu.shard] -= saved
                 gpu.kept = gpu.shard
             gpu.shard, gpu.loaded = None, False
         self._pay(node, now)

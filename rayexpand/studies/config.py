@@ -41,7 +41,7 @@ from rayexpand.models.folders import unreadable
 from rayexpand.models.prior import facts_to_come
 from rayexpand.runs import config as configs
 from rayexpand.runs import run as runs
-from rayexpand.runs.config import DIGITS, ClusterConfig, RunConfig, guide_of_run, not_named
+from rayexpand.runs.config import DIGITS, ClusterConfig, EstimateConfig, RunConfig, guide_of_run, not_named
 from rayexpand.runs.inputs import no_effect
 from rayexpand.studies import baselines, extra_tests
 from rayexpand.studies.baselines import Baseline
@@ -188,6 +188,8 @@ class StudyConfig(Section):
         "shows the samples, and the real images unless subset.seed names one subset")
     training: TrainingConfig = TrainingConfig()
     cluster: ClusterConfig = ClusterConfig()
+    estimate: Annotated[EstimateConfig, Later(EstimateConfig())] = Field(
+        EstimateConfig(), description="what `rayexpand plan` reckons with; also of the runs that the study makes")
 
     @field_validator("expansions", mode="before")
     @classmethod

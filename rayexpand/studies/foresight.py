@@ -80,10 +80,10 @@ def _measured(study: StudyView) -> Noise | None:
     return noise_of(found) if any(np.ptp(one) for one in found) else None
 
 
-def foreseen(config: StudyConfig) -> dict[str, Any]:
-    """`sight` of a study that need not have run: test images from the listed index; measured parts where two
-    repetitions are done. Raises SeedDataError."""
-    images = len(sound_rows(build_index(config.test)))
+def foreseen(config: StudyConfig, images: int | None = None) -> dict[str, Any]:
+    """`sight` of a study that need not have run: test images from the listed index, unless they are told; measured
+    parts where two repetitions are done. Raises SeedDataError."""
+    images = len(sound_rows(build_index(config.test))) if images is None else images
     noise = None
     if open_files(config.folder).read("study.json") is not None:
         try:
@@ -102,19 +102,6 @@ def with_control(arm: Arm) -> bool:
 def _measured_in(folder: str) -> Noise | None:
     study = read_study(folder)
     return None if study.baseline is None else _measured(study)
-
-
-def planned(config: StudyConfig) -> dict[str, Any]:
-    """What a study trains: names of `arms` and `seeds`, number of `trainings` and of those of `controls` at most, and
-    what it `sees`. Controls that several arms share are known when their samples are. Raises SeedDataError, and
-    UsageError where there are too few images for `value`."""
-    arms = arms_of(config)
-    controls = sum(with_control(one) for one in arms)
-    if config.value is not None:
-        fitting = real_sizes(config)
-        arms = [one for one in arms if one.value is None or one.value.role != "real" or one.value.size in fitting]
-    return {"arms": [one.name for one in arms], "seeds": config.seeds, "trainings": len(arms) * len(config.seeds),
-            "controls": controls * len(config.seeds), "sees": foreseen(config)}
 
 
 def real_sizes(config: StudyConfig) -> list[float]:

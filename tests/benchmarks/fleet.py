@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import math
 import os
 import tempfile
 import threading
@@ -65,15 +66,15 @@ class Ran(NamedTuple):
 
 
 def measure(nodes: int, life: float, pause: float, shards: int, shard_s: float,
-            seeds: list[int]) -> Iterator[dict[str, Any]]:
+            seeds: list[int], below: float) -> Iterator[dict[str, Any]]:
     """What the calm run says, then a line for each seed."""
-    calm = real(Fleet(nodes), 0, pause, shards, shard_s)
+    calm = real(Fleet(nodes), 0, pause, shards, shard_s, below)
     overhead = max(0.0, (calm.seconds - calm.first) / (-(-shards // nodes) - 1) - shard_s)
     told = Fleet(nodes, 1, 3600 / life, float(np.mean(calm.bringing)), float(np.mean(calm.loading)), overhead, 1e9)
     yield {"nodes": nodes, "life_s": life, "pause_s": pause, "shards": shards, "shard_s": shard_s,
            "calm_s": round(calm.seconds, 1), "overhead_s": round(overhead, 3), **_rounded(told)}
     for seed in seeds:
-        made = real(told, seed, pause, shards, shard_s)
+        made = real(told, seed, pause, shards, shard_s, below)
         then = replace(told, node_start_s=float(np.mean(made.bringing or [told.node_start_s])),
                        load_s=float(np.mean(made.loading)))
         blind, said = _said(told, shards, shard_s, seed), _said(then, shards, shard_s, seed)
@@ -91,9 +92,11 @@ def _said(fleet: Fleet, shards: int, shard_s: float, seed: int) -> float:
     return 3600 * simulate(np.full(shards, shard_s), fleet, seed).wall_hours - fleet.node_start_s
 
 
-def real(fleet: Fleet, seed: int, pause: float, shards: int, shard_s: float) -> Ran:
-    """A run on a cluster of its own, whose nodes live as `fleet` says."""
+def real(fleet: Fleet, seed: int, pause: float, shards: int, shard_s: float, below: float = math.inf) -> Ran:
+    """A run on a cluster of its own, whose nodes live as `fleet` says, once the machine's load is below a limit."""
     ensure_token()
+    while os.getloadavg()[0] >= below:
+        time.sleep(5)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False,
                                                            "object_store_memory": 150_000_000})
     try:
@@ -174,8 +177,10 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=36)
     parser.add_argument("--shard-s", type=float, default=15, help="seconds that a shard sleeps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[301, 302, 303, 304, 305])
+    parser.add_argument("--below", type=float, default=math.inf, help="begin each run when the load is below this")
     given = parser.parse_args()
-    for line in measure(given.nodes, given.life, given.pause, given.shards, given.shard_s, given.seeds):
+    for line in measure(given.nodes, given.life, given.pause, given.shards, given.shard_s, given.seeds,
+                        given.below):
         print(json.dumps(line), flush=True)
 
 

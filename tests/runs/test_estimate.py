@@ -16,8 +16,6 @@ from rayexpand.contract.schema import DATA_SCHEMA, Reason, samples_to_arrow
 from rayexpand.data.seeds import digits_split
 from rayexpand.runs import config
 from rayexpand.runs.estimate import (
-    SHARD_S,
-    SPREAD,
     Estimate,
     Measured,
     estimate,
@@ -25,6 +23,7 @@ from rayexpand.runs.estimate import (
     human_bytes,
     measure,
 )
+from rayexpand.runs.fleet_hours import SHARD_S, SPREAD
 from rayexpand.runs.status import view_run
 from rayexpand.storage.tables import parquet_bytes
 from tests.runfolder import Builder, png

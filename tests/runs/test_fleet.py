@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,3 +99,15 @@ def test_a_course_follows_from_its_key_alone() -> None:
 
 def test_what_is_lost_faster_than_made_never_ends() -> None:
     assert math.isinf(simulate(np.full(10, 36_000.0), Fleet(1, loss_rate=3)).wall_hours)
+
+
+def test_what_a_task_has_saved_is_not_lost() -> None:
+    """With one GPU, a task that saves every minute goes as ten of a minute would."""
+    fleet = Fleet(1, loss_rate=40.0, node_start_s=30, load_s=5)
+    for number in range(5):
+        saved = simulate(np.array([600.0]), replace(fleet, saved_s=60), 3, number)
+        parts = simulate(np.full(10, 60.0), fleet, 3, number)
+
+        assert parts.losses > 1
+        assert saved == pytest.approx(parts)
+        assert simulate(np.array([600.0]), fleet, 3, number).wall_hours > saved.wall_hours

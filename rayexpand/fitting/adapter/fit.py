@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rayexpand.artifacts.columns import columns_hash, features_width, width_problem
 from rayexpand.artifacts.store import artifact_digest, publish, read_facts
 from rayexpand.contract.errors import ModelError
@@ -40,14 +42,20 @@ from rayexpand.fitting.adapter.latents import (
 from rayexpand.fitting.adapter.loader import Sources
 from rayexpand.fitting.adapter.train import TRAINING, Base, TuneJob, train_here
 from rayexpand.fitting.class_features import ImageFeaturesFit, width_by
+from rayexpand.fitting.costs import tuned, unit_on
 from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
+from rayexpand.models.cost import cost_of
+from rayexpand.models.folders import EMBEDDED
 from rayexpand.models.prior import check_size, inspect_prior, load_prior, prior_hash
 from rayexpand.runs.config import RuntimeConfig
+from rayexpand.runs.fleet_hours import GPU
+from rayexpand.runs.stages import PlanStage, Sizes, unknown
 
 if TYPE_CHECKING:
     from rayexpand.fitting.adapter.latents import Views
 
 VERSION = 1  # raised when the code below trains something else from the same configuration
+LATENT_CHANNELS, LATENT_FACTOR = 4, 8  # of the generators that models.cost knows
 KINDS = {"full": "generator"}  # artifact by strategy; the others make an adapter
 
 
@@ -221,6 +229,20 @@ class AdapterMaker(Maker):
         return fit_adapter(section, data, out=config.out, weights=config.prior.weights, seed=config.seed,
                            device=config.device, runtime=config.runtime, here=world.made, progress=world.progress,
                            engine=world.engine.tuning)
+
+    def stages(self, section: AdapterFit, config: FitBase, sizes: Sizes) -> list[PlanStage]:
+        recipe, name, weights = section.finetune, "fit adapter", config.prior.weights
+        what, unit = f"{recipe.steps:,} steps of {recipe.batch} images", unit_on(config.device, weights in EMBEDDED)
+        cost = None if weights in EMBEDDED else cost_of(weights)
+        side = section.resolution or (cost.side if cost is not None else None)
+        if unit != GPU or cost is None or side is None:
+            return [unknown(name, what, "arithmetic says little of a CPU" if unit != GPU else (
+                "the networks of prior.weights are none of those known; `rayexpand bench` with a run that names them "
+                "counts them on this machine" if cost is None else "set fit.adapter.resolution"), unit)]
+        views = section.crops * (1 + section.flips)
+        row = 2 * LATENT_CHANNELS * (side // LATENT_FACTOR) ** 2 * np.dtype(section.latents.dtype).itemsize
+        return tuned(name, recipe, cost, side, sizes.images, views, section.workers,
+                     -(-recipe.steps // section.checkpoint_every), sizes.images * views * row, config.estimate)
 
     def problems(self, section: AdapterFit, config: FitBase, *, on_ray: bool) -> list[str]:
         here = {name: width_by(one, config) if isinstance(one, ImageFeaturesFit) else None

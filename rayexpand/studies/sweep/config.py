@@ -7,19 +7,19 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
 from rayexpand.classifier.recipe import make_recipe
 from rayexpand.contract import settings
 from rayexpand.contract.errors import ConfigError
-from rayexpand.contract.settings import Section, digest
+from rayexpand.contract.settings import Later, Section, digest
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.seeds.source import wanted_ids
 from rayexpand.data.subsets import ids_hash
 from rayexpand.runs import config as configs
-from rayexpand.runs.config import ClusterConfig, RunConfig, semantic
+from rayexpand.runs.config import ClusterConfig, EstimateConfig, RunConfig, semantic
 from rayexpand.storage.places import open_files
 from rayexpand.studies.config import ArmConfig, ExpansionConfig, StudyConfig, parse_study
 from rayexpand.studies.sweep.space import Dimension, condition_problems, n_suggestions, parse_dimension
@@ -29,8 +29,9 @@ TUNED = ("recipe", "expansions", "arms", "subset")  # sections of a study whose 
 
 # What may change between two starts of one sweep.
 OPERATIONAL = ("name", "out", "samples", "fresh_seeds", "max_concurrent", "cpus_per_trial", "gpus_per_trial",
-               "cluster")
-UNSWEPT = ("training", "cluster", "extra_tests", "also")  # of its study; `also` is what 0.1 called extra_tests
+               "cluster", "estimate")
+# Of its study; `also` is what 0.1 called extra_tests.
+UNSWEPT = ("training", "cluster", "estimate", "extra_tests", "also")
 
 
 class AshaConfig(Section):
@@ -70,6 +71,8 @@ class SweepConfig(Section):
                                          "GPUs, else 0")
     max_concurrent: int | None = Field(None, ge=1, description="null: as many as the cluster holds")
     cluster: ClusterConfig = ClusterConfig()
+    estimate: Annotated[EstimateConfig, Later(EstimateConfig())] = Field(
+        EstimateConfig(), description="what `rayexpand plan` reckons with; where it is left out, that of the study")
 
     @field_validator("scheduler", mode="before")
     @classmethod

@@ -1,0 +1,199 @@
+"""What a sweep costs before it starts: how many trials it tries, of how many epochs, on how many pilots.
+
+Suggestions of random and grid search are known beforehand, so equal ones are counted once. Optuna's follow from scores;
+random ones stand for them. How much ASHA saves depends on scores too: its rule is simulated for trials that come in
+random order and keep their rank, and an interval goes from that to no trial being stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from rayexpand.contract.errors import ConfigError
+from rayexpand.contract.rng import generator, row_key
+from rayexpand.contract.settings import digest
+from rayexpand.runs.config import EstimateConfig, semantic
+from rayexpand.runs.stages import PlanStage, Stages, timed
+from rayexpand.storage.places import open_files
+from rayexpand.studies.config import StudyConfig
+from rayexpand.studies.plan import Listed, expansion_stages, listed_for
+from rayexpand.studies.sweep.config import (
+    AshaConfig,
+    SweepConfig,
+    base_study,
+    by_content,
+    dimensions_of,
+    identity,
+    pilot_run,
+    study_with,
+)
+from rayexpand.studies.sweep.space import n_suggestions, suggest
+from rayexpand.studies.sweep.sweep import read_results
+from rayexpand.studies.trainings import training_stage, trainings_of
+from rayexpand.studies.trials import arms_of
+
+MOST = 500  # trials that are put together one by one; the rest costs as much as these on average
+ORDERS = 200  # in which trials come, of simulated ASHA
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """`trials` are different configurations, `at_most` the suggestions they are of; `epochs` of all trainings without
+    ASHA, `with_asha` least and most with it."""
+
+    trials: int
+    at_most: int
+    impossible: int  # suggestions whose values do not go together
+    done: int
+    pilots: int
+    seeds: int
+    epochs: int
+    with_asha: tuple[int, int] | None
+    costs: Stages
+
+    @property
+    def sentence(self) -> str:
+        """Number of trials and cost, for people."""
+        same = f" ({self.at_most:,} suggestions)" if self.at_most != self.trials else ""
+        pilots = f" on {self.pilots:,} pilot{'s' * (self.pilots != 1)}" if self.pilots else ""
+        asha = "" if self.with_asha is None else f", {self.with_asha[0]:,} to {self.with_asha[1]:,} with ASHA"
+        done = f"; {self.done:,} are done" if self.done else ""
+        return (f"{self.trials:,} trial{'s' * (self.trials != 1)}{same} of {self.seeds} seed{'s' * (self.seeds != 1)}"
+                f"{pilots}, {self.epochs:,} epochs{asha}{done}; {self.costs.words()}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"trials": self.trials, "at_most": self.at_most, "impossible": self.impossible, "done": self.done,
+                "pilots": self.pilots, "seeds": self.seeds, "sentence": self.sentence,
+                "epochs": {"without_asha": self.epochs, "with_asha": self.with_asha and list(self.with_asha)},
+                **self.costs.to_json()}
+
+
+def plan_sweep(config: SweepConfig) -> SweepPlan:
+    """Loads no model, writes nothing. Raises ConfigError where data or test images can neither be listed nor are told
+    by `estimate`."""
+    asked, files = asked_of(config), open_files(config.folder)
+    base = base_study(config) if files.read("sweep.json") is not None else {
+        **config.study, **({} if config.seeds is None else {"seeds": config.seeds})}
+    total = n_suggestions(dimensions_of(config), config.search, config.samples)
+    studies, impossible = _studies(config, base, asked, min(total, MOST))
+    scale = total / min(total, MOST)
+    listed, results = listed_for(next(iter(studies.values()))), read_results(files)
+    if config.hold_out is not None:
+        listed = replace(listed, tests=config.hold_out * listed.sizes.classes)
+    left = {key: study for key, study in studies.items() if key[:8] not in results}
+    pilots = {key: study for study in left.values() for key in [_pilot(study)] if key}
+    share = _asha_share(config.scheduler, config.epochs, len(left))
+    trainings = [_trial(study, listed) for study in left.values()]
+    again = [_trial(study.model_copy(update={"seeds": list(range(config.fresh_seeds))}), listed)
+             for study in list(studies.values())[:1] if config.fresh_seeds]
+    stages = [_together("pilots", f"{len(pilots):,} pilots",
+                        [one for study in pilots.values() for one in _pilot_stages(study, listed)], scale),
+              _together("trials", f"{len(left):,} trials of {len(listed.subsets)} seeds", trainings, scale, share[0]),
+              _together("best again", f"{config.fresh_seeds} fresh seeds", again, 1.0)]
+    room = asked.gpus if config.max_concurrent is None else min(asked.gpus, config.max_concurrent)
+    seeds = len(listed.subsets)
+    epochs = sum(arms_of(study)[0].recipe.epochs for study in studies.values()) * seeds
+    with_asha = None if config.scheduler is None else (round(epochs * share[0]), epochs)
+    return SweepPlan(round(scale * len(studies)), total, round(scale * impossible), len(studies) - len(left),
+                     round(scale * len(pilots)), seeds, round(scale * epochs), with_asha,
+                     timed([one for one in stages if one is not None], asked.model_copy(update={"gpus": room})))
+
+
+def asked_of(config: SweepConfig) -> EstimateConfig:
+    """The section `estimate` of the sweep, else of its study."""
+    own = config.study.get("estimate") if "estimate" not in config.model_fields_set else None
+    return config.estimate if own is None else EstimateConfig(**own)
+
+
+def asha_epochs(scheduler: AshaConfig, epochs: int, ranks: Sequence[int]) -> int:
+    """Epochs that trials run which come in this order and keep their rank (0 the best), each decided at a rung as it
+    reaches it: it goes on while it is among the best 1 / reduction_factor of those that were there."""
+    rungs = list[int]()
+    while (rung := round(scheduler.grace * scheduler.reduction_factor ** len(rungs))) < epochs:
+        rungs.append(rung)
+    seen: list[list[int]] = [[] for _ in rungs]
+    spent = 0
+    for rank in ranks:
+        end = epochs
+        for rung, there in zip(rungs, seen, strict=True):
+            cutoff = np.percentile(there, 100 / scheduler.reduction_factor) if there else np.inf
+            there.append(rank)
+            if rank > cutoff:
+                end = rung
+                break
+        spent += end
+    return spent
+
+
+def _asha_share(scheduler: AshaConfig | None, epochs: int, trials: int) -> tuple[float, float]:
+    """Least and most share of all epochs that are run: a tenth of the orders ends below the first."""
+    if scheduler is None or not trials:
+        return 1.0, 1.0
+    many = min(trials, MOST)
+    found = [asha_epochs(scheduler, epochs, generator(row_key(0, "sweep", "", order, 0, "asha")).permutation(many)
+                         .tolist()) for order in range(max(10, ORDERS * 20 // max(many, 20)))]
+    return float(np.quantile(found, 0.1)) / (epochs * many), 1.0
+
+
+def _studies(config: SweepConfig, base: Mapping[str, Any], asked: EstimateConfig,
+             count: int) -> tuple[dict[str, StudyConfig], int]:
+    """Different studies that the first suggestions are, by their identity, and how many do not go together."""
+    space, search = dimensions_of(config), "random" if config.search == "optuna" else config.search
+    found, impossible = dict[str, StudyConfig](), 0
+    for number in range(count):
+        try:
+            study = study_with(base, config, suggest(space, search, config.seed, number))
+        except ConfigError:
+            impossible += 1
+            continue
+        found.setdefault(digest(identity(study)), study.model_copy(update={"estimate": asked}))
+    if not found:
+        raise ConfigError(config.name, ["space: no values of it go together; take fewer or other ones"])
+    return found, impossible
+
+
+def _pilot(study: StudyConfig) -> str:
+    """What decides the runs of a trial; "" for real images alone, and for runs that exist."""
+    data = by_content(study.data)
+    made = [[semantic(pilot_run(one, data)), one.fit and one.fit.model_dump(mode="json")]
+            for one in study.expansions.values() if one.run is None]
+    return digest(made) if made else ""
+
+
+def _pilot_stages(study: StudyConfig, listed: Listed) -> list[PlanStage]:
+    return [stage for name, one in study.expansions.items() for stage in expansion_stages(study, name, one, listed)[0]]
+
+
+def _trial(study: StudyConfig, listed: Listed) -> PlanStage:
+    """The trainings of one configuration, in one process."""
+    alone = study.model_copy(update={"training": study.training.model_copy(update={"workers": 0})})
+    copies = {name: expansion_stages(alone, name, one, listed)[1] for name, one in study.expansions.items()}
+    files = open_files(study.folder)
+    made = trainings_of(alone, arms_of(alone), listed.sizes.images, copies, [])
+    if isinstance(made, str):
+        raise ConfigError(study.name, [made])
+    return training_stage(alone, made, listed.sizes.classes, listed.tests, files, [])
+
+
+def _together(name: str, what: str, stages: Sequence[PlanStage], scale: float, share: float = 1.0) -> PlanStage | None:
+    """Stages of many trials as one, each of them a task; `share`: of the hours at least."""
+    if not stages:
+        return None
+    lacking = next((one for one in stages if one.hours is None), None)
+    if lacking is not None:
+        return replace(lacking, name=name, what=what)
+    known = [one.hours for one in stages if one.hours is not None]
+    least, most = scale * share * math.fsum(one[0] for one in known), scale * math.fsum(one[1] for one in known)
+    sizes = [one.bytes for one in stages]
+    sources = list(dict.fromkeys(one.source for one in stages))
+    more = f"; and {len(sources) - 1} more of the kind" if len(sources) > 1 else ""
+    parts = tuple(sum(one) for one in known)
+    return PlanStage(name, what, stages[0].unit, (least, most), sources[0] + more,
+                     tasks=max(1, round(scale * len(stages))), saves=min(one.saves for one in stages),
+                     parts=parts if scale == 1 and all(parts) else (),
+                     bytes=None if None in sizes else round(scale * sum(one for one in sizes if one is not None)))
