@@ -285,13 +285,14 @@ def sweep(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
     """Searches the fields of a study for the best classifier, and writes the page and the best as a study file. `say`
     hears what it will try before it starts."""
     from rayexpand.studies.sweep import search as searching
+    from rayexpand.studies.sweep.plan import plan_sweep
     from rayexpand.studies.sweep.sweep import open_sweep
 
     config, progress = at(config_of("sweep", job, set, machine), ray), Relay(on)
     if not ray and config.scheduler is not None:
         raise UsageError("scheduler: without Ray one configuration is tried after the other, so there is none to "
                          "compare with while it trains; use Ray, or set scheduler to none")
-    for line in _counts(config):
+    for line in [*_counts(config), plan_sweep(config).words]:
         say(line)
     search = searching.Search(open_sweep(config, progress))
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayexpand.contract.errors import ConfigError, RayexpandError, SeedDataError
-from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.data.seeds import build_index
 from rayexpand.data.subsets import choose, ids_hash, sound_rows
@@ -21,6 +20,7 @@ from rayexpand.fitting.costs import features_pass
 from rayexpand.fitting.plan import fit_stages
 from rayexpand.runs.config import RunConfig
 from rayexpand.runs.estimate import first_draws, stand_in, unit_of, work_of
+from rayexpand.runs.plan import planned_copies
 from rayexpand.runs.run import measured, open_run
 from rayexpand.runs.stages import PlanStage, Sizes, Stages, shares_of, timed, unknown
 from rayexpand.runs.status import view_run
@@ -178,7 +178,7 @@ def asked_as(config: StudyConfig, made: RunConfig) -> RunConfig:
 
 def planned_of(made: RunConfig, index: SeedIndex) -> int:
     """Samples of a run of `index`."""
-    return int(made.method.copies(index, PlanRng(made.seed, made.method.name)).sum(dtype="int64"))
+    return int(planned_copies(index, made)[0].sum(dtype="int64"))
 
 
 def _times(hours: tuple[float, float] | None, times: int) -> tuple[float, float] | None:

@@ -1,4 +1,4 @@
-"""What a sweep costs before it starts: how many trials it tries, of how many epochs, on how many pilots.
+"""What a sweep costs before it starts, by what it tries (count.py): epochs, hours, prices.
 
 Suggestions of random and grid search are known beforehand, so equal ones are counted once. Optuna's follow from scores;
 random ones stand for them. How much ASHA saves depends on scores too: its rule is simulated for trials that come in
@@ -7,6 +7,7 @@ random order and keep their rank, and an interval goes from that to no trial bei
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,8 @@ from rayexpand.studies.sweep.config import (
     pilot_run,
     study_with,
 )
-from rayexpand.studies.sweep.space import n_suggestions, suggest
+from rayexpand.studies.sweep.count import SweepCount, count_of
+from rayexpand.studies.sweep.space import suggest
 from rayexpand.studies.sweep.sweep import read_results
 from rayexpand.studies.trainings import training_stage, trainings_of
 from rayexpand.studies.trials import arms_of
@@ -43,32 +45,29 @@ ORDERS = 200  # in which trials come, of simulated ASHA
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """`trials` are different configurations, `at_most` the suggestions they are of; `epochs` of all trainings without
-    ASHA, `with_asha` least and most with it."""
+    """What is tried (`count`), how many trials are `done`, `epochs` of all trainings without ASHA and, least and most,
+    `with_asha`, and what it costs."""
 
-    trials: int
-    at_most: int
-    impossible: int  # suggestions whose values do not go together
+    count: SweepCount
     done: int
-    pilots: int
-    seeds: int
     epochs: int
     with_asha: tuple[int, int] | None
     costs: Stages
 
     @property
-    def sentence(self) -> str:
-        """Number of trials and cost, for people."""
-        same = f" ({self.at_most:,} suggestions)" if self.at_most != self.trials else ""
-        pilots = f" on {self.pilots:,} pilot{'s' * (self.pilots != 1)}" if self.pilots else ""
+    def words(self) -> str:
+        """Epochs and cost, for people."""
         asha = "" if self.with_asha is None else f", {self.with_asha[0]:,} to {self.with_asha[1]:,} with ASHA"
-        done = f"; {self.done:,} are done" if self.done else ""
-        return (f"{self.trials:,} trial{'s' * (self.trials != 1)}{same} of {self.seeds} seed{'s' * (self.seeds != 1)}"
-                f"{pilots}, {self.epochs:,} epochs{asha}{done}; {self.costs.words()}")
+        done = f"; {self.done:,} trials are done" if self.done else ""
+        return f"{self.epochs:,} epochs{asha}{done}; {self.costs.words()}"
+
+    @property
+    def sentence(self) -> str:
+        """Number of trials and cost."""
+        return f"{self.count.sentence}; {self.words}"
 
     def to_json(self) -> dict[str, Any]:
-        return {"trials": self.trials, "at_most": self.at_most, "impossible": self.impossible, "done": self.done,
-                "pilots": self.pilots, "seeds": self.seeds, "sentence": self.sentence,
+        return {**self.count.to_json(), "done": self.done, "sentence": self.sentence,
                 "epochs": {"without_asha": self.epochs, "with_asha": self.with_asha and list(self.with_asha)},
                 **self.costs.to_json()}
 
@@ -76,31 +75,27 @@ class SweepPlan:
 def plan_sweep(config: SweepConfig) -> SweepPlan:
     """Loads no model, writes nothing. Raises ConfigError where data or test images can neither be listed nor are told
     by `estimate`."""
-    asked, files = asked_of(config), open_files(config.folder)
+    asked, files, count = asked_of(config), open_files(config.folder), count_of(config)
     base = base_study(config) if files.read("sweep.json") is not None else {
         **config.study, **({} if config.seeds is None else {"seeds": config.seeds})}
-    total = n_suggestions(dimensions_of(config), config.search, config.samples)
-    studies, impossible = _studies(config, base, asked, min(total, MOST))
-    scale = total / min(total, MOST)
+    studies = _studies(config, base, asked, min(count.asked, MOST))
     listed, results = listed_for(next(iter(studies.values()))), read_results(files)
     if config.hold_out is not None:
         listed = replace(listed, tests=config.hold_out * listed.sizes.classes)
     left = {key: study for key, study in studies.items() if key[:8] not in results}
     pilots = {key: study for study in left.values() for key in [_pilot(study)] if key}
     share = _asha_share(config.scheduler, config.epochs, len(left))
-    trainings = [_trial(study, listed) for study in left.values()]
-    again = [_trial(study.model_copy(update={"seeds": list(range(config.fresh_seeds))}), listed)
-             for study in list(studies.values())[:1] if config.fresh_seeds]
-    stages = [_together("pilots", f"{len(pilots):,} pilots",
+    again = next(iter(studies.values())).model_copy(update={"seeds": list(range(count.again))})
+    scale = count.trials / len(studies)
+    stages = [_together("pilots", f"pilots of {round(scale * len(pilots)):,} configurations",
                         [one for study in pilots.values() for one in _pilot_stages(study, listed)], scale),
-              _together("trials", f"{len(left):,} trials of {len(listed.subsets)} seeds", trainings, scale, share[0]),
-              _together("best again", f"{config.fresh_seeds} fresh seeds", again, 1.0)]
+              _together("trials", f"{round(scale * len(left)):,} trials of {count.seeds} seeds",
+                        [_trial(study, listed) for study in left.values()], scale, share[0]),
+              _together("best again", f"{count.again} trainings", [_trial(again, listed)] * bool(count.again), 1.0)]
     room = asked.gpus if config.max_concurrent is None else min(asked.gpus, config.max_concurrent)
-    seeds = len(listed.subsets)
-    epochs = sum(arms_of(study)[0].recipe.epochs for study in studies.values()) * seeds
-    with_asha = None if config.scheduler is None else (round(epochs * share[0]), epochs)
-    return SweepPlan(round(scale * len(studies)), total, round(scale * impossible), len(studies) - len(left),
-                     round(scale * len(pilots)), seeds, round(scale * epochs), with_asha,
+    epochs = sum(arms_of(study)[0].recipe.epochs for study in studies.values()) * count.seeds
+    with_asha = None if config.scheduler is None else (round(scale * epochs * share[0]), round(scale * epochs))
+    return SweepPlan(count, len(studies) - len(left), round(scale * epochs), with_asha,
                      timed([one for one in stages if one is not None], asked.model_copy(update={"gpus": room})))
 
 
@@ -141,20 +136,17 @@ def _asha_share(scheduler: AshaConfig | None, epochs: int, trials: int) -> tuple
 
 
 def _studies(config: SweepConfig, base: Mapping[str, Any], asked: EstimateConfig,
-             count: int) -> tuple[dict[str, StudyConfig], int]:
-    """Different studies that the first suggestions are, by their identity, and how many do not go together."""
+             many: int) -> dict[str, StudyConfig]:
+    """Different studies that the first suggestions are, by their identity."""
     space, search = dimensions_of(config), "random" if config.search == "optuna" else config.search
-    found, impossible = dict[str, StudyConfig](), 0
-    for number in range(count):
-        try:
+    found = dict[str, StudyConfig]()
+    for number in range(many):
+        with contextlib.suppress(ConfigError):  # values that do not go together, which `count_of` names
             study = study_with(base, config, suggest(space, search, config.seed, number))
-        except ConfigError:
-            impossible += 1
-            continue
-        found.setdefault(digest(identity(study)), study.model_copy(update={"estimate": asked}))
+            found.setdefault(digest(identity(study)), study.model_copy(update={"estimate": asked}))
     if not found:
         raise ConfigError(config.name, ["space: no values of it go together; take fewer or other ones"])
-    return found, impossible
+    return found
 
 
 def _pilot(study: StudyConfig) -> str:
@@ -184,16 +176,15 @@ def _together(name: str, what: str, stages: Sequence[PlanStage], scale: float, s
     """Stages of many trials as one, each of them a task; `share`: of the hours at least."""
     if not stages:
         return None
-    lacking = next((one for one in stages if one.hours is None), None)
-    if lacking is not None:
-        return replace(lacking, name=name, what=what)
+    tasks, sizes = max(1, round(scale * len(stages))), [one.bytes for one in stages]
+    size = None if None in sizes else round(scale * sum(one for one in sizes if one is not None))
+    if (lacking := next((one for one in stages if one.hours is None), None)) is not None:
+        return replace(lacking, name=name, what=what, tasks=tasks, bytes=size)
     known = [one.hours for one in stages if one.hours is not None]
     least, most = scale * share * math.fsum(one[0] for one in known), scale * math.fsum(one[1] for one in known)
-    sizes = [one.bytes for one in stages]
     sources = list(dict.fromkeys(one.source for one in stages))
     more = f"; and {len(sources) - 1} more of the kind" if len(sources) > 1 else ""
     parts = tuple(sum(one) for one in known)
-    return PlanStage(name, what, stages[0].unit, (least, most), sources[0] + more,
-                     tasks=max(1, round(scale * len(stages))), saves=min(one.saves for one in stages),
-                     parts=parts if scale == 1 and all(parts) else (),
-                     bytes=None if None in sizes else round(scale * sum(one for one in sizes if one is not None)))
+    return PlanStage(name, what, stages[0].unit, (least, most), sources[0] + more, tasks=tasks,
+                     saves=min(one.saves for one in stages), bytes=size,
+                     parts=parts if scale == 1 and all(parts) else ())

@@ -28,8 +28,11 @@ def plan(raw: Raw, **sections: Any) -> SweepPlan:  # noqa: F811
     ({"space": {STRENGTH: {"choice": [5, 9]}}, "samples": 6}, 2, 2)])
 def test_trials_and_pilots_are_those_that_are_tried(raw: Raw, changes: Raw, trials: int, pilots: int) -> None:  # noqa: F811
     found = plan(raw, **changes)
-    assert (found.trials, found.pilots) == (trials, pilots)
+    assert (found.count.trials, found.count.expansions) == (trials, pilots)
     assert found.epochs == 2 * trials
+    stages = {one.stage.name: one.stage for one in found.costs.stages}
+    assert stages["pilots"].tasks == pilots
+    assert stages["trials"].tasks == trials
 
     sweep = open_sweep(parse_sweep({**raw, **changes}))
     search = Search(sweep)
@@ -38,15 +41,15 @@ def test_trials_and_pilots_are_those_that_are_tried(raw: Raw, changes: Raw, tria
         tried, _ = tried + 1, search.running.pop(one.key)
         search.results[one.key] = {"values": one.values, "curve": [], "state": "finished"}
     assert tried == trials
-    assert search.total == found.at_most
+    assert search.total == found.count.asked
 
 
 def test_trials_that_are_done_cost_nothing(raw: Raw) -> None:  # noqa: F811
     config = parse_sweep(raw)
     run_here(Search(open_sweep(config)))
     found = plan_sweep(config)
-    assert (found.trials, found.done) == (2, 2)
-    assert "; 2 are done; " in found.sentence
+    assert (found.count.trials, found.done) == (2, 2)
+    assert "; 2 trials are done; " in found.sentence
 
 
 def test_asha_by_hand() -> None:
@@ -62,7 +65,7 @@ def test_asha_is_an_interval_from_the_rule_to_nobody_stopped(raw: Raw) -> None: 
     study = {**raw["study"], "recipe": {**raw["study"]["recipe"], "epochs": 9, "updates": 90}}
     found = plan(raw, study=study, scheduler={"asha": {"grace": 1, "reduction_factor": 3}}, samples=27,
                  space={LR: {"loguniform": [0.001, 0.1]}})
-    assert found.trials == 27
+    assert found.count.trials == 27
     assert found.with_asha is not None
     least, most = found.with_asha
     assert most == found.epochs == 27 * 9
@@ -83,7 +86,7 @@ def test_a_large_sweep_of_imagenet_without_the_data(raw: Raw) -> None:  # noqa: 
     plain = plan({name: one for name, one in raw.items() if name != "hold_out"}, study={**study, "estimate": told},
                  samples=5, space={"expansions.noisy.method.strength": {"uniform": [0.3, 0.9]}})
 
-    assert (found.trials, found.pilots, found.costs.unknown) == (5, 5, [])
+    assert (found.count.trials, found.count.expansions, found.costs.unknown) == (5, 5, [])
     assert "GPU hours" in found.sentence
     assert "USD" in found.sentence
     assert plain.sentence == found.sentence, "the section of the study counts where the sweep has none"
@@ -93,6 +96,7 @@ def test_a_large_sweep_of_imagenet_without_the_data(raw: Raw) -> None:  # noqa: 
 
 def test_the_verb_says_it(raw: Raw) -> None:  # noqa: F811
     found = api.plan(raw)
-    assert any(line.startswith("sweep: 2 trials (4 suggestions) of 1 seed on 1 pilot, 4 epochs")
-               for line in found.below())
+    said = next(line for line in found.below() if line.startswith("sweep: "))
+    assert "2 trials (2 of 4 asked for are equal to another)" in said
+    assert "; 4 epochs; hours unknown: " in said
     assert found.to_dict()["epochs"] == {"without_asha": 4, "with_asha": None}
