@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from rayexpand.evaluation import copy_statistics as statistics
 from rayexpand.evaluation.audit_files import committed_sha256, numbers, part_names
 from rayexpand.evaluation.copies_config import CopiesConfig, chosen_extractor
 from rayexpand.evaluation.copy_search import CompareChunk, ComparedSeeds, CopyJob, OnRows, Work, held_out_chunk
+from rayexpand.evaluation.feature_file import FeatureFile
 from rayexpand.evaluation.known_copies import EDITS, STRENGTHS, has_img2img
 from rayexpand.runs.config import RuntimeConfig
 from rayexpand.runs.run import Run
@@ -57,7 +59,15 @@ def audit_copies(run: Run, config: CopiesConfig, runtime: RuntimeConfig, folder:
         raise UsageError(f"{run.folder} has no kept sample to audit; run `rayexpand expand` first")
     held_out = _held_out_chunks(config)
     known = _known_chunks(run, config)
-    found = _seed_features(run, job, work, on_rows)
+    with FeatureFile(len(run.plan.index)) as file:
+        return _audited(run, job, folder, _seed_features(run, job, work, file, on_rows), samples, held_out, known, work,
+                        on_rows)
+
+
+def _audited(run: Run, job: CopyJob, folder: str, found: ComparedSeeds, samples: Sequence[CompareChunk],
+             held_out: Sequence[CompareChunk], known: Sequence[CompareChunk], work: Work,
+             on_rows: OnRows) -> dict[str, Any]:
+    config = job.config
     calibration = _calibration(job, [*held_out, *known], found, work, on_rows)
     for name in (folder, ".tmp"):
         run.files.make_folder(name)
@@ -66,7 +76,7 @@ def audit_copies(run: Run, config: CopiesConfig, runtime: RuntimeConfig, folder:
                        "extractor": job.extractor_sha256, "seeds": found.sha256})
     rows = _Parts(run, folder, identity).rows(samples, lambda chunks: work(job, chunks, found), on_rows)
     extractor = {"name": extractors.name_of(config.extractor), "sha256": job.extractor_sha256,
-                 "resize": config.extractor.brought.words, "features": found.h_MD.shape[1]}
+                 "resize": config.extractor.brought.words, "features": found.width}
     repeated_M = (found.same_M != np.arange(len(found.same_M))) & found.sound_M
     return {"identity": identity, "committed_sha256": committed_sha256(run.store.receipts()), "extractor": extractor,
             "within": config.within, "centre": config.centre, "top": config.top,
@@ -101,28 +111,27 @@ def _known_chunks(run: Run, config: CopiesConfig) -> list[CompareChunk]:
             for kind in kinds for start in range(0, len(chosen), KNOWN_CHUNK)]
 
 
-def _seed_features(run: Run, job: CopyJob, work: Work, on_rows: OnRows) -> ComparedSeeds:
+def _seed_features(run: Run, job: CopyJob, work: Work, file: FeatureFile, on_rows: OnRows) -> ComparedSeeds:
     count = len(run.plan.index)
     chunks = [CompareChunk("seeds", str(start), min(CHUNK, count - start),
                     positions=tuple(range(start, min(start + CHUNK, count)))) for start in range(0, count, CHUNK)]
-    tables = _all(job, chunks, None, work, "features of seeds", on_rows)
-    return ComparedSeeds.of(pa.concat_tables(tables), run.plan.index.labels)
+    tables = _worked(job, chunks, None, work, "features of seeds", on_rows)
+    return ComparedSeeds.of(((number * CHUNK, table) for number, table in tables), run.plan.index.labels, file)
 
 
 def _calibration(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds, work: Work,
                  on_rows: OnRows) -> pa.Table:
-    return pa.concat_tables(_all(job, chunks, found, work, "held-out images and known copies", on_rows))
+    tables = dict(_worked(job, chunks, found, work, "held-out images and known copies", on_rows))
+    return pa.concat_tables([tables[number] for number in range(len(chunks))])
 
 
-def _all(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds | None, work: Work, task: str,
-         on_rows: OnRows) -> list[pa.Table]:
-    """Tables of the chunks in their order."""
-    tables: dict[int, pa.Table] = {}
+def _worked(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds | None, work: Work, task: str,
+            on_rows: OnRows) -> Iterator[tuple[int, pa.Table]]:
+    """Numbers of chunks and their tables, as they come."""
     total, done = sum(one.rows for one in chunks), 0
     for number, table in work(job, chunks, found):
-        tables[number] = table
+        yield number, table
         on_rows(task, done := done + chunks[number].rows, total)
-    return [tables[number] for number in range(len(chunks))]
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
@@ -139,8 +148,9 @@ class _Parts:
     def rows(self, chunks: Sequence[CompareChunk],
              work: Callable[[Sequence[CompareChunk]], Iterator[tuple[int, pa.Table]]], on_rows: OnRows) -> pa.Table:
         """COUNTED columns of all samples: of those that are there already, and of the others."""
-        known = self._known({chunk.key for chunk in chunks})
-        todo = [chunk for chunk in chunks if chunk.key not in known]
+        counted = Counted(chunks)
+        self._known(counted)
+        todo = [chunk for chunk in chunks if chunk.key not in counted]
         total = sum(one.rows for one in chunks)
         done = total - sum(one.rows for one in todo)
         waiting: list[tuple[str, pa.Table]] = []
@@ -148,31 +158,30 @@ class _Parts:
             for number, table in work(todo) if todo else ():
                 waiting.append((todo[number].key, table))
                 on_rows("samples compared with seeds", done := done + todo[number].rows, total)
+                counted.add(todo[number].key, table)
                 if sum(table.num_rows for _, table in waiting) >= PART_ROWS:
-                    known |= self._keep(waiting)
+                    self._keep(waiting)
                     waiting = []
         finally:
             if waiting:
-                known |= self._keep(waiting)
-        return pa.concat_tables([known[chunk.key] for chunk in chunks])
+                self._keep(waiting)
+        return counted.table()
 
-    def _known(self, wanted: set[str]) -> dict[str, pa.Table]:
-        """Tables by the key of their chunk; parts that are damaged, of another audit, or of data files that are gone
-        are removed."""
-        found: dict[str, pa.Table] = {}
+    def _known(self, counted: Counted) -> None:
+        """Counts the rows of parts; those that are damaged, of another audit, or of data files that are gone are
+        removed."""
         files = self.run.files
         for name in part_names(files, self.folder):
-            table, start = self._part(name, wanted - found.keys()), 0
+            table, start = self._part(name, counted.missing), 0
             if table is None:
                 files.delete(f"{self.folder}/{name}")
                 continue
             facts = json.loads(table.schema.metadata[JOB])
             for key, rows in facts["chunks"]:
-                found[key] = table.slice(start, rows).select(COUNTED).replace_schema_metadata()
+                counted.add(key, table.slice(start, rows))
                 start += rows
-        return found
 
-    def _part(self, name: str, wanted: set[str]) -> pa.Table | None:
+    def _part(self, name: str, wanted: Set[str]) -> pa.Table | None:
         """None where it is of another audit, of other chunks, or damaged."""
         files, file = self.run.files, f"{self.folder}/{name}"
         try:
@@ -183,14 +192,42 @@ class _Parts:
             log.warning("%s. It is made again", error)
             return None
 
-    def _keep(self, tables: Sequence[tuple[str, pa.Table]]) -> dict[str, pa.Table]:
+    def _keep(self, tables: Sequence[tuple[str, pa.Table]]) -> None:
         facts = {"job": self.identity, "chunks": [(key, table.num_rows) for key, table in tables]}
         content = parquet_bytes(pa.concat_tables([table for _, table in tables]), {JOB: json.dumps(facts).encode()},
                                 row_group=PART_ROWS)
         number = len(part_names(self.run.files, self.folder))
         while not self.run.files.publish(f"{self.folder}/part-{number:05d}.parquet", content):
             number += 1
-        return {key: table.select(COUNTED) for key, table in tables}
+
+
+class Counted:
+    """COUNTED columns of the samples of all chunks, in their order, filled as chunks come."""
+
+    def __init__(self, chunks: Sequence[CompareChunk]) -> None:
+        ends = np.cumsum([0, *(chunk.rows for chunk in chunks)]).tolist()
+        self._rows = {chunk.key: slice(*edges) for chunk, edges in zip(chunks, pairwise(ends), strict=True)}
+        self._total, self._columns, self._there = ends[-1], dict[str, np.ndarray](), set[str]()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._there
+
+    @property
+    def missing(self) -> Set[str]:
+        """Keys of the chunks that have not come."""
+        return self._rows.keys() - self._there
+
+    def add(self, key: str, table: pa.Table) -> None:
+        for name in COUNTED:
+            values = table[name].to_numpy()
+            if name not in self._columns:
+                self._columns[name] = np.empty(self._total, values.dtype)
+            self._columns[name][self._rows[key]] = values
+        self._there.add(key)
+
+    def table(self) -> pa.Table:
+        assert not self.missing
+        return pa.table(self._columns)
 
 
 # --------------------------------------------------------------------------------------------------------------- result

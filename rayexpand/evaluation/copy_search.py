@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from rayexpand.data.pixels import decode
 from rayexpand.data.seeds import DataConfig, SeedReader
 from rayexpand.evaluation import copy_extractor as extractors
 from rayexpand.evaluation.copies_config import CopiesConfig
+from rayexpand.evaluation.feature_file import FeatureFile
 from rayexpand.evaluation.known_copies import EDITS, drawing, edited, redrawn
 from rayexpand.evaluation.search import References, similarities, unit_rows
 from rayexpand.models.prior import inspect_prior
@@ -38,6 +39,8 @@ from rayexpand.runs.config import RuntimeConfig
 from rayexpand.runs.run import Run, open_run
 from rayexpand.runs.tools import load_tools
 from rayexpand.storage.tables import read_table
+
+_ROWS = 65_536  # of features, held at once
 
 OnRows = Callable[[str, int, int], None]
 
@@ -83,16 +86,33 @@ def held_out_chunk(index: SeedIndex, rows: np.ndarray) -> CompareChunk:
 class ComparedSeeds:
     """Features of all seeds of a run, in the order of its index."""
 
-    h_MD: np.ndarray  # float32; zeros where a seed cannot be read
+    h_MD: np.ndarray | FeatureFile  # float32; zeros where a seed cannot be read. Of a driver they are in a file
     sound_M: np.ndarray  # bool
     pixels_M: np.ndarray  # uint64: hash of the decoded pixels
     label_M: np.ndarray  # int32
 
     @classmethod
-    def of(cls, table: pa.Table, labels: np.ndarray) -> ComparedSeeds:
-        flat = table["features"].combine_chunks().flatten().to_numpy()
-        return cls(flat.reshape(table.num_rows, -1), table["sound"].to_numpy(zero_copy_only=False),
-                   table["pixels"].to_numpy(), labels)
+    def of(cls, tables: Iterable[tuple[int, pa.Table]], labels: np.ndarray, file: FeatureFile) -> ComparedSeeds:
+        """Of tables by the position of their first seed, as they come; their features go to `file`."""
+        sound_M, pixels_M = np.zeros(len(labels), bool), np.zeros(len(labels), np.uint64)
+        for start, table in tables:
+            rows = slice(start, start + table.num_rows)
+            file.write(start, table["features"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1))
+            sound_M[rows] = table["sound"].to_numpy(zero_copy_only=False)
+            pixels_M[rows] = table["pixels"].to_numpy()
+        return cls(file, sound_M, pixels_M, labels)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.h_MD.width if isinstance(self.h_MD, FeatureFile) else self.h_MD.shape[1]
+
+    def loaded(self) -> ComparedSeeds:
+        """With the features in memory, as a search needs them."""
+        return replace(self, h_MD=self._features(0, len(self.label_M)))
+
+    def _features(self, start: int, stop: int) -> np.ndarray:
+        return self.h_MD.read(start, stop) if isinstance(self.h_MD, FeatureFile) else self.h_MD[start:stop]
 
     @cached_property
     def same_M(self) -> np.ndarray:
@@ -105,7 +125,9 @@ class ComparedSeeds:
 
     @property
     def sha256(self) -> str:
-        hasher = hashlib.sha256(self.h_MD.tobytes())
+        hasher = hashlib.sha256()
+        for start in range(0, len(self.label_M), _ROWS):
+            hasher.update(self._features(start, min(start + _ROWS, len(self.label_M))).tobytes())
         for one in (self.sound_M, self.pixels_M, self.label_M):
             hasher.update(one.tobytes())
         return hasher.hexdigest()
@@ -117,13 +139,13 @@ def in_process(job: CopyJob, chunks: Sequence[CompareChunk],
     from rayexpand.contract.device import torch_threads
 
     with torch_threads(job.runtime.torch_threads):
-        finder = CopyFinder(job, open_run(job.run), found)
+        finder = CopyFinder(job, open_run(job.run), None if found is None else found.loaded())
         for number, chunk in enumerate(chunks):
             yield number, finder(chunk)
 
 
 class CopyFinder:
-    """Chunks -> tables. `run` and the extractor of `job` name models where this process finds them."""
+    """Chunks -> tables. `found` is loaded; `run` and the extractor of `job` name models where this process finds them."""
 
     def __init__(self, job: CopyJob, run: Run, found: ComparedSeeds | None) -> None:
         self._job, self._run = job, run
@@ -241,6 +263,7 @@ class Searcher:
     """Images by their features -> nearest seeds."""
 
     def __init__(self, found: ComparedSeeds, config: CopiesConfig, device: Any) -> None:
+        assert isinstance(found.h_MD, np.ndarray)
         self._found, self._config, self._device = found, config, device
         self._at = np.flatnonzero(found.sound_M & (found.same_M == np.arange(len(found.same_M))))
         self._centre = found.h_MD[self._at].mean(axis=0, dtype=np.float64) if config.centre else None

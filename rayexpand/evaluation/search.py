@@ -109,6 +109,9 @@ def similarities(q_BD: np.ndarray, r_MD: np.ndarray, i_BC: np.ndarray) -> np.nda
 
 def unit_rows(h_ND: np.ndarray, centre_D: np.ndarray | None = None) -> np.ndarray:
     """float32 rows of length 1, after `centre_D` was taken away; a row of zeros stays one."""
-    h_ND = np.asarray(h_ND, np.float64) - (0 if centre_D is None else centre_D)
-    length_N1 = np.linalg.norm(h_ND, axis=1, keepdims=True)
-    return (h_ND / np.where(length_N1 > 0, length_N1, 1)).astype(np.float32)
+    unit_ND = np.empty(h_ND.shape, np.float32)
+    for start in range(0, len(h_ND), BLOCK):
+        block = np.asarray(h_ND[start:start + BLOCK], np.float64) - (0 if centre_D is None else centre_D)
+        length_B1 = np.linalg.norm(block, axis=1, keepdims=True)
+        unit_ND[start:start + BLOCK] = block / np.where(length_B1 > 0, length_B1, 1)
+    return unit_ND

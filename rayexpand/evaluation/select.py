@@ -58,7 +58,7 @@ from rayexpand.runs.config import ClusterConfig, GuideConfig, RuntimeConfig, gui
 from rayexpand.runs.run import Run
 from rayexpand.runs.store import FOOTER, Totals, totals
 from rayexpand.storage.files import each
-from rayexpand.storage.tables import parquet_bytes, parquet_facts
+from rayexpand.storage.tables import parquet_bytes, parquet_facts, texts
 
 _COLUMNS = ["sample_id", "row", "label", "strength"]
 
@@ -279,7 +279,7 @@ def _rows(run: Run, receipts: Sequence[Receipt], columns: frozenset[str]) -> _Sa
 
 
 class _Ids(Sequence[str]):
-    """Sample ids as a sequence that makes its strings a few at a time."""
+    """Sample ids as a sequence that makes its strings when they are asked for."""
 
     def __init__(self, ids: pa.Array) -> None:
         self._ids = ids
@@ -291,8 +291,7 @@ class _Ids(Sequence[str]):
         return self._ids[at].as_py()
 
     def __iter__(self) -> Any:
-        for start in range(0, len(self._ids), 1 << 16):
-            yield from self._ids.slice(start, 1 << 16).to_pylist()
+        return texts(self._ids)
 
 
 def _job(run: Run, config: SelectConfig, wanted: frozenset[str], on_rows: OnRows) -> ScoreJob:

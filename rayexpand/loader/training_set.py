@@ -227,7 +227,8 @@ class TrainingSet:
         """What `load` reads, with its hash at the end."""
         sink = io.BytesIO()
         self._write(sink)
-        return sink.getvalue() + hashlib.sha256(sink.getbuffer()).digest()
+        sink.write(hashlib.sha256(sink.getbuffer()).digest())
+        return sink.getvalue()
 
     def _write(self, sink: IO[bytes]) -> None:
         """Arrow IPC streams one behind the other: the table, then the seed index of every real part."""

@@ -38,7 +38,7 @@ def find(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds | No
         prior = {part: sha256 for part, sha256 in run.facts["models"].items() if part in _DRAWN_BY}
         server = open_model_server({job.extractor_sha256: files_of(job.config.extractor),
                                     **run_models(run.config, prior)})
-        shared, all_chunks = ray.put(found), ray.put(list(chunks))
+        shared, all_chunks = _shared(found), ray.put(list(chunks))
         for start, wave in waves(range(len(chunks))):
             items = [{"number": number} for number in range(start, start + len(wave))]
             arguments = {"job": job, "chunks": [all_chunks], "found": [shared], "prior": prior, "server": server}
@@ -49,6 +49,17 @@ def find(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds | No
 
 
 _DRAWN_BY = ("prior", "adapter")  # models of the run that make known copies
+
+
+def _shared(found: ComparedSeeds | None) -> ray.ObjectRef:
+    """The seeds in the object store. A process beside the driver puts them there, so that the driver holds none."""
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return ray.put(None) if found is None else _loaded.options(label_selector=here).remote(found)
+
+
+@ray.remote(num_cpus=0)
+def _loaded(found: ComparedSeeds) -> ComparedSeeds:
+    return found.loaded()
 
 
 class FindActor:

@@ -14,7 +14,7 @@ from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import ClassTable
 from rayexpand.evaluation.audit_files import copy_rows, latest, numbers
 from rayexpand.runs.status import RunView
-from rayexpand.storage.tables import find_rows
+from rayexpand.storage.tables import find_rows, texts
 
 ROWS, NEAREST = 20, 3
 KNOWN = {"exact": "the seed itself", "jpeg_75": "JPEG of quality 75", "crop_80": "the middle, 80 % of each side",
@@ -51,7 +51,7 @@ def _chosen(view: RunView, found: Mapping[str, Any]) -> dict[str, list[dict[str,
     table = copy_rows(view.files, found["audit"], columns)
     s_N = numbers(table, scope)
     highest = np.argsort(-np.where(np.isnan(s_N), -np.inf, s_N), kind="stable")[:ROWS]
-    key_N = PlanRng(0, "page").per_seed("copies", table["sample_id"].to_pylist())
+    key_N = PlanRng(0, "page").per_seed("copies", texts(table["sample_id"]))
     return {"nearest to another seed": _taken(table, highest),
             "chosen by chance": _taken(table, np.argsort(key_N, kind="stable")[:ROWS])}
 

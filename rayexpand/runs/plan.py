@@ -126,6 +126,20 @@ class Plan:
             units += _grouped(draws, self.method.group(copies) if draws else 1)
         return units
 
+    def sample_ids(self, shard_id: int) -> pa.Array:
+        """string: of the draws of a shard, by seed and copy."""
+        parts = self._parts_of(shard_id)
+        return self.ids_of(np.arange(self.first_row[parts.start], self.first_row[parts.stop]))
+
+    def ids_of(self, row: np.ndarray) -> pa.Array:
+        """string: sample ids of rows, <seed id>/<copy>."""
+        part = np.searchsorted(self.first_row, row, side="right") - 1
+        position, copy = self.parts.seed[part], self.parts.first[part] + row - self.first_row[part]
+        first, stop = (int(position.min()), int(position.max()) + 1) if len(row) else (0, 0)
+        seed_ids = self.index.table["seed_id"].slice(first, stop - first).combine_chunks()
+        return pc.binary_join_element_wise(seed_ids.take(pa.array(position - first)), pa.array(copy).cast(pa.string()),
+                                           "/")
+
     def draws_of(self, position: int) -> list[Draw]:
         """The draws of one seed, by its position in the index."""
         parts = self._parts_with(position)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from rayexpand.contract.errors import DamagedFile, UsageError
 from rayexpand.runs.run import Run
-from rayexpand.storage.tables import read_table
+from rayexpand.storage.tables import read_table, texts
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def read_selection(run: Run, name: str) -> Selection:
     try:
         if not re.fullmatch(r"[\w.-]+", name):
             raise FileNotFoundError(name)
-        table = read_table(run.files, file).select(["sample_id", "keep"])
+        table = read_table(run.files, file, ["sample_id", "keep"])
     except FileNotFoundError as error:
         known = sorted(file.removesuffix(".parquet") for file in run.files.list("selections"))
         raise UsageError(f"{run.folder} has no selection {name!r}; it has {', '.join(known) or 'none'}. Make it with "
@@ -47,13 +47,15 @@ def read_selection(run: Run, name: str) -> Selection:
         raise DamagedFile(f"{error}. Delete it and select again") from error
     if not table.num_rows:
         raise UsageError(f"selection {name!r} of {run.folder} decides nothing; select again")
-    ids = _digests(table["sample_id"].to_pylist())
+    ids = _digests(texts(table["sample_id"]))
     order = np.argsort(ids)
     if (np.diff(ids[order]) == 0).any():
         raise UsageError(f"selection {name!r} of {run.folder} decides a sample twice; select again")
-    return Selection(name, ids[order], np.asarray(table["keep"].to_pylist(), bool)[order])
+    return Selection(name, ids[order], table["keep"].to_numpy()[order])
 
 
-def _digests(sample_ids: Sequence[str]) -> np.ndarray:
-    joined = b"".join(hashlib.blake2b(one.encode(), digest_size=8).digest() for one in sample_ids)
+def _digests(sample_ids: Iterable[str]) -> np.ndarray:
+    joined = bytearray()
+    for one in sample_ids:
+        joined += hashlib.blake2b(one.encode(), digest_size=8).digest()
     return np.frombuffer(joined, "<u8")

@@ -187,28 +187,34 @@ class Store:
 
     def commit(self, receipt: Receipt, samples: Sequence[Sample], classes: ClassTable) -> Receipt:
         """Publishes a shard: refused rows, then data, then receipt. Returns the receipt of whoever won the shard."""
-        started = time.perf_counter()
         kept = [s for s in samples if s.status is Status.KEPT]
         refused = [s for s in samples if s.status is not Status.KEPT]
         assert receipt.planned == len(samples) == len({s.draw.sample_id for s in samples})
+        receipt = replace(receipt, content_sha256=content_sha256((s.draw.sample_id, s.sample_sha256) for s in kept))
+        return self.commit_tables(receipt, _tables(kept, DATA_SCHEMA),
+                                  _tables(refused, REFUSED_SCHEMA) if refused else None, classes)
+
+    def commit_tables(self, receipt: Receipt, kept: Iterable[pa.Table], refused: Iterable[pa.Table] | None,
+                      classes: ClassTable) -> Receipt:
+        """`commit` of rows that are tables already (DATA_SCHEMA, REFUSED_SCHEMA), each of them row groups of its own.
+        The receipt has their counts and content_sha256."""
+        started = time.perf_counter()
         shard = receipt.shard_id
         side_file, side_sha256 = "", ""
-        if refused:
-            content = parquet_of(_tables(refused, REFUSED_SCHEMA), REFUSED_SCHEMA, {})
+        if refused is not None:
+            content = parquet_of(refused, REFUSED_SCHEMA, {})
             side_sha256 = hashlib.sha256(content).hexdigest()
             side_file = f"{shard:06d}-{side_hash(content)}.parquet"
             if not self.files.publish(where := f"rejected/{side_file}", content, "side", shard) and (
                     self.files.read(where) != content):  # damaged: its name says what it is to hold
                 self.files.replace(where, content)
         receipt = replace(receipt, data_file=data_name(shard, receipt.generation), side_file=side_file,
-                          content_sha256=content_sha256((s.draw.sample_id, s.sample_sha256) for s in kept),
                           run_digest=self.run_digest)
         footer = {"shard_id": shard, "generation": receipt.generation, "run_digest": self.run_digest,
                   "writer": self.token, "side_file": side_file, "side_sha256": side_sha256,
                   "content_sha256": receipt.content_sha256, "receipt": json.loads(receipt.to_json())}
-        content = parquet_of(_tables(kept, DATA_SCHEMA), DATA_SCHEMA,
-                             {**huggingface_metadata(classes), FOOTER: json.dumps(footer).encode(),
-                              NAMED: f"data/{receipt.data_file}".encode()})
+        content = parquet_of(kept, DATA_SCHEMA, {**huggingface_metadata(classes), FOOTER: json.dumps(footer).encode(),
+                                                 NAMED: f"data/{receipt.data_file}".encode()})
         if not self.files.publish(f"data/{receipt.data_file}", content, "data", shard):
             winner = self.find(shard, receipt.generation)
             assert winner is not None

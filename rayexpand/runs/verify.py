@@ -8,16 +8,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from rayexpand.contract.errors import DamagedFile, RayexpandError
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import DRAW_FIELDS, Draw, Receipt, Status, sample_sha256
 from rayexpand.runs.allocation import allocated
-from rayexpand.runs.plan import Plan, plan_digest
+from rayexpand.runs.plan import plan_digest
 from rayexpand.runs.run import Run
 from rayexpand.runs.store import MAKE_AGAIN, Store, Totals, content_sha256, data_name, parse_data_name, totals
 from rayexpand.storage.tables import read_table
+
+
+_NO_IDS = pa.array([], pa.string())
 
 
 @dataclass
@@ -44,7 +49,7 @@ def verify(run: Run, *, pixels: bool = False) -> Findings:
     """Checks every byte of every committed file, and rebuilds missing receipts. `pixels` also decodes each image and
     checks its hash, so that a file of a version without seals is checked as well."""
     findings, receipts, named = Findings(_plan_problems(run)), [], set()
-    failed_before: dict[int, set[str]] = {}
+    failed_before: dict[int, pa.Array] = {}
     faulty: set[int] = set()
     seen: set[tuple[int, int]] = set()
     cached = run.store.cached()
@@ -59,7 +64,7 @@ def verify(run: Run, *, pixels: bool = False) -> Findings:
         try:
             receipt = run.store.find(shard_id, generation)
             assert receipt is not None
-            expected = (_planned_ids(run.plan, shard_id) if generation == 0 else failed_before.get(shard_id, set()))
+            expected = run.plan.sample_ids(shard_id) if generation == 0 else failed_before.pop(shard_id, _NO_IDS)
             failed_before[shard_id] = _check_file(run.store, receipt, expected, pixels, findings.problems)
         except (OSError, RayexpandError, KeyError) as error:
             findings.problems.append(_problem(run, where, error))
@@ -106,18 +111,18 @@ def _problem(run: Run, where: str, error: OSError | RayexpandError | KeyError) -
     return f"{where}: {error}"
 
 
-def _check_file(store: Store, receipt: Receipt, expected: set[str], pixels: bool, problems: list[str]) -> set[str]:
+def _check_file(store: Store, receipt: Receipt, expected: pa.Array, pixels: bool, problems: list[str]) -> pa.Array:
     """Checks one committed file; returns the ids that failed in it."""
     where = f"data/{receipt.data_file}"
     kept, refused = read_table(store.files, where), store.refused(receipt)
-    ids, others = kept["sample_id"].to_pylist(), refused["sample_id"].to_pylist()
-    problem = None
-    if len({*ids, *others}) != len(ids) + len(others):
+    ids, others = (one["sample_id"].combine_chunks() for one in (kept, refused))
+    decided, problem = pa.concat_arrays([ids, others]), None
+    gone, extra = _without(expected, decided), _without(decided, expected)
+    if len(decided.unique()) != len(decided):
         problem = "holds a sample twice"
-    elif {*ids, *others} != expected:
-        gone, extra = sorted(expected - {*ids, *others}), sorted({*ids, *others} - expected)
+    elif gone or extra:
         problem = f"does not decide what was planned (missing {gone[:3]}, not planned {extra[:3]})"
-    elif content_sha256(zip(ids, kept["sample_sha256"].to_pylist(), strict=True)) != receipt.content_sha256:
+    elif content_sha256(zip(ids.to_pylist(), kept["sample_sha256"].to_pylist(), strict=True)) != receipt.content_sha256:
         problem = "does not match the content hash of its footer"
     elif (receipt.kept, receipt.rejected + receipt.failed) != (len(ids), len(others)):
         problem = "does not match the counts of its footer"
@@ -125,12 +130,12 @@ def _check_file(store: Store, receipt: Receipt, expected: set[str], pixels: bool
         problem = f"holds images that do not match their hash: {bad[:3]}"
     if problem:
         problems.append(f"{where}: {problem}. Delete it and run `expand` again.")
-    statuses = refused["status"].to_pylist()
-    return {sample_id for sample_id, status in zip(others, statuses, strict=True) if status == Status.FAILED}
+    return others.filter(pc.equal(refused["status"].combine_chunks(), Status.FAILED.value))
 
 
-def _planned_ids(plan: Plan, shard_id: int) -> set[str]:
-    return {draw.sample_id for unit in plan.units(shard_id) for draw in unit}
+def _without(ids: pa.Array, others: pa.Array) -> list[str]:
+    """Those that are not among the others, in order."""
+    return sorted(ids.filter(pc.invert(pc.is_in(ids, others))).to_pylist())
 
 
 def _pixels_match(row: dict) -> bool:

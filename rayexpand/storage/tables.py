@@ -31,6 +31,7 @@ SEAL = "seal"
 NAMED = b"name"  # schema metadata of a Parquet file that is known by its name: that name, as the folder has it
 ROW_GROUP = 500  # images; viewers and readers load one row group at a time
 _MARK = b"rayexpand seal 1"  # before the two hashes: of the pages, and of those 32 bytes with the footer
+_TEXTS = 1 << 16  # strings made at once
 _END = 8  # bytes of a Parquet file after its footer: length of the footer, PAR1
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
@@ -226,6 +227,12 @@ def batches(parquet: pq.ParquetFile, where: object, rows: int, schema: pa.Schema
         if batch is None:
             return
         yield _completed(pa.Table.from_batches([batch]), later, schema)
+
+
+def texts(column: pa.Array | pa.ChunkedArray) -> Iterator[str]:
+    """The strings of a column, a few at a time: of millions of rows they would be gigabytes."""
+    for start in range(0, len(column), _TEXTS):
+        yield from column.slice(start, _TEXTS).to_pylist()
 
 
 def find_rows(files: Files, name: str, column: str, value: str) -> pa.Table:

@@ -1,0 +1,69 @@
+"""Features of many images in a temporary file of this machine: of a million images they are more than a driver may hold.
+
+    h_ND    float32; row i is that of image i, whenever it came
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+
+class FeatureFile:
+    """Rows by their numbers, written and read in pieces; gone when it is closed. A copy in another process of this
+    machine reads the same file."""
+
+    def __init__(self, rows: int) -> None:
+        self._file = tempfile.NamedTemporaryFile(prefix="rayexpand-features-")  # noqa: SIM115  # `close` ends it
+        self.path, self.rows, self.width = Path(self._file.name), rows, 0
+
+    def __enter__(self) -> FeatureFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_file": None}
+
+    def close(self) -> None:
+        self._file.close()
+
+    def write(self, start: int, h_ND: np.ndarray) -> None:
+        """Rows `start` and on."""
+        h_ND = np.ascontiguousarray(h_ND, np.float32)
+        assert self.width in (0, h_ND.shape[1])
+        self.width = h_ND.shape[1]
+        self._file.seek(start * self._row_bytes)
+        self._file.write(h_ND.data)
+        self._file.flush()
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start, D); rows that nobody wrote are zeros."""
+        h_ND = np.zeros((stop - start, self.width), np.float32)
+        with self.path.open("rb") as file:
+            file.seek(start * self._row_bytes)
+            file.readinto(h_ND.reshape(-1).view(np.uint8).data)
+        return h_ND
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """(len(rows), D) of rows in any order; neighbours are read at once."""
+        h_ND = np.empty((len(rows), self.width), np.float32)
+        content, at = memoryview(h_ND.reshape(-1).view(np.uint8)), 0
+        with self.path.open("rb", buffering=0) as file:
+            for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+                size = len(run) * self._row_bytes
+                read = os.preadv(file.fileno(), [content[at:at + size]], int(run[0]) * self._row_bytes) if size else 0
+                assert read == size
+                at += size
+        return h_ND
+
+    @property
+    def _row_bytes(self) -> int:
+        return 4 * self.width

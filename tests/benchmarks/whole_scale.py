@@ -1,0 +1,518 @@
+"""A run folder of 13 million tiny rows in 13,000 shards, and what every verb needs on it: seconds and peak memory.
+
+    python -m tests.benchmarks.whole_scale make --out FOLDER                 1.3 million seeds, ten copies of each
+    python -m tests.benchmarks.whole_scale make --out FOLDER --shards 13     the same, small
+    python -m tests.benchmarks.whole_scale measure VERB ... --out FOLDER     each in a process of its own
+    python -m tests.benchmarks.whole_scale measure VERB --out FOLDER --limit-s 600
+
+`make` goes through the package's own planning, driver loop, commits and roll-ups; only sampling is left out: the
+images of a shard come from a pool, and the columns of its draws are those of one seed, with what differs filled in.
+`rayexpand verify --pixels` accepts the folder. Every tenth shard has rows that were rejected and rows that failed.
+
+`measure` prints one JSON object for each verb: seconds, peak resident memory of the process in MB (`driver_mb`), and of
+the largest of its children (`child_mb`). A verb that is not over after --limit-s is stopped, and says how far it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from rayexpand.contract.rng import generator, row_key
+from rayexpand.contract.schema import DATA_SCHEMA, REFUSED_SCHEMA, Draw, Reason, Receipt, sample_sha256
+from rayexpand.runs import run as runs
+from rayexpand.runs.config import RunConfig, parse
+from rayexpand.runs.run import Run, open_run
+from rayexpand.runs.store import content_sha256
+from rayexpand.storage.tables import ROW_GROUP, read_table
+
+COPIES, SHARD_SEEDS = 10, 100
+SIDE, POOL = 8, 1000  # pixels; images that samples are taken from
+CLASSES, HELD_OUT = 1000, 20_000
+REJECTED, FAILED, EVERY = 3, 2, 10  # rows of every tenth shard
+FEATURES = 512
+
+
+# ---------------------------------------------------------------------------------------------------------------- making
+
+
+def make(out: Path, shards: int, processes: int) -> dict[str, Any]:
+    from tests.tiny import tiny_clip
+
+    started = time.perf_counter()
+    out.mkdir(parents=True)
+    seeds = shards * SHARD_SEEDS
+    _write_images(out / "seeds", seeds, "seeds")
+    _write_images(out / "real", min(HELD_OUT, max(2000, seeds)), "real")
+    tiny_clip(out / "clip", features=FEATURES)
+    run = runs.prepare(run_config(out))
+    planned = time.perf_counter()
+    attempt = runs.begin(run)
+    with ProcessPoolExecutor(processes, initializer=_open, initargs=(str(run.folder), attempt)) as pool:
+        totals = runs.drive(run, lambda jobs: pool.map(_expand, [shard for shard, _ in jobs], chunksize=8),
+                            lambda: runs.pending_jobs(run))
+    data = run.files.entries("data")
+    return {**asdict(totals), "bytes": sum(one.size for one in data.values()), "run": str(run.folder),
+            "plan_s": round(planned - started, 1), "shards_s": round(time.perf_counter() - planned, 1)}
+
+
+def run_config(out: Path) -> RunConfig:
+    return parse({
+        "name": "run", "out": str(out), "method": {"name": "classical", "ratio": COPIES},
+        "data": data_of(out / "seeds"), "sampler": {"batch": 100, "shard_images": SHARD_SEEDS * COPIES},
+        "prior": {"device": "cpu"}, "guide": {"weights": str(out / "clip")}})
+
+
+def data_of(folder: Path) -> dict[str, Any]:
+    return {"source": "parquet", "path": str(folder), "split": "train", "id_column": "id"}
+
+
+def _write_images(folder: Path, count: int, name: str) -> None:
+    """`count` images of SIDE pixels, no two alike, in files of 20,000; neighbours are of one class."""
+    folder.mkdir()
+    rng, per_class = _rng(name), max(1, -(-count // CLASSES))
+    files = -(-count // 20_000)
+    for number in range(files):
+        at = np.arange(number * 20_000, min(count, (number + 1) * 20_000))
+        label = at // per_class
+        ids = [f"c{c:04d}/{name}{i:07d}" for c, i in zip(label.tolist(), at.tolist(), strict=True)]
+        images = [{"bytes": _png(one), "path": f"{i}.png"} for i, one in zip(at.tolist(), _pixels(rng, len(at)),
+                                                                               strict=True)]
+        table = pa.table({"image": images, "label": [f"c{c:04d}" for c in label.tolist()], "id": ids})
+        pq.write_table(table, folder / f"train-{number:05d}-of-{files:05d}.parquet", row_group_size=500)
+
+
+def _pixels(rng: np.random.Generator, count: int) -> np.ndarray:
+    """uint8 (count, SIDE, SIDE, 3): stripes of two colours, which compress well."""
+    colour = rng.integers(0, 256, (count, 2, 3), dtype=np.uint8)
+    which = np.repeat(rng.integers(0, 2, (count, SIDE, 1)), SIDE, axis=2)
+    return colour[np.arange(count)[:, None, None], which]
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def _rng(name: str) -> np.random.Generator:
+    return generator(row_key(0, "whole_scale", name, 0, 0, "images"))
+
+
+class _Made:
+    """What a process that writes shards holds."""
+
+    def __init__(self, folder: str, attempt: int) -> None:
+        self.run, self.attempt = open_run(folder), attempt
+        self.pixels = list(_pixels(_rng("samples"), POOL))
+        self.images = [_png(one) for one in self.pixels]
+
+
+_made: _Made
+
+
+def _open(folder: str, attempt: int) -> None:
+    global _made
+    _made = _Made(folder, attempt)
+
+
+def _expand(shard: int) -> Receipt:
+    run, rng = _made.run, generator(row_key(0, "whole_scale", str(shard), 0, 0, "scores"))
+    table = shard_rows(run, shard)
+    which = (table["label"].to_numpy() * 7 + table["copy"].to_numpy()) % POOL
+    images = pa.array([{"bytes": _made.images[i], "path": f"{at:06d}.png"} for at, i in enumerate(which.tolist())],
+                      DATA_SCHEMA.field("image").type)
+    hashes = _hashes(run, shard, table, which)
+    values = rng.random(table.num_rows)
+    scores = pa.ListArray.from_arrays(pa.array(np.arange(table.num_rows + 1, dtype=np.int32)), pa.StructArray.from_arrays(
+        [pa.array(["quality"] * table.num_rows), pa.array(values)], ["name", "value"]))
+    table = table.append_column("image", images).append_column("scores", scores).append_column(
+        "sample_sha256", pa.array(hashes))
+    out = REJECTED + FAILED if shard % EVERY == 0 else 0
+    kept, refused = table.slice(out), table.slice(0, out)
+    refused = refused.append_column("status", pa.array(["rejected"] * REJECTED + ["failed"] * FAILED)[:out]
+                                    ).append_column("reason", pa.array(
+        [Reason.BELOW_THRESHOLD.value] * REJECTED + [Reason.NAN_LATENT.value] * FAILED)[:out]).append_column(
+            "detail", pa.array([""] * out))
+    reasons = {Reason.BELOW_THRESHOLD.value: REJECTED, Reason.NAN_LATENT.value: FAILED} if out else {}
+    receipt = Receipt(shard, 0, "", "", table.num_rows, kept.num_rows, REJECTED if out else 0, FAILED if out else 0,
+                      reasons, [run.config.sampler.batch], "", _made.attempt,
+                      content_sha256(zip(kept["sample_id"].to_pylist(), kept["sample_sha256"].to_pylist(),
+                                         strict=True)),
+                      stack={"torch": "none"}, seconds={"total": 1.0, "sample": 0.9}, host="here")
+    return run.store.commit_tables(receipt, _in_groups(kept, DATA_SCHEMA),
+                                   _in_groups(refused, REFUSED_SCHEMA) if out else None, run.plan.index.classes)
+
+
+def shard_rows(run: Run, shard: int) -> pa.Table:
+    """The columns of the draws of a shard, those of the first seed with what differs filled in."""
+    plan, seeds = run.plan, run.plan.seeds_of(shard)
+    first = plan.draws_of(seeds.start)[0]
+    copies = plan.copies[seeds.start:seeds.stop].astype(np.int64)
+    own = np.repeat(np.arange(len(seeds)), copies)
+    copy = np.arange(len(own)) - np.repeat(np.cumsum(copies) - copies, copies)
+    seed_id = plan.index.table["seed_id"].slice(seeds.start, len(seeds)).take(pa.array(own)).combine_chunks()
+    label = plan.index.labels[seeds.start:seeds.stop][own]
+    sample_id = pa.array([f"{one}/{number}" for one, number in zip(seed_id.to_pylist(), copy.tolist(), strict=True)])
+    differs = {"sample_id": sample_id, "seed_id": seed_id, "copy": copy, "source_label": label, "target_label": label,
+               "row": np.arange(len(own)) + first.row, "group": copy, "label": label, "method": None, "note": None}
+    columns = {}
+    for name in set(DATA_SCHEMA.names) - {"image", "scores", "sample_sha256"}:
+        same = {"method": run.config.method.name, "note": ""}.get(name, getattr(first, name, None))
+        values = differs.get(name)
+        kind = DATA_SCHEMA.field(name).type
+        columns[name] = pa.array([same] * len(own), kind) if values is None else pa.array(values).cast(kind)
+    return pa.table(columns)
+
+
+def _hashes(run: Run, shard: int, table: pa.Table, which: np.ndarray) -> list[str]:
+    """sample_sha256 of every row, by one text with places for what differs."""
+    first = run.plan.draws_of(run.plan.seeds_of(shard).start)[0]
+    drawn = {**asdict(first), "copy": 0, "group": 0, "row": 1, "sample_id": "S", "seed_id": "I", "source_label": 2,
+             "target_label": 2}
+    text = json.dumps([[SIDE, SIDE, 3], drawn], sort_keys=True)
+    for name, value in (("copy", 0), ("group", 0), ("row", 1), ("source_label", 2), ("target_label", 2)):
+        text = text.replace(f'"{name}": {value}', f'"{name}": %({name})d')
+    text = text.replace('"sample_id": "S"', '"sample_id": "%(seed_id)s/%(copy)d"').replace(
+        '"seed_id": "I"', '"seed_id": "%(seed_id)s"')
+    columns = [table[name].to_pylist() for name in ("seed_id", "copy", "row", "label")]
+    raw = [one.tobytes() for one in _made.pixels]
+    found = [hashlib.sha256((text % {"seed_id": seed, "copy": copy, "group": copy, "row": row, "source_label": label,
+                                     "target_label": label}).encode() + raw[i]).hexdigest()
+             for seed, copy, row, label, i in zip(*columns, which.tolist(), strict=True)]
+    assert found[0] == sample_sha256(_made.pixels[which[0]], first)
+    return found
+
+
+def _in_groups(table: pa.Table, schema: pa.Schema) -> Iterator[pa.Table]:
+    for start in range(0, table.num_rows, ROW_GROUP):
+        yield table.slice(start, ROW_GROUP).select(schema.names).cast(schema)
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
+
+
+class _OverError(Exception):
+    """The time for one verb is over."""
+
+
+class Clock:
+    """Rows by time of a task, and its end after `limit_s`: an `on_rows` of any verb."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s, self.first, self.last = limit_s, (0.0, 0), (0.0, 0)
+        self.total, self.found = 0, dict[str, Any]()
+
+    def __call__(self, task: str, done: int, total: int, *_: Any) -> None:
+        now = time.perf_counter()
+        if total != self.total:
+            self.first, self.total = (now, done), total
+        self.last = (now, done)
+        if now - self.first[0] > self.limit_s:
+            raise _OverError
+
+    def facts(self) -> dict[str, Any]:
+        (begun, first), (ended, last) = self.first, self.last
+        rate = (last - first) / max(1e-9, ended - begun)
+        return {"stopped_at_row": last, "of": self.total, "rows_per_second": round(rate),
+                "whole_s_at_this_rate": round(self.total / rate)}
+
+
+def measure(out: Path, verb: str, limit_s: float) -> dict[str, Any]:
+    """One verb in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "tests.benchmarks.whole_scale", "one", verb, "--out", str(out),
+                           "--limit-s", str(limit_s)], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def one(out: Path, verb: str, limit_s: float) -> dict[str, Any]:
+    clock, found = Clock(limit_s), dict[str, Any]()
+    started = time.perf_counter()
+    try:
+        found = VERBS[verb](out, clock)
+    except _OverError:
+        found = clock.facts()
+    seconds = time.perf_counter() - started
+    self_kb, child_kb = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    cpu = resource.getrusage(resource.RUSAGE_SELF)
+    return {"verb": verb, "seconds": round(seconds, 1), "cpu_s": round(cpu.ru_utime + cpu.ru_stime, 1),
+            "driver_mb": round(self_kb / 1024), "child_mb": round(child_kb / 1024), **found}
+
+
+def _status(out: Path, clock: Clock) -> dict[str, Any]:
+    from rayexpand.runs.status import read_status
+
+    return {"kept": read_status(out / "run").kept}
+
+
+def _verify(out: Path, clock: Clock) -> dict[str, Any]:
+    from rayexpand.runs.verify import verify
+
+    found = verify(open_run(str(out / "run")))
+    return {"problems": len(found.problems), "kept": found.totals.kept}
+
+
+def _retry_plan(out: Path, clock: Clock) -> dict[str, Any]:
+    return {"jobs": len(runs.retry_jobs(open_run(str(out / "run")))())}
+
+
+def _lookup(out: Path, clock: Clock) -> dict[str, Any]:
+    from rayexpand.runs.lookup import keyed_seeds, rows_of, seed_table
+    from rayexpand.runs.status import view_run
+
+    view = view_run(out / "run")
+    table = seed_table(view)
+    seeds = [one for ids in keyed_seeds([table], 1, 8).values() for one in ids]
+    return {"rows": len(rows_of(view, table, seeds).kept)}
+
+
+def _regen(out: Path, clock: Clock) -> dict[str, Any]:
+    import rayexpand
+
+    run = open_run(str(out / "run"))
+    middle = run.plan.draws_of(len(run.plan.index) // 2)[3].sample_id
+    return {"sample_id": rayexpand.open(out / "run").regen(middle)["sample_id"]}
+
+
+def _report(out: Path, clock: Clock) -> dict[str, Any]:
+    from rayexpand.reports.run import write_report
+
+    return {"bytes": Path(write_report(out / "run")).stat().st_size}
+
+
+def _card(out: Path, clock: Clock) -> dict[str, Any]:
+    from rayexpand.reports.card import write_card
+
+    return {"bytes": Path(write_card(out / "run")).stat().st_size}
+
+
+def _matrix(out: Path, clock: Clock) -> dict[str, Any]:
+    from rayexpand.reports.matrix import write_matrix
+
+    return {"bytes": Path(write_matrix([str(out / "run")], str(out / "run"))).stat().st_size}
+
+
+def _export(layout: str) -> Callable[[Path, Clock], dict[str, Any]]:
+    """`clock` ends it; what was written by then is removed by the export itself."""
+    def verb(out: Path, clock: Clock) -> dict[str, Any]:
+        import rayexpand
+
+        target = out / f"export-{layout}"
+        try:
+            found = rayexpand.open(out / "run").export(target, layout, on=lambda event: clock(
+                event.task, event.done, event.total))
+            return {"files": found.files, "bytes": sum(one.stat().st_size for one in target.rglob("*.*"))}
+        finally:
+            shutil.rmtree(target, ignore_errors=True)
+    return verb
+
+
+class _Quick:
+    """Does real work for `limit_s`, then says so, and what is asked of it may be made up."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s, self.begun = limit_s, 0.0
+        self.rows, self.seconds = 0, 0.0
+
+    @property
+    def is_over(self) -> bool:
+        self.begun = self.begun or time.perf_counter()
+        return time.perf_counter() - self.begun > self.limit_s
+
+    def did(self, rows: int, of: int) -> dict[str, Any]:
+        self.rows += rows
+        self.seconds = time.perf_counter() - self.begun
+        rate = self.rows / self.seconds
+        return {"real_rows": self.rows, "rows_per_second": round(rate), "whole_s_at_this_rate": round(of / rate)}
+
+
+def _evaluate(out: Path, clock: Clock) -> dict[str, Any]:
+    """Features of the real images and of samples for `limit_s`; of the other samples they are random."""
+    from rayexpand.contract.device import torch_threads
+    from rayexpand.evaluation import evaluate as evaluation
+    from rayexpand.evaluation.extraction import Gathered, ahead, part_of
+    from rayexpand.evaluation.features import ImageBatch, load_extractor
+
+    config = evaluation.parse({"run": str(out / "run"), "reference": data_of(out / "real"), "batch": 250,
+                               "extractor": {"guide": str(out / "clip"), "device": "cpu"}})
+    quick, facts = _Quick(min(clock.limit_s, 60)), dict[str, Any]()
+
+    def extract(config: Any, sha256: str, sides: Sequence[Any], on_rows: Any) -> list[Any]:
+        extractor, rng = load_extractor(config.extractor), np.random.default_rng(0)
+
+        def made_up(x_BHWC: np.ndarray) -> np.ndarray:
+            return rng.standard_normal((len(x_BHWC), FEATURES), np.float32)
+
+        found = []
+        for side in reversed(sides):
+            gathered = Gathered(side, extractor.size)
+            for number, span in enumerate(side.spans):
+                chunks = [side.chunks[i] for i in span]
+                if side.name == "samples" and quick.is_over:
+                    part = part_of(((chunk, [ImageBatch(np.empty(chunk.num_rows), chunk.num_rows, 0, tuple(range(
+                        chunk.num_rows)), np.zeros(chunk.num_rows, np.int64))]) for chunk in chunks), made_up, sums=True)
+                else:
+                    with torch_threads(1):
+                        part = part_of(((chunk, ahead(side.calls(chunk, extractor.size, config.batch,
+                                                                 extractor.intake))) for chunk in chunks), extractor,
+                                       sums=True)
+                    if side.name == "samples":
+                        facts.update(quick.did(part.rows, len(side)))
+                gathered.add(number, part)
+            found.insert(0, gathered.found())
+        return found
+
+    scores = evaluation.evaluate(config, extract)
+    return {**facts, "seconds_of": {name: round(value, 1) for name, value in scores["seconds"].items()}}
+
+
+def _audit(out: Path, clock: Clock) -> dict[str, Any]:
+    """Features of seeds, and samples compared with the seeds of their class, each for `limit_s`; the rest is made up of
+    the last real chunk."""
+    from rayexpand.evaluation import copy_search
+    from rayexpand.evaluation.copies import audit_copies
+    from rayexpand.evaluation.copies_config import CopiesConfig
+
+    run = open_run(str(out / "run"))
+    shutil.rmtree(out / "run/audit", ignore_errors=True)
+    config = CopiesConfig(held_out=data_of(out / "real"), within="class", batch=250, extractor={
+        "guide": str(out / "clip"), "device": "cpu"})
+    facts = dict[str, Any]()
+
+    def work(job: Any, chunks: Sequence[Any], found: Any) -> Iterator[tuple[int, pa.Table]]:
+        kind, quick = chunks[0].kind, _Quick(min(clock.limit_s, 60))
+        real, number, table = copy_search.in_process(job, chunks, found), -1, None
+        while kind not in ("seeds", "samples") or not quick.is_over:
+            number, table = next(real, (-1, None))
+            if table is None:
+                return
+            facts[kind] = quick.did(table.num_rows, sum(one.rows for one in chunks))
+            yield number, table
+        for other in range(number + 1, len(chunks)):
+            yield other, _like(run, table, chunks[other], other)
+
+    found = audit_copies(run, config, run.config.runtime, "audit/scale/copies", work)
+    return {**facts, "samples": found["samples"]}
+
+
+def _like(run: Run, table: pa.Table, chunk: Any, number: int) -> pa.Table:
+    """A table of the size of a chunk, with the numbers of another one."""
+    other = table.take(pa.array(np.arange(chunk.rows) % table.num_rows))
+    if chunk.kind == "seeds":
+        return other.set_column(2, "pixels", pa.array(np.arange(chunk.rows, dtype=np.uint64) + number * 10_000))
+    ids = read_table(run.files, f"data/{chunk.file}", ["sample_id"])
+    return other.set_column(other.schema.get_field_index("sample_id"), "sample_id", ids["sample_id"])
+
+
+def _scores(clock: Clock) -> Callable[[Any, Sequence[Any]], Iterator[tuple[int, pa.Table]]]:
+    """Scores of a guide for `limit_s`; those of other files are made up."""
+    from rayexpand.evaluation import select_scores
+
+    def score(job: Any, chunks: Sequence[Any]) -> Iterator[tuple[int, pa.Table]]:
+        quick, number, run = _Quick(min(clock.limit_s, 60)), -1, open_run(job.run)
+        for number, table in select_scores.in_process(job, chunks):
+            clock.found = quick.did(table.num_rows, sum(one.stop - one.start for one in chunks))
+            yield number, table
+            if quick.is_over:
+                break
+        for other in range(number + 1, len(chunks)):
+            rows = read_table(run.files, f"data/{chunks[other].file}", ["row"])["row"]
+            yield other, table.take(pa.array(np.arange(len(rows)) % len(table))).set_column(0, "row", rows)
+    return score
+
+
+def _select(name: str, rule: dict[str, Any]) -> Callable[[Path, Clock], dict[str, Any]]:
+    def verb(out: Path, clock: Clock) -> dict[str, Any]:
+        from rayexpand.evaluation import select
+
+        (out / f"run/selections/{name}.parquet").unlink(missing_ok=True)
+        found = select.select(select.parse({"name": name, "run": str(out / "run"), "rule": rule}), _scores(clock))
+        return {"kept": found["kept"], **clock.found}
+    return verb
+
+
+def _training_set(out: Path, **fields: Any) -> Any:
+    from rayexpand.data import seeds
+    from rayexpand.loader.training_set import RowSource
+    from rayexpand.studies.samples import training_set
+
+    run = open_run(str(out / "run"))
+    index = seeds.build_index(run.config.data)
+    return training_set([RowSource(seeds=(index, run.config.data)), RowSource(run=str(out / "run"), **fields)])
+
+
+def _study_list(**fields: Any) -> Callable[[Path, Clock], dict[str, Any]]:
+    def verb(out: Path, clock: Clock) -> dict[str, Any]:
+        rows = _training_set(out, **fields)
+        (out / "rows.arrow").write_bytes(rows.to_bytes())
+        return {"rows": len(rows), "file_mb": round((out / "rows.arrow").stat().st_size / 2**20)}
+    return verb
+
+
+def _loader(out: Path, clock: Clock) -> dict[str, Any]:
+    """Of the file that `study_list` wrote, as a training worker reads it."""
+    from rayexpand.classifier.recipe import make_recipe
+    from rayexpand.loader.loader import Loader
+    from rayexpand.loader.training_set import TrainingSet
+
+    begun = time.perf_counter()
+    rows = TrainingSet.load(out / "rows.arrow")
+    loaded = time.perf_counter()
+    recipe = make_recipe({"size": SIDE, "batch": 256, "epochs": 1})
+    batches = Loader(rows, recipe, 0).batches(0, 10**9)
+    next(batches)
+    first = time.perf_counter()
+    images = sum(len(next(batches).x_BHWC) for _ in range(400))
+    return {"load_s": round(loaded - begun, 1), "first_batch_s": round(first - loaded, 1),
+            "images_per_second": round(images / (time.perf_counter() - first))}
+
+
+VERBS: dict[str, Callable[[Path, Clock], dict[str, Any]]] = {
+    "status": _status, "retry_plan": _retry_plan, "lookup": _lookup, "regen": _regen, "verify": _verify,
+    "select_random": _select("half", {"kind": "random", "share": 0.5}),
+    "select_quantile": _select("best", {"kind": "quantile", "score": "quality", "drop": 0.1}),
+    "select_best": _select("cap", {"kind": "best", "score": "quality", "n": 5, "per": "seed"}),
+    "select_confidence": _select("real-filtering", {"kind": "clip_confidence"}),
+    "select_near_copies": _select("distinct", {"kind": "near_copies", "within": "seed"}),
+    "study_list": _study_list(), "study_list_selected": _study_list(selection="best"), "loader": _loader,
+    "report": _report, "card": _card, "matrix": _matrix, "evaluate": _evaluate, "audit_copies": _audit,
+    "export_huggingface": _export("huggingface"), "export_webdataset": _export("webdataset"),
+    "export_imagefolder": _export("imagefolder")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["make", "measure", "one"])
+    parser.add_argument("verbs", nargs="*", help=f"of measure: {', '.join(VERBS)}")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shards", type=int, default=13_000)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--limit-s", type=float, default=600)
+    given = parser.parse_args()
+    if given.what == "make":
+        print(json.dumps(make(given.out, given.shards, given.processes)))
+    for verb in given.verbs:
+        work = one if given.what == "one" else measure
+        print(json.dumps(work(given.out, verb, given.limit_s)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
