@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rayexpand.contract.errors import DamagedFile, UsageError
 from rayexpand.contract.schema import Receipt
 from rayexpand.contract.settings import digest
+from rayexpand.runs.selections import id_digests
 from rayexpand.storage.files import Files
-from rayexpand.storage.tables import read_json, read_table
+from rayexpand.storage.tables import read_json, read_table, texts
 
 FOLDER, RESULT = "audit", "result.json"
 _DONE = ".done"
@@ -84,12 +84,13 @@ def numbers(table: pa.Table, column: str) -> np.ndarray:
     return table[column].to_numpy().astype(np.float64)
 
 
-def similarities_of(files: Files, name: str, scope: str, sample_ids: pa.Array) -> np.ndarray:
+def similarities_of(files: Files, name: str, scope: str, sample_ids: Sequence[str]) -> np.ndarray:
     """float64: the similarity in a scope of each sample. Raises UsageError where the audit does not know one."""
     table = copy_rows(files, name, ["sample_id", scope])
-    at = pc.index_in(sample_ids, table["sample_id"].combine_chunks())
-    if at.null_count:
-        unknown = sample_ids.filter(pc.is_null(at))[0].as_py()
-        raise UsageError(f"audit {name!r} says nothing about {at.null_count:,} samples, such as {unknown}; they were "
-                         "made after it: audit the run again")
-    return numbers(table, scope)[at.to_numpy()]
+    known, wanted = id_digests(texts(table["sample_id"])), id_digests(sample_ids)
+    order = np.argsort(known, kind="stable")
+    at = np.minimum(np.searchsorted(known[order], wanted), len(known) - 1)
+    if len(absent := np.flatnonzero(known[order][at] != wanted)):
+        raise UsageError(f"audit {name!r} says nothing about {len(absent):,} samples, such as "
+                         f"{sample_ids[int(absent[0])]}; they were made after it: audit the run again")
+    return numbers(table, scope)[order[at]]

@@ -15,7 +15,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from rayexpand.data.seeds import build_index
 from rayexpand.evaluation import copy_extractor as extractors
 from rayexpand.evaluation import copy_statistics as statistics
 from rayexpand.evaluation.audit_files import committed_sha256, numbers, part_names
+from rayexpand.evaluation.chunk_columns import ChunkColumns
 from rayexpand.evaluation.copies_config import CopiesConfig, chosen_extractor
 from rayexpand.evaluation.copy_search import CompareChunk, ComparedSeeds, CopyJob, OnRows, Work, held_out_chunk
 from rayexpand.evaluation.feature_file import FeatureFile
@@ -148,7 +148,7 @@ class _Parts:
     def rows(self, chunks: Sequence[CompareChunk],
              work: Callable[[Sequence[CompareChunk]], Iterator[tuple[int, pa.Table]]], on_rows: OnRows) -> pa.Table:
         """COUNTED columns of all samples: of those that are there already, and of the others."""
-        counted = Counted(chunks)
+        counted = ChunkColumns({chunk.key: chunk.rows for chunk in chunks}, COUNTED)
         self._known(counted)
         todo = [chunk for chunk in chunks if chunk.key not in counted]
         total = sum(one.rows for one in chunks)
@@ -165,9 +165,10 @@ class _Parts:
         finally:
             if waiting:
                 self._keep(waiting)
-        return counted.table()
+        assert not counted.missing
+        return pa.table(counted.columns)
 
-    def _known(self, counted: Counted) -> None:
+    def _known(self, counted: ChunkColumns) -> None:
         """Counts the rows of parts; those that are damaged, of another audit, or of data files that are gone are
         removed."""
         files = self.run.files
@@ -199,35 +200,6 @@ class _Parts:
         number = len(part_names(self.run.files, self.folder))
         while not self.run.files.publish(f"{self.folder}/part-{number:05d}.parquet", content):
             number += 1
-
-
-class Counted:
-    """COUNTED columns of the samples of all chunks, in their order, filled as chunks come."""
-
-    def __init__(self, chunks: Sequence[CompareChunk]) -> None:
-        ends = np.cumsum([0, *(chunk.rows for chunk in chunks)]).tolist()
-        self._rows = {chunk.key: slice(*edges) for chunk, edges in zip(chunks, pairwise(ends), strict=True)}
-        self._total, self._columns, self._there = ends[-1], dict[str, np.ndarray](), set[str]()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._there
-
-    @property
-    def missing(self) -> Set[str]:
-        """Keys of the chunks that have not come."""
-        return self._rows.keys() - self._there
-
-    def add(self, key: str, table: pa.Table) -> None:
-        for name in COUNTED:
-            values = table[name].to_numpy()
-            if name not in self._columns:
-                self._columns[name] = np.empty(self._total, values.dtype)
-            self._columns[name][self._rows[key]] = values
-        self._there.add(key)
-
-    def table(self) -> pa.Table:
-        assert not self.missing
-        return pa.table(self._columns)
 
 
 # --------------------------------------------------------------------------------------------------------------- result

@@ -145,7 +145,8 @@ def in_process(job: CopyJob, chunks: Sequence[CompareChunk],
 
 
 class CopyFinder:
-    """Chunks -> tables. `found` is loaded; `run` and the extractor of `job` name models where this process finds them."""
+    """Chunks -> tables. `found` is loaded. `run` and the extractor of `job` name models where this process finds
+    them."""
 
     def __init__(self, job: CopyJob, run: Run, found: ComparedSeeds | None) -> None:
         self._job, self._run = job, run

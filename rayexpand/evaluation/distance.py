@@ -23,7 +23,7 @@ CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # Jayasumana et al. 2024, section 5
 INFINITY_SIZES = 15  # Chong and Forsyth 2020, section 4
 LEAST_INFINITY = 2 * INFINITY_SIZES  # images of a side
 MEDIAN_ROWS = 2000  # rows whose distances give the median bandwidth
-_BLOCK = 2048  # rows of a kernel matrix held at once
+_BLOCK, _HELD = 2048, 1 << 24  # rows of a kernel matrix, and numbers of it, held at once
 
 
 def fd(x_ND: np.ndarray, y_MD: np.ndarray) -> float:
@@ -129,14 +129,20 @@ def _mmd2(x_ND: np.ndarray, y_MD: np.ndarray, kernel: Callable[[np.ndarray, np.n
           biased: bool) -> float:
     x_ND, y_MD = checked(x_ND, y_MD)
     xx, yy = (_mean_within(one, kernel, biased) for one in (x_ND, y_MD))
-    xy = sum(float(kernel(x_ND[i:i + _BLOCK], y_MD).sum()) for i in range(0, len(x_ND), _BLOCK))
+    block = _block(len(y_MD))
+    xy = sum(float(kernel(x_ND[i:i + block], y_MD).sum()) for i in range(0, len(x_ND), block))
     return xx + yy - 2 * xy / (len(x_ND) * len(y_MD))
 
 
 def _mean_within(x_ND: np.ndarray, kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], biased: bool) -> float:
     """Mean of the kernel over pairs of rows, those of a row with itself left out unless `biased`."""
-    n, total = len(x_ND), 0.0
-    for i in range(0, n, _BLOCK):
-        k_BN = kernel(x_ND[i:i + _BLOCK], x_ND)
+    n, total, block = len(x_ND), 0.0, _block(len(x_ND))
+    for i in range(0, n, block):
+        k_BN = kernel(x_ND[i:i + block], x_ND)
         total += float(k_BN.sum()) - (0.0 if biased else float(np.trace(k_BN, offset=i)))
     return total / (n ** 2 if biased else n * (n - 1))
+
+
+def _block(columns: int) -> int:
+    """Rows of a kernel matrix of so many columns that are computed at once."""
+    return max(1, min(_BLOCK, _HELD // columns))

@@ -1,10 +1,11 @@
-"""Features of many images in a temporary file of this machine: of a million images they are more than a driver may hold.
+"""Features of many images in a temporary file of this machine: those of a million are more than a driver may hold.
 
     h_ND    float32; row i is that of image i, whenever it came
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from pathlib import Path
@@ -18,7 +19,9 @@ class FeatureFile:
 
     def __init__(self, rows: int) -> None:
         self._file = tempfile.NamedTemporaryFile(prefix="rayexpand-features-")  # noqa: SIM115  # `close` ends it
-        self.path, self.rows, self.width = Path(self._file.name), rows, 0
+        self.path, self.width = Path(self._file.name), 0
+        self._count = rows
+        self._order: np.ndarray | None = None
 
     def __enter__(self) -> FeatureFile:
         return self
@@ -27,7 +30,7 @@ class FeatureFile:
         self.close()
 
     def __len__(self) -> int:
-        return self.rows
+        return self._count if self._order is None else len(self._order)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_file": None}
@@ -35,8 +38,14 @@ class FeatureFile:
     def close(self) -> None:
         self._file.close()
 
+    def ordered(self, order: np.ndarray) -> FeatureFile:
+        """The same rows, of which row i is now row order[i]. Nothing is copied."""
+        found = copy.copy(self)
+        found._order = order if self._order is None else self._order[order]
+        return found
+
     def write(self, start: int, h_ND: np.ndarray) -> None:
-        """Rows `start` and on."""
+        """Rows `start` and on, by the numbers that they have in the file."""
         h_ND = np.ascontiguousarray(h_ND, np.float32)
         assert self.width in (0, h_ND.shape[1])
         self.width = h_ND.shape[1]
@@ -45,7 +54,7 @@ class FeatureFile:
         self._file.flush()
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """(stop - start, D); rows that nobody wrote are zeros."""
+        """(stop - start, D) of the file; rows that nobody wrote are zeros."""
         h_ND = np.zeros((stop - start, self.width), np.float32)
         with self.path.open("rb") as file:
             file.seek(start * self._row_bytes)
@@ -54,6 +63,7 @@ class FeatureFile:
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """(len(rows), D) of rows in any order; neighbours are read at once."""
+        rows = rows if self._order is None else self._order[rows]
         h_ND = np.empty((len(rows), self.width), np.float32)
         content, at = memoryview(h_ND.reshape(-1).view(np.uint8)), 0
         with self.path.open("rb", buffering=0) as file:

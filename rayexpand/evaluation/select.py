@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -34,6 +34,8 @@ from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import Device, Section, differences, mistakes, read
 from rayexpand.evaluation import select_scores as by_guide
 from rayexpand.evaluation.audit_files import read_audit, similarities_of
+from rayexpand.evaluation.chunk_columns import ChunkColumns
+from rayexpand.evaluation.feature_file import FeatureFile
 from rayexpand.evaluation.select_rules import (
     ANCHOR,
     ANCHOR_ENTROPY,
@@ -55,12 +57,14 @@ from rayexpand.evaluation.select_scores import OnRows, Score, ScoreJob
 from rayexpand.models.guide_files import check_guide
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import ClusterConfig, GuideConfig, RuntimeConfig, guide_of_run
+from rayexpand.runs.plan import Plan
 from rayexpand.runs.run import Run
 from rayexpand.runs.store import FOOTER, Totals, totals
 from rayexpand.storage.files import each
-from rayexpand.storage.tables import parquet_bytes, parquet_facts, texts
+from rayexpand.storage.tables import parquet_facts, parquet_of, texts
 
-_COLUMNS = ["sample_id", "row", "label", "strength"]
+_COLUMNS = ["row", "label", "strength"]
+_LINES = 1 << 18  # of the decision, held as strings at once, and in a row group of its file
 
 
 class SelectConfig(Section):
@@ -187,7 +191,7 @@ def _calibrated(run: Run, rule: Rule) -> tuple[Rule, dict[str, Any]]:
         return rule, {}
     found = (read_audit(run.files, rule.audit) or {}).get("copies")
     if found is None:
-        similarities_of(run.files, rule.audit, rule.against, pa.array([], pa.string()))
+        similarities_of(run.files, rule.audit, rule.against, ())
         raise UsageError(f"rule.audit: the audit {rule.audit!r} has not ended; run `rayexpand audit` with its file")
     return rule.calibrated(found), {"audit": {name: found[name] for name in ("identity", "tau_copy")}}
 
@@ -235,7 +239,7 @@ def _there(run: Run, name: str, settings: dict[str, Any], content: str) -> dict[
 @dataclass(frozen=True, eq=False)
 class _Samples:
     table: ScoredSamples
-    ids: pa.Array
+    ids: _Ids
     row: np.ndarray  # int64 (N,), rising
     strength: np.ndarray
 
@@ -260,38 +264,53 @@ def _rows(run: Run, receipts: Sequence[Receipt], columns: frozenset[str]) -> _Sa
             table = table.append_column(f"score {column}", pa.array(values_N))
         return table
 
-    parts = list(each(run.files, one, [receipt for receipt in receipts if receipt.kept]))
-    if not parts:
+    kept = {receipt.data_file: receipt for receipt in receipts if receipt.kept}
+    if not kept:
         raise UsageError(f"{run.folder} has no kept sample to choose from")
+    found = ChunkColumns({name: receipt.kept for name, receipt in kept.items()})
+    for name, table in zip(kept, each(run.files, one, kept.values()), strict=True):
+        found.add(name, table)
     if missing := sorted(columns - names):
         raise UsageError(f"rule.score: no sample of {run.folder} has a score {missing[0]!r}; it has "
                          f"{', '.join(sorted(names)) or 'none'}, and a guide gives clip_confidence, clip_contrast and "
                          "clip_entropy")
-    table = pa.concat_tables(parts).sort_by("row")
-    row_N = table["row"].to_numpy()
-    index = run.plan.index
-    seed_N = run.plan.position(row_N)
+    values = _by_row(found)
+    row_N, index = values["row"], run.plan.index
     counts = np.bincount(index.labels[index.labels >= 0], minlength=len(index.classes))
-    ids = table["sample_id"].combine_chunks()
-    rows = ScoredSamples(_Ids(ids), table["label"].to_numpy(), seed_N, counts,
-                         {column: table[f"score {column}"].to_numpy() for column in columns})
-    return _Samples(rows, ids, row_N, table["strength"].to_numpy())
+    ids = _Ids(run.plan, row_N)
+    rows = ScoredSamples(ids, values["label"], run.plan.position(row_N), counts,
+                         {column: values[f"score {column}"] for column in columns})
+    return _Samples(rows, ids, row_N, values["strength"])
+
+
+def _by_row(found: ChunkColumns) -> dict[str, Any]:
+    """The columns in the order of the plan, which files have but for retried rows."""
+    row_N: Any = found.columns["row"]
+    if (np.diff(row_N) > 0).all():
+        return found.columns
+    order = np.argsort(row_N, kind="stable")
+    return {name: values[order] for name, values in found.columns.items()}
 
 
 class _Ids(Sequence[str]):
-    """Sample ids as a sequence that makes its strings when they are asked for."""
+    """Sample ids of rows of a plan, made when they are asked for: as strings, those of 13 million are a gigabyte."""
 
-    def __init__(self, ids: pa.Array) -> None:
-        self._ids = ids
+    def __init__(self, plan: Plan, row_N: np.ndarray) -> None:
+        self._plan, self._row_N = plan, row_N
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._row_N)
 
     def __getitem__(self, at: Any) -> Any:
-        return self._ids[at].as_py()
+        return self._plan.ids_of(self._row_N[at:at + 1])[0].as_py()
 
-    def __iter__(self) -> Any:
-        return texts(self._ids)
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _LINES):
+            yield from texts(self.part(start))
+
+    def part(self, start: int) -> pa.Array:
+        """Those of _LINES rows."""
+        return self._plan.ids_of(self._row_N[start:start + _LINES])
 
 
 def _job(run: Run, config: SelectConfig, wanted: frozenset[str], on_rows: OnRows) -> ScoreJob:
@@ -311,14 +330,16 @@ def _job(run: Run, config: SelectConfig, wanted: frozenset[str], on_rows: OnRows
                     config.runtime.io_threads)
 
 
-def _in_plan_order(found: dict[str, np.ndarray], rows: _Samples, *, with_seeds: bool) -> dict[str, np.ndarray]:
+def _in_plan_order(found: dict[str, np.ndarray | FeatureFile], rows: _Samples, *,
+                   with_seeds: bool) -> dict[str, np.ndarray | FeatureFile]:
     """Scores of the samples, which come first, and those of their seeds, which follow."""
-    count = len(rows.row)
-    order = np.argsort(found["row"][:count])
-    scores = {name: values[:count][order] for name, values in found.items() if name != "row"}
+    count, numbers = len(rows.row), {name: one for name, one in found.items() if isinstance(one, np.ndarray)}
+    order = np.argsort(numbers.pop("row")[:count])
+    scores = {name: one.ordered(order) if isinstance(one, FeatureFile) else one[:count][order]
+              for name, one in found.items() if name != "row"}
     if with_seeds:
-        scores |= {ANCHOR: found[TOP][count:][rows.table.seed],
-                   ANCHOR_ENTROPY: found[ENTROPY][count:][rows.table.seed]}
+        scores |= {ANCHOR: numbers[TOP][count:][rows.table.seed],
+                   ANCHOR_ENTROPY: numbers[ENTROPY][count:][rows.table.seed]}
     return scores
 
 
@@ -368,7 +389,11 @@ def _by_strength(strength_N: np.ndarray, kept_N: np.ndarray) -> dict[str, float]
 
 
 def _file(rows: _Samples, decision: Decision, facts: dict[str, Any]) -> bytes:
-    reason = pa.DictionaryArray.from_arrays(pa.array(decision.code_N, pa.int8()), list(REASONS)).cast(pa.string())
-    table = pa.table({"sample_id": rows.ids, "keep": decision.code_N == 0, "reason": reason,
-                      "score": pa.array(decision.score_N, from_pandas=True)})
-    return parquet_bytes(table, {FOOTER: json.dumps(facts).encode()}, row_group=1 << 18)
+    def lines(start: int) -> pa.Table:
+        code, score = decision.code_N[start:start + _LINES], decision.score_N[start:start + _LINES]
+        reason = pa.DictionaryArray.from_arrays(pa.array(code, pa.int8()), list(REASONS)).cast(pa.string())
+        return pa.table({"sample_id": rows.ids.part(start), "keep": code == 0, "reason": reason,
+                         "score": pa.array(score, from_pandas=True)})
+
+    return parquet_of(map(lines, range(0, len(rows.row), _LINES)), lines(len(rows.row)).schema,
+                      {FOOTER: json.dumps(facts).encode()}, _LINES)

@@ -51,7 +51,8 @@ class ScoredSamples:
     label: np.ndarray  # int (N,): the class a sample is to be
     seed: np.ndarray  # int (N,): position of its seed in the seed index
     seeds_K: np.ndarray  # int (K,): seeds of each class
-    scores: dict[str, np.ndarray]  # float (N,), not a number where a sample has none; `features` (N, D) of length 1
+    scores: dict[str, Any]  # float (N,), not a number where a sample has none; `features`: rows (N, D) of length 1,
+    # an array or a FeatureFile
 
     def groups(self, per: Group) -> np.ndarray:
         return {"seed": self.seed, "class": self.label}.get(per, np.zeros(len(self.label), np.int64))

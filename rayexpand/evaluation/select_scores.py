@@ -35,6 +35,8 @@ from rayexpand.contract.schema import Receipt
 from rayexpand.contract.settings import digest
 from rayexpand.data.pixels import decode, prepare
 from rayexpand.data.seeds import SeedReader
+from rayexpand.evaluation.chunk_columns import ChunkColumns
+from rayexpand.evaluation.feature_file import FeatureFile
 from rayexpand.evaluation.select_rules import CONFIDENCE, CONTRAST, ENTROPY, FEATURES, TOP
 from rayexpand.models.guide_files import guide_folder, kind_of
 from rayexpand.models.scores import confidence, log_probabilities
@@ -98,10 +100,11 @@ def seed_chunks(run: Run) -> list[Chunk]:
 
 
 def guide_scores(run: Run, job: ScoreJob, chunks: Sequence[Chunk], score: Score,
-                 on_rows: OnRows) -> dict[str, np.ndarray]:
+                 on_rows: OnRows) -> dict[str, np.ndarray | FeatureFile]:
     """Columns of all chunks, one after the other, from what is kept and from `score`."""
-    known = _known(run, job, chunks)
-    todo = [chunk for chunk in chunks if chunk.key not in known]
+    found = ChunkColumns({chunk.key: chunk.stop - chunk.start for chunk in chunks})
+    _add_known(run, job, found)
+    todo = [chunk for chunk in chunks if chunk.key not in found]
     total = sum(one.stop - one.start for one in chunks)
     done = total - sum(one.stop - one.start for one in todo)
     waiting: list[tuple[str, pa.Table]] = []
@@ -109,18 +112,17 @@ def guide_scores(run: Run, job: ScoreJob, chunks: Sequence[Chunk], score: Score,
     try:
         for number, table in score(job, todo) if todo else ():
             waiting.append((todo[number].key, table))
+            found.add(todo[number].key, table)
             done += table.num_rows
             on_rows("scores by the guide", done, total)
             if sum(one.num_rows for _, one in waiting) >= PART_ROWS or time.monotonic() - since > PART_S:
-                known |= waiting
                 _keep(run, job, waiting)
                 waiting, since = [], time.monotonic()
     finally:
         if waiting:
-            known |= waiting
             _keep(run, job, waiting)
-    table = pa.concat_tables([known[chunk.key] for chunk in chunks])
-    return {name: _numpy(table[name]) for name in table.column_names}
+    assert not found.missing
+    return found.columns
 
 
 def in_process(job: ScoreJob, chunks: Sequence[Chunk]) -> Iterator[tuple[int, pa.Table]]:
@@ -252,18 +254,16 @@ _CHUNKS = b"chunks"  # schema metadata of a part: key and rows of each chunk in 
 # --------------------------------------------------------------------------------------------------------- what is kept
 
 
-def _known(run: Run, job: ScoreJob, chunks: Sequence[Chunk]) -> dict[str, pa.Table]:
-    """Tables by the key of their chunk."""
-    wanted = {chunk.key for chunk in chunks}
-    found: dict[str, pa.Table] = {}
+def _add_known(run: Run, job: ScoreJob, found: ChunkColumns) -> None:
+    """Adds the chunks that are wanted and kept."""
+    missing = found.missing
     for name in sorted(run.files.list(job.folder)):
         table = read_table(run.files, f"{job.folder}/{name}")
         start = 0
         for key, rows in json.loads(table.schema.metadata[_CHUNKS]):
-            if key in wanted:
-                found[key] = table.slice(start, rows).replace_schema_metadata()
+            if key in missing:
+                found.add(key, table.slice(start, rows))
             start += rows
-    return found
 
 
 def _keep(run: Run, job: ScoreJob, tables: Sequence[tuple[str, pa.Table]]) -> None:
@@ -280,10 +280,3 @@ def _arrow(values: np.ndarray) -> pa.Array:
     if values.ndim == 1:
         return pa.array(values)
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-
-
-def _numpy(column: pa.ChunkedArray) -> np.ndarray:
-    flat = column.combine_chunks()
-    if pa.types.is_fixed_size_list(flat.type):
-        return flat.flatten().to_numpy().reshape(len(flat), -1)
-    return flat.to_numpy(zero_copy_only=False)

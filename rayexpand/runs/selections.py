@@ -24,7 +24,7 @@ class Selection:
     keep: np.ndarray  # bool
 
     def keeps(self, sample_ids: Sequence[str]) -> pa.Array:
-        wanted = _digests(sample_ids)
+        wanted = id_digests(sample_ids)
         at = np.minimum(np.searchsorted(self.ids, wanted), len(self.ids) - 1)
         if len(unknown := np.flatnonzero(self.ids[at] != wanted)):
             raise UsageError(f"selection {self.name!r} says nothing about sample {sample_ids[unknown[0]]}; it was made "
@@ -47,14 +47,15 @@ def read_selection(run: Run, name: str) -> Selection:
         raise DamagedFile(f"{error}. Delete it and select again") from error
     if not table.num_rows:
         raise UsageError(f"selection {name!r} of {run.folder} decides nothing; select again")
-    ids = _digests(texts(table["sample_id"]))
+    ids = id_digests(texts(table["sample_id"]))
     order = np.argsort(ids)
     if (np.diff(ids[order]) == 0).any():
         raise UsageError(f"selection {name!r} of {run.folder} decides a sample twice; select again")
     return Selection(name, ids[order], table["keep"].to_numpy()[order])
 
 
-def _digests(sample_ids: Iterable[str]) -> np.ndarray:
+def id_digests(sample_ids: Iterable[str]) -> np.ndarray:
+    """uint64: 8 bytes for each id."""
     joined = bytearray()
     for one in sample_ids:
         joined += hashlib.blake2b(one.encode(), digest_size=8).digest()

@@ -21,7 +21,6 @@ from rayexpand.runs.run import Run
 from rayexpand.runs.store import MAKE_AGAIN, Store, Totals, content_sha256, data_name, parse_data_name, totals
 from rayexpand.storage.tables import read_table
 
-
 _NO_IDS = pa.array([], pa.string())
 
 
