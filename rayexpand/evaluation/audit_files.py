@@ -67,16 +67,28 @@ def part_names(files: Files, folder: str) -> list[str]:
     return sorted(name for name in files.list(folder) if name.startswith("part-"))
 
 
-def copy_rows(files: Files, name: str, columns: Sequence[str]) -> pa.Table:
-    """Columns of all samples of the audit `name`, in the order of its parts. Raises UsageError where it has none."""
+def copy_rows(files: Files, name: str, columns: Sequence[str], rows: np.ndarray | None = None) -> pa.Table:
+    """Columns of the samples of the audit `name`, in the order of its parts, or of some of its `rows`, as these are
+    ordered; what else a part has is not kept. Raises UsageError where it has none."""
     folder = f"{FOLDER}/{name}/copies"
     if not (names := part_names(files, folder)):
         known = [one for one in audit_names(files) if part_names(files, f"{FOLDER}/{one}/copies")]
         raise UsageError(f"{files.root} has no audit {name!r} of copies; it has {', '.join(known) or 'none'}. Make it "
                          "with `rayexpand audit`")
     with _made_again():
-        return pa.concat_tables([read_table(files, f"{folder}/{part}", list(columns)).replace_schema_metadata()
-                                 for part in names])
+        parts = (read_table(files, f"{folder}/{part}", list(columns)).replace_schema_metadata() for part in names)
+        return pa.concat_tables(parts) if rows is None else _chosen(parts, rows)
+
+
+def _chosen(parts: Iterable[pa.Table], rows: np.ndarray) -> pa.Table:
+    order, found, start = np.argsort(rows, kind="stable"), [], 0
+    rising = rows[order]
+    for part in parts:
+        low, high = np.searchsorted(rising, [start, start + part.num_rows])
+        if high > low or not found:
+            found.append(part.take(pa.array(rising[low:high] - start)))
+        start += part.num_rows
+    return pa.concat_tables(found).take(pa.array(np.argsort(order, kind="stable")))
 
 
 def numbers(table: pa.Table, column: str) -> np.ndarray:

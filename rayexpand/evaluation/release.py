@@ -104,7 +104,7 @@ def _scopes_of(files: Files, found: Mapping[str, Any], chosen: Selection) -> dic
     """Counts of the samples that a selection keeps."""
     scopes = [*found["scopes"]]
     rows = copy_rows(files, found["audit"], ["sample_id", *scopes])
-    rows = rows.filter(chosen.keeps(rows["sample_id"].to_pylist()))
+    rows = rows.filter(chosen.keeps(rows["sample_id"]))
     return {scope: statistics.scope_counts(numbers(rows, scope), scope, found["tau"], found["tau_copy"])
             for scope in scopes}
 
@@ -191,4 +191,4 @@ def _counts_of(view: RunView, chosen: Selection) -> np.ndarray:
 
 def _labels_of(view: RunView, receipt: Receipt, chosen: Selection) -> np.ndarray:
     table: pa.Table = view.store.data(receipt, ["sample_id", "label"])
-    return table.filter(chosen.keeps(table["sample_id"].to_pylist()))["label"].to_numpy()
+    return table.filter(chosen.keeps(table["sample_id"]))["label"].to_numpy()

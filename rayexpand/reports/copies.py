@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import ClassTable
@@ -46,18 +45,14 @@ def copies_section(view: RunView, classes: ClassTable, seed_pictures: Callable[[
 
 def _chosen(view: RunView, found: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The rows with the highest similarity to another seed, and rows chosen by a key."""
-    scope = found["within"]
-    columns = ["sample_id", "file", "label", "own", "own_id", scope, "top_id", "top"]
-    table = copy_rows(view.files, found["audit"], columns)
+    scope, audit = found["within"], found["audit"]
+    table = copy_rows(view.files, audit, ["sample_id", scope])
     s_N = numbers(table, scope)
     highest = np.argsort(-np.where(np.isnan(s_N), -np.inf, s_N), kind="stable")[:ROWS]
     key_N = PlanRng(0, "page").per_seed("copies", texts(table["sample_id"]))
-    return {"nearest to another seed": _taken(table, highest),
-            "chosen by chance": _taken(table, np.argsort(key_N, kind="stable")[:ROWS])}
-
-
-def _taken(table: pa.Table, rows: np.ndarray) -> list[dict[str, Any]]:
-    return table.take(pa.array(rows)).to_pylist()
+    columns = ["sample_id", "file", "label", "own", "own_id", scope, "top_id", "top"]
+    return {title: copy_rows(view.files, audit, columns, rows).to_pylist() for title, rows in (
+        ("nearest to another seed", highest), ("chosen by chance", np.argsort(key_N, kind="stable")[:ROWS]))}
 
 
 def _pictures(view: RunView, classes: ClassTable, lines: Sequence[Mapping[str, Any]],

@@ -169,7 +169,7 @@ def _rows(run: Run, chosen: Selection | None, kept: int, on_rows: OnRows) -> Ite
                 done += len(numbers)
                 on_rows(f"exporting {run.config.name}", done, kept)
                 if chosen is not None:
-                    table = table.filter(chosen.keeps(table["sample_id"].to_pylist()))
+                    table = table.filter(chosen.keeps(table["sample_id"]))
                 if table.num_rows:
                     yield _marked(table, generated="prior" in run.config.needs)
 
@@ -189,7 +189,7 @@ def _image_kinds(run: Run, chosen: Selection | None) -> set[str]:
         if receipt.kept:
             table = run.store.data(receipt, ["sample_id", "image.path"])
             if chosen is not None:
-                table = table.filter(chosen.keeps(table["sample_id"].to_pylist()))
+                table = table.filter(chosen.keeps(table["sample_id"]))
             found |= {_extension({"image": image}) for image in table["image"].to_pylist()}
     return found
 

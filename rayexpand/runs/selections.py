@@ -23,12 +23,13 @@ class Selection:
     ids: np.ndarray  # uint64
     keep: np.ndarray  # bool
 
-    def keeps(self, sample_ids: Sequence[str]) -> pa.Array:
-        wanted = id_digests(sample_ids)
+    def keeps(self, sample_ids: Sequence[str] | pa.ChunkedArray) -> pa.Array:
+        """bool, of each sample. Raises UsageError for one that it does not know."""
+        wanted = id_digests(texts(sample_ids) if isinstance(sample_ids, pa.ChunkedArray) else sample_ids)
         at = np.minimum(np.searchsorted(self.ids, wanted), len(self.ids) - 1)
         if len(unknown := np.flatnonzero(self.ids[at] != wanted)):
-            raise UsageError(f"selection {self.name!r} says nothing about sample {sample_ids[unknown[0]]}; it was made "
-                             "before that sample. Select again, then export.")
+            raise UsageError(f"selection {self.name!r} says nothing about sample {sample_ids[int(unknown[0])]}; it was "
+                             "made before that sample. Select again, then export.")
         return pa.array(self.keep[at])
 
 

@@ -185,7 +185,7 @@ def _blocks(run: Run, receipts: Sequence[Receipt], rows: RowSource, chosen: Sele
         most = below[position] if isinstance(rows.copies, float) else rows.copies
         keep = np.ones(len(table), bool) if most is None else table["copy"].to_numpy() < most
         if chosen is not None:
-            keep &= chosen.keeps(table["sample_id"].to_pylist()).to_numpy(zero_copy_only=False)
+            keep &= chosen.keeps(table["sample_id"]).to_numpy(zero_copy_only=False)
         identity = receipt.content_sha256.encode() + (b"" if keep.all() else np.packbits(keep).tobytes())
         columns = {"row": np.concatenate([np.arange(size) for size in sizes] or [np.arange(0)])[keep],
                    "label": table["label"].to_numpy()[keep], "source": table["source_label"].to_numpy()[keep],

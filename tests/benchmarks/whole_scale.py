@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,93 +149,96 @@ def _export(layout: str) -> Callable[[Path, Clock], dict[str, Any]]:
     return verb
 
 
-class _Quick:
-    """Does real work for `limit_s`, then says so, and what is asked of it may be made up."""
+def _in_worker(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """(seconds, result) of a call in another process, as a worker of a cluster would make it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_timed, function, *arguments).result()
 
-    def __init__(self, limit_s: float) -> None:
-        self.limit_s, self.begun = limit_s, 0.0
-        self.rows, self.seconds = 0, 0.0
 
-    @property
-    def is_over(self) -> bool:
-        self.begun = self.begun or time.perf_counter()
-        return time.perf_counter() - self.begun > self.limit_s
+def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - started, result
 
-    def did(self, rows: int, of: int) -> dict[str, Any]:
-        self.rows += rows
-        self.seconds = time.perf_counter() - self.begun
-        rate = self.rows / self.seconds
-        return {"real_rows": self.rows, "rows_per_second": round(rate), "whole_s_at_this_rate": round(of / rate)}
+
+def _rate(rows: int, seconds: float, of: int) -> dict[str, Any]:
+    return {"real_rows": rows, "rows_per_second": round(rows / seconds), "whole_s_at_this_rate": round(
+        of * seconds / rows)}
 
 
 def _evaluate(out: Path, clock: Clock) -> dict[str, Any]:
-    """Features of the real images and of samples for `limit_s`; of the other samples they are random."""
-    from rayexpand.contract.device import torch_threads
+    """Features of the real images and of the first samples by a worker; those of the other samples are random."""
     from rayexpand.evaluation import evaluate as evaluation
-    from rayexpand.evaluation.extraction import Gathered, ahead, part_of
-    from rayexpand.evaluation.features import ImageBatch, load_extractor
+    from rayexpand.evaluation.extraction import Gathered, part_of
+    from rayexpand.evaluation.features import ImageBatch
 
     config = evaluation.parse({"run": str(out / "run"), "reference": data_of(out / "real"), "batch": 250,
                                "extractor": {"guide": str(out / "clip"), "device": "cpu"}})
-    quick, facts = _Quick(min(clock.limit_s, 60)), dict[str, Any]()
+    facts, rng = dict[str, Any](), np.random.default_rng(0)
+
+    def made_up(x_BHWC: np.ndarray) -> np.ndarray:
+        return rng.standard_normal((len(x_BHWC), FEATURES), np.float32)
 
     def extract(config: Any, sha256: str, sides: Sequence[Any], on_rows: Any) -> list[Any]:
-        extractor, rng = load_extractor(config.extractor), np.random.default_rng(0)
-
-        def made_up(x_BHWC: np.ndarray) -> np.ndarray:
-            return rng.standard_normal((len(x_BHWC), FEATURES), np.float32)
-
         found = []
-        for side in reversed(sides):
-            gathered = Gathered(side, extractor.size)
-            for number, span in enumerate(side.spans):
-                chunks = [side.chunks[i] for i in span]
-                if side.name == "samples" and quick.is_over:
-                    part = part_of(((chunk, [ImageBatch(
-                        np.empty(rows := chunk.num_rows), rows, 0, tuple(range(rows)), np.zeros(rows, np.int64))])
-                        for chunk in chunks), made_up, sums=True)
-                else:
-                    with torch_threads(1):
-                        part = part_of(((chunk, ahead(side.calls(chunk, extractor.size, config.batch,
-                                                                 extractor.intake))) for chunk in chunks), extractor,
-                                       sums=True)
-                    if side.name == "samples":
-                        facts.update(quick.did(part.rows, len(side)))
+        for side in sides:
+            gathered = Gathered(side, 16)
+            spans = [[side.chunks[i] for i in span] for span in side.spans]
+            first = len(spans) if side.name != "samples" else 1
+            seconds, parts = _in_worker(_parts_of, config, replace(side, chunks=[]), spans[:first])
+            if side.name == "samples":
+                facts.update(_rate(parts[0].rows, seconds, len(side)))
+            for number, chunks in enumerate(spans):
+                part = parts[number] if number < first else part_of(((chunk, [ImageBatch(
+                    np.empty(rows := chunk.num_rows), rows, 0, tuple(range(rows)), np.zeros(rows, np.int64))])
+                    for chunk in chunks), made_up, sums=True)
                 gathered.add(number, part)
-            found.insert(0, gathered.found())
+            found.append(gathered.found())
         return found
 
     scores = evaluation.evaluate(config, extract)
     return {**facts, "seconds_of": {name: round(value, 1) for name, value in scores["seconds"].items()}}
 
 
+def _parts_of(config: Any, side: Any, spans: Sequence[Sequence[pa.Table]]) -> list[Any]:
+    import torch
+
+    from rayexpand.evaluation.extraction import ahead, part_of
+    from rayexpand.evaluation.features import load_extractor
+
+    torch.set_num_threads(1)
+    extractor = load_extractor(config.extractor)
+    return [part_of(((chunk, ahead(side.calls(chunk, extractor.size, config.batch, extractor.intake)))
+                     for chunk in chunks), extractor, sums=True) for chunks in spans]
+
+
 def _audit(out: Path, clock: Clock) -> dict[str, Any]:
-    """Features of seeds, and samples compared with the seeds of their class, each for `limit_s`; the rest is made up of
-    the last real chunk."""
-    from rayexpand.evaluation import copy_search
+    """The first seeds, all that calibrates, and the first samples by a worker; other tables are made up of the last."""
     from rayexpand.evaluation.copies import audit_copies
     from rayexpand.evaluation.copies_config import CopiesConfig
 
     run = open_run(str(out / "run"))
     shutil.rmtree(out / "run/audit", ignore_errors=True)
-    config = CopiesConfig(held_out=data_of(out / "real"), within="class", batch=250, extractor={
+    config = CopiesConfig(held_out=data_of(out / "real"), held_out_images=2000, within="class", batch=250, extractor={
         "guide": str(out / "clip"), "device": "cpu"})
     facts = dict[str, Any]()
 
     def work(job: Any, chunks: Sequence[Any], found: Any) -> Iterator[tuple[int, pa.Table]]:
-        kind, quick = chunks[0].kind, _Quick(min(clock.limit_s, 60))
-        real, number, table = copy_search.in_process(job, chunks, found), -1, None
-        while kind not in ("seeds", "samples") or not quick.is_over:
-            number, table = next(real, (-1, None))
-            if table is None:
-                return
-            facts[kind] = quick.did(table.num_rows, sum(one.rows for one in chunks))
-            yield number, table
-        for other in range(number + 1, len(chunks)):
-            yield other, _like(run, table, chunks[other], other)
+        kind = chunks[0].kind
+        first = 5 if kind in ("seeds", "samples") else len(chunks)
+        seconds, tables = _in_worker(_compared, job, chunks[:first], found)
+        facts[kind] = _rate(sum(one.num_rows for one in tables), seconds, sum(one.rows for one in chunks))
+        for number, chunk in enumerate(chunks):
+            yield number, tables[number] if number < first else _like(run, tables[-1], chunk, number)
 
     found = audit_copies(run, config, run.config.runtime, "audit/scale/copies", work)
     return {**facts, "samples": found["samples"]}
+
+
+def _compared(job: Any, chunks: Sequence[Any], found: Any) -> list[pa.Table]:
+    from rayexpand.evaluation import copy_search
+
+    return [table for _, table in copy_search.in_process(job, chunks, found)]
 
 
 def _like(run: Run, table: pa.Table, chunk: Any, number: int) -> pa.Table:
@@ -245,20 +251,24 @@ def _like(run: Run, table: pa.Table, chunk: Any, number: int) -> pa.Table:
 
 
 def _scores(clock: Clock) -> Callable[[Any, Sequence[Any]], Iterator[tuple[int, pa.Table]]]:
-    """Scores of a guide for `limit_s`; those of other files are made up."""
+    """Scores of the first files by a worker; those of other files are made up."""
+    def score(job: Any, chunks: Sequence[Any]) -> Iterator[tuple[int, pa.Table]]:
+        run, first = open_run(job.run), 10
+        seconds, tables = _in_worker(_scored, job, chunks[:first])
+        clock.found = _rate(sum(one.num_rows for one in tables), seconds, sum(one.stop - one.start for one in chunks))
+        for number, chunk in enumerate(chunks):
+            if number < first:
+                yield number, tables[number]
+                continue
+            rows = read_table(run.files, f"data/{chunk.file}", ["row"])["row"]
+            yield number, tables[-1].take(pa.array(np.arange(len(rows)) % len(tables[-1]))).set_column(0, "row", rows)
+    return score
+
+
+def _scored(job: Any, chunks: Sequence[Any]) -> list[pa.Table]:
     from rayexpand.evaluation import select_scores
 
-    def score(job: Any, chunks: Sequence[Any]) -> Iterator[tuple[int, pa.Table]]:
-        quick, number, run = _Quick(min(clock.limit_s, 60)), -1, open_run(job.run)
-        for number, table in select_scores.in_process(job, chunks):
-            clock.found = quick.did(table.num_rows, sum(one.stop - one.start for one in chunks))
-            yield number, table
-            if quick.is_over:
-                break
-        for other in range(number + 1, len(chunks)):
-            rows = read_table(run.files, f"data/{chunks[other].file}", ["row"])["row"]
-            yield other, table.take(pa.array(np.arange(len(rows)) % len(table))).set_column(0, "row", rows)
-    return score
+    return [table for _, table in select_scores.in_process(job, chunks)]
 
 
 def _select(name: str, rule: dict[str, Any]) -> Callable[[Path, Clock], dict[str, Any]]:

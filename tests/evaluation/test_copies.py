@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from rayexpand.data.pixels import decode
 from rayexpand.data.seeds import DataConfig, SeedReader, build_index
 from rayexpand.evaluation import copies, copy_search
 from rayexpand.evaluation import copy_statistics as statistics
-from rayexpand.evaluation.audit_files import copy_rows
+from rayexpand.evaluation.audit_files import copy_rows, part_names
 from rayexpand.evaluation.copies_config import CopiesConfig
+from rayexpand.evaluation.feature_file import FeatureFile
 from rayexpand.evaluation.search import References, unit_rows
 from rayexpand.evaluation.select import parse as parse_select
 from rayexpand.evaluation.select import select
@@ -265,3 +267,43 @@ def test_a_scope_without_other_seeds_is_left_out(run: Run) -> None:
     found = copies._counts(run, rows, tau, tau)["scopes"]
 
     assert {name: one["copies"] for name, one in found.items()} == {"own": 1, "all": 1}
+
+
+def test_an_audit_holds_the_tables_of_one_part(run: Run, guide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 13 million samples numbers alone are held, and of the seeds a file."""
+    monkeypatch.setattr(copies, "PART_ROWS", 16)
+    monkeypatch.setattr(copies, "CHUNK", 4)
+    held: dict[str, list[weakref.ref[pa.Table]]] = {"seeds": [], "samples": []}
+    most: dict[str, int] = {}
+
+    def work(job: Any, chunks: Any, found: Any) -> Iterator[tuple[int, pa.Table]]:
+        tables = copy_search.in_process(job, chunks, found)
+        if (kind := chunks[0].kind) not in held:
+            yield from tables
+            return
+        assert found is None or isinstance(found.h_MD, FeatureFile)
+        for number, table in tables:
+            held[kind].append(weakref.ref(table))
+            yield number, table
+            del table
+            most[kind] = max(most.get(kind, 0), sum(one() is not None for one in held[kind]))
+
+    config = CopiesConfig(extractor={"guide": guide, "device": "cpu"}, held_out={"source": "digits", "split": "pool"},
+                          known=20)
+    found = copies.audit_copies(run, config, run.config.runtime, "audit/one/copies", work)
+
+    assert found["samples"] == 80
+    assert {kind: len(tables) for kind, tables in held.items()} == {"seeds": 10, "samples": 10}
+    assert most["seeds"] <= 2
+    assert most["samples"] <= 3
+
+
+def test_rows_of_an_audit_are_taken_from_their_parts(run: Run, guide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "PART_ROWS", 16)
+    audited(run, guide)
+    columns, rows = ["sample_id", "top_id", "own"], np.array([70, 3, 4, 41])
+
+    assert len(part_names(run.files, "audit/audit/copies")) > 3
+    assert copy_rows(run.files, "audit", columns, rows).to_pylist() == copy_rows(
+        run.files, "audit", columns).take(pa.array(rows)).to_pylist()
+    assert copy_rows(run.files, "audit", columns, rows[:0]).num_rows == 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import weakref
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from PIL import Image
 
 from rayexpand.contract.errors import ConfigError, DigestMismatch, Interrupted, UsageError
 from rayexpand.contract.rng import PlanRng
+from rayexpand.evaluation import select as select_module
 from rayexpand.evaluation import select_scores
 from rayexpand.evaluation.select import load, parse, select
 from rayexpand.evaluation.select_rules import REASONS, RULES, Decision, ScoredSamples, rank_in
@@ -26,6 +29,7 @@ from rayexpand.runs.config import GuideConfig
 from rayexpand.runs.config import parse as parse_run
 from rayexpand.runs.run import Run, open_run
 from rayexpand.runs.selections import read_selection
+from rayexpand.runs.store import Store
 from rayexpand.storage.tables import parquet_bytes
 from tests.commands import ROOT
 from tests.conftest import MakeConfig, complete, hashes
@@ -570,3 +574,34 @@ def test_the_embedded_guide_judges_digits_only(run: Run) -> None:
     assert parse({"name": "one", "run": str(run.folder), "rule": {"kind": "random", "n": 1}})
     assert parse({"name": "one", "run": str(run.folder), "rule": {"kind": "clip_confidence"},
                   "guide": {"weights": "digits"}})
+
+
+def test_a_decision_holds_no_table_and_few_ids(run: Run, guide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 13 million samples numbers alone are held."""
+    wanted = lines(select(job(run, guide)))
+    monkeypatch.setattr(select_scores, "PART_ROWS", 8)
+    monkeypatch.setattr(select_module, "_LINES", 7)
+    held, most, begun = list[weakref.ref[pa.Table]](), [0, 0], Store.data
+
+    def data(store: Store, *given: Any) -> pa.Table:
+        most[0] = max(most[0], sum(one() is not None for one in held))
+        table = begun(store, *given)
+        held.append(weakref.ref(table))
+        return table
+
+    def score(job: Any, chunks: Any) -> Iterator[tuple[int, pa.Table]]:
+        made = list[weakref.ref[pa.Table]]()
+        for number, table in select_scores.in_process(job, chunks):
+            made.append(weakref.ref(table))
+            yield number, table
+            del table
+            most[1] = max(most[1], sum(one() is not None for one in made))
+
+    monkeypatch.setattr(Store, "data", data)
+    shutil.rmtree(Path(run.folder, "scores"))
+    found = select(job(run, guide, name="again"), score)
+
+    assert lines(found) == wanted
+    assert len(held) == 5
+    assert most[0] <= 1
+    assert most[1] <= 2

@@ -124,3 +124,14 @@ def test_an_image_that_cannot_be_decoded_is_damage(make_config: MakeConfig) -> N
     (problem,) = verify(run, pixels=True).problems
     assert "images that do not match" in problem
     assert "Delete it" in problem
+
+
+def test_planned_ids_are_columns_and_no_draws(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 13 million rows, a draw each is minutes; ids are those of the draws."""
+    run, _ = complete(make_config("Failing", ratio=2.5, nan=ROW))
+    for shard in range(run.plan.n_shards):
+        assert run.plan.sample_ids(shard).to_pylist() == [
+            draw.sample_id for unit in run.plan.units(shard) for draw in unit]
+    monkeypatch.setattr(type(run.plan), "_draw", None)
+
+    assert verify(run).problems == []
