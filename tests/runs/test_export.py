@@ -567,3 +567,17 @@ def test_an_export_is_a_dataset_to_start_from(odd_run: runs.Run, layout: Layout,
     assert {reason for reason, _ in outcomes(index, data).values()} == {""}
     if layout == "huggingface":
         assert index.classes.key == odd_run.plan.index.classes.display
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [5, 512, 513], [0] * 18, [0] * 19, [20_000] * 3])
+def test_archives_are_those_of_tarfile(sizes: list[int]) -> None:
+    ours, wanted = io.BytesIO(), io.BytesIO()
+    with tarfile.open(fileobj=wanted, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, size in enumerate(sizes):
+            header = tarfile.TarInfo(f"{number:09d}.json")
+            header.size = size
+            tar.addfile(header, io.BytesIO(bytes([number]) * size))
+            exporting._member(ours, f"{number:09d}.json", bytes([number]) * size)
+    exporting._end(ours)
+
+    assert ours.getvalue() == wanted.getvalue()
