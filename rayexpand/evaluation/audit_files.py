@@ -81,7 +81,7 @@ def copy_rows(files: Files, name: str, columns: Sequence[str], rows: np.ndarray 
 
 
 def _chosen(parts: Iterable[pa.Table], rows: np.ndarray) -> pa.Table:
-    order, found, start = np.argsort(rows, kind="stable"), [], 0
+    order, found, start = np.argsort(rows, kind="stable"), list[pa.Table](), 0
     rising = rows[order]
     for part in parts:
         low, high = np.searchsorted(rising, [start, start + part.num_rows])

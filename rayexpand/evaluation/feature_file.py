@@ -65,7 +65,7 @@ class FeatureFile:
         """(len(rows), D) of rows in any order; neighbours are read at once."""
         rows = rows if self._order is None else self._order[rows]
         h_ND = np.empty((len(rows), self.width), np.float32)
-        content, at = memoryview(h_ND.reshape(-1).view(np.uint8)), 0
+        content, at = memoryview(h_ND.reshape(-1).view(np.uint8).data), 0
         with self.path.open("rb", buffering=0) as file:
             for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
                 size = len(run) * self._row_bytes
