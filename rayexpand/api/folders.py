@@ -139,6 +139,12 @@ class StudyFolder(_Paged):
     folder: str
     failed: tuple[str, ...] = ()
 
+    def verify(self, pixels: bool = False) -> Any:
+        """Checks every file of its runs, results and predictions; see runs.verify.Findings."""
+        from rayexpand.studies.verify import verify_study
+
+        return verify_study(self.folder, pixels=pixels)
+
     def summary(self) -> dict[str, Any]:
         """Every number of the page."""
         from rayexpand.studies.summary import summary

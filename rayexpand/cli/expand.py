@@ -99,11 +99,13 @@ def verify(folder: Folder, trust: Trust = None,
            marks: Annotated[bool, typer.Option(help="of an export: check that every image says that it is "
                                                     "synthetic")] = False,
            as_json: Json = False) -> None:
-    """Check every file of a run against its plan, and rebuild missing receipts; or the marks of an export.
+    """Check every file of a run, or of all runs and results of a study; or the marks of an export.
 
     Examples:
 
         rayexpand verify runs/birds --pixels
+
+        rayexpand verify runs/my-study
 
         rayexpand verify birds-5x --marks
     """
@@ -111,7 +113,10 @@ def verify(folder: Folder, trust: Trust = None,
 
     if marks and pixels:
         raise UsageError("--marks looks at an export and --pixels at a run; give one of them")
-    found = api.check_marks(folder) if marks else api.RunFolder(folder).verify(pixels)
+    opened = None if marks else api.open(folder)
+    if opened is not None and not isinstance(opened, (api.RunFolder, api.StudyFolder)):
+        raise UsageError(f"{folder} holds neither a run nor a study; give the folder of one")
+    found = api.check_marks(folder) if opened is None else opened.verify(pixels)
     if as_json:
         show_json(found.to_json())
     else:
