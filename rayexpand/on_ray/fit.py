@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,7 +25,7 @@ from rayexpand.fitting.maker import Engine, Training
 from rayexpand.on_ray.captions import caption_blocks
 from rayexpand.on_ray.features import classes, feature_blocks
 from rayexpand.on_ray.finetune import tuning_on
-from rayexpand.on_ray.pool import address_of, check_shared, connected, enter, error_of, gpus_each, place_of
+from rayexpand.on_ray.pool import address_of, connected, enter, error_of, gpus_each, place_of
 
 TASK_RETRIES = 16  # deaths of a process that trains alone before the fit counts as failed
 
@@ -54,7 +54,11 @@ def fit(config: FitConfig, progress: Progress, *, on_workers: bool = False) -> d
             def alone(function: Training, progress: Progress, folder: Path) -> dict[str, Any]:
                 connect()
                 progress("training on a worker", 0, 1)
-                return one_task(config, _filled, function, str(folder.absolute()), config.runtime.torch_threads)
+                facts, contents = one_task(config, _filled, function, config.runtime.torch_threads)
+                for name, content in contents.items():
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / name).write_bytes(content)
+                return facts
 
             engine = replace(engine, alone=alone, is_elsewhere=True,
                              tuning=tuning_on(config, connect, partial(one_task, config)))
@@ -74,14 +78,14 @@ def one_task(config: FitConfig, function: Callable[..., Any], *arguments: Any) -
         raise error_of(error, "a task of fit ended: {}. The same command tries again") from error
 
 
-def _filled(function: Training, folder: str, threads: int, cwd: str) -> dict[str, Any]:
+def _filled(function: Training, threads: int, cwd: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Facts and files of what a function makes, on a disk of this node: the driver's need not be seen here."""
     enter(cwd)
-    check_shared(folder)
-    for left in Path(folder).iterdir():  # by an attempt whose process died
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
     wall, cpu = time.perf_counter(), time.process_time()
-    with torch_threads(threads):
-        facts = function(lambda *_: None, Path(folder))
+    with tempfile.TemporaryDirectory() as scratch, torch_threads(threads):
+        facts = function(lambda *_: None, Path(scratch))
+        contents = {str(file.relative_to(scratch)): file.read_bytes() for file in sorted(Path(scratch).rglob("*"))
+                    if file.is_file()}
     seconds = time.perf_counter() - wall
     return {"cpu_seconds": time.process_time() - cpu, "process_seconds": seconds,
-            "gpu_seconds": seconds * (facts.get("device") == "cuda"), **facts}
+            "gpu_seconds": seconds * (facts.get("device") == "cuda"), **facts}, contents

@@ -108,6 +108,11 @@ def unsent_problems(job: JobOrder, sent: Set[str], root: Path | None = None) -> 
     elif (job.verb in WRITING or (job.verb == "audit" and not raw["audit"].get("run"))) and _is_relative(out):
         problems.append(f"out: {out!r} is relative, and a job's working directory is removed after it. Give a path or "
                         f"URL that every node of the cluster sees: --set out={Path(out).absolute()}")
+    if "://" in out:
+        problems += [f"expansions.{name}.fit.adapter: a fine-tuning keeps its checkpoints in a folder that all nodes "
+                     f"share, and out is an object store ({out}); give a folder that every node sees: --set "
+                     "out=/shared/runs" for name, one in (raw.get("expansions") or {}).items()
+                     if isinstance(one, Mapping) and (one.get("fit") or {}).get("adapter") is not None]
     if isinstance(study := raw.get("study"), str) and Path(study).is_file():
         raw |= {STUDY_FILE: study, "study": read(study)}
     if job.verb != "plan":  # which estimates without data

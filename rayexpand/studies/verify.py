@@ -19,7 +19,9 @@ def verify_study(folder: str, *, pixels: bool = False) -> Findings:
     """Findings of all runs below the folder together, and damaged results and predictions. Results and runs that are
     not there yet are no problem."""
     files, found = open_files(folder), Findings()
-    for name in files.list("runs"):
+    said = (read_json(files, "study.json") or {})["config"]
+    wanted = [f"{name}-{seed}" for name in said["expansions"] for seed in said["seeds"]]
+    for name in dict.fromkeys([*files.list("runs"), *wanted]):  # an object store lists no folders
         if open_files(f"{folder}/runs/{name}").read("run.json") is None:
             continue
         try:

@@ -225,8 +225,7 @@ def test_a_stage_has_resources_and_labels_of_its_own(
     assert json.loads((made["guide"] / "said.json").read_text()) == {"kind": "on-demand", "gpus": 1, "big": 1.0}
 
 
-def _said(function: Any, folder: str, threads: int, cwd: str) -> dict[str, Any]:
+def _said(function: Any, threads: int, cwd: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     given = ray.get_runtime_context().get_assigned_resources()
-    (Path(folder) / "said.json").write_text(json.dumps({
-        "kind": os.environ["KIND_OF_NODE"], "gpus": given.get("GPU"), "big": given.get("big")}))
-    return {}
+    said = {"kind": os.environ["KIND_OF_NODE"], "gpus": given.get("GPU"), "big": given.get("big")}
+    return {}, {"said.json": json.dumps(said).encode()}
