@@ -11,7 +11,8 @@
     ├── OverBudget                  exit 3   more rows failed than the budget allows; outputs are kept
     ├── DigestMismatch              exit 4   the output belongs to another plan, configuration or model
     ├── Interrupted                 exit 75  stopped or starved; the same command continues
-    │   └── EnvironmentFault        exit 75  disk full, storage refused, model gone, out of memory at batch 1
+    │   ├── EnvironmentFault        exit 75  disk full, storage refused, model gone, out of memory at batch 1
+    │   └── Preempted               exit 75  its machine will be taken away; what it has is kept
     ├── ProgramFault                exit 70  a fault of this package, in another process
     └── RowFault                    (never leaves a shard) one row cannot become a sample; carries a Reason
 
@@ -106,6 +107,10 @@ class Interrupted(RayexpandError):
 
 class EnvironmentFault(Interrupted):
     pass
+
+
+class Preempted(Interrupted):
+    """This process left a machine that will be taken away, behind a checkpoint. Its work goes on elsewhere."""
 
 
 class ProgramFault(RayexpandError):

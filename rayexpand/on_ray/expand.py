@@ -1,11 +1,14 @@
 """The Expander over a Ray Data actor pool: one shard is one row, one block and one task.
 
     driver    pending shards -> waves -> map_batches(ExpandActor) -> receipts (bytes, not images)
-    Heartbeats    one small actor beside the driver: who is alive, rows decided
+    Heartbeats    one small actor beside the driver: who is alive and on which node, rows decided
     ModelServer   another one: the model files, for nodes without them (stage.py)
 
 A fixed pool is the demand: its pending actors make an autoscaler bring nodes, they start as nodes come, and idle ones
-leave at the end. `ExpandActor.__call__` never raises: a fault of the environment is a row that says so, and a fault of
+leave at the end. On a node that will be taken away an actor gets no more shards (Ray Data sees to that); it finishes
+the one in work if there is time, and ends, so that a place elsewhere is asked for while the node is still there.
+
+`ExpandActor.__call__` never raises: a fault of the environment is a row that says so, and a fault of
 the process ends the process, whose shard Ray gives to another one. Nothing here decides what a sample is.
 """
 
@@ -27,6 +30,7 @@ from ray.util.metrics import Counter, Histogram
 from rayexpand.contract.errors import EnvironmentFault, packed, unpacked
 from rayexpand.contract.schema import Receipt
 from rayexpand.on_ray.pool import Pool, any_starting, beside_driver, choose_pool, connected, enter
+from rayexpand.on_ray.preemption import Leaving, staying_nodes
 from rayexpand.on_ray.stage import open_model_server, run_models, with_local_models
 from rayexpand.runs import run as runs
 from rayexpand.runs.blame import ProcessFault
@@ -34,6 +38,7 @@ from rayexpand.runs.config import MODELS
 from rayexpand.runs.driving import Listener, RunProgress, jobs_of
 from rayexpand.runs.expander import Expander
 from rayexpand.runs.store import Totals
+from rayexpand.storage.files import process_token
 
 HEARTBEAT_S = 5.0
 SILENT_S = 30.0  # an actor that has not been heard of for so long is not counted as alive
@@ -52,13 +57,19 @@ class Snapshot:
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class Heartbeats:
-    """Beside the driver: hears from actors."""
+    """Beside the driver: hears from actors, by the token of their process."""
 
     def __init__(self) -> None:
         self._heard: dict[str, tuple[float, str, int]] = {}
+        self._nodes: dict[str, str] = {}
 
-    def hear(self, actor: str, host: str, rows: int) -> None:
-        self._heard[actor] = (time.monotonic(), host, rows)
+    def hear(self, actor: str, host: str, node: str, rows: int) -> None:
+        self._heard[actor], self._nodes[actor] = (time.monotonic(), host, rows), node
+
+    def lost(self, actors: set[str]) -> set[str]:
+        """Those of this attempt whose node is gone, or will be."""
+        there = staying_nodes()
+        return {one for one in actors & self._nodes.keys() if self._nodes[one] not in there}
 
     def snapshot(self) -> Snapshot:
         now = time.monotonic()
@@ -73,6 +84,7 @@ class ExpandActor:
         enter(cwd)
         self._folder, self._attempt, self._heartbeats, self._server = folder, attempt, heartbeats, server
         self._expander: Expander | None = None
+        self._work: _Work | None = None
         self._faults = self._rows = 0
         self._method = ""
         self._metrics = _metrics()
@@ -83,6 +95,7 @@ class ExpandActor:
         if self._faults == FAULTS_PER_ACTOR:
             _end_process(f"{self._faults} environment faults in a row on {socket.gethostname()}")
         receipt, fault = "", ""
+        self._work = _Work(int(shard_id))
         try:
             committed = self._get()(int(shard_id), int(generation))
         except ProcessFault as error:
@@ -95,6 +108,7 @@ class ExpandActor:
             self._faults = 0
             receipt = committed.to_json()
             self._count(committed)
+        self._work = None
         return {"receipt": [receipt], "fault": [fault]}
 
     def _get(self) -> Expander:
@@ -102,18 +116,36 @@ class ExpandActor:
             run = runs.open_run(self._folder)
             self._method = run.config.method.name
             run = replace(run, config=with_local_models(run.config, run.facts["models"], self._server))
-            self._expander = runs.expander_of(run, self._attempt, on_rows=self._heard_of)
+            self._expander = runs.expander_of(
+                run, self._attempt, on_rows=self._heard_of,
+                lost=lambda tokens: ray.get(self._heartbeats.lost.remote(tokens)))
         return self._expander
 
     def _heard_of(self, rows: int) -> None:
         self._rows += rows
+        if self._work is not None:
+            self._work.heard(rows)
 
     def _beat(self) -> None:
-        me = f"{socket.gethostname()}~{os.getpid()}~{time.time()}"
+        me, host, leaving = process_token(), socket.gethostname(), Leaving()
         with contextlib.suppress(ray.exceptions.RayError):
             while True:
-                self._heartbeats.hear.remote(me, socket.gethostname(), self._rows)
+                self._heartbeats.hear.remote(me, host, leaving.node, self._rows)
+                if (deadline := leaving.deadline()) is not None and not self._finishes(deadline):
+                    if self._expander is not None:
+                        self._expander.blame.withdraw()
+                    _end_process(f"its node {leaving.node} will be taken away")
                 time.sleep(HEARTBEAT_S)
+
+    def _finishes(self, deadline: float) -> bool:
+        """Whether a shard is in work and can be committed before the deadline (0: unknown), as far as one can tell."""
+        work, expander = self._work, self._expander
+        if work is None:
+            return False
+        if not deadline or expander is None or (seconds := work.seconds_each()) is None:
+            return True
+        planned = sum(map(len, expander.plan.units(work.shard)))
+        return time.time() + seconds * (planned - work.rows) + HEARTBEAT_S < deadline
 
     def _count(self, receipt: Receipt) -> None:
         for status in ("kept", "rejected", "failed"):
@@ -122,6 +154,24 @@ class ExpandActor:
         self._metrics["shards"].inc(1, {"method": self._method})
         for phase, seconds in receipt.seconds.items():
             self._metrics["seconds"].observe(seconds, {"method": self._method, "phase": phase})
+
+
+class _Work:
+    """How far the shard in work is."""
+
+    def __init__(self, shard: int) -> None:
+        self.shard, self.rows = shard, 0
+        self._first: tuple[float, int] | None = None  # when the first rows were decided: models are loaded by then
+
+    def heard(self, rows: int) -> None:
+        self.rows += rows
+        self._first = self._first or (time.monotonic(), self.rows)
+
+    def seconds_each(self) -> float | None:
+        """Of a row; None before there is a measure."""
+        if self._first is None or self.rows <= self._first[1]:
+            return None
+        return (time.monotonic() - self._first[0]) / (self.rows - self._first[1])
 
 
 class RayWave:

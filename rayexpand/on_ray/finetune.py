@@ -5,8 +5,8 @@ the cached latents. Base model, latents, captions and features are used where th
 content hash. The folder of the unfinished work (checkpoints, sheets, curves, result) must be one that all nodes see.
 
 A checkpoint is one file that rank 0 replaces whole; Ray restarts dead workers, which read it again, and a new driver
-goes on from it. One more is written when Ray says that a node of the workers will be taken away. Ray's own reported
-checkpoints are not used, because a worker that dies can take the last one with it.
+goes on from it. What a notice and the loss of a node do is told in preemption.py. Ray's own reported checkpoints are
+not used, because a worker that dies can take the last one with it.
 The number of workers is fixed: a batch is cut into as many equal slices, the sums of an update depend on the cut, and
 so a fine-tuning resized while it runs (Ray's elastic workers) would have no content that could be named.
 """
@@ -37,13 +37,16 @@ from rayexpand.fitting.config import FitConfig
 from rayexpand.models.folders import ModelFiles
 from rayexpand.models.prior import inspect_prior, prior_model
 from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
-from rayexpand.on_ray.pool import Notices, cause_of, check_shared, enter, gpus_each, mean_over_workers, place_of
+from rayexpand.on_ray.pool import at_driver, cause_of, check_shared, enter, gpus_each, place_of
+from rayexpand.on_ray.preemption import Deaths, Leaving
 from rayexpand.on_ray.spans import SpanActor, over_spans
 from rayexpand.on_ray.stage import artifact_model, local, open_model_server
+from rayexpand.on_ray.workers import Notices, mean_over_workers, train_on_workers
+from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.position import read_position
 
 SPAN_BYTES = 64 << 20  # of the images one loader task makes, at most
-WORKER_FAILURES = 4  # deaths of workers before the fine-tuning counts as failed; nodes taken away do not count
+WORKER_FAILURES = 4  # failures of workers before the fine-tuning counts as failed; nodes taken away do not count
 DRIVER_RETRIES = 16  # deaths of the process that watches the workers
 REFUSED = "refused"  # a file in the folder of a job
 
@@ -63,7 +66,7 @@ def tuning_on(config: FitConfig, connect: Callable[[], Any], task: Callable[...,
             progress("fine-tuning on a worker", 0, job.made.finetune.steps)
             task(_train_alone, job, open_model_server(dict(_parts(job).values())))
             return 0.0
-        train_spread(job, progress, place_of(config.cluster.at("fit")))
+        train_spread(job, progress, config.cluster.at("fit"))
         return 0.0
 
     return TuneEngine(parts, train, spreads=True)
@@ -73,7 +76,7 @@ def _train_alone(job: TuneJob, server: Any, cwd: str) -> None:
     """A fine-tuning without workers, in a task; what stops is continued from its last checkpoint by the next one."""
     enter(cwd)
     check_shared(job.folder)
-    train_here(_local_job(job, server), lambda *_: None)
+    train_here(_local_job(job, server), lambda *_: None, Leaving())
 
 
 # -------------------------------------------------------------------------------------------------------------- latents
@@ -122,7 +125,7 @@ class LatentActor(SpanActor):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def train_spread(job: TuneJob, progress: Progress, where: dict[str, Any]) -> None:
+def train_spread(job: TuneJob, progress: Progress, cluster: ClusterConfig) -> None:
     """Trains on Ray Train workers to the end and leaves `result/` in the folder of the job.
 
     Raises UsageError where the cluster has no room or not the device; what a worker refused for good, as it did;
@@ -130,18 +133,15 @@ def train_spread(job: TuneJob, progress: Progress, where: dict[str, Any]) -> Non
     """
     gpus = _gpus(job)
     _check_device(job, gpus)
-    _check_room(job, gpus)
+    if not cluster.actors:
+        _check_room(job, gpus)
     folder = Path(job.folder)
     (folder / REFUSED).unlink(missing_ok=True)  # of an attempt whose driver died
     server = open_model_server(dict(_parts(job).values()))
-    under_way = _drive.remote(job, server, gpus, where, os.getcwd())
-    while not ray.wait([under_way], timeout=1.0)[0]:
-        progress("fine-tuning", (read_position(folder) or {"step": 0})["step"], job.made.finetune.steps)
-    failure: ray.exceptions.RayError | None = None
-    try:
-        ray.get(under_way)
-    except ray.exceptions.RayError as error:
-        failure = error
+    arguments, deaths = (job, server, gpus, place_of(cluster)), Deaths(DRIVER_RETRIES)
+    failure = _followed(job, progress, arguments)
+    while failure is not None and deaths.forgives(failure):
+        failure = _followed(job, progress, arguments)
     if (file := folder / REFUSED).is_file():
         problem = unpacked(file.read_text())
         file.unlink()
@@ -153,29 +153,36 @@ def train_spread(job: TuneJob, progress: Progress, where: dict[str, Any]) -> Non
                                f"checkpoint in {folder}") from failure
 
 
-@ray.remote(max_retries=DRIVER_RETRIES, num_cpus=0)
+def _followed(job: TuneJob, progress: Progress, arguments: tuple[Any, ...]) -> ray.exceptions.RayError | None:
+    """One drive to its end; what ended it, None where it was done."""
+    drive: Any = _drive
+    under_way = drive.options(scheduling_strategy=at_driver()).remote(*arguments, os.getcwd())
+    while not ray.wait([under_way], timeout=1.0)[0]:
+        step = (read_position(Path(job.folder)) or {"step": 0})["step"]
+        progress("fine-tuning", step, job.made.finetune.steps)
+    try:
+        ray.get(under_way)
+    except ray.exceptions.RayError as error:
+        return error
+    return None
+
+
+@ray.remote(max_retries=0, num_cpus=0)
 def _drive(job: TuneJob, server: Any, gpus: float, where: dict[str, Any], cwd: str) -> None:
     """Drives the Ray Train run, in a task, so that the caller can look at how far it is."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    resources = {"CPU": job.made.cpus_per_worker, **({"GPU": gpus} if gpus else {}), **where["resources"]}
-    labels: Any = {"label_selector": where["label_selector"] or None}
-    TorchTrainer(
-        _work_on, train_loop_config={"job": job, "server": server, "gpus": gpus, "cwd": cwd},
-        scaling_config=ScalingConfig(num_workers=job.made.workers, use_gpu=bool(gpus), resources_per_worker=resources,
-                                     **labels),
-        run_config=RunConfig(name=f"finetune-{job.digest[:8]}", storage_path=str(Path(job.folder, "ray").absolute()),
-                             failure_config=FailureConfig(max_failures=WORKER_FAILURES))).fit()
+    folder = Path(job.folder)
+    train_on_workers(_work_on, {"job": job, "server": server, "gpus": gpus, "cwd": cwd}, workers=job.made.workers,
+                     cpus=job.made.cpus_per_worker, gpus=gpus, where=where, name=f"finetune-{job.digest[:8]}",
+                     place=str((folder / "ray").absolute()), most=WORKER_FAILURES,
+                     is_refused=lambda: (folder / REFUSED).is_file())
 
 
 def _work_on(config: dict[str, Any]) -> None:
-    """What each worker does. What no new attempt can mend is written down: Ray starts the workers again after any
-    error, and then they end at once."""
+    """What each worker does. What no new attempt can mend is written down."""
     job, folder = config["job"], Path(config["job"].folder)
     enter(config["cwd"])
     check_shared(folder)
-    if (folder / REFUSED).is_file() or (folder / "result").is_dir():
+    if (folder / "result").is_dir():
         return
     try:
         _train(job, config["server"], config["gpus"])
@@ -298,7 +305,8 @@ def _check_room(job: TuneJob, gpus: float) -> None:
     if short := [name for name, amount in wants.items() if amount > total.get(name, 0)]:
         raise UsageError(f"fit.adapter.workers: {workers} workers want {wants}, and the cluster has "
                          f"{ {name: total.get(name, 0) for name in wants} } ({', '.join(short)} too few). Lower "
-                         "fit.adapter.workers, cpus_per_worker or gpus_per_worker, or join a larger cluster.")
+                         "fit.adapter.workers, cpus_per_worker or gpus_per_worker, join a larger cluster, or set "
+                         "cluster.actors where an autoscaler brings nodes.")
 
 
 def check_step(step: int, device: Any) -> None:

@@ -26,8 +26,9 @@ from rayexpand.on_ray.captions import caption_blocks
 from rayexpand.on_ray.features import classes, feature_blocks
 from rayexpand.on_ray.finetune import tuning_on
 from rayexpand.on_ray.pool import address_of, connected, enter, error_of, gpus_each, place_of
+from rayexpand.on_ray.preemption import lasting
 
-TASK_RETRIES = 16  # deaths of a process that trains alone before the fit counts as failed
+TASK_RETRIES = 16  # deaths of a process that trains alone before the fit counts as failed; lost nodes do not count
 
 
 def fit(config: FitConfig, progress: Progress, *, on_workers: bool = False) -> dict[str, Path]:
@@ -70,10 +71,10 @@ def one_task(config: FitConfig, function: Callable[..., Any], *arguments: Any) -
     error, or EnvironmentFault where the process died too often."""
     cluster = config.cluster.at("fit")
     gpus = gpus_each(cluster.gpus_per_actor, config.device, "cluster.gpus_per_actor")
-    task = ray.remote(num_cpus=cluster.cpus_per_actor, num_gpus=gpus, max_retries=TASK_RETRIES,
+    task = ray.remote(num_cpus=cluster.cpus_per_actor, num_gpus=gpus, max_retries=0,
                       **place_of(cluster))(function)
     try:
-        return ray.get(task.remote(*arguments, cwd=os.getcwd()))
+        return lasting(lambda: task.remote(*arguments, cwd=os.getcwd()), TASK_RETRIES)
     except ray.exceptions.RayError as error:
         raise error_of(error, "a task of fit ended: {}. The same command tries again") from error
 

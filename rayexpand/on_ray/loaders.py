@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
+from ray.data._internal.execution.operators import actor_pool_map_operator
 
 from rayexpand.on_ray.pool import NO_PROGRESS_S
 
@@ -65,7 +66,15 @@ def _dataset(loader: type, arguments: Mapping[str, Any], spans: Sequence[tuple[i
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     items = ray.data.from_items([{"first": first, "stop": stop} for first, stop in spans],
                                 override_num_blocks=len(spans))
+    _load_to_the_end()
     # CPUs are reserved by the worker the loaders serve: a share for each would deadlock workers that fill the cluster
     return items.map_batches(
         loader, batch_size=1, num_cpus=0, label_selector=here, fn_constructor_kwargs=dict(arguments),
         compute=ray.data.ActorPoolStrategy(size=min(processes, len(spans)), max_tasks_in_flight_per_actor=2))
+
+
+def _load_to_the_end() -> None:
+    """Ray Data gives actors of a node that will be taken away nothing more to do. Loaders serve a worker on their own
+    node, which trains until that is gone, so in the process of a worker no node counts as one that goes."""
+    pools: Any = actor_pool_map_operator
+    pools.get_draining_nodes = dict

@@ -15,7 +15,6 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -40,9 +39,10 @@ from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.files import process_token, token_alive
 
 NO_PROGRESS_S = -1  # never; Ray's default ends a run that waits half an hour for spot GPUs
-NOTICE_S = 2.0  # a node is taken away 30 s after the notice, or later
 NODE_GPUS = "RAYEXPAND_NODE_GPUS"  # of a node that an autoscaler would bring; set on the head
 WAVE = 10_000  # items handed to Ray Data at once
+
+log = logging.getLogger(__name__)
 
 
 def place_of(cluster: ClusterConfig) -> dict[str, Any]:
@@ -97,10 +97,14 @@ def check_shared(folder: Path | str) -> None:
                          "all nodes share")
 
 
+def at_driver() -> NodeAffinitySchedulingStrategy:
+    """On the node of this process: of the driver, or of a task that drives something."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def beside_driver(actor: Any, *arguments: Any) -> Any:
     """An actor on the node of the driver."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return actor.options(scheduling_strategy=here).remote(*arguments)
+    return actor.options(scheduling_strategy=at_driver()).remote(*arguments)
 
 
 def cause_of(error: Exception) -> str:
@@ -121,39 +125,6 @@ def error_of(failure: ray.exceptions.RayError, ended: str) -> RayexpandError:
     if isinstance(cause, Exception) and isinstance(found := unpacked(packed(cause)), ProgramFault):
         return found
     return EnvironmentFault(ended.format(cause_of(failure)))
-
-
-def mean_over_workers(values: Sequence[float], device: Any) -> list[float]:
-    """The mean over the workers of a training of each number; every worker must call it."""
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return list(values)
-    total = torch.tensor(list(values), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return [float(one) / dist.get_world_size() for one in total]
-
-
-class Notices:
-    """Whether Ray has said that nodes of the workers of a training will be taken away: asked by every worker after each
-    step, true once for each new notice. Ray is asked at the same steps by all, about every NOTICE_S seconds."""
-
-    def __init__(self, device: Any) -> None:
-        self._device, self._steps, self._since, self._known = device, 0, time.perf_counter(), None
-        self._next = 1
-
-    def __call__(self) -> bool:
-        from ray.train import get_preemption_info
-
-        self._steps += 1
-        if self._steps < self._next:
-            return False
-        (seconds,) = mean_over_workers([(time.perf_counter() - self._since) / self._steps], self._device)
-        self._next = max(1, int(NOTICE_S / seconds))
-        self._steps, self._since = 0, time.perf_counter()
-        before, self._known = self._known, get_preemption_info()
-        return self._known is not None and self._known != before
 
 
 def address_of(cluster: ClusterConfig) -> str | None:
@@ -339,6 +310,20 @@ def choose_pool(cluster: ClusterConfig, device: str) -> Pool:
         raise UsageError(f"cluster.actors: this cluster has no room for an actor of {wants} yet ({dict(total)}). Set "
                          "cluster.actors to the number you want an autoscaler to bring, or ask for less per actor.")
     return Pool(actors, cluster.cpus_per_actor, gpus, dict(cluster.resources), dict(cluster.label_selector))
+
+
+def room_for(wants: Mapping[str, float], actors: int | None, field: str, remedy: str) -> int:
+    """How many trials run at once, each of which wants these resources: `actors`, for which an autoscaler is asked,
+    else what the cluster holds. Raises UsageError where it holds none and nobody is asked."""
+    total = ray.cluster_resources()
+    room = min(int(total.get(name, 0) / amount + 1e-9) for name, amount in wants.items() if amount)
+    there = {name: total.get(name, 0) for name in wants}
+    if room < 1 and actors is None:
+        raise UsageError(f"{field}: one trial wants {dict(wants)}, and the cluster has {there}. {remedy}, join a "
+                         "larger cluster, or set cluster.actors to the number that an autoscaler is to bring nodes for")
+    if room < 1:
+        log.warning("waiting for capacity: one trial wants %s, and the cluster has %s so far", dict(wants), there)
+    return actors or room
 
 
 def any_starting() -> bool:

@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,9 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
-from rayexpand.contract.errors import Interrupted, RayexpandError, UsageError
-from rayexpand.on_ray.pool import cause_of, connected, enter, error_of
+from rayexpand.contract.errors import Interrupted, RayexpandError
+from rayexpand.on_ray.pool import cause_of, connected, enter, error_of, gpus_each, room_for
+from rayexpand.on_ray.preemption import Deaths, Leaving, lasting
 from rayexpand.storage.places import open_files
 from rayexpand.studies.config import parse_study
 from rayexpand.studies.sweep.config import SweepConfig
@@ -31,7 +33,8 @@ from rayexpand.studies.sweep.search import Search
 from rayexpand.studies.sweep.sweep import Candidate, Sweep, best_of, candidate, read_test, scores_again
 from rayexpand.studies.sweep.trial import run_candidate, score_again
 
-RESTARTS = 3  # deaths of a trial's process before it counts as failed
+RESTARTS = 3  # failures of a trial before it counts as failed; nodes taken away do not count
+GIVEN_UP = "given_up"  # in the configuration of a trial: why it is not tried again
 STOP_S = 10  # a stopped trial that has not ended by then is killed; Tune waits ten minutes
 
 
@@ -45,7 +48,7 @@ def run_sweep(search: Search, on_change: Callable[[], None] = lambda: None) -> d
         return read_test(search.sweep, best_of(search.results))
     with connected(config.cluster):
         share = _share(config)
-        room = _room(share, config.max_concurrent)
+        room = _room(share, config)
         if search.decided < search.total:
             _tune(search, share, room, on_change)
         return _test(search, share)
@@ -65,8 +68,8 @@ def _tune(search: Search, share: dict[str, float], room: int, on_change: Callabl
             tune_config=tune.TuneConfig(search_alg=_Suggestions(search, on_change), num_samples=search.total,
                                         max_concurrent_trials=room, scheduler=_scheduler(search)),
             run_config=tune.RunConfig(name=config.name, storage_path=scratch, verbose=0,
-                                      callbacks=[_Errors(search, on_change)],
-                                      failure_config=tune.FailureConfig(max_failures=RESTARTS))).fit()
+                                      callbacks=[_Failures()],
+                                      failure_config=tune.FailureConfig(max_failures=-1))).fit()
 
 
 def _named(trial: Callable[..., None]) -> Callable[[dict[str, Any]], None]:
@@ -78,13 +81,16 @@ def _named(trial: Callable[..., None]) -> Callable[[dict[str, Any]], None]:
 
 def _trial(config: dict[str, Any], sweep: dict[str, Any], gpus: float) -> None:
     """What the process of a trial does."""
+    if GIVEN_UP in config:
+        tune.report({"epoch": 0, "score": -1.0, "problem": config[GIVEN_UP]})
+        return
     started = time.time()
     enter(sweep["cwd"])
     opened = _unpacked(sweep)
     found = candidate(opened, config["number"], config["values"])
     try:
         run_candidate(opened, found, gpus=gpus, on_epoch=lambda epoch, score: tune.report(
-            {"epoch": epoch, "score": score, "started": started}))
+            {"epoch": epoch, "score": score, "started": started}), leaving=Leaving())
     except Interrupted:
         raise  # Tune starts it again
     except RayexpandError as error:
@@ -112,8 +118,6 @@ class _Suggestions(Searcher):
             self._search.heard(self._keys[trial_id], result["epoch"], result["score"], result["started"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if error:
-            return  # _Errors hears why
         result = result or {}
         if "epoch" in result:
             self.on_trial_result(trial_id, result)
@@ -127,16 +131,17 @@ class _Suggestions(Searcher):
         raise AssertionError("a sweep goes on from its own files")
 
 
-class _Errors(tune.Callback):
-    """Hears of trials that failed more often than they are restarted."""
+class _Failures(tune.Callback):
+    """Counts failures of trials, for Tune would count lost nodes, too. Tune restarts a trial always; one that failed
+    too often is told to say so."""
 
-    def __init__(self, search: Search, on_change: Callable[[], None]) -> None:
-        self._search, self._on_change = search, on_change
+    def __init__(self) -> None:
+        self._deaths: defaultdict[str, Deaths] = defaultdict(partial(Deaths, RESTARTS, raised=True))
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        why = cause_of(trial.get_pickled_error())
-        self._search.ended(trial.config["key"], f"failed {RESTARTS + 1} times, at last with {why}")
-        self._on_change()
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        error = trial.get_pickled_error()
+        if not self._deaths[trial.trial_id].forgives(error):
+            trial.config[GIVEN_UP] = f"failed {RESTARTS + 1} times, at last with {cause_of(error)}"
 
 
 def _scheduler(search: Search) -> ASHAScheduler | None:
@@ -158,22 +163,17 @@ def _scheduler(search: Search) -> ASHAScheduler | None:
 
 def _share(config: SweepConfig) -> dict[str, float]:
     """CPUs and GPUs of one trial."""
-    gpus = config.gpus_per_trial
-    if gpus is None:
-        wanted = parse_study({**config.study, "name": "trial"}).training.device != "cpu"
-        gpus = float(wanted and ray.cluster_resources().get("GPU", 0) > 0)
+    device = parse_study({**config.study, "name": "trial"}).training.device if config.gpus_per_trial is None else "cpu"
+    gpus = gpus_each(config.gpus_per_trial, device, "gpus_per_trial")
     return {"cpu": config.cpus_per_trial, **({"gpu": gpus} if gpus else {})}
 
 
-def _room(share: dict[str, float], most: int | None) -> int:
-    """Trials the cluster holds at once. Raises UsageError when it cannot hold one."""
-    total = ray.cluster_resources()
-    room = min(int(total.get(name.upper(), 0) / amount + 1e-9) for name, amount in share.items())
-    if room < 1:
-        raise UsageError(f"cpus_per_trial, gpus_per_trial: one trial wants {share}, and the cluster has "
-                         f"{ {name: total.get(name.upper(), 0) for name in share} }; lower them, or join a larger "
-                         "cluster")
-    return room if most is None else min(room, most)
+def _room(share: dict[str, float], config: SweepConfig) -> int:
+    """Trials at once: `cluster.actors`, for which an autoscaler is asked, else what the cluster holds; at most
+    `max_concurrent`. Raises UsageError where it cannot hold one."""
+    room = room_for({name.upper(): amount for name, amount in share.items()}, config.cluster.actors,
+                    "cpus_per_trial, gpus_per_trial", "Lower them")
+    return room if config.max_concurrent is None else min(room, config.max_concurrent)
 
 
 def _test(search: Search, share: dict[str, float]) -> dict[str, Any] | None:
@@ -181,9 +181,10 @@ def _test(search: Search, share: dict[str, float]) -> dict[str, Any] | None:
     best = search.best()
     if best is None or not scores_again(search.sweep):
         return None
-    task = ray.remote(_score).options(num_cpus=share["cpu"], num_gpus=share.get("gpu", 0.0), max_retries=RESTARTS)
+    task = ray.remote(_score).options(num_cpus=share["cpu"], num_gpus=share.get("gpu", 0.0), max_retries=0)
     try:
-        return ray.get(task.remote(_packed(search.sweep), best.number, best.values, share.get("gpu", 0.0)))
+        return lasting(lambda: task.remote(_packed(search.sweep), best.number, best.values, share.get("gpu", 0.0)),
+                       RESTARTS)
     except ray.exceptions.RayError as error:
         raise error_of(error, "scoring on the test images ended: {}. The same command tries again") from error
 
@@ -192,7 +193,7 @@ def _score(sweep: dict[str, Any], number: int, values: dict[str, Any], gpus: flo
     enter(sweep["cwd"])
     opened = _unpacked(sweep)
     best: Candidate = candidate(opened, number, values)
-    return score_again(opened, best, gpus=gpus)
+    return score_again(opened, best, gpus=gpus, leaving=Leaving())
 
 
 def _packed(sweep: Sweep) -> dict[str, Any]:

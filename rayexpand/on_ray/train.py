@@ -6,8 +6,8 @@ step in loader processes beside it. The slices follow from the training set alon
 order, are the same for any W.
 
 A checkpoint is one file that rank 0 replaces whole; Ray restarts dead workers, who read it again. Ray's own reported
-checkpoints are not used, because a worker that dies can take the last one with it. When Ray says that a node of the
-workers will be taken away, one more checkpoint is written.
+checkpoints are not used, because a worker that dies can take the last one with it. What a notice and the loss of a node
+do is told in preemption.py.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ import ray
 import ray.data
 
 from rayexpand.classifier.accuracy import Answers
-from rayexpand.contract.errors import Interrupted, UsageError, packed, unpacked
+from rayexpand.contract.errors import Interrupted, packed, unpacked
 from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
-from rayexpand.on_ray.pool import Notices, cause_of, connected, enter, gpus_each, mean_over_workers, place_of
+from rayexpand.on_ray.pool import at_driver, cause_of, connected, enter, gpus_each, place_of, room_for
+from rayexpand.on_ray.preemption import Deaths, Leaving
+from rayexpand.on_ray.workers import Notices, mean_over_workers, train_on_workers
+from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
 from rayexpand.studies.config import TrainingConfig
@@ -46,8 +49,8 @@ from rayexpand.studies.trial import run_trial as run_here
 if TYPE_CHECKING:
     from rayexpand.classifier.classifier import Classifier, TrainBatch
 
-TASK_RETRIES = 16  # deaths of a trial's process before it counts as failed
-WORKER_FAILURES = 4  # the same of Ray Train workers; nodes taken away do not count
+TASK_RETRIES = 16  # deaths of a trial's process before it counts as failed; nodes taken away do not count
+WORKER_FAILURES = 4  # the same of Ray Train workers
 
 
 def train_study(study: Study, trials: Sequence[Trial], *, on_start: Callable[[int], None] = lambda running: None,
@@ -61,8 +64,9 @@ def train_study(study: Study, trials: Sequence[Trial], *, on_start: Callable[[in
         training = sized(study.config.training)
         if training.workers:
             _check_workers(study.files, trials, training)
-        room = _room(training, study.config.cluster.at("train").resources)
+        room = _room(training, study.config.cluster.at("train"))
         failed, waiting = [], list(trials)
+        deaths = {trial.name: Deaths(TASK_RETRIES) for trial in trials}
         running: dict[Any, Trial] = {}
         fault: Interrupted | None = None
         while waiting or running:
@@ -75,6 +79,9 @@ def train_study(study: Study, trials: Sequence[Trial], *, on_start: Callable[[in
             try:
                 ray.get(done[0])
             except ray.exceptions.RayError as error:
+                if deaths[trial.name].forgives(error):
+                    waiting.insert(0, trial)
+                    continue
                 if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Interrupted):
                     fault, problem = error.cause, str(error.cause)  # the place is at fault, not the trial
                 else:
@@ -90,51 +97,45 @@ def _submit(study: Study, trial: Trial, training: TrainingConfig) -> Any:
     arguments = (str(study.files.root), vars(trial), training.model_dump(), os.getcwd())
     where = place_of(study.config.cluster.at("train"))
     if training.workers and trial.is_trained:
-        return _train_spread.remote(*arguments, where)
+        return _train_spread.options(scheduling_strategy=at_driver()).remote(*arguments, where)
     return _train_alone.options(num_cpus=training.cpus_per_worker, num_gpus=training.gpus_per_worker or 0,
                                 **where).remote(*arguments)
 
 
-@ray.remote(max_retries=TASK_RETRIES, max_calls=0)
+@ray.remote(max_retries=0, max_calls=0)
 def _train_alone(folder: str, trial: dict[str, Any], training: dict[str, Any], cwd: str) -> None:
     enter(cwd)
     config = TrainingConfig(**training)
-    run_here(open_files(folder), Trial(**trial), config, gpus=config.gpus_per_worker or 0.0)
+    run_here(open_files(folder), Trial(**trial), config, gpus=config.gpus_per_worker or 0.0, leaving=Leaving())
 
 
-@ray.remote(max_retries=TASK_RETRIES, num_cpus=0)
+@ray.remote(max_retries=0, num_cpus=0)
 def _train_spread(folder: str, trial: dict[str, Any], training: dict[str, Any], cwd: str,
                   where: dict[str, Any]) -> None:
-    """Drives the Ray Train run of one trial; in a task, so that several run side by side."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
+    """Drives the Ray Train run of one trial; in a task, so that several run side by side. It is beside the driver of
+    the study, where it keeps no node of workers from leaving."""
     enter(cwd)
     config, files = TrainingConfig(**training), open_files(folder)
     files.delete(_refusal(trial["name"]))  # of an attempt whose driver died
     place = str(files.at("checkpoints"))
-    resources = {"CPU": config.cpus_per_worker, **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}),
-                 **where["resources"]}
-    labels: Any = {"label_selector": where["label_selector"] or None}
-    TorchTrainer(
-        _work_on, train_loop_config={"folder": folder, "trial": trial, "training": training, "cwd": cwd},
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=bool(config.gpus_per_worker),
-                                     resources_per_worker=resources, **labels),
-        run_config=RunConfig(name=f"{trial['name']}-{Trial(**trial).digest[:8]}",
-                             storage_path=place if "://" in place else os.path.abspath(place),
-                             failure_config=FailureConfig(max_failures=WORKER_FAILURES))).fit()
-    if (problem := files.read(_refusal(trial["name"]))) is not None:
+    try:
+        train_on_workers(
+            _work_on, {"folder": folder, "trial": trial, "training": training, "cwd": cwd}, workers=config.workers,
+            cpus=config.cpus_per_worker, gpus=config.gpus_per_worker or 0.0, where=where, most=WORKER_FAILURES,
+            name=f"{trial['name']}-{Trial(**trial).digest[:8]}",
+            place=place if "://" in place else os.path.abspath(place),
+            is_refused=lambda: files.read(_refusal(trial["name"])) is not None)
+    except Exception as error:
+        if (problem := files.read(_refusal(trial["name"]))) is None:
+            raise
         files.delete(_refusal(trial["name"]))
-        raise unpacked(problem)
+        raise unpacked(problem) from error
 
 
 def _work_on(config: dict[str, Any]) -> None:
-    """What each Ray Train worker does. What no new attempt can mend is written down: Ray starts the workers again after
-    any error, and then they end at once."""
+    """What each Ray Train worker does. What no new attempt can mend is written down."""
     enter(config["cwd"])
     trial, files = Trial(**config["trial"]), open_files(config["folder"])
-    if files.read(_refusal(trial.name)) is not None:
-        return
     try:
         _train(trial, files, config)
     except Exception as error:
@@ -247,17 +248,14 @@ def sized(training: TrainingConfig) -> TrainingConfig:
     return training.model_copy(update={"gpus_per_worker": gpus})
 
 
-def _room(training: TrainingConfig, resources: dict[str, float]) -> int:
-    """How many trials the cluster holds at once. Raises UsageError when it cannot hold one."""
-    total, workers = ray.cluster_resources(), max(1, training.workers)
+def _room(training: TrainingConfig, cluster: ClusterConfig) -> int:
+    """Trials at once: those that `cluster.actors` processes are, for which an autoscaler is asked, else what the
+    cluster holds. Raises UsageError where it cannot hold one."""
+    workers = max(1, training.workers)
     wants = {"CPU": workers * training.cpus_per_worker, "GPU": workers * (training.gpus_per_worker or 0.0),
-             **{name: workers * amount for name, amount in resources.items()}}
-    room = min(int(total.get(name, 0) / amount) for name, amount in wants.items() if amount)
-    if room < 1:
-        raise UsageError(f"training.workers: one trial wants {wants}, and the cluster has "
-                         f"{ {name: total.get(name, 0) for name in wants} }. Lower training.workers, "
-                         "training.cpus_per_worker or training.gpus_per_worker, or join a larger cluster.")
-    return room
+             **{name: workers * amount for name, amount in cluster.resources.items()}}
+    return room_for(wants, cluster.actors and max(1, cluster.actors // workers), "training.workers",
+                    "Lower training.workers, training.cpus_per_worker or training.gpus_per_worker")
 
 
 def _check_workers(files: Files, trials: Sequence[Trial], training: TrainingConfig) -> None:

@@ -14,6 +14,11 @@ after the same time again and again.
 A whole shard is marked as well, for a death can come from outside a sampler call: a decoder that crashes on a seed, an
 encoder, the commit. After two deaths its seeds are decoded and its samples encoded one by one under row markers.
 
+A process that ended with its machine says nothing at all of what it did. Where somebody can tell (`lost`; on Ray,
+on_ray/expand.py), its markers count as none, unless MANY_LOST machines were lost at one shard: then it may be the shard
+that takes them down, and their ends are deaths that nobody saw. A process that leaves a machine in time takes its
+markers with it.
+
 Traces are written by faulthandler into a local folder that outlives the process, one file per process and run: by its
 handler of fatal signals, and by its watchdog thread, which ends the process at a deadline even while a C extension
 holds the GIL. While a process runs, its trace says that it runs. Only processes of the same host can look it up, so a
@@ -29,7 +34,7 @@ import socket
 import stat
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +48,7 @@ DEAD_CALLS = 2  # dead processes at one call before its rows run one by one
 DEAD_ROWS = 2  # deaths at one row that tell something before it is refused
 DEAD_SHARDS = 2  # dead processes at one shard, wherever, before its seeds are decoded one by one
 DEAD_UNEXPLAINED = 6  # dead processes that tell nothing of a call or row of their shard, before it is given up for now
+MANY_LOST = 12  # machines lost at one shard before that counts as deaths that nobody saw
 SHARD, DECODE, ENCODE = -1, -2, -3  # in the place of a call number: the whole shard, and work on one row outside calls
 SOUND = "sound"
 
@@ -99,8 +105,10 @@ class Blame:
     """Markers in blame/ of a run, as `<shard key>@<call>@<who>@<attempt>@<process token>`; who is `all`, or
     `<row>.<attempt of its draw>.<others made alone before>`, or `<row>.<attempt of its draw>.sound`."""
 
-    def __init__(self, files: Files, token: str, attempt: int) -> None:
-        self.files, self.token, self.attempt = files, token, attempt
+    def __init__(self, files: Files, token: str, attempt: int,
+                 lost: Callable[[set[str]], set[str]] = lambda tokens: set()) -> None:
+        """`lost`: which of these processes ended with their machine, as far as that is known."""
+        self.files, self.token, self.attempt, self._lost = files, token, attempt, lost
         self._trace: IO[str] | None = None
 
     def verdicts(self, shard_key: str) -> Verdicts:
@@ -109,12 +117,17 @@ class Blame:
         shard: set[str] = set()
         telling: set[str] = set()
         cleared: set[tuple[int, Row]] = set()
-        for name in self.files.list("blame", f"{shard_key}@"):
-            _, text, who, attempt, token = name.split("@", 4)
+        markers = [name.split("@", 4) for name in self.files.list("blame", f"{shard_key}@")]
+        dead = {token for _, _, who, attempt, token in markers if not who.endswith(SOUND)
+                and self._dead(int(attempt), token)}
+        lost = self._lost(dead) if dead else set()
+        if len(lost) < MANY_LOST:
+            dead -= lost
+        for _, text, who, _, token in markers:
             call = int(text)
             if who.endswith(SOUND):
                 cleared.add((call, _row(who)))
-            elif not self._dead(int(attempt), token):
+            elif token not in dead:
                 continue
             elif call == SHARD:
                 shard.add(token)
@@ -198,6 +211,12 @@ class Blame:
         if dead:
             self.files.delete(*dead)
             self.sweep()
+
+    def withdraw(self) -> None:
+        """Takes back every marker of this process, which ends now and is to blame nothing for that."""
+        if mine := [f"blame/{name}" for name in self.files.list("blame") if name.endswith(f"@{self.token}")
+                    and not name.split("@", 4)[2].endswith(SOUND)]:
+            self.files.delete(*mine)
 
     def sweep(self) -> None:
         """Removes traces of dead processes that no marker needs any more."""

@@ -371,9 +371,10 @@ def start(run: Run, load: Callable[[], Tools] | None = None,
 
 
 def expander_of(run: Run, attempt: int, load: Callable[[], Tools] | None = None,
-                on_rows: Callable[[int], None] = lambda n: None) -> Expander:
-    """An Expander of this process for an attempt that has begun."""
-    blame = Blame(run.files, process_token(), attempt)
+                on_rows: Callable[[int], None] = lambda n: None,
+                lost: Callable[[set[str]], set[str]] = lambda tokens: set()) -> Expander:
+    """An Expander of this process for an attempt that has begun. `lost`: see Blame."""
+    blame = Blame(run.files, process_token(), attempt, lost)
     blame.sweep()
     return Expander(run.sampling, run.plan, run.store, blame, load=load, on_rows=on_rows)
 

@@ -26,7 +26,14 @@ import pyarrow as pa
 
 from rayexpand.classifier.accuracy import Answers, answer, frequency_groups, scores_of, softmax
 from rayexpand.classifier.recipe import Recipe
-from rayexpand.contract.errors import ConfigError, EnvironmentFault, Interrupted, RayexpandError, UsageError
+from rayexpand.contract.errors import (
+    ConfigError,
+    EnvironmentFault,
+    Interrupted,
+    Preempted,
+    RayexpandError,
+    UsageError,
+)
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.loader.loader import Loader, TestSet
@@ -175,9 +182,11 @@ def fit(work: TrialWork, classifier: Classifier, curve: TrainingCurve, batches: 
 
 
 def run_trial(files: Files, trial: Trial, training: TrainingConfig, *, gpus: float = 1.0,
-              on_epoch: Callable[[dict[str, float]], None] = lambda point: None) -> dict[str, Any]:
+              on_epoch: Callable[[dict[str, float]], None] = lambda point: None,
+              leaving: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Trains one trial in this process, from its last checkpoint if there is one, and writes its result. `gpus`: the
-    share of a GPU it holds, where it is on one."""
+    share of a GPU it holds, where it is on one. Raises Preempted, behind a checkpoint, where `leaving` says after a
+    step that this machine will be taken away."""
     from rayexpand.contract.device import choose_device, torch_threads
 
     with torch_threads(training.threads):
@@ -193,7 +202,7 @@ def run_trial(files: Files, trial: Trial, training: TrainingConfig, *, gpus: flo
         curve.starts.append(classifier.step)
         answers = fit(work, classifier, curve, work.feed.batches(classifier.step, work.feed.total_steps),
                       evaluate=lambda: answers_of(work, classifier), every=training.checkpoint_steps,
-                      save=lambda: files.replace(name, checkpoint(trial, classifier, curve)), on_epoch=on_epoch)
+                      save=keeper(files, trial, classifier, curve, leaving), on_epoch=on_epoch, warned=leaving)
         result = write_result(files, work, curve, answers, {name: also_answers(work, classifier, name)
                                                             for name in work.also}, device=str(device), workers=0,
                               gpus=share, weights=kept(files, trial, training, classifier))
@@ -239,6 +248,18 @@ def checkpoint(trial: Trial, classifier: Classifier, curve: TrainingCurve) -> by
     buffer = io.BytesIO()
     torch.save({"digest": trial.digest, "classifier": classifier.state(), "curve": asdict(curve)}, buffer)
     return hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + buffer.getvalue()
+
+
+def keeper(files: Files, trial: Trial, classifier: Classifier, curve: TrainingCurve,
+           leaving: Callable[[], bool]) -> Callable[[], None]:
+    """What keeps a checkpoint of a training in one process, and raises Preempted behind it where the machine will be
+    taken away: another one goes on at once."""
+    def keep() -> None:
+        files.replace(f"checkpoints/{trial.name}.pt", checkpoint(trial, classifier, curve))
+        if leaving():
+            raise Preempted(f"trial {trial.name} left a machine that will be taken away, after step {classifier.step}")
+
+    return keep
 
 
 def restore(saved: bytes, trial: Trial, classifier: Classifier) -> TrainingCurve | None:

@@ -276,6 +276,33 @@ class Sleeping(Fake):
         return super().expand(batch, tools)
 
 
+class Logged(Sleeping):
+    """Writes a line for each call to the file `log`: process, and rows that are no fillers."""
+
+    log: str = ""
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        found = super().expand(batch, tools)
+        with open(self.log, "a") as file:
+            file.write(f"{os.getpid()} {sum(not absent for absent in batch.filler)}\n")
+        return found
+
+
+_LOADED: set[int] = set()  # processes in which a Loading has been called
+
+
+class Loading(Sleeping):
+    """The first call of a process takes `load` seconds more, like loading models."""
+
+    load: float = 3.0
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        if os.getpid() not in _LOADED:
+            _LOADED.add(os.getpid())
+            time.sleep(self.load)
+        return super().expand(batch, tools)
+
+
 class Steady(Failing):
     """Takes `seconds` per image, of which no pixel depends, and fails as `Failing` does."""
 

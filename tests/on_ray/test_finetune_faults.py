@@ -65,14 +65,16 @@ def test_what_ends_a_fine_tuning_says_whether_to_go_on(written: RayexpandError |
         if failure is not None:
             raise failure
 
-    for name in ("_gpus", "_check_device", "_check_room", "open_model_server"):
+    for name in ("_gpus", "at_driver", "_check_device", "_check_room", "open_model_server"):
         monkeypatch.setattr(spread, name, lambda *_: None)
     monkeypatch.setattr(spread, "_parts", lambda job: {})
-    monkeypatch.setattr(spread, "_drive", SimpleNamespace(remote=lambda *_: "run"))
+    drive = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: "run"))
+    monkeypatch.setattr(spread, "_drive", drive)
     monkeypatch.setattr(ray, "wait", lambda *_, **__: (["run"], []))
     monkeypatch.setattr(ray, "get", ended)
+    job: Any = SimpleNamespace(folder=str(tmp_path))
     with pytest.raises(RayexpandError) as caught:
-        spread.train_spread(SimpleNamespace(folder=str(tmp_path)), lambda *_: None, {})  # type: ignore[arg-type]
+        spread.train_spread(job, lambda *_: None, ClusterConfig())
     assert type(caught.value) is expected
     assert caught.value.exit_code == exit_code
     assert ("batch: too small" in str(caught.value)) == (exit_code != 75)
@@ -88,10 +90,10 @@ def test_workers_train_where_the_file_says(device: str, asked: float | None, the
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8, "GPU": there})
     job: Any = SimpleNamespace(base=SimpleNamespace(device=device), made=SimpleNamespace(gpus_per_worker=asked))
     if remedy is None:
-        spread._check_device(job, spread._gpus(job))
+        spread._check_device(job, spread._gpus(job, ClusterConfig()))
         return
     with pytest.raises(UsageError, match=rf"device: {device} asked for.*{remedy}"):
-        spread._check_device(job, spread._gpus(job))
+        spread._check_device(job, spread._gpus(job, ClusterConfig()))
 
 
 def test_workers_go_on_from_one_step(monkeypatch: pytest.MonkeyPatch) -> None:

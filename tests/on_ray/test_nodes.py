@@ -1,13 +1,7 @@
-"""Nodes that come, die and lack things: several raylets on this machine, and an autoscaler over fake nodes."""
+"""Nodes that come, die and lack things: several raylets on this machine."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import ray.data
@@ -35,8 +28,8 @@ from rayexpand.on_ray import pool, stage
 from rayexpand.on_ray.finetune import POSITION
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import parse
-from tests.conftest import FAKES, MakeConfig, complete, hashes
-from tests.on_ray.conftest import ROOT, ensure_token, free_ports, processes_of
+from tests.conftest import MakeConfig, complete, hashes
+from tests.on_ray.conftest import ROOT
 from tests.on_ray.test_finetune import driver, kept, raw, wait_for
 from tests.tiny import tiny_adapter, tiny_pipeline
 
@@ -237,78 +230,3 @@ def test_many_shards_are_as_many_tasks_and_the_first_receipt_comes_early(cluster
 def _until(done: Callable[[], bool]) -> None:
     while not done():
         time.sleep(0.02)
-
-
-def test_an_autoscaler_brings_nodes_and_takes_them_away(make_config: MakeConfig, tmp_path: Path) -> None:
-    """0 -> 2 -> 0 fake GPU nodes, driven by the pool alone; one of them is removed in the middle."""
-    folder = Path(tempfile.mkdtemp(prefix="rxt-"))
-    port, = free_ports(1)
-    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
-
-    node = {"node_config": {}, "resources": {"CPU": 1, "GPU": 1, "object_store_memory": 80_000_000}}
-    ensure_token()
-    (folder / "cluster.json").write_text(json.dumps({
-        "cluster_name": "fake", "max_workers": 2, "upscaling_speed": 2.0, "idle_timeout_minutes": 0.15,
-        "provider": {"type": "fake_multinode", "disable_node_updaters": True, "disable_launch_config_check": True,
-                     "gcs_address": f"127.0.0.1:{port}", "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID,
-                     "use_node_id_as_ip": True},
-        "available_node_types": {"head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
-                                 "gpu": {**node, "min_workers": 0, "max_workers": 2}},
-        "head_node_type": "head", "auth": {}, "file_mounts": {}, "cluster_synced_files": [],
-        "file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": [], "initialization_commands": [],
-        "setup_commands": [], "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
-        "worker_start_ray_commands": []}))
-    env = {**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_AUTH_MODE": "token",
-           "RAY_TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}",
-                    "--node-ip-address=127.0.0.1", "--num-cpus=1", "--num-gpus=0", "--object-store-memory=150000000",
-                    "--include-dashboard=false", f"--autoscaling-config={folder}/cluster.json",
-                    f"--temp-dir={folder}", "--disable-usage-stats"], env=env, check=True, capture_output=True)
-    config = make_config("Sleeping", ratio=15, seconds=0.25, shard_images=8, sections={
-        "cluster": {"address": f"127.0.0.1:{port}", "actors": 2, "gpus_per_actor": 1, "cpus_per_actor": 0}})
-    reference = hashes(complete(make_config("Sleeping", ratio=15, seconds=0.0, shard_images=8, name="reference"))[0])
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(json.loads(json.dumps({
-        **config.model_dump(mode="json", exclude={"method"}), "method": {"name": FAKES + "Sleeping", "ratio": 15,
-                                                                         "seconds": 0.25}}))))
-    try:
-        child = subprocess.Popen([sys.executable, "-m", "rayexpand", "expand", str(tmp_path / "job.yaml"), "--json"],
-                                 cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        timeline = _timeline(folder, child, Path(config.folder))
-        stdout, stderr = child.communicate()
-        print("seconds: GPU nodes", timeline)
-        assert child.returncode == 0, stderr
-        assert json.loads(stdout)["kept"] == 300
-        assert hashes(runs.open_run(config.folder)) == reference
-        assert timeline[0][1] == 0
-        assert any(count == 2 for _, count in timeline)
-        _until(lambda: not _gpu_nodes(folder))
-        print("and back to 0")
-    finally:
-        for process in processes_of(folder):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-
-
-def _gpu_nodes(folder: Path) -> list[psutil.Process]:
-    """Raylets with a GPU: the nodes the autoscaler brought."""
-    found = []
-    for process in processes_of(folder):
-        with contextlib.suppress(psutil.Error):
-            if process.name() == "raylet" and any("GPU" in part for part in process.cmdline()):
-                found.append(process)
-    return found
-
-
-def _timeline(folder: Path, child: subprocess.Popen[str], run: Path) -> list[tuple[float, int]]:
-    """(seconds, GPU nodes) at every change until the run ends. One node is killed once two of them have worked."""
-    started, found, killed = time.monotonic(), [(0.0, len(_gpu_nodes(folder)))], False
-    while child.poll() is None:
-        nodes = _gpu_nodes(folder)
-        if len(nodes) != found[-1][1]:
-            found.append((round(time.monotonic() - started, 1), len(nodes)))
-        if not killed and len(nodes) == 2 and len(list(run.glob("data/*.parquet"))) >= 8:
-            nodes[-1].kill()
-            killed = True
-        time.sleep(0.5)
-    assert killed
-    return found

@@ -11,7 +11,17 @@ import pytest
 
 from rayexpand.contract.schema import Reason
 from rayexpand.runs import run as runs
-from rayexpand.runs.blame import DEAD_ROWS, DEAD_SHARDS, DECODE, ENCODE, SHARD, Blame, ProcessFault, trace_folder
+from rayexpand.runs.blame import (
+    DEAD_ROWS,
+    DEAD_SHARDS,
+    DECODE,
+    ENCODE,
+    MANY_LOST,
+    SHARD,
+    Blame,
+    ProcessFault,
+    trace_folder,
+)
 from rayexpand.storage.files import LocalFiles, process_token
 from tests.chaos.test_kill import exit_code, in_child
 from tests.conftest import MakeConfig
@@ -53,6 +63,37 @@ def test_markers_of_other_hosts_count_up_to_this_attempt(files: LocalFiles) -> N
 
     assert Blame(files, process_token(), 1).verdicts("s0g0").calls == frozenset()
     assert Blame(files, process_token(), 2).verdicts("s0g0").calls == {3}
+
+
+def test_machines_that_are_lost_blame_nothing_until_there_are_many(files: LocalFiles) -> None:
+    """A shard that takes its machines down is told by their number, and what it died at counts again then."""
+    def lost(tokens: set[str]) -> set[str]:
+        return {one for one in tokens if one.startswith("spot")}
+
+    def verdicts() -> tuple[bool, int, frozenset[int]]:
+        found = Blame(files, process_token(), 2, lost).verdicts("s0g0")
+        return found.careful, found.unexplained, found.calls
+
+    for number in range(MANY_LOST - 1):
+        files.mark(f"blame/s0g0@{SHARD}@all@1@spot~{number}~1")
+        files.mark(f"blame/s0g0@3@all@1@spot~{number}~1")
+    assert verdicts() == (False, 0, frozenset())
+    assert Blame(files, process_token(), 2).verdicts("s0g0").calls == {3}
+    files.mark(f"blame/s0g0@3@all@1@spot~{MANY_LOST}~1")
+
+    assert verdicts()[2] == {3}
+
+
+def test_a_process_that_leaves_takes_its_markers_with_it(files: LocalFiles) -> None:
+    leaving, others = Blame(files, "spot~7~1", 1), Blame(files, "spot~8~1", 1)
+    for blame in (leaving, others):
+        files.mark(blame._marker("s0g0", 3, "all"))
+        files.mark(blame._marker("s1g0", SHARD, "all"))
+    leaving.clear_suspect("s0g0", 3, (7, 0))
+    leaving.withdraw()
+
+    assert sorted(files.list("blame")) == ["s0g0@3@7.0.sound@1@spot~7~1", "s0g0@3@all@1@spot~8~1",
+                                           "s1g0@-1@all@1@spot~8~1"]
 
 
 def rows(files: LocalFiles) -> dict[tuple[int, int], Reason]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayexpand.artifacts.columns import encoders_of, feature_facts
-from rayexpand.contract.errors import Interrupted, ModelError
+from rayexpand.contract.errors import Interrupted, ModelError, Preempted
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import ClassTable
 from rayexpand.fitting.adapter.config import AdapterFit
@@ -185,12 +185,18 @@ def as_batch(visits: LatentRows) -> LatentBatch:
     return LatentBatch(z0, noise, t, visits.texts, visual, dropped if bool(dropped.any()) else None)
 
 
-def train_here(job: TuneJob, progress: Progress) -> float:
-    """Trains in this process to the end and leaves `result/` in the job's folder; the CPU seconds of that."""
+def train_here(job: TuneJob, progress: Progress, leaving: Callable[[], bool] = lambda: False) -> float:
+    """Trains in this process to the end and leaves `result/` in the job's folder; the CPU seconds of that. Raises
+    Preempted, behind a checkpoint, where `leaving` says after a step that this machine will be taken away."""
     tuning = open_tuning(job)
     before = tuning.curve.cpu_seconds
     with RunLogger(tuning) as notebook:
-        tune(tuning, tuning.feed.batches(tuning.tuner.step, tuning.steps), save=notebook.save,
+        def save() -> None:
+            notebook.save()
+            if leaving():
+                raise Preempted(f"a fine-tuning left a machine that will be taken away, after step {tuning.tuner.step}")
+
+        tune(tuning, tuning.feed.batches(tuning.tuner.step, tuning.steps), save=save, warned=leaving,
              on_point=lambda point: notebook.log(point, progress))
         notebook.finish(gpus=float(tuning.prior.device.type == "cuda"), workers=0)
     return tuning.curve.cpu_seconds - before

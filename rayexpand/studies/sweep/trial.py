@@ -39,8 +39,8 @@ from rayexpand.studies.trial import (
     TrainingCurve,
     also_answers,
     answers_of,
-    checkpoint,
     fit,
+    keeper,
     make_classifier,
     open_work,
     restore,
@@ -55,11 +55,12 @@ WORST = 0.0  # of every metric of a sweep: a share of the images
 
 
 def run_candidate(sweep: Sweep, candidate: Candidate, *, gpus: float = 0.0,
-                  on_epoch: Callable[[int, float], None] = lambda epoch, score: None) -> dict[str, Any]:
+                  on_epoch: Callable[[int, float], None] = lambda epoch, score: None,
+                  leaving: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Runs a trial to its end and writes its result before `on_epoch` hears of the last epoch.
 
     A training that diverges has the worst score. Raises Interrupted where another attempt may succeed, any other
-    RayexpandError where the configuration cannot work.
+    RayexpandError where the configuration cannot work. `leaving`: see studies.trial.run_trial.
     """
     started = time.time()
     study = _with_pilots(sweep, prepare_study(candidate.study))
@@ -76,7 +77,7 @@ def run_candidate(sweep: Sweep, candidate: Candidate, *, gpus: float = 0.0,
     try:
         found["rows_made"], found["expanding_seconds"] = _expand(study)
         expanded = time.time()
-        for epoch, epochs, scores in train_together(study, make_trials(study), sweep.config.metric, gpus):
+        for epoch, epochs, scores in train_together(study, make_trials(study), sweep.config.metric, gpus, leaving):
             curve.append({"epoch": epoch, "score": sum(scores) / len(scores)})
             if epoch == epochs:
                 found["training_seconds"] = time.time() - expanded
@@ -91,7 +92,8 @@ def run_candidate(sweep: Sweep, candidate: Candidate, *, gpus: float = 0.0,
     return found
 
 
-def score_again(sweep: Sweep, best: Candidate, *, gpus: float = 0.0) -> dict[str, Any]:
+def score_again(sweep: Sweep, best: Candidate, *, gpus: float = 0.0,
+                leaving: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Trains the best configuration once more and scores its last epoch on the test images, with `fresh_seeds` seeds
     that it was not chosen by; these classifiers are also scored on the images it was chosen by (`chosen_by`), so that
     what the choice added is seen. Written to test.json; returned from there where it is for this configuration and
@@ -106,7 +108,7 @@ def score_again(sweep: Sweep, best: Candidate, *, gpus: float = 0.0) -> dict[str
     study = _with_pilots(sweep, prepare_study(config))
     _expand(study)
     trials, metric = make_trials(study), sweep.config.metric
-    *_, (_, _, scores) = train_together(study, trials, metric, gpus)
+    *_, (_, _, scores) = train_together(study, trials, metric, gpus, leaving)
     found = {"key": best.key, "score": sum(scores) / len(scores), "scores": scores, "seeds": seeds}
     if seeds:
         results = [read_result(study.files, trial.name) or {} for trial in trials]
@@ -122,13 +124,13 @@ def write(files: Files, result: dict[str, Any]) -> None:
         replace_json(files, name, result)
 
 
-def train_together(study: Study, trials: list[Trial], metric: str,
-                   gpus: float) -> Iterator[tuple[int, int, list[float]]]:
+def train_together(study: Study, trials: list[Trial], metric: str, gpus: float,
+                   leaving: Callable[[], bool] = lambda: False) -> Iterator[tuple[int, int, list[float]]]:
     """Trains the seeds of an arm epoch by epoch; yields epoch, epochs in all, and the score of each seed."""
     from rayexpand.contract.device import torch_threads
 
     with torch_threads(study.config.training.threads):
-        members = [_Member(study, trial, gpus) for trial in trials]
+        members = [_Member(study, trial, gpus, leaving) for trial in trials]
         epochs = max(member.epochs for member in members)
         for epoch in range(epochs):
             for member in members:
@@ -139,10 +141,10 @@ def train_together(study: Study, trials: list[Trial], metric: str,
 class _Member:
     """One seed of a configuration in training."""
 
-    def __init__(self, study: Study, trial: Trial, gpus: float) -> None:
+    def __init__(self, study: Study, trial: Trial, gpus: float, leaving: Callable[[], bool]) -> None:
         from rayexpand.contract.device import choose_device
 
-        self._files, self._trial, self._gpus = study.files, trial, gpus
+        self._files, self._trial, self._gpus, self._leaving = study.files, trial, gpus, leaving
         self._training = study.config.training
         self._device = choose_device(self._training.device)
         self._checkpoint = f"checkpoints/{trial.name}.pt"
@@ -171,8 +173,8 @@ class _Member:
         work, classifier = self._work, self._classifier
         answers = fit(work, classifier, self._curve, work.feed.batches(classifier.step, self._ends[epoch]),
                       evaluate=lambda: answers_of(work, classifier),
-                      every=self._training.checkpoint_steps, save=lambda: self._files.replace(
-                          self._checkpoint, checkpoint(self._trial, classifier, self._curve)))
+                      every=self._training.checkpoint_steps, warned=self._leaving,
+                      save=keeper(self._files, self._trial, classifier, self._curve, self._leaving))
         if epoch == self.epochs - 1:
             also = {name: also_answers(work, classifier, name) for name in work.also}
             write_result(self._files, work, self._curve, answers, also, device=str(self._device), workers=0,
