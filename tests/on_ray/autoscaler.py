@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -83,6 +84,7 @@ def autoscaled(nodes: int, idle_s: float = IDLE_S) -> Iterator[Autoscaled]:
         for process in processes_of(folder):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass

@@ -257,8 +257,8 @@ def test_workers_train_to_the_end_of_their_node(cluster: Cluster, tmp_path: Path
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
     thread = threading.Thread(target=lambda: train_on_workers(
-        loading, {"folder": str(tmp_path)}, workers=1, cpus=1.0, gpus=0.0, where=NOWHERE, name="t", place=str(tmp_path), most=0,
-        is_refused=lambda: False))
+        loading, {"folder": str(tmp_path)}, workers=1, cpus=1.0, gpus=0.0, where=NOWHERE, name="t",
+        place=str(tmp_path), most=0, is_refused=lambda: False))
     thread.start()
     until((tmp_path / "step").exists)
     began, goes = time.time(), time.time() + 40
