@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import http.server
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import threading
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -213,7 +218,8 @@ def test_kuberay_clusters_cost_nothing_when_idle_and_survive_spot(name: str) -> 
     assert head["rayStartParams"]["num-cpus"] == "0"
     assert (group["minReplicas"], group["replicas"]) == (0, 0)
     assert group["labels"] == {"ray.io/market-type": "spot"}
-    assert pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1] == "ray stop"
+    said = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+    assert re.search(r"^ray drain-node .*deadline-remaining-seconds 20 && sleep 20; ray stop$", said)
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert {(e["key"], e["values"][0]) for e in never["matchExpressions"]} == spot
     assert {e["operator"] for e in never["matchExpressions"]} == {"NotIn"}
@@ -287,9 +293,9 @@ def test_a_mistake_in_a_launcher_file_is_found(change: Change) -> None:
 
 @pytest.mark.parametrize("name", LAUNCHER)
 def test_ray_start_knows_every_option(name: str) -> None:
-    from ray.scripts.scripts import start
+    from ray.scripts.scripts import drain_node, start
 
-    known = {option for parameter in start.params for option in parameter.opts}
+    known = {option for parameter in [*start.params, *drain_node.params] for option in parameter.opts}
     found = read(name)
     head, workers = (" ".join(found[f"{node}_start_ray_commands"]) for node in ("head", "worker"))
 
@@ -368,3 +374,46 @@ def test_no_file_holds_a_secret() -> None:
     secret = re.compile(r"AKIA[0-9A-Z]{16}|hf_\w{20}|-----BEGIN|(token|password|secret)\s*[:=]\s*[\"']\w", re.I)
     for path in CLUSTER.iterdir():
         assert not secret.search(path.read_text()), path.name
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """What a spot machine of either cloud says about itself, once it will be taken away: at the third look."""
+
+    looks = 0
+
+    def do_PUT(self) -> None:
+        self._say(b"token")
+
+    def do_GET(self) -> None:
+        type(self).looks += 1
+        self._say(b"TRUE" if self.looks > 2 else None if "spot" in self.path else b"FALSE")
+
+    def _say(self, content: bytes | None) -> None:
+        self.send_response(200 if content is not None else 404)
+        self.end_headers()
+        self.wfile.write(content or b"")
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+@pytest.mark.parametrize(("name", "seconds"), [("ray-up-aws.yaml", "110"), ("ray-up-gcp.yaml", "25")])
+def test_a_spot_notice_of_the_cloud_reaches_ray(name: str, seconds: str, tmp_path: Path) -> None:
+    """The loop of the file against metadata that change, with a `ray` and a `sleep` that write down what they hear."""
+    (loop,) = [one for one in yaml.safe_load((CLUSTER / name).read_text())["worker_start_ray_commands"]
+               if "METADATA" in one]
+    for tool in ("ray", "sleep"):
+        (tmp_path / tool).write_text(f'#!/bin/sh\necho {tool} "$@" >> {tmp_path}/heard\n')
+        (tmp_path / tool).chmod(0o755)
+    Metadata.looks = 0
+    with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        subprocess.run(["/bin/sh", "-c", loop.replace("/tmp/spot-notice.log", f"{tmp_path}/log") + " wait"], check=True,
+                       timeout=60, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}",
+                                        "METADATA": f"http://127.0.0.1:{server.server_port}"})
+        server.shutdown()
+    *pauses, told = (tmp_path / "heard").read_text().splitlines()
+
+    assert [one.split()[0] for one in pauses] == ["sleep"] * 2
+    assert told == ("ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot notice "
+                    f"--deadline-remaining-seconds {seconds}")

@@ -205,8 +205,8 @@ class StageConfig(Section):
 class ClusterConfig(Section):
     address: str | None = Field(None, description="Ray cluster to join (auto, or host:port); null: RAY_ADDRESS, the "
                                 "cluster of the job this runs in, or a cluster of our own on this machine")
-    actors: int | None = Field(None, ge=1, description="sampler processes; a fixed pool is what an autoscaler is asked "
-                               "for. null: as many as the cluster holds now")
+    actors: int | None = Field(None, ge=1, description="processes at once: samplers, training workers, trials of a "
+                               "sweep; what an autoscaler is asked for. null: as many as the cluster holds now")
     cpus_per_actor: float = Field(1.0, ge=0, description="CPUs each of them reserves")
     gpus_per_actor: float | None = Field(None, ge=0, description="GPUs each reserves, fractions share one; null: 1 for "
                                          "methods with models where the cluster has GPUs, else 0")
@@ -219,7 +219,7 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _has_no_second_word(self) -> ClusterConfig:
-        for name in ("actors", "cpus_per_actor", "gpus_per_actor"):
+        for name in ("cpus_per_actor", "gpus_per_actor"):
             if "train" in self.stages and getattr(self.stages["train"], name) is not None:
                 raise ValueError(f"stages.train.{name}: a study says this itself, with training.workers, "
                                  "cpus_per_worker and gpus_per_worker; take it out")

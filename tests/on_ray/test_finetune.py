@@ -29,9 +29,10 @@ from rayexpand.contract.errors import RayexpandError, UsageError
 from rayexpand.fitting import fit as fits
 from rayexpand.fitting.config import parse_fit
 from rayexpand.on_ray import stage
-from rayexpand.on_ray.finetune import POSITION, latents_model
+from rayexpand.on_ray.finetune import latents_model
 from rayexpand.on_ray.fit import fit as fit_on_ray
 from rayexpand.on_ray.pool import connected
+from rayexpand.storage.position import read_position
 from tests.commands import ROOT
 from tests.fitting.adapter.test_train import KEYS, PLAIN, SHORT, content, quiet
 from tests.models.gif_priors import tiny_unclip
@@ -140,7 +141,7 @@ def kept(work: Path) -> tuple[int, int]:
 
 
 def position(work: Path) -> int:
-    return int((work / POSITION).read_text())
+    return int((read_position(work) or {"step": 0})["step"])
 
 
 def test_a_killed_worker_and_a_killed_driver_cost_at_most_one_interval(undisturbed: tuple[dict[str, Any], Path],

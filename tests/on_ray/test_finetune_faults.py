@@ -90,10 +90,10 @@ def test_workers_train_where_the_file_says(device: str, asked: float | None, the
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8, "GPU": there})
     job: Any = SimpleNamespace(base=SimpleNamespace(device=device), made=SimpleNamespace(gpus_per_worker=asked))
     if remedy is None:
-        spread._check_device(job, spread._gpus(job, ClusterConfig()))
+        spread._check_device(job, spread._gpus(job))
         return
     with pytest.raises(UsageError, match=rf"device: {device} asked for.*{remedy}"):
-        spread._check_device(job, spread._gpus(job, ClusterConfig()))
+        spread._check_device(job, spread._gpus(job))
 
 
 def test_workers_go_on_from_one_step(monkeypatch: pytest.MonkeyPatch) -> None:

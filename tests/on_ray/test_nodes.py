@@ -25,9 +25,9 @@ from rayexpand.models.folders import folder_hash
 from rayexpand.models.prior import prior_hash, resolve
 from rayexpand.on_ray import expand as on_ray
 from rayexpand.on_ray import pool, stage
-from rayexpand.on_ray.finetune import POSITION
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import parse
+from rayexpand.storage.position import POSITION
 from tests.conftest import MakeConfig, complete, hashes
 from tests.on_ray.conftest import ROOT
 from tests.on_ray.test_finetune import driver, kept, raw, wait_for
