@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,43 @@ from rayexpand.studies.sweep.config import parse_sweep
 from rayexpand.studies.sweep.search import Search
 from rayexpand.studies.sweep.sweep import open_sweep
 from tests.conftest import MakeConfig, complete, hashes
+from tests.on_ray.conftest import ensure_token
 from tests.on_ray.test_nodes import add, expand_with, on
 from tests.on_ray.test_sweep import raw as raw_sweep
 from tests.on_ray.test_train import results, study_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+STEPS = 800  # of a trial
 NOWHERE: dict[str, Any] = {"resources": {}, "label_selector": {}}
 ONE = {"backbone_args": {"width": 4}}
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Cluster]:
+    """One head without room for the tests of this file, which are connected to it. Ray gives a node 30 s to start, and
+    a busy machine may need that more than once."""
+    ensure_token()
+    for left in reversed(range(5)):
+        try:
+            made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False,
+                                                                 "object_store_memory": 150_000_000})
+            break
+        except Exception:
+            if not left:
+                raise
+    ray.init(address=made.address, log_to_driver=False)
+    try:
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.fixture
+def cluster(head: Cluster) -> Iterator[Cluster]:
+    yield head
+    for node in list(head.worker_nodes):
+        head.remove_node(node, allow_graceful=False)
 
 
 def drain(cluster: Cluster, node: Any, seconds: float) -> None:
@@ -107,7 +137,7 @@ def test_expand(cluster: Cluster, make_config: MakeConfig, tmp_path: Path, how: 
 def long_trial(out: Path, workers: int = 0) -> Any:
     """A trial that trains for some seconds, with a checkpoint after each quarter."""
     return study_of(out, workers, [{"name": "original"}], changes={"expansions": {}, "training": {
-        "workers": workers, "cpus_per_worker": 1.0, "device": "cpu"}}, updates=4000, epochs=4, **ONE)
+        "workers": workers, "cpus_per_worker": 1.0, "device": "cpu"}}, updates=STEPS, epochs=4, **ONE)
 
 
 @pytest.mark.parametrize("notice", [True, False])
@@ -119,7 +149,6 @@ def test_a_trial_keeps_what_it_has(cluster: Cluster, tmp_path: Path, notice: boo
     nodes = [cluster.add_node(num_cpus=1, resources={"spot": 1}, object_store_memory=80_000_000)]
     cluster.wait_for_nodes()
     failed: list[str] = []
-    ray.init(address=cluster.address, log_to_driver=False)
     thread = threading.Thread(target=lambda: failed.extend(train.train_study(study, trials)))
     thread.start()
     kept = tmp_path / "small/checkpoints/original-s0.pt"
@@ -135,10 +164,10 @@ def test_a_trial_keeps_what_it_has(cluster: Cluster, tmp_path: Path, notice: boo
     thread.join()
     starts = results(study, trials)["original"]["starts"]
 
-    print(f"\n{'with' if notice else 'without'} a notice the trial went on from steps {starts[1:]} of 4000")
+    print(f"\n{'with' if notice else 'without'} a notice the trial went on from steps {starts[1:]} of {STEPS}")
     assert failed == []
     assert len(starts) == 3
-    assert [step % 1000 == 0 for step in starts[1:]] == [not notice] * 2
+    assert [step % (STEPS // 4) == 0 for step in starts[1:]] == [not notice] * 2
 
 
 def test_a_trial_whose_process_dies_still_ends(cluster: Cluster, tmp_path: Path,
@@ -147,7 +176,6 @@ def test_a_trial_whose_process_dies_still_ends(cluster: Cluster, tmp_path: Path,
     study, trials = long_trial(tmp_path)
     node = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
     cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False)
     failed: list[str] = []
     thread = threading.Thread(target=lambda: failed.extend(train.train_study(study, trials)))
     thread.start()
@@ -166,12 +194,11 @@ def test_a_trial_of_a_sweep_is_restarted_for_every_lost_node(cluster: Cluster, t
     """Two nodes without a notice and one with one, and no restart is used up; deaths of its process use them."""
     monkeypatch.setattr(sweep, "RESTARTS", 0)
     config = raw_sweep(tmp_path, samples=1, fresh_seeds=0, cluster={"address": cluster.address})
-    config["study"] |= {"recipe": {"updates": 6000, "epochs": 6, "backbone_args": {"width": 4}},
+    config["study"] |= {"recipe": {"updates": 900, "epochs": 6, "backbone_args": {"width": 4}},
                         "training": {"device": "cpu"}}
     search = Search(open_sweep(parse_sweep(config), lambda *_: None))
     node = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
     cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False)
     ended: list[Any] = []
     thread = threading.Thread(target=lambda: ended.append(sweep._tune(search, {"cpu": 1.0}, 1, lambda: None)))
     thread.start()
@@ -202,7 +229,6 @@ def test_workers_are_started_again_for_a_lost_node_only(cluster: Cluster, tmp_pa
                                                         how: str) -> None:
     node = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
     cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False)
     raised: list[BaseException] = []
 
     def run() -> None:
@@ -255,7 +281,6 @@ def test_workers_train_to_the_end_of_their_node(cluster: Cluster, tmp_path: Path
     """A checkpoint at the notice and one shortly before the node goes; between them the loaders feed them on."""
     node = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
     cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False)
     thread = threading.Thread(target=lambda: train_on_workers(
         loading, {"folder": str(tmp_path)}, workers=1, cpus=1.0, gpus=0.0, where=NOWHERE, name="t",
         place=str(tmp_path), most=0, is_refused=lambda: False))
