@@ -18,8 +18,7 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from rayexpand.contract.errors import Preempted
-from rayexpand.on_ray import preemption, sweep, train
+from rayexpand.on_ray import sweep, train
 from rayexpand.on_ray.loaders import LoaderTime, loaded_steps, timed_steps
 from rayexpand.on_ray.workers import Notices, train_on_workers
 from rayexpand.runs import run as runs
@@ -302,15 +301,3 @@ def test_workers_train_to_the_end_of_their_node(cluster: Cluster, tmp_path: Path
     assert 0 < goes - told[1] < 9
     assert goes - float(at) < 5
     assert another is not None
-
-
-def test_which_ends_are_those_of_a_node() -> None:
-    lost = [ray.exceptions.NodeDiedError("x"), ray.exceptions.ActorUnavailableError("x", None),
-            ray.exceptions.RayTaskError("f", "lines", Preempted("left"))]
-    deaths = preemption.Deaths(1)
-    assert all(deaths.forgives(one) for one in lost * 3)
-    assert not deaths.forgives(ray.exceptions.RayTaskError("f", "lines", ValueError("wrong")))
-    assert [deaths.forgives(ray.exceptions.WorkerCrashedError()) for _ in range(2)] == [True, False]
-    assert preemption.Deaths(1, raised=True).forgives(ray.exceptions.RayTaskError("f", "lines", ValueError("wrong")))
-    many = preemption.Deaths(1)
-    assert [many.forgives(lost[0]) for _ in range(preemption.LOST_NODES + 1)][-2:] == [True, False]
