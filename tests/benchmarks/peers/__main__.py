@@ -1,6 +1,6 @@
 """rayexpand beside its peers: the same seeds, weights, steps and copies; undisturbed, and killed 20 times.
 
-    python -m tests.benchmarks.peers                            all peers, about an hour on two cores
+    python -m tests.benchmarks.peers                            all peers but Data-Juicer
     python -m tests.benchmarks.peers --peers batched in_process --per-class 1
     python -m tests.benchmarks.peers --data-juicer /venv/bin/python      an environment with py-data-juicer
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -48,18 +49,19 @@ def preload() -> None:
         import_module(name)
 
 
-def measure(bench: Bench, peer: Peer, kills: int, seed: int) -> dict[str, Any]:
+def measure(bench: Bench, peer: Peer, kills: int, seed: int, minutes: float) -> dict[str, Any]:
     planned = peer.planned(bench.task)
     reference, calm, needed = bench.undisturbed(peer)
-    drawn = draw_kills(seed, kills, calm)
-    found, attempts, made = bench.killed(peer, drawn)
+    row = {"peer": peer.name, "source": peer.source, "undisturbed": judge(planned, reference).row(),
+           "images_per_second": round(planned.total() / calm.wall_s, 1),
+           "cpu_s_per_image": round(calm.cpu_s / planned.total(), 4), "start_cpu_s": round(calm.start_cpu_s, 1),
+           "load": round(os.getloadavg()[0], 1)}
+    if not kills:
+        return row
+    found, attempts, made = bench.killed(peer, draw_kills(seed, kills, calm), minutes)
     codes = [attempt.code for attempt in attempts if attempt.code is not None]
-    return {"peer": peer.name, "source": peer.source, "undisturbed": judge(planned, reference).row(),
-            "images_per_second": round(planned.total() / calm.wall_s, 1),
-            "cpu_s_per_image": round(calm.cpu_s / planned.total(), 4), "start_cpu_s": round(calm.start_cpu_s, 1),
-            "kills": sum(attempt.code is None for attempt in attempts), "ended": codes,
-            "calls": round(made / needed, 2), "killed": judge(planned, found, reference).row(),
-            "load": round(os.getloadavg()[0], 1)}
+    return {**row, "kills": sum(attempt.code is None for attempt in attempts), "ended": codes,
+            "calls": round(made / needed, 2), "killed": judge(planned, found, reference).row()}
 
 
 COLUMNS = ("lost", "duplicate", "torn", "orphan", "changed")
@@ -68,8 +70,10 @@ COLUMNS = ("lost", "duplicate", "torn", "orphan", "changed")
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| peer | images/s | CPU s an image | kills | calls made / needed | " + " | ".join(COLUMNS) + " |",
              "|---" * (5 + len(COLUMNS)) + "|"]
-    lines += [f"| {row['peer']} | {row['images_per_second']} | {row['cpu_s_per_image']} | {row['kills']} | "
-              f"{row['calls']} | " + " | ".join(str(row["killed"][name]) for name in COLUMNS) + " |" for row in rows]
+    for row in rows:
+        killed = [row["kills"], row["calls"], *(row["killed"][name] for name in COLUMNS)] if "killed" in row else []
+        lines.append(f"| {row['peer']} | {row['images_per_second']} | {row['cpu_s_per_image']} | "
+                     + " | ".join(map(str, killed or [""] * (2 + len(COLUMNS)))) + " |")
     return "\n".join(lines)
 
 
@@ -85,9 +89,11 @@ def versions(juicer: str) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
-    for name, value, text in (("per-class", 3, "seeds of each of ten classes"), ("copies", 4, "samples of a seed"),
-                              ("batch", 12, "rows of a call"), ("kills", 20, ""), ("seed", 1, "of the kills")):
+    for name, value, text in (("per-class", 2, "seeds of each of ten classes"), ("copies", 3, "samples of a seed"),
+                              ("batch", 6, "rows of a call"), ("kills", 20, "0: only undisturbed"),
+                              ("seed", 1, "of the kills")):
         parser.add_argument(f"--{name}", type=int, default=value, help=text)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which a peer is killed no more")
     parser.add_argument("--data-juicer", default="", help="Python of an environment with py-data-juicer")
     parser.add_argument("--json", action="store_true", help="one JSON object, with the undisturbed runs")
     parser.add_argument("--folder", type=Path, help="keeps outputs and logs here")
@@ -104,7 +110,7 @@ def main() -> None:
             if name == "juicer" and not given.data_juicer:
                 print("Data-Juicer: not run; --data-juicer names an environment with it", file=sys.stderr)
                 continue
-            rows.append(measure(bench, PEERS[name], given.kills, given.seed))
+            rows.append(measure(bench, PEERS[name], given.kills, given.seed, given.minutes))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     used = versions(given.data_juicer)
     print(json.dumps({"versions": used, "peers": rows}, indent=1) if given.json else

@@ -20,11 +20,11 @@ class Seed(NamedTuple):
 class Task:
     weights: str  # folder of a Stable Diffusion pipeline
     seeds: str  # folder with a folder of images for each class
-    copies: int = 4
+    copies: int = 3
     steps: int = 50  # what diffusers takes where a peer offers no setting, and what DistDiff uses
     strength: float = 0.5
     guidance: float = 7.5
-    batch: int = 12
+    batch: int = 6
     processes: int = 2  # of a peer that runs several
     data_juicer: str = ""  # the Python of an environment with py-data-juicer
 
