@@ -9,6 +9,7 @@ committed stays, and the same call continues. Nothing here prints, exits, redire
 changes the folder. Errors are RayexpandError with `.exit_code`.
 """
 
+from rayexpand.api.endpoint import serve_metrics
 from rayexpand.api.files import first_file, job_files, job_text, jobs_named_by, schema, write_new
 from rayexpand.api.folders import AuditFolder, RunFolder, StudyFolder, SweepFolder, open
 from rayexpand.api.pages import pictures
@@ -26,7 +27,7 @@ from rayexpand.api.results import (
     Scores,
     Selected,
 )
-from rayexpand.api.statuses import status
+from rayexpand.api.statuses import serve_status, status
 from rayexpand.api.verbs import (
     audit,
     bench,
@@ -56,7 +57,8 @@ from rayexpand.methods import trust
 
 __all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "Planned", "PlannedFit",
            "PlannedStudy", "PlannedSweep", "PreparedData", "RayexpandError", "RunFolder", "Scores", "Selected",
-           "StudyFolder", "SweepFolder", "audit", "bench", "check_marks", "cluster_jobs", "convert", "dataset", "demo",
-           "evaluate", "expand", "first_file", "fit", "follow", "job_files", "job_text", "jobs_named_by", "open",
-           "pictures", "plan", "prepare_data", "published_sets", "rayjob", "report", "schema", "select", "status",
-           "stop", "submit", "sweep", "train", "trust", "validate", "write_new"]
+           "StudyFolder", "SweepFolder", "audit", "bench", "check_marks", "cluster_jobs", "convert", "dataset",
+           "demo", "evaluate", "expand", "first_file", "fit", "follow", "job_files", "job_text", "jobs_named_by",
+           "open", "pictures", "plan", "prepare_data", "published_sets", "rayjob", "report", "schema", "select",
+           "serve_metrics", "serve_status", "status", "stop", "submit", "sweep", "train", "trust", "validate",
+           "write_new"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayexpand.api.results import Event
 from rayexpand.contract.errors import OverBudget
+from rayexpand.contract.metrics import Meter
 
 if TYPE_CHECKING:
     from rayexpand.evaluation.copy_search import Work
@@ -59,11 +60,12 @@ def alive(progress: Relay, folder: str, verb: str, name: str, *, attempt: int | 
     from rayexpand.storage.places import open_files
 
     with Heartbeat(open_files(folder), verb, name, attempt=attempt, lazily=lazily) as heartbeat:
-        progress.hearers.append(heartbeat.say)
+        own = (heartbeat.say, Meter(verb))
+        progress.hearers += own
         try:
             yield heartbeat
         finally:
-            progress.hearers.remove(heartbeat.say)
+            progress.hearers = [one for one in progress.hearers if one not in own]
 
 
 def address_override(ray: bool | str) -> list[str]:

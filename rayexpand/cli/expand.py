@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from rayexpand.cli.app import app
-from rayexpand.cli.options import File, Folder, Json, LogJson, Machine, NoRay, Set, Trust
+from rayexpand.cli.options import File, Folder, Json, LogJson, Machine, Metrics, NoRay, Set, Trust
 from rayexpand.cli.show import quiet_stdout, show, show_json, show_table, warn
-from rayexpand.contract.errors import UsageError
+from rayexpand.contract.errors import Stopped, UsageError
 
 WATCH_S = 10.0
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -19,7 +20,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 @app.command()
 def expand(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None, no_ray: NoRay = False,
-           log_json: LogJson = False, as_json: Json = False) -> None:
+           metrics: Metrics = None, log_json: LogJson = False, as_json: Json = False) -> None:
     """Make every planned sample, once. Killed or stopped anywhere, the same command continues.
 
     Examples:
@@ -39,8 +40,8 @@ def expand(file: File, set_: Set = None, machine: Machine = None, trust: Trust =
 
 
 @app.command()
-def retry(folder: Folder, set_: Set = None, trust: Trust = None, no_ray: NoRay = False, log_json: LogJson = False,
-          as_json: Json = False) -> None:
+def retry(folder: Folder, set_: Set = None, trust: Trust = None, no_ray: NoRay = False, metrics: Metrics = None,
+          log_json: LogJson = False, as_json: Json = False) -> None:
     """Make once more only the rows of a run that failed.
 
     Example: rayexpand retry runs/birds
@@ -69,6 +70,8 @@ def status(folder: Annotated[str, typer.Argument(metavar="FOLDER", help="of a ru
                                                  "that holds artifacts; a path or a URL")],
            watch: Annotated[bool, typer.Option("--watch", help="show it again every ten seconds, until it is complete "
                                                "or Ctrl-C")] = False,
+           serve: Annotated[int | None, typer.Option(metavar="PORT", min=0, max=65535, help="show it in a browser, at "
+                                                     "http://127.0.0.1:PORT/, until Ctrl-C; 0: any free port")] = None,
            as_json: Json = False) -> None:
     """Say how far a run, a study, a sweep or a fit is, and whether its driver lives.
 
@@ -80,9 +83,15 @@ def status(folder: Annotated[str, typer.Argument(metavar="FOLDER", help="of a ru
 
         rayexpand status s3://bucket/runs/my-study --watch
 
-        rayexpand status artifacts
+        rayexpand status runs/birds --serve 8700
     """
     from rayexpand import api
+
+    if serve is not None:
+        if watch:
+            raise UsageError("--serve shows it in a browser and --watch here; give one of them")
+        _serve(folder, serve, as_json)
+        return
 
     while True:
         found = api.status(folder)
@@ -91,6 +100,15 @@ def status(folder: Annotated[str, typer.Argument(metavar="FOLDER", help="of a ru
             return
         time.sleep(WATCH_S)
         print("" if as_json else "\n", end="", flush=True)
+
+
+def _serve(folder: str, port: int, as_json: bool) -> None:
+    from rayexpand import api
+
+    server = api.serve_status(folder, port)
+    show_json({"url": server.url}) if as_json else print(f"{server.url} shows {folder} until Ctrl-C", flush=True)
+    with contextlib.suppress(Stopped):
+        server.serve_forever()
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from rayexpand.cli.app import app
-from rayexpand.cli.options import File, Json, LogJson, Machine, NoRay, Set, Trust
+from rayexpand.cli.options import File, Json, LogJson, Machine, Metrics, NoRay, Set, Trust
 from rayexpand.cli.show import quiet_stdout, show_json, show_table
 
 FIELDS = {"guide": {"guide.weights": ""}, "prompts": {"method.prompts": ""}, "generator": {"prior.weights": ""}}
@@ -17,7 +17,7 @@ FIELDS = {"guide": {"guide.weights": ""}, "prompts": {"method.prompts": ""}, "ge
 def fit(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None,
         out: Annotated[str, typer.Option(help="folder that holds artifacts; else `out` of the FILE, for a run's FILE "
                                          "./artifacts")] = "",
-        no_ray: NoRay = False, log_json: LogJson = False, as_json: Json = False) -> None:
+        no_ray: NoRay = False, metrics: Metrics = None, log_json: LogJson = False, as_json: Json = False) -> None:
     """Make what methods need of the data: a guide, prototypes, captions, features, adapters. Or what a run needs.
 
     Examples:

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from rayexpand.cli.app import app
-from rayexpand.cli.options import File, Json, LogJson, Machine, NoRay, Set, Trust
+from rayexpand.cli.options import File, Json, LogJson, Machine, Metrics, NoRay, Set, Trust
 from rayexpand.cli.show import quiet_stdout, show, show_json, show_table, warn
 
 
 @app.command()
 def evaluate(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None, no_ray: NoRay = False,
-             log_json: LogJson = False, as_json: Json = False) -> None:
+             metrics: Metrics = None, log_json: LogJson = False, as_json: Json = False) -> None:
     """Say how far the samples of a run are from real images, what they cover, and how different they are.
 
     Example: rayexpand evaluate jobs/digits/evaluate-img2img.yaml
@@ -32,7 +32,7 @@ def evaluate(file: File, set_: Set = None, machine: Machine = None, trust: Trust
 
 @app.command()
 def audit(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None, no_ray: NoRay = False,
-          log_json: LogJson = False, as_json: Json = False) -> None:
+          metrics: Metrics = None, log_json: LogJson = False, as_json: Json = False) -> None:
     """Say whether samples may be released: which are copies of seeds, and whether they tell who was in the dataset.
 
     Example: rayexpand audit jobs/digits/audit-copies.yaml
@@ -72,7 +72,7 @@ def convert(
 
 @app.command()
 def select(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None, no_ray: NoRay = False,
-           log_json: LogJson = False, as_json: Json = False) -> None:
+           metrics: Metrics = None, log_json: LogJson = False, as_json: Json = False) -> None:
     """Decide which samples of a run stay: by a guide's confidence, a score, chance, for each seed or class.
 
     Example: rayexpand select jobs/digits/select-quantile.yaml

@@ -7,14 +7,14 @@ from typing import Any
 import typer
 
 from rayexpand.cli.app import app
-from rayexpand.cli.options import File, Json, LogJson, Machine, NoRay, Set, Trust
+from rayexpand.cli.options import File, Json, LogJson, Machine, Metrics, NoRay, Set, Trust
 from rayexpand.cli.show import quiet_stdout, show_json, show_table, warn
 from rayexpand.contract.errors import EXIT_FAILURE
 
 
 @app.command()
 def train(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None, no_ray: NoRay = False,
-          log_json: LogJson = False, as_json: Json = False) -> None:
+          metrics: Metrics = None, log_json: LogJson = False, as_json: Json = False) -> None:
     """Train the same classifier on every arm of a study and compare them; expands first what the arms need.
 
     Example: rayexpand train jobs/digits/study.yaml
@@ -54,7 +54,7 @@ def train(file: File, set_: Set = None, machine: Machine = None, trust: Trust = 
 
 @app.command()
 def sweep(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None, no_ray: NoRay = False,
-          log_json: LogJson = False, as_json: Json = False) -> None:
+          metrics: Metrics = None, log_json: LogJson = False, as_json: Json = False) -> None:
     """Find the values of a study's fields that give the best classifier; killed anywhere, the same command goes on.
 
     Example: rayexpand sweep jobs/digits/sweep-img2img.yaml

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from rayexpand.artifacts.store import publish
 from rayexpand.classifier.recipe import Recipe, make_recipe
 from rayexpand.contract.errors import ConfigError, UsageError
+from rayexpand.contract.metrics import record_training
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import Section
@@ -145,6 +146,7 @@ def _train_classifier(config: FitBase, kind: str, recipe: Recipe, index: SeedInd
     for batch in feed.batches(0, feed.total_steps):
         loss = classifier.update(batch)
         progress("training the guide", classifier.step, feed.total_steps)
+        record_training("guide", len(batch.x_BHWC), classifier.step, loss)
         position("training the guide", classifier.step, feed.total_steps, lambda: {"loss": loss})  # noqa: B023
     position.remove()
     save_classifier(folder, classifier.module, recipe, index.classes.key)
@@ -180,6 +182,7 @@ def _tune_clip(config: FitBase, recipe: Recipe, index: SeedIndex, progress: Prog
             group["lr"] = lr_at(recipe, batch.step, feed.total_steps)
         optimiser.step()
         progress("fine-tuning the guide", batch.step + 1, feed.total_steps)
+        record_training("guide", len(batch.x_BHWC), batch.step + 1)
         position("fine-tuning the guide", batch.step + 1, feed.total_steps, lambda: {"loss": float(loss)})  # noqa: B023
     position.remove()
     tuned.requires_grad_(False).eval()

@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.util.metrics import Counter, Histogram
 
 from rayexpand.contract.errors import EnvironmentFault, packed, unpacked
 from rayexpand.contract.schema import Receipt
@@ -86,8 +85,6 @@ class ExpandActor:
         self._expander: Expander | None = None
         self._work: _Work | None = None
         self._faults = self._rows = 0
-        self._method = ""
-        self._metrics = _metrics()
         threading.Thread(target=self._beat, daemon=True).start()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -103,18 +100,15 @@ class ExpandActor:
         except Exception as error:
             self._faults += 1
             fault = packed(error, f"shard {shard_id} on {socket.gethostname()}")
-            self._metrics["faults"].inc(1, {"method": self._method or "unknown"})
         else:
             self._faults = 0
             receipt = committed.to_json()
-            self._count(committed)
         self._work = None
         return {"receipt": [receipt], "fault": [fault]}
 
     def _get(self) -> Expander:
         if self._expander is None:
             run = runs.open_run(self._folder)
-            self._method = run.config.method.name
             run = replace(run, config=with_local_models(run.config, run.facts["models"], self._server))
             self._expander = runs.expander_of(
                 run, self._attempt, on_rows=self._heard_of,
@@ -146,15 +140,6 @@ class ExpandActor:
             return True
         planned = sum(map(len, expander.plan.units(work.shard)))
         return time.time() + seconds * (planned - work.rows) + HEARTBEAT_S < deadline
-
-    def _count(self, receipt: Receipt) -> None:
-        for status in ("kept", "rejected", "failed"):
-            if rows := getattr(receipt, status):
-                self._metrics["images"].inc(rows, {"method": self._method, "status": status})
-        self._metrics["shards"].inc(1, {"method": self._method})
-        for phase, seconds in receipt.seconds.items():
-            self._metrics["seconds"].observe(seconds, {"method": self._method, "phase": phase})
-
 
 class _Work:
     """How far the shard in work is."""
@@ -200,7 +185,7 @@ class RayWave:
 
 
 def expand(run: runs.Run, jobs: Callable[[], list[runs.Job]], *, to_the_end: bool = False,
-           on_commit: runs.OnCommit = lambda counts, seconds, rows: None,
+           on_commit: runs.OnCommit = lambda counts, receipt: None,
            on_snapshot: Callable[[Snapshot], None] = lambda snapshot: None,
            say: Callable[[str], None] = lambda line: None) -> Any:
     """Drives `jobs` on Ray and returns the totals (see `run.drive`, whose errors it raises).
@@ -262,13 +247,3 @@ def _watched(heartbeats: Any, on_snapshot: Callable[[Snapshot], None], say: Call
 def _end_process(why: str) -> None:
     print(f"rayexpand actor ends: {why}", file=sys.stderr, flush=True)  # noqa: T201  (the actor's own log)
     os._exit(1)
-
-
-def _metrics() -> dict[str, Any]:
-    return {"images": Counter("rayexpand_images", "Rows decided.", ("method", "status")),
-            "shards": Counter("rayexpand_shards_committed", "Shards committed.", ("method",)),
-            "faults": Counter("rayexpand_environment_faults", "Shards given back, the place at fault.", ("method",)),
-            "seconds": Histogram("rayexpand_shard_seconds", "Seconds of a shard by phase.",
-                                 boundaries=[0.1, 1, 10, 60, 300, 1800], tag_keys=("method", "phase"))}
-
-

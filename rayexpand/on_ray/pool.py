@@ -35,6 +35,7 @@ from rayexpand.contract.errors import (
     unpacked,
 )
 from rayexpand.methods import TRUSTED
+from rayexpand.on_ray.metrics import publish_once, published
 from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.files import process_token, token_alive
 
@@ -88,6 +89,7 @@ def enter(cwd: str) -> None:
     """Makes relative paths mean what they mean to the driver, in every process that has its folder."""
     if os.path.isdir(cwd):
         os.chdir(cwd)
+    publish_once()
 
 
 def check_shared(folder: Path | str) -> None:
@@ -181,7 +183,8 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         if address:
             _check_token(address)
         _say_warning_of_restarts_once()
-        yield
+        with published():
+            yield
     except SystemError as error:
         raise _stop_in(error) or error from error
     finally:

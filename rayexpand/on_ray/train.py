@@ -22,6 +22,7 @@ import ray.data
 
 from rayexpand.classifier.accuracy import Answers
 from rayexpand.contract.errors import Interrupted, packed, unpacked
+from rayexpand.contract.metrics import record_start
 from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
 from rayexpand.on_ray.pool import at_driver, cause_of, connected, enter, gpus_each, place_of, room_for
 from rayexpand.on_ray.preemption import Deaths, Leaving
@@ -159,6 +160,8 @@ def _train(trial: Trial, files: Files, config: dict[str, Any]) -> None:
     if (saved := files.read(name)) is not None:
         curve = restore(saved, trial, classifier) or curve
     curve.starts.append(classifier.step)
+    if rank == 0:
+        record_start(classifier.step)
     loaders = LoaderTime()
     answers = fit(work, classifier, curve, loaded_batches(work, config, classifier.step, rank, world, loaders),
                   evaluate=lambda: _evaluated(answers_of, work, classifier, rank, world),

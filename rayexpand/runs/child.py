@@ -1,7 +1,7 @@
 """A process that drives runs for another one, which `driving.Child` starts: `python -m rayexpand.runs.child`.
 
 One JSON line on stdin for each run: its configuration, its start, and whether failed rows are made again. JSON lines on
-stdout: {"rows": n} after each sampler call, {"counts": ..., "shard": [seconds, rows]} after each commit, and at the end
+stdout: {"rows": n} after each sampler call, {"counts": ..., "receipt": ...} after each commit, and at the end
 {"totals": ...} or an error as `contract.errors.packed` writes it. The end of stdin, also where the other process dies,
 ends this one after its current call.
 """
@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 from typing import IO, Any
 
 from rayexpand.contract.errors import Interrupted, packed
+from rayexpand.contract.schema import Receipt
 from rayexpand.contract.secrets import masked_output
 from rayexpand.runs.config import parse
 from rayexpand.runs.driving import Here, stopped
@@ -51,8 +52,8 @@ def _drive(here: Here, task: dict[str, Any], wanted: threading.Event, out: IO[st
         out.write(json.dumps(said) + "\n")
         out.flush()
 
-    def committed(totals: Totals, seconds: float, rows: int) -> None:
-        say({"counts": asdict(totals), "shard": [seconds, rows]})
+    def committed(totals: Totals, receipt: Receipt) -> None:
+        say({"counts": asdict(totals), "receipt": asdict(receipt)})
 
     try:
         run = replace(reopen(parse(task["config"])), attempt=task["attempt"])

@@ -14,15 +14,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from rayexpand.contract import metrics
 from rayexpand.contract.errors import EnvironmentFault, Interrupted, unpacked
 from rayexpand.contract.protocols import Tools
+from rayexpand.contract.schema import Receipt, Status
 from rayexpand.contract.settings import digest
+from rayexpand.methods import names
 from rayexpand.runs.config import resolved
 from rayexpand.runs.run import Job, OnCommit, Run, drive, in_process, pending_jobs, retry_jobs, start
-from rayexpand.runs.status import Rate, shard_spans
+from rayexpand.runs.status import Rate, shard_seconds, shard_spans
 from rayexpand.runs.store import Totals
 from rayexpand.runs.tools import load_tools
 
+OWN_METHOD = "own"  # the label of every method that is not built in
 DEATHS = 6  # of a child in a row without a commit between them, before its run is given up for now
 
 
@@ -48,14 +52,17 @@ class RunProgress:
         self._run, self._task, self._progress = run, f"expanding {run.config.name}", progress
         self._decided = before.kept + before.rejected + (0 if retry else before.failed)
         self._facts, self._shown, self._rate = dict[str, int](), self._decided, rate_of([run])
+        self._method = run.config.method.name if run.config.method.name in names() else OWN_METHOD
 
     def rows(self, made: int) -> None:
         self._decided += made
         self._show(self._decided)
 
-    def committed(self, counts: Totals, seconds: float, rows: int) -> None:
-        """A shard of so many rows, just committed; `counts` with it."""
-        self._rate.add(time.time(), seconds, rows)
+    def committed(self, counts: Totals, receipt: Receipt) -> None:
+        """A shard, just committed; `counts` with it."""
+        if not receipt.generation:  # a retry is no measure of the rate
+            self._rate.add(time.time(), shard_seconds(receipt), receipt.decided)
+        record_shard(self._method, receipt)
         self._count(counts)
         self._show(self._shown)
 
@@ -85,6 +92,20 @@ class RunProgress:
         self._progress(task, min(done, planned), planned, self._facts, self._rate.images_per_second or 0.0)
 
 
+def record_shard(method: str, receipt: Receipt) -> None:
+    """Counts a committed shard."""
+    for status in Status:
+        metrics.record(metrics.IMAGES, getattr(receipt, status.value), method=method, status=status.value)
+    metrics.record(metrics.SHARDS, method=method)
+    for reason, rows in receipt.reasons.items():
+        metrics.record(metrics.REFUSED, rows, reason=reason)
+    for stage, seconds in receipt.seconds.items():
+        if stage != "total":
+            metrics.record(metrics.STAGE_SECONDS, seconds, stage=stage)
+    if receipt.generation:
+        metrics.record(metrics.RETRIES, receipt.planned, cause="row")
+
+
 def rate_of(runs: Sequence[Run]) -> Rate:
     """Images per second of what is committed, of several runs as of one."""
     spans = list[tuple[float, float, int]]()
@@ -107,6 +128,8 @@ class Here:
 
     def __call__(self, run: Run, progress: Listener, *, retry: bool = False) -> Totals:
         heard = RunProgress(run, progress, retry=retry)
+        metrics.record(metrics.ACTORS, 1)
+        metrics.record(metrics.NODES, 1)
         return heard.ended(self.drive(run, heard.rows, heard.committed, retry=retry))
 
     def drive(self, run: Run, on_rows: Callable[[int], None], on_commit: OnCommit, *, retry: bool) -> Totals:
@@ -195,7 +218,7 @@ class Child:
                     heard.rows(said["rows"])
                 elif "counts" in said:
                     committed = True
-                    heard.committed(Totals(**said["counts"]), *said["shard"])
+                    heard.committed(Totals(**said["counts"]), Receipt(**said["receipt"]))
                 elif "totals" in said:
                     return heard.ended(Totals(**said["totals"])), True
                 else:

@@ -20,6 +20,7 @@ from typing import Any
 
 from rayexpand import __version__
 from rayexpand.artifacts import KINDS
+from rayexpand.contract import metrics
 from rayexpand.contract.errors import (
     ConfigError,
     DamagedFile,
@@ -68,7 +69,6 @@ from rayexpand.runs.inputs import (
     names_classes,
 )
 from rayexpand.runs.plan import Plan, make_plan, plan_digest, read_plan, write_plan
-from rayexpand.runs.status import shard_seconds
 from rayexpand.runs.store import Store, Tally, Totals, first_look, new_attempt, read_facts, totals
 from rayexpand.storage.files import FOLDERS, Files, process_token
 from rayexpand.storage.places import is_url, open_files
@@ -84,7 +84,7 @@ SAMPLER = "sampler_revision"  # in run.json: which solvers make the samples, whe
 FAULTS_IN_A_ROW = 3  # environment faults of one process before it stops taking shards
 
 Job = tuple[int, int]  # shard id, generation
-OnCommit = Callable[[Totals, float, int], None]
+OnCommit = Callable[[Totals, Receipt], None]
 ExpandWave = Callable[[Sequence[Job]], Iterator[Receipt | EnvironmentFault]]
 
 
@@ -400,12 +400,12 @@ def in_process(expander: Expander) -> ExpandWave:
 
 
 def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, to_the_end: bool = False,
-          on_commit: OnCommit = lambda counts, seconds, rows: None) -> Totals:
+          on_commit: OnCommit = lambda counts, receipt: None) -> Totals:
     """Runs `jobs()` wave by wave until it is empty, and returns the totals of the run.
 
-    `on_commit` is called after every commit, with the counts so far and the shard's seconds and rows. Raises OverBudget
-    as soon as more rows failed than limits.max_failed allows (`to_the_end`: only when all jobs are done, for a retry
-    starts over its budget), and EnvironmentFault after three waves without a commit.
+    `on_commit` is called after every commit, with the counts so far and the receipt. Raises OverBudget as soon as more
+    rows failed than limits.max_failed allows (`to_the_end`: only when all jobs are done, for a retry starts over its
+    budget), and EnvironmentFault after three waves without a commit.
     """
     run.store.forget_lost()
     tally = Tally(run.plan.planned, run.store.receipts())
@@ -419,11 +419,11 @@ def drive(run: Run, expand_wave: ExpandWave, jobs: Callable[[], list[Job]], *, t
         for outcome in expand_wave(todo):
             if isinstance(outcome, EnvironmentFault):
                 cause = outcome
+                metrics.record(metrics.RETRIES, cause="environment")
                 continue
             committed += 1
             tally.add(outcome)
-            timed = (0.0, 0) if outcome.generation else (shard_seconds(outcome), outcome.decided)
-            on_commit(tally.totals, *timed)  # a retry is no measure of the rate
+            on_commit(tally.totals, outcome)
             if (made := made + 1) % ROLL_UP_EVERY == 0:
                 run.store.roll_up()
             if not to_the_end:

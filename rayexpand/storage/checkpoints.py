@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from rayexpand.contract.errors import Diverged
+from rayexpand.contract.metrics import TRAINING_STEP, record
 from rayexpand.contract.protocols import Progress
 from rayexpand.storage.position import Position
 
@@ -113,6 +114,7 @@ class Stage:
             if checkpoints is not None and saves:
                 checkpoints.save(self.name, *self._state())
             report(self.name, self.step, self.steps)
+            record(TRAINING_STEP, self.step, model="prior")
             if position is not None:
                 position(self.name, self.step, self.steps, lambda: {"loss": float(loss.detach())})  # noqa: B023
 

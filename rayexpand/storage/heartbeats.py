@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from rayexpand import __version__
 from rayexpand.contract.errors import EXIT_DONE, EXIT_FAULT, EXIT_RESUMABLE, DamagedFile, EnvironmentFault, StorageError
+from rayexpand.contract.metrics import ATTEMPT, HEARTBEAT, record
 from rayexpand.contract.secrets import masked
 from rayexpand.storage.files import Files, each, process_token, token_alive
 from rayexpand.storage.tables import read_json, replace_json
@@ -222,6 +223,8 @@ class Heartbeat:
             self._beat()
 
     def _beat(self) -> None:
+        record(HEARTBEAT, self._clock(), verb=self._said["verb"])
+        record(ATTEMPT, self._said["attempt"], verb=self._said["verb"])
         for files in list(self._folders):
             self._write(files)
 

@@ -34,6 +34,7 @@ from rayexpand.contract.errors import (
     RayexpandError,
     UsageError,
 )
+from rayexpand.contract.metrics import TRAINING_ACCURACY, record, record_start, record_training
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.loader.loader import Loader, TestSet
@@ -165,7 +166,9 @@ def fit(work: TrialWork, classifier: Classifier, curve: TrainingCurve, batches: 
     begun, cpu = time.perf_counter() - curve.seconds, time.process_time() - curve.cpu_seconds
     ends, answers = set(work.ends), None
     for batch in batches:
-        curve.loss_sum += classifier.update(batch)
+        loss = classifier.update(batch)
+        record_training("classifier", len(batch.x_BHWC), classifier.step, loss)
+        curve.loss_sum += loss
         curve.loss_steps += 1
         if classifier.step in ends:
             answers = evaluate()
@@ -173,6 +176,7 @@ def fit(work: TrialWork, classifier: Classifier, curve: TrainingCurve, batches: 
             curve.history.append({"epoch": len(curve.history) + 1, "step": classifier.step,
                                   "loss": mean(curve.loss_sum / curve.loss_steps), **found})
             curve.loss_sum, curve.loss_steps = 0.0, 0
+            record(TRAINING_ACCURACY, found["top1"], model="classifier")
             on_epoch(curve.history[-1])
         curve.seconds, curve.cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu
         if warned() or work.is_saved_after(classifier.step, every):
@@ -200,6 +204,7 @@ def run_trial(files: Files, trial: Trial, training: TrainingConfig, *, gpus: flo
         if (saved := files.read(name)) is not None:
             curve = restore(saved, trial, classifier) or curve
         curve.starts.append(classifier.step)
+        record_start(classifier.step)
         answers = fit(work, classifier, curve, work.feed.batches(classifier.step, work.feed.total_steps),
                       evaluate=lambda: answers_of(work, classifier), every=training.checkpoint_steps,
                       save=keeper(files, trial, classifier, curve, leaving), on_epoch=on_epoch, warned=leaving)

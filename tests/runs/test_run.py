@@ -33,7 +33,7 @@ from rayexpand.runs import inputs
 from rayexpand.runs import inputs as artifacts
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import RunConfig, parse, semantic
-from rayexpand.runs.driving import Here, prior_key
+from rayexpand.runs.driving import Here, RunProgress, prior_key
 from rayexpand.runs.status import read_status
 from rayexpand.runs.store import Tally, Totals, data_name
 from rayexpand.runs.tools import load_tools, stack_fingerprint
@@ -822,14 +822,19 @@ def test_a_plan_is_read_once_where_a_run_goes_on(make_config: MakeConfig, monkey
 def test_a_retry_is_no_measure_of_the_live_rate(make_config: MakeConfig, broken: Path, image_folder: Path) -> None:
     run, _ = complete(make_config("Fake", ratio=3, data=of(broken)))
     repair(broken, image_folder, "bee/1.png", "bee/2.png")
-    told: list[tuple[float, int]] = []
     again = runs.open_run(str(run.folder), check_models=True)
+    heard = RunProgress(again, lambda *_: None, retry=True)
+    before, told = heard._rate.images_per_second, list[int]()
     expander = runs.start(again)
-    runs.drive(again, runs.in_process(expander), runs.retry_jobs(again), to_the_end=True,
-               on_commit=lambda counts, seconds, rows: told.append((seconds, rows)))
+
+    def committed(counts: Totals, receipt: Receipt) -> None:
+        heard.committed(counts, receipt)
+        told.append(receipt.generation)
+
+    runs.drive(again, runs.in_process(expander), runs.retry_jobs(again), to_the_end=True, on_commit=committed)
     expander.close()
-    assert told
-    assert set(told) == {(0.0, 0)}
+    assert set(told) == {1}
+    assert heard._rate.images_per_second == before
 
 
 def test_a_new_run_lists_its_dataset_once(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayexpand.artifacts.columns import encoders_of, feature_facts
 from rayexpand.contract.errors import Interrupted, ModelError, Preempted
+from rayexpand.contract.metrics import TRAINING_LOSS, record, record_start, record_training
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import ClassTable
 from rayexpand.fitting.adapter.config import AdapterFit
@@ -127,6 +128,7 @@ def open_tuning(job: TuneJob, *, device: str | None = None,
         tuner.restore(tensors)
         curve = LossCurve(**state)
     curve.starts.append(tuner.step)
+    record_start(tuner.step)
     return Tuning(job, prior, tuner, feed, curve)
 
 
@@ -148,6 +150,7 @@ def tune(tuning: Tuning, batches: Iterable[LatentRows], *, save: Callable[[], No
     for visits in batches:
         assert visits.step == tuner.step, "the feed and the weights are at different steps"
         tuner.update(as_batch(visits))
+        record_training("adapter", len(visits.z0_BCHW), tuner.step)
         for name, value in measured(tuner).items():
             curve.sums[name] = curve.sums.get(name, 0.0) + value
         curve.steps += 1
@@ -161,6 +164,7 @@ def tune(tuning: Tuning, batches: Iterable[LatentRows], *, save: Callable[[], No
             curve.sums, curve.steps = {}, 0
         curve.seconds, curve.cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu + elsewhere()
         if logs:
+            record(TRAINING_LOSS, curve.history[-1]["loss"], model="adapter")
             on_point(curve.history[-1])
         if saves:
             save()

@@ -22,6 +22,7 @@ from typing import Any
 import filelock
 
 from rayexpand.contract.errors import Diverged
+from rayexpand.contract.metrics import record_start
 from rayexpand.contract.settings import digest
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.subsets import ids_file, ids_hash
@@ -161,6 +162,7 @@ class _Member:
         if (saved := study.files.read(self._checkpoint)) is not None:
             self._curve = restore(saved, trial, self._classifier) or self._curve
         self._curve.starts.append(self._classifier.step)
+        record_start(self._classifier.step)
 
     @property
     def history(self) -> list[dict[str, float]]:
