@@ -20,13 +20,13 @@ from PIL import Image
 
 from rayexpand.contract.errors import RayexpandError
 from rayexpand.contract.schema import Reason, Receipt
-from rayexpand.reports.run import Picture, about, encoded_picture, picture_of
+from rayexpand.reports.run import Picture, about, encoded_picture, picture_of, spread
 from rayexpand.reports.templates import render
-from rayexpand.runs.status import RunView, driver_lines, duration, shard_spans, view_run
+from rayexpand.runs.status import RunView, driver_lines, duration, shard_spans, shown_drivers, view_run
 from rayexpand.storage.places import is_url, open_files
 
-REFRESH_S = 10
-LAST_SHARDS, SHARD_SAMPLES = 3, 8
+REFRESH_S = 5
+LAST_SHARDS, SHARD_SAMPLES, ROWS_READ = 3, 8, 64
 BUCKETS = 48  # bars of the throughput
 PILOTS_SEARCHED = 20
 
@@ -81,7 +81,7 @@ class LiveView:
         said = {label for label, _ in driver_lines(status.drivers, status.problems)}
         return render(
             "live.html.j2", _FILTERS, status=status, now=now, refresh=REFRESH_S, tiles=tiles(status), bars=bars(status),
-            drivers=status.drivers, lines=[line for line in status.table() if line[0] not in said],
+            drivers=shown_drivers(status.drivers), lines=[line for line in status.table() if line[0] not in said],
             shown=None if view is None else view.run["name"], throughput=throughput(spans, now), problem=problem,
             reasons=[] if view is None else _reasons(view), shards=[] if view is None else self._last(view, now),
             sheet=_sheet(status))
@@ -102,7 +102,8 @@ def _samples(view: RunView, receipt: Receipt) -> tuple[Picture, ...]:
     try:
         with view.store.open(receipt) as parquet:
             names = ["sample_id", "prompt", "strength", "steps_run", "scores", "image"]
-            rows = next(parquet.iter_batches(SHARD_SAMPLES, columns=names, use_threads=False)).to_pylist()
+            rows = spread(next(parquet.iter_batches(ROWS_READ, columns=names, use_threads=False)).to_pylist(),
+                          SHARD_SAMPLES)
     except (RayexpandError, OSError, ValueError, StopIteration) as error:
         return (Picture(title=f"{receipt.data_file} cannot be read: {error}"),)
     return tuple(encoded_picture((row["image"] or {}).get("bytes"), about(row)) for row in rows)
@@ -128,7 +129,9 @@ def shown_run(status: Any) -> str | None:
 
 def tiles(status: Any) -> list[tuple[str, str, str]]:
     """(number, what it is, colour's class or "")."""
-    eta = ("none" if status.complete else duration(status.eta_seconds), "time left", "")
+    works = status.complete or any(one.state == "running" for one in status.drivers)
+    eta = ("none" if status.complete else duration(status.eta_seconds),
+           "time left" if works else "time left, once it runs", "")
     if status.kind == "run":
         counts = [(f"{getattr(status, kind):,}", kind, kind) for kind in ("kept", "rejected", "failed", "pending")]
         rate = status.images_per_second

@@ -162,11 +162,15 @@ def read_status(folder: str | Path, clock: Callable[[], float] = time.time) -> R
         problems=tuple(problems), history=tuple(history(view.run)))
 
 
-def driver_lines(drivers: Iterable[DriverSeen], problems: Iterable[str]) -> list[tuple[str, str]]:
-    """(label, value) lines: those who work, or else the one that did last, with its task; then what is damaged."""
+def shown_drivers(drivers: Iterable[DriverSeen]) -> list[DriverSeen]:
+    """Those who work or were killed, or else the one that ended last."""
     seen = list(drivers)
-    shown = [one for one in seen if one.state != "ended"] or seen[:1]
-    lines = [line for one in shown for line in (
+    return [one for one in seen if one.state != "ended"] or seen[:1]
+
+
+def driver_lines(drivers: Iterable[DriverSeen], problems: Iterable[str]) -> list[tuple[str, str]]:
+    """(label, value) lines: drivers with their tasks; then what is damaged."""
+    lines = [line for one in shown_drivers(drivers) for line in (
         ("driver", one.words), *((("works on" if one.state == "running" else "worked on", one.task),)
                                  if one.task and one.state != "ended" else ()))]
     return [*(lines or [("driver", "no heartbeat is known")]), *(("damaged", one) for one in problems)]

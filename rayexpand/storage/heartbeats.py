@@ -29,9 +29,9 @@ from rayexpand.contract.secrets import masked
 from rayexpand.storage.files import Files, each, process_token, token_alive
 from rayexpand.storage.tables import read_json, replace_json
 
-INTERVAL_S = 10.0  # one request of an object store in ten seconds
+INTERVAL_S = 8.0  # one request of an object store
 GAP_S = 1.0  # between two of them, also where tasks change quickly
-SILENT_S = 25.0  # a driver not heard of for so long is taken for dead: 25 to 15 s after its death
+SILENT_S = 20.0  # a driver not heard of for so long is taken for dead: 12 to 20 s after its death
 FOLDER = "heartbeats"
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from tests.api.test_statuses import _raw
 from tests.commands import ROOT
 from tests.on_ray.conftest import Head
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 def _endpoints(head: Head) -> list[str]:
@@ -46,7 +46,7 @@ def _samples(head: Head) -> dict[str, list[tuple[dict[str, str], float]]]:
 
 
 def _until(head: Head, is_there: Callable[[dict[str, Any]], bool], verb: subprocess.Popen[bytes]) -> dict[str, Any]:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 480
     found: dict[str, Any] = {}
     while time.monotonic() < deadline:
         if is_there(found := _samples(head)):
@@ -59,7 +59,7 @@ def _until(head: Head, is_there: Callable[[dict[str, Any]], bool], verb: subproc
 
 def test_a_study_on_ray_counts_on_the_endpoints_of_its_cluster(head: Head, image_folder: Path, tmp_path: Path) -> None:
     raw = _raw(image_folder, tmp_path / "ids")
-    raw["recipe"] |= {"updates": 300, "epochs": 6}
+    raw["recipe"] |= {"updates": 60, "epochs": 3}
     raw["training"] = {"cpus_per_worker": 1}
     job = tmp_path / "study.yaml"
     job.write_text(yaml.safe_dump({"name": "my-study", "out": str(tmp_path), **raw,

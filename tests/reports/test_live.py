@@ -65,7 +65,7 @@ def test_the_page_shows_rate_time_failures_nodes_and_the_last_samples(run: Build
     assert "images per second" in said
     assert "Samples of the last shards" in said
     assert made.count("data:image/png") == 8 + 8 + 1, "of the last three files, one of which is a retry of one row"
-    assert '<meta http-equiv="refresh" content="10">' in made.partition("</head>")[0]
+    assert '<meta http-equiv="refresh" content="5">' in made.partition("</head>")[0]
 
 
 def test_the_page_needs_no_script_and_loads_nothing(run: Builder) -> None:
@@ -78,7 +78,7 @@ def test_the_page_needs_no_script_and_loads_nothing(run: Builder) -> None:
 def test_a_dead_driver_is_said_within_half_a_minute(run: Builder) -> None:
     assert "Running" in text_of(page(run, NOW + SILENT_S - 1))
     said = text_of(page(run, NOW + SILENT_S + 1))
-    assert "No heartbeat since 2033-05-18 03:33:20 UTC, 26.0 s ago" in said
+    assert "No heartbeat since 2033-05-18 03:33:20 UTC, 21.0 s ago" in said
     assert "4 actors alive" not in said, "what a dead driver said is over"
 
 
@@ -148,3 +148,8 @@ def test_a_port_that_is_taken_and_a_folder_of_nothing_are_said(server: StatusSer
         api.serve_status(run.folder, int(server.server_address[1]))
     with pytest.raises(UsageError, match="no run, study"):
         api.serve_status(tmp_path)
+
+
+def test_a_finished_run_shows_how_it_ended(run: Builder) -> None:
+    beating(run, NOW, exit_code=0)
+    assert "Ended at 2033-05-18 03:33:20 UTC" in text_of(page(run, NOW + 500))
