@@ -115,7 +115,7 @@ def test_one_of_another_host_is_judged_by_its_age(tmp_path: Path, age: float, st
 
 
 def test_a_death_is_seen_within_thirty_seconds() -> None:
-    assert SILENT_S + REFRESH_S + FRESH_S <= 30, "also on the page: the last beat may be just written when a driver dies"
+    assert SILENT_S + REFRESH_S + FRESH_S <= 30, "also on the page, of a driver that dies right after a beat"
     assert SILENT_S > 2 * INTERVAL_S, "one beat may be late"
 
 
