@@ -227,8 +227,8 @@ def audit(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
 
     config, progress = at(config_of("audit", job, set, machine), ray), Relay(on)
     place = config.audit.run or f"{config.out.rstrip('/')}/{config.name}"
-    with (driver(ray, config.cluster, same_process=same_process) as drive,
-          alive(progress, place, "audit", config.name)):
+    with (alive(progress, place, "audit", config.name),
+          driver(ray, config.cluster, same_process=same_process) as drive):
         machines = machines_with(ray, config.cluster, drive, progress)
         found = audits.audit(config, find_with(ray, config.cluster), machines, progress)
     if config.audit.run is not None:
@@ -261,20 +261,20 @@ def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
     from rayexpand.studies.trials import announce, make_trials
 
     config, progress = at(config_of("study", job, set, machine), ray), Relay(on)
-    with driver(ray, config.cluster, same_process=same_process) as drive:
-        study = prepare_study(config)
-        with alive(progress, config.folder, "train", config.name) as heartbeat:
-            announce(study)
-            for run in pending_runs(study, progress, fit_with(ray, on_workers=True), device_here=not ray):
-                with heartbeat.also_in(run.files):
-                    drive(run, progress)
-            make_selections(study, score_with(ray, config.cluster), progress)
-            trials = make_trials(study)
-            failed = score_samples(study, trials, extract_with(ray), progress)
-            failed += train_trials(study, trials, progress, ray=ray)
-            failed += show_corrupted(study, trials, show_with(ray), progress)
-            if failed:
-                heartbeat.ends_with(EXIT_FAILURE, f"{len(failed)} failed: {failed[0]}")
+    study = prepare_study(config)
+    with (alive(progress, config.folder, "train", config.name) as heartbeat,
+          driver(ray, config.cluster, same_process=same_process) as drive):
+        announce(study)
+        for run in pending_runs(study, progress, fit_with(ray, on_workers=True), device_here=not ray):
+            with heartbeat.also_in(run.files):
+                drive(run, progress)
+        make_selections(study, score_with(ray, config.cluster), progress)
+        trials = make_trials(study)
+        failed = score_samples(study, trials, extract_with(ray), progress)
+        failed += train_trials(study, trials, progress, ray=ray)
+        failed += show_corrupted(study, trials, show_with(ray), progress)
+        if failed:
+            heartbeat.ends_with(EXIT_FAILURE, f"{len(failed)} failed: {failed[0]}")
     found = StudyFolder(config.folder, tuple(failed))
     found.report()
     return found

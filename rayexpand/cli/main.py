@@ -11,14 +11,13 @@ import json
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from typing import Any
 
 from rayexpand.cli import cluster, data, expand, fit, jobs, judge, pages, start, study, validate
 from rayexpand.cli.app import app
-from rayexpand.cli.lines import json_stderr
 from rayexpand.contract.errors import EXIT_FAULT, Interrupted, RayexpandError, Stopped
+from rayexpand.contract.log_lines import json_stderr, line
 from rayexpand.contract.secrets import masked, masked_output
 
 LOG_JSON = "--log-json"
@@ -30,7 +29,8 @@ def main() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stopped)
-    with json_stderr() if LOG_JSON in sys.argv else contextlib.nullcontext(), masked_output(sys.stdout, sys.stderr):
+    lines = json_stderr(sys.argv[1]) if LOG_JSON in sys.argv else contextlib.nullcontext()
+    with lines, masked_output(sys.stdout, sys.stderr):
         _run()
 
 
@@ -56,6 +56,6 @@ def _fail(kind: str, message: str, exit_code: int) -> None:
     error = {"error": {"type": kind, "message": message, "exit_code": exit_code}}
     if "--json" in sys.argv:
         print(json.dumps(error))
-    print(json.dumps({"time": round(time.time(), 1), **error}) if LOG_JSON in sys.argv else f"rayexpand: {message}",
+    print(line("error", message=message, **error) if LOG_JSON in sys.argv else f"rayexpand: {message}",
           file=sys.stderr)
     sys.exit(exit_code)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from typing import Any
 
 from rayexpand.api.results import Event
+from rayexpand.contract import log_lines
 from rayexpand.contract.errors import three_digits
 
 
@@ -71,8 +71,8 @@ class Progress:
     def _say(self, event: Event, rate: float | None) -> None:
         left = round((event.total - event.done) / rate) if rate else None
         if self._as_json:
-            line = json.dumps({"time": round(time.time(), 1), "task": event.task, "done": event.done,
-                               "total": event.total, "per_second": rate or None, "eta_seconds": left, **event.facts})
+            line = log_lines.line("progress", task=event.task, done=event.done, total=event.total,
+                                  per_second=rate or None, eta_seconds=left, **event.facts)
         else:
             line = ", ".join([f"{event.task}: {event.done:,}/{event.total:,}", *_how_fast(event, rate),
                               *([f"{left:,} s left"] if left else []), *_counts(event)])

@@ -26,6 +26,7 @@ from typing import Any
 
 import ray
 
+from rayexpand.contract import log_lines
 from rayexpand.contract.errors import EnvironmentFault, packed, unpacked
 from rayexpand.contract.schema import Receipt
 from rayexpand.on_ray.pool import Pool, any_starting, beside_driver, choose_pool, connected, enter
@@ -81,6 +82,7 @@ class ExpandActor:
 
     def __init__(self, folder: str, attempt: int, heartbeats: Any, server: Any, cwd: str) -> None:
         enter(cwd)
+        log_lines.bind(run=folder.rstrip("/").rpartition("/")[2], attempt=attempt)
         self._folder, self._attempt, self._heartbeats, self._server = folder, attempt, heartbeats, server
         self._expander: Expander | None = None
         self._work: _Work | None = None
@@ -104,7 +106,7 @@ class ExpandActor:
             self._faults = 0
             receipt = committed.to_json()
         self._work = None
-        return {"receipt": [receipt], "fault": [fault]}
+        return {"receipt": [receipt], "fault": [fault], "shard": [int(shard_id)]}
 
     def _get(self) -> Expander:
         if self._expander is None:
@@ -179,6 +181,7 @@ class RayWave:
             if not isinstance(fault, EnvironmentFault):
                 raise fault
             in_a_row += 1
+            log_lines.say("fault", shard=int(row["shard"]), message=str(fault))
             yield fault
             if in_a_row >= FAULTS_PER_ACTOR * self._pool.actors:
                 return  # every actor fails: drive() decides whether to go on

@@ -34,6 +34,7 @@ from rayexpand.contract.errors import (
     packed,
     unpacked,
 )
+from rayexpand.contract.log_lines import VARIABLE, json_worker
 from rayexpand.methods import TRUSTED
 from rayexpand.on_ray.metrics import publish_once, published
 from rayexpand.runs.config import ClusterConfig
@@ -90,6 +91,10 @@ def enter(cwd: str) -> None:
     if os.path.isdir(cwd):
         os.chdir(cwd)
     publish_once()
+    _json_once()
+
+
+_json_once = cache(json_worker)
 
 
 def check_shared(folder: Path | str) -> None:
@@ -345,7 +350,8 @@ def _reach(address: str) -> None:
 
 
 def _environment() -> dict[str, Any]:
-    """What actors of a cluster that is already up must know of this process: the methods it trusts, and failpoints."""
+    """What actors of a cluster that is already up must know of this process: the methods it trusts, what its lines
+    say, and failpoints."""
     found = {name: value for name, value in os.environ.items()
-             if name == TRUSTED or name.startswith("RAYEXPAND_FAILPOINT")}
+             if name in (TRUSTED, VARIABLE) or name.startswith("RAYEXPAND_FAILPOINT")}
     return {"env_vars": found} if found else {}

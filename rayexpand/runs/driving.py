@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from rayexpand.contract import metrics
+from rayexpand.contract import log_lines, metrics
 from rayexpand.contract.errors import EnvironmentFault, Interrupted, unpacked
 from rayexpand.contract.protocols import Tools
 from rayexpand.contract.schema import Receipt, Status
@@ -93,10 +93,13 @@ class RunProgress:
 
 
 def record_shard(method: str, receipt: Receipt) -> None:
-    """Counts a committed shard."""
+    """Counts and logs a committed shard."""
     for status in Status:
         metrics.record(metrics.IMAGES, getattr(receipt, status.value), method=method, status=status.value)
     metrics.record(metrics.SHARDS, method=method)
+    log_lines.say("commit", shard=receipt.shard_id, generation=receipt.generation, kept=receipt.kept,
+                  rejected=receipt.rejected, failed=receipt.failed, seconds=round(shard_seconds(receipt), 3),
+                  made_on=receipt.host)
     for reason, rows in receipt.reasons.items():
         metrics.record(metrics.REFUSED, rows, reason=reason)
     for stage, seconds in receipt.seconds.items():

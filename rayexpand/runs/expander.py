@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from rayexpand.classifier.augment import is_blank
+from rayexpand.contract import log_lines
 from rayexpand.contract.errors import EnvironmentFault, Interrupted, RayexpandError, RowFault
 from rayexpand.contract.protocols import Batch, Expansion, Method, Tools
 from rayexpand.contract.rng import RowRng
@@ -95,12 +96,16 @@ class Expander:
 
     def _expand(self, shard_id: int, generation: int, verdicts: Verdicts) -> Receipt:
         started = time.perf_counter()
-        work = self._start(shard_id, generation, verdicts)
-        wanted = self._wanted(work)
-        if verdicts.careful:
-            self._decode_one_by_one(work)
-        self._run(work, wanted)
-        samples = self._collect(work, wanted)
+        with log_lines.about(shard=shard_id):
+            work = self._start(shard_id, generation, verdicts)
+            wanted = self._wanted(work)
+            if verdicts.careful:
+                self._decode_one_by_one(work)
+            self._run(work, wanted)
+            samples = self._collect(work, wanted)
+            for one in samples:
+                if one.status is Status.FAILED and one.reason is not None:
+                    log_lines.say("failed", sample=one.draw.sample_id, reason=one.reason.value, message=one.detail)
         receipt = Receipt(
             shard_id, generation, "", "", len(samples), **_counts(samples), shape=self.shape, run_digest="",
             attempt=self.blame.attempt, content_sha256="", stack=self.stack, host=socket.gethostname(),

@@ -20,7 +20,7 @@ from typing import Any
 
 from rayexpand import __version__
 from rayexpand.artifacts import KINDS
-from rayexpand.contract import metrics
+from rayexpand.contract import log_lines, metrics
 from rayexpand.contract.errors import (
     ConfigError,
     DamagedFile,
@@ -389,6 +389,7 @@ def in_process(expander: Expander) -> ExpandWave:
                 receipt = expander(shard_id, generation)
             except EnvironmentFault as fault:
                 faults += 1
+                log_lines.say("fault", shard=shard_id, message=str(fault))
                 yield fault
                 if faults == FAULTS_IN_A_ROW:
                     return

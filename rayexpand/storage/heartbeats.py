@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from rayexpand import __version__
 from rayexpand.contract.errors import EXIT_DONE, EXIT_FAULT, EXIT_RESUMABLE, DamagedFile, EnvironmentFault, StorageError
+from rayexpand.contract.log_lines import bind
 from rayexpand.contract.metrics import ATTEMPT, HEARTBEAT, record
 from rayexpand.contract.secrets import masked
 from rayexpand.storage.files import Files, each, process_token, token_alive
@@ -201,6 +202,7 @@ class Heartbeat:
         before = self._tidy(self._folders[0])
         with self._lock:
             self._said["attempt"] = self._said["attempt"] or 1 + before
+        bind(run=self._said["name"], attempt=self._said["attempt"])
         self._beat()
         self._thread.start()
 

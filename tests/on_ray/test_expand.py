@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -21,6 +22,7 @@ from rayexpand.runs.verify import verify
 from tests.chaos.test_kill import BAD, SHARD
 from tests.commands import rayexpand
 from tests.conftest import MakeConfig, attempts, complete, hashes, refused
+from tests.contract.test_log_lines import checked
 from tests.on_ray.conftest import ROOT, Head, processes_of, start_head, stop_head
 from tests.s3server import Server
 
@@ -139,13 +141,36 @@ def test_every_line_of_log_json_is_json_where_an_actor_is_killed(head: Head, job
     code, summary, stderr = finish(start(
         head, job(), "cluster.actors=2", more=["--log-json"], RAYEXPAND_FAILPOINT=f"before_call@shard={SHARD}:kill",
         RAYEXPAND_FAILPOINT_ONCE=str(once)))
-    lines = [json.loads(line) for line in stderr.splitlines()]
-    last = next(line for line in reversed(lines) if "task" in line)
+    lines = [checked(line) for line in stderr.splitlines()]
+    last = next(line for line in reversed(lines) if line["event"] == "progress")
 
     assert (code, once.exists()) == (0, True)
-    assert {type(line) for line in lines} == {dict}
+    assert {line["verb"] for line in lines} == {"expand"}
+    commits = [line for line in lines if line["event"] == "commit"]
+    assert len({line["shard"] for line in commits}) == len(list((tmp_path / "out/run/data").iterdir()))
+    assert {(line["run"], line["attempt"]) for line in commits} == {("run", 1)}
     assert (last["done"], last["per_second"]) == (40, summary["images_per_second"])
     check(tmp_path / "out/run", oracle)
+
+
+def test_every_line_of_an_actor_is_json_with_its_shard(head: Head, job: Callable[..., Path], tmp_path: Path) -> None:
+    file = job(method={"name": "tests.methods.fakes.Failing"})
+    code, _, stderr = finish(start(head, file, "cluster.actors=1", more=["--log-json"]))
+    assert code == 0, stderr
+    said = []
+    for one in head.folder.glob("session_*/logs/worker-*.err"):
+        text = one.read_text()
+        if '"event": "failed"' in text:
+            own = [line for line in text.splitlines() if line and not line.startswith(":")]  # Ray's begin with :
+            said += [checked(line) for line in own]
+    failed = [line for line in said if line["event"] == "failed"]
+    assert failed
+    assert {(line["verb"], line["run"], line["attempt"]) for line in failed} == {("expand", "run", 1)}
+    assert {line["reason"] for line in failed} == {"nan_latent"}
+    assert {line["pid"] for line in said}.isdisjoint({os.getpid()})
+    refused = [one for path in (tmp_path / "out/run/rejected").iterdir()
+               for one in pq.read_table(path).to_pylist() if one["status"] == "failed"]
+    assert {line["sample"] for line in failed} == {one["sample_id"] for one in refused}
 
 
 @pytest.mark.parametrize("seen", ["blame", "data", "receipts"], ids=["before publish", "after data", "after a receipt"])
