@@ -12,6 +12,7 @@ changes the folder. Errors are RayexpandError with `.exit_code`.
 from rayexpand.api.endpoint import serve_metrics
 from rayexpand.api.files import first_file, job_files, job_text, jobs_named_by, schema, write_new
 from rayexpand.api.folders import AuditFolder, RunFolder, StudyFolder, SweepFolder, open
+from rayexpand.api.live import serve_status
 from rayexpand.api.pages import pictures
 from rayexpand.api.results import (
     Artifact,
@@ -27,7 +28,7 @@ from rayexpand.api.results import (
     Scores,
     Selected,
 )
-from rayexpand.api.statuses import serve_status, status
+from rayexpand.api.statuses import status
 from rayexpand.api.verbs import (
     audit,
     bench,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -83,3 +84,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Says nothing."""
+
+
+def serve_status(folder: str | os.PathLike[str], port: int = 0) -> StatusServer:
+    """A server on 127.0.0.1 whose page shows the status of a folder; its `serve_forever()` shows it, `url` says where.
+    Raises UsageError for a folder of nothing, and a port that is taken."""
+    return StatusServer(os.fspath(folder), port)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from rayexpand.contract.errors import DamagedFile
 
 if TYPE_CHECKING:
-    from rayexpand.api.live import StatusServer
     from rayexpand.fitting.status import FitStatus
     from rayexpand.runs.status import RunStatus
     from rayexpand.storage.files import Files
@@ -88,14 +87,6 @@ def status(folder: str | os.PathLike[str], clock: Callable[[], float] = time.tim
     from rayexpand.fitting.status import read_fits
 
     return read_fits(where, clock)
-
-
-def serve_status(folder: str | os.PathLike[str], port: int = 0) -> StatusServer:
-    """A server on 127.0.0.1 whose page shows the status of a folder; its `serve_forever()` shows it, `url` says where.
-    Raises UsageError for a folder of nothing, and a port that is taken."""
-    from rayexpand.api.live import StatusServer
-
-    return StatusServer(os.fspath(folder), port)
 
 
 def _is_audited(files: Files) -> bool:
