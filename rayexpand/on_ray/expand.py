@@ -143,6 +143,7 @@ class ExpandActor:
         planned = sum(map(len, expander.plan.units(work.shard)))
         return time.time() + seconds * (planned - work.rows) + HEARTBEAT_S < deadline
 
+
 class _Work:
     """How far the shard in work is."""
 
