@@ -219,7 +219,8 @@ class SweepFolder(_Paged):
 
         found = summary or self.summary()
         return ("configuration", f"{found['metric']} %, mean ± s.e.", "n", "epochs", ""), [
-            (describe(one["values"]), plus_minus(one["spread"], 2), str(one["spread"]["n"] if "scores" in one else ""),
+            (describe(one["values"]), plus_minus(one["spread"], 2) if one["spread"] else "",
+             str(one["spread"]["n"] if "scores" in one else ""),
              f"{one['epochs']}/{one['of_epochs']}", "best" if one["key"] == found["best"] else one["state"]
              + ", within noise" * (one["key"] in found["within_noise"])) for one in found["trials"]]
 

@@ -289,16 +289,13 @@ def sweep(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
     from rayexpand.studies.sweep.sweep import open_sweep
 
     config, progress = at(config_of("sweep", job, set, machine), ray), Relay(on)
-    if not ray and config.scheduler is not None:
-        raise UsageError("scheduler: without Ray one configuration is tried after the other, so there is none to "
-                         "compare with while it trains; use Ray, or set scheduler to none")
     for line in [*_counts(config), plan_sweep(config).words]:
         say(line)
     search = searching.Search(open_sweep(config, progress))
 
     def show() -> None:
         states = [one["state"] for one in search.results.values()]
-        facts = {**{state: states.count(state) for state in ("finished", "stopped", "diverged")},
+        facts = {**{state: states.count(state) for state in ("finished", "stopped", "dropped", "diverged")},
                  "running": len(search.running), "failed": len(search.failed)}
         progress(f"sweeping {config.name}", search.decided, search.total, {
             state: count for state, count in facts.items() if count or state in ("finished", "stopped")})

@@ -35,7 +35,7 @@ from rayexpand.runs.selections import read_selection
 from rayexpand.storage.tables import replace_json
 
 Metric = Literal["fd", "fd_infinity", "kd", "mmd2_linear", "mmd2_rbf", "mmd2_rbf10", "precision_recall",
-                 "density_coverage", "authenticity", "vendi", "classes", "cover", "alignment",
+                 "density_coverage", "authenticity", "vendi", "classes", "cover", "alignment", "class_energy",
                  "fid", "fid_clean", "kid", "fd_dinov2", "cmmd"]
 EVERYTHING: list[Metric] = ["fd", "fd_infinity", "kd", "mmd2_linear", "mmd2_rbf", "precision_recall",
                             "density_coverage", "authenticity", "vendi", "classes"]  # that needs only two sides

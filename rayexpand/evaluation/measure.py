@@ -217,6 +217,22 @@ def _vendi(pair: Comparison) -> Result:
     return found
 
 
+def _class_energy(pair: Comparison) -> Result:
+    """How far samples are from the mean reference image of their class: DistDiff's D_c with the extractor as guide.
+    `reference`: the same of real images, each left out of the mean of its class."""
+    own, real = [], []
+    for x_ND, y_MD in _class_rows(pair).values():
+        own.append(np.linalg.norm(x_ND - y_MD.mean(axis=0), axis=1))
+        if (m := len(y_MD)) > 1:
+            real.append(np.linalg.norm(y_MD - y_MD.mean(axis=0), axis=1) * m / (m - 1))
+    if not own:
+        raise UsageError("class_energy: samples and reference have no class of the same key; give a reference with the "
+                         "classes of the samples")
+    return {pair.key("class_energy"): {
+        "value": float(np.concatenate(own).mean()), "reference": float(np.concatenate(real).mean()) if real else None,
+        "classes": len(own), "n_samples": sum(map(len, own)), "n_reference": len(pair.y_MD)}}
+
+
 def _cover(pair: Comparison) -> Result:
     """How far held-out images are from the training images, and from those and the samples."""
     if pair.training is None:
@@ -253,7 +269,8 @@ METRICS: dict[str, Callable[[Comparison], Result]] = {
     "fd": _fd, "fd_infinity": _fd_infinity, "kd": _kd, "mmd2_linear": _mmd2_linear, "mmd2_rbf": _mmd2_rbf,
     "mmd2_rbf10": _mmd2_rbf10, "precision_recall": _precision_recall, "density_coverage": _density_coverage,
     "authenticity": _authenticity, "vendi": _vendi, "classes": lambda pair: {}, "cover": _cover,
-    "alignment": _alignment, "fid": _fd, "fid_clean": _fd, "fd_dinov2": _fd, "kid": _kid, "cmmd": _mmd2_rbf10}
+    "alignment": _alignment, "class_energy": _class_energy,
+    "fid": _fd, "fid_clean": _fd, "fd_dinov2": _fd, "kid": _kid, "cmmd": _mmd2_rbf10}
 
 
 # -------------------------------------------------------------------------------------------------------------- classes

@@ -1,12 +1,13 @@
 """The trials of a sweep under Ray Tune: each is one process with its own share of CPUs and GPUs.
 
-Tune starts trials, hears their scores, stops what ASHA gives up and restarts what dies. What is tried, and what is
+Tune starts trials, hears their scores, stops them and restarts what dies. What is tried, what is stopped, and what is
 known already, is the Search's, so a sweep goes on from its own files after any death. A trial asks Ray for nothing, so
 as many run as their shares fit into the cluster, and none waits for another.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tempfile
@@ -15,12 +16,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from rayexpand.contract.errors import Interrupted, RayexpandError
@@ -66,7 +66,7 @@ def _tune(search: Search, share: dict[str, float], room: int, on_change: Callabl
         tune.Tuner(
             tune.with_resources(tune.with_parameters(_named(trial)), share),
             tune_config=tune.TuneConfig(search_alg=_Suggestions(search, on_change), num_samples=search.total,
-                                        max_concurrent_trials=room, scheduler=_scheduler(search)),
+                                        max_concurrent_trials=room, scheduler=_AsTheSearchSays(search)),
             run_config=tune.RunConfig(name=config.name, storage_path=scratch, verbose=0,
                                       callbacks=[_Failures()],
                                       failure_config=tune.FailureConfig(max_failures=-1))).fit()
@@ -89,8 +89,11 @@ def _trial(config: dict[str, Any], sweep: dict[str, Any], gpus: float) -> None:
     opened = _unpacked(sweep)
     found = candidate(opened, config["number"], config["values"])
     try:
-        run_candidate(opened, found, gpus=gpus, on_epoch=lambda epoch, score: tune.report(
-            {"epoch": epoch, "score": score, "started": started}), leaving=Leaving())
+        run_candidate(
+            opened, found, gpus=gpus, leaving=Leaving(),
+            on_epoch=lambda epoch, score: tune.report({"epoch": epoch, "score": score, "started": started}),
+            on_proxies=lambda proxies: tune.report(  # as text, for Tune flattens what is nested
+                {"epoch": 0, "score": -1.0, "started": started, "proxies": json.dumps(proxies)}))
     except Interrupted:
         raise  # Tune starts it again
     except RayexpandError as error:
@@ -114,7 +117,7 @@ class _Suggestions(Searcher):
         return {"number": found.number, "values": found.values, "key": found.key}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if "problem" not in result:
+        if not {"problem", "proxies"} & result.keys():
             self._search.heard(self._keys[trial_id], result["epoch"], result["score"], result["started"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -144,21 +147,20 @@ class _Failures(tune.Callback):
             trial.config[GIVEN_UP] = f"failed {RESTARTS + 1} times, at last with {cause_of(error)}"
 
 
-def _scheduler(search: Search) -> ASHAScheduler | None:
-    """ASHA that has heard of the trials that are already over, so that a resumed sweep stops what it would have."""
-    asha, epochs = search.sweep.config.scheduler, search.sweep.config.epochs
-    if asha is None:
-        return None
-    scheduler = ASHAScheduler("epoch", "score", "max", max_t=epochs, grace_period=asha.grace,
-                              reduction_factor=asha.reduction_factor)
-    nobody: Any = None
-    for key, result in search.results.items():
-        trial: Any = SimpleNamespace(trial_id=key)
-        scheduler.on_trial_add(nobody, trial)
-        for point in result["curve"]:
-            scheduler.on_trial_result(nobody, trial, point)
-        scheduler.on_trial_complete(nobody, trial, result["curve"][-1])
-    return scheduler
+class _AsTheSearchSays(FIFOScheduler):
+    """Stops what the search stops. Tune hands a trial the next step only after the answer."""
+
+    def __init__(self, search: Search) -> None:
+        super().__init__()
+        self._search = search
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        key = trial.config["key"]
+        if "proxies" in result:
+            goes_on = self._search.measured(key, json.loads(result["proxies"]), result["started"])
+        else:
+            goes_on = "problem" in result or self._search.goes_on(key, result["epoch"], result["score"])
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
 
 def _share(config: SweepConfig) -> dict[str, float]:

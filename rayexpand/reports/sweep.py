@@ -17,11 +17,15 @@ import yaml
 from rayexpand.classifier.statistics import MeanError, crossed, expected_maximum
 from rayexpand.contract.errors import UsageError
 from rayexpand.reports.figure import write_figures
-from rayexpand.reports.sweep_figures import sweep_figures
+from rayexpand.reports.sweep_figures import proxy_figures, sweep_figures
 from rayexpand.reports.templates import render, settings_of
+from rayexpand.storage.tables import healthy_json
 from rayexpand.studies.results import Predicted, StudyView, read_study
 from rayexpand.studies.spreads import plus_minus, points, spread
+from rayexpand.studies.sweep import signals as signalling
 from rayexpand.studies.sweep.search import describe, short
+from rayexpand.studies.sweep.signals import signals
+from rayexpand.studies.sweep.space import n_suggestions
 from rayexpand.studies.sweep.sweep import (
     Sweep,
     best_of,
@@ -50,12 +54,15 @@ def write_sweep_report(sweep: Sweep, failed: Sequence[str] = ()) -> dict[str, An
     found = _summary(sweep, list(results.values()), best, failed, read_test(sweep, best))
     sweep.files.replace("summary.json", json.dumps(found, indent=1).encode())
     drawn = sweep_figures(sweep.space, _fields(sweep), results, best)
-    write_figures(sweep.files, [one["figure"] for one in drawn])
+    early = [] if found["proxies"] is None else proxy_figures(found["proxies"], list(results.values()), found["metric"])
+    write_figures(sweep.files, [*(one["figure"] for one in drawn), *early])
     page = render("sweep.html.j2", {"plus_minus": lambda one: plus_minus(one, 2), "points": points},
         found=found, best=best, noise=within_noise(found), inflation=inflated(found) if found["inflation"] else "",
         fresh=retrained(found) if found["fresh"] else "", ranked=_ranked(found["trials"]),
-        settings=_settings(sweep), fields=_fields(sweep),
-        figures=drawn, written=datetime.now(UTC), selected=SELECTED,
+        settings=_settings(sweep), fields=_fields(sweep), counted=counted(found["counts"]),
+        signals=found["proxies"] and {**found["proxies"], "notes": signalling.notes(found["proxies"]), "said": [
+            (signalling.verdict(one), signalling.said_of_best(one)) for one in found["proxies"]["proxies"]]},
+        early=early, figures=drawn, written=datetime.now(UTC), selected=SELECTED,
         config=yaml.safe_dump(sweep.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     sweep.files.replace("report.html", page.encode())
     return found
@@ -72,7 +79,7 @@ def _summary(sweep: Sweep, trials: list[dict[str, Any]], best: dict[str, Any] | 
         commands = [f"rayexpand train {shlex.quote(str(sweep.files.at(name)))}" for name in ("best.yaml", "final.yaml")]
     answers = {one["key"]: _answers(sweep, one["key"]) for one in trials if one["state"] == "finished"} \
         if config.metric == "top1" else {}
-    lines = [{**one, "spread": spread(one.get("scores") or [one["score"]]),
+    lines = [{**one, "spread": None if one["score"] is None else spread(one.get("scores") or [one["score"]]),
               "against_best": None if best is None or one["state"] != "finished" or one["key"] == best["key"]
               else _difference(one, best, answers)} for one in trials]
     found = {"sweep": config.name, "folder": str(sweep.files.root), "arm": config.arm, "metric": config.metric,
@@ -82,7 +89,8 @@ def _summary(sweep: Sweep, trials: list[dict[str, Any]], best: dict[str, Any] | 
              **_again(config.score_on, test), "inflation": _inflation([one["against_best"] for one in lines]),
              "compared": sum(bool(one["against_best"]) for one in lines),
              "within_noise": [one["key"] for one in lines if (one["against_best"] or {}).get("within_noise")],
-             "trials": lines, "failed": list(failed),
+             "trials": lines, "failed": list(failed), "counts": counts(sweep, trials),
+             "proxies": signals(trials, config.early, config.seed),
              "without_result": without_result(sweep, trials),
              "test_note": NO_TEST if best is not None and test is None and scores_again(sweep) else "",
              "commands": commands,
@@ -168,7 +176,27 @@ def _words(found: Mapping[str, Any]) -> list[str]:
                       f"{_score(found['test_spread'])}",
                  f"the same score again: {found['commands'][0]}",
                  f"all arms with these values, on the test images: {found['commands'][1]}"]
-    return [*lines, f"report: {found['report']}"]
+    return [counted(found["counts"]), *lines, *(() if found["proxies"] is None else signalling.said(found["proxies"])),
+            f"report: {found['report']}"]
+
+
+def counts(sweep: Sweep, trials: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """What became of every suggestion; the numbers of all but `suggested` add up to it."""
+    names = sorted(name for name in sweep.files.list("suggestions") if name.endswith(".json"))
+    known = [one for name in names if (one := healthy_json(sweep.files, f"suggestions/{name}")) is not None]
+    keys = {one["key"] for one in known} - {None}
+    suggested = max(n_suggestions(sweep.space, sweep.config.search, sweep.config.samples), len(known))
+    states = [str(one["state"]) for one in trials if one["key"] in keys]
+    refused = sum(one["key"] is None for one in known)
+    found = {state: states.count(state) for state in ("finished", "stopped", "dropped", "diverged")}
+    return {"suggested": suggested, **found, "without a result": len(keys) - len(states), "cannot be": refused,
+            "equal to another": len(known) - refused - len(keys), "not tried yet": suggested - len(known)}
+
+
+def counted(found: Mapping[str, int]) -> str:
+    """The counts in words, without what is none."""
+    parts = [f"{number:,} {name}" for name, number in found.items() if number and name != "suggested"]
+    return f"{found['suggested']:,} configurations suggested: {', '.join(parts) or 'none tried'}"
 
 
 def _score(one: Mapping[str, Any]) -> str:
@@ -215,7 +243,7 @@ def _settings(sweep: Sweep) -> dict[str, list[tuple[str, str]]]:
 
 def _ranked(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Finished trials before stopped ones, which had fewer epochs; then by score."""
-    return sorted(trials, key=lambda one: (one["state"] != "finished", -one["epochs"], -one["score"]))
+    return sorted(trials, key=lambda one: (one["state"] != "finished", -one["epochs"], -(one["score"] or 0.0)))
 
 
 def _fields(sweep: Sweep) -> dict[str, str]:

@@ -12,6 +12,7 @@ from rayexpand.reports import figures
 from rayexpand.reports.drawing import FigurePoint
 from rayexpand.reports.figure import Figure
 from rayexpand.reports.grids import heat
+from rayexpand.reports.scatter import scatter
 from rayexpand.studies.measures import Measure
 from rayexpand.studies.pivot import ALL, Cell, Pivot, Place, Value, cell_of
 from rayexpand.studies.sweep.space import LOG, Dimension
@@ -37,10 +38,28 @@ def sweep_figures(space: Sequence[Dimension], names: Mapping[str, str], results:
     return drawn
 
 
+def proxy_figures(found: Mapping[str, Any], results: Sequence[Trial], metric: str) -> list[Figure]:
+    """The score of every finished trial against each proxy, as it is measured."""
+    own = [one for one in results if one["state"] == "finished" and "proxies" in one]
+    return [_proxy_figure(f"proxy-{number}", one, own, metric)
+            for number, one in enumerate(found["proxies"], 1)] if len(own) > 1 else []
+
+
+def _proxy_figure(name: str, one: Mapping[str, Any], trials: Sequence[Trial], metric: str) -> Figure:
+    proxy, interval, rho = one["proxy"], one["spearman_interval"], one["spearman"]
+    values = [trial["proxies"][proxy] for trial in trials]
+    drawn = scatter(name, [(FigurePoint(trial["key"], value, values=(value,)), _point(trial, 0.0))
+                           for trial, value in zip(trials, values, strict=True)],
+                    (proxy, f"{metric} (%)"), f"{metric} against {proxy}")
+    if one["lower"]:  # the figure is not turned round
+        interval, rho = interval and (-interval[1], -interval[0]), None if rho is None else -rho
+    return Figure(drawn.name, drawn.svg, {**drawn.numbers, "rank_correlation": rho, "interval_95": interval})
+
+
 def _against(name: str, dimension: Dimension, axis: str, results: Mapping[str, Trial],
              best: Trial | None) -> Figure:
     field = dimension.field
-    own = [one for one in results.values() if field in one["values"]]
+    own = [one for one in results.values() if field in one["values"] and one["score"] is not None]
     numbers = [*(one["values"][field] for one in own), *dimension.values]
     is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers)
     ticks = [] if is_number else [str(value) for value in dimension.values]

@@ -15,7 +15,7 @@ from rayexpand.evaluation.moments import Moments
 from rayexpand.evaluation.neighbours import COVERAGE_K
 from tests.evaluation.test_distance import normals
 
-TWO_SIDED = [name for name in METRICS if name not in ("cover", "alignment", "kid")]
+TWO_SIDED = [name for name in METRICS if name not in ("cover", "alignment", "class_energy", "kid")]
 
 
 def of(x_ND: np.ndarray, classes: Any = None, half_M: np.ndarray | None = None, sums: Sums | None = None,
@@ -121,6 +121,18 @@ def test_the_worst_classes_come_first() -> None:
     other = measure(["classes"], of(samples, classes), of(real, ["other"] * 64))
     assert "classes" not in other
     assert "no class of the same key" in other["warnings"][-1]
+
+
+def test_class_energy_is_the_distance_to_the_mean_of_the_class() -> None:
+    x_ND, y_MD = np.array([[0.0, 0], [3, 4], [1, 1]]), np.array([[0.0, 0], [0, 0], [2, 2], [0, 0], [9, 9]])
+    found = measure(["class_energy"], of(x_ND, ["a", "a", "b"]), of(y_MD, ["a", "a", "b", "b", "c"]), key=by_model)
+    one = found["scores"]["class_energy_net"]
+
+    assert one["value"] == pytest.approx((0 + 5 + 0) / 3)
+    assert one["reference"] == pytest.approx((0 + 0 + 2 * 8 ** 0.5) / 4), "each left out of the mean of its class"
+    assert (one["classes"], one["n_samples"]) == (2, 3)
+    with pytest.raises(UsageError, match="no class of the same key"):
+        measure(["class_energy"], of(x_ND), of(y_MD), key=by_model)
 
 
 def test_cover_says_what_the_samples_add() -> None:

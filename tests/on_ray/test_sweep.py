@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,24 +120,20 @@ def test_a_trial_that_dies_with_a_shared_pilot_in_its_hands(head: Head, tmp_path
     assert sum(one["rows_made"] for one in found["trials"]) == 20
 
 
-def test_a_resumed_asha_knows_the_trials_that_are_over(tmp_path: Path) -> None:
-    from rayexpand.on_ray.sweep import _scheduler
-    from rayexpand.studies.sweep.config import parse_sweep
-    from rayexpand.studies.sweep.search import Search
-    from rayexpand.studies.sweep.sweep import open_sweep
+def test_a_proxy_drops_trials_before_they_train(head: Head, tmp_path: Path) -> None:
+    """One at a time, as without Ray: the same trials are dropped."""
+    sweep = img2img(tmp_path / "out", samples=6, max_concurrent=1, cpus_per_trial=1, fresh_seeds=0, space={
+        STRENGTH: {"uniform": [0.3, 0.9], "step": 0.1}}, proxies={}, early={"proxy": "fd", "keep": 0.3, "first": 2})
+    found = finish(start(head, sweep))
+    alone = subprocess.run([sys.executable, "-m", "rayexpand", "sweep", str(tmp_path / "out/sweep.yaml"), "--no-ray",
+                            "--json", "--set", f"out={tmp_path / 'alone'}"], cwd=ROOT, env=head.env, text=True,
+                           capture_output=True, check=True)
+    states = [{one["key"]: one["state"] for one in numbers["trials"]} for numbers in (found, json.loads(alone.stdout))]
 
-    search = Search(open_sweep(parse_sweep(raw(tmp_path, scheduler={"asha": {"grace": 2, "reduction_factor": 2}}))))
-    search.results = {"a": {"curve": [{"epoch": n, "score": 0.2 * n} for n in (1, 2, 3, 4)]},
-                      "b": {"curve": [{"epoch": 1, "score": 0.1}, {"epoch": 2, "score": 0.3}]}}
-    scheduler: Any = _scheduler(search)
-
-    for score, decision in ((0.34, "STOP"), (0.36, "CONTINUE")):  # the better half at epoch 2 begins at 0.35
-        trial = SimpleNamespace(trial_id=str(score))
-        scheduler.on_trial_add(None, trial)
-        assert scheduler.on_trial_result(None, trial, {"epoch": 1, "score": 0.0}) == "CONTINUE"
-        assert scheduler.on_trial_result(None, trial, {"epoch": 2, "score": score}) == decision
-        if decision == "STOP":
-            del scheduler._brackets[0]._rungs[-1][1][trial.trial_id]
+    assert found["failed"] == []
+    assert set(states[0].values()) == {"finished", "dropped"}
+    assert states[0] == states[1]
+    assert found["counts"]["dropped"] == found["proxies"]["dropped"] > 0
 
 
 def test_a_stopped_trial_makes_room_within_30_seconds(head: Head, tmp_path: Path) -> None:

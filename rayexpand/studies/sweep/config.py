@@ -21,7 +21,8 @@ from rayexpand.data.subsets import ids_hash
 from rayexpand.runs import config as configs
 from rayexpand.runs.config import ClusterConfig, EstimateConfig, RunConfig, semantic
 from rayexpand.storage.places import open_files
-from rayexpand.studies.config import ArmConfig, ExpansionConfig, StudyConfig, parse_study
+from rayexpand.studies.config import ArmConfig, ExpansionConfig, StudyConfig, parse_study, study_preflight
+from rayexpand.studies.sweep.proxies_config import EarlyConfig, ProxiesConfig, early_problems
 from rayexpand.studies.sweep.space import Dimension, condition_problems, n_suggestions, parse_dimension
 
 TUNED = ("recipe", "expansions", "arms", "subset")  # sections of a study whose fields can be swept
@@ -56,6 +57,11 @@ class SweepConfig(Section):
     search: Literal["random", "grid", "optuna"] = Field("random", description="optuna: tree of Parzen estimators")
     scheduler: AshaConfig | None = Field(None, description="none, or asha: {grace, reduction_factor}, which stops "
                                          "what falls behind")
+    proxies: Annotated[ProxiesConfig | None, Later(None)] = Field(
+        None, description="measure the samples of every trial before it trains, and say how these numbers go with the "
+        "scores; {}: Frechet distance, MMD, class energy, coverage, variety")
+    early: Annotated[EarlyConfig | None, Later(None)] = Field(
+        None, description="do not train what a proxy finds poor; null: train everything")
     metric: Literal["top1", "top5", "per_class"] = Field("top1", description="of the last epoch, mean over seeds")
     score_on: Literal["validation", "test"] = Field("validation", description="test: choose by the test images, which "
                                                     "flatters the best")
@@ -114,7 +120,8 @@ def parse_sweep(raw: Mapping[str, Any], where: str = "sweep") -> SweepConfig:
         config = SweepConfig(**raw)
     except ValidationError as error:
         raise ConfigError(where, [*settings.mistakes(error, SweepConfig, ""), *_mistakes_of_train(raw)]) from error
-    if problems := [*_study_problems(config), *_sampling_problems(config)] or _space_problems(config):
+    if problems := [*_study_problems(config), *_sampling_problems(config),
+                    *_proxy_problems(config)] or _space_problems(config):
         raise ConfigError(where, problems)
     return config
 
@@ -248,6 +255,22 @@ def _study_problems(config: SweepConfig) -> list[str]:
     if config.hold_out is not None and not is_holding_out(config):
         problems.append("hold_out: has no effect where study.validation is given or score_on is test; take it out")
     return problems
+
+
+def _proxy_problems(config: SweepConfig) -> list[str]:
+    if config.proxies is None:
+        return ["early: needs the section proxies, which measures what it goes by; write proxies: {}"] * (
+            config.early is not None)
+    try:  # what `train` says of comparing samples
+        study = study_with({**config.study, "samples": config.proxies.model_dump(mode="json")}, config, {})
+        found, uses = study_preflight(study), study.arms[0].uses
+    except ConfigError as error:
+        found, uses = error.problems, ("",)
+    problems = [line.replace("samples", "proxies") for line in found
+                if line.startswith("samples.") or "`samples`" in line]
+    if not uses:
+        problems = [f"proxies: the arm '{config.arm}' has no samples to measure; tune one with `use`"]
+    return [*problems, *early_problems(config.proxies, config.early)]
 
 
 def _mistakes_of_train(raw: Mapping[str, Any]) -> list[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 from rayexpand.contract.errors import ConfigError, Interrupted, RayexpandError
 from rayexpand.storage.tables import healthy_json, read_json, replace_json
+from rayexpand.studies.sweep.halving import Halving
+from rayexpand.studies.sweep.proxies import is_poor
 from rayexpand.studies.sweep.space import n_suggestions, suggest
 from rayexpand.studies.sweep.sweep import (
     Candidate,
@@ -32,6 +34,13 @@ class Search:
         self.results = read_results(sweep.files)
         self.failed: list[str] = []
         self.running: dict[str, Candidate] = {}  # by key
+        asha = config.scheduler
+        self._halving = Halving(asha, config.epochs) if asha is not None else None
+        for key, result in self.results.items():  # a resumed sweep stops what it would have stopped
+            for point in result["curve"]:
+                self.goes_on(key, int(point["epoch"]), point["score"])
+        self._proxies = {key: one["proxies"] for key, one in self.results.items() if "proxies" in one}
+        self._dropped: set[str] = set()
         self._curves: dict[str, list[dict[str, float]]] = {}
         self._started: dict[str, float] = {}  # when the process that reported last began
         self._known: dict[int, dict[str, Any]] = {}
@@ -84,6 +93,18 @@ class Search:
         self._started[key] = started
         curve[:] = [*(point for point in curve if point["epoch"] < epoch), {"epoch": epoch, "score": score}]
 
+    def goes_on(self, key: str, epoch: int, score: float) -> bool:
+        """Whether a trial is trained beyond this epoch."""
+        return self._halving is None or self._halving.goes_on(key, epoch, score)
+
+    def measured(self, key: str, proxies: dict[str, float], started: float = 0.0) -> bool:
+        """A running trial has measured its samples; whether it is trained."""
+        before = [one for other, one in self._proxies.items() if other != key]
+        self._proxies[key], self._started[key] = proxies, started
+        if is_poor(self.sweep.config.early, proxies, before):
+            self._dropped.add(key)
+        return key not in self._dropped
+
     def ended(self, key: str, problem: str = "") -> dict[str, Any] | None:
         """A trial is over: with a result of its own, with a problem, or else stopped before its last epoch."""
         found = self.running.pop(key)
@@ -93,15 +114,17 @@ class Search:
             return None
         if written is None:
             curve = self._curves.get(key, [])
-            if not curve:
+            if not curve and key not in self._dropped:
                 self.failed.append(f"{describe(found.values)}: ended without a score")
                 return None
             now = time.time()
             write(self.sweep.files, {
-                "key": key, "digest": found.digest, "number": found.number, "values": found.values, "state": "stopped",
-                "score": curve[-1]["score"], "curve": curve, "epochs": curve[-1]["epoch"],
+                "key": key, "digest": found.digest, "number": found.number, "values": found.values,
+                "state": "stopped" if curve else "dropped", "score": curve[-1]["score"] if curve else None,
+                "curve": curve, "epochs": curve[-1]["epoch"] if curve else 0,
                 "of_epochs": self.sweep.config.epochs, "started": self._started[key], "ended": now,
-                "seconds": now - self._started[key]})
+                "seconds": now - self._started[key],
+                **({"proxies": self._proxies[key]} if key in self._proxies else {})})
             written = read_json(self.sweep.files, f"trials/{key}.json")
             assert written is not None
             kept = f"studies/{key}/checkpoints"
@@ -130,7 +153,7 @@ def run_here(search: Search, on_change: Callable[[], None] = lambda: None) -> di
         problem = ""
         on_change()
         try:
-            run_candidate(search.sweep, found, on_epoch=partial(search.heard, found.key))
+            _run(search, found)
         except Interrupted:
             raise
         except RayexpandError as error:
@@ -139,6 +162,27 @@ def run_here(search: Search, on_change: Callable[[], None] = lambda: None) -> di
         on_change()
     best = search.best()
     return score_again(search.sweep, best) if best is not None and scores_again(search.sweep) else None
+
+
+class _Stopped(Exception):
+    """A trial is not trained on."""
+
+
+def _run(search: Search, found: Candidate) -> None:
+    """Runs a trial, to its end or until the search stops it."""
+    started = time.time()
+
+    def on_epoch(epoch: int, score: float) -> None:
+        search.heard(found.key, epoch, score, started)
+        if not search.goes_on(found.key, epoch, score):
+            raise _Stopped
+
+    def on_proxies(proxies: dict[str, float]) -> None:
+        if not search.measured(found.key, proxies, started):
+            raise _Stopped
+
+    with contextlib.suppress(_Stopped):
+        run_candidate(search.sweep, found, on_epoch=on_epoch, on_proxies=on_proxies)
 
 
 def describe(values: dict[str, Any]) -> str:

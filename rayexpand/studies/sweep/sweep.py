@@ -8,6 +8,7 @@ one pilot, so trials that differ in recipe, soft label or selection alone share 
                  ids/                    real images of the subsets, held-out images
                  suggestions/0003.json   values of configuration 3, written before it is tried
                  pilots/<digest8>/       runs
+                 proxies/<digest8>.json  what samples are worth, where that is measured
                  studies/<digest8>/      study folder of a trial: lists, checkpoints, predictions
                  trials/<digest8>.json   its result; what is there is not trained again
                  best.yaml final.yaml    the best configuration, as `rayexpand train` takes it
@@ -55,7 +56,7 @@ from rayexpand.studies.sweep.config import (
 )
 from rayexpand.studies.sweep.space import Dimension
 
-FOLDERS = ("ids", "suggestions", "pilots", "studies", "trials", ".tmp")
+FOLDERS = ("ids", "suggestions", "pilots", "proxies", "studies", "trials", ".tmp")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from rayexpand.studies.extra_tests import ExtraTest
 from rayexpand.studies.parts import Study, Trial, read_result
 from rayexpand.studies.selections import make_selections
 from rayexpand.studies.study import prepare_study
+from rayexpand.studies.sweep.proxies import measure_proxies
 from rayexpand.studies.sweep.sweep import Candidate, Sweep, fresh_seeds, read_test
 from rayexpand.studies.trial import (
     TrainingCurve,
@@ -57,8 +58,10 @@ WORST = 0.0  # of every metric of a sweep: a share of the images
 
 def run_candidate(sweep: Sweep, candidate: Candidate, *, gpus: float = 0.0,
                   on_epoch: Callable[[int, float], None] = lambda epoch, score: None,
+                  on_proxies: Callable[[dict[str, float]], None] = lambda proxies: None,
                   leaving: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-    """Runs a trial to its end and writes its result before `on_epoch` hears of the last epoch.
+    """Runs a trial to its end and writes its result before `on_epoch` hears of the last epoch. `on_proxies` hears what
+    its samples are worth, where the sweep measures that, before it trains. Either may raise to stop it.
 
     A training that diverges has the worst score. Raises Interrupted where another attempt may succeed, any other
     RayexpandError where the configuration cannot work. `leaving`: see studies.trial.run_trial.
@@ -77,8 +80,14 @@ def run_candidate(sweep: Sweep, candidate: Candidate, *, gpus: float = 0.0,
 
     try:
         found["rows_made"], found["expanding_seconds"] = _expand(study)
+        trials = make_trials(study)
+        if sweep.config.proxies is not None:
+            begun = time.time()
+            proxies = measure_proxies(sweep.files, sweep.config.proxies, study, trials)
+            found |= {"proxies": proxies, "measuring_seconds": time.time() - begun}
+            on_proxies(proxies)
         expanded = time.time()
-        for epoch, epochs, scores in train_together(study, make_trials(study), sweep.config.metric, gpus, leaving):
+        for epoch, epochs, scores in train_together(study, trials, sweep.config.metric, gpus, leaving):
             curve.append({"epoch": epoch, "score": sum(scores) / len(scores)})
             if epoch == epochs:
                 found["training_seconds"] = time.time() - expanded
