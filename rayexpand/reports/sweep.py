@@ -54,7 +54,8 @@ def write_sweep_report(sweep: Sweep, failed: Sequence[str] = ()) -> dict[str, An
     found = _summary(sweep, list(results.values()), best, failed, read_test(sweep, best))
     sweep.files.replace("summary.json", json.dumps(found, indent=1).encode())
     drawn = sweep_figures(sweep.space, _fields(sweep), results, best)
-    early = [] if found["proxies"] is None else proxy_figures(found["proxies"], list(results.values()), found["metric"])
+    early = [] if found["proxies"] is None else proxy_figures(
+        found["proxies"], list(results.values()), found["metric"], found["best"])
     write_figures(sweep.files, [*(one["figure"] for one in drawn), *early])
     page = render("sweep.html.j2", {"plus_minus": lambda one: plus_minus(one, 2), "points": points},
         found=found, best=best, noise=within_noise(found), inflation=inflated(found) if found["inflation"] else "",

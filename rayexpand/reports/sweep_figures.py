@@ -12,10 +12,9 @@ from rayexpand.reports import figures
 from rayexpand.reports.drawing import FigurePoint
 from rayexpand.reports.figure import Figure
 from rayexpand.reports.grids import heat
-from rayexpand.reports.scatter import scatter
 from rayexpand.studies.measures import Measure
 from rayexpand.studies.pivot import ALL, Cell, Pivot, Place, Value, cell_of
-from rayexpand.studies.sweep.space import LOG, Dimension
+from rayexpand.studies.sweep.space import LOG, Dimension, n_points
 
 FEW = 12  # values of a field that is a side of a heat map
 
@@ -29,8 +28,11 @@ def sweep_figures(space: Sequence[Dimension], names: Mapping[str, str], results:
         return []
     drawn = [{"field": one.field, "figure": _against(f"score-{number}", one, names[one.field], results, best)}
              for number, one in enumerate(space, 1)]
-    pairs = [(a, b) for a, b in combinations(space, 2) if all(1 < len(_values(one, results)) <= FEW for one in (a, b))]
-    found = [(a, b, _grid(a, b, results)) for a, b in pairs]
+    found = []
+    for a, b in combinations(space, 2):
+        both = {key: one for key, one in results.items() if {a.field, b.field} <= one["values"].keys()}
+        if all(n_points([one]) and 1 < len(_values(one, both)) <= FEW for one in (a, b)):
+            found.append((a, b, _grid(a, b, both)))
     drawn += [{"field": f"{a.field} by {b.field}", "figure": heat(
         f"scores-{number}", grid, lambda value: f"{value:g}" if isinstance(value, int | float) else value,
         (names[a.field], names[b.field]), f"Score by {a.field} and {b.field}")}
@@ -38,19 +40,19 @@ def sweep_figures(space: Sequence[Dimension], names: Mapping[str, str], results:
     return drawn
 
 
-def proxy_figures(found: Mapping[str, Any], results: Sequence[Trial], metric: str) -> list[Figure]:
-    """The score of every finished trial against each proxy, as it is measured."""
+def proxy_figures(found: Mapping[str, Any], results: Sequence[Trial], metric: str, best: str | None) -> list[Figure]:
+    """The score of every finished trial against each proxy, as it is measured. `best`: key of the best trial."""
     own = [one for one in results if one["state"] == "finished" and "proxies" in one]
-    return [_proxy_figure(f"proxy-{number}", one, own, metric)
+    return [_proxy_figure(f"proxy-{number}", one, own, metric, best)
             for number, one in enumerate(found["proxies"], 1)] if len(own) > 1 else []
 
 
-def _proxy_figure(name: str, one: Mapping[str, Any], trials: Sequence[Trial], metric: str) -> Figure:
+def _proxy_figure(name: str, one: Mapping[str, Any], trials: Sequence[Trial], metric: str, best: str | None) -> Figure:
     proxy, interval, rho = one["proxy"], one["spearman_interval"], one["spearman"]
-    values = [trial["proxies"][proxy] for trial in trials]
-    drawn = scatter(name, [(FigurePoint(trial["key"], value, values=(value,)), _point(trial, 0.0))
-                           for trial, value in zip(trials, values, strict=True)],
-                    (proxy, f"{metric} (%)"), f"{metric} against {proxy}")
+    points = {trial["key"]: _point(trial, trial["proxies"][proxy]) for trial in trials}
+    groups = [("finished", [point for key, point in points.items() if key != best]),
+              *([("best", [points[best]])] if best in points else [])]
+    drawn = figures.scores(name, groups, [], proxy, f"{metric} against {proxy}")
     if one["lower"]:  # the figure is not turned round
         interval, rho = interval and (-interval[1], -interval[0]), None if rho is None else -rho
     return Figure(drawn.name, drawn.svg, {**drawn.numbers, "rank_correlation": rho, "interval_95": interval})
@@ -74,8 +76,7 @@ def _against(name: str, dimension: Dimension, axis: str, results: Mapping[str, T
 
 def _values(dimension: Dimension, results: Mapping[str, Trial]) -> list[Value]:
     """Of the finished trials: numbers rising, others in the order of the file."""
-    there = list(dict.fromkeys(_value(one, dimension) for one in results.values()
-                               if one["state"] == "finished" and dimension.field in one["values"]))
+    there = list(dict.fromkeys(_value(one, dimension) for one in results.values() if one["state"] == "finished"))
     if all(isinstance(one, int | float) for one in there):
         return sorted(there)
     order = [_plain(one) for one in dimension.values]
@@ -87,7 +88,7 @@ def _grid(a: Dimension, b: Dimension, results: Mapping[str, Trial]) -> Pivot:
     scores: dict[Place, list[float]] = {}
     trials: dict[Place, int] = {}
     for one in results.values():
-        if one["state"] == "finished" and {a.field, b.field} <= one["values"].keys():
+        if one["state"] == "finished":
             place = (ALL, _value(one, a), _value(one, b), "score")
             scores.setdefault(place, []).extend(100 * score for score in one.get("scores") or [one["score"]])
             trials[place] = trials.get(place, 0) + 1

@@ -45,7 +45,7 @@ def verdict(one: Mapping[str, Any]) -> str:
         return "no relation is shown, the interval holds 0"
     if one["lower"] is None:
         return "rises with the score" if interval[0] > 0 else "falls with the score"
-    return "points the right way" if interval[0] > 0 else "points the wrong way"
+    return f"better values go with {'higher' if interval[0] > 0 else 'lower'} scores"
 
 
 def said_of_best(one: Mapping[str, Any]) -> str:
@@ -62,11 +62,11 @@ def notes(found: Mapping[str, Any]) -> list[str]:
              f"expansions, of each proxy alone: of {many} such intervals about one in twenty leaves 0 out by chance"]
     lines += ["positive means that what the proxy finds better scores higher; where it is not known which way it is "
               "better, that higher values score higher"] if found["proxies"] else []
-    lines += [f"{found['left_out']} measured trials without a score after the last epoch are left out"] * (
+    lines += [f"left out, for they have no score after the last epoch: {found['left_out']} measured trials"] * (
         found["left_out"] > 0)
     if found["dropped"]:
-        lines.append(f"{found['dropped']} trials were dropped by {found['by']} and never trained, so whether the best "
-                     "was among them is not known; what is left has less spread in it, which lowers its correlation")
+        lines.append(f"{found['dropped']} dropped by {found['by']} and never trained, so whether the best was "
+                     "among them is not known; what is left has less spread in it, which lowers its correlation")
     return lines
 
 

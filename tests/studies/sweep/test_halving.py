@@ -17,7 +17,8 @@ def test_it_stops_what_ray_tune_stops(grace: int, factor: float, epochs: int) ->
     schedulers = pytest.importorskip("ray.tune.schedulers")
     theirs = schedulers.ASHAScheduler("epoch", "score", "max", max_t=epochs, grace_period=grace,
                                       reduction_factor=factor)
-    ours, rng, nobody = Halving(AshaConfig(grace=grace, reduction_factor=factor), epochs), np.random.default_rng(1), None
+    ours = Halving(AshaConfig(grace=grace, reduction_factor=factor), epochs)
+    rng, nobody = np.random.default_rng(1), None
     running: dict[str, int] = {str(n): 0 for n in range(40)}
     trials: dict[str, Any] = {key: SimpleNamespace(trial_id=key) for key in running}
     for trial in trials.values():

@@ -1,4 +1,4 @@
-"""Early signals: samples measured before a trial trains, shared, said with their correlation, and used only if asked."""
+"""Early signals: samples measured before a trial trains, once, said with their correlation, used only if asked."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ def results(n: int, relation: float, **changes: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("relation", "shown", "odd"), [
-    (-1.0, "points the right way", "rises with the score"), (1.0, "points the wrong way", "falls with the score"),
+    (-1.0, "better values go with higher scores", "rises with the score"),
+    (1.0, "better values go with lower scores", "falls with the score"),
     (0.0, "no relation is shown, the interval holds 0", "no relation is shown, the interval holds 0")])
 def test_a_relation_is_said_by_its_interval_and_by_what_is_better(relation: float, shown: str, odd: str) -> None:
     found = signals(results(24, relation))
@@ -135,7 +136,7 @@ def test_stopped_and_diverged_trials_are_left_out_and_counted() -> None:
     found = signals(mixed)
     assert found is not None
     assert (found["trials"], found["left_out"]) == (6, 3)
-    assert "3 measured trials without a score after the last epoch are left out" in said(found)
+    assert "left out, for they have no score after the last epoch: 3 measured trials" in said(found)
     assert signals([{"state": "finished", "score": 0.5}]) is None
 
 
@@ -143,7 +144,8 @@ def test_stopped_and_diverged_trials_are_left_out_and_counted() -> None:
 
 
 def test_the_first_ones_are_trained_and_then_those_among_the_best() -> None:
-    early, before = EarlyConfig(proxy="fd", keep=0.5, first=3), [{"fd_x": v, "fd_x_infinity": 0.0} for v in (1, 2, 3, 4)]
+    early = EarlyConfig(proxy="fd", keep=0.5, first=3)
+    before = [{"fd_x": v, "fd_x_infinity": 0.0} for v in (1, 2, 3, 4)]
     poor = [is_poor(early, {"fd_x": v, "fd_x_infinity": 9.0}, before) for v in (0.5, 2, 2.5, 2.6, 9)]
 
     assert poor == [False, False, False, True, True]
@@ -183,7 +185,7 @@ def test_what_a_proxy_finds_poor_is_not_trained_and_a_killed_sweep_drops_the_sam
                                  "without a result": 0, "cannot be": 0, "equal to another": 0, "not tried yet": 0}
     page = Path(summary["report"]).read_text()
     assert page.count("<td>dropped</td>") == 2
-    assert any("2 trials were dropped by class_energy and never trained, so whether the best" in line
+    assert any("2 dropped by class_energy and never trained, so whether the best was among them" in line
                for line in summary["words"])
 
 
@@ -219,7 +221,8 @@ def test_asha_without_ray_stops_the_same_after_a_kill(tmp_path: Path, monkeypatc
     ({"proxies": None, "early": {"proxy": "fd"}}, "early: needs the section proxies"),
     ({"early": {"proxy": "kd"}}, "early.proxy: 'kd' is not measured; known: fd, class_energy, method.<score"),
     ({"early": {"proxy": "method.odd"}}, "early.prefer: is required, because whether lower or higher method.odd"),
-    ({"early": {"proxy": "fd", "keep": 1.5}}, "early.keep"), ({"proxies": {"metric": ["fd"]}}, "did you mean 'metrics'"),
+    ({"early": {"proxy": "fd", "keep": 1.5}}, "early.keep"),
+    ({"proxies": {"metric": ["fd"]}}, "did you mean 'metrics'"),
     ({"proxies": {"metrics": ["fid"]}}, "proxies.metrics: fid is the name of a published convention"),
     ({"arm": "original", "space": {LR: {"choice": [0.1, 0.2]}}}, "proxies: the arm 'original' has no samples")])
 def test_what_cannot_be_is_said_before_anything_is_made(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
