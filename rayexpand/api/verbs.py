@@ -76,15 +76,16 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
         except RayexpandError as error:
             problems = [str(error)]
     return Checked(kind, config.model_dump(mode="json"), problems, listed, notes, sees,
-                   _counts(config) if kind == "sweep" else [])
+                   _tries(config, costs=not problems) if kind == "sweep" else [])
 
 
-def _counts(config: Any) -> list[str]:
-    """What a sweep will try, in words."""
+def _tries(config: Any, *, costs: bool = True) -> list[str]:
+    """What a sweep will try, and what that costs, in words. Costs want the data, or `estimate`."""
     from rayexpand.studies.sweep.count import count_of
+    from rayexpand.studies.sweep.plan import plan_sweep
 
     found = count_of(config)
-    return [found.sentence, *found.lines()]
+    return [found.sentence, *found.lines(), *([plan_sweep(config).words] if costs else [])]
 
 
 def prepare_data(name: str, folder: str | os.PathLike[str], *, split: str = "official", label: str = "",
@@ -285,11 +286,10 @@ def sweep(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
     """Searches the fields of a study for the best classifier, and writes the page and the best as a study file. `say`
     hears what it will try before it starts."""
     from rayexpand.studies.sweep import search as searching
-    from rayexpand.studies.sweep.plan import plan_sweep
     from rayexpand.studies.sweep.sweep import open_sweep
 
     config, progress = at(config_of("sweep", job, set, machine), ray), Relay(on)
-    for line in [*_counts(config), plan_sweep(config).words]:
+    for line in _tries(config):
         say(line)
     search = searching.Search(open_sweep(config, progress))
 

@@ -9,6 +9,7 @@ import pytest
 from rayexpand.studies.config import load_study
 from rayexpand.studies.sweep.config import load_sweep
 from rayexpand.studies.sweep.count import count_of
+from rayexpand.studies.sweep.plan import plan_sweep
 from rayexpand.studies.trials import arms_of
 from tests.commands import ROOT
 
@@ -87,6 +88,15 @@ def test_a_grid_has_as_many_trials_as_the_paper_has_values(name: str) -> None:
     assert (found.trials, found.classifiers, found.is_exact, found.refused) == (trials, trials * found.seeds, True, ())
     sets = found.expansions / expansions if expansions else 0
     assert sets in (1, found.seeds) if expansions else not found.expansions
+
+
+@pytest.mark.parametrize("name", ["distdiff/sweep-rho", "gif/sweep-level-mae", "diffmix/sweep-replace-5",
+                                  "realfake/sweep-in10-mmd", "diffcoremix/sweep-mix"])
+def test_a_grid_says_its_cost_without_the_dataset(name: str) -> None:
+    found = plan_sweep(load_sweep(PAPERS / f"{name}.yaml"))
+
+    assert found.sentence.startswith(f"{GRIDS[name][0]} trials")
+    assert re.search(r"[\d,]+ epochs; [\d.,]+ to [\d.,]+ GPU hours", found.sentence)
 
 
 @pytest.mark.parametrize("name", ROWS)

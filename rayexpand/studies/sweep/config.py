@@ -119,10 +119,15 @@ def parse_sweep(raw: Mapping[str, Any], where: str = "sweep") -> SweepConfig:
     try:
         config = SweepConfig(**raw)
     except ValidationError as error:
-        raise ConfigError(where, [*settings.mistakes(error, SweepConfig, ""), *_mistakes_of_train(raw)]) from error
-    if problems := [*_study_problems(config), *_sampling_problems(config),
-                    *_proxy_problems(config)] or _space_problems(config):
-        raise ConfigError(where, problems)
+        space = raw["space"].items() if isinstance(raw.get("space"), Mapping) else ()
+        parsed = [parse_dimension(str(field), spec) for field, spec in space]
+        raise ConfigError(where, [*settings.mistakes(error, SweepConfig, ""), *_mistakes_of_train(raw), *(
+            f"space.{one}" for one in parsed if isinstance(one, str))]) from error
+    problems, sampling = _study_problems(config), _sampling_problems(config)
+    if not problems:
+        problems = [*_proxy_problems(config), *_space_problems(config)]
+    if problems or sampling:
+        raise ConfigError(where, [*sampling, *problems])
     return config
 
 
@@ -177,6 +182,9 @@ def study_with(base: Mapping[str, Any], config: SweepConfig, values: Mapping[str
         raw.pop(name, None)  # nothing is chosen by them
     study = parse_study(raw)
     arm = next(one for one in study.arms if one.name == config.arm).model_copy(update={"control": False})
+    if isinstance(arm.ratio, list):
+        raise ConfigError(f"arms.{arm.name}.ratio", ["a list of ratios is several arms, and a sweep tunes one; give "
+                                                     "one ratio"])
     return study.model_copy(update={"arms": [arm], "expansions": {
         name: one for name, one in study.expansions.items() if name in arm.uses}, "selections": {
         name: one for name, one in study.selections.items() if name == arm.selection}})

@@ -42,8 +42,9 @@ class Dimension:
     when: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 
     def examples(self) -> list[Any]:
-        """Values that must all be valid for the whole dimension to be: every choice, or both ends."""
-        return list(self.values) or [self.rounded(self.low), self.rounded(self.high)]
+        """Values that must all be valid for the whole dimension to be: every choice, or both ends and one between."""
+        between = self.low + (self.step or 0.382 * (self.high - self.low))
+        return list(self.values) or [self.rounded(one) for one in (self.low, between, self.high)]
 
     def with_conditions(self, value: Any) -> dict[str, Any]:
         """The value beside one that each field of `when` may have."""

@@ -81,7 +81,7 @@ def run_candidate(sweep: Sweep, candidate: Candidate, *, gpus: float = 0.0,
     try:
         found["rows_made"], found["expanding_seconds"] = _expand(study)
         trials = make_trials(study)
-        if sweep.config.proxies is not None:
+        if sweep.config.proxies is not None and all(trial.run for trial in trials):  # none has samples of several
             begun = time.time()
             proxies = measure_proxies(sweep.files, sweep.config.proxies, study, trials)
             found |= {"proxies": proxies, "measuring_seconds": time.time() - begun}

@@ -89,7 +89,9 @@ def test_validate_and_sweep_say_it_before_anything_is_made(monkeypatch: pytest.M
         raise KeyboardInterrupt(" ".join(said))
 
     monkeypatch.setattr("rayexpand.studies.sweep.sweep.open_sweep", opened)
-    assert api.validate(raw).counts == [count_of(sweep()).sentence]
+    counted, costs = api.validate(raw).counts
+    assert counted == count_of(sweep()).sentence
+    assert "48 epochs" in costs
     with pytest.raises(KeyboardInterrupt, match="12 trials; 24 classifiers"):
         api.sweep(raw, say=said.append)
     assert not list(tmp_path.iterdir())

@@ -189,9 +189,20 @@ def test_all_mistakes_are_said_at_once(raw: dict[str, Any]) -> None:
     ({"scheduler": "asha", "space": {"recipe.epochs": {"choice": [2, 3]}}}, "cannot be swept"),
     ({"scheduler": {"asha": {"graze": 2}}}, "did you mean 'grace'?"), ({"sampels": 3}, "did you mean 'samples'?"),
     ({"search": "bayes"}, "search"), ({"study": 3}, "study: must be a section"), ({"space": 3}, "space: must be"),
-    ({"space": {"arms.noisy": {"choice": [1, 2]}}}, "is a whole arm; name one of its fields")])
+    ({"space": {"arms.noisy": {"choice": [1, 2]}}}, "is a whole arm; name one of its fields"),
+    ({"space": {"recipe.batch": {"uniform": [2, 8]}}}, "space.recipe.batch: Input should be a valid integer"),
+    ({"space": {"arms.noisy.ratio": {"choice": [1, [1, 2]]}}}, "a list of ratios is several arms")])
 def test_a_sweep_that_cannot_be(raw: dict[str, Any], changes: dict[str, Any], said: str) -> None:
     assert any(said in line for line in problems_of({**raw, **changes})), problems_of({**raw, **changes})
+
+
+def test_mistakes_of_the_space_stand_beside_all_others(raw: dict[str, Any]) -> None:
+    space = {LR: {"uniform": [0.2, 0.1]}, "recipe.lrr": {"choice": [1, 2]}}
+    for changes, said in (({"samples": 0}, "samples: "), ({"samples": None}, "samples: is required")):
+        found = problems_of({**raw, "space": space, **changes})
+        assert any(line.startswith(said) for line in found)
+        assert any("low must be below high" in line for line in found)
+    assert any("did you mean 'lr'?" in line for line in found)
 
 
 def test_mistakes_of_the_study_are_those_of_train(raw: dict[str, Any]) -> None:
