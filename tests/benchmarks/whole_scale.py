@@ -31,7 +31,7 @@ import pyarrow as pa
 from rayexpand.runs import run as runs
 from rayexpand.runs.run import Run, open_run
 from rayexpand.storage.tables import read_table
-from tests.benchmarks.whole_run import FEATURES, SIDE, data_of, make
+from tests.benchmarks.whole_run import CLASSES, FEATURES, SIDE, data_of, make
 
 
 class _OverError(Exception):
@@ -169,15 +169,17 @@ def _rate(rows: int, seconds: float, of: int) -> dict[str, Any]:
 def _evaluate(out: Path, clock: Clock) -> dict[str, Any]:
     """Features of the real images and of the first samples by a worker; those of the other samples are random."""
     from rayexpand.evaluation import evaluate as evaluation
-    from rayexpand.evaluation.extraction import Gathered, part_of
-    from rayexpand.evaluation.features import ImageBatch
+    from rayexpand.evaluation.extraction import Gathered
 
     config = evaluation.parse({"run": str(out / "run"), "reference": data_of(out / "real"), "batch": 250,
                                "extractor": {"guide": str(out / "clip"), "device": "cpu"}})
     facts, rng = dict[str, Any](), np.random.default_rng(0)
 
-    def made_up(x_BHWC: np.ndarray) -> np.ndarray:
-        return rng.standard_normal((len(x_BHWC), FEATURES), np.float32)
+    def made_up(part: Any, chunks: Sequence[pa.Table]) -> Any:
+        keep_N = np.concatenate([chunk["keep"].to_numpy() for chunk in chunks])
+        kept = int(keep_N.sum())
+        return part._replace(features_ND=rng.standard_normal((kept, FEATURES), np.float32), labels_N=np.arange(
+            kept) % CLASSES, half_N=np.zeros(kept, np.int8), rows=len(keep_N))
 
     def extract(config: Any, sha256: str, sides: Sequence[Any], on_rows: Any) -> list[Any]:
         found = []
@@ -189,10 +191,7 @@ def _evaluate(out: Path, clock: Clock) -> dict[str, Any]:
             if side.name == "samples":
                 facts.update(_rate(parts[0].rows, seconds, len(side)))
             for number, chunks in enumerate(spans):
-                part = parts[number] if number < first else part_of(((chunk, [ImageBatch(
-                    np.empty(rows := chunk.num_rows), rows, 0, tuple(range(rows)), np.zeros(rows, np.int64))])
-                    for chunk in chunks), made_up, sums=True)
-                gathered.add(number, part)
+                gathered.add(number, parts[number] if number < first else made_up(parts[0], chunks))
             found.append(gathered.found())
         return found
 
