@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 
+_ROWS = 1 << 18  # whose seeds are held as strings at once
+
+
 def kept_figures(view: RunView) -> dict[str, Figure]:
     """A histogram for each selection of a run, by its name."""
     names = sorted(name.removesuffix(".parquet") for name in view.files.list("selections") if name.endswith(".parquet"))
@@ -25,13 +28,19 @@ def kept_figures(view: RunView) -> dict[str, Figure]:
 
 def copies_kept(view: RunView, selection: str) -> dict[int, int]:
     """Copies kept -> seeds, from 0 to the most; a seed of which the run has no sample has 0 too."""
-    table = read_table(view.files, f"selections/{selection}.parquet").select(["sample_id", "keep"])
-    seeds = pc.replace_substring_regex(table["sample_id"], r"/[^/]*$", "")
-    kept = pa.table({"seed": seeds, "keep": table["keep"].cast(pa.int64())}).group_by("seed").aggregate(
-        [("keep", "sum")])
+    table = read_table(view.files, f"selections/{selection}.parquet", ["sample_id", "keep"])
+    parts = [table.slice(start, _ROWS) for start in range(0, max(1, table.num_rows), _ROWS)]
+    kept = _summed(pa.concat_tables([_summed(pa.table({
+        "seed": pc.replace_substring_regex(part["sample_id"], r"/[^/]*$", ""),
+        "keep_sum": part["keep"].cast(pa.int64())})) for part in parts]))
     counts = {one["values"]: one["counts"] for one in pc.value_counts(kept["keep_sum"].combine_chunks()).to_pylist()}
     counts[0] = counts.get(0, 0) + view.run["seeds"] - kept.num_rows
     return {copies: counts.get(copies, 0) for copies in range(max(counts) + 1)}
+
+
+def _summed(table: pa.Table) -> pa.Table:
+    found = table.group_by("seed").aggregate([("keep_sum", "sum")])
+    return found.rename_columns(["seed", "keep_sum"])
 
 
 def kept_per_seed(name: str, selection: str, seeds: dict[int, int]) -> Figure:
