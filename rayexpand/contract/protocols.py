@@ -145,6 +145,9 @@ class Method(Protocol):
 
     A method whose labels are mixtures may say in `label_words()` what they are; cards, pages and exports print it.
 
+    A run grows where its samples have the same draws and groups in the larger one. A method whose pixels depend on its
+    number of copies besides says so in `no_growth(before)`, `before` being the method of the smaller run.
+
     A method whose copies cannot be dealt by weights says why in `no_allocation()`, which is "" where they can.
 
     A method whose samples are meant to be judged may give in `acceptance()` fields of the section `accept`, which a job

@@ -357,6 +357,11 @@ class Gif(Section):
         read = prompt_needs(self.subject) if self.generator == "sd" else frozenset[str]()
         return frozenset({"prior", "guide"} if scored else {"prior"}) | read
 
+    def no_growth(self, before: Gif) -> str:
+        differs = self.generator == "sd" and self.shared_diffusion and self._each() != before._each()
+        return (f"with shared_diffusion a call diffuses one latent of {before._each()} samples, and would one of "
+                f"{self._each()}: latents may depend on how many there are" if differs else "")
+
     def copies(self, index: SeedIndex, rng: PlanRng) -> np.ndarray:
         if self.quota is None:
             return ratio_copies(index, self.ratio, rng)

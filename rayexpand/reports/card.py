@@ -5,6 +5,7 @@ The front matter points at data/ only, so `datasets.load_dataset(<run folder>)` 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 
 from rayexpand.contract.errors import UsageError
-from rayexpand.contract.schema import Reason
+from rayexpand.contract.schema import ClassTable, Reason, huggingface_metadata
 from rayexpand.data.seeds import survey_lines
 from rayexpand.evaluation.release import ReleaseLine, release_sheet
 from rayexpand.methods import label_words_of
@@ -78,12 +79,24 @@ def _source_licenses(given: Mapping[str, str]) -> dict[str, str]:
     return {name: license_identifier(one) for name, one in given.items()}
 
 
+def _features(classes: ClassTable) -> list[dict[str, Any]]:
+    """The columns of the data files as `datasets` reads them from a card."""
+    plain = json.loads(huggingface_metadata(classes)[b"huggingface"])["info"]["features"]
+    names = {str(label): name for label, name in enumerate(classes.display)}
+    own: dict[str, dict[str, Any]] = {
+        "image": {"dtype": "image"}, "label": {"dtype": {"class_label": {"names": names}}},
+        "scores": {"list": [{"name": "name", "dtype": "string"}, {"name": "value", "dtype": "float64"}]}}
+    return [{"name": name, **own.get(name, {"dtype": one.get("dtype")})} for name, one in plain.items()]
+
+
 def _front_matter(view: RunView, license_id: str | None, licenses: Mapping[str, str]) -> str:
     matter: dict[str, Any] = {
         "pretty_name": view.run["name"], "annotations_creators": ["machine-generated"],
         "task_categories": ["image-classification"], "size_categories": [size_category(view.totals.kept)],
         "tags": ["synthetic", "rayexpand", view.run["config"]["method"]["name"]],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}]}
+    if any(step["classes"] != view.run["classes"] for step in view.run.get("grown", ())):
+        matter["dataset_info"] = {"features": _features(read_classes(view))}  # older files do not know the new classes
     if license_id:
         matter["license"] = license_id
     if licenses:

@@ -303,4 +303,5 @@ def changed_seeds(config: RunConfig, planned: SeedIndex) -> str:
     if now == then:
         return ""
     return (f"the dataset has {len(now - then):,} seeds more and {len(then - now):,} fewer than when this run was "
-            "planned, and a run keeps its plan; for a run with them give another `name`")
+            "planned, and a run keeps its plan; for a run with them give another `name`, or say grow: true where "
+            "some are new and none is gone")

@@ -41,8 +41,14 @@ class SeedRows:
 
 
 def seed_table(view: RunView) -> pa.Table:
-    """seed_id, label, copies and shard of every seed of the plan."""
-    return read_plan_table(view, "seeds.parquet").select(["seed_id", "label", "copies", "shard"])
+    """seed_id, label, copies and shard of every seed of the plan, shard being the list of those it has copies in."""
+    table = read_plan_table(view, "seeds.parquet").select(["seed_id", "label", "copies", "shard"])
+    seed, shard = np.arange(len(table)), table["shard"].to_numpy()
+    if "grown" in view.run:
+        portions = read_plan_table(view, "parts.parquet").sort_by("seed")
+        seed, shard = portions["seed"].to_numpy(), portions["shard"].to_numpy()
+    start = np.searchsorted(seed, np.arange(len(table) + 1)).astype(np.int32)
+    return table.set_column(3, "shard", pa.ListArray.from_arrays(pa.array(start), pa.array(shard)))
 
 
 def keyed_seeds(tables: Sequence[pa.Table], per_class: int, classes: int | None = None,
@@ -68,7 +74,7 @@ def rows_of(view: RunView, table: pa.Table, seed_ids: Sequence[str], copies: int
     """The rows of seeds, the first `copies` of each. `table`: that of `seed_table`. Raises DamagedFile."""
     mine = table.filter(pc.is_in(table["seed_id"], pa.array(seed_ids, pa.string())))
     wanted = pa.array(mine["seed_id"].to_pylist(), pa.string())
-    shards = set(mine["shard"].to_pylist())
+    shards = {shard for one in mine["shard"].to_pylist() for shard in one}
     kept, refused = dict[Place, dict[str, Any]](), dict[Place, str]()
     for receipt in (one for one in view.receipts if one.shard_id in shards):  # a retry comes after what it retries
         for row in _kept(view, receipt, wanted, copies):

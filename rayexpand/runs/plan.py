@@ -315,7 +315,6 @@ def make_plan(index: SeedIndex, config: RunConfig, first: np.ndarray | None = No
     first = np.zeros(len(index), np.uint16) if first is None else first
     if (first.astype(np.int64) + copies).max(initial=0) > MAX_COPIES:
         raise UsageError(f"at most {MAX_COPIES} copies of one seed can be planned, those of earlier runs included")
-    first_row = np.cumsum(copies, dtype=np.int64) - copies
     total = int(copies.sum(dtype=np.int64))
     if total == 0:
         raise UsageError(f"the plan is empty: {len(index)} seeds with 0 copies each. Raise method.ratio, or check "
@@ -323,14 +322,20 @@ def make_plan(index: SeedIndex, config: RunConfig, first: np.ndarray | None = No
     for position in np.unique(index.labels, return_index=True)[1]:  # a prompt that a class cannot fill shows here
         config.method.draw(index.table["seed_id"][int(position)].as_py(), int(index.labels[position]), 0, 0,
                            index.classes, RowRng(config.seed, config.method.name, "", 0))
-    block = np.minimum(first_row, total - 1) // config.sampler.shard_images
-    shard = np.unique(block, return_inverse=True)[1].astype(np.int32)
+    shard = shards_of(copies, config.sampler.shard_images)
     if (n_shards := int(shard[-1]) + 1) > MAX_SHARDS:
         enough = -(-total // MAX_SHARDS)
         raise UsageError(f"{total:,} rows make {n_shards:,} shards, more than {MAX_SHARDS:,}. "
                          f"Set sampler.shard_images to at least {enough}.")
     captions = _captions(index, config) if "captions" in config.needs else None
     return Plan(index, config.method, config.seed, config.sampler.batch, copies, shard, captions, first, weight)
+
+
+def shards_of(copies: np.ndarray, shard_images: int) -> np.ndarray:
+    """int32[n], from 0: shards of whole seeds with about `shard_images` rows each."""
+    first_row = np.cumsum(copies, dtype=np.int64) - copies
+    block = np.minimum(first_row, int(copies.sum(dtype=np.int64)) - 1) // shard_images
+    return np.unique(block, return_inverse=True)[1].astype(np.int32)
 
 
 def _captions(index: SeedIndex, config: RunConfig) -> pa.ChunkedArray:

@@ -54,6 +54,7 @@ from rayexpand.runs.config import MODELS, RunConfig, ids_sha256, parse, resolved
 from rayexpand.runs.cut_prompts import cut_prompts, words_of
 from rayexpand.runs.estimate import Measured, measure
 from rayexpand.runs.expander import Expander
+from rayexpand.runs.growth import GROWS, adds, grown_plan, growth_problems
 from rayexpand.runs.inputs import (
     ConfiguredInputs,
     artifact_folder,
@@ -69,10 +70,20 @@ from rayexpand.runs.inputs import (
     names_classes,
 )
 from rayexpand.runs.plan import Plan, make_plan, plan_digest, read_plan, write_plan
-from rayexpand.runs.store import Store, Tally, Totals, first_look, new_attempt, read_facts, totals
+from rayexpand.runs.store import (
+    Store,
+    Tally,
+    Totals,
+    adopted_digests,
+    facts_name,
+    first_look,
+    new_attempt,
+    read_facts,
+    totals,
+)
 from rayexpand.storage.files import FOLDERS, Files, process_token
 from rayexpand.storage.places import is_url, open_files
-from rayexpand.storage.tables import create_once
+from rayexpand.storage.tables import create_once, sealed
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +92,8 @@ BARREN_WAVES = 3  # waves without a commit before the run gives up for now
 ROLL_UP_EVERY = 500  # commits after which their receipts become one file
 STARTS = "log_snr_at_start"  # in run.json: log(a / s) of the point that images are noised to, by strength
 SAMPLER = "sampler_revision"  # in run.json: which solvers make the samples, where it is not the first ones
+# What a run that has grown states of each smaller one, and how many digits of the content hash of a file it adopted.
+STEP, SHORT = ("run_digest", "plan_digest", "plan", "planned", "shards", "seeds", "classes", "version", "created"), 16
 FAULTS_IN_A_ROW = 3  # environment faults of one process before it stops taking shards
 
 Job = tuple[int, int]  # shard id, generation
@@ -254,11 +267,12 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
     Raises ConfigError (all problems at once), SeedDataError, StorageError, or DigestMismatch with the fields that
     differ; nothing is created before the dataset is known to be sound.
     """
-    if problems := preflight(config, device_here=device_here, with_classes=False, planned=_has_started(config)):
+    if problems := preflight(config, device_here=device_here, with_classes=False,
+                             planned=_has_started(config) and not config.grow):
         raise ConfigError(where or config.name, problems)
     files = open_files(config.folder, single_writer=config.store.single_writer)
-    plan, dataset = None, dict[str, Any]()
-    if first_look(files) is None:
+    plan, dataset, begun = None, dict[str, Any](), first_look(files) is not None
+    if not begun or config.grow:
         index, dataset = seeds.surveyed(config.data)
         plan = make_plan(index, config)
     if plan is not None and (problems := [*check_classes(config, plan.index.classes.key),
@@ -279,13 +293,12 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
             check_base(config, models["prior"])
         if "judge" in models:
             check_judge(config, models["judge"])
-        facts = {**_facts(config, plan, models), "dataset": dataset}
-        if "prior" in models:
-            facts[STARTS] = starting_points(inspect_prior(config.prior), config.method)
-        if "prior" in models and (found := cut_prompts(plan, config, sources_of(config.prior).folder)) and found.cut:
-            facts["cut_prompts"] = found.to_json()
-        write_plan(plan, files, facts["plan"])
-        create_once(files, "run.json", facts, "run")
+        if begun:
+            plan = _grow(config, files, plan, models, dataset)
+        else:
+            facts = _all_facts(config, plan, models, dataset)
+            write_plan(plan, files, facts["plan"])
+            create_once(files, "run.json", facts, "run")
     elif not seeds.check(config.data):
         plan = _healed_plan(config, files)
     run = _open(config, files, models, plan)
@@ -294,6 +307,54 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
     if found := run.facts.get("cut_prompts"):
         log.warning("%s", words_of(found))
     return run
+
+
+def _all_facts(config: RunConfig, plan: Plan, models: dict[str, str], dataset: dict[str, Any]) -> dict[str, Any]:
+    """run.json of a run that begins."""
+    facts = {**_facts(config, plan, models), "dataset": dataset}
+    if "prior" in models:
+        facts[STARTS] = starting_points(inspect_prior(config.prior), config.method)
+    if "prior" in models and (found := cut_prompts(plan, config, sources_of(config.prior).folder)) and found.cut:
+        facts["cut_prompts"] = found.to_json()
+    return facts
+
+
+def _grow(config: RunConfig, files: Files, wanted: Plan, models: dict[str, str],
+          dataset: dict[str, Any]) -> Plan | None:
+    """Makes the run in a folder the one that `wanted` is the plan of. None where it is that already, or has more seeds
+    than are there now. Raises DigestMismatch with why its samples are not all samples of that one."""
+    facts = {"models": models, SAMPLER: _revision(config), STARTS: {}}
+    while True:
+        then = read_facts(files)
+        created = parse(then["config"], "run.json")
+        before = _healed_plan(created, files) or _read_plan(created, files, then)
+        if semantic(created) == semantic(config) and not adds(before, wanted):
+            return None
+        if problems := growth_problems(before, wanted, _identity(created, then), _identity(config, facts),
+                                       config.needs):
+            raise DigestMismatch("\n  ".join([f"{files.root} holds a run that cannot grow to this one:", *problems,
+                                              "Give this run another `name`, or set back what differs."]))
+        plan = grown_plan(before, wanted, config.sampler.shard_images)
+        try:
+            committed = list(Store(files, then["run_digest"], adopted=adopted_digests(then)).receipts())
+        except DigestMismatch:
+            if read_facts(files)["run_digest"] != then["run_digest"]:  # another driver was faster
+                continue
+            raise
+        grown = {**_all_facts(config, plan, models, dataset),
+                 "grown": [*then.get("grown", []), {name: then[name] for name in STEP}],
+                 "adopted": {one.data_file: one.content_sha256[:SHORT] for one in committed}}
+        write_plan(plan, files, grown["plan"])
+        files.make_folder("grown")
+        if files.publish(name := f"grown/{len(grown['grown']):04d}.json", sealed(name, grown), "grown"):
+            return plan
+
+
+def _identity(config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """What decides what samples are, besides the plan."""
+    decoder = "prior" not in facts["models"] or STARTS in facts
+    return {**semantic(config), "models": facts["models"], SAMPLER: facts.get(SAMPLER, 1),
+            "decoder": "has a precision of its own" if decoder else "works as the denoiser does"}
 
 
 def _revision(config: RunConfig) -> int:
@@ -533,8 +594,8 @@ def _open(config: RunConfig, files: Files, models: dict[str, str], plan: Plan | 
     stated = {"plan": facts["plan_digest"], "config": before, "models": facts["models"],
               **({SAMPLER: facts[SAMPLER]} if SAMPLER in facts else {})}
     if is_known and digest(stated) != facts["run_digest"]:
-        raise DamagedFile(f"{files.at('run.json')}: is damaged, or was changed by hand: its configuration and models "
-                          "do not give the run_digest that it states. Restore it from a copy; a run with other "
+        raise DamagedFile(f"{files.at(facts_name(files))}: is damaged, or was changed by hand: its configuration and "
+                          "models do not give the run_digest that it states. Restore it from a copy; a run with other "
                           "settings needs another `name`")
     changed = differences({**before, "models": facts["models"]}, {**now, "models": models})
     if (said := facts.get("captions_sha256")) and (said_now := captions_sha256(config) or said) != said:
@@ -544,8 +605,16 @@ def _open(config: RunConfig, files: Files, models: dict[str, str], plan: Plan | 
     if changed:
         raise DigestMismatch("\n  ".join([f"{files.root} holds another run; continuing would mix two datasets. What "
                                           "differs (there -> here):", *changed,
-                                          "Set it back, or give this run another `name`."]))
-    return Run(config, files, Store(files, facts["run_digest"]), plan or _read_plan(config, files, facts), facts)
+                                          "Set it back, or give this run another `name`" + _may_grow(changed)]))
+    return Run(config, files, Store(files, facts["run_digest"], adopted=adopted_digests(facts)),
+               plan or _read_plan(config, files, facts), facts)
+
+
+def _may_grow(changed: Sequence[str]) -> str:
+    """What else can be done where a run would have other samples, but each be what it is."""
+    if all(line.partition(": ")[0] in GROWS for line in changed):
+        return "; or, where it is to have more samples, say grow: true."
+    return "."
 
 
 def _comparable(config: RunConfig, files: Files, facts: dict[str, Any]
@@ -586,6 +655,9 @@ def _healed_plan(config: RunConfig, files: Files) -> Plan | None:
         return _read_plan(config, files, facts)
     with contextlib.suppress(SeedDataError):
         plan = make_plan(seeds.build_index(config.data), config)
+        for step in facts.get("grown", [])[-1:]:
+            if (before := read_plan(config, files, step["plan"], step["plan_digest"])) is not None:
+                plan = grown_plan(before, plan, config.sampler.shard_images)
         if plan_digest(plan) == facts["plan_digest"]:
             write_plan(plan, files, facts["plan"])
             log.warning("%s/%s was damaged and has been made again from the dataset", files.root, facts["plan"])

@@ -23,7 +23,8 @@ from rayexpand.contract.errors import DamagedFile, EnvironmentFault, UsageError,
 from rayexpand.contract.schema import ClassTable, Reason, Receipt, Status
 from rayexpand.runs.allocation import dealt_words
 from rayexpand.runs.blame import running_here
-from rayexpand.runs.store import Store, Totals, attempt_names, read_facts, totals
+from rayexpand.runs.growth import grown_words
+from rayexpand.runs.store import Store, Totals, adopted_digests, attempt_names, read_facts, totals
 from rayexpand.storage.files import Files, each
 from rayexpand.storage.heartbeats import DriverSeen, drivers_in
 from rayexpand.storage.places import open_files
@@ -138,7 +139,7 @@ def view_run(folder: str | Path, on_damaged: Callable[[str], None] | None = None
     """
     files = open_files(folder)
     run = read_facts(files)
-    store = Store(files, run["run_digest"])
+    store = Store(files, run["run_digest"], adopted=adopted_digests(run))
     data = {name: entry.modified for name, entry in files.entries("data").items() if name.endswith(".parquet")}
     return RunView(run, tuple(store.receipts(data, on_damaged)), data, store)
 
@@ -177,9 +178,10 @@ def driver_lines(drivers: Iterable[DriverSeen], problems: Iterable[str]) -> list
 
 
 def history(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How the copies of a run came about, (what, in words): nothing where each seed has what the method plans. `run`:
-    its run.json."""
-    return [("dealt", dealt_words(run["dealt"]))] if "dealt" in run else []
+    """How the copies of a run came about, (what, in words): nothing where it was begun with what its method plans.
+    `run`: its run.json."""
+    return [*([("dealt", dealt_words(run["dealt"]))] if "dealt" in run else []),
+            *([("grown", grown_words(run))] if "grown" in run else [])]
 
 
 class Rate:

@@ -1,6 +1,7 @@
 """The run folder: what is committed, how a shard becomes visible exactly once, and how to check it.
 
     run.json                      resolved config and digests; created once, never changed
+    grown/0001.json               the same of the larger run that it became; see growth.py
     attempts/0007.json            one per start
     plan/<digest8>/               see plan.py
     data/train-000123.parquet     the only commit point; generation 1 of a retry is train-000123.r1.parquet
@@ -23,7 +24,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -81,10 +82,24 @@ def first_look(files: Files, name: str = "run.json") -> bytes | None:
                            "read the run folder.") from error
 
 
+def facts_name(files: Files) -> str:
+    """The file that says what a run is: run.json, or the last one of grown/."""
+    steps = sorted(name for name in files.list("grown") if re.fullmatch(r"\d{4,}\.json", name))
+    return f"grown/{steps[-1]}" if steps else "run.json"
+
+
+def adopted_digests(facts: Mapping[str, Any]) -> dict[str, int]:
+    """Digests of the smaller runs that a run has grown from, with their shards."""
+    return {step["run_digest"]: step["shards"] for step in facts.get("grown", ())}
+
+
 def read_facts(files: Files) -> dict[str, Any]:
-    """run.json. Raises UsageError if there is no run, StorageError if this user may not read it, DamagedFile if it does
-    not hold what was written."""
-    where, text = files.at("run.json"), first_look(files)
+    """run.json, or what replaces it in a run that has grown. Raises UsageError if there is no run, StorageError if this
+    user may not read it, DamagedFile if it does not hold what was written."""
+    name, text = "run.json", first_look(files)
+    if text is not None and (name := facts_name(files)) != "run.json":
+        text = first_look(files, name)
+    where = files.at(name)
     others = () if text is not None else ("study", "sweep")
     if other := next((name for name in others if first_look(files, f"{name}.json")), ""):
         raise UsageError(f"{files.root} holds a {other} and not a run; `rayexpand report` shows it, and its runs lie "
@@ -93,7 +108,7 @@ def read_facts(files: Files) -> dict[str, Any]:
         raise UsageError(f"{files.root} is not a run folder (no run.json){looked_at(files.root)}. Give the "
                          "folder that `expand` printed, <out>/<name>, or start a run with `rayexpand expand`.")
     try:
-        facts = unsealed("run.json", text, where)
+        facts = unsealed(name, text, where)
         if lacking := [name for name in _FACTS if not isinstance(facts.get(name), _FACTS[name])]:
             raise DamagedFile(f"{where}: is damaged: it has no {', '.join(lacking)}")
     except DamagedFile as error:
@@ -131,8 +146,14 @@ class Totals:
 class Store:
     """Committed shards of one run folder."""
 
-    def __init__(self, files: Files, run_digest: str, token: str | None = None) -> None:
+    def __init__(self, files: Files, run_digest: str, token: str | None = None,
+                 adopted: Mapping[str, int] | None = None) -> None:
+        """`adopted`: digests of smaller runs whose files belong to this one, with the number of their shards."""
         self.files, self.run_digest, self.token = files, run_digest, token or process_token()
+        self._adopted = adopted or {}
+
+    def _is_ours(self, run_digest: str, shard_id: int) -> bool:
+        return run_digest == self.run_digest or shard_id < self._adopted.get(run_digest, 0)
 
     def committed(self) -> dict[int, int]:
         """Committed shards with their latest generation. One listing, no file is read.
@@ -179,9 +200,11 @@ class Store:
         if (footer["shard_id"], footer["generation"]) != parse_data_name(name):
             raise DamagedFile(f"{self.files.at(f'data/{name}')}: is a copy of "
                               f"{data_name(footer['shard_id'], footer['generation'])}. {MAKE_AGAIN}")
-        if footer["run_digest"] != self.run_digest:
+        if not self._is_ours(footer["run_digest"], footer["shard_id"]):
             raise DigestMismatch(f"data/{name} was written by run digest {footer['run_digest'][:8]}, this run is "
-                                 f"{self.run_digest[:8]}. Use another `name`, or move that folder away.")
+                                 f"{self.run_digest[:8]}. " + (
+                "It may have grown since this command began: run it again" if self.files.list("grown") else
+                "Use another `name`, or move that folder away."))
         return Receipt(**{**footer["receipt"], "data_file": name, "side_file": footer["side_file"],
                           "content_sha256": footer["content_sha256"], "run_digest": footer["run_digest"]})
 
@@ -248,7 +271,7 @@ class Store:
         listed = self.files.list("data") if names is None else names
         committed = sorted(parsed for name in listed if (parsed := parse_data_name(name)))
         cached = self.cached() if committed else {}
-        cached = {key: receipt for key, receipt in cached.items() if receipt.run_digest == self.run_digest}
+        cached = {key: receipt for key, receipt in cached.items() if self._is_ours(receipt.run_digest, key[0])}
         rebuilt = each(self.files, found, [key for key in committed if key not in cached])
         for key in committed:
             receipt = cached[key] if key in cached else next(rebuilt)

@@ -16,10 +16,11 @@ from rayexpand.contract.errors import DamagedFile, RayexpandError
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import DRAW_FIELDS, Draw, Receipt, Status, sample_sha256
 from rayexpand.runs.allocation import allocated
-from rayexpand.runs.plan import plan_digest
+from rayexpand.runs.growth import portion_problems
+from rayexpand.runs.plan import plan_digest, read_plan
 from rayexpand.runs.run import Run
 from rayexpand.runs.store import MAKE_AGAIN, Store, Totals, content_sha256, data_name, parse_data_name, totals
-from rayexpand.storage.tables import read_table
+from rayexpand.storage.tables import read_json, read_table
 
 _NO_IDS = pa.array([], pa.string())
 
@@ -65,6 +66,8 @@ def verify(run: Run, *, pixels: bool = False) -> Findings:
             assert receipt is not None
             expected = run.plan.sample_ids(shard_id) if generation == 0 else failed_before.pop(shard_id, _NO_IDS)
             failed_before[shard_id] = _check_file(run.store, receipt, expected, pixels, findings.problems)
+            if not _is_as_adopted(run, receipt):
+                findings.problems.append(f"{where}: is not the file that the run adopted when it grew. {MAKE_AGAIN}")
         except (OSError, RayexpandError, KeyError) as error:
             findings.problems.append(_problem(run, where, error))
             faulty.add(shard_id)
@@ -85,6 +88,8 @@ def _plan_problems(run: Run) -> list[str]:
     plan, allocate, folder = run.plan, run.config.allocate, run.facts["plan"]
     if plan_digest(plan) != run.facts["plan_digest"]:
         return [f"{folder}: is not the plan that run.json names. Restore that folder of the run from a copy"]
+    if problems := _growth_problems(run):
+        return problems
     if plan.weight is None or allocate is None:
         return []
     rng = PlanRng(plan.run_seed, plan.method.name)
@@ -95,6 +100,29 @@ def _plan_problems(run: Run) -> list[str]:
                 f"({seed_id}: {plan.copies[wrong[0]]} instead of {dealt[wrong[0]]}): they were changed by hand. "
                 "Restore that folder of the run from a copy"]
     return []
+
+
+def _growth_problems(run: Run) -> list[str]:
+    """Of a run that has grown: whether each step follows from the one before."""
+    problems, names = [], ["run.json", *sorted(f"grown/{name}" for name in run.files.list("grown"))]
+    for name, step in zip(names, run.facts.get("grown", []), strict=False):
+        if (read_json(run.files, name) or {}).get("run_digest") != step["run_digest"]:
+            problems.append(f"{name}: is not what the run has grown from. Restore it from a copy")
+        before = read_plan(run.config, run.files, step["plan"], step["plan_digest"])
+        if before is None:
+            problems.append(f"{step['plan']}: is gone, so that nothing says what the smaller run planned. Restore it "
+                            "from a copy; no data file is at fault")
+        elif step is run.facts["grown"][-1]:
+            problems += [f"{run.facts['plan']}/parts.parquet: {one}. Restore it from a copy"
+                         for one in portion_problems(run.plan, before)]
+    return problems
+
+
+def _is_as_adopted(run: Run, receipt: Receipt) -> bool:
+    """Whether a file of a smaller run is the one that was there when it grew."""
+    adopted = run.facts.get("adopted", {}).get(receipt.data_file)
+    mine = receipt.run_digest == run.facts["run_digest"]
+    return adopted is None or mine or receipt.content_sha256.startswith(adopted)
 
 
 def _problem(run: Run, where: str, error: OSError | RayexpandError | KeyError) -> str:

@@ -23,6 +23,7 @@ from rayexpand.contract.errors import RayexpandError, UsageError
 from rayexpand.contract.schema import Receipt, Status
 from rayexpand.evaluation.features import with_current_names
 from rayexpand.runs.status import RunView, view_run
+from rayexpand.runs.store import facts_name
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import healthy_json
@@ -181,7 +182,7 @@ def _arm_ratio(study: StudyView, control: Result) -> float | None:
 def _run(folder: str, given: Sequence[tuple[str, str, Mapping[str, float]]]) -> RunNumbers | None:
     """None where the folder is gone or damaged: settings and scores of its samples are then not known."""
     files = open_files(folder)
-    facts = healthy_json(files, "run.json")
+    facts = healthy_json(files, facts_name(files))
     if facts is None:
         return None
     scores: dict[str, Mapping[str, float]] = {}

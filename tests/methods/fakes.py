@@ -81,6 +81,13 @@ class Mixes(Fake):
         return (weight * one[target] + (1 - weight) * one[source]).astype(np.float32)
 
 
+class ByRow(Fake):
+    """Its class follows from the number of the row in the whole plan."""
+
+    def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
+        return replace(super().draw(seed_id, label, copy, row, classes, rng), target_label=row % len(classes))
+
+
 class FractionalRatio(Fake):
     ratio: float = 2.5
 
