@@ -403,7 +403,7 @@ def thirteen_thousand(object_stores: Server, n: int) -> None:
     seen = read_status(str(files.root))
     requests = object_stores.requests()
     assert (seen.kept, seen.shards_done, seen.pending) == (2 * n, n, 0)
-    assert len(requests) == 4 - (-n // 1000) + len(rolled) - 1, requests
+    assert len(requests) == 6 - (-n // 1000) + len(rolled) - 1, requests
     assert len(requests) <= 20
 
 
