@@ -24,7 +24,7 @@ from tests.on_ray.autoscaler import ROOT, Autoscaled, Timeline, autoscaled
 from tests.on_ray.test_sweep import raw as raw_sweep
 from tests.studies.test_study import SMALL, raw_study
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 LOAD_S = 3.0
 BUSY_S = 25.0  # from the last node to the last busy actor, LOAD_S included; two cores start all of them
 DRIVER = """

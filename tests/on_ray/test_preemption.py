@@ -31,7 +31,7 @@ from tests.on_ray.test_nodes import add, expand_with, on
 from tests.on_ray.test_sweep import raw as raw_sweep
 from tests.on_ray.test_train import results, study_of
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 STEPS = 800  # of a trial
 NOWHERE: dict[str, Any] = {"resources": {}, "label_selector": {}}
 ONE = {"backbone_args": {"width": 4}}
@@ -87,7 +87,7 @@ def until(done: Callable[[], Any], seconds: float = 300.0) -> Any:
     end = time.monotonic() + seconds
     while not (found := done()):
         assert time.monotonic() < end, "what was waited for did not come"
-        time.sleep(0.05)
+        time.sleep(0.3)
     return found
 
 
@@ -267,7 +267,7 @@ def loading(config: dict[str, Any]) -> None:
     notices, folder = Notices("cpu"), Path(config["folder"])
     spans = [(step, step + 1) for step in range(4000)]
     for batch in loaded_steps(Numbers, {}, spans, processes=1, rows=1, spent=LoaderTime()):
-        time.sleep(0.05)
+        time.sleep(0.3)
         if notices():
             with open(folder / "told", "a") as file:
                 file.write(f"{time.time()}\n")
