@@ -1,8 +1,8 @@
 """The arithmetic of a run, before it starts: how often its method calls the networks of its generator, times what one
 call costs (models.cost).
 
-Left out, because it is small beside them: the guide, text encoders (texts repeat, and each is encoded once), and
-everything that is no matrix product, convolution or attention.
+Left out, because it is small beside them: a guide whose name does not say what it is, such as one trained here, text
+encoders (texts repeat, and each is encoded once), and everything that is no matrix product, convolution or attention.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rayexpand.contract.protocols import Calls
 from rayexpand.contract.schema import Draw, Start
-from rayexpand.models.cost import Cost, cost_of
+from rayexpand.models.cost import Cost, cost_of, tower_of
 from rayexpand.models.folders import EMBEDDED
 
 if TYPE_CHECKING:
@@ -48,10 +48,16 @@ def image_work(config: RunConfig, cost: Cost, side: int, copies: float, draws: S
     parts = ((calls.steps, forwards * network.at(side), f"steps{doubled}"),
              (calls.decodes, decode.at(side), "decoding"), (calls.encodes, cost.encode.at(side), "encoding"),
              (calls.steps_back, forwards * network.back_at(side), "gradients of steps"),
-             (calls.decodes_back, decode.back_at(side), "gradients of decoding"))
+             (calls.decodes_back, decode.back_at(side), "gradients of decoding"),
+             (calls.decodes_back, 2 * _guide(config), "guide, there and back"))
     tflop = sum(count * each for count, each, _ in parts)
-    said = ", ".join(f"{count:.3g} x {each:.3g} {what}" for count, each, what in parts if count)
+    said = ", ".join(f"{count:.3g} x {each:.3g} {what}" for count, each, what in parts if count and each)
     return ImageWork(tflop, f"{cost.name} ({cost.known}) at {side} px: {tflop:,.4g} TFLOP an image, {said}")
+
+
+def _guide(config: RunConfig) -> float:
+    """TFLOP of one answer of the guide that gradients come from; 0 where its name says nothing of its network."""
+    return (tower_of(config.guide.weights) or 0.0) if "guide" in config.needs else 0.0
 
 
 def calls_of(config: RunConfig, copies: float, draws: Sequence[Draw]) -> Calls:

@@ -166,7 +166,13 @@ def _loading(ups: list[float], notes: Path) -> list[float]:
 
 
 def _add(cluster: Cluster) -> Any:
-    return cluster.add_node(num_cpus=1, object_store_memory=80_000_000, resources={"sampler": 1})
+    """A node, asked for again where the machine was too busy for one to start within Ray's half minute."""
+    while True:
+        try:
+            return cluster.add_node(num_cpus=1, object_store_memory=80_000_000, resources={"sampler": 1})
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
 
 
 def main() -> None:
