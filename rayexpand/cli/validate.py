@@ -41,14 +41,16 @@ def validate(file: File, set_: Set = None, machine: Machine = None, trust: Trust
 
 @app.command()
 def plan(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None, as_json: Json = False) -> None:
-    """Count what a run would make and estimate images, bytes, hours and cost, without loading a model. Of a study: what
-    it would train, and which difference it can show.
+    """Count what a run, fit, study or sweep makes, by stage, and estimate hours, bytes and cost on a fleet that loses
+    nodes, without loading a model. Of a study also which difference it can show, of a sweep how many trials it is.
 
     Examples:
 
         rayexpand plan jobs/imagenet/expand-img2img.yaml --set estimate.gpus=64
 
-        rayexpand plan jobs/digits/study.yaml
+        rayexpand plan jobs/imagenet/fit-distdiff.yaml --set estimate.seeds=1281167 --set estimate.classes=1000
+
+        rayexpand plan study.yaml --machine spot.yaml
     """
     from rayexpand import api
 

@@ -25,7 +25,7 @@ TOLD = ("estimate.seeds=1281167", "estimate.classes=1000", "estimate.preemptions
 
 def expand_row(file: Path) -> str:
     """A line of the first table."""
-    found = {gpus: estimate_config(load(file, [*TOLD, f"estimate.gpus={gpus}"])) for gpus in FLEETS}
+    found = {gpus: estimate_config(load(file, [*TOLD, "method.ratio=10", f"estimate.gpus={gpus}"])) for gpus in FLEETS}
     first = found[FLEETS[0]]
     tflop = "unknown" if first.petaflop is None else f"{1000 * first.petaflop / first.images:.3g}"
     sizes = list(dict.fromkeys(f"{one.best_shard_images:,}" for one in found.values()))
