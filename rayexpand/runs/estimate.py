@@ -303,11 +303,13 @@ def _hours(config: RunConfig, planned: int, shards: int, rate: float) -> Hours:
     return replace(hours_of(config.estimate, unit_of(config), spread(planned / rate, shards)), images_per_second=rate)
 
 
-def _best_size(config: RunConfig, planned: int, rate: float) -> tuple[int, float]:
-    """(images in a shard, wall hours) of the shard size that ends soonest on average, of those that are tried."""
+def _best_size(config: RunConfig, planned: int, rate: float, now: float) -> tuple[int, float]:
+    """(images in a shard, wall hours) of the shard size that ends soonest on average, of those that are tried; `now`:
+    wall hours with that of the configuration."""
     sizes = {max(config.sampler.batch, round(config.sampler.shard_images * share)) for share in SIZES}
-    ends = {size: _hours(config, planned, shards, rate).wall_hours or 0.0
-            for size in sizes if (shards := -(-planned // size)) <= MOST_SHARDS}
+    ends = {size: now if size == config.sampler.shard_images else (
+        _hours(config, planned, shards, rate).wall_hours or 0.0)
+        for size in sizes if (shards := -(-planned // size)) <= MOST_SHARDS}
     return min(ends.items(), key=lambda one: (one[1], -one[0])) if ends else (config.sampler.shard_images, math.inf)
 
 
@@ -353,7 +355,7 @@ def _say_best_size(config: RunConfig, planned: int, ends: Sequence[Hours], notes
     if not ends:
         return None
     rate, now = ends[0].images_per_second or 1, ends[0].wall_hours or 0
-    size, wall = _best_size(config, planned, rate)
+    size, wall = _best_size(config, planned, rate, now)
     if wall < 0.9 * now:
         notes["shards"] += (f"; with sampler.shard_images={size:,} it would end after {three_digits(wall)} h instead "
                             f"of {three_digits(now)} h")

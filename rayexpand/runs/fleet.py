@@ -173,6 +173,7 @@ class _Course:
             if self._left_at(node) < now:
                 self._pay(node, now)
                 self._ask(number, now)
+            node.idle_since = None  # its actors load
             for gpu in node.gpus:
                 self.gpus[gpu].loaded = False
                 if node.up:

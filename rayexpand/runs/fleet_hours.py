@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GPU, PROCESS = "GPU", "CPU process"  # what hours are of
 COURSES, LEAST_COURSES = 20, 5  # simulated runs; of more tasks than MANY_TASKS fewer: they differ less
-MANY_TASKS = 20_000
+MANY_TASKS = 4_000
 STARTS = {GPU: (120.0, 60.0), PROCESS: (0.0, 5.0)}  # assumed: seconds of a node's start, and of loading
 SPREAD = 0.1  # assumed: seconds of a task are within 10 % of the mean, evenly
 SHARD_S = 0.2  # of a shard beside its sampler calls: 96.5 % of a bare sampler's rate at 5.1 s a shard (docs/figures.md)

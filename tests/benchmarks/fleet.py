@@ -156,12 +156,13 @@ def _drive(cluster: Cluster, run: runs.Run, up: list[Any], fleet: Fleet, seed: i
 
 
 def _loading(ups: list[float], notes: Path) -> list[float]:
-    """Each process that sampled was begun on the last node that came up before, of those without one."""
+    """Each process that sampled was begun on the last node that came up before, of those without one; one that Ray
+    began again on the same node counts for none."""
     found = []
     for first in sorted(float(file.read_text()) for file in notes.iterdir()):
-        began = max(up for up in ups if up < first)
-        ups.remove(began)
-        found.append(first - began)
+        if before := [up for up in ups if up < first]:
+            ups.remove(max(before))
+            found.append(first - max(before))
     return found
 
 

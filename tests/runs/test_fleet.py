@@ -49,6 +49,12 @@ def test_each_wave_loads_anew_and_waits_for_its_last_shard() -> None:
     assert given_back.wall_hours * 3600 == pytest.approx(120 + 40 + 20 + 10 + 15)  # the other one would come later
 
 
+def test_a_node_that_waited_for_a_wave_is_kept_while_it_loads_for_the_next() -> None:
+    made = simulate(np.array([10.0, 40.0, 10.0, 10.0]), Fleet(2, wave=2, node_start_s=0, load_s=80, idle_s=60))
+
+    assert made.wall_hours * 3600 == pytest.approx(80 + 40 + 80 + 10)
+
+
 @pytest.mark.parametrize("rate", [1.0, 4.0, 12.0])
 def test_one_gpu_with_losses_against_the_closed_form(rate: float) -> None:
     """A GPU that is up is lost at rate l. With boot B and loading L it is ready X = B + (1/l + B)(e^{lL} - 1) after a
