@@ -17,9 +17,9 @@ from rayexpand.contract.errors import UsageError
 
 @app.command()
 def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, train, fit, evaluate, select, audit, "
-                                               "sweep, plan, validate or bench with a FILE; retry, verify, report or "
-                                               "card with a RUN")] = "",
-           target: Annotated[str, typer.Argument(metavar="FILE|RUN")] = "",
+                                               "sweep, plan, validate, bench or report with a FILE; retry, verify, "
+                                               "report or card with a folder")] = "",
+           target: Annotated[str, typer.Argument(metavar="FILE|FOLDER")] = "",
            set_: Set = None, machine: Machine = None, trust: Trust = None,
            address: Annotated[str, typer.Option(help="dashboard of the cluster; else RAY_API_SERVER_ADDRESS, else "
                                                 "http://127.0.0.1:8265")] = "",
@@ -42,6 +42,8 @@ def submit(verb: Annotated[str, typer.Argument(metavar="VERB", help="expand, tra
     Examples:
 
         rayexpand submit expand my.yaml --set out=s3://bucket/runs --address http://head:8265
+
+        rayexpand submit train study.yaml --set out=s3://bucket/runs --machine gpus.yaml
 
         rayexpand submit expand my.yaml --set out=s3://bucket/runs --rayjob | kubectl apply -f -
     """
