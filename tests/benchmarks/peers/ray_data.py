@@ -62,7 +62,8 @@ def run(task: Task, out: Path, rows: list[tuple[int, Seed, int, int]], batch: in
     import ray
     from ray.data.checkpoint import CheckpointConfig
 
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False,
+    # Logical CPUs: a resume adds filter actors, and with 6 CPUs its read waited for them without end.
+    ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False,
              object_store_memory=200 << 20, _temp_dir=os.environ["PEERS_RAY"])
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
