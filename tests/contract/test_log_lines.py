@@ -73,6 +73,27 @@ def test_every_line_says_whose_it_is() -> None:
     assert found[3]["sample"] == "ant/1.png/0"
 
 
+WORKER = """
+import os
+from rayexpand.contract import log_lines
+log_lines.json_worker()
+log_lines.bind(run="birds", attempt=4)
+with log_lines.about(shard=2):
+    log_lines.say("failed", sample="ant/1.png/0", reason="nan_latent", message="inf")
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_worker_says_it_too_and_its_last_words_arrive() -> None:
+    inherited = json.dumps({"verb": "expand", "run": "", "attempt": None})
+    done = subprocess.run([sys.executable, "-c", WORKER], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), log_lines.VARIABLE: inherited})
+    (found,) = [checked(line) for line in done.stderr.splitlines()]
+    assert (found["verb"], found["run"], found["attempt"], found["shard"], found["sample"]) == (
+        "expand", "birds", 4, 2, "ant/1.png/0")
+    assert found["pid"] != os.getpid()
+
+
 def test_without_json_nothing_is_said(capfd: pytest.CaptureFixture[str]) -> None:
     log_lines.bind(run="birds")
     with log_lines.about(shard=1):
