@@ -47,13 +47,15 @@ class Cluster:
 
     def __init__(self) -> None:
         self.head: Head = start_head(cpus=0)
+
+    def join(self) -> None:
         add_node(self.head, cpus=2, gpus=2)
 
     def replace(self) -> None:
         ports = self.head.ports
         stop_head(self.head)
         self.head = start_head(cpus=0, ports=ports)
-        add_node(self.head, cpus=2, gpus=2)
+        self.join()
 
     def kill(self, *words: str) -> int:
         """SIGKILL to a process of the cluster whose command line has all these words; waits for one."""
@@ -75,6 +77,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.chdir(ROOT)
     made = Cluster()
     try:
+        made.join()
         yield made
     finally:
         stop_head(made.head)
