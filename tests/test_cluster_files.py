@@ -24,7 +24,7 @@ from tests.commands import ROOT
 CLUSTER = ROOT / "cluster"
 LAUNCHER = ("local.yaml", "ray-up-aws.yaml", "ray-up-gcp.yaml")
 KUBERAY = ("kuberay-raycluster.yaml", "kuberay-rayjob.yaml")
-OTHER = ("Dockerfile", "README.md")
+OTHER = ("Dockerfile", "README.md", "prometheus.yml", "grafana-dashboard.json")  # of these: api/test_endpoint.py
 
 # Fields by type, as the API reference of ray.io/v1 lists them for KubeRay 1.6.2 (docs.ray.io, KubeRay CRD API
 # reference) and, for pods, the Kubernetes API reference 1.28. A type in capitals is looked up here, [T] is a list of T,

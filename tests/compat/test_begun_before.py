@@ -282,7 +282,7 @@ def test_what_was_fitted_is_found_again(unpack: Unpack) -> None:
         assert facts["digest"] == EXPECTED["artifacts"][Path(facts["folder"]).name]["digest"]
     assert {file.name for file in (project / "artifacts").iterdir() if not file.name.startswith(".")} == {
         *(Path(name).parts[1] for name in before if not Path(name).parts[1].startswith(".")),
-        "guided-guide", "guided-prototypes", "tuned-adapter"}
+        "guided-guide", "guided-prototypes", "tuned-adapter", "heartbeats"}
 
 
 def test_a_fit_that_has_its_guide_goes_on_with_the_prototypes(unpack: Unpack) -> None:

@@ -47,7 +47,7 @@ def test_what_is_made_small_is_set_and_nothing_else() -> None:
 
     assert made == miniature.small(job.raw)
     assert {one.partition("=")[0].partition(".")[0] for one in said} <= {
-        "seeds", "recipe", "baselines", "expansions", "arms"}
+        "seeds", "recipe", "baselines", "expansions", "arms", "estimate"}
     assert made["expansions"]["gif-sd"]["method"]["eps"] == job.raw["expansions"]["gif-sd"]["method"]["eps"]
 
 

@@ -61,7 +61,7 @@ def test_what_a_task_raised_is_raised_here_with_its_class(cause: Exception | Non
 @pytest.mark.parametrize(("error", "raised"), [(ModelError("half"), ModelError), (KeyError("half"), ProgramFault)])
 def test_what_an_actor_of_an_expansion_cannot_mend_ends_the_wave(error: Exception,
                                                                  raised: type[RayexpandError]) -> None:
-    rows = [{"receipt": "", "fault": packed(one)} for one in (OSError("full"), error)]
+    rows = [{"shard": 0, "receipt": "", "fault": packed(one)} for one in (OSError("full"), error)]
     there: Any = SimpleNamespace(actors=1, map=lambda *_, **__: SimpleNamespace(iter_rows=lambda: iter(rows)))
     wave = expand.RayWave(SimpleNamespace(folder="run"), 0, None, None, there)([(0, 0), (1, 0)])
     assert type(next(wave)) is EnvironmentFault

@@ -311,7 +311,8 @@ def test_the_best_is_trained_again_with_fresh_seeds(make: Make, score_on: str) -
     words = f"rained again with fresh seeds 5, 6: {100 * found['fresh']['spread']['mean']:.2f}"
     assert any(words in line for line in found["words"])
     assert words in page
-    assert "winner's inflation: of 2 equal configurations the best looks 0.56 standard errors" in found["words"][2]
+    said = "winner's inflation: of 2 equal configurations the best looks 0.56 standard errors"
+    assert any(said in line for line in found["words"])
     again = Search(open_sweep(make(samples=2, fresh_seeds=2, seeds=[0, 4], score_on=score_on,
                                    hold_out=1 if score_on == "validation" else None)))
     assert again.is_over
