@@ -149,7 +149,8 @@ def test_a_killed_fit_continues_from_its_checkpoints(raw: dict[str, Any], tmp_pa
     seen.clear()
     again = fit(without, lambda stage, done, total: seen.append((stage, done)))
 
-    assert [one for one in seen if one[0] not in ("reading images", "fitting pretrain")] == [("generator", step) for step in (4, 5, 6, 7)]
+    assert [one for one in seen if one[0] not in ("reading images", "fitting pretrain")] == [
+        ("generator", step) for step in (4, 5, 6, 7)]
     assert hashes(again) == hashes(whole)
     assert not steps.exists()
     measured = json.loads((again / "measured.json").read_text())
