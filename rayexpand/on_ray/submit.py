@@ -223,7 +223,8 @@ def _described(details: Any) -> dict[str, Any]:
     status = str(details.status)
     code = outcome(details.submission_id, details).exit_code if status in TERMINAL else None
     return {"submission_id": details.submission_id, "run": details.metadata["run"],
-            "verb": details.metadata["rayexpand"], "status": status, "exit_code": code,
+            "verb": details.metadata["rayexpand"], "folder": details.metadata.get("folder", ""), "status": status,
+            "exit_code": code,
             "started": details.start_time and details.start_time / 1000,
             "ended": details.end_time and details.end_time / 1000}
 

@@ -23,7 +23,7 @@ from rayexpand.studies.parts import read_result
 from tests.conftest import hashes
 from tests.on_ray.conftest import ROOT, Head, add_node, processes_of, start_head, stop_head
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]  # ten minutes on two busy cores
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]  # five minutes on two quiet cores
 
 RUNS = ("guided-0", "plain-0")
 SAMPLED = {"steps": 4, "guidance_scale": 2.0}
