@@ -127,6 +127,9 @@ class _Suggestions(Searcher):
         self._search.ended(self._keys.pop(trial_id), result.get("problem", ""))
         self._on_change()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune writes its settings down before it starts; a heartbeat has a lock
+
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).touch()  # the sweep's own files are its state
 

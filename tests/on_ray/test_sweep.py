@@ -75,10 +75,10 @@ def test_a_killed_sweep_goes_on_and_its_best_can_be_trained_again(head: Head, tm
     while child.poll() is None and len(list(trials.glob("*.json"))) < 1:
         time.sleep(0.1)
     child.kill()
-    child.communicate()
+    _, stderr = child.communicate()
     done = sorted(trials.glob("*.json"))
     tried = {file.name: file.read_bytes() for file in (out / "sweep/suggestions").iterdir()}
-    assert 1 <= len(done) < len(tried), "killed with trials in the middle"
+    assert 1 <= len(done) < len(tried), f"killed with trials in the middle: {stderr}"
 
     with unchanged(done):
         found = finish(start(head, sweep))
