@@ -122,18 +122,18 @@ def test_a_trial_that_dies_with_a_shared_pilot_in_its_hands(head: Head, tmp_path
 
 def test_a_proxy_drops_trials_before_they_train(head: Head, tmp_path: Path) -> None:
     """One at a time, as without Ray: the same trials are dropped."""
-    sweep = img2img(tmp_path / "out", samples=6, max_concurrent=1, cpus_per_trial=1, fresh_seeds=0, space={
-        STRENGTH: {"uniform": [0.3, 0.9], "step": 0.1}}, proxies={}, early={"proxy": "fd", "keep": 0.3, "first": 2})
+    sweep = img2img(tmp_path / "out", search="grid", samples=None, max_concurrent=1, fresh_seeds=0, space={
+        STRENGTH: {"grid": [0.7, 0.3, 0.9]}}, proxies={}, early={"proxy": "fd", "keep": 0.3, "first": 2})
     found = finish(start(head, sweep))
     alone = subprocess.run([sys.executable, "-m", "rayexpand", "sweep", str(tmp_path / "out/sweep.yaml"), "--no-ray",
                             "--json", "--set", f"out={tmp_path / 'alone'}"], cwd=ROOT, env=head.env, text=True,
                            capture_output=True, check=True)
-    states = [{one["key"]: one["state"] for one in numbers["trials"]} for numbers in (found, json.loads(alone.stdout))]
+    states = [{one["values"][STRENGTH]: one["state"] for one in numbers["trials"]}
+              for numbers in (found, json.loads(alone.stdout))]
 
     assert found["failed"] == []
-    assert set(states[0].values()) == {"finished", "dropped"}
-    assert states[0] == states[1]
-    assert found["counts"]["dropped"] == found["proxies"]["dropped"] > 0
+    assert states == [{0.7: "finished", 0.3: "finished", 0.9: "dropped"}] * 2, "in this order, 0.9 is worst"
+    assert found["counts"]["dropped"] == found["proxies"]["dropped"] == 1
 
 
 def test_a_stopped_trial_makes_room_within_30_seconds(head: Head, tmp_path: Path) -> None:
