@@ -20,7 +20,8 @@ import pytest
 
 from tests.commands import ROOT
 
-os.environ["RAY_AUTH_MODE"] = "token"  # before ray is imported
+# before ray is imported; with Ray's niceness of 15, workers starve beside other work of the machine
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
 
 
 @dataclass(frozen=True)

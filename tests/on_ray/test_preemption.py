@@ -32,7 +32,7 @@ from tests.on_ray.test_sweep import raw as raw_sweep
 from tests.on_ray.test_train import results, study_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
-STEPS = 800  # of a trial
+STEPS = 2400  # of a trial
 NOWHERE: dict[str, Any] = {"resources": {}, "label_selector": {}}
 ONE = {"backbone_args": {"width": 4}}
 
@@ -44,7 +44,7 @@ def head() -> Iterator[Cluster]:
     ensure_token()
     for left in reversed(range(5)):
         try:
-            made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False,
+            made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False,
                                                                  "object_store_memory": 150_000_000})
             break
         except Exception:
@@ -83,6 +83,11 @@ def workers(node: Any, title: str) -> list[psutil.Process]:
     return found
 
 
+def at_work(cluster: Cluster, title: str) -> Any:
+    """The node where such work is, once it is somewhere."""
+    return until(lambda: next((node for node in cluster.worker_nodes if workers(node, title)), None))
+
+
 def until(done: Callable[[], Any], seconds: float = 300.0) -> Any:
     end = time.monotonic() + seconds
     while not (found := done()):
@@ -99,7 +104,7 @@ def test_expand(cluster: Cluster, make_config: MakeConfig, tmp_path: Path, how: 
     """Shards of 5 s on two nodes. With enough notice the shard in work is finished and nothing is made twice, the actor
     leaves before the node does, and another node is asked for meanwhile; with a short notice what cannot be finished is
     left at once."""
-    reference = hashes(complete(make_config("Sleeping", ratio=15, seconds=0.0, shard_images=20))[0])
+    reference = hashes(complete(make_config("Logged", ratio=15, seconds=0.0, log=os.devnull, shard_images=20))[0])
     going = add(cluster, resources={"sampler": 1})
     add(cluster, resources={"sampler": 1})
     cluster.wait_for_nodes()
@@ -145,21 +150,20 @@ def test_a_trial_keeps_what_it_has(cluster: Cluster, tmp_path: Path, notice: boo
     """It goes on elsewhere from the step it had; a node without notice costs at most an epoch. Neither is a failure."""
     monkeypatch.setattr(train, "TASK_RETRIES", 0)
     study, trials = long_trial(tmp_path)
-    nodes = [cluster.add_node(num_cpus=1, resources={"spot": 1}, object_store_memory=80_000_000)]
+    for _ in range(3):
+        add(cluster)
     cluster.wait_for_nodes()
     failed: list[str] = []
     thread = threading.Thread(target=lambda: failed.extend(train.train_study(study, trials)))
     thread.start()
     kept = tmp_path / "small/checkpoints/original-s0.pt"
     for _ in range(2):
-        until(lambda: workers(nodes[-1], "_train_alone"))
-        before = kept.stat().st_mtime_ns if kept.exists() else 0
+        node, before = at_work(cluster, "_train_alone"), kept.stat().st_mtime_ns if kept.exists() else 0
         until(lambda: kept.exists() and kept.stat().st_mtime_ns > before)  # noqa: B023
-        nodes.append(cluster.add_node(num_cpus=1, object_store_memory=80_000_000))
         if notice:
-            drain(cluster, nodes[-2], 60)
-            until(lambda: not workers(nodes[-2], "_train_alone"))
-        cluster.remove_node(nodes[-2], allow_graceful=False)
+            drain(cluster, node, 60)
+            until(lambda: not workers(node, "_train_alone"))  # noqa: B023
+        cluster.remove_node(node, allow_graceful=False)
     thread.join()
     starts = results(study, trials)["original"]["starts"]
 
@@ -173,7 +177,7 @@ def test_a_trial_whose_process_dies_still_ends(cluster: Cluster, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "TASK_RETRIES", 1)
     study, trials = long_trial(tmp_path)
-    node = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    node = add(cluster)
     cluster.wait_for_nodes()
     failed: list[str] = []
     thread = threading.Thread(target=lambda: failed.extend(train.train_study(study, trials)))
@@ -190,26 +194,25 @@ def test_a_trial_whose_process_dies_still_ends(cluster: Cluster, tmp_path: Path,
 
 def test_a_trial_of_a_sweep_is_restarted_for_every_lost_node(cluster: Cluster, tmp_path: Path,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two nodes without a notice and one with one, and no restart is used up; deaths of its process use them."""
+    """A node without a notice and one with one, and no restart is used up."""
     monkeypatch.setattr(sweep, "RESTARTS", 0)
     config = raw_sweep(tmp_path, samples=1, fresh_seeds=0, cluster={"address": cluster.address})
-    config["study"] |= {"recipe": {"updates": 900, "epochs": 6, "backbone_args": {"width": 4}},
+    config["study"] |= {"recipe": {"updates": STEPS, "epochs": 6, "backbone_args": {"width": 4}},
                         "training": {"device": "cpu"}}
     search = Search(open_sweep(parse_sweep(config), lambda *_: None))
-    node = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    for _ in range(3):
+        add(cluster)
     cluster.wait_for_nodes()
     ended: list[Any] = []
     thread = threading.Thread(target=lambda: ended.append(sweep._tune(search, {"cpu": 1.0}, 1, lambda: None)))
     thread.start()
     for notice in (False, True):
-        until(lambda: workers(node, "ImplicitFunc") and list(tmp_path.rglob("checkpoints/*.pt")))  # noqa: B023
-        time.sleep(2)
-        another = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+        node = at_work(cluster, "ImplicitFunc")
+        until(lambda: list(tmp_path.rglob("checkpoints/*.pt")))
         if notice:
             drain(cluster, node, 60)
             until(lambda: not workers(node, "ImplicitFunc"))  # noqa: B023
         cluster.remove_node(node, allow_graceful=False)
-        node = another
     thread.join()
 
     assert [one["state"] for one in search.results.values()] == ["finished"]
@@ -226,7 +229,7 @@ def waiting(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("how", ["node", "process"])
 def test_workers_are_started_again_for_a_lost_node_only(cluster: Cluster, tmp_path: Path,
                                                         how: str) -> None:
-    node = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    node = add(cluster)
     cluster.wait_for_nodes()
     raised: list[BaseException] = []
 
@@ -245,7 +248,7 @@ def test_workers_are_started_again_for_a_lost_node_only(cluster: Cluster, tmp_pa
         thread.join()
         assert len(raised) == 1
         return
-    another = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    another = add(cluster)
     cluster.remove_node(node, allow_graceful=False)
     until((tmp_path / f"at-{another.node_id}").exists)
     (tmp_path / "over").touch()
@@ -278,7 +281,7 @@ def loading(config: dict[str, Any]) -> None:
 
 def test_workers_train_to_the_end_of_their_node(cluster: Cluster, tmp_path: Path) -> None:
     """A checkpoint at the notice and one shortly before the node goes; between them the loaders feed them on."""
-    node = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    node = add(cluster)
     cluster.wait_for_nodes()
     thread = threading.Thread(target=lambda: train_on_workers(
         loading, {"folder": str(tmp_path)}, workers=1, cpus=1.0, gpus=0.0, where=NOWHERE, name="t",
@@ -290,7 +293,7 @@ def test_workers_train_to_the_end_of_their_node(cluster: Cluster, tmp_path: Path
     until(lambda: time.time() > goes - 1)
     step, at = (tmp_path / "step").read_text().split()
     (tmp_path / "over").touch()
-    another = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    another = add(cluster)
     thread.join()
     told = [float(line) for line in (tmp_path / "told").read_text().split()]
 
