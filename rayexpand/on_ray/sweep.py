@@ -145,9 +145,18 @@ class _Failures(tune.Callback):
         self._deaths: defaultdict[str, Deaths] = defaultdict(partial(Deaths, RESTARTS, raised=True))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        error = trial.get_pickled_error()
+        error = _error_of(trial)
         if not self._deaths[trial.trial_id].forgives(error):
             trial.config[GIVEN_UP] = f"failed {RESTARTS + 1} times, at last with {cause_of(error)}"
+
+
+def _error_of(trial: Any) -> Exception:
+    """What ended a trial just now. `get_pickled_error` of Tune looks where the file of this process is copied later."""
+    if trial.pickled_error_file is None:
+        return tune.TuneError("Tune cannot work with what the trial said")
+    with open(trial.pickled_error_file, "rb") as file:
+        found: Exception = ray.cloudpickle.load(file)
+    return found
 
 
 class _AsTheSearchSays(FIFOScheduler):

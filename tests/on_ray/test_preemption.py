@@ -215,8 +215,8 @@ def test_a_trial_of_a_sweep_is_restarted_for_every_lost_node(cluster: Cluster, t
         cluster.remove_node(node, allow_graceful=False)
     thread.join()
 
-    assert [one["state"] for one in search.results.values()] == ["finished"]
     assert not search.failed
+    assert [one["state"] for one in search.results.values()] == ["finished"]
 
 
 def waiting(config: dict[str, Any]) -> None:
