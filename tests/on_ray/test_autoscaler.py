@@ -46,7 +46,7 @@ def begin(cluster: Autoscaled, verb: str, job: dict[str, Any], folder: Path) -> 
 def until_empty(cluster: Autoscaled, child: subprocess.Popen[str], timeline: Timeline, title: str, done: Any) -> None:
     """To the last node, with the driver still there; then the driver goes."""
     assert child.stdout is not None
-    assert child.stdout.readline() == "returned\n", child.communicate()[1][-2000:]
+    assert "returned\n" in iter(child.stdout.readline, ""), child.communicate()[1][-2000:]  # behind other lines
     timeline.watch(cluster, title, done, lambda: not cluster.nodes())
     timeline.look(cluster, title, done)
     assert child.poll() is None
