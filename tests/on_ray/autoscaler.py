@@ -64,9 +64,9 @@ def autoscaled(nodes: int, idle_s: float = IDLE_S) -> Iterator[Autoscaled]:
         "provider": {"type": "fake_multinode", "disable_node_updaters": True, "disable_launch_config_check": True,
                      "gcs_address": f"127.0.0.1:{port}", "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID,
                      "use_node_id_as_ip": True},
-        "available_node_types": {"head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+        "available_node_types": {"ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
                                  "gpu": {**node, "min_workers": 0, "max_workers": nodes}},
-        "head_node_type": "head", "auth": {}, "file_mounts": {}, "cluster_synced_files": [],
+        "head_node_type": "ray.head.default", "auth": {}, "file_mounts": {}, "cluster_synced_files": [],
         "file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": [], "initialization_commands": [],
         "setup_commands": [], "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
         "worker_start_ray_commands": []}))
