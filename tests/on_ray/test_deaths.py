@@ -97,13 +97,14 @@ def test_trials_of_a_study(ends: dict[str, list[Exception]], attempts: dict[str,
     assert len(heard) == 2, "each trial is done once"
 
 
-def test_a_trial_of_a_sweep_is_given_up_for_its_own_failures_only() -> None:
-    failures, trial = sweep._Failures(), SimpleNamespace(trial_id="t", config={})
+def test_a_trial_of_a_sweep_is_given_up_for_its_own_failures_only(tmp_path: Path) -> None:
+    failures, file = sweep._Failures(), tmp_path / "error.pkl"  # where Tune writes how a trial ended
+    trial = SimpleNamespace(trial_id="t", config={}, pickled_error_file=str(file))
     for error in [*GONE * 3, CRASHED, RAISED, GONE[0], CRASHED]:
-        trial.get_pickled_error = lambda error=error: error
+        file.write_bytes(ray.cloudpickle.dumps(error))
         failures.on_trial_recover(1, [], trial)
     assert trial.config == {}
-    trial.get_pickled_error = lambda: RAISED
+    file.write_bytes(ray.cloudpickle.dumps(RAISED))
     failures.on_trial_recover(1, [], trial)
 
     assert trial.config == {sweep.GIVEN_UP: "failed 4 times, at last with ValueError: wrong"}
