@@ -408,7 +408,7 @@ def test_a_spot_notice_of_the_cloud_reaches_ray(name: str, seconds: str, tmp_pat
     Metadata.looks = 0
     with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        subprocess.run(["/bin/sh", "-c", loop.replace("/tmp/spot-notice.log", f"{tmp_path}/log") + " wait"], check=True,
+        subprocess.run(["/bin/sh", "-c", loop.replace("~/spot-notice.log", f"{tmp_path}/log") + " wait"], check=True,
                        timeout=60, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}",
                                         "METADATA": f"http://127.0.0.1:{server.server_port}"})
         server.shutdown()

@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from rayexpand.contract.errors import three_digits
 from rayexpand.contract.secrets import masked
@@ -93,39 +93,45 @@ class Planned(Result):
         return [f"not yet ready to expand: {one}" for one in self.problems]
 
 
-STAGES = ("stage", "what", "hours", "wall time", "USD", "bytes", "how hours are known")
-
-
 @dataclass(frozen=True)
-class PlannedFit(Result):
-    """What a fit file would make and cost by artifact (runs.stages.Stages), and what still keeps it from starting."""
-
-    costs: Any
-    problems: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.costs.to_json(), "problems": self.problems}
-
-    def table(self) -> Table:
-        return STAGES, self.costs.table()
-
-    def below(self) -> list[str]:
-        return [f"not yet ready to fit: {one}" for one in self.problems]
-
-
-@dataclass(frozen=True)
-class PlannedStudy(Result):
-    """What a study would train and cost by stage, which difference it can show (studies.plan.StudyPlan), and what still
-    keeps it from starting."""
+class PlannedStages(Result):
+    """What a file would make and cost by stage, and what still keeps it from starting."""
 
     plan: Any
     problems: list[str]
+    verb: ClassVar[str]
+
+    @property
+    def costs(self) -> Any:
+        """runs.stages.Stages."""
+        return self.plan.costs
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.plan.to_json(), "problems": self.problems}
 
     def table(self) -> Table:
-        return STAGES, self.plan.costs.table()
+        return ("stage", "what", "hours", "wall time", "USD", "bytes", "how hours are known"), self.costs.table()
+
+    def below(self) -> list[str]:
+        return [f"not yet ready to {self.verb}: {one}" for one in self.problems]
+
+
+@dataclass(frozen=True)
+class PlannedFit(PlannedStages):
+    """Artifacts. `plan` is a runs.stages.Stages."""
+
+    verb: ClassVar[str] = "fit"
+
+    @property
+    def costs(self) -> Any:
+        return self.plan
+
+
+@dataclass(frozen=True)
+class PlannedStudy(PlannedStages):
+    """Fits, expansions, trainings, and which difference they can show. `plan` is a studies.plan.StudyPlan."""
+
+    verb: ClassVar[str] = "train"
 
     def below(self) -> list[str]:
         found = self.plan
@@ -133,24 +139,17 @@ class PlannedStudy(Result):
         done = f"; {found.done:,} are done" if found.done else ""
         return [f"arms: {', '.join(found.arms)}; seeds: {', '.join(map(str, found.seeds))}",
                 f"trainings: {found.trainings:,}{controls}{done}", f"study: {found.sees['sentence']}",
-                *(f"not yet ready to train: {one}" for one in self.problems)]
+                *super().below()]
 
 
 @dataclass(frozen=True)
-class PlannedSweep(Result):
-    """Trials, epochs and costs of a sweep (studies.sweep.plan.SweepPlan), and what still keeps it from starting."""
+class PlannedSweep(PlannedStages):
+    """Trials and epochs. `plan` is a studies.sweep.plan.SweepPlan."""
 
-    plan: Any
-    problems: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.plan.to_json(), "problems": self.problems}
-
-    def table(self) -> Table:
-        return STAGES, self.plan.costs.table()
+    verb: ClassVar[str] = "sweep"
 
     def below(self) -> list[str]:
-        return [f"sweep: {self.plan.sentence}", *(f"not yet ready to sweep: {one}" for one in self.problems)]
+        return [f"sweep: {self.plan.sentence}", *super().below()]
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import StorageError, UsageError, looked_at, three_digits
-from rayexpand.runs.status import driver_lines, duration
+from rayexpand.runs.status import FolderStatus, driver_lines, duration
 from rayexpand.storage.heartbeats import DriverSeen, drivers_in
 from rayexpand.storage.places import is_url, open_files
 from rayexpand.storage.position import read_position
@@ -45,18 +45,15 @@ class FitPart:
 
 
 @dataclass(frozen=True, slots=True)
-class FitStatus:
+class FitStatus(FolderStatus):
     """One look at the artifacts of a folder; all fits that make artifacts there share it."""
 
+    kind: ClassVar[str] = "fit"
     name: str
     folder: str
     parts: tuple[FitPart, ...]
     drivers: tuple[DriverSeen, ...] = ()
     problems: tuple[str, ...] = ()
-
-    @property
-    def kind(self) -> str:
-        return "fit"
 
     @property
     def complete(self) -> bool:
@@ -69,8 +66,7 @@ class FitStatus:
         return next((one.eta_seconds for one in self.parts if one.eta_seconds is not None), None)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, **asdict(self), "complete": self.complete, "eta_seconds": self.eta_seconds,
-                "drivers": [one.to_json() for one in self.drivers], "problems": list(self.problems)}
+        return {**FolderStatus.to_json(self), "eta_seconds": self.eta_seconds}
 
     def table(self) -> list[tuple[str, str]]:
         return [*((one.folder, one.words) for one in self.parts), *driver_lines(self.drivers, self.problems)]

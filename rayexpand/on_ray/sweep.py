@@ -152,10 +152,14 @@ class _Failures(tune.Callback):
 
 def _error_of(trial: Any) -> Exception:
     """What ended a trial just now. `get_pickled_error` of Tune looks where the file of this process is copied later."""
-    if trial.pickled_error_file is None:
+    place = trial.pickled_error_file
+    if place is None or not os.path.exists(place):
         return tune.TuneError("Tune cannot work with what the trial said")
-    with open(trial.pickled_error_file, "rb") as file:
+    with open(place, "rb") as file:
+        if os.fstat(file.fileno()).st_uid != os.getuid():  # Ray's folder of a cluster may be open to other users
+            return tune.TuneError(f"{place} was not written by this user, so what ended the trial is not known")
         found: Exception = ray.cloudpickle.load(file)
+    os.remove(place)  # it is of this failure only
     return found
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -76,10 +76,31 @@ class RunView:
         return [(json.loads(stack), shards) for stack, shards in counts.most_common()]
 
 
+class FolderStatus:
+    """One look at what a folder holds; subclasses are dataclasses with these fields and their own."""
+
+    __slots__ = ()
+    kind: ClassVar[str]
+    name: str
+    folder: str
+    drivers: tuple[DriverSeen, ...]  # that work in the folder, or did last
+    problems: tuple[str, ...]  # files that are damaged; what they held is not counted
+
+    @property
+    def complete(self) -> bool:
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        fields = asdict(self)  # type: ignore[call-overload]
+        return {"kind": self.kind, **fields, "complete": self.complete,
+                "drivers": [one.to_json() for one in self.drivers], "problems": list(self.problems)}
+
+
 @dataclass(frozen=True, slots=True)
-class RunStatus:
+class RunStatus(FolderStatus):
     """One look at a run; planned = kept + rejected + failed + pending."""
 
+    kind: ClassVar[str] = "run"
     name: str
     folder: str
     run_digest: str
@@ -98,21 +119,13 @@ class RunStatus:
     attempts: int
     processes: int  # sampler processes alive on this host
     mixed_stacks: bool  # shards were made on different stacks, so the reproducibility promise does not span them
-    drivers: tuple[DriverSeen, ...] = ()  # that work in the folder, or did last
-    problems: tuple[str, ...] = ()  # files that are damaged; what they held is not counted
+    drivers: tuple[DriverSeen, ...] = ()
+    problems: tuple[str, ...] = ()
     history: tuple[tuple[str, str], ...] = ()  # see `history`
-
-    @property
-    def kind(self) -> str:
-        return "run"
 
     @property
     def complete(self) -> bool:
         return self.pending == 0
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, **asdict(self), "complete": self.complete,
-                "drivers": [one.to_json() for one in self.drivers], "problems": list(self.problems)}
 
     def table(self) -> list[tuple[str, str]]:
         """(label, value) lines for people."""

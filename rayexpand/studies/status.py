@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rayexpand.contract.errors import DamagedFile, RayexpandError, UsageError, looked_at
 from rayexpand.fitting.maker import ARTIFACTS
 from rayexpand.fitting.status import FitStatus, read_fits
-from rayexpand.runs.status import RunStatus, driver_lines, duration, read_status
+from rayexpand.runs.status import FolderStatus, RunStatus, driver_lines, duration, read_status
 from rayexpand.storage.files import Files, each
 from rayexpand.storage.heartbeats import DriverSeen, drivers_in
 from rayexpand.storage.places import is_url, open_files
@@ -44,9 +44,10 @@ class RunStage:
 
 
 @dataclass(frozen=True, slots=True)
-class StudyStatus:
+class StudyStatus(FolderStatus):
     """One look at a study; trials = done + running + failed + pending."""
 
+    kind: ClassVar[str] = "study"
     name: str
     folder: str
     fits: FitStatus | None
@@ -62,10 +63,6 @@ class StudyStatus:
     problems: tuple[str, ...] = ()
 
     @property
-    def kind(self) -> str:
-        return "study"
-
-    @property
     def pending(self) -> int:
         return self.trials - self.done - self.running - self.failed
 
@@ -74,11 +71,10 @@ class StudyStatus:
         return self.trials_are_final and self.done == self.trials and all(one.complete for one in self.runs)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, **asdict(self), "pending": self.pending, "complete": self.complete,
+        return {**FolderStatus.to_json(self), "pending": self.pending,
                 "fits": None if self.fits is None else self.fits.to_json(),
                 "runs": [{"name": one.name, "problem": one.problem, "complete": one.complete,
-                          "status": None if one.status is None else one.status.to_json()} for one in self.runs],
-                "drivers": [one.to_json() for one in self.drivers], "problems": list(self.problems)}
+                          "status": None if one.status is None else one.status.to_json()} for one in self.runs]}
 
     def table(self) -> list[tuple[str, str]]:
         fits = () if self.fits is None else self.fits.parts

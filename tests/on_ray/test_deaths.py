@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import ray
 import ray.train
+import ray.tune
 from ray.exceptions import ActorUnavailableError, NodeDiedError, RayTaskError, WorkerCrashedError
 
 from rayexpand.contract.errors import Interrupted, Preempted
@@ -104,6 +105,8 @@ def test_a_trial_of_a_sweep_is_given_up_for_its_own_failures_only(tmp_path: Path
         file.write_bytes(ray.cloudpickle.dumps(error))
         failures.on_trial_recover(1, [], trial)
     assert trial.config == {}
+    assert not file.exists(), "the next failure is not judged by this one"
+    assert type(sweep._error_of(trial)) is ray.tune.TuneError
     file.write_bytes(ray.cloudpickle.dumps(RAISED))
     failures.on_trial_recover(1, [], trial)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rayexpand.contract.errors import DamagedFile
-from rayexpand.runs.status import driver_lines, duration
+from rayexpand.runs.status import FolderStatus, driver_lines, duration
 from rayexpand.storage.files import each
 from rayexpand.storage.heartbeats import DriverSeen, drivers_in
 from rayexpand.storage.tables import read_json
@@ -21,10 +21,11 @@ from rayexpand.studies.sweep.sweep import best_of, read_test, scores_again, swee
 
 
 @dataclass(frozen=True, slots=True)
-class SweepStatus:
+class SweepStatus(FolderStatus):
     """One look at a sweep; suggestions = decided + running + failed + pending. Suggestions that are equal are one
     trial, so there may be fewer trials than are decided."""
 
+    kind: ClassVar[str] = "sweep"
     name: str
     folder: str
     suggestions: int
@@ -40,16 +41,8 @@ class SweepStatus:
     problems: tuple[str, ...] = ()
 
     @property
-    def kind(self) -> str:
-        return "sweep"
-
-    @property
     def complete(self) -> bool:
         return not (self.running or self.failed or self.pending) and self.scored_again is not False
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, **asdict(self), "complete": self.complete,
-                "drivers": [one.to_json() for one in self.drivers], "problems": list(self.problems)}
 
     def table(self) -> list[tuple[str, str]]:
         states = "".join(f", {count:,} {state}" for state, count in self.trials.items())

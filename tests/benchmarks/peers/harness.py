@@ -195,7 +195,7 @@ def _become(peer: Peer, task: Task, out: Path, ray: str) -> None:
 
         traceback.print_exc()
     finally:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(OSError, ValueError):  # a log that is full or closed
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.tune.schedulers import ASHAScheduler
 
 from rayexpand.studies.sweep.config import AshaConfig
 from rayexpand.studies.sweep.halving import Halving
@@ -14,8 +15,7 @@ from rayexpand.studies.sweep.halving import Halving
 
 @pytest.mark.parametrize(("grace", "factor", "epochs"), [(1, 3, 30), (2, 2, 8), (4, 4, 4), (1, 1.5, 12), (3, 2, 100)])
 def test_it_stops_what_ray_tune_stops(grace: int, factor: float, epochs: int) -> None:
-    schedulers = pytest.importorskip("ray.tune.schedulers")
-    theirs = schedulers.ASHAScheduler("epoch", "score", "max", max_t=epochs, grace_period=grace,
+    theirs = ASHAScheduler("epoch", "score", "max", max_t=epochs, grace_period=grace,
                                       reduction_factor=factor)
     ours = Halving(AshaConfig(grace=grace, reduction_factor=factor), epochs)
     rng, nobody = np.random.default_rng(1), None
