@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rayexpand.api.cluster import submit
     from rayexpand.api.folders import AuditFolder, RunFolder, StudyFolder, SweepFolder, open
     from rayexpand.api.results import (
         Artifact,
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
         Event,
         Planned,
         PlannedFit,
-    PlannedStudy,
-    PlannedSweep,
+        PlannedStudy,
+        PlannedSweep,
         Scores,
         Selected,
     )
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
         fit,
         plan,
         select,
-        submit,
         sweep,
         train,
         validate,

@@ -9,6 +9,7 @@ committed stays, and the same call continues. Nothing here prints, exits, redire
 changes the folder. Errors are RayexpandError with `.exit_code`.
 """
 
+from rayexpand.api.cluster import cluster_jobs, follow, rayjob, stop, submit
 from rayexpand.api.endpoint import serve_metrics
 from rayexpand.api.files import first_file, job_files, job_text, jobs_named_by, schema, write_new
 from rayexpand.api.folders import AuditFolder, RunFolder, StudyFolder, SweepFolder, open
@@ -33,22 +34,17 @@ from rayexpand.api.verbs import (
     audit,
     bench,
     check_marks,
-    cluster_jobs,
     convert,
     dataset,
     demo,
     evaluate,
     expand,
     fit,
-    follow,
     plan,
     prepare_data,
     published_sets,
-    rayjob,
     report,
     select,
-    stop,
-    submit,
     sweep,
     train,
     validate,

@@ -106,7 +106,7 @@ def test_a_folder_is_asked_for_by_its_path_everywhere(tree: Path) -> None:
 def test_a_machine_file_counts_and_is_named_where_the_job_finds_it(tree: Path) -> None:
     file = write("birds.yaml", {**BIRDS, "data": {"source": "digits"}})
     machine = write("../gpus.yaml", {"cluster": {"actors": 3}, "device": "cuda"})
-    order = api.verbs._asked(file, "", ["cluster.actors=4"], machine, ())
+    order = api.cluster._asked(file, "", ["cluster.actors=4"], machine, ())
 
     assert (order.verb, order.raw["cluster"], order.raw["prior"]["device"]) == ("expand", {"actors": 4}, "cuda")
     assert order.arguments("birds.yaml", "job/1/gpus.yaml") == [
