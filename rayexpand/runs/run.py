@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,12 @@ from rayexpand.runs.store import (
     first_look,
     new_attempt,
     read_facts,
+    step_name,
     totals,
 )
 from rayexpand.storage.files import FOLDERS, Files, process_token
 from rayexpand.storage.places import is_url, open_files
-from rayexpand.storage.tables import create_once, sealed
+from rayexpand.storage.tables import create_once, read_json, sealed
 
 log = logging.getLogger(__name__)
 
@@ -346,7 +347,7 @@ def _grow(config: RunConfig, files: Files, wanted: Plan, models: dict[str, str],
                  "adopted": {one.data_file: one.content_sha256[:SHORT] for one in committed}}
         write_plan(plan, files, grown["plan"])
         files.make_folder("grown")
-        if files.publish(name := f"grown/{len(grown['grown']):04d}.json", sealed(name, grown), "grown"):
+        if files.publish(name := step_name(len(grown["grown"])), sealed(name, grown), "grown"):
             return plan
 
 
@@ -612,7 +613,7 @@ def _open(config: RunConfig, files: Files, models: dict[str, str], plan: Plan | 
 
 def _may_grow(changed: Sequence[str]) -> str:
     """What else can be done where a run would have other samples, but each be what it is."""
-    if all(line.partition(": ")[0] in GROWS for line in changed):
+    if all(line.startswith(tuple(f"{name}{end}" for name in GROWS for end in (":", "."))) for line in changed):
         return "; or, where it is to have more samples, say grow: true."
     return "."
 
@@ -647,6 +648,18 @@ def _read_plan(config: RunConfig, files: Files, facts: dict[str, Any]) -> Plan:
     return plan
 
 
+def plan_before(files: Files, facts: Mapping[str, Any], number: int) -> Plan:
+    """The plan that a run had after it had grown so many times. `facts`: what it states now. Raises DamagedFile."""
+    step, name = facts["grown"][number], step_name(number)
+    then = read_json(files, name)
+    if then is None or then.get("run_digest") != step["run_digest"]:
+        raise DamagedFile(f"{name}: is not what the run has grown from")
+    plan = read_plan(parse(then["config"], name), files, step["plan"], step["plan_digest"])
+    if plan is None:
+        raise DamagedFile(f"{step['plan']}: is gone, so that nothing says what the smaller run planned")
+    return plan
+
+
 def _healed_plan(config: RunConfig, files: Files) -> Plan | None:
     """The plan of a run, written anew where it is damaged and its dataset still gives the same one; None where that
     cannot be known."""
@@ -655,9 +668,8 @@ def _healed_plan(config: RunConfig, files: Files) -> Plan | None:
         return _read_plan(config, files, facts)
     with contextlib.suppress(SeedDataError):
         plan = make_plan(seeds.build_index(config.data), config)
-        for step in facts.get("grown", [])[-1:]:
-            if (before := read_plan(config, files, step["plan"], step["plan_digest"])) is not None:
-                plan = grown_plan(before, plan, config.sampler.shard_images)
+        if "grown" in facts:
+            plan = grown_plan(plan_before(files, facts, len(facts["grown"]) - 1), plan, config.sampler.shard_images)
         if plan_digest(plan) == facts["plan_digest"]:
             write_plan(plan, files, facts["plan"])
             log.warning("%s/%s was damaged and has been made again from the dataset", files.root, facts["plan"])

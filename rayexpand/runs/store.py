@@ -84,8 +84,13 @@ def first_look(files: Files, name: str = "run.json") -> bytes | None:
 
 def facts_name(files: Files) -> str:
     """The file that says what a run is: run.json, or the last one of grown/."""
-    steps = sorted(name for name in files.list("grown") if re.fullmatch(r"\d{4,}\.json", name))
-    return f"grown/{steps[-1]}" if steps else "run.json"
+    steps = [int(name[:-5]) for name in files.list("grown") if re.fullmatch(r"\d{4,}\.json", name)]
+    return step_name(max(steps, default=0))
+
+
+def step_name(number: int) -> str:
+    """The file that says what a run is after it has grown so many times."""
+    return f"grown/{number:04d}.json" if number else "run.json"
 
 
 def adopted_digests(facts: Mapping[str, Any]) -> dict[str, int]:

@@ -17,10 +17,10 @@ from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import DRAW_FIELDS, Draw, Receipt, Status, sample_sha256
 from rayexpand.runs.allocation import allocated
 from rayexpand.runs.growth import portion_problems
-from rayexpand.runs.plan import plan_digest, read_plan
-from rayexpand.runs.run import Run
+from rayexpand.runs.plan import plan_digest
+from rayexpand.runs.run import Run, plan_before
 from rayexpand.runs.store import MAKE_AGAIN, Store, Totals, content_sha256, data_name, parse_data_name, totals
-from rayexpand.storage.tables import read_json, read_table
+from rayexpand.storage.tables import read_table
 
 _NO_IDS = pa.array([], pa.string())
 
@@ -104,15 +104,15 @@ def _plan_problems(run: Run) -> list[str]:
 
 def _growth_problems(run: Run) -> list[str]:
     """Of a run that has grown: whether each step follows from the one before."""
-    problems, names = [], ["run.json", *sorted(f"grown/{name}" for name in run.files.list("grown"))]
-    for name, step in zip(names, run.facts.get("grown", []), strict=False):
-        if (read_json(run.files, name) or {}).get("run_digest") != step["run_digest"]:
-            problems.append(f"{name}: is not what the run has grown from. Restore it from a copy")
-        before = read_plan(run.config, run.files, step["plan"], step["plan_digest"])
-        if before is None:
-            problems.append(f"{step['plan']}: is gone, so that nothing says what the smaller run planned. Restore it "
-                            "from a copy; no data file is at fault")
-        elif step is run.facts["grown"][-1]:
+    problems, steps = list[str](), len(run.facts.get("grown", ()))
+    for number in range(steps):
+        try:
+            before = plan_before(run.files, run.facts, number)
+        except DamagedFile as error:
+            problems.append(f"{str(error).replace(f'{run.files.root}/', '')}. Restore it from a copy; no data file is "
+                            "at fault")
+            continue
+        if number == steps - 1:
             problems += [f"{run.facts['plan']}/parts.parquet: {one}. Restore it from a copy"
                          for one in portion_problems(run.plan, before)]
     return problems

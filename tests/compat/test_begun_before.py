@@ -119,6 +119,17 @@ def test_half_a_run_is_continued_to_the_samples_it_would_have_had(unpack: Unpack
     assert len(list((project / "runs/digits/attempts").iterdir())) == 2
 
 
+def test_a_run_grows(unpack: Unpack) -> None:
+    project = unpack("runs")
+    before = look(project, "runs/digits/run.json", "runs/digits/plan/**/*", "runs/digits/data/*")
+
+    summary = done("expand", "digits.yaml", "--set", "grow=true", "--set", "method.ratio=3")
+
+    assert (summary["kept"], summary["pending"]) == (60, 0)
+    assert done("verify", "runs/digits")["problems"] == []
+    assert_kept(project, before)
+
+
 def test_a_run_from_the_beginning_has_the_digests_and_samples_it_had(unpack: Unpack) -> None:
     project = unpack("runs")
     shutil.rmtree(project / "runs/digits")

@@ -206,6 +206,9 @@ def test_without_the_word_a_larger_run_is_another_run(make: Make) -> None:
     complete(make("run", ratio=2))
     with pytest.raises(DigestMismatch, match="say grow: true"):
         runs.prepare(make("run", ratio=3, sections={"grow": False}))
+    complete(make("dealt", ratio=2, sections={"allocate": {"rule": "equal"}}))
+    with pytest.raises(DigestMismatch, match=r"allocate\.floor: .*\n.*say grow: true"):
+        runs.prepare(make("dealt", ratio=2, sections={"grow": False, "allocate": {"rule": "equal", "floor": 0.5}}))
     with pytest.raises(DigestMismatch) as raised:
         runs.prepare(make("run", ratio=3, sections={"grow": False, "seed": 4}))
     assert "grow: true" not in str(raised.value)
@@ -316,6 +319,9 @@ def test_verify_names_what_a_grown_run_has_lost(grown: runs.Run, make: Make, tmp
 
     (folder / "run.json").write_bytes(sealed("run.json", other.facts))
     assert [one.partition(":")[0] for one in told()] == ["run.json"]
+    (folder / "run.json").write_text("{}")
+    (folder / "data" / name).write_bytes(kept[:100])
+    assert [one.partition(":")[0] for one in told()] == ["run.json", f"data/{name}"], "the rest is looked at"
 
 
 def test_a_method_that_draws_by_row_is_refused(make: Make) -> None:
