@@ -146,7 +146,8 @@ class Heartbeat:
         self._said: dict[str, Any] = {
             "verb": verb, "name": name, "host": socket.gethostname(), "pid": os.getpid(), "token": process_token(),
             "attempt": attempt, "started": clock(), "version": __version__}
-        self._lock, self._ended, self._news = threading.Lock(), threading.Event(), threading.Event()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._ended, self._news = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
         self._begun = self._warned = False
 
@@ -174,8 +175,8 @@ class Heartbeat:
         try:
             yield
         finally:
-            self._folders.remove(files)
-            with self._guarded():
+            with self._writing, self._guarded():  # nothing is written after it
+                self._folders.remove(files)
                 files.delete(_file(Beat(**self._said, time=0.0)))
 
     def __enter__(self) -> Heartbeat:
@@ -233,8 +234,9 @@ class Heartbeat:
     def _write(self, files: Files) -> None:
         with self._lock:
             beat = Beat(**self._said, time=self._clock())
-        with self._guarded():
-            replace_json(files, _file(beat), asdict(beat))
+        with self._writing, self._guarded():
+            if files in self._folders:
+                replace_json(files, _file(beat), asdict(beat))
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:

@@ -4,9 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,6 +134,24 @@ def test_the_run_of_a_study_has_the_heartbeat_of_the_study(tmp_path: Path) -> No
         with heart.also_in(run):
             assert drivers_in(run, [])[0].beat.verb == "train"
         assert drivers_in(run, []) == []
+
+
+def test_a_heartbeat_on_its_way_does_not_outlive_the_run_of_a_study(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left behind, it would say for ever that the driver of this run went silent."""
+    study, run = LocalFiles(tmp_path / "study"), LocalFiles(tmp_path / "study/runs/a-0")
+    on_its_way, replace = threading.Event(), run.replace
+
+    def slow(*arguments: Any, **more: Any) -> None:
+        on_its_way.set()
+        time.sleep(0.3)
+        replace(*arguments, **more)
+
+    with Heartbeat(study, "train", "study") as heart, heart.also_in(run):
+        monkeypatch.setattr(run, "replace", slow)
+        heart.say("expanding a-0", 0, 8)
+        assert on_its_way.wait(30)
+    assert drivers_in(run, []) == []
 
 
 def test_damaged_files_are_said(tmp_path: Path) -> None:
