@@ -29,7 +29,7 @@ from rayexpand.runs.allocation import dealt_facts, dealt_words
 from rayexpand.runs.config import MODELS
 from rayexpand.runs.cut_prompts import CutPrompts, cut_prompts
 from rayexpand.runs.fleet_hours import GPU, PROCESS, Hours, fleet_of, hours_of, price_of, spread
-from rayexpand.runs.plan import make_plan, planned_copies
+from rayexpand.runs.plan import MAX_SHARDS, make_plan, planned_copies
 from rayexpand.runs.status import shard_seconds
 from rayexpand.runs.work import cost_of_run, image_work, peak_tflops
 
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 BYTES_PER_PIXEL = {"png": 2.3, "jpeg": 0.65}
 ROW_BYTES = 40  # provenance columns after compression, mostly the sample's hash
 JPEG_QUALITY = 95
-MOST_SHARDS = 200_000
 SIZES = (1 / 16, 1 / 4, 1, 4)  # shares of sampler.shard_images that are tried, to say which finishes soonest
 DIGITS_SIDE = 16  # pixels, the embedded prior
 ASSUMED_SIDE = 512  # pixels, a prior whose own size is unknown before it is loaded
@@ -125,11 +124,12 @@ def estimate_config(config: RunConfig, measured: Measured | None = None) -> Esti
     without it, or where the number of samples depends on classes that are not told, the SeedDataError of the listing is
     raised.
     """
-    rng, few_seeds, found, dataset = PlanRng(config.seed, config.method.name), _Few(None, 0), None, None
+    rng, few_seeds, plan, found, dataset = PlanRng(config.seed, config.method.name), _Few(None, 0), None, None, None
     try:
         index, dataset = seed_io.surveyed(config.data)
         with contextlib.suppress(UsageError):  # preflight says what is wrong
-            found = cut_prompts(make_plan(index, config), config, present(config.prior.weights))
+            plan = make_plan(index, config)
+            found = cut_prompts(plan, config, present(config.prior.weights))
         few_seeds = _few(config, index)
     except SeedDataError as unlisted:
         try:
@@ -140,7 +140,7 @@ def estimate_config(config: RunConfig, measured: Measured | None = None) -> Esti
         if config.estimate.seeds is None or by_class:
             raise
         index = stand_in(config.estimate.seeds, config.estimate.classes or 1)
-    copies, _ = planned_copies(index, config)
+    copies = planned_copies(index, config)[0] if plan is None else plan.copies
     planned = int(copies.sum(dtype=np.int64))
     made = estimate(config, seeds=len(index), planned=planned, measured=measured,
                     side=few_seeds.side if image_side(config)[0] is None else None, seed_bytes=few_seeds.bytes,
@@ -309,7 +309,7 @@ def _best_size(config: RunConfig, planned: int, rate: float, now: float) -> tupl
     sizes = {max(config.sampler.batch, round(config.sampler.shard_images * share)) for share in SIZES}
     ends = {size: now if size == config.sampler.shard_images else (
         _hours(config, planned, shards, rate).wall_hours or 0.0)
-        for size in sizes if (shards := -(-planned // size)) <= MOST_SHARDS}
+        for size in sizes if (shards := -(-planned // size)) <= MAX_SHARDS}
     return min(ends.items(), key=lambda one: (one[1], -one[0])) if ends else (config.sampler.shard_images, math.inf)
 
 

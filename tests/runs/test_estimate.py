@@ -24,6 +24,7 @@ from rayexpand.runs.estimate import (
     measure,
 )
 from rayexpand.runs.fleet_hours import SHARD_S, SPREAD
+from rayexpand.runs.plan import MAX_SHARDS
 from rayexpand.runs.status import view_run
 from rayexpand.storage.tables import parquet_bytes
 from tests.runfolder import Builder, png
@@ -70,6 +71,9 @@ def test_a_shard_size_that_ends_sooner_is_named() -> None:
     assert "with sampler.shard_images=225 it would end after" in large.notes["shards"]
     fine = estimate(job(estimate=settings, sampler={"shard_images": 225}), seeds=14_400, planned=14_400)
     assert "it would end" not in fine.notes["shards"]
+    many = estimate(job(estimate=settings, sampler={"shard_images": 1000}), seeds=13_000_000, planned=13_000_000)
+    assert many.best_shard_images is not None
+    assert 13_000_000 / many.best_shard_images <= MAX_SHARDS, "a plan of more shards is refused"
 
 
 @pytest.mark.parametrize(("fields", "unit"), [
