@@ -188,10 +188,9 @@ def _of_share(allocate: Allocate, labels: np.ndarray, column: Mapping[str, np.nd
     value, then = (column["margin"], key) if allocate.rule == "margin" else (column["speed"], column["p_label"])
     group = labels if allocate.per == "class" else np.zeros(len(labels), np.int64)
     most = np.maximum(np.rint(allocate.share * np.bincount(group)), 1)
-    order = np.lexsort((key, then, value, group))
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order)) - np.searchsorted(group[order], group[order])
-    return (rank < most[group]).astype(np.float64)
+    place = np.empty(len(group), np.int64)
+    place[np.lexsort((key, then, value))] = np.arange(len(group))
+    return (rank_in_class(group, place) < most[group]).astype(np.float64)
 
 
 def _per_class(labels: np.ndarray, base_N: np.ndarray, index: SeedIndex) -> np.ndarray:

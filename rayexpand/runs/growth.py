@@ -31,9 +31,7 @@ COMPARED = 2_000  # seeds whose draws are compared one by one
 
 def grown_plan(before: Plan, wanted: Plan, shard_images: int) -> Plan:
     """`wanted` with the shards and rows of `before` as they are, and the rest in shards behind them."""
-    seed = _places(before, wanted)
-    had = np.zeros(len(wanted.index), np.int64)
-    had[seed[before.copies > 0]] = before.copies[before.copies > 0]
+    seed, had = _places(before, wanted), _had(before, wanted)
     rest = wanted.copies - had
     more = np.flatnonzero(rest > 0)
     old = Portions(*(values[before.parts.copies > 0] for values in before.parts))
@@ -51,10 +49,14 @@ def grown_plan(before: Plan, wanted: Plan, shard_images: int) -> Plan:
 
 def adds(before: Plan, wanted: Plan) -> bool:
     """Whether a plan has a sample that a smaller one has not."""
-    place = _places(before, wanted)
-    had = np.zeros(len(wanted.index), np.int64)
+    return bool((wanted.copies > _had(before, wanted)).any())
+
+
+def _had(before: Plan, wanted: Plan) -> np.ndarray:
+    """int64: copies that the seeds of `wanted` have in `before`."""
+    place, had = _places(before, wanted), np.zeros(len(wanted.index), np.int64)
     had[place[place >= 0]] = before.copies[place >= 0]
-    return bool((wanted.copies > had).any())
+    return had
 
 
 def growth_problems(before: Plan, wanted: Plan, then: Mapping[str, Any], now: Mapping[str, Any],

@@ -7,7 +7,7 @@ Where nothing is known of a stage, it says what would tell, its hours are unknow
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -189,6 +189,5 @@ def _interval(ends: Sequence[float | None] | None) -> list[float | None] | None:
     """As JSON: [least, most]; hours that never end are null."""
     if not ends or None in ends:
         return None
-    found: Callable[[float], float | None] = lambda value: None if math.isinf(value) else value  # noqa: E731
     values = sorted(one for one in ends if one is not None)
-    return [found(values[0]), found(values[-1])]
+    return [None if math.isinf(one) else one for one in (values[0], values[-1])]
