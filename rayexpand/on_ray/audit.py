@@ -20,7 +20,7 @@ import ray
 from rayexpand.contract.errors import packed, unpacked
 from rayexpand.evaluation.copy_extractor import files_of, moved
 from rayexpand.evaluation.copy_search import CompareChunk, ComparedSeeds, CopyFinder, CopyJob
-from rayexpand.on_ray.pool import choose_pool, connected, enter, waves
+from rayexpand.on_ray.pool import at_driver, choose_pool, connected, ending, enter, waves
 from rayexpand.on_ray.stage import local, open_model_server, run_models, with_local_models
 from rayexpand.runs.config import ClusterConfig
 from rayexpand.runs.run import Run, open_run
@@ -36,16 +36,16 @@ def find(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds | No
         pool = choose_pool(cluster.at("judge"), job.config.extractor.device)
         run = open_run(job.run)
         prior = {part: sha256 for part, sha256 in run.facts["models"].items() if part in _DRAWN_BY}
-        server = open_model_server({job.extractor_sha256: files_of(job.config.extractor),
-                                    **run_models(run.config, prior)})
+        models = {job.extractor_sha256: files_of(job.config.extractor), **run_models(run.config, prior)}
         shared, all_chunks = _shared(found), ray.put(list(chunks))
-        for start, wave in waves(range(len(chunks))):
-            items = [{"number": number} for number in range(start, start + len(wave))]
-            arguments = {"job": job, "chunks": [all_chunks], "found": [shared], "prior": prior, "server": server}
-            for row in pool.map(items, FindActor, arguments).iter_rows():
-                if row["fault"]:
-                    raise unpacked(row["fault"])
-                yield int(row["number"]), pa.ipc.open_stream(row["table"]).read_all()
+        with ending(open_model_server(models)) as server:
+            for start, wave in waves(range(len(chunks))):
+                items = [{"number": number} for number in range(start, start + len(wave))]
+                arguments = {"job": job, "chunks": [all_chunks], "found": [shared], "prior": prior, "server": server}
+                for row in pool.map(items, FindActor, arguments).iter_rows():
+                    if row["fault"]:
+                        raise unpacked(row["fault"])
+                    yield int(row["number"]), pa.ipc.open_stream(row["table"]).read_all()
 
 
 _DRAWN_BY = ("prior", "adapter")  # models of the run that make known copies
@@ -53,8 +53,7 @@ _DRAWN_BY = ("prior", "adapter")  # models of the run that make known copies
 
 def _shared(found: ComparedSeeds | None) -> ray.ObjectRef:
     """The seeds in the object store. A process beside the driver puts them there, so that the driver holds none."""
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    return ray.put(None) if found is None else _loaded.options(label_selector=here).remote(found)
+    return ray.put(None) if found is None else _loaded.options(scheduling_strategy=at_driver()).remote(found)
 
 
 @ray.remote(num_cpus=0)

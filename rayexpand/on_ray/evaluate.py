@@ -31,7 +31,7 @@ from rayexpand.evaluation.features import Extractor, ExtractorConfig, ImageBatch
 from rayexpand.evaluation.intake import IntakeConfig
 from rayexpand.evaluation.moments import Moments
 from rayexpand.evaluation.sides import Side
-from rayexpand.on_ray.pool import Pool, choose_pool, connected, enter, waves
+from rayexpand.on_ray.pool import Pool, choose_pool, connected, ending, enter, waves
 from rayexpand.on_ray.stage import local, open_model_server
 
 Row = dict[str, list[Any]]
@@ -45,19 +45,20 @@ def extract(config: EvaluateConfig, sha256: str, sides: Sequence[Side], on_rows:
         pool = choose_pool(config.cluster.at("judge"), config.extractor.device)
         pool = replace(pool, actors=min(pool.actors, max(1, len(spans))))
         settings = {"config": config, "sha256": sha256, "sides": [side.alone() for side in sides],
-                    "server": open_model_server({sha256: extractor_model(config.extractor)}),
                     "readers": _readers(pool)}
         gathered = [Gathered(side) for side in sides]
         done = 0
-        for _, wave in waves(spans):
-            for row in pool.map([_item(sides, *one) for one in wave], ExtractActor, settings, in_flight=1).iter_rows():
-                if row["fault"]:
-                    raise unpacked(row["fault"])
-                part = _unpacked_part(row)
-                gathered[int(row["side"])].size = int(row["size"])
-                gathered[int(row["side"])].add(int(row["span"]), part)
-                done += part.rows + part.refused
-                on_rows("features", done, sum(map(len, sides)))
+        with ending(open_model_server({sha256: extractor_model(config.extractor)})) as server:
+            for _, wave in waves(spans):
+                for row in pool.map([_item(sides, *one) for one in wave], ExtractActor, {**settings, "server": server},
+                                    in_flight=1).iter_rows():
+                    if row["fault"]:
+                        raise unpacked(row["fault"])
+                    part = _unpacked_part(row)
+                    gathered[int(row["side"])].size = int(row["size"])
+                    gathered[int(row["side"])].add(int(row["span"]), part)
+                    done += part.rows + part.refused
+                    on_rows("features", done, sum(map(len, sides)))
         return [one.found() for one in gathered]
 
 

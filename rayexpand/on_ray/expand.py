@@ -29,7 +29,7 @@ import ray
 from rayexpand.contract import log_lines
 from rayexpand.contract.errors import EnvironmentFault, packed, unpacked
 from rayexpand.contract.schema import Receipt
-from rayexpand.on_ray.pool import Pool, any_starting, beside_driver, choose_pool, connected, enter
+from rayexpand.on_ray.pool import Pool, any_starting, beside_driver, choose_pool, connected, ending, enter
 from rayexpand.on_ray.preemption import Leaving, staying_nodes
 from rayexpand.on_ray.stage import open_model_server, run_models, with_local_models
 from rayexpand.runs import run as runs
@@ -201,9 +201,9 @@ def expand(run: runs.Run, jobs: Callable[[], list[runs.Job]], *, to_the_end: boo
         device = run.config.prior.device if run.config.needs & MODELS else "cpu"
         pool = choose_pool(run.config.cluster.at("expand"), device)
         attempt = runs.begun(run).attempt
-        heartbeats = beside_driver(Heartbeats)
-        server = open_model_server(run_models(run.config, run.facts["models"]))
-        with _watched(heartbeats, on_snapshot, say):
+        models = run_models(run.config, run.facts["models"])
+        with (ending(beside_driver(Heartbeats)) as heartbeats, ending(open_model_server(models)) as server,
+              _watched(heartbeats, on_snapshot, say)):
             wave = RayWave(run, attempt, heartbeats, server, pool)
             return runs.drive(run, wave, jobs, to_the_end=to_the_end, on_commit=on_commit)
 

@@ -37,7 +37,7 @@ from rayexpand.fitting.config import FitConfig
 from rayexpand.models.folders import ModelFiles
 from rayexpand.models.prior import inspect_prior, prior_model
 from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
-from rayexpand.on_ray.pool import at_driver, cause_of, check_shared, enter, gpus_each, place_of
+from rayexpand.on_ray.pool import at_driver, cause_of, check_shared, ending, enter, gpus_each, place_of
 from rayexpand.on_ray.preemption import Deaths, Leaving
 from rayexpand.on_ray.spans import SpanActor, over_spans
 from rayexpand.on_ray.stage import artifact_model, local, open_model_server
@@ -64,7 +64,8 @@ def tuning_on(config: FitConfig, connect: Callable[[], Any], task: Callable[...,
         connect()
         if not job.made.workers and task is not None:
             progress("fine-tuning on a worker", 0, job.made.finetune.steps)
-            task(_train_alone, job, open_model_server(dict(_parts(job).values())))
+            with ending(open_model_server(dict(_parts(job).values()))) as server:
+                task(_train_alone, job, server)
             return 0.0
         train_spread(job, progress, config.cluster.at("fit"))
         return 0.0
@@ -137,11 +138,12 @@ def train_spread(job: TuneJob, progress: Progress, cluster: ClusterConfig) -> No
         _check_room(job, gpus)
     folder = Path(job.folder)
     (folder / REFUSED).unlink(missing_ok=True)  # of an attempt whose driver died
-    server = open_model_server(dict(_parts(job).values()))
-    arguments, deaths = (job, server, gpus, place_of(cluster)), Deaths(DRIVER_RETRIES)
-    failure = _followed(job, progress, arguments)
-    while failure is not None and deaths.forgives(failure):
+    deaths = Deaths(DRIVER_RETRIES)
+    with ending(open_model_server(dict(_parts(job).values()))) as server:
+        arguments = (job, server, gpus, place_of(cluster))
         failure = _followed(job, progress, arguments)
+        while failure is not None and deaths.forgives(failure):
+            failure = _followed(job, progress, arguments)
     if (file := folder / REFUSED).is_file():
         problem = unpacked(file.read_text())
         file.unlink()

@@ -114,6 +114,18 @@ def beside_driver(actor: Any, *arguments: Any) -> Any:
     return actor.options(scheduling_strategy=at_driver()).remote(*arguments)
 
 
+@contextlib.contextmanager
+def ending(actor: Any) -> Iterator[Any]:
+    """An actor that ends with the block. Without it Ray Data's plans, whose handles stand in cycles, keep it until
+    Python looks for those."""
+    try:
+        yield actor
+    finally:
+        if ray.is_initialized():  # else ray.kill would start a cluster, where a generator is closed after Ray
+            with contextlib.suppress(ray.exceptions.ActorHandleNotFoundError):  # of a cluster that is gone
+                ray.kill(actor)
+
+
 def cause_of(error: Exception) -> str:
     """One line for people: the message of an error of ours, else the last lines of what went wrong."""
     cause = getattr(error, "cause", None) or error

@@ -19,7 +19,7 @@ from rayexpand.contract.errors import packed, unpacked
 from rayexpand.evaluation.select_scores import Chunk, ScoreJob, Scorer
 from rayexpand.models.folders import ModelFiles
 from rayexpand.models.guides import guide_model
-from rayexpand.on_ray.pool import choose_pool, connected, enter, waves
+from rayexpand.on_ray.pool import choose_pool, connected, ending, enter, waves
 from rayexpand.on_ray.stage import guide_at, local, open_model_server
 from rayexpand.runs.config import ClusterConfig
 
@@ -31,13 +31,13 @@ def score(job: ScoreJob, chunks: Sequence[Chunk], cluster: ClusterConfig) -> Ite
     EnvironmentFault for a fault of a node."""
     with connected(cluster):
         pool = choose_pool(cluster.at("judge"), job.device)
-        server = open_model_server({job.sha256: _model(job)})
-        for start, wave in waves(chunks):
-            items = [{"number": number, "chunk": list(map(str, chunk))} for number, chunk in enumerate(wave, start)]
-            for row in pool.map(items, ScoreActor, {"job": job, "server": server}).iter_rows():
-                if row["fault"]:
-                    raise unpacked(row["fault"])
-                yield int(row["number"]), pa.ipc.open_stream(row["table"]).read_all()
+        with ending(open_model_server({job.sha256: _model(job)})) as server:
+            for start, wave in waves(chunks):
+                items = [{"number": number, "chunk": list(map(str, chunk))} for number, chunk in enumerate(wave, start)]
+                for row in pool.map(items, ScoreActor, {"job": job, "server": server}).iter_rows():
+                    if row["fault"]:
+                        raise unpacked(row["fault"])
+                    yield int(row["number"]), pa.ipc.open_stream(row["table"]).read_all()
 
 
 def _model(job: ScoreJob) -> ModelFiles:

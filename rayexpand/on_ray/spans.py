@@ -18,7 +18,7 @@ from rayexpand.contract.errors import EnvironmentFault, packed, unpacked
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.fitting.config import FitConfig
 from rayexpand.models.folders import ModelFiles
-from rayexpand.on_ray.pool import choose_pool, enter
+from rayexpand.on_ray.pool import choose_pool, ending, enter
 from rayexpand.on_ray.stage import open_model_server
 
 SPAN_IMAGES = 2048  # images of one task; long beside the 10-30 ms a task costs
@@ -37,27 +37,27 @@ def over_spans(actor: type[SpanActor], arguments: dict[str, Any], config: FitCon
     """
     pool = choose_pool(config.cluster.at("fit"), config.device)
     spans = spans or _spans(len(index), batch, pool.actors)
-    made_with = {**arguments, "server": open_model_server(models, shared=index)}
     costs |= {"cpu_seconds": 0.0, "gpu_seconds": 0.0, "process_seconds": 0.0, "actors": min(pool.actors, len(spans))}
     spoilt: list[range] = []
-    for again in (False, True):
-        wanted = [{"first": one.start, "stop": one.stop} for one in (spoilt if again else spans)]
-        for row in pool.map(wanted, actor, made_with).iter_rows():
-            costs["device"] = row["device"] or costs.get("device", "")
-            costs["cpu_seconds"] += row["cpu_seconds"]
-            costs["process_seconds"] += row["seconds"]
-            costs["gpu_seconds"] += row["seconds"] * pool.gpus * (row["device"] == "cuda")
-            if not row["fault"]:
-                yield row
-                continue
-            fault = unpacked(row["fault"])
-            if not isinstance(fault, EnvironmentFault) or again or len(spoilt) >= pool.actors:
-                raise fault
-            log.warning("images %d to %d could not be worked on (%s); they are tried once more", row["span_start"],
-                        row["span_stop"] - 1, fault)
-            spoilt.append(range(row["span_start"], row["span_stop"]))
-        if not spoilt:
-            return
+    with ending(open_model_server(models, shared=index)) as server:
+        for again in (False, True):
+            wanted = [{"first": one.start, "stop": one.stop} for one in (spoilt if again else spans)]
+            for row in pool.map(wanted, actor, {**arguments, "server": server}).iter_rows():
+                costs["device"] = row["device"] or costs.get("device", "")
+                costs["cpu_seconds"] += row["cpu_seconds"]
+                costs["process_seconds"] += row["seconds"]
+                costs["gpu_seconds"] += row["seconds"] * pool.gpus * (row["device"] == "cuda")
+                if not row["fault"]:
+                    yield row
+                    continue
+                fault = unpacked(row["fault"])
+                if not isinstance(fault, EnvironmentFault) or again or len(spoilt) >= pool.actors:
+                    raise fault
+                log.warning("images %d to %d could not be worked on (%s); they are tried once more", row["span_start"],
+                            row["span_stop"] - 1, fault)
+                spoilt.append(range(row["span_start"], row["span_stop"]))
+            if not spoilt:
+                return
 
 
 def _spans(count: int, batch: int, actors: int) -> list[range]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import stat
 import tempfile
 import time
@@ -24,8 +25,10 @@ from rayexpand.contract.errors import (
     packed,
 )
 from rayexpand.on_ray import expand, pool
+from rayexpand.runs import run as runs
 from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.files import process_token
+from tests.conftest import MakeConfig
 
 
 def test_folders_of_dead_processes_are_swept_and_none_is_open_to_others(tmp_path: Path,
@@ -103,6 +106,35 @@ def test_what_starts_does_not_wait_for_capacity() -> None:
         del waiting, starting
     finally:
         ray.shutdown()
+
+
+@pytest.mark.cluster
+def test_nothing_of_an_expansion_is_left_beside_its_driver(make_config: MakeConfig) -> None:
+    from ray._private.state import actors
+
+    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR")
+    gc.disable()  # which ends, at some time, what nobody ended
+    try:
+        run = runs.prepare(make_config("Sleeping", ratio=1, seconds=0.0), device_here=False)
+        assert expand.expand(run, lambda: runs.pending_jobs(run)).kept == 20
+        until, ours = time.monotonic() + 30, {"Heartbeats", "ModelServer"}
+        while ours & {one["ActorClassName"] for one in actors(actor_state_name="ALIVE").values()}:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    finally:
+        gc.enable()
+        ray.shutdown()
+
+
+@pytest.mark.parametrize("is_connected", [True, False])
+def test_what_is_beside_the_driver_ends_with_its_block(is_connected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Ray, which is then gone already, nothing starts it again."""
+    killed: list[str] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: is_connected)
+    monkeypatch.setattr(ray, "kill", killed.append)
+    with pytest.raises(ModelError), pool.ending("actor"):
+        raise ModelError("half")
+    assert killed == ["actor"] * is_connected
 
 
 @pytest.mark.parametrize(("nodes", "device", "said", "gpus"), [
