@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import tempfile
@@ -12,13 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
+from rayexpand.storage.files import process_token, token_alive
+
+PREFIX = "rayexpand-features-"
+
 
 class FeatureFile:
-    """Rows by their numbers, written and read in pieces; gone when it is closed. A copy in another process of this
-    machine reads the same file."""
+    """Rows by their numbers, written and read in pieces; gone when it is closed, or, where its process was killed, when
+    another one makes such a file. A copy in another process of this machine reads the same file."""
 
     def __init__(self, rows: int) -> None:
-        self._file = tempfile.NamedTemporaryFile(prefix="rayexpand-features-")  # noqa: SIM115  # `close` ends it
+        _remove_those_of_dead_processes()
+        self._file = tempfile.NamedTemporaryFile(prefix=f"{PREFIX}{process_token()}-")  # noqa: SIM115  # `close` ends it
         self.path, self.width = Path(self._file.name), 0
         self._count = rows
         self._order: np.ndarray | None = None
@@ -77,3 +83,11 @@ class FeatureFile:
     @property
     def _row_bytes(self) -> int:
         return 4 * self.width
+
+
+def _remove_those_of_dead_processes() -> None:
+    for stale in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        token = stale.name.removeprefix(PREFIX).rpartition("-")[0]
+        with contextlib.suppress(OSError):
+            if stale.stat().st_uid == os.getuid() and not token_alive(token):
+                stale.unlink()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
+import tempfile
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +40,18 @@ def test_rows_come_back_whatever_their_order() -> None:
         assert len(other.ordered(order[:7])) == 7
         path = file.path
     assert not path.exists()
+
+
+def test_the_file_of_a_killed_process_goes_with_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed = "import os; from rayexpand.evaluation.feature_file import FeatureFile as F; F(1); one = F(1); os.kill(" \
+        "os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", killed], env={**os.environ, "TMPDIR": str(tmp_path)}).returncode == -9
+    (stale,) = tmp_path.iterdir()
+
+    with FeatureFile(1) as mine, FeatureFile(1) as other:
+        assert {*tmp_path.iterdir()} == {mine.path, other.path}
+        assert stale not in (mine.path, other.path)
 
 
 def test_seeds_in_a_file_are_those_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
