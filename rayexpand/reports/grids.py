@@ -89,6 +89,10 @@ def heat(name: str, found: Pivot, named: Named, axes_names: tuple[str, str], lab
     means = [cell.mean for cell in shown.values()]
     largest = max(means)
     strength = _strength(means, bool(sign))
+    texts = {place: f"{cell.mean:{sign}z.{measure.digits}f}" + (
+        "" if cell.se is None else f"\n± {cell.se:.{measure.digits}f}") for place, cell in shown.items()}
+    letters = max(len(line) for text in texts.values() for line in text.split("\n"))
+    is_narrow = letters * len(found.columns) > WIDTH / 8  # then numbers stand upright in their cells
 
     def draw(figure: Canvas) -> None:
         from matplotlib.patches import Rectangle
@@ -101,8 +105,7 @@ def heat(name: str, found: Pivot, named: Named, axes_names: tuple[str, str], lab
             axes.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, facecolor=colour, alpha=alpha, lw=0))
             if cell.mean == largest:
                 axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor=INK, lw=1.6))
-            error = "" if cell.se is None else f"\n± {cell.se:.{measure.digits}f}"
-            axes.text(x, y, f"{cell.mean:{sign}z.{measure.digits}f}{error}", ha="center", va="center", color=INK)
+            axes.text(x, y, texts[row, column], ha="center", va="center", color=INK, rotation=90 if is_narrow else 0)
         axes.set(xlim=(-0.5, len(found.columns) - 0.5), ylim=(len(found.rows) - 0.5, -0.5))
         _ticks(axes, [named(one) for one in found.columns])
         axes.set_yticks(range(len(found.rows)), [short(named(one), 16) for one in found.rows])

@@ -160,6 +160,16 @@ def test_a_heat_map_has_its_numbers_in_the_cells() -> None:
     assert "gain, points" in gains
 
 
+def test_numbers_of_a_heat_map_stay_in_their_cells() -> None:
+    """Of twelve columns each is narrower than its numbers are long, which then stand upright."""
+    def upright(columns: int) -> bool:
+        cells = {(ALL, "a", float(i), "top1"): cell_of([83.0, 84.0, 82.0 + i], 1) for i in range(columns)}
+        found = Pivot((ALL,), ("a",), tuple(map(float, range(columns))), (measure("top1"),), cells, {}, {})
+        return heat("h", found, str, ("gamma", "strength"), "heat").svg.count("rotate(-90") > 1  # of the name of rows
+
+    assert [upright(columns) for columns in (2, 7, 12)] == [False, False, True]
+
+
 def test_bars_of_one_colour_are_told_apart_without_it() -> None:
     assert DRAWN["groups"]().svg.count("<pattern") == 1, "grey is plain, the other has a hatch"
     many = DRAWN["many bars"]().svg
