@@ -26,6 +26,11 @@ class Halving:
         self._rungs: list[tuple[float, dict[str, float]]] = [  # the highest first
             (asha.grace * self._eta ** k, {}) for k in reversed(range(rungs))]
 
+    @property
+    def epochs(self) -> list[int]:
+        """After which it stops trials."""
+        return sorted({math.ceil(rung) for rung, _ in self._rungs})
+
     def goes_on(self, key: str, epoch: int, score: float) -> bool:
         """Whether a trial is trained beyond this epoch."""
         there = next((scores for rung, scores in self._rungs if epoch >= rung and key not in scores), None)

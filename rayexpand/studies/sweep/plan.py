@@ -34,6 +34,7 @@ from rayexpand.studies.sweep.config import (
     study_with,
 )
 from rayexpand.studies.sweep.count import SweepCount, count_of
+from rayexpand.studies.sweep.halving import Halving
 from rayexpand.studies.sweep.space import suggest
 from rayexpand.studies.sweep.sweep import read_results
 from rayexpand.studies.trainings import training_stage, trainings_of
@@ -106,23 +107,10 @@ def asked_of(config: SweepConfig) -> EstimateConfig:
 
 
 def asha_epochs(scheduler: AshaConfig, epochs: int, ranks: Sequence[int]) -> int:
-    """Epochs that trials run which come in this order and keep their rank (0 the best), each decided at a rung as it
-    reaches it: it goes on while it is among the best 1 / reduction_factor of those that were there."""
-    rungs = list[int]()
-    while (rung := round(scheduler.grace * scheduler.reduction_factor ** len(rungs))) < epochs:
-        rungs.append(rung)
-    seen: list[list[int]] = [[] for _ in rungs]
-    spent = 0
-    for rank in ranks:
-        end = epochs
-        for rung, there in zip(rungs, seen, strict=True):
-            cutoff = np.percentile(there, 100 / scheduler.reduction_factor) if there else np.inf
-            there.append(rank)
-            if rank > cutoff:
-                end = rung
-                break
-        spent += end
-    return spent
+    """Epochs that trials run which come one after the other in this order and keep their rank (0 the best)."""
+    halving = Halving(scheduler, epochs)
+    return sum(next((epoch for epoch in halving.epochs if not halving.goes_on(str(trial), epoch, -rank)), epochs)
+               for trial, rank in enumerate(ranks))
 
 
 def _asha_share(scheduler: AshaConfig | None, epochs: int, trials: int) -> tuple[float, float]:
