@@ -14,7 +14,6 @@ from rayexpand.data.subsets import choose, sound_rows
 from rayexpand.storage.places import open_files
 from rayexpand.studies.comparisons import MIN_SEEDS, joint_answers
 from rayexpand.studies.config import StudyConfig
-from rayexpand.studies.parts import Arm
 from rayexpand.studies.results import StudyView, is_valued, note_of, read_study
 from rayexpand.studies.trials import arms_of
 from rayexpand.studies.value_config import sizes_in
@@ -90,13 +89,8 @@ def foreseen(config: StudyConfig, images: int | None = None) -> dict[str, Any]:
             noise = _measured_in(config.folder)
         except UsageError:
             noise = None  # study.json is damaged, which `train` says and mends
-    judged = sum(1 + with_control(one) for one in arms_of(config) if one.value is None)
+    judged = sum(1 + one.is_controlled for one in arms_of(config) if one.value is None)
     return sight(max(images, 2), len(config.seeds), noise, judged - 1)
-
-
-def with_control(arm: Arm) -> bool:
-    """Whether the real rows repeated may be trained beside it; arms of as many rows share one."""
-    return arm.config.use is not None and arm.config.control and arm.config.replace is None
 
 
 def _measured_in(folder: str) -> Noise | None:

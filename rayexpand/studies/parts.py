@@ -35,6 +35,16 @@ class Arm:
     baseline: Baseline | None = None  # that it is the row of
     value: ValueArm | None = None  # that it is
 
+    @property
+    def is_controlled(self) -> bool:
+        """Whether the real rows repeated may be trained beside it; arms of as many rows share one."""
+        return self.config.use is not None and self.config.control and self.config.replace is None
+
+    @property
+    def is_real_alone(self) -> bool:
+        """Whether it trains real rows alone, as a control does."""
+        return self.config.use is None and self.config.mix is None and self.baseline is None and self.value is None
+
 
 @dataclass(frozen=True)
 class Trial:

@@ -28,7 +28,7 @@ from rayexpand.runs.store import first_look
 from rayexpand.runs.work import peak_tflops
 from rayexpand.storage.places import open_files
 from rayexpand.studies.config import ExpansionConfig, StudyConfig, renamed, run_config
-from rayexpand.studies.foresight import foreseen, real_sizes, with_control
+from rayexpand.studies.foresight import foreseen, real_sizes
 from rayexpand.studies.priors import prior_task
 from rayexpand.studies.trainings import Training, results_of, training_stage, trainings_of
 from rayexpand.studies.trials import arms_of
@@ -95,7 +95,7 @@ def plan_study(config: StudyConfig) -> StudyPlan:
         trainings = list[Training]()
     else:
         stages.append(training_stage(config, trainings, listed.sizes.classes, listed.tests, files, results))
-    seeds, controls = len(config.seeds), sum(map(with_control, arms))
+    seeds, controls = len(config.seeds), sum(one.is_controlled for one in arms)
     if trainings:
         controls = sum(one.is_control for one in trainings)
     return StudyPlan([one.name for one in arms], config.seeds, len(arms) * seeds, controls * seeds,

@@ -67,11 +67,11 @@ def trainings_of(config: StudyConfig, arms: Sequence[Arm], real: int, copies: Ma
         if arm.value is not None and recipe.updates is None:
             recipe = recipe.model_copy(update={"updates": updates_of(values, recipe.batch, recipe.epochs)})
         found.append(_training(config, arm.name, recipe, rows[arm.name], arm, results))
-        if arm.config.use is None and arm.config.mix is None and arm.baseline is None and arm.value is None:
+        if arm.is_real_alone:
             served.add((rows[arm.name], _digest(recipe)))
     for arm in arms:
         key = rows[arm.name], _digest(arm.recipe)
-        if arm.config.use is not None and arm.config.control and arm.config.replace is None and key not in served:
+        if arm.is_controlled and key not in served:
             served.add(key)
             found.append(_training(config, arm.name, arm.recipe, rows[arm.name], None, results))
     return found

@@ -126,12 +126,10 @@ def _controls(study: Study, arms: Sequence[Arm], epoch_rows: Sequence[tuple[int,
     `fill` decides or that name is taken.
     """
     taken = {arm.name for arm in arms}
-    served = {(rows, _recipe_digest(arm)) for arm, rows in zip(arms, epoch_rows, strict=True)
-              if arm.config.use is None and arm.config.mix is None and arm.baseline is None and arm.value is None}
+    served = {(rows, _recipe_digest(arm)) for arm, rows in zip(arms, epoch_rows, strict=True) if arm.is_real_alone}
     found = []
     for arm, rows in zip(arms, epoch_rows, strict=True):
-        is_wanted = arm.config.use is not None and arm.config.control and arm.config.replace is None
-        if not is_wanted or (rows, _recipe_digest(arm)) in served:
+        if not arm.is_controlled or (rows, _recipe_digest(arm)) in served:
             continue
         served.add((rows, _recipe_digest(arm)))
         own = _differing(arm, study)
