@@ -133,18 +133,13 @@ def _hours(record: Record) -> float | None:
     return None if spent is None else (spent + (fitted or 0.0)) / 3600
 
 
-def hourly_price(record: Record, prices: Prices) -> float | None:
-    """Of the device that a trial ran on: as given, else as its study says."""
-    name = "gpu_hour" if str(record.result.get("device", "")).startswith("cuda") else "cpu_hour"
-    given = prices.gpu_hour if name == "gpu_hour" else prices.cpu_hour
-    return record.prices.get(name) if given is None else given
-
-
 def _price(record: Record, prices: Prices) -> float | None:
-    """Raises UsageError where an hour of its device has no price."""
-    hours, hourly = _hours(record), hourly_price(record, prices)
+    """At the hour of the device that the trial ran on, as given, else as its study says. Raises UsageError where that
+    has no price."""
+    on_gpu = str(record.result.get("device", "")).startswith("cuda")
+    name, given = ("gpu_hour", prices.gpu_hour) if on_gpu else ("cpu_hour", prices.cpu_hour)
+    hours, hourly = _hours(record), record.prices.get(name) if given is None else given
     if hours and hourly is None:
-        name = "gpu_hour" if str(record.result.get("device", "")).startswith("cuda") else "cpu_hour"
         raise UsageError(f"prices.{name} is not given, and {record.arm} of {record.source} was made on that device, "
                          f"whose study has no price.{name} either; give it, or leave the measure price out")
     return None if hours is None else hours * (hourly or 0.0)
