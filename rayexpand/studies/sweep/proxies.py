@@ -23,7 +23,7 @@ from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation.evaluate import in_process
 from rayexpand.runs.run import Run
 from rayexpand.storage.files import Files
-from rayexpand.storage.tables import healthy_json, replace_json
+from rayexpand.storage.tables import healthy_json, read_json, replace_json
 from rayexpand.studies.config import SamplesConfig
 from rayexpand.studies.parts import Study, Trial
 from rayexpand.studies.sample_scores import SCORES, score_samples
@@ -46,7 +46,8 @@ def measure_proxies(files: Files, proxies: ProxiesConfig, study: Study, trials: 
         if (one := healthy_json(files, name)) is None:
             if failed := score_samples(own, [trial], in_process):
                 raise UsageError(f"proxies: {failed[0]}")
-            measured = healthy_json(study.files, f"{SCORES}/{trial.name}.json") or {}
+            measured = read_json(study.files, f"{SCORES}/{trial.name}.json")
+            assert measured is not None
             one = {"scores": {**{key: score["value"] for key, score in measured["scores"].items()}, **_of_method(run)},
                    "n_samples": measured["n_samples"], "n_reference": measured["n_reference"],
                    "warnings": measured["warnings"]}
