@@ -19,9 +19,8 @@ from rayexpand.contract.errors import UsageError
 from rayexpand.reports.figure import write_figures
 from rayexpand.reports.sweep_figures import proxy_figures, sweep_figures
 from rayexpand.reports.templates import render, settings_of
-from rayexpand.storage.tables import healthy_json
 from rayexpand.studies.results import Predicted, StudyView, read_study
-from rayexpand.studies.spreads import plus_minus, points, spread
+from rayexpand.studies.spreads import plus_minus, points, spread, within
 from rayexpand.studies.sweep import signals as signalling
 from rayexpand.studies.sweep.search import describe, short
 from rayexpand.studies.sweep.signals import signals
@@ -30,6 +29,7 @@ from rayexpand.studies.sweep.sweep import (
     Sweep,
     best_of,
     read_results,
+    read_suggestions,
     read_test,
     scores_again,
     without_result,
@@ -58,7 +58,8 @@ def write_sweep_report(sweep: Sweep, failed: Sequence[str] = ()) -> dict[str, An
         found["proxies"], list(results.values()), found["metric"], found["best"])
     write_figures(sweep.files, [*(one["figure"] for one in drawn), *early])
     page = render("sweep.html.j2", {"plus_minus": lambda one: plus_minus(one, 2), "points": points},
-        found=found, best=best, noise=within_noise(found), inflation=inflated(found) if found["inflation"] else "",
+        found=found, best=best, between=_between(found["interval"]), noise=within_noise(found),
+        inflation=inflated(found) if found["inflation"] else "",
         fresh=retrained(found) if found["fresh"] else "", ranked=_ranked(found["trials"]),
         settings=_settings(sweep), fields=_fields(sweep), counted=counted(found["counts"]),
         signals=found["proxies"] and {**found["proxies"], "notes": signalling.notes(found["proxies"]), "said": [
@@ -75,7 +76,7 @@ def _summary(sweep: Sweep, trials: list[dict[str, Any]], best: dict[str, Any] | 
     best of so many adds where all are equal; `fresh`: its score with seeds it was not chosen by, on the images it was
     chosen by. Each trial has its `spread` and, if finished, `against_best`: how much lower it is, with a 95 % interval
     and whether that holds 0."""
-    config, commands = sweep.config, []
+    config, commands, suggested = sweep.config, [], read_suggestions(sweep.files)
     if best is not None:
         commands = [f"rayexpand train {shlex.quote(str(sweep.files.at(name)))}" for name in ("best.yaml", "final.yaml")]
     answers = {one["key"]: _answers(sweep, one["key"]) for one in trials if one["state"] == "finished"} \
@@ -90,9 +91,9 @@ def _summary(sweep: Sweep, trials: list[dict[str, Any]], best: dict[str, Any] | 
              **_again(config.score_on, test), "inflation": _inflation([one["against_best"] for one in lines]),
              "compared": sum(bool(one["against_best"]) for one in lines),
              "within_noise": [one["key"] for one in lines if (one["against_best"] or {}).get("within_noise")],
-             "trials": lines, "failed": list(failed), "counts": counts(sweep, trials),
+             "trials": lines, "failed": list(failed), "counts": counts(sweep, suggested, trials),
              "proxies": signals(trials, config.early, config.seed),
-             "without_result": without_result(sweep, trials),
+             "without_result": without_result(suggested, trials),
              "test_note": NO_TEST if best is not None and test is None and scores_again(sweep) else "",
              "commands": commands,
              "report": str(sweep.files.at("report.html"))}
@@ -181,10 +182,8 @@ def _words(found: Mapping[str, Any]) -> list[str]:
             f"report: {found['report']}"]
 
 
-def counts(sweep: Sweep, trials: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """What became of every suggestion; the numbers of all but `suggested` add up to it."""
-    names = sorted(name for name in sweep.files.list("suggestions") if name.endswith(".json"))
-    known = [one for name in names if (one := healthy_json(sweep.files, f"suggestions/{name}")) is not None]
+def counts(sweep: Sweep, known: Sequence[Mapping[str, Any]], trials: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """What became of every suggestion, those written down `known`; the numbers of all but `suggested` add up to it."""
     keys = {one["key"] for one in known} - {None}
     suggested = max(n_suggestions(sweep.space, sweep.config.search, sweep.config.samples), len(known))
     states = [str(one["state"]) for one in trials if one["key"] in keys]
@@ -205,8 +204,12 @@ def _score(one: Mapping[str, Any]) -> str:
 
 
 def _between(interval: Sequence[float] | None) -> str:
-    return ", no interval" if interval is None else ", 95 % interval {:.2f} to {:.2f} %".format(
-        *(100 * one for one in interval))
+    """A score is a share of images, so what is printed of its interval ends at 0 and 100 %."""
+    if interval is None:
+        return ", no interval"
+    low, high = within(interval, 0.0, 1.0)
+    cut = "" if (low, high) == tuple(interval) else " (cut at 0 and 100 %)"
+    return f", 95 % interval {100 * low:.2f} to {100 * high:.2f} %{cut}"
 
 
 def within_noise(found: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from rayexpand.classifier.statistics import (
     resampled,
 )
 from rayexpand.studies.results import Predicted, Result, StudyView, controlled, is_valued, number
-from rayexpand.studies.spreads import points, spread
+from rayexpand.studies.spreads import points, spread, within
 
 MIN_SEEDS = 3  # below this no spread over seeds is worth printing as an error bar
 VERDICTS = {"gain": "a gain", "loss": "a loss", "open": "no difference is shown, the interval holds 0",
@@ -73,15 +73,9 @@ def _compare(study: StudyView, arm: str, against: str, kind: str) -> dict[str, A
     if isinstance(difference_SN, str):
         return {**found, "why": f"no interval, {difference_SN}"}
     one = crossed(difference_SN)
-    low, high = _shares(one.interval())
+    low, high = within(one.interval(), -1.0, 1.0)
     return {**found, "mean": one.mean, "low": low, "high": high, "p": one.p, "se": one.se, "df": one.df,
             "images": difference_SN.shape[1]}
-
-
-
-def _shares(interval: tuple[float, float]) -> tuple[float, float]:
-    """Of two repetitions t knows little: an interval of shares ends where shares do."""
-    return max(interval[0], -1.0), min(interval[1], 1.0)
 
 
 def _difference(study: StudyView, pairs: Sequence[tuple[Result, Result]]) -> np.ndarray | str:
@@ -143,7 +137,7 @@ def _adjust(study: StudyView, family: list[dict[str, Any]]) -> None:
             [means_DA[:, at[one["arm"]]] - means_DA[:, at[one["against"]]] for one in family], axis=1)))
         rule = "max-t"
     for one, adjusted in zip(known, p, strict=False):
-        low, high = _shares(MeanError(one["mean"], one["se"], one["df"]).interval(level))
+        low, high = within(MeanError(one["mean"], one["se"], one["df"]).interval(level), -1.0, 1.0)
         if adjusted < 1 - LEVEL:  # the step-down p may show a sign that intervals of one width for all do not
             low, high = (max(low, 0.0), high) if one["mean"] > 0 else (low, min(high, 0.0))
         one["adjusted"] = {"p": adjusted, "low": low, "high": high, "of": len(family),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,11 @@ def points(share: float) -> str:
     """A difference of shares in percentage points with its sign: one decimal, more where that would read as zero."""
     value = 100 * share
     return f"{value:+z.1f}" if abs(value) >= 0.05 or abs(value) < 1e-9 else f"{value:+.1g}"
+
+
+def within(interval: Sequence[float], least: float, most: float) -> tuple[float, float]:
+    """An interval of shares ends where shares do: of two repetitions t knows little, and reaches beyond."""
+    return max(interval[0], least), min(interval[1], most)
 
 
 def plain(value: float, digits: int = 3) -> str:

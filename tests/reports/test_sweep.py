@@ -126,6 +126,16 @@ def test_scores_without_answers_are_compared_over_seeds(tmp_path: Path, metric: 
     assert ("no interval" in visible(Path(found["report"]).read_text())) == (not interval)
 
 
+def test_no_printed_interval_leaves_what_an_accuracy_can_be(tmp_path: Path) -> None:
+    """Over two seeds t is 12.7 standard errors on each side."""
+    found = write_sweep_report(swept(tmp_path, {"aaaa0001": [90, 96]}, metric="top5", seeds=2))
+    low, high = found["interval"]
+    assert low < 1 < high, "the summary has it as it is"
+    said = f"95 % interval {100 * low:.2f} to 100.00 % (cut at 0 and 100 %)"
+    assert any(said in line for line in found["words"])
+    assert said in visible(Path(found["report"]).read_text())
+
+
 def test_answers_that_are_gone_leave_an_interval_over_seeds(tmp_path: Path) -> None:
     found = write_sweep_report(swept(tmp_path, {"aaaa0001": [90, 91, 89], "bbbb0002": [89, 91, 90]}, predictions=False))
     low, high = found["trials"][1]["against_best"]["interval"]

@@ -19,6 +19,7 @@ from rayexpand.studies.sweep.sweep import (
     best_of,
     candidate,
     read_results,
+    read_suggestions,
     read_test,
     scores_again,
 )
@@ -43,12 +44,8 @@ class Search:
         self._dropped: set[str] = set()
         self._curves: dict[str, list[dict[str, float]]] = {}
         self._started: dict[str, float] = {}  # when the process that reported last began
-        self._known: dict[int, dict[str, Any]] = {}
-        for name in sweep.files.list("suggestions"):
-            written = healthy_json(sweep.files, f"suggestions/{name}") or {}
-            if written.get("number", self.total) < self.total:  # `key` is null of one whose values do not go together
-                self._known[written["number"]] = written
-        todo = [n for n, known in sorted(self._known.items()) if known["key"] not in self.results]
+        self._known = {one["number"]: one for one in read_suggestions(sweep.files) if one["number"] < self.total}
+        todo = [n for n, known in self._known.items() if known["key"] not in self.results]
         self._todo = deque([*todo, *(n for n in range(self.total) if n not in self._known)])
 
     @property

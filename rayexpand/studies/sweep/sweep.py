@@ -136,11 +136,16 @@ def read_results(files: Files) -> dict[str, dict[str, Any]]:
     return {one["key"]: one for one in sorted(found, key=lambda one: one["number"])}
 
 
-def without_result(sweep: Sweep, results: Iterable[Mapping[str, Any]]) -> list[str]:
+def read_suggestions(files: Files) -> list[dict[str, Any]]:
+    """What was written of suggestions before they were tried, by their numbers; a damaged one counts as none. `key` is
+    None of one whose values do not go together."""
+    read = [healthy_json(files, f"suggestions/{name}") for name in files.list("suggestions") if name.endswith(".json")]
+    return sorted((one for one in read if one is not None), key=lambda one: one["number"])
+
+
+def without_result(suggestions: Iterable[Mapping[str, Any]], results: Iterable[Mapping[str, Any]]) -> list[str]:
     """Keys of configurations that were to be tried and have no result: in work, or their files are gone."""
-    names = sorted(name for name in sweep.files.list("suggestions") if name.endswith(".json"))
-    wanted = {one["key"] for name in names if (one := healthy_json(sweep.files, f"suggestions/{name}")) is not None}
-    return sorted(wanted - {None} - {one["key"] for one in results})
+    return sorted({one["key"] for one in suggestions} - {None} - {one["key"] for one in results})
 
 
 def best_of(results: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
