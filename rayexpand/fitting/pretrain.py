@@ -272,8 +272,7 @@ class PretrainMaker(Maker):
                           config.device, config.runtime.torch_threads, config.runtime.io_threads)
         test = open_test(job)
         folder = publish(config.out, KIND, job.made_from(test),
-                         lambda folder: world.engine.alone(
-            partial(make_prior, job, test), world.progress, folder))
+                         lambda folder: world.engine.alone(partial(make_prior, job, test), world.progress, folder))
         shutil.rmtree(job.steps, ignore_errors=True)
         return folder
 

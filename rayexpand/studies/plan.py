@@ -145,12 +145,12 @@ def expansion_stages(config: StudyConfig, name: str, one: ExpansionConfig,
     copies = planned / max(listed.sizes.images, 1)
     if not pending:
         return [PlanStage(f"expand {name}", f"{planned * len(seeds):,} images are there", unit_of(first), (0.0, 0.0),
-                      "its runs are whole")], copies
+                          "its runs are whole")], copies
     fresh = sum(share == 1.0 for share in pending)
     stages = [replace(stage, name=f"{stage.name} of {name}", times=fresh, hours=_times(stage.hours, fresh))
               for stage in _fits_of(config, one, first, listed) if fresh]
     return [*stages, run_stage(f"expand {name}", first, listed.first, planned, len(pending), sum(pending),
-                                 f"expansions.{name}.estimate")], copies
+                               f"expansions.{name}.estimate")], copies
 
 
 def run_stage(name: str, made: RunConfig, index: SeedIndex, planned: int, times: int, share: float,
@@ -166,9 +166,9 @@ def run_stage(name: str, made: RunConfig, index: SeedIndex, planned: int, times:
         _, source = shares_of(1000 * share * work.petaflop, made.estimate, peak_tflops(made), "peak_share")
         source += f"; {work.notes['petaflop']}"
     return PlanStage(name, what, unit_of(made), (hours[0], hours[-1]) if hours else None, source,
-                 tasks=max(1, round(work.shards * share / times)), times=times,
-                 bytes=None if work.bytes is None else round(work.bytes * share),
-                 petaflop=None if work.petaflop is None else work.petaflop * share)
+                     tasks=max(1, round(work.shards * share / times)), times=times,
+                     bytes=None if work.bytes is None else round(work.bytes * share),
+                     petaflop=None if work.petaflop is None else work.petaflop * share)
 
 
 def asked_as(config: StudyConfig, made: RunConfig) -> RunConfig:

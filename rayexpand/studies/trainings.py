@@ -102,8 +102,8 @@ def training_stage(config: StudyConfig, trainings: Sequence[Training], n_classes
         each = known[0][0].unit
         source += f": {shown([images / 3600 / end for end in reversed(hours)])} images/s and {each}, tests included"
     return PlanStage(name, what, known[0][0].unit, (hours[0], hours[1]), source, tasks=trials,
-                 width=max(1, training.workers), saves=max(1, saves), parts=tuple(parts) if any(parts) else (),
-                 petaflop=sum(flops) if flops else None)
+                     width=max(1, training.workers), saves=max(1, saves), parts=tuple(parts) if any(parts) else (),
+                     petaflop=sum(flops) if flops else None)
 
 
 def results_of(files: Files) -> list[dict[str, Any]]:
@@ -150,18 +150,18 @@ def _rate(config: StudyConfig, one: Training, n_classes: int, tests: int, files:
         each = [made["seconds"] / made["updates"] * max(1, made["workers"]) for made in own]
         hours = one.steps * sum(each) / len(each) / 3600
         return TrainingRate((hours, hours), PROCESS if own[0]["device"].startswith("cpu") else GPU,
-                    f"measured by {len(own)} finished trainings")
+                            f"measured by {len(own)} finished trainings")
     if (step := _bench(config, one, files)) is not None:
         least, most, device = step
         return TrainingRate((one.steps * least * workers / 3600, one.steps * most * workers / 3600),
-                    PROCESS if device.startswith("cpu") else GPU,
-                    "measured by `rayexpand bench`: loader and step, beside each other to one after the other")
+                            PROCESS if device.startswith("cpu") else GPU,
+                            "measured by `rayexpand bench`: loader and step, beside each other to one after the other")
     made = trained("", "", one.recipe, n_classes, one.steps * one.batch, one.tests * tests, config.estimate,
                    _unit(config))
     if made.hours is None:
         return made.source
-    return TrainingRate(made.hours, made.unit, (f"{one.recipe.backbone} at {one.recipe.size} px counted, "
-                                        f"{made.source.partition(' counted, ')[2]}"), made.petaflop)
+    source = f"{one.recipe.backbone} at {one.recipe.size} px counted, {made.source.partition(' counted, ')[2]}"
+    return TrainingRate(made.hours, made.unit, source, made.petaflop)
 
 
 def _bench(config: StudyConfig, one: Training, files: Files) -> tuple[float, float, str] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from rayexpand.contract.errors import DamagedFile, RayexpandError
+from rayexpand.contract.errors import DamagedFile, RayexpandError, UsageError, looked_at
 from rayexpand.runs.run import open_run
 from rayexpand.runs.store import Totals
 from rayexpand.runs.verify import Findings
@@ -17,10 +17,14 @@ AGAIN = "`rayexpand train` with the file of the study makes it again"
 
 def verify_study(folder: str, *, pixels: bool = False) -> Findings:
     """Findings of all runs below the folder together, and damaged results and predictions. Results and runs that are
-    not there yet are no problem."""
+    not there yet are no problem. Raises UsageError where there is no study.json."""
     files, found = open_files(folder), Findings()
-    said = (read_json(files, "study.json") or {})["config"]
-    wanted = [f"{name}-{seed}" for name in said["expansions"] for seed in said["seeds"]]
+    if (facts := read_json(files, "study.json")) is None:
+        raise UsageError(f"{folder}: there is no study.json{looked_at(folder)}, so what belongs to the study is not "
+                         "known. Give the folder that `rayexpand train` makes, <out>/<name>; if the file is gone, the "
+                         "same `train` writes it again")
+    config = facts["config"]
+    wanted = [f"{name}-{seed}" for name in config["expansions"] for seed in config["seeds"]]
     for name in dict.fromkeys([*files.list("runs"), *wanted]):  # an object store lists no folders
         if open_files(f"{folder}/runs/{name}").read("run.json") is None:
             continue

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rayexpand import api
+from rayexpand.contract.errors import UsageError
 from tests.commands import rayexpand
 from tests.studies.test_study import raw_study
 
@@ -48,3 +49,5 @@ def test_damage_is_found_wherever_it_is_and_what_is_to_come_is_none(folder: Path
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     done = rayexpand("verify", tmp_path)
     assert (done.returncode, "no run.json" in done.stderr) == (2, True)
+    with pytest.raises(UsageError, match="there is no study"):
+        api.StudyFolder(str(tmp_path)).verify()

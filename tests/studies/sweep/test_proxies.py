@@ -17,7 +17,7 @@ from rayexpand.studies.sweep.proxies import is_poor
 from rayexpand.studies.sweep.proxies_config import EarlyConfig
 from rayexpand.studies.sweep.search import Search, run_here
 from rayexpand.studies.sweep.signals import said, signals
-from rayexpand.studies.sweep.sweep import open_sweep
+from rayexpand.studies.sweep.sweep import open_sweep, read_suggestions
 
 MAGNITUDE, LR = "expansions.noisy.method.magnitude", "recipe.lr"
 
@@ -211,7 +211,7 @@ def test_asha_without_ray_stops_the_same_after_a_kill(tmp_path: Path, monkeypatc
 
     for name in ("values", "state", "curve"):
         assert [one[name] for one in found.results.values()] == [one[name] for one in calm.results.values()]
-    became = counts(found.sweep, list(found.results.values()))
+    became = counts(found.sweep, read_suggestions(found.sweep.files), list(found.results.values()))
     assert became["stopped"] > 0
     assert became["finished"] > 0
     assert sum(became.values()) == 2 * became.pop("suggested") == 12
