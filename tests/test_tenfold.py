@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from rayexpand.runs.config import load
+from rayexpand.runs.plan import MAX_SHARDS, shards_of
 from tests.benchmarks import tenfold
 
 PAGE = Path(__file__).parents[1] / "docs" / "cluster.md"
@@ -16,6 +19,12 @@ QUICK = ("expand-gif-mae", "fit-realfake")
 
 def test_every_file_has_a_row() -> None:
     assert {*ROWS} == {file.stem for file in [*tenfold.expand_files(), *tenfold.fit_files()]}
+
+
+@pytest.mark.parametrize("file", tenfold.expand_files(), ids=lambda file: file.stem)
+def test_a_run_of_this_size_is_not_refused(file: Path) -> None:
+    images = load(file, [*tenfold.TOLD, "method.ratio=10"]).sampler.shard_images
+    assert int(shards_of(np.full(1_281_167, 10, np.uint16), images)[-1]) < MAX_SHARDS
 
 
 @pytest.mark.parametrize("file", [

@@ -201,6 +201,9 @@ def work_of(config: RunConfig, *, seeds: int, planned: int, measured: Measured |
                             "(accept.attempts)")
     shards = min(seeds, -(-planned // config.sampler.shard_images))
     notes["shards"] = f"of about {-(-planned // max(shards, 1)):,} images each, a seed's copies kept together"
+    if shards > MAX_SHARDS:
+        notes["shards"] += (f"; a run of more than {MAX_SHARDS:,} shards is refused, so set sampler.shard_images to at "
+                            f"least {-(-planned // MAX_SHARDS):,}")
     image = _Image(*image_side(config, side, cost))
     size = _bytes(config, planned, measured, image, notes)
     work = _petaflop(config, planned, seeds, image, cost, draws, notes)

@@ -74,6 +74,8 @@ def test_a_shard_size_that_ends_sooner_is_named() -> None:
     many = estimate(job(estimate=settings, sampler={"shard_images": 1000}), seeds=13_000_000, planned=13_000_000)
     assert many.best_shard_images is not None
     assert 13_000_000 / many.best_shard_images <= MAX_SHARDS, "a plan of more shards is refused"
+    refused = estimate(job(sampler={"shard_images": 250}), seeds=1_300_000, planned=13_000_000)
+    assert "refused, so set sampler.shard_images to at least 260" in refused.notes["shards"]
 
 
 @pytest.mark.parametrize(("fields", "unit"), [
