@@ -26,8 +26,8 @@ from rayexpand.models.folders import ModelFiles, staged_folder
 from rayexpand.models.guides import guide_model
 from rayexpand.models.prior import prior_model, staged_prior
 from rayexpand.on_ray.pool import beside_driver
+from rayexpand.runs.amounts import human_bytes
 from rayexpand.runs.config import GuideConfig, RunConfig
-from rayexpand.runs.estimate import human_bytes
 from rayexpand.runs.inputs import artifact_folder
 
 CHUNK = 16 << 20  # bytes of a model file in one object

@@ -49,10 +49,10 @@ from rayexpand.models.prior_sampling import (
 )
 from rayexpand.models.sources import source_notes
 from rayexpand.runs.allocation import allocation_problems, dealt_facts, scores_sha256
+from rayexpand.runs.amounts import Measured, measure
 from rayexpand.runs.blame import Blame, forget_unexplained
 from rayexpand.runs.config import MODELS, RunConfig, ids_sha256, parse, resolved, semantic, unnamed
 from rayexpand.runs.cut_prompts import cut_prompts, words_of
-from rayexpand.runs.estimate import Measured, measure
 from rayexpand.runs.expander import Expander
 from rayexpand.runs.growth import GROWS, adds, grown_plan, growth_problems
 from rayexpand.runs.inputs import (

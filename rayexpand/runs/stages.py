@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rayexpand.contract.errors import three_digits
-from rayexpand.runs.estimate import human_bytes
+from rayexpand.runs.amounts import human_bytes
 from rayexpand.runs.fleet_hours import GPU, PROCESS, SHARD_S, Hours, hours_of, spread
 
 if TYPE_CHECKING:

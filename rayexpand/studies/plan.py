@@ -18,8 +18,9 @@ from rayexpand.evaluation.select_rules import BY_GUIDE
 from rayexpand.fitting.config import fit_config
 from rayexpand.fitting.costs import features_pass
 from rayexpand.fitting.plan import fit_stages
+from rayexpand.runs.amounts import unit_of, work_of
 from rayexpand.runs.config import RunConfig
-from rayexpand.runs.estimate import first_draws, stand_in, unit_of, work_of
+from rayexpand.runs.estimate import first_draws, stand_in
 from rayexpand.runs.plan import planned_copies
 from rayexpand.runs.run import measured, open_run
 from rayexpand.runs.stages import PlanStage, Sizes, Stages, shares_of, timed, unknown

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from rayexpand.fitting.config import load_fit
 from rayexpand.fitting.plan import plan_fit
+from rayexpand.runs.amounts import human_bytes
 from rayexpand.runs.config import load
-from rayexpand.runs.estimate import Estimate, estimate_config, human_bytes
+from rayexpand.runs.estimate import Estimate, estimate_config
 from rayexpand.runs.stages import shown
 
 JOBS = Path(__file__).parents[2] / "jobs" / "imagenet"

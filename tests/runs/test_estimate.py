@@ -15,14 +15,8 @@ from rayexpand.contract.errors import ConfigError, SeedDataError
 from rayexpand.contract.schema import DATA_SCHEMA, Reason, samples_to_arrow
 from rayexpand.data.seeds import digits_split
 from rayexpand.runs import config
-from rayexpand.runs.estimate import (
-    Estimate,
-    Measured,
-    estimate,
-    estimate_config,
-    human_bytes,
-    measure,
-)
+from rayexpand.runs.amounts import Measured, human_bytes, measure
+from rayexpand.runs.estimate import Estimate, estimate, estimate_config
 from rayexpand.runs.fleet_hours import SHARD_S, SPREAD
 from rayexpand.runs.plan import MAX_SHARDS
 from rayexpand.runs.status import view_run

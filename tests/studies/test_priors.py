@@ -14,7 +14,7 @@ from rayexpand.data.seeds import DataConfig
 from rayexpand.fitting.config import FitConfig
 from rayexpand.models import cost
 from rayexpand.models.prior import inspect_prior
-from rayexpand.runs import estimate
+from rayexpand.runs import amounts
 from rayexpand.runs import run as runs
 from rayexpand.studies import sample_scores
 from rayexpand.studies.config import load_study, parse_study, run_config
@@ -102,7 +102,7 @@ def test_the_arithmetic_of_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Guidance calls the network twice in each of eight steps, and two steps are a quarter of them."""
     counted = replace(cost.SD1, side=16)
     monkeypatch.setattr(sample_scores, "cost_of_run", lambda config: counted)
-    monkeypatch.setattr(estimate, "cost_of_run", lambda config: counted)
+    monkeypatch.setattr(amounts, "cost_of_run", lambda config: counted)
     expansions = {"plain": made(PRIOR), "guided": made(PRIOR, {"guidance_scale": 3}),
                   "none": {"method": {"name": "classical", "ratio": 2}}}
     study = prepare_study(parse_study(raw(tmp_path, expansions, seeds=[0])))
