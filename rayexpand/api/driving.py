@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rayexpand.storage.heartbeats import Heartbeat
     from rayexpand.studies.attacks import Ask, Machines
     from rayexpand.studies.expansions import Fit
-    from rayexpand.studies.parts import Study, Trial
+    from rayexpand.studies.parts import Train
     from rayexpand.studies.robustness import Show
 
 
@@ -150,7 +150,7 @@ def machines_with(ray: bool | str, cluster: ClusterConfig, drive: Driver, progre
     if ray:
         from rayexpand.on_ray.membership import ask
     return Machines(drive, fit_with(ray, on_workers=True), score_with(ray, cluster), extract_with(ray),
-                    lambda study, trials: train_trials(study, trials, progress, ray=ray), ask, not ray)
+                    train_by(ray, progress), ask, not ray)
 
 
 def show_with(ray: bool | str) -> Show:
@@ -195,32 +195,12 @@ def drive_run(run: Run, progress: Relay, *, ray: bool | str, same_process: bool,
             "images_per_second": rate_of([run]).images_per_second or 0.0}
 
 
-def train_trials(study: Study, trials: Sequence[Trial], progress: Relay, *, ray: bool | str) -> list[str]:
-    """Trains the trials without a result; one line for each that failed."""
-    from rayexpand.studies.trial import check_recipes, run_trials
-    from rayexpand.studies.trials import pending_trials
-
-    todo = pending_trials(study, trials)
-    done, failed = len(trials) - len(todo), 0
-    if not todo:
-        return []
-    check_recipes(todo, len(study.subsets[study.config.seeds[0]][1].classes))
-
-    def show(running: int) -> None:
-        progress(f"training {study.config.name}", done + failed, len(trials),
-                 {"running": running, **({"failed": failed} if failed else {})})
-
-    def ended(running: int, problem: str) -> None:
-        nonlocal done, failed
-        done, failed = done + (not problem), failed + bool(problem)
-        show(running)
+def train_by(ray: bool | str, progress: Relay) -> Train:
+    """What trains the trials of a folder that have no result yet."""
+    from rayexpand.studies.train import run_here, train_with
 
     if ray:
-        from rayexpand.on_ray.train import train_study
+        from rayexpand.on_ray.train import train_trials
 
-        return train_study(study, todo, on_start=show, on_done=ended)
-    problems = []
-    for trial, problem in run_trials(study.files, todo, study.config.training, lambda trial: show(1)):
-        problems += [f"{trial.name}: {problem}"] if problem else []
-        ended(0, problem)
-    return problems
+        return train_with(progress, train_trials)
+    return train_with(progress, run_here)

@@ -17,7 +17,7 @@ from rayexpand.api.driving import (
     machines_with,
     score_with,
     show_with,
-    train_trials,
+    train_by,
 )
 from rayexpand.api.files import Job, Set, config_of, data_of, parsed, preflight, read_job, where_of
 from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, drive_to_end
@@ -269,7 +269,7 @@ def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
         make_selections(study, score_with(ray, config.cluster), progress)
         trials = make_trials(study)
         failed = score_samples(study, trials, extract_with(ray), progress)
-        failed += train_trials(study, trials, progress, ray=ray)
+        failed += train_by(ray, progress)(study.trial_folder, trials)
         failed += show_corrupted(study, trials, show_with(ray), progress)
         if failed:
             heartbeat.ends_with(EXIT_FAILURE, f"{len(failed)} failed: {failed[0]}")

@@ -18,6 +18,7 @@ import numpy as np
 
 from rayexpand.contract.errors import Diverged, UsageError
 
+_WHOLE = ("item", "label", "rank", "predicted")  # fields of Answers that are whole numbers
 ECE_BINS = 15  # Guo et al. 2017, section 5
 CUB_LT = (5, 20)  # few < 5 <= medium <= 20 < many: thresholds of Diff-Mix, table 2
 FLOWER_LT = (10, 30)
@@ -40,11 +41,14 @@ class Answers:
     rank: np.ndarray  # int64
     predicted: np.ndarray  # int64
     confidence: np.ndarray  # float64, probability of the predicted class
+    p_label: np.ndarray  # float64, probability of the true class
+    margin: np.ndarray  # float64, p_label minus the highest probability of another class
+    entropy: np.ndarray  # float64, of the probabilities, nats
 
     @classmethod
     def concatenate(cls, parts: Sequence[Answers]) -> Answers:
         """All answers one behind the other; of no parts, no answers."""
-        return cls(*(np.concatenate([np.zeros(0, np.float64 if one.name == "confidence" else np.int64),
+        return cls(*(np.concatenate([np.zeros(0, np.int64 if one.name in _WHOLE else np.float64),
                                      *(getattr(part, one.name) for part in parts)]) for one in fields(cls)))
 
 
@@ -55,7 +59,11 @@ def answer(items_N: np.ndarray, probabilities_NK: np.ndarray, labels_N: np.ndarr
     p_N1 = np.take_along_axis(p_NK, y_N[:, None], axis=1)
     before_NK = np.arange(p_NK.shape[1]) < y_N[:, None]
     rank_N = ((p_NK > p_N1) | ((p_NK == p_N1) & before_NK)).sum(axis=1)
-    return Answers(np.asarray(items_N, np.int64), y_N, rank_N, p_NK.argmax(axis=1), p_NK.max(axis=1))
+    others_NK = np.where(np.arange(p_NK.shape[1]) == y_N[:, None], -np.inf, p_NK)
+    p_N, best_N = p_N1[:, 0], others_NK.max(axis=1) if p_NK.shape[1] > 1 else 0.0
+    entropy_N = -(p_NK * np.log(np.where(p_NK > 0, p_NK, 1.0))).sum(axis=1)
+    return Answers(np.asarray(items_N, np.int64), y_N, rank_N, p_NK.argmax(axis=1), p_NK.max(axis=1), p_N,
+                   p_N - best_N, entropy_N)
 
 
 def scores_of(answers: Answers, n_classes: int) -> dict[str, float]:

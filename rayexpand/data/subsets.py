@@ -162,8 +162,8 @@ def overlap(train: tuple[SeedIndex, DataConfig], test: tuple[SeedIndex, DataConf
     overlap with nothing.
     """
     if not content:
-        held = set(_images(*train))
-        return [one for one, image in zip(test[0].seed_ids, _images(*test), strict=True) if image in held]
+        held = set(image_names(*train))
+        return [one for one, image in zip(test[0].seed_ids, image_names(*test), strict=True) if image in held]
     digests = set(_image_digests(*train).values()) - {b""}
     return [one for one, found in _image_digests(*test).items() if found in digests]
 
@@ -184,7 +184,7 @@ def shared_images(train: tuple[SeedIndex, DataConfig], test: tuple[SeedIndex, Da
     return overlap(train, test, content=True)
 
 
-def _images(index: SeedIndex, data: DataConfig) -> list[str]:
+def image_names(index: SeedIndex, data: DataConfig) -> list[str]:
     """The image of each seed id: the same digit lies behind several ids, and an image listed again has one for each."""
     if not data.repeats and data.source != "digits":
         return index.seed_ids

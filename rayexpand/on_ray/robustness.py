@@ -17,9 +17,9 @@ import numpy as np
 import ray
 
 from rayexpand.contract.errors import packed, unpacked
+from rayexpand.loader.config import TrainingConfig
 from rayexpand.on_ray.pool import Pool, choose_pool, connected, enter, of_items, waves
 from rayexpand.storage.places import open_files
-from rayexpand.studies.config import TrainingConfig
 from rayexpand.studies.corrupted_sets import CorruptedImages
 from rayexpand.studies.parts import Study
 from rayexpand.studies.robustness import CorruptedPass, Shower, load_all

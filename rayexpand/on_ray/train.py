@@ -23,6 +23,7 @@ import ray.data
 from rayexpand.classifier.accuracy import Answers
 from rayexpand.contract.errors import Interrupted, packed, unpacked
 from rayexpand.contract.metrics import record_start
+from rayexpand.loader.config import TrainingConfig
 from rayexpand.on_ray.loaders import SPAN_IMAGES, Columns, LoaderTime, loaded_steps, spans_of, timed_steps
 from rayexpand.on_ray.pool import at_driver, cause_of, connected, enter, gpus_each, place_of, room_for
 from rayexpand.on_ray.preemption import Deaths, Leaving
@@ -30,8 +31,7 @@ from rayexpand.on_ray.workers import Notices, mean_over_workers, train_on_worker
 from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
-from rayexpand.studies.config import TrainingConfig
-from rayexpand.studies.parts import Study, Trial
+from rayexpand.studies.parts import Trial, TrialFolder
 from rayexpand.studies.trial import (
     TrainingCurve,
     TrialWork,
@@ -54,18 +54,19 @@ TASK_RETRIES = 16  # deaths of a trial's process before it counts as failed; nod
 WORKER_FAILURES = 4  # the same of Ray Train workers
 
 
-def train_study(study: Study, trials: Sequence[Trial], *, on_start: Callable[[int], None] = lambda running: None,
-                on_done: Callable[[int, str], None] = lambda running, problem: None) -> list[str]:
+def train_trials(folder: TrialFolder, trials: Sequence[Trial], *,
+                 on_start: Callable[[int], None] = lambda running: None,
+                 on_done: Callable[[int, str], None] = lambda running, problem: None) -> list[str]:
     """Trains `trials` at once as far as the cluster has room; returns one line for each that failed, with its name.
     `on_start` and `on_done` hear how many are under way, `on_done` also why one failed, "" where it did not.
 
     Raises UsageError when workers cannot share the batches, or the cluster is too small for one trial.
     """
-    with connected(study.config.cluster):
-        training = sized(study.config.training)
+    with connected(folder.cluster):
+        training = sized(folder.training)
         if training.workers:
-            _check_workers(study.files, trials, training)
-        room = _room(training, study.config.cluster.at("train"))
+            _check_workers(folder.files, trials, training)
+        room = _room(training, folder.cluster.at("train"))
         failed, waiting = [], list(trials)
         deaths = {trial.name: Deaths(TASK_RETRIES) for trial in trials}
         running: dict[Any, Trial] = {}
@@ -73,7 +74,7 @@ def train_study(study: Study, trials: Sequence[Trial], *, on_start: Callable[[in
         while waiting or running:
             while waiting and len(running) < room:
                 trial = waiting.pop(0)
-                running[_submit(study, trial, training)] = trial
+                running[_submit(folder, trial, training)] = trial
                 on_start(len(running))
             done, _ = ray.wait(list(running), num_returns=1)
             trial, problem = running.pop(done[0]), ""
@@ -94,9 +95,9 @@ def train_study(study: Study, trials: Sequence[Trial], *, on_start: Callable[[in
         return failed
 
 
-def _submit(study: Study, trial: Trial, training: TrainingConfig) -> Any:
-    arguments = (str(study.files.root), vars(trial), training.model_dump(), os.getcwd())
-    where = place_of(study.config.cluster.at("train"))
+def _submit(folder: TrialFolder, trial: Trial, training: TrainingConfig) -> Any:
+    arguments = (str(folder.files.root), vars(trial), training.model_dump(), os.getcwd())
+    where = place_of(folder.cluster.at("train"))
     if training.workers and trial.is_trained:
         return _train_spread.options(scheduling_strategy=at_driver()).remote(*arguments, where)
     return _train_alone.options(num_cpus=training.cpus_per_worker, num_gpus=training.gpus_per_worker or 0,
@@ -113,8 +114,8 @@ def _train_alone(folder: str, trial: dict[str, Any], training: dict[str, Any], c
 @ray.remote(max_retries=0, num_cpus=0)
 def _train_spread(folder: str, trial: dict[str, Any], training: dict[str, Any], cwd: str,
                   where: dict[str, Any]) -> None:
-    """Drives the Ray Train run of one trial; in a task, so that several run side by side. It is beside the driver of
-    the study, where it keeps no node of workers from leaving."""
+    """Drives the Ray Train run of one trial; in a task, so that several run side by side. It is beside the driver,
+    where it keeps no node of workers from leaving."""
     enter(cwd)
     config, files = TrainingConfig(**training), open_files(folder)
     files.delete(_refusal(trial["name"]))  # of an attempt whose driver died

@@ -44,6 +44,7 @@ RANGES = {"weight": (0.0, np.inf), "p_label": (0.0, 1.0), "entropy": (0.0, np.in
 SHARES = ("margin", "slow")  # rules that take a share of the seeds and leave out the others
 OF_CLASSES = ("equal", "class")  # rules that weigh classes: dealt over these, then evenly in each
 LEVELS = 1 << 20
+LEAST_P = 1e-6  # least probability that a loss is the logarithm of
 FILE = "scores.parquet"
 
 
@@ -175,7 +176,7 @@ def _rule(allocate: Allocate, index: SeedIndex, base_N: np.ndarray, scores: Mapp
     else:
         found = {"weight": lambda: column["weight"], "entropy": lambda: column["entropy"],
                  "confidence": lambda: 1 - column["p_label"],
-                 "loss": lambda: -np.log(np.maximum(column["p_label"], 1e-6))}[rule]()
+                 "loss": lambda: -np.log(np.maximum(column["p_label"], LEAST_P))}[rule]()
     weight_N = np.where(_sound(index), found.mean(), 0.0)
     weight_N[known] = found
     return weight_N

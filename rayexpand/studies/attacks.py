@@ -51,7 +51,7 @@ from rayexpand.studies.membership import (
     refuse_unreadable,
     study_of,
 )
-from rayexpand.studies.parts import Study, Trial, folder_of, read_result
+from rayexpand.studies.parts import Study, Train, Trial, folder_of, read_result
 from rayexpand.studies.selections import make_selections
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.trials import announce, make_trials
@@ -69,7 +69,7 @@ class Machines(NamedTuple):
     fit: Fit
     score: Score
     extract: Extract
-    train: Callable[[Study, list[Trial]], list[str]]  # one line for each trial that failed
+    train: Train
     ask: Ask
     device_here: bool = True  # runs are sampled in this process
 
@@ -105,7 +105,7 @@ def audit_membership(config: MembershipConfig, folder: str, machines: Machines, 
         machines.drive(run, progress)
     make_selections(study, machines.score, progress)
     trials = [trial for trial in make_trials(study) if trial.arm in config.lines]
-    if failed := machines.train(study, trials):
+    if failed := machines.train(study.trial_folder, trials):
         raise RayexpandError("audit.membership: classifiers of shadows could not be trained; what is done is kept, and "
                              "the same command tries these again:\n  " + "\n  ".join(failed))
     phi = _Phi(config, files, members)

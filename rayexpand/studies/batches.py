@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 
 from rayexpand.contract.errors import RayexpandError, UsageError
+from rayexpand.loader.config import TrainingConfig
 from rayexpand.loader.loader import Slots
 from rayexpand.loader.row_mixing import RowMixes
 from rayexpand.loader.training_set import TrainingSet
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import NAMED, parquet_bytes
-from rayexpand.studies.config import TrainingConfig
 from rayexpand.studies.parts import Trial
 from rayexpand.studies.results import read_study
 from rayexpand.studies.trial import TrialWork, open_work

@@ -23,7 +23,7 @@ from rayexpand.contract import settings
 from rayexpand.contract.errors import ConfigError, looked_at
 from rayexpand.contract.protocols import Method
 from rayexpand.contract.secrets import secret_problems
-from rayexpand.contract.settings import Device, Later, Section
+from rayexpand.contract.settings import Later, Section
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.subsets import SubsetConfig
@@ -37,6 +37,7 @@ from rayexpand.fitting.captions import CaptionsFit
 from rayexpand.fitting.config import fit_config
 from rayexpand.fitting.config import preflight as fit_preflight
 from rayexpand.fitting.guide import GuideFit
+from rayexpand.loader.config import TrainingConfig
 from rayexpand.models.folders import unreadable
 from rayexpand.models.prior import facts_to_come
 from rayexpand.runs import config as configs
@@ -118,25 +119,6 @@ class ExpansionConfig(Section):
     fit: ExpansionFit | None = Field(None, description="with a run configuration: fit what its method and its judge "
                                      "need, for each seed on its own real rows; {} for prototypes of the guide as it "
                                      "is")
-
-
-class TrainingConfig(Section):
-    OLD_NAMES: ClassVar = {"lanes": "streams"}
-
-    workers: int = Field(0, ge=0, description="0: a trial is one process; more: Ray Train workers of each trial")
-    cpus_per_worker: float = Field(1.0, gt=0)
-    gpus_per_worker: float | None = Field(None, ge=0, description="null: 1 where the cluster has GPUs, else 0")
-    loaders: int = Field(1, ge=1, description="processes that read and decode for one Ray Train worker")
-    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
-    threads: int = Field(1, ge=1, description="CPU threads of one worker")
-    checkpoint_steps: int | None = Field(None, ge=1, description="optimiser steps between two checkpoints; null: one "
-                                         "after each epoch")
-    shuffle_rows: int = Field(65_536, ge=1, description="rows that are permuted together where a training set is "
-                              "larger")
-    streams: int = Field(8, ge=1, description="streams a larger training set is read in; workers must divide it")
-    keep: Annotated[Literal["weights"] | None, Later(None)] = Field(
-        None, description="weights: a finished classifier leaves its weights in weights/ of the study, for corrupted "
-        "test sets and whatever else asks it again; null: its answers alone")
 
 
 class SamplesConfig(DistanceConfig):

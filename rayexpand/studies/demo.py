@@ -233,7 +233,7 @@ def _expand(study: Study, progress: Listener) -> None:
 def _train(study: Study, progress: Listener) -> dict[str, list[float]]:
     """Accuracy of every arm after its last step, one per subset."""
     trials = make_trials(study)
-    todo = pending_trials(study, trials)
+    todo = pending_trials(study.trial_folder, trials)
     done = len(trials) - len(todo)
     for trial, problem in run_trials(study.files, todo, study.config.training):
         if problem:

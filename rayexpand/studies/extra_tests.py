@@ -10,11 +10,10 @@ classifiers of a study at once: robustness.py.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -34,12 +33,10 @@ from rayexpand.contract.schema import ClassTable, SeedIndex
 from rayexpand.contract.settings import Later, Section
 from rayexpand.data import seeds
 from rayexpand.data.corruptions.config import Corrupt
+from rayexpand.data.folds import read_groups
 from rayexpand.data.seeds import DataConfig
-from rayexpand.data.seeds.places import read_text
 from rayexpand.data.subsets import sound_rows
 from rayexpand.studies.class_maps import OpenedTest, map_problems, matched
-
-ID_COLUMNS = ("seed_id", "path")  # what the column of the images may be called in a file of groups
 
 
 class ExtraTest(Section):
@@ -87,7 +84,7 @@ def problems(test: ExtraTest) -> list[str]:
         found += _corrupted_problems(test)
     try:
         if test.groups is not None:
-            _read_groups(test.groups)
+            read_groups(test.groups)
         if test.group_of is not None and not re.compile(test.group_of).groups:
             found.append(f"group_of: {test.group_of!r} has no bracket, so it names no group; put ( ) around it")
     except SeedDataError as error:
@@ -127,7 +124,7 @@ def groups_of(test: ExtraTest, index: SeedIndex) -> np.ndarray | None:
         return None
     ids = index.seed_ids
     if test.groups is not None:
-        table = _read_groups(test.groups)
+        table = read_groups(test.groups)
         found = [table.get(one, "") for one in ids]
     else:
         matches = [re.search(str(test.group_of), one) for one in ids]
@@ -157,7 +154,7 @@ def answer_among(items_N: np.ndarray, logits_NK: np.ndarray, labels_N: np.ndarra
         return answer(items_N, softmax(logits_NK), labels_N)
     cut_NJ, positions_N = restrict(logits_NK, labels_N, classes.tolist())
     cut = answer(items_N, softmax(cut_NJ), positions_N)
-    return Answers(cut.item, classes[cut.label], cut.rank, classes[cut.predicted], cut.confidence)
+    return replace(cut, label=classes[cut.label], predicted=classes[cut.predicted])
 
 
 def scores(answers: Answers, test: ExtraTest, groups_n: np.ndarray | None, n_classes: int,
@@ -172,18 +169,3 @@ def scores(answers: Answers, test: ExtraTest, groups_n: np.ndarray | None, n_cla
         found |= {"per_class": float(np.nanmean(shares_J)), "classes": len(np.unique(own_N)),
                   "left_out": opened.left_out}
     return {**found, "by_group": None if groups_n is None else group_accuracy(answers.rank < 1, groups_n[answers.item])}
-
-
-def _read_groups(path: str) -> dict[str, str]:
-    """Seed id -> group. Raises SeedDataError."""
-    lines = csv.DictReader(io.StringIO(read_text("groups", path)))
-    names = lines.fieldnames or ()
-    column = next((name for name in ID_COLUMNS if name in names), None)
-    if column is None or "group" not in names:
-        raise SeedDataError(f"groups: '{path}' has the columns {few(list(names))}, and needs "
-                            f"{' or '.join(ID_COLUMNS)}, and group; name them so in its first line")
-    table: dict[str, str] = {}
-    for line in lines:
-        if table.setdefault(line[column], line["group"]) != line["group"]:
-            raise SeedDataError(f"groups: '{path}' puts '{line[column]}' in two groups; keep one of these lines")
-    return table

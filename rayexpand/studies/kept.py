@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import UsageError
+from rayexpand.loader.config import TrainingConfig
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import read_json
-from rayexpand.studies.config import TrainingConfig
 from rayexpand.studies.parts import Trial
 from rayexpand.studies.trial import Answering, open_work
 from rayexpand.studies.weights import read_weights

@@ -44,10 +44,11 @@ from rayexpand.data.subsets import ids_file, shared_images, sound_rows
 from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation.features import ExtractorConfig
 from rayexpand.evaluation.membership import PER_EXAMPLE_FROM, Variance, memberships
+from rayexpand.loader.config import TrainingConfig
 from rayexpand.runs.config import ClusterConfig, RunConfig, guide_of_run
 from rayexpand.runs.run import Run
 from rayexpand.storage.files import Files
-from rayexpand.studies.config import StudyConfig, TrainingConfig, parse_study, run_config, study_preflight
+from rayexpand.studies.config import StudyConfig, parse_study, run_config, study_preflight
 
 Attack = Literal["classifier", "samples"]
 Query = Literal["identity", "flip"]

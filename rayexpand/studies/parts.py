@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,8 @@ from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import digest
 from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.data.subsets import fingerprint
-from rayexpand.runs.config import RunConfig
+from rayexpand.loader.config import TrainingConfig
+from rayexpand.runs.config import ClusterConfig, RunConfig
 from rayexpand.runs.run import Run, open_run
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import healthy_json, read_table
@@ -77,6 +79,7 @@ class Trial:
     data_seed: int | None = None  # of the real images and the samples
     runs: list[str] = field(default_factory=list)  # folders of the expansions, where there are several
     value: dict[str, Any] = field(default_factory=dict)  # of an arm of the section value: ValueArm.facts
+    track: bool = False  # its predictions also say of each test image how many evaluations on the way were right
 
     @property
     def digest(self) -> str:
@@ -88,7 +91,8 @@ class Trial:
         known = {name: value for name, value in self.baseline.items() if name not in ("guide", "validation")}
         return digest({**{name: getattr(self, name) for name in names}, **({"also": also} if also else {}), **drw,
                        **({"baseline": known} if known else {}),
-                       **({"classifier_seed": self.trained_by} if self.trained_by != self.seed else {})})
+                       **({"classifier_seed": self.trained_by} if self.trained_by != self.seed else {}),
+                       **({"track": True} if self.track else {})})
 
     @property
     def trained_by(self) -> int:
@@ -99,6 +103,20 @@ class Trial:
     def is_trained(self) -> bool:
         """Whether a network is trained step by step."""
         return self.baseline.get("kind") not in UNTRAINED
+
+
+@dataclass(frozen=True)
+class TrialFolder:
+    """Where trials lie (lists/ trials/ results/ predictions/ checkpoints/ of `files`) and how they are trained."""
+
+    name: str  # in progress and messages
+    files: Files
+    training: TrainingConfig
+    cluster: ClusterConfig
+    n_classes: int
+
+
+Train = Callable[[TrialFolder, Sequence[Trial]], list[str]]  # one line for each trial that failed, with its name
 
 
 class Opened:
@@ -137,6 +155,11 @@ class Study:
     expansions: dict[tuple[str, int], RunConfig | str]  # a run to make, or the folder of one
     opened: Opened = field(default_factory=Opened, compare=False)
     sizes: dict[tuple[int, str], tuple[DataConfig, SeedIndex]] = field(default_factory=dict)  # of value; see real_key
+
+    @property
+    def trial_folder(self) -> TrialFolder:
+        n_classes = len(self.subsets[self.config.seeds[0]][1].classes)
+        return TrialFolder(self.config.name, self.files, self.config.training, self.config.cluster, n_classes)
 
     def real_rows(self, arm: Arm, seed: int) -> tuple[DataConfig, SeedIndex]:
         """The real images of an arm."""

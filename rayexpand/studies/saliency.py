@@ -21,11 +21,11 @@ from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.data.subsets import sound_rows
+from rayexpand.loader.config import TrainingConfig
 from rayexpand.loader.loader import TestSet
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import NAMED, parquet_bytes
-from rayexpand.studies.config import TrainingConfig
 from rayexpand.studies.kept import load_classifier, read_trial
 from rayexpand.studies.parts import Trial
 from rayexpand.studies.results import read_study

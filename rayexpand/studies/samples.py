@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from rayexpand.classifier.seed_mixing import SeedMix
 from rayexpand.contract.errors import ConfigError, UsageError, few
 from rayexpand.contract.rng import PlanRng
-from rayexpand.contract.schema import DATA_SCHEMA, ClassTable, Receipt
+from rayexpand.contract.schema import DATA_SCHEMA, ClassTable, Receipt, SeedIndex
 from rayexpand.data.subsets import ids_hash
 from rayexpand.loader.training_set import COLUMNS, DrawRule, Mode, RowSource, SetPart, TrainingSet, seed_rows
 from rayexpand.runs.run import Run, open_run
@@ -40,10 +40,12 @@ def training_set(parts: Sequence[RowSource], mode: Mode = "union", p: float = 0.
     if problems := _problems(parts, mode, p, draw, mix):
         raise ConfigError("training set", problems)
     found = [None if one.run is None else opened(one.run) for one in parts]
-    tables = [one.seeds[0].classes if one.seeds else run.plan.index.classes  # type: ignore[union-attr]
-              for one, run in zip(parts, found, strict=True)]
-    if problems := _class_problems(parts, tables) + _pending_problems(found):
+    indexes = [one.seeds[0] if one.seeds else run.plan.index  # type: ignore[union-attr]
+               for one, run in zip(parts, found, strict=True)]
+    tables = [index.classes for index in indexes]
+    if problems := _class_problems(parts, tables) + _pending_problems(found) + _only_problems(parts, indexes):
         raise ConfigError("training set", problems)
+    parts = [_restricted(one) for one in parts]
     with_seeds = mix is not None or draw == "own"
     blocks = [(one, *(seed_rows(one) if run is None else _sample_rows(one, run, with_seeds)))
               for one, run in zip(parts, found, strict=True)]
@@ -111,6 +113,19 @@ def _pending_problems(opened: Sequence[Run | None]) -> list[str]:
             "`rayexpand expand`" for run in opened if run is not None and (pending := run.totals().pending)]
 
 
+def _only_problems(parts: Sequence[RowSource], indexes: Sequence[SeedIndex]) -> list[str]:
+    return [f"{one.name}: only has {len(one.only):,} entries for {len(index):,} seeds; give one for each"
+            for one, index in zip(parts, indexes, strict=True) if one.only is not None and len(one.only) != len(index)]
+
+
+def _restricted(rows: RowSource) -> RowSource:
+    """Seeds without those that `only` leaves out: the set then holds no word of them."""
+    if rows.seeds is None or rows.only is None:
+        return rows
+    index, data = rows.seeds
+    return replace(rows, seeds=(SeedIndex(index.table.filter(pa.array(rows.only)), index.classes), data), only=None)
+
+
 @dataclass(frozen=True)
 class _Block:
     """The rows of one data file that are taken."""
@@ -174,7 +189,7 @@ def _blocks(run: Run, receipts: Sequence[Receipt], rows: RowSource, chosen: Sele
             with_seeds: bool) -> Iterator[_Block]:
     named = ["sample_id"] if chosen is not None or rows.limit is not None else []
     below = run.plan.first + run.plan.first_copies(rows.copies)
-    numbered = ["row"] if with_seeds or isinstance(rows.copies, float) else []
+    numbered = ["row"] if with_seeds or rows.only is not None or isinstance(rows.copies, float) else []
 
     def block(receipt: Receipt) -> _Block:
         with run.store.open(receipt) as file:
@@ -184,6 +199,8 @@ def _blocks(run: Run, receipts: Sequence[Receipt], rows: RowSource, chosen: Sele
         position = run.plan.position(table["row"].to_numpy()) if numbered else None  # of their seeds
         most = below[position] if isinstance(rows.copies, float) else rows.copies
         keep = np.ones(len(table), bool) if most is None else table["copy"].to_numpy() < most
+        if rows.only is not None:
+            keep &= rows.only[position]
         if chosen is not None:
             keep &= chosen.keeps(table["sample_id"]).to_numpy(zero_copy_only=False)
         identity = receipt.content_sha256.encode() + (b"" if keep.all() else np.packbits(keep).tobytes())

@@ -15,7 +15,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ from rayexpand.contract.errors import (
 from rayexpand.contract.metrics import TRAINING_ACCURACY, record, record_start, record_training
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
+from rayexpand.loader.config import TrainingConfig
 from rayexpand.loader.loader import Loader, TestSet
 from rayexpand.loader.training_set import TrainingSet
 from rayexpand.storage.files import Files
@@ -45,7 +46,6 @@ from rayexpand.storage.tables import NAMED, parquet_bytes, replace_json
 from rayexpand.studies import extra_tests
 from rayexpand.studies.baselines import note_of
 from rayexpand.studies.class_maps import OpenedTest
-from rayexpand.studies.config import TrainingConfig
 from rayexpand.studies.extra_tests import ExtraTest
 from rayexpand.studies.guides import guide_scores
 from rayexpand.studies.parts import Trial
@@ -76,6 +76,7 @@ class TrainingCurve:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     starts: list[int] = field(default_factory=list)  # the step of each start: 0, then where a checkpoint led back to
+    right: list[int] = field(default_factory=list)  # evaluations that were right, by test image; of a tracked trial
 
 
 @dataclass
@@ -125,8 +126,9 @@ def check_recipes(trials: Iterable[Trial], n_classes: int) -> None:
         try:
             try_recipe(Recipe(**trial.recipe), n_classes, trial.trained_by)
         except UsageError as error:
-            raise type(error)(f"arms.{trial.arm}", error.problems) if isinstance(error, ConfigError) else \
-                type(error)(f"arms.{trial.arm}: {error}") from error
+            where = f"arms.{trial.arm}" if trial.arm else trial.name
+            raise type(error)(where, error.problems) if isinstance(error, ConfigError) else \
+                type(error)(f"{where}: {error}") from error
 
 
 def open_work(files: Files, trial: Trial, training: TrainingConfig) -> TrialWork:
@@ -175,6 +177,9 @@ def fit(work: TrialWork, classifier: Classifier, curve: TrainingCurve, batches: 
             found = scores_of(answers, work.n_classes)
             curve.history.append({"epoch": len(curve.history) + 1, "step": classifier.step,
                                   "loss": mean(curve.loss_sum / curve.loss_steps), **found})
+            if work.trial.track:
+                now = (answers.rank < 1)[np.argsort(answers.item)]
+                curve.right = (np.asarray(curve.right or [0], np.int64) + now).tolist()
             curve.loss_sum, curve.loss_steps = 0.0, 0
             record(TRAINING_ACCURACY, found["top1"], model="classifier")
             on_epoch(curve.history[-1])
@@ -298,8 +303,9 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
     `cpu_seconds`: of all workers and loaders, None where this process did everything; `facts`: of a baseline;
     `weights`: what `keep_weights` says."""
     trial, low_high = work.trial, (work.trial.frequency[0], work.trial.frequency[1])
-    for suffix, found in {"": answers, **{f".{name}": one for name, one in also.items()}}.items():
-        _write_predictions(files, f"{trial.name}{suffix}", found)
+    _write_predictions(files, trial.name, answers, curve.right)
+    for name, one in also.items():
+        _write_predictions(files, f"{trial.name}.{name}", one)
     best = max(curve.history, key=lambda point: point["top1"])
     rows, steps = work.feed.rows, work.feed.total_steps if trial.is_trained else 0
     result = {
@@ -330,10 +336,12 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
     return result
 
 
-def _write_predictions(files: Files, name: str, answers: Answers) -> None:
+def _write_predictions(files: Files, name: str, answers: Answers, right: Sequence[int] = ()) -> None:
+    """`right`: evaluations on the way that were right, of each image in order; none where they were not counted."""
     order = np.argsort(answers.item)
-    table = pa.table({"item": answers.item[order], "label": answers.label[order],
-                      "predicted": answers.predicted[order], "confidence": answers.confidence[order]})
+    columns = ("item", "label", "predicted", "confidence", "p_label", "margin", "entropy")
+    table = pa.table({**{name: getattr(answers, name)[order] for name in columns},
+                      **({"right": np.array(right, np.int32)} if right else {})})
     place = f"predictions/{name}.parquet"
     files.replace(place, parquet_bytes(table, {NAMED: place.encode()}))
 

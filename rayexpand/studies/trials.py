@@ -24,7 +24,7 @@ from rayexpand.studies import extra_tests
 from rayexpand.studies.baselines import recipe_of
 from rayexpand.studies.class_maps import map_sha256
 from rayexpand.studies.config import REPEATED, ArmConfig, StudyConfig
-from rayexpand.studies.parts import Arm, Study, Trial, folder_of, lacks_predictions, read_result, real_key
+from rayexpand.studies.parts import Arm, Study, Trial, TrialFolder, folder_of, lacks_predictions, read_result, real_key
 from rayexpand.studies.samples import training_set
 from rayexpand.studies.value_config import repeats_of, updates_of
 from rayexpand.studies.weights import without_weights
@@ -68,13 +68,13 @@ def _facts(study: Study) -> dict[str, Any]:
             "trainings": len(arms_of(study.config)) * len(study.config.seeds)}
 
 
-def pending_trials(study: Study, trials: Sequence[Trial]) -> list[Trial]:
+def pending_trials(folder: TrialFolder, trials: Sequence[Trial]) -> list[Trial]:
     """Trials without a result for exactly what they would train now, or whose predictions are gone or damaged, or whose
     weights are to be kept and are not there."""
-    todo = {trial.name for trial in trials if (found := read_result(study.files, trial.name)) is None
-            or found["digest"] != trial.digest or lacks_predictions(study.files, trial)}
-    if study.config.training.keep == "weights" and (without := [
-            one.name for one in without_weights(study.files, [one for one in trials if one.name not in todo])]):
+    todo = {trial.name for trial in trials if (found := read_result(folder.files, trial.name)) is None
+            or found["digest"] != trial.digest or lacks_predictions(folder.files, trial)}
+    if folder.training.keep == "weights" and (without := [
+            one.name for one in without_weights(folder.files, [one for one in trials if one.name not in todo])]):
         log.warning("The weights of %d finished trials were not kept or are gone (%s); they are trained again",
                     len(without), few(without))
         todo |= set(without)

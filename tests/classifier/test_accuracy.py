@@ -158,11 +158,20 @@ def test_frequency_groups(thresholds: tuple[int, int], expected: dict) -> None:
     """Classes of 21, 20, 5, 6 and 4 training images, and one of 3 without test images: 20 and 5 are medium on CUB."""
     labels = np.repeat([0, 1, 2, 3, 4], [2, 2, 1, 1, 4])
     correct = np.array([1, 1, 1, 0, 0, 1, 1, 0, 0, 0], bool)
-    said = Answers(np.arange(10), labels, (~correct).astype(int), np.where(correct, labels, 5), np.full(10, 0.5))
+    said = Answers(np.arange(10), labels, (~correct).astype(int), np.where(correct, labels, 5),
+                   *np.full((4, 10), 0.5))
     found = frequency_groups(said, [21, 20, 5, 6, 4, 3], thresholds)
 
     assert found == {**{name: pytest.approx(value) if value is not None else None
                         for name, value in expected.items()}, "all": 0.5}
+
+
+def test_probability_margin_and_entropy_of_a_label() -> None:
+    said = answer(np.arange(3), np.array([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.0, 1.0, 0.0]]), np.array([0, 2, 1]))
+
+    np.testing.assert_allclose(said.p_label, [0.5, 0.2, 1.0])
+    np.testing.assert_allclose(said.margin, [0.2, -0.3, 1.0])
+    np.testing.assert_allclose(said.entropy, [1.0296530140645737, 1.0296530140645737, 0.0], atol=1e-15)
 
 
 def test_class_without_images_is_not_zero() -> None:

@@ -120,7 +120,7 @@ def study_work(images: Path, place: Path) -> Work:
             expander.close()
         trials = make_trials(study)
         assert not [problem for _, problem in run_trials(
-            study.files, pending_trials(study, trials), study.config.training) if problem]
+            study.files, pending_trials(study.trial_folder, trials), study.config.training) if problem]
         return _scores(folder)
 
     folder = place / "studies/study"

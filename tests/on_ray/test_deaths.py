@@ -91,7 +91,7 @@ def test_trials_of_a_study(ends: dict[str, list[Exception]], attempts: dict[str,
     study: Any = SimpleNamespace(config=SimpleNamespace(cluster=ClusterConfig(), training=SimpleNamespace(workers=0)))
     heard: list[str] = []
     trials: Any = [SimpleNamespace(name="a"), SimpleNamespace(name="b")]
-    said = train.train_study(study, trials, on_done=lambda _, problem: heard.append(problem))
+    said = train.train_trials(study.trial_folder, trials, on_done=lambda _, problem: heard.append(problem))
 
     assert sent == attempts
     assert [line[:len(want)] for line, want in zip(said, failed, strict=True)] == failed

@@ -154,7 +154,7 @@ def test_a_trial_keeps_what_it_has(cluster: Cluster, tmp_path: Path, notice: boo
         add(cluster)
     cluster.wait_for_nodes()
     failed: list[str] = []
-    thread = threading.Thread(target=lambda: failed.extend(train.train_study(study, trials)))
+    thread = threading.Thread(target=lambda: failed.extend(train.train_trials(study.trial_folder, trials)))
     thread.start()
     kept = tmp_path / "small/checkpoints/original-s0.pt"
     for _ in range(2):
@@ -180,7 +180,7 @@ def test_a_trial_whose_process_dies_still_ends(cluster: Cluster, tmp_path: Path,
     node = add(cluster)
     cluster.wait_for_nodes()
     failed: list[str] = []
-    thread = threading.Thread(target=lambda: failed.extend(train.train_study(study, trials)))
+    thread = threading.Thread(target=lambda: failed.extend(train.train_trials(study.trial_folder, trials)))
     thread.start()
     for _ in range(2):
         found = until(lambda: workers(node, "_train_alone"))

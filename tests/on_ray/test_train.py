@@ -23,7 +23,7 @@ from torch import nn
 
 from rayexpand.contract.errors import UsageError
 from rayexpand.on_ray.pool import connected
-from rayexpand.on_ray.train import train_study
+from rayexpand.on_ray.train import train_trials
 from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.tables import read_table
 from rayexpand.studies import trial as training
@@ -103,7 +103,7 @@ def test_two_workers_train_what_one_process_trains(tmp_path: Path) -> None:
             "data": {"source": "digits", "split": "test", "digits_background": "all", "per_class": 3},
             "group_of": "/([a-z-]+)$"}}}}
     spread, trials = study_of(tmp_path / "spread", 2, arms, **recipe)
-    assert train_study(spread, trials) == []
+    assert train_trials(spread.trial_folder, trials) == []
     alone, same = study_of(tmp_path / "alone", 0, arms[:1], **recipe)
     training.run_trial(alone.files, same[0], alone.config.training)
     found, expected = results(spread, trials), results(alone, same)
@@ -135,7 +135,7 @@ def test_two_workers_mix_and_compare_views_as_one_process_does(tmp_path: Path) -
     arms = [{"name": "mixed", "mix": {"partner": "class"}, "recipe": {**group, "cutmix": 1.0, "mix_per": "image"}},
             {"name": "views", "recipe": {**group, "augment": "augmix", "jsd": 12, "gridmask": 0.8}}]
     spread, trials = study_of(tmp_path / "spread", 2, arms, updates=6, epochs=2)
-    assert train_study(spread, trials) == []
+    assert train_trials(spread.trial_folder, trials) == []
     alone, same = study_of(tmp_path / "alone", 0, arms, updates=6, epochs=2)
     for trial in same:
         training.run_trial(alone.files, trial, alone.config.training)
@@ -150,7 +150,7 @@ def test_two_workers_mix_and_compare_views_as_one_process_does(tmp_path: Path) -
 def test_the_first_of_two_workers_keeps_the_weights(tmp_path: Path) -> None:
     study, trials = study_of(tmp_path, 2, [{"name": "batch"}], changes={
         "training": {"workers": 2, "cpus_per_worker": 1.0, "keep": "weights"}})
-    assert train_study(study, trials) == []
+    assert train_trials(study.trial_folder, trials) == []
     found = load_classifier(study.files, trials[0])
     work = training.open_work(study.files, trials[0], study.config.training)
     order = np.argsort((again := training.answers_of(work, found.answering)).item)
@@ -164,8 +164,8 @@ def test_the_first_of_two_workers_keeps_the_weights(tmp_path: Path) -> None:
 def test_small_trials_are_tasks_with_the_same_numbers(tmp_path: Path) -> None:
     arms = [{"name": "original"}, {"name": "faster", "recipe": {"lr": 0.02}}]
     tasks, trials = study_of(tmp_path / "tasks", 0, arms)
-    assert train_study(tasks, trials) == []
-    assert pending_trials(tasks, trials) == []
+    assert train_trials(tasks.trial_folder, trials) == []
+    assert pending_trials(tasks.trial_folder, trials) == []
     here, same = study_of(tmp_path / "here", 0, arms)
     for trial in same:
         training.run_trial(here.files, trial, here.config.training)
@@ -179,20 +179,20 @@ def test_what_cannot_work_is_said_before_training(tmp_path: Path) -> None:
     odd, trials = study_of(tmp_path, 3, [{"name": "original"}])
     large, others = study_of(tmp_path / "large", 1, [{"name": "original"}], cpus=4096)
     with pytest.raises(UsageError, match=r"recipe\.batch|training\.workers"):
-        train_study(odd, trials)
+        train_trials(odd.trial_folder, trials)
     with pytest.raises(UsageError, match=r"training\.workers: one trial wants"):
-        train_study(large, others)
+        train_trials(large.trial_folder, others)
 
 
 @pytest.mark.usefixtures("cluster")
 def test_a_trial_that_diverges_fails_alone(tmp_path: Path) -> None:
     arms = [{"name": "original"}, {"name": "wild", "recipe": {"lr": 1e30, "optimiser": "sgd", "schedule": "constant"}}]
     study, trials = study_of(tmp_path, 0, arms)
-    failed = train_study(study, trials)
+    failed = train_trials(study.trial_folder, trials)
 
     assert len(failed) == 1
     assert failed[0].startswith("wild-s0: training diverged")
-    assert [one.arm for one in pending_trials(study, trials)] == ["wild"]
+    assert [one.arm for one in pending_trials(study.trial_folder, trials)] == ["wild"]
 
 
 LONG = {"updates": 240, "epochs": 4, "backbone_args": GROUP}

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from rayexpand.api.driving import Relay, train_trials
+from rayexpand.api.driving import Relay, train_by
 from rayexpand.contract.rng import generator, row_key
 from rayexpand.data.pixels import decode
 from rayexpand.data.seeds import DataConfig, build_index
@@ -46,7 +46,7 @@ DIGIT = re.compile(r"digits/\d{4}")
 
 def machines(**changes: Any) -> Machines:
     return Machines(**{"drive": Here(), "fit": fit, "score": score_here, "extract": pixels, "ask": ask_here,
-                       "train": lambda study, trials: train_trials(study, trials, Relay(None), ray=False), **changes})
+                       "train": train_by(False, Relay(None)), **changes})
 
 
 def pixels(config: EvaluateConfig, sha256: str, sides: Sequence[Side], on_rows: Any) -> list[Found]:

@@ -79,7 +79,7 @@ def test_they_have_results_and_predictions_that_pair_with_the_arms(done: tuple[S
         assert against[kind]["against"] == "original"
         assert (against[kind]["seeds"], against[kind]["images"]) == ([0, 1], 30)
         assert against[kind]["low"] is not None
-    assert pending_trials(study, trials) == []
+    assert pending_trials(study.trial_folder, trials) == []
 
 
 def test_zero_shot_says_what_the_guide_says_in_every_repetition(done: tuple[Study, list[Trial]],

@@ -63,7 +63,8 @@ def expand(raw: Mapping[str, Any]) -> Study:
 def train(raw: Mapping[str, Any]) -> Study:
     study = expand(raw)
     with torch_threads(1):
-        for trial, problem in run_trials(study.files, pending_trials(study, make_trials(study)), study.config.training):
+        todo = pending_trials(study.trial_folder, make_trials(study))
+        for trial, problem in run_trials(study.files, todo, study.config.training):
             assert not problem, f"{trial.name}: {problem}"
     return study
 

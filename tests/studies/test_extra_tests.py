@@ -43,7 +43,7 @@ def test_the_average_over_waterbird_groups_is_by_images() -> None:
     groups = np.repeat(list(WATERBIRD), [images for images, _ in WATERBIRD.values()])
     order = np.random.Generator(np.random.Philox(key=1)).permutation(len(right))  # items come in any order
     said = Answers(order, np.zeros(len(right), int), (~right[order]).astype(int), np.zeros(len(right), int),
-                   np.full(len(right), 0.5))
+                   *np.full((4, len(right)), 0.5))
     found = scores(said, digits(), groups, 3)
 
     assert found["by_group"]["counts"] == {name: images for name, (images, _) in WATERBIRD.items()}
@@ -154,7 +154,7 @@ def test_scores_of_mapped_classes_are_by_the_classes_of_the_set(tmp_path: Path) 
     order = np.arange(len(opened.index))
     is_one = opened.own_N == 1
     said = Answers(order, np.zeros(len(order), int), (~is_one).astype(int), (~is_one).astype(int),
-                   np.full(len(order), 0.5))
+                   *np.full((4, len(order)), 0.5))
     found = scores(said, one, None, 2, opened)
 
     assert found["top1"] == is_one.mean()

@@ -114,11 +114,11 @@ def test_expansion_and_training_see_the_same_seed_ids(study: Study) -> None:
 def test_a_second_pass_trains_nothing_and_a_change_trains_what_it_touches(study: Study) -> None:
     trials = make_trials(study)
     assert all(not problem for _, problem in run_trials(study.files, trials, study.config.training))
-    assert pending_trials(study, make_trials(study)) == []
+    assert pending_trials(study.trial_folder, make_trials(study)) == []
 
     arms = [{"name": "original"}, {"name": "flips", "use": "flips", "ratio": [1, 3], "recipe": {"lr": 0.02}}]
     changed = prepare_study(parse_study(raw_study(Path(study.config.out), arms=arms)))
-    todo = {one.arm for one in pending_trials(changed, make_trials(changed))}
+    todo = {one.arm for one in pending_trials(changed.trial_folder, make_trials(changed))}
 
     assert todo == {"flips 1x", "flips 3x", "original repeated 2x (lr=0.02)", "original repeated 4x (lr=0.02)"}
     assert list(pending_runs(changed)) == []
@@ -137,7 +137,7 @@ def test_a_result_for_other_test_images_is_not_on_the_page(tmp_path: Path) -> No
 
 def test_results_hold_what_the_page_needs(study: Study) -> None:
     trials = make_trials(study)
-    for _, problem in run_trials(study.files, pending_trials(study, trials), study.config.training):
+    for _, problem in run_trials(study.files, pending_trials(study.trial_folder, trials), study.config.training):
         assert not problem
     found = read_result(study.files, "flips-3x-s0")
 

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from rayexpand.classifier.classifier import Classifier
 from rayexpand.contract.errors import Interrupted
 from rayexpand.data.seeds import DataConfig, build_index
+from rayexpand.loader.config import TrainingConfig
 from rayexpand.storage.tables import read_table
-from rayexpand.studies.config import TrainingConfig, parse_study
+from rayexpand.studies.config import parse_study
 from rayexpand.studies.parts import Study, Trial, read_result
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.trial import (
@@ -129,11 +130,11 @@ def test_a_damaged_result_is_trained_again(undisturbed: dict[str, Any], tmp_path
                                            caplog: pytest.LogCaptureFixture) -> None:
     study, trial = one_trial(tmp_path)
     run_trial(study.files, trial, study.config.training)
-    assert pending_trials(study, [trial]) == []
+    assert pending_trials(study.trial_folder, [trial]) == []
     file = Path(study.files.root, f"results/{trial.name}.json")
     file.write_bytes(file.read_bytes().replace(b'"seed": 0', b'"seed": 1'))
 
-    assert pending_trials(study, [trial]) == [trial]
+    assert pending_trials(study.trial_folder, [trial]) == [trial]
     assert f"results/{trial.name}.json: is damaged" in caplog.text
 
 
@@ -143,12 +144,12 @@ def test_damaged_predictions_are_said_and_made_again(tmp_path: Path, caplog: pyt
     file = Path(study.files.root, f"predictions/{trial.name}.parquet")
     file.write_bytes(file.read_bytes()[:-100])
 
-    assert pending_trials(study, [trial]) == [trial]
+    assert pending_trials(study.trial_folder, [trial]) == [trial]
     assert f"predictions/{trial.name}.parquet: is damaged" in caplog.text
     run_trial(study.files, trial, study.config.training)
-    assert pending_trials(study, [trial]) == []
+    assert pending_trials(study.trial_folder, [trial]) == []
     file.unlink()
-    assert pending_trials(study, [trial]) == [trial]
+    assert pending_trials(study.trial_folder, [trial]) == [trial]
     assert f"predictions/{trial.name}.parquet: no such file" in caplog.text
 
 

@@ -74,7 +74,7 @@ def test_keeping_weights_moves_no_digest_and_no_number(kept: tuple[Study, list[T
     assert (plain["digest"], plain["history"]) == (beside["digest"], beside["history"])
     asked, same = study_of(tmp_path, "weights")
     with caplog.at_level(logging.WARNING):
-        assert pending_trials(asked, same) == same
+        assert pending_trials(asked.trial_folder, same) == same
     assert "weights of 1 finished trials were not kept" in caplog.text
     with pytest.raises(UsageError, match=r"not kept; set training\.keep: weights"):
         load_classifier(asked.files, trial)
@@ -85,12 +85,12 @@ def test_weights_that_are_gone_or_damaged_are_said(tmp_path: Path) -> None:
     assert [why for _, why in run_trials(study.files, trials, study.config.training) if why] == []
     file = Path(study.files.root, f"weights/{trials[0].name}.safetensors")
     whole = file.read_bytes()
-    assert pending_trials(study, trials) == []
+    assert pending_trials(study.trial_folder, trials) == []
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(DamagedFile, match="delete it and run `rayexpand train` again"):
         load_classifier(study.files, trials[0])
     file.unlink()
-    assert pending_trials(study, trials) == trials
+    assert pending_trials(study.trial_folder, trials) == trials
     assert [why for _, why in run_trials(study.files, trials, study.config.training) if why] == []
     assert file.read_bytes() == whole
     with pytest.raises(UsageError, match="no trial is called 'other'; known: original-s0"):

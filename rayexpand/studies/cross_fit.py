@@ -1,0 +1,176 @@
+"""Scores of the seeds of a dataset, each by a classifier that was trained without it and without its samples.
+
+    symbol   here          meaning, unit
+    k        fold          fold k is held out of training k
+    p_i      p_label       probability of the label of seed i
+             margin        p_i minus the highest probability of another class
+    H_i      entropy       of all probabilities, nats
+    s_i      speed         share of the evaluations on the way that were right: 1/J sum_j [argmax p_i^j = y_i]
+             loss          -ln max(p_i, 1e-6), nats
+
+A fold is an ordinary trial: its training set has the real images, and the samples of runs, whose seed is not in the
+fold; its test images are those of the fold. So it goes on from its checkpoint, runs on Ray, and leaves files as trials
+of a study do:
+
+    lists/<digest8>.arrow        what a fold trains on; no word of a held-out seed is in it
+    lists/<prefix>-fold0.txt     ids of the seeds that it is asked for
+    trials/ results/ predictions/ checkpoints/    of <prefix>-fold0, <prefix>-fold1 ...
+
+With `folds: 1` one classifier is trained on everything and asked for everything: in sample.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayexpand.artifacts.store import file_sha256
+from rayexpand.classifier.accuracy import CUB_LT
+from rayexpand.classifier.recipe import make_recipe
+from rayexpand.contract.errors import RayexpandError, UsageError, few
+from rayexpand.contract.schema import SeedIndex
+from rayexpand.data.folds import NEVER, folds_of
+from rayexpand.data.seeds import DataConfig
+from rayexpand.data.seeds.source import image_id
+from rayexpand.data.subsets import fingerprint, ids_file, ids_hash, sound_rows
+from rayexpand.fitting.scores import Scoring
+from rayexpand.loader.training_set import RowSource, TrainingSet
+from rayexpand.runs.allocation import LEAST_P
+from rayexpand.storage.tables import NAMED, parquet_bytes, read_json, read_table, replace_json
+from rayexpand.studies.parts import Opened, Train, Trial, TrialFolder, read_result
+from rayexpand.studies.samples import training_set
+
+FOLDERS = ("lists", "trials", "results", "predictions", "checkpoints", ".tmp")
+FACTS = b"scores"  # schema metadata: what the scores are of, as JSON
+_ROW_GROUP = 1 << 16
+
+Seeds = tuple[SeedIndex, DataConfig]
+
+
+def cross_fit(folder: TrialFolder, prefix: str, scoring: Scoring, seeds: Seeds, runs: Sequence[RowSource],
+              train: Train, *, seed: int) -> pa.Table:
+    """Scores of the seeds: seed_id, fold, p_label, margin, entropy, speed, loss, in the order of the index. A seed with
+    a fault, and the only one of its class, has no row. `fold` is -1 for scores in sample.
+
+    `folder`: where trials called <prefix>-fold<k> are made, or found finished; `runs`: whose samples are trained on
+    too, made from these seeds; `train`: `studies.train.train_with` (in this process, or on Ray); `seed` keys folds and
+    classifiers. The table says in its metadata how it was made, and is the same whatever was killed on the way. Raises
+    UsageError, ConfigError, SeedDataError, and RayexpandError with what failed.
+    """
+    for name in FOLDERS:
+        folder.files.make_folder(name)
+    fold_N = folds_of(*seeds, scoring.folds, seed, scoring.group)
+    made = fold_trials(folder, prefix, scoring, seeds, fold_N, runs, seed)
+    if failed := train(folder, [trial for trial, _ in made]):
+        raise RayexpandError(f"{len(failed)} of {len(made)} folds of scores could not be trained; what is done is "
+                             "kept, and the same command tries these again:\n  " + "\n  ".join(failed))
+    table = pa.concat_tables([_answers(folder, trial, held, seeds[0], fold_N) for trial, held in made])
+    table = table.take(pc.sort_indices(table["row"]))
+    facts = _facts(scoring, seed, seeds[0], table)
+    return table.drop_columns(["row", "right"]).replace_schema_metadata({FACTS: json.dumps(facts).encode()})
+
+
+def scores_bytes(table: pa.Table, name: str = "") -> bytes:
+    """The Parquet file of scores, sealed; `name`: the one place where it may lie."""
+    named = {NAMED: name.encode()} if name else {}
+    return parquet_bytes(table, {**named, FACTS: table.schema.metadata[FACTS]}, _ROW_GROUP)
+
+
+def fold_trials(folder: TrialFolder, prefix: str, scoring: Scoring, seeds: Seeds, fold_N: np.ndarray,
+                runs: Sequence[RowSource], seed: int) -> list[tuple[Trial, np.ndarray]]:
+    """The trial of each fold, its training set written, with the rows of the index that it is asked for."""
+    opened, found = Opened(), list[tuple[Trial, np.ndarray]]()
+    of_runs = [_folds_of_run(opened, rows, seeds[0], fold_N) for rows in runs]
+    asked = sound_rows(seeds[0])
+    for fold in range(scoring.folds):
+        held = asked if scoring.folds == 1 else np.flatnonzero(fold_N == fold)
+        if not len(held):  # more folds than seeds
+            continue
+        out = NEVER - 1 if scoring.folds == 1 else fold
+        parts = [RowSource(seeds=seeds, only=fold_N != out)]
+        parts += [replace(rows, only=(of_run != out) & (True if rows.only is None else rows.only))
+                  for rows, of_run in zip(runs, of_runs, strict=True)]
+        rows = training_set(parts, opened=opened.run)
+        trial = _trial(folder, f"{prefix}-fold{fold}", scoring, seeds, held, rows, seed)
+        replace_json(folder.files, f"trials/{trial.name}.json", {**vars(trial), "digest": trial.digest})
+        found.append((trial, held))
+    return found
+
+
+def fold_costs(folder: TrialFolder, prefix: str) -> dict[str, float]:
+    """What the finished folds of a prefix took: seconds, cpu_seconds, gpu_seconds, updates."""
+    names = [one for one in folder.files.list("results") if one.startswith(f"{prefix}-fold")]
+    found = [result for one in names if (result := read_json(folder.files, f"results/{one}")) is not None]
+    return {name: sum(one[name] for one in found) for name in ("seconds", "cpu_seconds", "gpu_seconds", "updates")}
+
+
+def _folds_of_run(opened: Opened, rows: RowSource, index: SeedIndex, fold_N: np.ndarray) -> np.ndarray:
+    """The fold of each seed of a run. Raises UsageError for seeds that are none of those scored: an image among these
+    may be held out under another name."""
+    assert rows.run is not None
+    of_run = opened.run(rows.run).plan.index.table["seed_id"].combine_chunks()
+    place = pc.index_in(of_run, index.table["seed_id"].combine_chunks())
+    if place.null_count:
+        lost = of_run.filter(place.is_null()).to_pylist()
+        raise UsageError(f"scores: {rows.run} was made from {len(lost):,} images that are none of the {len(index):,} "
+                         f"seeds that are scored ({few(lost[:4])}); score the seeds that it was made from")
+    return fold_N[place.to_numpy()]
+
+
+def _trial(folder: TrialFolder, name: str, scoring: Scoring, seeds: Seeds, held: np.ndarray, rows: TrainingSet,
+           seed: int) -> Trial:
+    (index, data), files, training = seeds, folder.files, folder.training
+    recipe, place = make_recipe(scoring.recipe), f"lists/{rows.digest[:8]}.arrow"
+    files.replace(place, rows.to_bytes())
+    trained = SeedIndex(rows.indexes[0], index.classes)
+    asked = _asked(folder, f"lists/{name}.txt", index, data, held)
+    order = [training.shuffle_rows, training.streams] if rows.epoch_rows > training.shuffle_rows else []
+    return Trial(
+        name=name, arm="", seed=seed, group="", ratio=rows.n_synthetic / rows.n_real, control_of="",
+        augment=recipe.augment, recipe=recipe.model_dump(mode="json"), rows=place, list_sha256=rows.digest,
+        ids_sha256=ids_hash(trained.seed_ids), data_sha256=fingerprint(trained, data),
+        test=asked.model_dump(mode="json"),
+        test_sha256=fingerprint(SeedIndex(index.table.take(pa.array(held)), index.classes), data), also={},
+        frequency=list(CUB_LT), checkpoint_sha256=file_sha256(Path(recipe.checkpoint)) if recipe.checkpoint else "",
+        workers=max(1, training.workers), order=order, expansion_seconds=0.0, run="", track=True)
+
+
+def _asked(folder: TrialFolder, name: str, index: SeedIndex, data: DataConfig, held: np.ndarray) -> DataConfig:
+    """The seeds in `held` as a dataset, their ids in a file. One that is listed again has all its ids in one fold."""
+    ids = dict.fromkeys(image_id(data, one) for one in index.table["seed_id"].take(pa.array(held)).to_pylist())
+    folder.files.replace(name, ids_file(list(ids)))
+    repeats = {one: times for one, times in data.repeats.items() if one in ids}
+    return data.model_copy(update={"ids": str(folder.files.at(name)), "per_class": None, "repeats": repeats})
+
+
+def _answers(folder: TrialFolder, trial: Trial, held: np.ndarray, index: SeedIndex, fold_N: np.ndarray) -> pa.Table:
+    """The rows of one fold, but for seeds whose class it has seen nothing of. Raises DamagedFile."""
+    found, result = (read_table(folder.files, f"predictions/{trial.name}.parquet"),
+                     read_result(folder.files, trial.name))
+    if result is None or not np.array_equal(found["label"].to_numpy(), index.labels[held]):
+        raise UsageError(f"{folder.files.at('results')}: fold {trial.name} was asked for other images than are there "
+                         "now, because the dataset changed meanwhile; run the same command again")
+    p_label = found["p_label"].to_numpy()
+    rows = pa.table({
+        "row": held, "seed_id": index.table["seed_id"].take(pa.array(held)).combine_chunks(),
+        "fold": fold_N[held].astype(np.int16), "p_label": p_label, "margin": found["margin"],
+        "entropy": found["entropy"], "speed": found["right"].to_numpy() / len(result["history"]),
+        "loss": -np.log(np.maximum(p_label, LEAST_P)), "right": found["predicted"].to_numpy() == index.labels[held]})
+    several = np.bincount(index.labels[sound_rows(index)], minlength=len(index.classes))[index.labels[held]] > 1
+    return rows.filter(pa.array(several | (fold_N[held] == NEVER)))
+
+
+def _facts(scoring: Scoring, seed: int, index: SeedIndex, table: pa.Table) -> dict[str, Any]:
+    n_K = np.bincount(index.labels[sound_rows(index)], minlength=len(index.classes))
+    alone = [] if scoring.folds == 1 else np.flatnonzero(n_K == 1).tolist()
+    return {**scoring.model_dump(mode="json", include={"folds", "recipe", "group"}), "seed": seed,
+            "in_sample": scoring.folds == 1, "images": len(table),
+            "accuracy": float(np.mean(table["right"].to_numpy(zero_copy_only=False))),
+            "not_scored": [index.classes.key[label] for label in alone]}

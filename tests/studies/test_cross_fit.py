@@ -1,0 +1,187 @@
+"""Scores of seeds: what each fold was trained on, what it was asked, and what is left of a kill."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rayexpand.classifier.classifier import Classifier
+from rayexpand.contract.errors import RayexpandError, UsageError
+from rayexpand.contract.schema import SeedIndex
+from rayexpand.data.seeds import DataConfig, build_index
+from rayexpand.data.subsets import ids_file
+from rayexpand.fitting.scores import Scoring
+from rayexpand.loader.config import TrainingConfig
+from rayexpand.loader.training_set import RowSource, TrainingSet
+from rayexpand.runs import run as runs
+from rayexpand.runs.allocation import Allocate, read_scores
+from rayexpand.runs.config import ClusterConfig
+from rayexpand.storage.places import open_files
+from rayexpand.studies import cross_fit as module
+from rayexpand.studies.cross_fit import FACTS, cross_fit, scores_bytes
+from rayexpand.studies.kept import read_trial
+from rayexpand.studies.parts import TrialFolder
+from rayexpand.studies.train import train_with
+from tests.conftest import complete
+from tests.studies.test_study import SMALL
+
+SCORING = Scoring(folds=3, recipe=SMALL)
+Seeds = tuple[SeedIndex, DataConfig]
+
+
+def scored(out: Path, seeds: Seeds, made: list[runs.Run], scoring: Scoring = SCORING, prefix: str = "r0002",
+           **changes: Any) -> pa.Table:
+    return cross_fit(folder_at(out, len(seeds[0].classes), **changes), prefix, scoring, seeds,
+                     [RowSource(run=str(one.folder)) for one in made], train_with(lambda *_: None), seed=1)
+
+
+def folder_at(out: Path, n_classes: int = 10, **changes: Any) -> TrialFolder:
+    return TrialFolder("scores", open_files(out), TrainingConfig(**changes), ClusterConfig(), n_classes)
+
+
+@pytest.fixture(scope="module")
+def seeds() -> Seeds:
+    data = DataConfig(source="digits", per_class=2)
+    return build_index(data), data
+
+
+@pytest.fixture(scope="module")
+def made(seeds: Seeds, tmp_path_factory: pytest.TempPathFactory) -> list[runs.Run]:
+    """Two runs of two copies and one of each seed, as two rounds are."""
+    out = tmp_path_factory.mktemp("runs")
+    return [complete(runs.parse({
+        "name": f"round-{ratio}", "out": str(out), "seed": ratio, "data": seeds[1].model_dump(),
+        "method": {"name": "classical", "policy": "randaugment", "ratio": ratio}, "sampler": {"shard_images": 16},
+        "image": {"size": 16}}))[0] for ratio in (2, 1)]
+
+
+@pytest.fixture(scope="module")
+def scores(seeds: Seeds, made: list[runs.Run], tmp_path_factory: pytest.TempPathFactory) -> tuple[pa.Table, Path]:
+    out = tmp_path_factory.mktemp("scores")
+    return scored(out, seeds, made), out
+
+
+def trained_seeds(out: Path, trial: str) -> set[str]:
+    """The seed of every row that a fold was trained on: its own, or that of a sample, found by opening its list."""
+    rows = TrainingSet.load(out / read_trial(open_files(out), trial).rows)
+    found = set[str]()
+    for part in rows.parts:
+        chunk, row = (rows.column(name)[part.first:part.stop] for name in ("chunk", "row"))
+        if part.is_real:
+            found |= {rows.indexes[0]["seed_id"][int(one)].as_py() for one in row}
+            continue
+        for (name, group), number in zip(part.chunks, range(part.chunk, part.chunk + len(part.chunks)), strict=True):
+            ids = pq.ParquetFile(Path(part.run, "data", name)).read_row_group(group, ["sample_id"])["sample_id"]
+            found |= {ids[int(one)].as_py().rpartition("/")[0] for one in row[chunk == number]}
+    return found
+
+
+def leaks(out: Path, table: pa.Table) -> list[str]:
+    """Held-out seeds that a fold was trained on, or whose id is in a file that it was trained by."""
+    found = []
+    for fold in np.unique(table["fold"].to_numpy()).tolist():
+        held = set(table["seed_id"].filter(pa.array(table["fold"].to_numpy() == fold)).to_pylist())
+        assert held
+        trial = read_trial(open_files(out), f"r0002-fold{fold}")
+        found += sorted(held & trained_seeds(out, trial.name))
+        for file in (out / trial.rows, out / f"trials/{trial.name}.json"):
+            content = file.read_bytes()
+            found += [f"{one} in {file.name}" for one in held if json.dumps(one).encode()[1:-1] in content]
+    return found
+
+
+def test_no_fold_is_trained_on_a_seed_that_it_scores_or_on_a_sample_of_one(
+        scores: tuple[pa.Table, Path], seeds: Seeds, made: list[runs.Run]) -> None:
+    table, out = scores
+
+    assert table["seed_id"].to_pylist() == seeds[0].seed_ids
+    assert leaks(out, table) == []
+    for fold in range(3):
+        trial, others = read_trial(open_files(out), f"r0002-fold{fold}"), table["fold"].to_numpy() != fold
+        rows = TrainingSet.load(out / trial.rows)
+        assert trained_seeds(out, trial.name) == set(table["seed_id"].filter(pa.array(others)).to_pylist())
+        assert (rows.n_real, rows.n_synthetic) == (others.sum(), 3 * others.sum())
+        assert [part.run for part in rows.parts] == ["", *(str(one.folder) for one in made)]
+
+
+@pytest.mark.parametrize("of", ["seeds", "samples"])
+def test_the_leak_test_notices_a_filter_that_is_gone(of: str, seeds: Seeds, made: list[runs.Run], tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = module.training_set
+
+    def leaky(parts: list[RowSource], **fields: Any) -> TrainingSet:
+        return honest([replace(one, only=None) if (one.run is None) == (of == "seeds") else one for one in parts],
+                      **fields)
+
+    monkeypatch.setattr(module, "training_set", leaky)
+    table = scored(tmp_path, seeds, made[:1], SCORING.model_copy(update={"folds": 2}))
+
+    found = leaks(tmp_path, table)
+    assert {one for one in found if " in " not in one} == set(seeds[0].seed_ids)
+    assert {one.partition(" in ")[0] for one in found if one.endswith(".arrow")} == (
+        set(seeds[0].seed_ids) if of == "seeds" else set())
+
+
+def test_the_numbers_are_those_of_the_classifier_of_the_fold(scores: tuple[pa.Table, Path]) -> None:
+    table, out = scores
+    result = json.loads((out / "results/r0002-fold0.json").read_text())
+    mine = table.filter(pa.array(table["fold"].to_numpy() == 0))
+    p, margin, entropy, speed, loss = (mine[name].to_numpy() for name in ("p_label", "margin", "entropy", "speed",
+                                                                          "loss"))
+    said = pq.read_table(out / "predictions/r0002-fold0.parquet")
+
+    np.testing.assert_array_equal(p, said["p_label"].to_numpy())
+    np.testing.assert_array_equal(speed, said["right"].to_numpy() / len(result["history"]))
+    right = said["predicted"].to_numpy() == said["label"].to_numpy()
+    np.testing.assert_array_equal(right, margin > 0)
+    np.testing.assert_allclose(p[right], said["confidence"].to_numpy()[right])
+    np.testing.assert_allclose((p - margin)[~right], said["confidence"].to_numpy()[~right])
+    np.testing.assert_allclose(loss, -np.log(p))
+    assert ((entropy > 0) & (entropy < np.log(10))).all()
+    assert np.mean([point["top1"] for point in result["history"]]) == pytest.approx(speed.mean())
+    facts = json.loads(table.schema.metadata[FACTS])
+    assert facts["accuracy"] == pytest.approx((table["margin"].to_numpy() > 0).mean())
+    assert (facts["folds"], facts["in_sample"], facts["images"]) == (3, False, 20)
+
+
+def test_folds_stay_when_there_are_more_samples(scores: tuple[pa.Table, Path], seeds: Seeds, tmp_path: Path) -> None:
+    first = scored(tmp_path, seeds, [], prefix="r0001")
+
+    assert first["fold"] == scores[0]["fold"]
+    assert first["p_label"] != scores[0]["p_label"]
+
+
+def test_in_sample_scores_say_so(seeds: Seeds, made: list[runs.Run], tmp_path: Path) -> None:
+    table = scored(tmp_path, seeds, made, Scoring(folds=1, recipe=SMALL))
+
+    assert set(table["fold"].to_pylist()) == {-1}
+    assert json.loads(table.schema.metadata[FACTS])["in_sample"]
+    assert trained_seeds(tmp_path, "r0002-fold0") == set(seeds[0].seed_ids)
+
+
+def test_a_class_with_one_seed_has_no_score_and_is_always_trained_on(seeds: Seeds, tmp_path: Path) -> None:
+    index, data = seeds
+    (tmp_path / "ids.txt").write_bytes(ids_file([one for one in index.seed_ids if one != index.seed_ids[1]]))
+    fewer = data.model_copy(update={"ids": str(tmp_path / "ids.txt"), "per_class": None})
+    index = build_index(fewer)
+    assert np.bincount(index.labels).tolist().count(1) == 1
+
+    table = scored(tmp_path / "out", (index, fewer), [])
+
+    lone = int(np.flatnonzero(np.bincount(index.labels) == 1)[0])
+    lacking = set(index.seed_ids) - set(table["seed_id"].to_pylist())
+    assert lacking == {index.seed_ids[row] for row in np.flatnonzero(index.labels == lone)}
+    assert all(lacking <= trained_seeds(tmp_path / "out", f"r0002-fold{fold}") for fold in range(3))
+    assert json.loads(table.schema.metadata[FACTS])["not_scored"] == [index.classes.key[lone]]
