@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import shutil
-import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rayexpand.classifier.classifier import Classifier
-from rayexpand.contract.errors import RayexpandError, UsageError
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.data.subsets import ids_file
@@ -26,11 +19,10 @@ from rayexpand.fitting.scores import Scoring
 from rayexpand.loader.config import TrainingConfig
 from rayexpand.loader.training_set import RowSource, TrainingSet
 from rayexpand.runs import run as runs
-from rayexpand.runs.allocation import Allocate, read_scores
 from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.places import open_files
 from rayexpand.studies import cross_fit as module
-from rayexpand.studies.cross_fit import FACTS, cross_fit, scores_bytes
+from rayexpand.studies.cross_fit import FACTS, cross_fit
 from rayexpand.studies.kept import read_trial
 from rayexpand.studies.parts import TrialFolder
 from rayexpand.studies.train import train_with
