@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayexpand.api.cluster import submit
-    from rayexpand.api.folders import AuditFolder, RunFolder, StudyFolder, SweepFolder, open
+    from rayexpand.api.folders import AuditFolder, LoopFolder, RunFolder, StudyFolder, SweepFolder, open
     from rayexpand.api.results import (
         Artifact,
         Audited,
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from rayexpand.methods import trust
 
 __version__ = "0.2.0"
-__all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "Planned", "PlannedFit",
-           "PlannedStudy", "PlannedSweep", "RayexpandError", "RunFolder", "Scores", "Selected", "StudyFolder",
-           "SweepFolder", "audit", "bench", "dataset", "demo", "evaluate", "expand", "fit", "open", "plan", "select",
-           "status", "submit", "sweep", "train", "trust", "validate"]
+__all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "LoopFolder", "Planned",
+           "PlannedFit", "PlannedStudy", "PlannedSweep", "RayexpandError", "RunFolder", "Scores", "Selected",
+           "StudyFolder", "SweepFolder", "audit", "bench", "dataset", "demo", "evaluate", "expand", "fit", "open",
+           "plan", "select", "status", "submit", "sweep", "train", "trust", "validate"]
 
 
 def __getattr__(name: str) -> Any:

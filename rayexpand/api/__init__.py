@@ -12,7 +12,7 @@ changes the folder. Errors are RayexpandError with `.exit_code`.
 from rayexpand.api.cluster import cluster_jobs, follow, rayjob, stop, submit
 from rayexpand.api.endpoint import serve_metrics
 from rayexpand.api.files import first_file, job_files, job_text, jobs_named_by, schema, write_new
-from rayexpand.api.folders import AuditFolder, RunFolder, StudyFolder, SweepFolder, open
+from rayexpand.api.folders import AuditFolder, LoopFolder, RunFolder, StudyFolder, SweepFolder, open
 from rayexpand.api.live import serve_status
 from rayexpand.api.pages import pictures
 from rayexpand.api.results import (
@@ -52,10 +52,10 @@ from rayexpand.api.verbs import (
 from rayexpand.contract.errors import RayexpandError
 from rayexpand.methods import trust
 
-__all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "Planned", "PlannedFit",
-           "PlannedStudy", "PlannedSweep", "PreparedData", "RayexpandError", "RunFolder", "Scores", "Selected",
-           "StudyFolder", "SweepFolder", "audit", "bench", "check_marks", "cluster_jobs", "convert", "dataset",
-           "demo", "evaluate", "expand", "first_file", "fit", "follow", "job_files", "job_text", "jobs_named_by",
-           "open", "pictures", "plan", "prepare_data", "published_sets", "rayjob", "report", "schema", "select",
-           "serve_metrics", "serve_status", "status", "stop", "submit", "sweep", "train", "trust", "validate",
+__all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "LoopFolder", "Planned",
+           "PlannedFit", "PlannedStudy", "PlannedSweep", "PreparedData", "RayexpandError", "RunFolder", "Scores",
+           "Selected", "StudyFolder", "SweepFolder", "audit", "bench", "check_marks", "cluster_jobs", "convert",
+           "dataset", "demo", "evaluate", "expand", "first_file", "fit", "follow", "job_files", "job_text",
+           "jobs_named_by", "open", "pictures", "plan", "prepare_data", "published_sets", "rayjob", "report", "schema",
+           "select", "serve_metrics", "serve_status", "status", "stop", "submit", "sweep", "train", "trust", "validate",
            "write_new"]

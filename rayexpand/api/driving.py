@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rayexpand.studies.expansions import Fit
     from rayexpand.studies.parts import Train
     from rayexpand.studies.robustness import Show
+    from rayexpand.studies.rounds.decisions import RoundDecision
+    from rayexpand.studies.rounds.loop import Loop
 
 
 class Relay:
@@ -193,6 +195,30 @@ def drive_run(run: Run, progress: Relay, *, ray: bool | str, same_process: bool,
     write_report(folder)
     return {"made": made, "seconds": round(seconds, 3),
             "images_per_second": rate_of([run]).images_per_second or 0.0}
+
+
+def drive_rounds(loop: Loop, progress: Relay, *, ray: bool | str, same_process: bool) -> RoundDecision:
+    """Makes what is left of a loop; page and card of each round are written when it ends, whatever the end."""
+    from rayexpand.reports.card import write_card
+    from rayexpand.reports.run import write_report
+    from rayexpand.runs.run import begun, check_budget, pending_jobs, tally_of
+    from rayexpand.studies.rounds.loop import drive_loop
+
+    config = loop.config
+    with (alive(progress, config.folder, "expand", config.name) as heartbeat,
+          driver(ray, config.cluster, same_process=same_process) as drive):
+        def made(run: Run) -> None:
+            if not pending_jobs(run):
+                check_budget(run, tally_of(run))
+                return
+            try:
+                with heartbeat.also_in(run.files):
+                    drive(begun(run), progress)
+            finally:
+                write_card(str(run.folder))
+                write_report(str(run.folder))
+
+        return drive_loop(loop, None, made, progress, device_here=not ray)
 
 
 def train_by(ray: bool | str, progress: Relay) -> Train:

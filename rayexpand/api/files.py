@@ -23,11 +23,11 @@ Set = Mapping[str, Any] | Sequence[str]
 # The kinds of files: the key that only this kind has, and the verb that takes it. A run is what has none of the keys.
 KINDS = {"study": ("arms", "train"), "sweep": ("space", "sweep"), "fit": ("fit", "fit"), "select": ("rule", "select"),
          "evaluate": ("reference", "evaluate"), "audit": ("audit", "audit"),
-         "pivot": ("sources", "report"), "run": ("method", "expand")}
+         "pivot": ("sources", "report"), "run": ("method", "expand"), "loop": ("rounds", "expand")}
 MACHINE = ("cluster", "runtime", "store", "estimate")  # sections of a machine file, beside `device`
 LISTS = (".csv", ".json", ".txt")  # suffixes of ready files beside the YAML
 DEVICE = {"run": "prior.device", "fit": "device", "study": "training.device", "sweep": "study.training.device",
-          "select": "device", "evaluate": "extractor.device", "audit": "device"}
+          "select": "device", "evaluate": "extractor.device", "audit": "device", "loop": "training.device"}
 
 
 def kind_of(raw: Mapping[str, Any], where: str) -> str:
@@ -72,6 +72,12 @@ def _apply_machine(raw: dict[str, Any], kind: str, machine: Job) -> None:
     if unknown := sorted({*said} - {*MACHINE, "device"}):
         raise ConfigError(where_of(machine), [f"{one}: a machine file has only {', '.join(MACHINE)} and device; what "
                                               "is made belongs into the job" for one in unknown])
+    if kind == "loop":
+        from rayexpand.studies.rounds.config import run_in
+
+        raw["run"] = run_in(raw.get("run"))
+        if isinstance(raw["run"], dict):
+            _apply_machine(raw["run"], "run", machine)
     known = _loader(kind)[0].model_fields
     sections = [name for name in MACHINE if name in said and name in known]
     for where, found in ((where_of(machine), said), ("the job", raw)):
@@ -119,6 +125,10 @@ def _loader(kind: str) -> tuple[type[BaseModel], Callable[[Mapping[str, Any], st
         from rayexpand.studies.pivot_config import PivotConfig, parse_pivot
 
         return PivotConfig, parse_pivot
+    if kind == "loop":
+        from rayexpand.studies.rounds.config import LoopConfig, parse_loop
+
+        return LoopConfig, parse_loop
     from rayexpand.runs.config import RunConfig
     from rayexpand.runs.config import parse as parse_run
 
@@ -146,6 +156,8 @@ def data_of(kind: str, config: Any) -> Any:
     """The `data` of a file, of an evaluation its reference; None where the file has none."""
     if kind == "sweep":
         return _study_of(config).data
+    if kind == "loop":
+        return config.run.data
     return getattr(config, "reference" if kind == "evaluate" else "data", None)
 
 
@@ -163,6 +175,10 @@ def preflight(kind: str, config: Any) -> list[str]:
         return study_preflight(config)
     if kind == "sweep":
         return study_preflight(_study_of(config))
+    if kind == "loop":
+        from rayexpand.studies.rounds.config import loop_preflight
+
+        return loop_preflight(config)
     if kind == "pivot":
         from rayexpand.studies.pivot_config import pivot_preflight
 

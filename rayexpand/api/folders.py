@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rayexpand.api.driving import Relay, address_override, drive_run
+from rayexpand.api.driving import Relay, address_override, drive_rounds, drive_run
 from rayexpand.api.files import Set, as_overrides
 from rayexpand.api.results import Audited, Event, Result, Table, text
 from rayexpand.contract.errors import OverBudget
@@ -16,6 +17,7 @@ from rayexpand.contract.errors import OverBudget
 if TYPE_CHECKING:
     from rayexpand.runs.run import Run
     from rayexpand.runs.store import Totals
+    from rayexpand.studies.rounds.config import LoopConfig
 
 
 class _Paged(Result):
@@ -230,6 +232,60 @@ class SweepFolder(_Paged):
 
 
 @dataclass(frozen=True)
+class LoopFolder(_Paged):
+    """A loop: runs in rounds. `last` says what the call that returned it did: rows made, seconds."""
+
+    folder: str
+    last: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rounds(self) -> list[RunFolder]:
+        """The runs of its rounds, in order."""
+        from rayexpand.storage.places import open_files
+        from rayexpand.studies.rounds.decisions import run_folders
+
+        return [RunFolder(one) for one in run_folders(open_files(self.folder))]
+
+    def status(self) -> Any:
+        """How far it is, also while it runs; see studies.rounds.status.LoopStatus."""
+        from rayexpand.studies.rounds.status import read_loop_status
+
+        return read_loop_status(self.folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        totals = [one._run().totals() for one in self.rounds]
+        counts = {name: sum(getattr(one, name) for one in totals) for name in _COUNTS}
+        return {"rounds": len(totals), **counts, **self.last, "loop": self.folder}
+
+    def table(self) -> Table:
+        return (f"loop {Path(self.folder).name}", ""), [
+            (name.replace("_", " "), text(value)) for name, value in self.to_dict().items()]
+
+    def retry(self, *, set: Set = (), ray: bool | str = False, on: Callable[[Event], None] | None = None,
+              same_process: bool = False) -> LoopFolder:
+        """Makes once more what failed, in every round. What succeeds joins the data and every later decision; those
+        that are taken stay. Raises OverBudget where too much fails again."""
+        kept, started = self._kept(), time.perf_counter()
+        for one in self.rounds:
+            one.retry(set=set, ray=ray, on=on, same_process=same_process)
+        last = {"made": self._kept() - kept, "seconds": round(time.perf_counter() - started, 3)}
+        return LoopFolder(self.folder, last)
+
+    def _after(self, decided: int, started: float, notes: tuple[str, ...]) -> LoopFolder:
+        """With what a call has done since it `started` with so many rows decided."""
+        last = {"made": self._decided() - decided, "seconds": round(time.perf_counter() - started, 3)}
+        return LoopFolder(self.folder, last, notes)
+
+    def _decided(self) -> int:
+        found = self.to_dict()
+        return int(found["planned"] - found["pending"])
+
+    def _kept(self) -> int:
+        return int(self.to_dict()["kept"])
+
+
+@dataclass(frozen=True)
 class AuditFolder(Result):
     """An audit: the folder in which result.json lies."""
 
@@ -251,13 +307,14 @@ class AuditFolder(Result):
         return str(write_membership_page(self.folder))
 
 
-def open(folder: str | os.PathLike[str]) -> RunFolder | StudyFolder | SweepFolder | AuditFolder:
+def open(folder: str | os.PathLike[str]) -> RunFolder | StudyFolder | SweepFolder | LoopFolder | AuditFolder:
     """What a folder holds. Raises UsageError where it is none of these."""
     from rayexpand.runs.store import first_look, read_facts
     from rayexpand.storage.places import open_files
 
     files = open_files(os.fspath(folder))
-    for name, kind in (("study.json", StudyFolder), ("sweep.json", SweepFolder), ("result.json", AuditFolder)):
+    for name, kind in (("study.json", StudyFolder), ("sweep.json", SweepFolder), ("rounds.json", LoopFolder),
+                       ("result.json", AuditFolder)):
         if first_look(files, name) is not None:
             return kind(os.fspath(folder))
     read_facts(files)
@@ -278,6 +335,24 @@ def drive_to_end(run: Run, on: Callable[[Event], None] | None, *, ray: bool | st
     return RunFolder(str(run.folder), last, (changed,) if changed else ())
 
 
+def loop_to_end(config: LoopConfig, on: Callable[[Event], None] | None, *, ray: bool | str,
+                same_process: bool) -> LoopFolder:
+    """Makes what is left of a loop. Raises what `driving.drive_rounds` raises; an OverBudget carries the loop."""
+    from rayexpand.studies.rounds.loop import open_loop
+
+    progress, started, found = Relay(on), time.perf_counter(), LoopFolder(config.folder)
+    loop = open_loop(config, progress, device_here=not ray)
+    before = found._decided()
+    try:
+        end = loop.chain()[-1] if loop.is_over() else drive_rounds(loop, progress, ray=ray, same_process=same_process)
+    except OverBudget as error:
+        error.result = found
+        raise
+    return found._after(before, started, (f"the loop ended: {end.reason}",))
+
+
+_COUNTS = ("planned", "kept", "rejected", "failed", "pending", "shards")
+
+
 def _counts(totals: Totals) -> dict[str, int]:
-    return {"planned": totals.planned, "kept": totals.kept, "rejected": totals.rejected, "failed": totals.failed,
-            "pending": totals.pending, "shards": totals.shards}
+    return {name: getattr(totals, name) for name in _COUNTS}

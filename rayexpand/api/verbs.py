@@ -20,7 +20,7 @@ from rayexpand.api.driving import (
     train_by,
 )
 from rayexpand.api.files import Job, Set, config_of, data_of, parsed, preflight, read_job, where_of
-from rayexpand.api.folders import RunFolder, StudyFolder, SweepFolder, drive_to_end
+from rayexpand.api.folders import LoopFolder, RunFolder, StudyFolder, SweepFolder, drive_to_end, loop_to_end
 from rayexpand.api.results import (
     Artifact,
     Audited,
@@ -182,8 +182,8 @@ def fit(job: Job, *, set: Set = (), machine: Job | None = None, out: str | None 
 
 
 def expand(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | str = False,
-           on: Callable[[Event], None] | None = None, same_process: bool = False) -> RunFolder:
-    """Makes every planned sample of a run, once, and writes its page and card.
+           on: Callable[[Event], None] | None = None, same_process: bool = False) -> RunFolder | LoopFolder:
+    """Makes every planned sample of a run or of all rounds of a loop, once, and writes page and card.
 
     Without Ray samplers run in one child process, so that one that hangs can be ended; `same_process` keeps them here,
     for a debugger. Raises ConfigError (all problems), DigestMismatch for a folder that holds another run, OverBudget
@@ -191,7 +191,12 @@ def expand(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | s
     """
     from rayexpand.runs.run import prepare
 
-    config = at(config_of("run", job, set, machine), ray)
+    kind, raw, where = read_job(job, set, machine)
+    if kind == "loop":
+        loop = parsed(kind, raw, where)
+        loop = loop.model_copy(update={"run": at(loop.run, ray)})
+        return loop_to_end(loop, on, ray=ray, same_process=same_process)
+    config = at(parsed(kind, raw, where, "run"), ray)
     return drive_to_end(prepare(config, Relay(on), device_here=not ray, where=where_of(job)), on, ray=ray,
                         same_process=same_process)
 

@@ -50,7 +50,7 @@ def retry(folder: Folder, set_: Set = None, trust: Trust = None, no_ray: NoRay =
     from rayexpand.cli.progress import Progress
 
     with Progress(log_json) as progress, quiet_stdout():
-        found = api.RunFolder(folder).retry(set=set_ or [], ray=not no_ray, on=progress, same_process=True)
+        found = api.open(folder).retry(set=set_ or [], ray=not no_ray, on=progress, same_process=True)
     _ended(found, as_json)
 
 

@@ -113,14 +113,17 @@ def deal(weight_N: np.ndarray, total: int, key_N: np.ndarray, floor_N: np.ndarra
     return found_N
 
 
-def allocated(allocate: Allocate, index: SeedIndex, base_N: np.ndarray, weight_N: np.ndarray,
-              rng: PlanRng) -> np.ndarray:
+def allocated(allocate: Allocate, index: SeedIndex, base_N: np.ndarray, weight_N: np.ndarray, rng: PlanRng,
+              total: int | None = None, first_N: np.ndarray | None = None) -> np.ndarray:
     """uint16 (N,): copies of each seed. `base_N`: those that the method plans; a seed without any gets none.
-    `weight_N`: of the rule, times `base_N`."""
+    `weight_N`: of the rule, times `base_N`. In a round of a loop, `total` copies beside `first_N` (N,) that the seeds
+    have from earlier ones."""
     key_N, able_N = rng.per_seed("allocate", index.seed_ids), base_N > 0
-    counted = (weight_N > 0) & able_N if allocate.total == "scaled" else able_N
-    total = int(base_N[counted].sum(dtype=np.int64))
-    cap_N, floor_N = np.where(able_N, allocate.cap, 0), _floors(allocate, index, able_N, total, key_N)
+    if total is None:
+        counted = (weight_N > 0) & able_N if allocate.total == "scaled" else able_N
+        total = int(base_N[counted].sum(dtype=np.int64))
+    cap_N = np.where(able_N, allocate.cap - (0 if first_N is None else first_N.astype(np.int64)), 0)
+    floor_N = _floors(allocate, index, able_N, total, key_N, cap_N)
     if allocate.rule not in OF_CLASSES:
         return deal(weight_N, total, key_N, floor_N, cap_N).astype(np.uint16)
     found_N, key_K = np.zeros(len(index), np.uint16), rng.per_seed("allocate", index.classes.key)
@@ -134,19 +137,22 @@ def allocated(allocate: Allocate, index: SeedIndex, base_N: np.ndarray, weight_N
     return found_N
 
 
-def _floors(allocate: Allocate, index: SeedIndex, able_N: np.ndarray, total: int, key_N: np.ndarray) -> np.ndarray:
+def _floors(allocate: Allocate, index: SeedIndex, able_N: np.ndarray, total: int, key_N: np.ndarray,
+            cap_N: np.ndarray) -> np.ndarray:
     """int64 (N,): the same for each class, spread evenly over its seeds, no more than the cap of each."""
     n_K = np.bincount(index.labels[able_N], minlength=len(index.classes))
     of_class = int(allocate.floor * total + 1e-6) // max(int(np.count_nonzero(n_K)), 1)
     each_K, rest_K = np.divmod(of_class, np.maximum(n_K, 1))
     rank_N = rank_in_class(index.labels, np.where(able_N, key_N, 2.0))
     floor_N = each_K[index.labels] + (rank_N < rest_K[index.labels])
-    return np.where(able_N, np.minimum(floor_N, allocate.cap), 0)
+    return np.where(able_N, np.minimum(floor_N, cap_N), 0)
 
 
-def weights_of(allocate: Allocate, index: SeedIndex, base_N: np.ndarray, rng: PlanRng) -> np.ndarray:
-    """float64 (N,): what the rule gives each seed, times `base_N`. Raises UsageError with what is wrong with scores."""
-    scores = _aligned(allocate, index, base_N > 0) if allocate.scores is not None else {}
+def weights_of(allocate: Allocate, index: SeedIndex, base_N: np.ndarray, rng: PlanRng,
+               table: pa.Table | None = None) -> np.ndarray:
+    """float64 (N,): what the rule gives each seed, times `base_N`. `table`: the scores, where they have been read.
+    Raises UsageError with what is wrong with them."""
+    scores = _aligned(allocate, index, base_N > 0, table) if allocate.scores is not None else {}
     rule_N = _rule(allocate, index, base_N, scores, rng)
     if allocate.permuted:
         able = np.flatnonzero(base_N > 0)
@@ -223,7 +229,7 @@ def _place(allocate: Allocate) -> str:
 
 
 def read_scores(allocate: Allocate) -> pa.Table:
-    """seed_id and the columns of the rule. Raises UsageError with every mistake."""
+    """seed_id and the columns of the rule, from the file of scores. Raises UsageError with every mistake."""
     path = _place(allocate)
     try:
         content = pa.BufferReader(read_bytes("allocate.scores", path))
@@ -231,6 +237,12 @@ def read_scores(allocate: Allocate) -> pa.Table:
     except (pa.ArrowException, SeedDataError) as error:
         raise UsageError(f"allocate.scores: {path} cannot be read ({error}); give a .parquet or .csv table, or a "
                          f"folder with {FILE}") from error
+    return _checked(allocate, table)
+
+
+def _checked(allocate: Allocate, table: pa.Table) -> pa.Table:
+    """seed_id and the columns of the rule. Raises UsageError with every mistake."""
+    path = _place(allocate)
     wanted = ("seed_id", *READS[allocate.rule])
     if lacking := [name for name in wanted if name not in table.column_names]:
         raise UsageError(f"allocate.scores: {path} has no column {', '.join(lacking)}, and rule {allocate.rule} reads "
@@ -255,10 +267,11 @@ def read_scores(allocate: Allocate) -> pa.Table:
     return pa.table({"seed_id": ids, **columns})
 
 
-def _aligned(allocate: Allocate, index: SeedIndex, able_N: np.ndarray) -> dict[str, np.ndarray]:
+def _aligned(allocate: Allocate, index: SeedIndex, able_N: np.ndarray,
+             table: pa.Table | None) -> dict[str, np.ndarray]:
     """The columns by seed, and `known`: bool (N,), of which seeds there are scores. Raises UsageError for sound seeds
     without scores in a class that has more than one."""
-    table = read_scores(allocate)
+    table = read_scores(allocate) if table is None else _checked(allocate, table)
     place = pc.index_in(index.table["seed_id"].combine_chunks(), table["seed_id"].combine_chunks())
     known = place.is_valid().to_numpy(zero_copy_only=False)
     lacks = ~known & able_N & _sound(index)

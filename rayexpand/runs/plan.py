@@ -308,10 +308,12 @@ def dealing_of(index: SeedIndex, config: RunConfig) -> list[str]:
     return [f"allocate: copies are dealt {dealt_words(dealt_facts(config.allocate, index, copies))}"]
 
 
-def make_plan(index: SeedIndex, config: RunConfig, first: np.ndarray | None = None) -> Plan:
-    """Plan of a run. `first`: uint16[n], where the copies of each seed begin to count. Raises UsageError for an empty
-    plan, too many shards or copies, seeds that are in no list of captions, and scores that do not say enough."""
-    copies, weight = planned_copies(index, config)
+def make_plan(index: SeedIndex, config: RunConfig, first: np.ndarray | None = None,
+              copies: np.ndarray | None = None) -> Plan:
+    """Plan of a run. `first`: uint16[n], where the copies of each seed begin to count; `copies`: uint16[n], instead of
+    those that method and `allocate` give. Raises UsageError for an empty plan, too many shards or copies, seeds that
+    are in no list of captions, and scores that do not say enough."""
+    copies, weight = planned_copies(index, config) if copies is None else (copies, None)
     first = np.zeros(len(index), np.uint16) if first is None else first
     if (first.astype(np.int64) + copies).max(initial=0) > MAX_COPIES:
         raise UsageError(f"at most {MAX_COPIES} copies of one seed can be planned, those of earlier runs included")
@@ -359,15 +361,7 @@ def plan_digest(plan: Plan) -> str:
     hasher = hashlib.sha256()
     captions = [] if plan.captions is None else [plan.captions]
     for column in [*(plan.index.table[name] for name in SEED_INDEX.names), pa.chunked_array([plan.shard]), *captions]:
-        values = column.combine_chunks()
-        if pa.types.is_string(values.type):
-            lengths = pc.binary_length(values).to_numpy(zero_copy_only=False)
-            hasher.update(lengths.tobytes())
-            if total := int(lengths.sum()):
-                start = int(np.frombuffer(values.buffers()[1], np.int32)[values.offset])
-                hasher.update(memoryview(values.buffers()[2])[start:start + total])
-        else:
-            hasher.update(values.to_numpy(zero_copy_only=False).tobytes())
+        hash_column(hasher, column)
     hasher.update(plan.copies.tobytes())
     for name, values in [*_later(plan).items(), *(plan.grown._asdict().items() if plan.grown else ())]:
         hasher.update(name.encode() + values.tobytes())
@@ -375,6 +369,19 @@ def plan_digest(plan: Plan) -> str:
              plan.method.model_dump(mode="json"), plan.run_seed, plan.batch]  # type: ignore[attr-defined]
     hasher.update(digest(facts).encode())
     return hasher.hexdigest()
+
+
+def hash_column(hasher: hashlib._Hash, column: pa.ChunkedArray) -> None:
+    """Adds the values of a column of texts or numbers."""
+    values = column.combine_chunks()
+    if pa.types.is_string(values.type):
+        lengths = pc.binary_length(values).to_numpy(zero_copy_only=False)
+        hasher.update(lengths.tobytes())
+        if total := int(lengths.sum()):
+            start = int(np.frombuffer(values.buffers()[1], np.int32)[values.offset])
+            hasher.update(memoryview(values.buffers()[2])[start:start + total])
+    else:
+        hasher.update(values.to_numpy(zero_copy_only=False).tobytes())
 
 
 def _later(plan: Plan) -> dict[str, np.ndarray]:

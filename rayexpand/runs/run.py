@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rayexpand import __version__
 from rayexpand.artifacts import KINDS
 from rayexpand.contract import log_lines, metrics
@@ -33,7 +35,7 @@ from rayexpand.contract.errors import (
     StorageError,
 )
 from rayexpand.contract.protocols import Tools
-from rayexpand.contract.schema import SEED_REASONS, Reason, Receipt
+from rayexpand.contract.schema import SEED_REASONS, Reason, Receipt, SeedIndex
 from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import differences, digest, override
 from rayexpand.data import seeds
@@ -100,6 +102,17 @@ FAULTS_IN_A_ROW = 3  # environment faults of one process before it stops taking 
 Job = tuple[int, int]  # shard id, generation
 OnCommit = Callable[[Totals, Receipt], None]
 ExpandWave = Callable[[Sequence[Job]], Iterator[Receipt | EnvironmentFault]]
+
+
+@dataclass(frozen=True)
+class RoundPart:
+    """What a loop gives a run that is one of its rounds."""
+
+    index: SeedIndex  # of the loop
+    dataset: dict[str, Any]  # what listing it said
+    copies: np.ndarray  # uint16[n]
+    first: np.ndarray  # uint16[n]: number of the first of these copies
+    follows: dict[str, Any]  # round, and sha256 of its decision
 
 
 @dataclass(frozen=True)
@@ -262,8 +275,9 @@ def _size_problems(facts: PriorFacts, config: RunConfig) -> list[str]:
 
 
 def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None = None, *,
-            device_here: bool = True, where: str = "") -> Run:
-    """Creates the run folder, or opens it if it is the same run. `where` names the configuration in errors.
+            device_here: bool = True, where: str = "", part: RoundPart | None = None) -> Run:
+    """Creates the run folder, or opens it if it is the same run. `where` names the configuration in errors; `part`: of
+    a loop that the run is a round of.
 
     Raises ConfigError (all problems at once), SeedDataError, StorageError, or DigestMismatch with the fields that
     differ; nothing is created before the dataset is known to be sound.
@@ -274,8 +288,8 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
     files = open_files(config.folder, single_writer=config.store.single_writer)
     plan, dataset, begun = None, dict[str, Any](), first_look(files) is not None
     if not begun or config.grow:
-        index, dataset = seeds.surveyed(config.data)
-        plan = make_plan(index, config)
+        index, dataset = seeds.surveyed(config.data) if part is None else (part.index, part.dataset)
+        plan = _planned(index, config, part)
     if plan is not None and (problems := [*check_classes(config, plan.index.classes.key),
                                           *check_seeds(config, plan.index), *_caption_problems(plan, config),
                                           *weight_problems_of(config, present_only=True)]):
@@ -297,17 +311,21 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
         if begun:
             plan = _grow(config, files, plan, models, dataset)
         else:
-            facts = _all_facts(config, plan, models, dataset)
+            facts = _all_facts(config, plan, models, dataset) | ({} if part is None else {"follows": part.follows})
             write_plan(plan, files, facts["plan"])
             create_once(files, "run.json", facts, "run")
     elif not seeds.check(config.data):
-        plan = _healed_plan(config, files)
+        plan = _healed_plan(config, files, part)
     run = _open(config, files, models, plan)
     if pending_jobs(run):
         _refuse_other_solvers(run)
     if found := run.facts.get("cut_prompts"):
         log.warning("%s", words_of(found))
     return run
+
+
+def _planned(index: SeedIndex, config: RunConfig, part: RoundPart | None) -> Plan:
+    return make_plan(index, config) if part is None else make_plan(index, config, part.first, part.copies)
 
 
 def _all_facts(config: RunConfig, plan: Plan, models: dict[str, str], dataset: dict[str, Any]) -> dict[str, Any]:
@@ -660,14 +678,14 @@ def plan_before(files: Files, facts: Mapping[str, Any], number: int) -> Plan:
     return plan
 
 
-def _healed_plan(config: RunConfig, files: Files) -> Plan | None:
+def _healed_plan(config: RunConfig, files: Files, part: RoundPart | None = None) -> Plan | None:
     """The plan of a run, written anew where it is damaged and its dataset still gives the same one; None where that
     cannot be known."""
     facts = read_facts(files)
     with contextlib.suppress(DamagedFile):
         return _read_plan(config, files, facts)
     with contextlib.suppress(SeedDataError):
-        plan = make_plan(seeds.build_index(config.data), config)
+        plan = _planned(seeds.build_index(config.data), config, part)
         if "grown" in facts:
             plan = grown_plan(plan_before(files, facts, len(facts["grown"]) - 1), plan, config.sampler.shard_images)
         if plan_digest(plan) == facts["plan_digest"]:

@@ -1,0 +1,1 @@
+"""Loops: runs in rounds, the samples of each dealt by what classifiers make of those before."""
