@@ -13,6 +13,8 @@ from rayexpand.contract.errors import ConfigError
 from rayexpand.contract.settings import Section
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
+from rayexpand.fitting.scores import Scoring
+from rayexpand.loader.config import TrainingConfig
 from rayexpand.methods import load_method
 from rayexpand.methods._copies import MAX_COPIES
 from rayexpand.runs import config as configs
@@ -20,26 +22,10 @@ from rayexpand.runs import run as runs
 from rayexpand.runs.allocation import READS, Allocate
 from rayexpand.runs.config import ClusterConfig, GuideConfig, RunConfig
 from rayexpand.storage.places import is_url
-from rayexpand.studies.config import TrainingConfig, renamed
+from rayexpand.studies.config import renamed
 
 LoopRule = Literal["uniform", "equal", "loss", "confidence", "entropy", "margin", "slow", "class"]
 OF_THE_LOOP = "of the loop"  # where an Allocate of a round has its scores
-
-
-class RoundScores(Section):
-    """How seeds are scored by classifiers that were trained without them and without their samples."""
-
-    folds: int = Field(5, ge=1, description="parts of the seeds; each is scored by a classifier that was trained on "
-                       "the others. 1: one classifier of all, whose scores are of what it has seen")
-    recipe: dict[str, Any] = Field({}, description="preset and fields of the training recipe, docs/studies.md")
-    group: str | None = Field(None, description="table (.csv, .parquet) with seed_id and group: seeds of one group, "
-                              "such as photos of one bird, stay in one fold")
-
-    @field_validator("recipe")
-    @classmethod
-    def _is_a_recipe(cls, recipe: dict[str, Any]) -> dict[str, Any]:
-        make_recipe(recipe)
-        return recipe
 
 
 class StopConfig(Section):
@@ -66,7 +52,7 @@ class RoundsConfig(Section):
     per: Literal["class", "all"] = Field("class", description="with margin and slow: take the share in each class, or "
                                          "of all seeds at once")
     permuted: bool = Field(False, description="control: the weights of the rule, handed to other seeds by a key")
-    scores: RoundScores = RoundScores()
+    scores: Scoring = Scoring()
     guided_from: int | None = Field(None, ge=1, description="first round whose method is guided by a classifier that "
                                     "was trained on all there is; rounds before have omega 0. null: never")
     guide: dict[str, Any] | None = Field(None, description="recipe of that classifier; null: that of scores")
@@ -102,7 +88,7 @@ class RoundsConfig(Section):
                              "validation: has no effect without stop: {on: validation}; take it out")
         unused = {"guide": self.guide is not None and not (self.guided_from or on_validation),
                   "stop": self.stop is not None and self.count == 1,
-                  "scores": self.scores != RoundScores() and not (
+                  "scores": self.scores != Scoring() and not (
                       self.scores_seeds or (self.guide is None and (self.guided_from or on_validation)))}
         for field, is_unused in unused.items():
             if is_unused:
