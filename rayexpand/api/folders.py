@@ -232,7 +232,7 @@ class SweepFolder(_Paged):
 
 
 @dataclass(frozen=True)
-class LoopFolder(_Paged):
+class LoopFolder(Result):
     """A loop: runs in rounds. `last` says what the call that returned it did: rows made, seconds."""
 
     folder: str
@@ -247,11 +247,14 @@ class LoopFolder(_Paged):
 
         return [RunFolder(one) for one in run_folders(open_files(self.folder))]
 
-    def status(self) -> Any:
-        """How far it is, also while it runs; see studies.rounds.status.LoopStatus."""
-        from rayexpand.studies.rounds.status import read_loop_status
+    @property
+    def page(self) -> str:
+        """Where the page of its last round is."""
+        return self.rounds[-1].page
 
-        return read_loop_status(self.folder)
+    def report(self) -> str:
+        """Writes the page of every round and returns where that of the last one is."""
+        return [one.report() for one in self.rounds][-1]
 
     def to_dict(self) -> dict[str, Any]:
         totals = [one._run().totals() for one in self.rounds]

@@ -42,15 +42,18 @@ def expand(file: File, set_: Set = None, machine: Machine = None, trust: Trust =
 @app.command()
 def retry(folder: Folder, set_: Set = None, trust: Trust = None, no_ray: NoRay = False, metrics: Metrics = None,
           log_json: LogJson = False, as_json: Json = False) -> None:
-    """Make once more only the rows of a run that failed.
+    """Make once more only the rows of a run, or of all rounds of a loop, that failed.
 
     Example: rayexpand retry runs/birds
     """
     from rayexpand import api
     from rayexpand.cli.progress import Progress
 
+    opened = api.open(folder)
+    if not isinstance(opened, (api.RunFolder, api.LoopFolder)):
+        raise UsageError(f"{folder} holds neither a run nor a loop; give the folder of one, such as a run of a study")
     with Progress(log_json) as progress, quiet_stdout():
-        found = api.open(folder).retry(set=set_ or [], ray=not no_ray, on=progress, same_process=True)
+        found = opened.retry(set=set_ or [], ray=not no_ray, on=progress, same_process=True)
     _ended(found, as_json)
 
 

@@ -67,7 +67,8 @@ def test_a_loop_is_a_kind_of_file(tmp_path: Path) -> None:
     found = api.validate({"run": RUN, "rounds": {"count": 2}})
     assert (found.kind, found.problems) == ("loop", [])
     assert api.schema("loop")["properties"]["kind"] == {"const": "loop"}
-    wrong = api.validate({"run": {**RUN, "data": {"source": "imagefolder", "path": str(tmp_path / "no")}}, "rounds": {}})
+    nowhere = {"source": "imagefolder", "path": str(tmp_path / "no")}
+    wrong = api.validate({"run": {**RUN, "data": nowhere}, "rounds": {}})
     assert wrong.problems[0].startswith("run.data.path")
     with pytest.raises(ConfigError, match="not for `rayexpand train`"):
         api.train({"run": RUN, "rounds": {}})

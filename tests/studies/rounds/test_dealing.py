@@ -22,7 +22,7 @@ def test_shares_become_whole_rows_by_largest_remainder(shares: list[float], plan
 def test_rounds_without_scores_end_where_one_go_does(case: int, rule: str) -> None:
     rng = np.random.Generator(np.random.Philox(key=case))
     n = int(rng.integers(4, 60))
-    index = index_of(rng.integers(0, 4, n).tolist() + [0, 1, 2, 3], 4)
+    index = index_of([*rng.integers(0, 4, n).tolist(), 0, 1, 2, 3], 4)
     base = rng.integers(0, rng.choice([2, 5, 90]), len(index)).astype(np.uint16)
     base[-4:] += 1
     rounds = RoundsConfig(count=3, shares=rng.random(3).tolist(), rule=rule, floor=float(rng.choice([0, 0.3])),
