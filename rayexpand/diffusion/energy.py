@@ -6,6 +6,7 @@ front of a guide.
     p_c, p_g                class_BD, group_BGD   prototypes of the class of each row, feature units
     D_c, D_g                class_distance, group_distance   L2 norms, not squared (DistDiff)
     s'_j                    class_term         probability of the anchor class (GIF)
+    -ln s_y                 class_loss         nats; cross-entropy of the class of each row
     H(s') - H(s)            entropy_gain       nats; grows where the sample gets harder to classify
     KL(sigma(f), sigma(f-bar))   kl_diversity  nats per copy
 
@@ -65,6 +66,11 @@ def entropy(logits_BK: torch.Tensor) -> torch.Tensor:
     """(B,): entropy of softmax(logits) in nats. Through log_softmax, so that no probability underflows to NaN."""
     log_BK = logits_BK.log_softmax(dim=1)
     return -(log_BK.exp() * log_BK).sum(dim=1)
+
+
+def class_loss(logits_BK: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
+    """(B,): -ln of the probability of each row's class, nats."""
+    return -logits_BK.log_softmax(dim=1).gather(1, label_B[:, None])[:, 0]
 
 
 def entropy_gain(logits_BK: torch.Tensor, seed_logits_BK: torch.Tensor) -> torch.Tensor:

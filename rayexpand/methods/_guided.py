@@ -1,11 +1,11 @@
-"""What a guided method says about the rows of a call: their scores, and the rows that guidance lost."""
+"""What guided methods share: how they take gradients, and what they say about the rows of a call."""
 
 # B rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,22 @@ from rayexpand.contract.schema import Reason
 
 if TYPE_CHECKING:
     import torch
+
+Out = TypeVar("Out")
+
+# Divided out of the gradient again. A power of two changes no number in float32 or bfloat16, and keeps gradients of a
+# float16 UNet above its smallest number.
+LOSS_SCALE = 2.0**10
+
+
+def with_graph(function: Callable[[torch.Tensor], Out], x: torch.Tensor, *, recompute: bool) -> Out:
+    """function(x), whose activations are kept for the backward pass, or computed again there."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    if not (recompute and torch.is_grad_enabled()):
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
 class Guided:

@@ -36,14 +36,10 @@ from rayexpand.contract.schema import ClassTable, Draw, SeedIndex, Start
 from rayexpand.contract.settings import Later, Section
 from rayexpand.diffusion import energy, perturb, sampling
 from rayexpand.methods._copies import quota_copies, ratio_copies
-from rayexpand.methods._guided import Guided
+from rayexpand.methods._guided import LOSS_SCALE, Guided, Out, with_graph
 
 if TYPE_CHECKING:
     import torch
-
-# Divided out of the gradient again. A power of two changes no number in float32 or bfloat16, and keeps gradients of a
-# float16 UNet above its smallest number.
-LOSS_SCALE = 2.0**10
 
 
 class DistDiff(Section):
@@ -304,11 +300,5 @@ class _Energies:
             x_BCHW = (2 * x_BCHW - 1) * guide.std + guide.mean
         return guide.features(x_BCHW).float()
 
-    def _kept(self, function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Any:
-        """function(x), whose activations are kept for the backward pass or computed again there."""
-        import torch
-        from torch.utils.checkpoint import checkpoint
-
-        if not (self.method.recompute and torch.is_grad_enabled()):
-            return function(x)
-        return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    def _kept(self, function: Callable[[torch.Tensor], Out], x: torch.Tensor) -> Out:
+        return with_graph(function, x, recompute=self.method.recompute)

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from rayexpand.contract.errors import ModelError
-from rayexpand.diffusion.process import PUBLISHED, Process, Schedule, Solver
+from rayexpand.diffusion.process import LEAST_SIGNAL, PUBLISHED, Process, Schedule, Solver
 from rayexpand.diffusion.process import schedule as schedule_of
 from rayexpand.diffusion.sampling import steps_run
 from rayexpand.models.prior_files import GENERATORS, PriorFacts
@@ -88,6 +88,8 @@ def _guidance_problems(facts: PriorFacts, method: Any) -> list[str]:
 
 def _guided_problems(facts: PriorFacts, method: Any) -> list[str]:
     """Where guidance at a step of the way has no image to work on, or no such step."""
+    if getattr(method, "omega", 0):
+        return _guides_noise_alone(facts, method)
     if not hasattr(method, "guide_step") or getattr(method, "guidance", "") == "random":
         return []
     run = steps_run(method.strength, method.steps)
@@ -105,6 +107,17 @@ def _guided_problems(facts: PriorFacts, method: Any) -> list[str]:
         return [f"method.guide_at: {left} steps are left at the nearest step, fewer than lookahead {method.lookahead}; "
                 "lower one of them"]
     return []
+
+
+def _guides_noise_alone(facts: PriorFacts, method: Any) -> list[str]:
+    """Where the only guided step begins in pure noise, which has no image."""
+    ((strength, run),) = executed(method)
+    if list(method.guided_steps(run)) != [0] or strength not in (None, 1):
+        return []
+    here, _ = plan_of(facts, method, run).steps[0]
+    return [] if here.a**2 >= LEAST_SIGNAL else [
+        f"method.every: of the {run} steps that are run only the first is guided, and it begins in pure noise, where "
+        "there is no image to guide; run more steps, or set every lower" + (", or from_step: 2" if run > 1 else "")]
 
 
 def _latent(facts: PriorFacts) -> tuple[int, int, int]:
@@ -144,8 +157,8 @@ def starts_from_noise(method: Any) -> bool:
     """Whether the seed image is not looked at."""
     variant = str(getattr(method, "variant", ""))
     return variant.endswith("_gen") or getattr(method, "latent_prior", True) is False or (
-        getattr(method, "generator", "") == "unclip") or not (
-        hasattr(method, "strength") or hasattr(method, "strengths"))
+        getattr(method, "generator", "") == "unclip") or (
+        getattr(method, "strength", None) is None and not hasattr(method, "strengths"))
 
 
 def plan_of(facts: PriorFacts, method: Any, run: int) -> Schedule:

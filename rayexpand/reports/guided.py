@@ -23,7 +23,8 @@ from rayexpand.runs import run as runs
 from rayexpand.runs.expander import Expander
 
 SHARDS = 4  # looked at, evenly over the run
-HEADLINES = ("energy", "score", "retained", "clamp", "flip")  # what scores beside a strip begin with
+# What scores beside a strip begin with.
+HEADLINES = ("energy", "score", "retained", "clamp", "flip", "entropy_before", "entropy_after", "loss_before")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,8 @@ def look(folder: str, strips: int) -> Look:
 def plain_twin(method: Method) -> Method:
     """The method without guidance, from the same noise where it gets the same batch: the method itself where it has
     such a setting, else image-to-image with its strength, steps and scale."""
+    if hasattr(method, "unguided"):
+        return method.unguided()
     field = type(method).model_fields.get("guidance")  # type: ignore[attr-defined]
     if field is not None and "none" in get_args(field.annotation):
         return method.model_copy(update={"guidance": "none"})  # type: ignore[attr-defined]
@@ -82,7 +85,7 @@ def plain_twin(method: Method) -> Method:
 
 
 def _described(twin: Method) -> str:
-    return f"{twin.name} without guidance" if hasattr(twin, "guidance") else twin.name
+    return f"{twin.name} without guidance" if hasattr(twin, "guidance") or hasattr(twin, "unguided") else twin.name
 
 
 def _rows(run: runs.Run, expander: Expander) -> Iterator[_Row]:

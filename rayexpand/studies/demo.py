@@ -74,6 +74,7 @@ OWN: dict[str, dict[str, Any]] = {
     "lecf": {"strength": None, "prompts": {"*": [
         "a photo of a {name}", "the digit {name}", "a photo of the digit {name}", "a drawing of a {name}",
         "a handwritten {name} shape"]}},
+    "practice": {"omega": 16.0, "convention": "score", "every": 1},
     "realfake": {"finetuned": False},
     "realguidance": {"strength": 0.1, "steps": 25},
     "vae": {"sample": True},  # for five copies
@@ -81,6 +82,8 @@ OWN: dict[str, dict[str, Any]] = {
 # Demos of one method with another generator: its name, and the weights.
 VARIANTS: dict[str, tuple[str, str]] = {"gif-mae": ("gif", DIGITS_MAE), "gif-dalle": ("gif", DIGITS_UNCLIP)}
 FITTED = {"prior", "guide", "prototypes"}  # what the demo has, or makes for a method
+# How what a method needs is fitted, where that is not the prototypes of the guide as it is.
+FITS: dict[str, dict[str, Any]] = {"practice": {"guide": {"kind": "classifier", "recipe": {"preset": "digits"}}}}
 SAMPLER = {"batch": 50, "shard_images": 50}
 EMPTY_STRENGTH = 0.5  # an empty prompt keeps the label only at moderate strength: at 0.9 nothing of the digit is left
 
@@ -163,9 +166,11 @@ def study_of(out: Path, method: str = "img2img") -> StudyConfig:
         control(CONTROL, "empty-prompt", settings("img2img", prompt="", strength=EMPTY_STRENGTH))
     if "prior" in loaded.needs() and method != "img2img":
         control(PLAIN, "img2img", settings("img2img"))
-    if "random" in _choices(loaded, "guidance"):
-        control(RANDOM, "random", {**fields, **unmeasured, "guidance": "random"})
-    expansions = {name: {"method": own, "sampler": SAMPLER, **({"fit": {}} if _fits(own) else {}),
+    for choice in ("guidance", "direction"):
+        if "random" in _choices(loaded, choice):
+            control(RANDOM, "random", {**fields, **unmeasured, choice: "random"})
+    expansions = {name: {"method": own, "sampler": SAMPLER,
+                         **({"fit": FITS.get(own["name"], {})} if _fits(own) else {}),
                          **(own_prior if own["name"] == fields["name"] else {})} for name, own in wanted.items()}
     randaugment = {"recipe": {"augment": "randaugment"}, "control": False}
     return parse_study({
@@ -183,7 +188,7 @@ def _loaded(fields: dict[str, Any]) -> Any:
 def _fits(fields: dict[str, Any]) -> bool:
     """Whether the method, or the judge that it brings, needs something of the real rows."""
     loaded = _loaded(fields)
-    return "prototypes" in loaded.needs() or getattr(loaded, "acceptance", lambda: None)() is not None
+    return fields["name"] in FITS or "prototypes" in loaded.needs() or getattr(loaded, "acceptance", lambda: None)() is not None
 
 
 def _choices(method: Any, name: str) -> Sequence[Any]:

@@ -1,4 +1,5 @@
-"""DistDiff and GIF-SD once more, one image at a time, straight from their equations and from the plain libraries.
+"""DistDiff, GIF-SD and entropy guidance once more, one image at a time, straight from their equations and from
+the plain libraries.
 
 They share nothing with the package but the random streams: diffusers models, open_clip and torch functions only. Beside
 them, models so simple that every number of a guided step can be worked out by hand.
@@ -166,6 +167,44 @@ def gif(sampler: Sampler, guide: Any, seed: np.ndarray, prompts: list[str], rngs
         with torch.no_grad():
             made.append(Made(sampler.decode(out) / 2 + 0.5, out, e, b, total.item(), terms[k]))
     return made
+
+
+def practice(sampler: Sampler, guide: Any, image: np.ndarray, prompt: str, label: int, rng: Any, *, executed: int,
+             from_noise: bool, guided: range, omega: float, unit: bool, loss: bool, random: bool) -> Made:
+    """One sample under entropy guidance, whose steps `guided` of those that are executed climb."""
+    shape, timesteps = sampler.prior.latent_shape(*image.shape[:2]), sampler.timesteps[-executed:]
+    z, first = torch.from_numpy(rng.normals("noise", shape))[None], None
+    with torch.no_grad():
+        text, empty = sampler.text(prompt), sampler.text("")
+        if not from_noise:
+            z = sampler.noisy(sampler.encode(image, rng.normals("posterior", shape)), rng.normals("noise", shape),
+                              timesteps[0])
+
+    def height(pixels: torch.Tensor) -> torch.Tensor:
+        f = guide.model.encode_image((pixels - guide.mean) / guide.std)[0]
+        p = torch.softmax(guide.scale * guide.texts_KD @ (f / f.norm()), dim=0)
+        return -p[label].log() if loss else -(p * p.log()).sum()
+
+    for n, t in enumerate(timesteps):
+        if n not in guided:
+            with torch.no_grad():
+                z = sampler.ddim(z, sampler.psi(z, t, text, empty), t)
+            continue
+        z = z.detach().requires_grad_()
+        psi = sampler.psi(z, t, text, empty)
+        h = height(sampler.decode(sampler.clean(z, psi, t)) / 2 + 0.5)
+        first = h.item() if first is None else first
+        d = g = torch.autograd.grad(h, z, retain_graph=True)[0]
+        z, psi = z.detach(), psi.detach()
+        if random:
+            drawn = torch.from_numpy(rng.normals(f"direction/{len(sampler.timesteps) - executed + n}", shape))[None]
+            d = drawn / drawn.norm() * g.norm()
+        if unit:
+            z = sampler.ddim(z + omega * z.norm() / d.norm() * d, psi, t)
+        else:
+            z = sampler.ddim(z, psi - omega * (1 - sampler.abar[t]).sqrt().float() * d, t)
+    with torch.no_grad():
+        return Made(sampler.decode(z) / 2 + 0.5, z, z, z, first or 0.0)
 
 
 # Models for arithmetic by hand ---------------------------------------------------------------------------------------

@@ -139,7 +139,9 @@ def group_of(method, batch, slot):
 SETTINGS = ({}, {"solver": "dpmpp_2m"}, {"solver": "unipc"}, {"guide_batch": 3}, {"recompute": True},
             {"guidance": "direct"}, {"guidance": "random"}, {"chunk": 3, "forward_chunk": 3}, {"level": "pixel"},
             {"visual_token": "instance", "negative_branch": "both"}, {"latent_prior": False},
-            {"variant": "real_gen"})
+            {"variant": "real_gen"},
+            {"every": 1, "strength": 0.75, "omega": 4.0, "convention": "score", "criterion": "loss"},
+            {"every": 2, "direction": "random"})
 
 
 def variants():

@@ -15,6 +15,7 @@ from rayexpand.contract.protocols import Batch, Method, Tools
 from rayexpand.diffusion import perturb, sampling
 from rayexpand.diffusion.process import Point
 from rayexpand.methods import load_method, method_class, names
+from rayexpand.methods.practice import Practice
 from rayexpand.models.latent import StableDiffusionPrior
 from rayexpand.models.prior import inspect_prior, load_prior
 from rayexpand.models.prior_sampling import sampling_notes, sampling_problems, starting_points
@@ -22,6 +23,7 @@ from rayexpand.runs.config import parse
 from rayexpand.runs.run import prepare
 from tests.methods.conftest import CLASSES
 from tests.methods.fakes import batch_of
+from tests.methods.references import MeanGuide
 from tests.models.families import FAMILIES
 
 REFUSED = ("ip2p", "inpaint", "refiner")
@@ -142,6 +144,34 @@ def test_gradients_through_steps_and_decoder_are_differences_in_float64(name: st
                 moved[which][at] -= 2 * h
                 difference = (above - energy(*moved)) / (2 * h)
                 assert float(gradient[at]) == pytest.approx(float(difference), rel=2e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sd", "cosxl", "sdzsnr", "sdturbo"])
+def test_the_gradient_of_entropy_guidance_is_that_of_differences_in_float64(
+        name: str, family_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """d entropy / d z_t through a network that predicts noise or v, the decoder and a classifier."""
+    prior = load_prior(str(family_folder(name)), device="cpu")
+    for model in (prior.unet, prior.vae, prior.text_encoder, prior.text_encoder_2):
+        if model is not None:
+            model.to(torch.float64)
+    prior.dtype = torch.float64
+    prior.texts._kept.clear()
+    monkeypatch.setattr(prior, "decode", lambda z, cond: _decoded(prior, z), raising=False)
+    method = Practice(guidance_scale=1.0 if name in DISTILLED else 3.0)
+    batch = batch_of(method, CLASSES, ROWS, size=32)
+    tools, here = Tools(CLASSES, prior, MeanGuide(scale=9.0)), prior.schedule("ddim", 4).points[1]
+    z_BCHW = torch.from_numpy(np.random.default_rng(3).standard_normal((3, *prior.latent_shape(32, 32))))
+    with torch.no_grad():
+        cond = sampling.embed_batch(prior, batch, method.guidance_scale)
+        h_B, g_BCHW, _ = method._gradient(batch, tools, z_BCHW, here, cond)
+        for at in ((0, 0, 0, 0), (1, 3, 2, 5), (2, 1, 15, 15)):
+            moved = z_BCHW.repeat(2, 1, 1, 1).unflatten(0, (2, 3))
+            moved[(0, *at)] += 1e-5
+            moved[(1, *at)] -= 1e-5
+            above, below = (method._gradient(batch, tools, one, here, cond)[0][at[0]] for one in moved)
+            assert float(g_BCHW[at]) == pytest.approx(float(above - below) / 2e-5, rel=2e-5, abs=1e-9)
+    assert float(g_BCHW.abs().max()) > 1e-5
+    assert (h_B > 0.1).all()
 
 
 def _decoded(prior: StableDiffusionPrior, z: torch.Tensor) -> torch.Tensor:

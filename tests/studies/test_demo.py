@@ -33,10 +33,10 @@ JOBS = [path for path in sorted((ROOT / "jobs/digits").glob("expand-*.yaml"))
 CONTROLS = {"img2img": {CONTROL}, "text2img": {CONTROL, PLAIN}, "classical": set(),
             "distdiff": {CONTROL, PLAIN, RANDOM}, "gif": {CONTROL, PLAIN, RANDOM}, "lecf": {CONTROL, PLAIN},
             "diffmix": {CONTROL, PLAIN}, "realguidance": {CONTROL, PLAIN}, "diffcoremix": {CONTROL, PLAIN},
-            "vae": {CONTROL, PLAIN},
+            "vae": {CONTROL, PLAIN}, "practice": {CONTROL, PLAIN, RANDOM},
             **{name: {UNGUIDED, PLAIN, RANDOM} for name in demo.VARIANTS}}
 REFUSED = {"dafusion": "no adapter for dafusion"}
-FITTED = {"distdiff": {"prototypes"}, "diffcoremix": {"image_features", "thresholds"}}
+FITTED = {"distdiff": {"prototypes"}, "diffcoremix": {"image_features", "thresholds"}, "practice": {"classifier"}}
 SHOWN = [name for name in (*names(), *demo.VARIANTS) if name not in REFUSED]
 
 
@@ -144,7 +144,8 @@ def test_every_method_has_a_demo(method: str, tmp_path: Path) -> None:
 
     assert [arm.name for arm in study.arms][:4] == list(ARMS)
     assert set(controls) == CONTROLS.get(method, set(controls))
-    assert [name for name, one in study.expansions.items() if one.fit] == ["expanded"] * (method in FITTED)
+    fits = ["expanded", "random"] if method == "practice" else ["expanded"]  # whose random twin has a guide too
+    assert [name for name, one in study.expansions.items() if one.fit] == fits * (method in FITTED)
     assert study.seeds == [0, 1, 2, 3, 4]
 
 
@@ -186,7 +187,7 @@ def test_the_jobs_for_digits_have_the_settings_of_the_demo(path: Path) -> None:
     assert name not in demo.VARIANTS or job.prior.weights == demo.VARIANTS[name][1]
 
     assert job.method == load_method(fields.pop("name"), fields)
-    assert job.method.name not in ("img2img", "distdiff", "gif") or job.sampler.model_dump() == SAMPLER
+    assert job.method.name not in ("img2img", "distdiff", "gif", "practice") or job.sampler.model_dump() == SAMPLER
 
 
 def test_the_guided_study_has_the_settings_of_the_jobs() -> None:
