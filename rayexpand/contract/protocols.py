@@ -150,6 +150,8 @@ class Method(Protocol):
 
     A method whose copies cannot be dealt by weights says why in `no_allocation()`, which is "" where they can.
 
+    A guided method may give in `unguided()` itself without guidance, which pages show beside it.
+
     A method whose samples are meant to be judged may give in `acceptance()` fields of the section `accept`, which a job
     file without them gets; None where it is set to keep all."""
 

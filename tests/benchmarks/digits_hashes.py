@@ -20,7 +20,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parents[2]
-FITS = {"expand-distdiff": "expand-distdiff", "expand-diffmix": "fit-diffmix", "expand-realfake": "fit-realfake"}
+FITS = {"expand-distdiff": "expand-distdiff", "expand-diffmix": "fit-diffmix", "expand-realfake": "fit-realfake",
+        "expand-practice": "fit-practice"}
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ from tests.methods import references
 
 COPIES, GROUPS = 5, 3
 CLASSES = ClassTable.of([str(digit) for digit in range(10)], list(digits.CLASS_NAMES))
+PRACTICE = {"omega": 16.0, "convention": "score"}
 DISTDIFF = {"guide_step": 7, "rho": 0.5, "eps": 3.0}  # the digits job
 GIF = {"domains": ["a photo of a"], "adjectives": [""], "rotation": 0, "flip": False}
 PROMPT = {"prompt": "a photo of a {name}"}
@@ -314,6 +315,9 @@ def costs(case: Case, rows: int, turns: int) -> dict[str, Any]:
                                                                   "lookahead": length}), case.tools)
     sides["distdiff L=2 recomputed"] = (load_method("distdiff", {**case.shared, **case.distdiff, "recompute": True}),
                                         case.tools)
+    for every in (1, 5):
+        sides[f"practice, every {every}"] = (load_method("practice", {**case.shared, **PRACTICE, "every": every}),
+                                             case.tools)
     gif: Any = load_method("gif", case.gif)
     sides["gif"] = (gif, case.gif_tools)
     sides["gif unguided"] = (gif.model_copy(update={"guidance": "none"}), case.gif_tools)

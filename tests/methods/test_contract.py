@@ -47,7 +47,7 @@ def method(request):
 
 
 def test_the_methods_of_this_package():
-    assert {"classical", "dafusion", "diffcoremix", "diffmix", "distdiff", "gif", "img2img", "realguidance",
+    assert {"classical", "dafusion", "diffcoremix", "diffmix", "distdiff", "gif", "img2img", "practice", "realguidance",
             "text2img", "vae"} <= {*names()}
     assert not [name for name in names() if name.startswith("_")]
 

@@ -11,12 +11,21 @@ import torch
 from diffusers import DDIMScheduler
 from pydantic import ValidationError
 
+from rayexpand.classifier.classifier import Classifier
+from rayexpand.classifier.recipe import make_recipe
 from rayexpand.contract.protocols import Batch, Calls, Tools
 from rayexpand.contract.schema import Reason
+from rayexpand.data.seeds import DataConfig, build_index, digits_split
+from rayexpand.diffusion import energy
 from rayexpand.diffusion.process import Point, Prediction, Schedule, prediction
+from rayexpand.loader.loader import Loader
+from rayexpand.loader.training_set import TrainingSet
 from rayexpand.methods import load_method
 from rayexpand.methods.practice import Practice
+from rayexpand.models.guides import ClassifierGuide
+from rayexpand.models.prior import load_prior
 from rayexpand.reports.guided import plain_twin
+from rayexpand.studies.demo import settings
 from tests.diffusion.gaussian import sd_scheduler
 from tests.methods import references
 from tests.methods.conftest import CLASSES
@@ -290,3 +299,36 @@ def test_settings_that_cannot_work_are_refused_all_at_once(fields: dict[str, Any
     found = {str(problem["loc"][0]): problem["msg"] for problem in error.value.errors()}
     assert found.keys() == messages.keys()
     assert all(message in found[field] for field, message in messages.items())
+
+
+# On digits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digit_tools() -> Tools:
+    """The embedded generator, and a classifier that has learned a little of two digits per class."""
+    data = DataConfig(source="digits", per_class=2)
+    index, recipe = build_index(data), make_recipe({"preset": "digits", "updates": 30})
+    feed = Loader(TrainingSet.of_seeds(index, data), recipe, 0)
+    classifier = Classifier(recipe, 10, 0, feed.total_steps, device=torch.device("cpu"))
+    for batch in feed.batches(0, feed.total_steps):
+        classifier.update(batch)
+    return Tools(index.classes, load_prior("digits", device="cpu"),
+                 ClassifierGuide(classifier.module, recipe, torch.device("cpu")))
+
+
+def test_the_entropy_of_digits_rises_with_omega_and_not_by_chance(digit_tools: Tools) -> None:
+    images, labels = digits_split()["seeds"]
+    seeds = [int(np.flatnonzero(labels == label)[0]) for label in range(10)]
+    entropies, judge = [], digit_tools.guide
+    for fields in ({"omega": 0}, {"omega": 4}, {"omega": 16}, {"direction": "random"}):
+        method = load_method("practice", {**settings("practice"), **fields})
+        batch = replace(batch_of(method, digit_tools.classes, [(f"digit {i}", int(labels[i]), 0) for i in seeds]),
+                        images=tuple(images[seeds]))
+        made = np.stack(method.expand(batch, digit_tools).images)  # type: ignore[arg-type]
+        with torch.no_grad():
+            entropies.append(energy.entropy(judge.logits(torch.from_numpy(made).permute(0, 3, 1, 2) / 255)).numpy())
+    plain, some, much, drawn = entropies
+    assert plain.mean() + 0.1 < some.mean() < much.mean() - 0.05
+    assert (much > plain).mean() > 0.9
+    assert abs(drawn.mean() - plain.mean()) < 0.2 * (much.mean() - plain.mean())

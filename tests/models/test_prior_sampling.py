@@ -150,6 +150,27 @@ def test_guidance_in_the_one_step_from_pure_noise_is_refused(facts_with: Any) ->
         assert "the one step runs from pure noise" in problem
 
 
+@pytest.mark.parametrize(("fields", "refused"), [
+    ({"steps": 5}, True), ({"steps": 5, "strength": 1.0}, True), ({"steps": 1, "every": 1}, True),
+    ({"steps": 6}, False), ({"steps": 5, "every": 4}, False), ({"steps": 5, "from_step": 2}, False),
+    ({"steps": 5, "strength": 0.6}, False), ({"steps": 5, "omega": 0}, False)], ids=str)
+def test_entropy_guidance_of_pure_noise_alone_is_refused(facts_with: Any, fields: dict[str, Any],
+                                                         refused: bool) -> None:
+    """Where the first step has no signal; one of Stable Diffusion has some."""
+    method = load_method("practice", fields)
+    zero = {"timestep_spacing": "trailing", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    problems = [one for one in sampling_problems(facts_with(zero), method) if "pure noise, where there is no" in one]
+    assert len(problems) == refused
+    assert [one for one in sampling_problems(facts_with({"timestep_spacing": "trailing"}), method)
+            if "pure noise, where there is no" in one] == []
+
+
+def test_one_step_of_the_leading_grid_from_noise_is_refused_with_a_strength_that_is_null(facts_with: Any) -> None:
+    for name in ("practice", "lecf"):
+        (problem,) = sampling_problems(facts_with(), load_method(name, {"steps": 1}))
+        assert "samples begin as pure noise" in problem
+
+
 def test_a_noise_level_is_another_step_of_another_grid(facts_with: Any) -> None:
     method = load_method("distdiff", {"guide_at": -0.09})
     steps = {name: plan_of(facts_with(noise), method, 25).nearest(-0.09) for name, noise in (
