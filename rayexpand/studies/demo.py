@@ -188,7 +188,8 @@ def _loaded(fields: dict[str, Any]) -> Any:
 def _fits(fields: dict[str, Any]) -> bool:
     """Whether the method, or the judge that it brings, needs something of the real rows."""
     loaded = _loaded(fields)
-    return fields["name"] in FITS or "prototypes" in loaded.needs() or getattr(loaded, "acceptance", lambda: None)() is not None
+    return (fields["name"] in FITS or "prototypes" in loaded.needs()
+            or getattr(loaded, "acceptance", lambda: None)() is not None)
 
 
 def _choices(method: Any, name: str) -> Sequence[Any]:
