@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import shutil
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from rayexpand.classifier.classifier import Classifier
+from rayexpand.contract.errors import RayexpandError, UsageError
 from rayexpand.contract.schema import SeedIndex
-from rayexpand.data.seeds import DataConfig, build_index
+from rayexpand.data.seeds import DataConfig, SeedReader, build_index
 from rayexpand.data.subsets import ids_file
 from rayexpand.fitting.scores import Scoring
 from rayexpand.loader.config import TrainingConfig
@@ -22,7 +29,7 @@ from rayexpand.runs import run as runs
 from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.places import open_files
 from rayexpand.studies import cross_fit as module
-from rayexpand.studies.cross_fit import FACTS, cross_fit
+from rayexpand.studies.cross_fit import FACTS, cross_fit, scores_bytes
 from rayexpand.studies.kept import read_trial
 from rayexpand.studies.parts import TrialFolder
 from rayexpand.studies.train import train_with
@@ -177,3 +184,113 @@ def test_a_class_with_one_seed_has_no_score_and_is_always_trained_on(seeds: Seed
     assert lacking == {index.seed_ids[row] for row in np.flatnonzero(index.labels == lone)}
     assert all(lacking <= trained_seeds(tmp_path / "out", f"r0002-fold{fold}") for fold in range(3))
     assert json.loads(table.schema.metadata[FACTS])["not_scored"] == [index.classes.key[lone]]
+
+
+LONG = Scoring(folds=3, recipe={**SMALL, "updates": 9, "epochs": 3})
+
+
+def killed_in_fold_1(seeds: Seeds, made: list[runs.Run], out: Path) -> None:
+    """Trains up to the eighth step of the second fold and says so, and is never done with that step."""
+    update, begun = Classifier.update, list[int]()
+
+    def stop(self: Classifier, batch: Any) -> float:
+        begun.extend([0] * (self.step == 0))
+        if self.step == 7 and len(begun) == 2:
+            (out / "there").touch()
+            signal.pause()
+        return update(self, batch)
+
+    Classifier.update = stop  # type: ignore[method-assign]
+    scored(out, seeds, made, LONG)
+
+
+def test_a_fold_killed_in_the_middle_goes_on_from_its_checkpoint(seeds: Seeds, made: list[runs.Run],
+                                                                 tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    out.mkdir()
+    killed = multiprocessing.get_context("fork").Process(target=killed_in_fold_1, args=(seeds, made, out))
+    killed.start()
+    while not (out / "there").exists():
+        assert killed.is_alive()
+        time.sleep(0.005)
+    killed.kill()
+    killed.join()
+    before = (out / "results/r0002-fold0.json").stat()
+    assert not (out / "results/r0002-fold1.json").exists()
+
+    table, whole = scored(out, seeds, made, LONG), scored(tmp_path / "whole", seeds, made, LONG)
+
+    assert scores_bytes(table, "scores.parquet") == scores_bytes(whole, "scores.parquet")
+    starts = [json.loads((out / f"results/r0002-fold{fold}.json").read_text())["starts"] for fold in range(3)]
+    assert starts == [[0], [0, 6], [0]]
+    assert (out / "results/r0002-fold0.json").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_the_images_of_the_test_split_are_not_needed(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder, tmp_path / "data/train")
+    shutil.copytree(image_folder, tmp_path / "data/test")
+    data = DataConfig(source="imagefolder", path=str(tmp_path / "data"), split="train")
+    found = (build_index(data), data)
+    both = scored(tmp_path / "both", found, [])
+    shutil.rmtree(tmp_path / "data/test")
+
+    assert scored(tmp_path / "alone", found, []).equals(both)
+
+
+def test_an_image_that_is_listed_again_is_asked_for_with_all_its_ids(image_folder: Path, tmp_path: Path) -> None:
+    data = DataConfig(source="imagefolder", path=str(image_folder), repeats={"ant/1.png": 3})
+    index = build_index(data)
+
+    table = scored(tmp_path, (index, data), [])
+
+    assert table["seed_id"].to_pylist() == index.seed_ids
+    assert [one for one in leaks(tmp_path, table) if " in " not in one] == []
+    copies = table.filter(pc.starts_with(table["seed_id"], "ant/1.png"))
+    assert len(copies) == 3
+    assert len(set(copies["p_label"].to_pylist())) == 1
+
+
+def test_a_failed_fold_ends_it_and_is_named(seeds: Seeds, tmp_path: Path) -> None:
+    with pytest.raises(RayexpandError, match="3 of 3 folds of scores could not be trained") as failed:
+        scored(tmp_path, seeds, [], SCORING.model_copy(update={"recipe": {**SMALL, "lr": 1e30, "updates": 20}}))
+
+    assert [line.partition(": ")[0].strip() for line in str(failed.value).splitlines()[1:]] == [
+        f"r0002-fold{fold}" for fold in range(3)]
+    assert "training diverged" in str(failed.value)
+
+
+def test_a_run_of_other_images_is_refused(made: list[runs.Run], tmp_path: Path) -> None:
+    data = DataConfig(source="digits", per_class=1)
+    with pytest.raises(UsageError, match="round-2 was made from 10 images that are none of the 10 seeds"):
+        scored(tmp_path, (build_index(data), data), made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("leaky", [False, True])
+def test_labels_that_mean_nothing_are_not_learned(leaky: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured: 6 to 12 % with copies held out, 70 to 80 % where those of held-out seeds are trained on."""
+    digits = DataConfig(source="digits", per_class=5)
+    index = build_index(digits)
+    labels = np.random.Generator(np.random.Philox(key=3)).permutation(index.labels)
+    for seed, label in zip(SeedReader(index, digits).read(range(len(index))), labels, strict=True):
+        (folder := tmp_path / f"data/{label}").mkdir(parents=True, exist_ok=True)
+        (folder / f"{seed.seed_id.replace('/', '-')}.png").write_bytes(seed.image)
+    data = DataConfig(source="imagefolder", path=str(tmp_path / "data"))
+    run, totals = complete(runs.parse({
+        "name": "copies", "out": str(tmp_path), "data": data.model_dump(), "prior": {"weights": "digits"},
+        "method": {"name": "img2img", "prompt": "", "strength": 0.3, "steps": 10, "ratio": 5}, "image": {"size": 16},
+        "sampler": {"batch": 25}}))
+    assert totals.kept == 250
+    if leaky:
+        honest = module.training_set
+        monkeypatch.setattr(module, "training_set", lambda parts, **fields: honest(
+            [one if one.run is None else replace(one, only=None) for one in parts], **fields))
+
+    table = scored(tmp_path / "scores", (build_index(data), data), [run], Scoring(
+        folds=5, recipe={"preset": "digits", "updates": 60, "epochs": 6}))
+
+    accuracy = (table["margin"].to_numpy() > 0).mean()
+    if leaky:
+        assert accuracy > 0.5
+    else:
+        assert abs(accuracy - 0.1) < 3 * np.sqrt(0.1 * 0.9 / 50)
