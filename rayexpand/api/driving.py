@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -106,9 +107,11 @@ def fit_with(ray: bool | str, *, on_workers: bool = False) -> Fit:
         from rayexpand.on_ray.fit import fit as fit_on_ray
 
         return partial(fit_on_ray, on_workers=on_workers)
-    from rayexpand.fitting.fit import fit
+    from rayexpand.fitting.fit import HERE, fit
+    from rayexpand.studies.cross_fit import score_artifact
+    from rayexpand.studies.train import run_here
 
-    return fit
+    return partial(fit, engine=replace(HERE, scores=partial(score_artifact, run_here)))
 
 
 def extract_with(ray: bool | str) -> Extract:

@@ -10,7 +10,8 @@ from rayexpand.cli.app import app
 from rayexpand.cli.options import File, Json, LogJson, Machine, Metrics, NoRay, Set, Trust
 from rayexpand.cli.show import quiet_stdout, show_json, show_table
 
-FIELDS = {"guide": {"guide.weights": ""}, "prompts": {"method.prompts": ""}, "generator": {"prior.weights": ""}}
+FIELDS = {"guide": {"guide.weights": ""}, "prompts": {"method.prompts": ""}, "generator": {"prior.weights": ""},
+          "scores": {"allocate.scores": ""}}
 
 
 @app.command()

@@ -12,6 +12,7 @@ One YAML names the data and what to make of it:
       class_features: {images: 64}               # mean CLIP feature of each class (class_features.py)
       image_features: {}                         # CLIP feature of each image (class_features.py)
       thresholds: {}                             # how alike images of a class are, for accept (thresholds.py)
+      scores: {folds: 5}                         # how hard each image is, for allocate (scores.py)
       pretrain: {size: 16}                       # a small generator with its guide, from nothing (pretrain.py)
       adapter: {recipe: {preset: diffmix}}       # fine-tune the generator `prior` names (adapter/config.py)
 
@@ -48,6 +49,7 @@ from rayexpand.fitting.maker import ARTIFACTS, FitBase, Maker
 from rayexpand.fitting.pretrain import PretrainMaker
 from rayexpand.fitting.prompts import PromptsMaker
 from rayexpand.fitting.prototypes import PrototypesFit, PrototypesMaker
+from rayexpand.fitting.scores import ScoresMaker
 from rayexpand.fitting.thresholds import ThresholdsMaker
 from rayexpand.models.guide_files import CLASSIFIER, CLIP_HEAD, check_guide, kind_of, present_guide
 from rayexpand.runs.config import RunConfig, unnamed
@@ -55,7 +57,8 @@ from rayexpand.storage.places import is_url
 
 # In the order in which they run. A new kind is an entry here, and one in artifacts.KINDS where methods read it.
 MAKERS: tuple[Maker, ...] = (PretrainMaker(), GuideMaker(), PrototypesMaker(), PromptsMaker(), CaptionsMaker(),
-                             ClassFeaturesMaker(), ImageFeaturesMaker(), ThresholdsMaker(), AdapterMaker())
+                             ClassFeaturesMaker(), ImageFeaturesMaker(), ThresholdsMaker(), ScoresMaker(),
+                             AdapterMaker())
 # The parts of `fit:`, each None where it is not asked for.
 if TYPE_CHECKING:
     FitSection = Any

@@ -60,7 +60,8 @@ def fit(config: FitConfig, progress: Progress, engine: Engine | None = None) -> 
     """
     from rayexpand.contract.device import torch_threads
 
-    world = World(_checked(config, engine), progress, engine or HERE, {})
+    engine = engine or HERE
+    world = World(_checked(config, engine), progress, engine, {})
     wanted = config.fit
     sections = [(maker, section) for maker in MAKERS if (section := getattr(wanted, maker.kind)) is not None]
     with torch_threads(config.runtime.torch_threads):
@@ -74,11 +75,11 @@ def fit(config: FitConfig, progress: Progress, engine: Engine | None = None) -> 
     return dict(world.made)
 
 
-def _checked(config: FitConfig, engine: Engine | None) -> SeedIndex:
+def _checked(config: FitConfig, engine: Engine) -> SeedIndex:
     """The images, listed. Raises ConfigError with everything that is wrong, also with what their classes lack."""
     wanted = [(maker, section) for maker in MAKERS if (section := getattr(config.fit, maker.kind)) is not None]
-    here = engine is None or (not engine.is_elsewhere and any(maker.is_here(section) for maker, section in wanted))
-    problems = preflight(config, device_here=here, on_ray=engine is not None and engine.tuning.spreads)
+    here = engine.is_here or (not engine.is_elsewhere and any(maker.is_here(section) for maker, section in wanted))
+    problems = preflight(config, device_here=here, on_ray=engine.tuning.spreads)
     if seeds.check(config.data):
         raise ConfigError(config.name, problems)
     index = seeds.build_index(config.data)
@@ -127,4 +128,4 @@ def captions_here(config: FitConfig, model_sha256: str, index: SeedIndex,
                   "gpu_seconds": (time.perf_counter() - started) * (captioner.device.type == "cuda")}
 
 
-HERE = Engine(blocks_here, classes_here, captions_here, TUNE_HERE)
+HERE = Engine(blocks_here, classes_here, captions_here, TUNE_HERE, is_here=True)

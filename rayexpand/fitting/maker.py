@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import BaseModel, Field
 
+from rayexpand.contract.errors import UsageError
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import ClassTable, SeedIndex
 from rayexpand.contract.settings import Device, Later, Section
@@ -47,6 +48,11 @@ class FitBase(Section):
     estimate: Annotated[EstimateConfig, Later(EstimateConfig())] = EstimateConfig()
 
 
+def _no_scores(*_: Any) -> tuple[bytes, dict[str, Any]]:
+    raise UsageError("fit.scores: folds are trained as trials of a study are, which this function knows nothing of; "
+                     "make scores with `rayexpand fit` or rayexpand.fit")
+
+
 @dataclass(frozen=True)
 class Engine:
     """Where prototypes, features and captions are computed; the numbers do not depend on it.
@@ -55,7 +61,8 @@ class Engine:
     device, CPU and GPU seconds of other processes in `costs`; `classes(features of each class, groups)` their
     prototypes in order; `captions(config, model hash, index, costs)` the captions that a model writes; `tuning` says
     where a generator is fine-tuned; `alone(function, progress, folder)` calls a function that trains in one process
-    and fills that folder, here or on a worker.
+    and fills that folder, here or on a worker; `scores(section, config, index, folder, progress)` trains folds in a
+    folder, and gives the file of their scores with facts of the making.
     """
 
     blocks: Callable[[Any, str, SeedIndex, Any, dict[str, Any]], Iterator[Any]]
@@ -64,7 +71,9 @@ class Engine:
     tuning: Any
     alone: Callable[[Training, Progress, Path], dict[str, Any]] = lambda function, progress, folder: function(
         progress, folder)
+    scores: Callable[[Any, Any, SeedIndex, str, Progress], tuple[bytes, dict[str, Any]]] = _no_scores
     is_elsewhere: bool = False  # `alone` is on a worker
+    is_here: bool = False  # everything is in this process
 
 
 @dataclass(frozen=True)

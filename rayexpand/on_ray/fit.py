@@ -27,6 +27,8 @@ from rayexpand.on_ray.features import classes, feature_blocks
 from rayexpand.on_ray.finetune import tuning_on
 from rayexpand.on_ray.pool import address_of, connected, enter, error_of, gpus_each, place_of
 from rayexpand.on_ray.preemption import lasting
+from rayexpand.on_ray.train import train_trials
+from rayexpand.studies.cross_fit import score_artifact
 
 TASK_RETRIES = 16  # deaths of a process that trains alone before the fit counts as failed; lost nodes do not count
 
@@ -50,7 +52,11 @@ def fit(config: FitConfig, progress: Progress, *, on_workers: bool = False) -> d
             connect()
             return caption_blocks(config, sha256, index, costs)
 
-        engine = Engine(blocks, classes, captions, tuning_on(config, connect))
+        def scores(*arguments: Any) -> tuple[bytes, dict[str, Any]]:
+            connect()
+            return score_artifact(train_trials, *arguments)
+
+        engine = Engine(blocks, classes, captions, tuning_on(config, connect), scores=scores)
         if on_workers:
             def alone(function: Training, progress: Progress, folder: Path) -> dict[str, Any]:
                 connect()

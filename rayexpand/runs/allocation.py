@@ -15,6 +15,7 @@ logarithms, which differ in the last digit between machines; that is why they ar
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -26,13 +27,14 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
-from rayexpand.contract.errors import EnvironmentFault, SeedDataError, UsageError, few
+from rayexpand.contract.errors import DamagedFile, EnvironmentFault, SeedDataError, UsageError, few
 from rayexpand.contract.protocols import Method
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import Section
 from rayexpand.data.seeds.places import read_bytes
 from rayexpand.methods._copies import MAX_COPIES, rank_in_class
+from rayexpand.storage.tables import table_of
 
 Rule = Literal["uniform", "equal", "weight", "loss", "confidence", "entropy", "margin", "slow", "class"]
 
@@ -46,6 +48,7 @@ OF_CLASSES = ("equal", "class")  # rules that weigh classes: dealt over these, t
 LEVELS = 1 << 20
 LEAST_P = 1e-6  # least probability that a loss is the logarithm of
 FILE = "scores.parquet"
+FACTS = b"scores"  # schema metadata of scores that `rayexpand fit` made: what they are of, as JSON
 
 
 class Allocate(Section):
@@ -232,9 +235,9 @@ def read_scores(allocate: Allocate) -> pa.Table:
     """seed_id and the columns of the rule, from the file of scores. Raises UsageError with every mistake."""
     path = _place(allocate)
     try:
-        content = pa.BufferReader(read_bytes("allocate.scores", path))
-        table = pyarrow.csv.read_csv(content) if path.endswith(".csv") else pq.read_table(content)
-    except (pa.ArrowException, SeedDataError) as error:
+        content = read_bytes("allocate.scores", path)
+        table = pyarrow.csv.read_csv(pa.BufferReader(content)) if path.endswith(".csv") else table_of(content, path)
+    except (pa.ArrowException, DamagedFile, SeedDataError) as error:
         raise UsageError(f"allocate.scores: {path} cannot be read ({error}); give a .parquet or .csv table, or a "
                          f"folder with {FILE}") from error
     return _checked(allocate, table)
@@ -297,18 +300,31 @@ def allocation_problems(allocate: Allocate, method: Method) -> list[str]:
     return problems
 
 
+def _are_in_sample(allocate: Allocate) -> bool:
+    """Whether the scores say that they are of classifiers that were trained on the seeds they score."""
+    if allocate.scores is None or _place(allocate).endswith(".csv"):
+        return False
+    try:
+        schema = pq.read_schema(pa.BufferReader(read_bytes("allocate.scores", _place(allocate))))
+    except (pa.ArrowException, SeedDataError, EnvironmentFault):
+        return False  # a run that has begun needs them no more
+    return bool(json.loads((schema.metadata or {}).get(FACTS, b"{}")).get("in_sample"))
+
+
 def dealt_facts(allocate: Allocate, index: SeedIndex, copies_N: np.ndarray) -> dict[str, Any]:
     """What was dealt, for run.json."""
     of_K = np.bincount(index.labels, copies_N, len(index.classes)).astype(int)
     of_K = of_K[np.bincount(index.labels, minlength=len(of_K)) > 0]
     return {"rule": allocate.rule, "permuted": allocate.permuted, "seeds": len(index),
             "without": int((copies_N == 0).sum()), "least": int(copies_N.min()), "most": int(copies_N.max()),
-            "class_least": int(of_K.min()), "class_most": int(of_K.max())}
+            "class_least": int(of_K.min()), "class_most": int(of_K.max()),
+            **({"in_sample": True} if _are_in_sample(allocate) else {})}
 
 
 def dealt_words(facts: Mapping[str, Any]) -> str:
     """'by rule slow: 0 to 12 copies of a seed, none of 31 of 150 seeds; 40 to 90 of a class'"""
-    rule = f"rule {facts['rule']}" + (", weights permuted" if facts["permuted"] else "")
+    rule = f"rule {facts['rule']}" + (", weights permuted" if facts["permuted"] else "") + (
+        ", scores in sample" if facts.get("in_sample") else "")
     none = f", none of {facts['without']:,} of {facts['seeds']:,} seeds" if facts["without"] else ""
     return (f"by {rule}: {facts['least']:,} to {facts['most']:,} copies of a seed{none}; "
             f"{facts['class_least']:,} to {facts['class_most']:,} of a class")

@@ -35,20 +35,24 @@ from rayexpand.artifacts.store import file_sha256
 from rayexpand.classifier.accuracy import CUB_LT
 from rayexpand.classifier.recipe import make_recipe
 from rayexpand.contract.errors import RayexpandError, UsageError, few
+from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.data.folds import NEVER, folds_of
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.seeds.source import image_id
 from rayexpand.data.subsets import fingerprint, ids_file, ids_hash, sound_rows
-from rayexpand.fitting.scores import Scoring
+from rayexpand.fitting.maker import FitBase
+from rayexpand.fitting.scores import ScoresFit, Scoring
 from rayexpand.loader.training_set import RowSource, TrainingSet
-from rayexpand.runs.allocation import LEAST_P
+from rayexpand.runs.allocation import FACTS, LEAST_P
+from rayexpand.storage.places import open_files
+from rayexpand.storage.position import Position
 from rayexpand.storage.tables import NAMED, parquet_bytes, read_json, read_table, replace_json
 from rayexpand.studies.parts import Opened, Train, Trial, TrialFolder, read_result
 from rayexpand.studies.samples import training_set
+from rayexpand.studies.train import Runner, run_here, train_with
 
 FOLDERS = ("lists", "trials", "results", "predictions", "checkpoints", ".tmp")
-FACTS = b"scores"  # schema metadata: what the scores are of, as JSON
 _ROW_GROUP = 1 << 16
 
 Seeds = tuple[SeedIndex, DataConfig]
@@ -104,11 +108,32 @@ def fold_trials(folder: TrialFolder, prefix: str, scoring: Scoring, seeds: Seeds
     return found
 
 
+def score_artifact(run: Runner, section: ScoresFit, config: FitBase, index: SeedIndex, folder: str,
+                   progress: Progress) -> tuple[bytes, dict[str, Any]]:
+    """The file of the scores that a fit file asks for, their folds trained by `run` in a folder, and facts of it."""
+    position = Position(folder)
+
+    def listen(task: str, done: int, total: int, facts: Any = None, rate: float | None = None) -> None:
+        progress(task, done, total)
+        position("training folds", done, total)
+
+    place = TrialFolder(f"folds of {config.name}", open_files(folder), section.training, config.cluster.at("fit"),
+                        len(index.classes))
+    table = cross_fit(place, "scores", section, (index, config.data), [RowSource(run=one) for one in section.runs],
+                      train_with(listen, run), seed=config.seed)
+    costs = fold_costs(place, "scores")
+    if run is run_here:
+        del costs["cpu_seconds"]  # whoever asks counts those of this process
+    return scores_bytes(table), {**json.loads(table.schema.metadata[FACTS]), **costs}
+
+
 def fold_costs(folder: TrialFolder, prefix: str) -> dict[str, float]:
-    """What the finished folds of a prefix took: seconds, cpu_seconds, gpu_seconds, updates."""
+    """What the finished folds of a prefix took: process_seconds, cpu_seconds and gpu_seconds of all processes, and
+    updates."""
     names = [one for one in folder.files.list("results") if one.startswith(f"{prefix}-fold")]
     found = [result for one in names if (result := read_json(folder.files, f"results/{one}")) is not None]
-    return {name: sum(one[name] for one in found) for name in ("seconds", "cpu_seconds", "gpu_seconds", "updates")}
+    return {"process_seconds": sum(one["seconds"] * max(1, one["workers"]) for one in found),
+            **{name: sum(one[name] for one in found) for name in ("cpu_seconds", "gpu_seconds", "updates")}}
 
 
 def _folds_of_run(opened: Opened, rows: RowSource, index: SeedIndex, fold_N: np.ndarray) -> np.ndarray:

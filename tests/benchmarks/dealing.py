@@ -37,6 +37,7 @@ def listed() -> SeedIndex:
     ids = pa.array([f"n{i // 1282:08d}/n{i // 1282:08d}_{i}.JPEG" for i in range(SEEDS)])
     table = pa.table({"seed_id": ids, "label": label, "file": zero, "member": ids, "group": zero - 1,
                       "offset": zero - 1, "fault": pa.array([""] * SEEDS)}, schema=SEED_INDEX)
+    table = table.replace_schema_metadata({b"files": b'["nowhere"]', b"layout": b"imagefolder"})
     return SeedIndex(table, ClassTable.of([f"c{i}" for i in range(CLASSES)], counts=np.bincount(label).tolist()))
 
 

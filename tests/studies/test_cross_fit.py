@@ -26,10 +26,11 @@ from rayexpand.fitting.scores import Scoring
 from rayexpand.loader.config import TrainingConfig
 from rayexpand.loader.training_set import RowSource, TrainingSet
 from rayexpand.runs import run as runs
+from rayexpand.runs.allocation import FACTS
 from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.places import open_files
 from rayexpand.studies import cross_fit as module
-from rayexpand.studies.cross_fit import FACTS, cross_fit, scores_bytes
+from rayexpand.studies.cross_fit import cross_fit, scores_bytes
 from rayexpand.studies.kept import read_trial
 from rayexpand.studies.parts import TrialFolder
 from rayexpand.studies.train import train_with
