@@ -205,6 +205,7 @@ def drive_rounds(loop: Loop, progress: Relay, *, ray: bool | str, same_process: 
     from rayexpand.reports.card import write_card
     from rayexpand.reports.run import write_report
     from rayexpand.runs.run import begun, check_budget, pending_jobs, tally_of
+    from rayexpand.studies.rounds.learning import Learning
     from rayexpand.studies.rounds.loop import drive_loop
 
     config = loop.config
@@ -221,7 +222,7 @@ def drive_rounds(loop: Loop, progress: Relay, *, ray: bool | str, same_process: 
                 write_card(str(run.folder))
                 write_report(str(run.folder))
 
-        return drive_loop(loop, None, made, progress, device_here=not ray)
+        return drive_loop(loop, Learning(train_by(ray, progress)), made, progress, device_here=not ray)
 
 
 def train_by(ray: bool | str, progress: Relay) -> Train:

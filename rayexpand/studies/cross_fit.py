@@ -22,7 +22,7 @@ With `folds: 1` one classifier is trained on everything and asked for everything
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,10 @@ def fold_trials(folder: TrialFolder, prefix: str, scoring: Scoring, seeds: Seeds
         out = NEVER - 1 if scoring.folds == 1 else fold
         parts = [RowSource(seeds=seeds, only=fold_N != out)]
         parts += [replace(rows, only=(of_run != out) & (True if rows.only is None else rows.only))
-                  for rows, of_run in zip(runs, of_runs, strict=True)]
-        rows = training_set(parts, opened=opened.run)
-        trial = _trial(folder, f"{prefix}-fold{fold}", scoring, seeds, held, rows, seed)
-        replace_json(folder.files, f"trials/{trial.name}.json", {**vars(trial), "digest": trial.digest})
-        found.append((trial, held))
+                  for rows, of_run in zip(runs, of_runs, strict=True) if _gives(opened, rows, of_run != out)]
+        rows, name = training_set(parts, opened=opened.run), f"{prefix}-fold{fold}"
+        found.append((classifier_trial(folder, name, scoring.recipe, seeds[1], held_out(
+            folder, name, *seeds, held), rows, seed, track=True), held))
     return found
 
 
@@ -136,6 +135,41 @@ def fold_costs(folder: TrialFolder, prefix: str) -> dict[str, float]:
             **{name: sum(one[name] for one in found) for name in ("cpu_seconds", "gpu_seconds", "updates")}}
 
 
+def classifier_trial(folder: TrialFolder, name: str, recipe: Mapping[str, Any], data: DataConfig, test: Seeds,
+                     rows: TrainingSet, seed: int, *, track: bool = False) -> Trial:
+    """A trial of a training set of seeds of `data` and samples of theirs, written with it. `test`: what it is asked
+    for."""
+    made, place, training = make_recipe(dict(recipe)), f"lists/{rows.digest[:8]}.arrow", folder.training
+    folder.files.replace(place, rows.to_bytes())
+    trained = SeedIndex(rows.indexes[0], rows.classes)
+    order = [training.shuffle_rows, training.streams] if rows.epoch_rows > training.shuffle_rows else []
+    trial = Trial(
+        name=name, arm="", seed=seed, group="", ratio=rows.n_synthetic / rows.n_real, control_of="",
+        augment=made.augment, recipe=made.model_dump(mode="json"), rows=place, list_sha256=rows.digest,
+        ids_sha256=ids_hash(trained.seed_ids), data_sha256=fingerprint(trained, data),
+        test=test[1].model_dump(mode="json"), test_sha256=fingerprint(*test), also={}, frequency=list(CUB_LT),
+        checkpoint_sha256=file_sha256(Path(made.checkpoint)) if made.checkpoint else "",
+        workers=max(1, training.workers), order=order, expansion_seconds=0.0, run="", track=track)
+    replace_json(folder.files, f"trials/{trial.name}.json", {**vars(trial), "digest": trial.digest})
+    return trial
+
+
+def held_out(folder: TrialFolder, name: str, index: SeedIndex, data: DataConfig, held: np.ndarray) -> Seeds:
+    """The seeds at `held` as a dataset, their ids in a file. One that is listed again has all its ids in one fold."""
+    chosen = index.table.take(pa.array(held))
+    ids = dict.fromkeys(image_id(data, one) for one in chosen["seed_id"].to_pylist())
+    folder.files.replace(place := f"lists/{name}.txt", ids_file(list(ids)))
+    repeats = {one: times for one, times in data.repeats.items() if one in ids}
+    asked = data.model_copy(update={"ids": str(folder.files.at(place)), "per_class": None, "repeats": repeats})
+    return SeedIndex(chosen, index.classes), asked
+
+
+def _gives(opened: Opened, rows: RowSource, only: np.ndarray) -> bool:
+    """Whether samples of these seeds were planned: a small round may have dealt to seeds of one fold alone."""
+    assert rows.run is not None
+    return bool(opened.run(rows.run).plan.copies[only].any())
+
+
 def _folds_of_run(opened: Opened, rows: RowSource, index: SeedIndex, fold_N: np.ndarray) -> np.ndarray:
     """The fold of each seed of a run. Raises UsageError for seeds that are none of those scored: an image among these
     may be held out under another name."""
@@ -147,32 +181,6 @@ def _folds_of_run(opened: Opened, rows: RowSource, index: SeedIndex, fold_N: np.
         raise UsageError(f"scores: {rows.run} was made from {len(lost):,} images that are none of the {len(index):,} "
                          f"seeds that are scored ({few(lost[:4])}); score the seeds that it was made from")
     return fold_N[place.to_numpy()]
-
-
-def _trial(folder: TrialFolder, name: str, scoring: Scoring, seeds: Seeds, held: np.ndarray, rows: TrainingSet,
-           seed: int) -> Trial:
-    (index, data), files, training = seeds, folder.files, folder.training
-    recipe, place = make_recipe(scoring.recipe), f"lists/{rows.digest[:8]}.arrow"
-    files.replace(place, rows.to_bytes())
-    trained = SeedIndex(rows.indexes[0], index.classes)
-    asked = _asked(folder, f"lists/{name}.txt", index, data, held)
-    order = [training.shuffle_rows, training.streams] if rows.epoch_rows > training.shuffle_rows else []
-    return Trial(
-        name=name, arm="", seed=seed, group="", ratio=rows.n_synthetic / rows.n_real, control_of="",
-        augment=recipe.augment, recipe=recipe.model_dump(mode="json"), rows=place, list_sha256=rows.digest,
-        ids_sha256=ids_hash(trained.seed_ids), data_sha256=fingerprint(trained, data),
-        test=asked.model_dump(mode="json"),
-        test_sha256=fingerprint(SeedIndex(index.table.take(pa.array(held)), index.classes), data), also={},
-        frequency=list(CUB_LT), checkpoint_sha256=file_sha256(Path(recipe.checkpoint)) if recipe.checkpoint else "",
-        workers=max(1, training.workers), order=order, expansion_seconds=0.0, run="", track=True)
-
-
-def _asked(folder: TrialFolder, name: str, index: SeedIndex, data: DataConfig, held: np.ndarray) -> DataConfig:
-    """The seeds in `held` as a dataset, their ids in a file. One that is listed again has all its ids in one fold."""
-    ids = dict.fromkeys(image_id(data, one) for one in index.table["seed_id"].take(pa.array(held)).to_pylist())
-    folder.files.replace(name, ids_file(list(ids)))
-    repeats = {one: times for one, times in data.repeats.items() if one in ids}
-    return data.model_copy(update={"ids": str(folder.files.at(name)), "per_class": None, "repeats": repeats})
 
 
 def _answers(folder: TrialFolder, trial: Trial, held: np.ndarray, index: SeedIndex, fold_N: np.ndarray) -> pa.Table:

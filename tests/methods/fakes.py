@@ -172,6 +172,27 @@ class Groups(Fake):
         return Expansion(images, [None] * len(batch))
 
 
+class Practised(Fake):
+    """Guided by a classifier: a picture is as much brighter as its seed's probabilities are uneven."""
+
+    omega: float = 4.0
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"guide"} if self.omega else ())
+
+    def expand(self, batch: Batch, tools: Tools) -> Expansion:
+        made = super().expand(batch, tools)
+        if self.omega:
+            import torch
+
+            images = torch.from_numpy(np.stack(batch.images)).permute(0, 3, 1, 2) / 255
+            with torch.inference_mode():
+                top_B = tools.guide.logits(images).softmax(1).max(1).values.tolist()
+            made.images = [np.clip(image + self.omega * 10 * top, 0, 255).astype(np.uint8)
+                           for image, top in zip(made.images, top_B, strict=True)]
+        return made
+
+
 class Picky(Fake):
     """Rejects each attempt of a row itself, with chance `share`, and gives no image then."""
 

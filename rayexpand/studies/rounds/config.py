@@ -86,10 +86,10 @@ class RoundsConfig(Section):
         if on_validation != (self.validation is not None):
             raise ValueError("validation: is missing; stop.on: validation compares rounds on it" if on_validation else
                              "validation: has no effect without stop: {on: validation}; take it out")
-        unused = {"guide": self.guide is not None and not (self.guided_from or on_validation),
+        unused = {"guide": self.guide is not None and not self.trains_guide,
                   "stop": self.stop is not None and self.count == 1,
                   "scores": self.scores != Scoring() and not (
-                      self.scores_seeds or (self.guide is None and (self.guided_from or on_validation)))}
+                      self.scores_seeds or (self.guide is None and self.trains_guide))}
         for field, is_unused in unused.items():
             if is_unused:
                 raise ValueError(f"{field}: has no effect here; take it out")
@@ -105,6 +105,11 @@ class RoundsConfig(Section):
     def scores_seeds(self) -> bool:
         """Whether seeds are scored between rounds."""
         return self.count > 1 and (bool(READS[self.rule]) or (self.stop is not None and self.stop.on == "folds"))
+
+    @property
+    def trains_guide(self) -> bool:
+        """Whether a classifier is trained on everything there is."""
+        return self.guided_from is not None or (self.stop is not None and self.stop.on == "validation")
 
     @property
     def guide_recipe(self) -> dict[str, Any]:
@@ -172,8 +177,6 @@ def resolved_loop(config: LoopConfig) -> dict[str, Any]:
 def _contradictions(config: LoopConfig) -> list[str]:
     """What the run and its rounds cannot mean together."""
     run, rounds, problems = config.run, config.rounds, list[str]()
-    if rounds.scores_seeds or rounds.guided_from is not None or rounds.stop is not None:
-        problems.append("rounds: scores, guides and stop rules are not there yet")
     if run.allocate is not None:
         problems.append("run.allocate: rounds.rule says who gets the samples; take the section out")
     if run.grow:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,9 @@ from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import differences, digest
 from rayexpand.data import seeds
+from rayexpand.data.folds import folds_of, read_groups
 from rayexpand.data.subsets import shared_images, sound_rows
+from rayexpand.models.guides import guide_hash
 from rayexpand.runs import run as runs
 from rayexpand.runs.allocation import dealt_facts
 from rayexpand.runs.config import RunConfig, ids_sha256, resolved, semantic
@@ -139,6 +142,8 @@ def open_loop(config: LoopConfig, on_model: Progress | None = None, *, device_he
     parts = parts_of(config.rounds, planned)
     if problem := room_problem(config.rounds, base_N, parts):
         raise ConfigError(config.name, [problem])
+    if not begun:
+        _try(config, index)
     _refuse_overlap(config, index)
     open_files(round_folder(files, 1), single_writer=config.run.store.single_writer).probe()
     for folder in LOOP_FOLDERS:
@@ -166,7 +171,7 @@ def loop_in(folder: str) -> Loop:
     return Loop(config_in(files, facts), files, facts, first.plan.index, first.facts.get("dataset", {}))
 
 
-def drive_loop(loop: Loop, between: Between | None, drive: Callable[[runs.Run], None],
+def drive_loop(loop: Loop, between: Between, drive: Callable[[runs.Run], None],
                progress: Progress | None = None, *, device_here: bool = True) -> RoundDecision:
     """Makes what is left of a loop, and returns the decision that ended it. `drive` makes what is pending of a run.
 
@@ -195,6 +200,7 @@ def prepare_round(loop: Loop, decision: RoundDecision, progress: Progress | None
     table = read_dealt(loop.files, decision)
     if table["seed_id"].to_pylist() != loop.index.seed_ids:
         raise DigestMismatch(f"{loop.files.at(decision.name)}: is of other seeds than run.data lists now")
+    _refuse_other_guide(loop, decision)
     part = runs.RoundPart(loop.index, loop.dataset, table["copies"].to_numpy(), table["first"].to_numpy(),
                           {"round": decision.round, "decision": decision.sha256})
     run = runs.prepare(round_config(loop, decision), progress, device_here=device_here,
@@ -203,6 +209,19 @@ def prepare_round(loop: Loop, decision: RoundDecision, progress: Progress | None
         raise DigestMismatch(f"{run.folder} was not made by {decision.name}: it follows {said}, and that is "
                              f"{part.follows}. Move it away, and the same command makes the round")
     return run
+
+
+def _refuse_other_guide(loop: Loop, decision: RoundDecision) -> None:
+    """Raises UsageError where the guide of a round is gone, DigestMismatch where it is another one."""
+    if not decision.guide:
+        return
+    folder = loop.files.at(decision.guide["folder"])
+    if not os.path.isdir(folder):
+        raise UsageError(f"{folder}: is gone, and {decision.name} names it as the guide of its round. Copy it from "
+                         "where the decision was made, or restore it from a copy")
+    if (found := guide_hash(str(folder), None)) != decision.guide["sha256"]:
+        raise DigestMismatch(f"{folder}: is not the guide that {decision.name} names "
+                             f"({decision.guide['sha256'][:8]} -> {found[:8]}). Restore it from a copy")
 
 
 def round_config(loop: Loop, decision: RoundDecision) -> RunConfig:
@@ -222,14 +241,14 @@ def _refuse_other_samples(decision: RoundDecision, earlier: Sequence[runs.Run]) 
 
 
 def _decide(loop: Loop, chain: Sequence[RoundDecision], earlier: Sequence[runs.Run],
-            between: Between | None) -> None:
+            between: Between) -> None:
     """Publishes the next decision."""
     number, spent, planned = len(chain) + 1, sum(one.planned for one in chain), loop.facts["planned"]
     rounds, left = loop.config.rounds, planned - spent
     seen, learned = tuple(seen_of(one.store) for one in earlier), Learned()
     if number > rounds.count:
         learned = Learned(stop=f"count: {number - 1} rounds are made" if left else "budget: the last share is spent")
-    elif between is not None and (earlier or rounds.guided_from == 1):
+    elif earlier or rounds.guided_from == 1:
         learned = between(loop, chain, earlier, seen)
     unspent = f"; {left:,} of {planned:,} samples are not spent" if left else ""
     plain = RoundDecision(
@@ -255,6 +274,8 @@ def _semantic(config: LoopConfig) -> dict[str, Any]:
     """What decides the samples of a loop. Lists count by what they say, wherever they lie."""
     rounds = config.rounds.model_dump(mode="json")
     rounds["scores"]["recipe"] = make_recipe(config.rounds.scores.recipe).model_dump(mode="json")
+    if str(group := config.rounds.scores.group).endswith(".csv"):
+        rounds["scores"]["group"] = digest(read_groups(str(group)))
     if config.rounds.guide is not None:
         rounds["guide"] = make_recipe(config.rounds.guide).model_dump(mode="json")
     if (validation := config.rounds.validation) is not None:
@@ -268,6 +289,18 @@ def _data_sha256(index: SeedIndex) -> str:
     for name in ("seed_id", "label", "fault"):
         hash_column(hasher, index.table[name])
     return hasher.hexdigest()
+
+
+def _try(config: LoopConfig, index: SeedIndex) -> None:
+    """Raises what would keep classifiers from being trained after the first round."""
+    from rayexpand.classifier.classifier import try_recipe
+
+    rounds, seed = config.rounds, config.run.seed
+    recipes = [rounds.scores.recipe] * rounds.scores_seeds + [rounds.guide_recipe] * rounds.trains_guide
+    for recipe in recipes:
+        try_recipe(make_recipe(recipe), len(index.classes), seed)
+    if rounds.scores_seeds:
+        folds_of(index, config.run.data, rounds.scores.folds, seed, rounds.scores.group)
 
 
 def _refuse_overlap(config: LoopConfig, index: SeedIndex) -> None:

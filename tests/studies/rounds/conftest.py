@@ -9,7 +9,9 @@ import pytest
 from rayexpand.runs import run as runs
 from rayexpand.studies.rounds.config import LoopConfig, RoundsConfig
 from rayexpand.studies.rounds.decisions import RoundDecision, run_folders
+from rayexpand.studies.rounds.learning import Learning
 from rayexpand.studies.rounds.loop import Loop, drive_loop, open_loop
+from rayexpand.studies.train import train_with
 from tests.conftest import small_run
 from tests.runs.test_growth import contents
 
@@ -38,7 +40,7 @@ def in_this_process(run: runs.Run) -> None:
 def finished(config: LoopConfig) -> tuple[Loop, RoundDecision]:
     """A loop made to its end in this process, and the decision that ended it."""
     loop = open_loop(config)
-    return loop, drive_loop(loop, None, in_this_process)
+    return loop, drive_loop(loop, Learning(train_with(lambda *_: None)), in_this_process)
 
 
 def rounds_of(loop: Loop) -> list[runs.Run]:
