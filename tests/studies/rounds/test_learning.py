@@ -196,8 +196,8 @@ def test_validation_images_that_are_trained_on_are_refused(tmp_path: Path, valid
 
 
 def test_what_keeps_classifiers_from_being_trained_is_said_before_the_first_round(tmp_path: Path) -> None:
+    wrong = {**SMALL, "backbone_args": {"nothing": 1}}
     with pytest.raises(ConfigError, match="backbone"):
-        wrong = {**SMALL, "backbone_args": {"nothing": 1}}
         open_loop(digits_loop(tmp_path, rounds={**LOSS, "scores": {**SCORES, "recipe": wrong}}))
     with pytest.raises(UsageError, match="group"):
         open_loop(digits_loop(tmp_path, rounds={**LOSS, "scores": {**SCORES, "group": str(tmp_path / "no.csv")}}))

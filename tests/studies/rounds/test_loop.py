@@ -18,6 +18,7 @@ from rayexpand.studies.rounds.config import LoopConfig, RoundsConfig
 from rayexpand.studies.rounds.decisions import FIRST, read_decision
 from rayexpand.studies.rounds.loop import open_loop
 from tests.conftest import complete, small_run
+from tests.methods.test_families import method_for
 from tests.runs.test_growth import contents, models, paint  # noqa: F401  (a fixture)
 from tests.studies.rounds.conftest import MakeLoop, finished, rounds_of, union
 
@@ -45,12 +46,12 @@ def test_three_uneven_rounds_are_the_run_in_one_go(make_loop: MakeLoop, method: 
 @pytest.mark.parametrize("method", ["img2img", "distdiff", "diffmix"])
 def test_rounds_of_the_methods_of_papers_are_the_run_in_one_go(models: dict[str, Any], tmp_path: Path,  # noqa: F811
                                                                method: str) -> None:
-    own = {"distdiff": {"steps": 6}, "img2img": {"steps": 4}, "diffmix": {"steps": 4}}[method]
+    own = {**method_for(method, "sd").model_dump(exclude={"name"}), "ratio": 6}  # type: ignore[attr-defined]
     kinds = {"prototypes"} if method == "distdiff" else set()
     sections = {**models["sections"], "grow": False, "artifacts": {
         kind: path for kind, path in models["sections"]["artifacts"].items() if kind in kinds}}
     run = small_run(Path(), tmp_path, method, batch=4, shard_images=20, data=models["data"], sections=sections,
-                    name="loop", ratio=6, **own)
+                    name="loop", **own)
     config = LoopConfig(run=run, rounds=RoundsConfig(**UNEVEN))
     loop, _ = finished(config)
 
