@@ -30,11 +30,11 @@ from rayexpand.fitting.maker import ARTIFACTS
 from rayexpand.loader.training_set import RowSource
 from rayexpand.models.guide_files import CLASSIFIER, save_classifier
 from rayexpand.models.guides import guide_hash
-from rayexpand.runs.allocation import READS
+from rayexpand.runs.allocation import FACTS, READS
 from rayexpand.runs.run import Run
 from rayexpand.storage.files import Files, failpoint
 from rayexpand.storage.tables import NAMED, parquet_bytes, read_table, table_of
-from rayexpand.studies.cross_fit import FACTS, Seeds, classifier_trial, cross_fit, held_out, scores_bytes
+from rayexpand.studies.cross_fit import Seeds, classifier_trial, cross_fit, held_out, scores_bytes
 from rayexpand.studies.kept import load_classifier
 from rayexpand.studies.parts import Train, Trial, TrialFolder
 from rayexpand.studies.rounds.decisions import RoundDecision, Seen
