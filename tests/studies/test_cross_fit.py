@@ -31,6 +31,7 @@ from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.places import open_files
 from rayexpand.studies import cross_fit as module
 from rayexpand.studies.cross_fit import cross_fit, scores_bytes
+from rayexpand.studies.fold_check import leaked_seeds
 from rayexpand.studies.kept import read_trial
 from rayexpand.studies.parts import TrialFolder
 from rayexpand.studies.train import train_with
@@ -108,6 +109,7 @@ def test_no_fold_is_trained_on_a_seed_that_it_scores_or_on_a_sample_of_one(
 
     assert table["seed_id"].to_pylist() == seeds[0].seed_ids
     assert leaks(out, table) == []
+    assert [leaked_seeds(open_files(out), f"r0002-fold{fold}") for fold in range(3)] == [[], [], []]
     for fold in range(3):
         trial, others = read_trial(open_files(out), f"r0002-fold{fold}"), table["fold"].to_numpy() != fold
         rows = TrainingSet.load(out / trial.rows)
@@ -132,6 +134,8 @@ def test_the_leak_test_notices_a_filter_that_is_gone(of: str, seeds: Seeds, made
     assert {one for one in found if " in " not in one} == set(seeds[0].seed_ids)
     assert {one.partition(" in ")[0] for one in found if one.endswith(".arrow")} == (
         set(seeds[0].seed_ids) if of == "seeds" else set())
+    said = [leaked_seeds(open_files(tmp_path), f"r0002-fold{fold}") for fold in range(2)]
+    assert sorted(said[0] + said[1]) == sorted(seeds[0].seed_ids)
 
 
 def test_the_numbers_are_those_of_the_classifier_of_the_fold(scores: tuple[pa.Table, Path]) -> None:

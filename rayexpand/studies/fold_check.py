@@ -1,0 +1,61 @@
+"""What a fold was really trained on: its training set opened, and every row led back to its seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayexpand.contract.errors import DamagedFile
+from rayexpand.data.seeds import DataConfig
+from rayexpand.data.seeds.source import image_id
+from rayexpand.loader.config import TrainingConfig
+from rayexpand.loader.training_set import SetPart, TrainingSet
+from rayexpand.runs.run import Run, open_run
+from rayexpand.storage.files import Files
+from rayexpand.studies.kept import read_trial
+from rayexpand.studies.trial import open_work
+
+
+def leaked_seeds(files: Files, name: str, opened: Callable[[str], Run] = open_run) -> list[str]:
+    """Seeds that trial `name` was trained on, by themselves or by a sample, though it was asked for them: none but in
+    sample. `opened`: opens the folder of a run that its training set names, which may have moved since.
+
+    Raises DamagedFile, UsageError where the trial or a run is gone.
+    """
+    content = files.read(f"lists/{name}.txt")
+    if content is None:
+        raise DamagedFile(f"{files.at(f'lists/{name}.txt')}: is gone, so nothing tells what {name} was asked for; the "
+                          "command that trained it writes it again")
+    asked = pa.array(content.decode().splitlines(), pa.string())
+    rows = open_work(files, read_trial(files, name), TrainingConfig()).feed.rows
+    found = [pc.unique(pa.array(ids).filter(pc.is_in(pa.array(ids), asked))) for ids in _seeds_of(rows, opened)]
+    return sorted({one for ids in found for one in ids.to_pylist()})
+
+
+def _seeds_of(rows: TrainingSet, opened: Callable[[str], Run]) -> Iterator[list[str]]:
+    """Ids of the images behind the rows of each part."""
+    indexes = iter(rows.indexes)
+    for part in rows.parts:
+        if part.is_real:
+            taken = np.unique(rows.column("row")[part.first:part.stop])
+            ids, data = next(indexes)["seed_id"].take(pa.array(taken)).to_pylist(), DataConfig(**part.data)
+        else:
+            run = opened(part.run)
+            ids, data = run.plan.index.table["seed_id"].take(pa.array(_positions(rows, part, run))), run.config.data
+            ids = ids.to_pylist()
+        yield [image_id(data, one) for one in ids] if data.repeats else ids
+
+
+def _positions(rows: TrainingSet, part: SetPart, run: Run) -> np.ndarray:
+    """int64: which seeds of a run the samples of a part were made from."""
+    chunk, row = (rows.column(name)[part.first:part.stop] for name in ("chunk", "row"))
+    first = np.searchsorted(chunk, part.chunk + np.arange(len(part.chunks) + 1))
+    receipts, found = {one.data_file: one for one in run.store.receipts()}, [np.zeros(0, np.int64)]
+    for number, (name, group) in enumerate(part.chunks):
+        with run.store.open(receipts[name]) as file:
+            of_group = file.read_row_group(group, ["row"], use_threads=False)["row"].to_numpy()
+        found.append(np.unique(run.plan.position(of_group[row[first[number]:first[number + 1]]])))
+    return np.unique(np.concatenate(found))
