@@ -273,7 +273,7 @@ def test_a_run_of_other_images_is_refused(made: list[runs.Run], tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("leaky", [False, True])
 def test_labels_that_mean_nothing_are_not_learned(leaky: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured: 6 to 12 % with copies held out, 70 to 80 % where those of held-out seeds are trained on."""
+    """Seen: 14 % with copies held out, 92 % where those of held-out seeds are trained on."""
     digits = DataConfig(source="digits", per_class=5)
     index = build_index(digits)
     labels = np.random.Generator(np.random.Philox(key=3)).permutation(index.labels)
@@ -292,7 +292,7 @@ def test_labels_that_mean_nothing_are_not_learned(leaky: bool, tmp_path: Path, m
             [one if one.run is None else replace(one, only=None) for one in parts], **fields))
 
     table = scored(tmp_path / "scores", (build_index(data), data), [run], Scoring(
-        folds=5, recipe={"preset": "digits", "updates": 60, "epochs": 6}))
+        folds=5, recipe={"preset": "digits", "updates": 150, "epochs": 6}))
 
     accuracy = (table["margin"].to_numpy() > 0).mean()
     if leaky:
