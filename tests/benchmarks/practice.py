@@ -3,10 +3,11 @@
     python -m tests.benchmarks.practice                    ten subsets of digits, every arm
     python -m tests.benchmarks.practice --samples          entropy of samples by omega, convention and criterion
 
-Each subset: two real digits per class, three unguided samples of each seed, a classifier trained on these, and then six
-more of each seed (120 samples) by every arm, from the same noise. `renewed` makes three of them, trains the classifier
-anew on what there is, and makes three more. Each classifier is trained for 100 steps and tested on 500 digits. The
-embedded generator knows digits already, so the figures say which samples teach more, and not what a user may expect.
+Each subset: two real digits per class, and nine samples of each, by loops whose first 60 samples are the same, without
+guidance. The next 120 are made without it; guided by a classifier of the real digits and the first 60; the same with
+that classifier trained anew after 60 more; or in random directions of equal length. Each arm trains a classifier for
+100 steps on real digits and all 180 samples, which is tested on 500 digits. The embedded generator knows digits
+already, so the figures say which samples teach more, and not what a user may expect.
 """
 
 # S subsets, N test images, K classes
@@ -16,8 +17,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,113 +26,84 @@ import torch
 from rayexpand.classifier.classifier import Classifier
 from rayexpand.classifier.recipe import make_recipe
 from rayexpand.classifier.statistics import crossed
+from rayexpand.data.pixels import decode
 from rayexpand.data.seeds import DataConfig, build_index, digits_split
 from rayexpand.data.subsets import SubsetConfig, choose
 from rayexpand.diffusion import energy
 from rayexpand.loader.loader import Loader
 from rayexpand.loader.training_set import RowSource
-from rayexpand.models.guide_files import save_classifier
-from rayexpand.models.guides import load_guide
+from rayexpand.models.guides import ClassifierGuide, load_guide
 from rayexpand.runs import run as runs
-from rayexpand.runs.config import parse
 from rayexpand.runs.driving import Here
 from rayexpand.studies.demo import settings
+from rayexpand.studies.rounds.config import parse_loop
+from rayexpand.studies.rounds.decisions import run_folders
+from rayexpand.studies.rounds.learning import Learning
+from rayexpand.studies.rounds.loop import drive_loop, open_loop
 from rayexpand.studies.samples import training_set
+from rayexpand.studies.train import train_with
 
-SUBSETS, PER_CLASS = 10, 2
+SUBSETS, PER_CLASS, RATIO = 10, 2, 9
 RECIPE = {"preset": "digits", "updates": 100}
 UNGUIDED, ONE, RENEWED, RANDOM, FIRST = ("unguided", "omega 16, one guide", "omega 16, guide renewed after 60",
-                                         "random direction, equal length", "round 1 alone")
-
-
-@dataclass(frozen=True)
-class Made:
-    """Samples of some copies of every seed."""
-
-    folder: str
-    images: np.ndarray  # uint8 (n, H, W, 3)
-    labels: np.ndarray
+                                         "random direction, equal length", "first 60 alone")
+GUIDED = {"guided_from": 2, "guide": RECIPE}
+LOOPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # fields of the method, and rounds
+    UNGUIDED: ({"omega": 0.0}, {"count": 1}),
+    ONE: ({}, {"count": 2, "shares": [1, 2], **GUIDED}),
+    RENEWED: ({}, {"count": 3, **GUIDED}),
+    RANDOM: ({"direction": "random"}, {"count": 2, "shares": [1, 2], **GUIDED})}
 
 
 class Subset:
-    """Two digits per class with all that is made of them."""
+    """Two digits per class."""
 
-    def __init__(self, number: int, root: Path, drive: Here) -> None:
-        self.number, self.root, self.drive = number, root / str(number), drive
+    def __init__(self, number: int, root: Path) -> None:
+        self.number, self.root, self.drive = number, root / str(number), Here()
         self.root.mkdir()
         whole = build_index(DataConfig(source="digits"))
         rows = choose(whole, SubsetConfig(kind="per_class", n=PER_CLASS), number)
         (self.root / "ids.txt").write_text("\n".join(whole.seed_ids[row] for row in rows) + "\n")
         self.data = DataConfig(source="digits", ids=str(self.root / "ids.txt"))
-        self.index = build_index(self.data)
 
-    def expand(self, name: str, first: int, copies: int, guide: str | None = None, **fields: Any) -> Made:
-        """Copies first ... first + copies - 1 of each seed, as a run of its own in the way of a loop's round."""
-        method = settings("practice", ratio=copies, **({} if guide else {"omega": 0}), **fields)
-        config = parse({"name": name, "out": str(self.root), "seed": self.number, "method": method,
-                        "data": self.data.model_dump(mode="json"), "sampler": {"batch": 60, "shard_images": 60},
-                        **({"guide": {"weights": guide}} if guide else {})})
-        counts = (np.full(len(self.index), count, np.uint16) for count in (copies, first))
-        run = runs.prepare(config, part=runs.RoundPart(self.index, {}, *counts, {"round": 1, "decision": name}))
-        self.drive(run, lambda *progress: None)
-        found = [row for receipt in run.store.receipts() for row in run.store.data(receipt).to_pylist()]
-        assert len(found) == copies * len(self.index)
-        return Made(run.folder, np.stack([_pixels(row["image"]["bytes"]) for row in found]),
-                    np.array([row["label"] for row in found]))
+    def loop(self, name: str, rounds: Mapping[str, Any], **fields: Any) -> list[str]:
+        """The folders of its rounds."""
+        run = {"name": name, "out": str(self.root), "seed": self.number, "data": self.data.model_dump(mode="json"),
+               "method": settings("practice", **{"ratio": RATIO, **fields}),
+               "sampler": {"batch": 60, "shard_images": 60}}
+        loop = open_loop(parse_loop({"run": run, "rounds": dict(rounds)}))
 
-    def train(self, name: str, *made: Made) -> tuple[np.ndarray, str]:
-        """(N,) which test images a classifier of the real digits and these samples names right, and its folder."""
-        recipe = make_recipe(RECIPE)
-        rows = training_set([RowSource(seeds=(self.index, self.data)), *(RowSource(run=one.folder) for one in made)])
+        def drive(run: runs.Run) -> None:
+            self.drive(run, lambda *_: None)
+
+        drive_loop(loop, Learning(train_with(lambda *_: None)), drive)
+        return run_folders(loop.files)
+
+    def right(self, folders: Sequence[str]) -> np.ndarray:
+        """bool (N,): the test images that a classifier of the real digits and these samples names right."""
+        recipe, index = make_recipe(RECIPE), build_index(self.data)
+        rows = training_set([RowSource(seeds=(index, self.data)), *(RowSource(run=folder) for folder in folders)])
         feed = Loader(rows, recipe, self.number)
-        classifier = Classifier(recipe, len(self.index.classes), self.number, feed.total_steps,
-                                device=torch.device("cpu"))
+        classifier = Classifier(recipe, len(index.classes), self.number, feed.total_steps, device=torch.device("cpu"))
         for batch in feed.batches(0, feed.total_steps):
             classifier.update(batch)
-        folder = self.root / f"guide-{name}"
-        folder.mkdir()
-        save_classifier(folder, classifier.module, recipe, self.index.classes.key)
         images, labels = digits_split()["test"]
-        return load_guide(str(folder), None, (), device="cpu").zero_shot(images) == labels, str(folder)
-
-    @cached_property
-    def before(self) -> Made:
-        return self.expand("round-1", 0, 3)
-
-    @cached_property
-    def guide(self) -> tuple[np.ndarray, str]:
-        return self.train("1", self.before)
-
-    def arms(self) -> dict[str, np.ndarray]:
-        """(N,) right answers by arm."""
-        alone, guide = self.guide
-        one = [self.expand(f"one-{first}", first, 3, guide) for first in (3, 6)]
-        _, renewed = self.train("2", self.before, one[0])
-        added = {UNGUIDED: [self.expand("unguided", 3, 6)], ONE: one,
-                 RENEWED: [one[0], self.expand("renewed", 6, 3, renewed)],
-                 RANDOM: [self.expand("random", 3, 6, guide, direction="random")]}
-        return {FIRST: alone, **{name: self.train(f"arm-{i}", self.before, *made)[0]
-                                 for i, (name, made) in enumerate(added.items())}}
-
-
-def _pixels(encoded: bytes) -> np.ndarray:
-    import io
-
-    from PIL import Image
-
-    with Image.open(io.BytesIO(encoded)) as image:
-        return np.asarray(image.convert("RGB"))
+        return ClassifierGuide(classifier.module, recipe, torch.device("cpu")).zero_shot(images) == labels
 
 
 def compare(subsets: Sequence[int], root: Path) -> dict[str, np.ndarray]:
     """(S, N) right answers by arm."""
     torch.set_num_threads(1)
-    drive, made = Here(), list[dict[str, np.ndarray]]()
+    found = list[dict[str, np.ndarray]]()
     for number in subsets:
-        made.append(Subset(number, root, drive).arms())
-        print(f"subset {number}: " + ", ".join(f"{name} {100 * right.mean():.1f}" for name, right in made[-1].items()),
+        subset, made = Subset(number, root), dict[str, list[str]]()
+        for i, (name, (fields, rounds)) in enumerate(LOOPS.items()):
+            made[name] = subset.loop(f"loop-{i}", rounds, **fields)
+        made[FIRST] = made[RENEWED][:1]
+        found.append({name: subset.right(folders) for name, folders in made.items()})
+        print(f"subset {number}: " + "; ".join(f"{name} {100 * right.mean():.1f}" for name, right in found[-1].items()),
               flush=True)
-    return {name: np.stack([one[name] for one in made]) for name in made[0]}
+    return {name: np.stack([one[name] for one in found]) for name in found[0]}
 
 
 def lines(right: Mapping[str, np.ndarray]) -> list[str]:
@@ -155,23 +125,26 @@ def difference(right: Mapping[str, np.ndarray], name: str, other: str) -> str:
 
 
 def samples(root: Path) -> list[str]:
-    """Mean entropy of 60 samples by their guide, and the share that the generator's CLIP names as its class."""
+    """Mean entropy of 60 samples by the classifier of what was there before, and the share that the generator's own
+    CLIP names as its class."""
     torch.set_num_threads(1)
-    subset = Subset(0, root, Here())
-    guide = subset.guide[1]
-    judge = load_guide(guide, None, (), device="cpu")
-    clip = load_guide("digits", None, subset.index.classes.asked, device="cpu")
-    score = [{"omega": omega} for omega in (0.0, 1.0, 4.0, 16.0, 64.0)]
-    unit = [{"omega": omega, "convention": "unit"} for omega in (0.03, 0.1, 0.3)]
-    found = []
+    subset, made, found = Subset(0, root), list[tuple[dict[str, Any], runs.Run]](), list[str]()
+    score: list[dict[str, Any]] = [{"omega": omega} for omega in (0.0, 1.0, 4.0, 16.0, 64.0)]
+    unit: list[dict[str, Any]] = [{"convention": "unit", "omega": omega} for omega in (0.03, 0.1, 0.3)]
     for i, fields in enumerate([*score, {"direction": "random"}, {"criterion": "loss"}, *unit]):
-        made = subset.expand(f"sample-{i}", 3, 3, guide, **fields)
-        x_BCHW = torch.from_numpy(made.images).permute(0, 3, 1, 2) / 255
+        rounds = {"count": 2, **(GUIDED if fields.get("omega", 16) else {})}
+        made.append((fields, runs.open_run(subset.loop(f"loop-{i}", rounds, **{"ratio": 6, **fields})[1])))
+    classes = made[0][1].plan.index.classes
+    judge = load_guide(made[-1][1].config.guide.weights, None, (), device="cpu")  # all loops have this one
+    clip = load_guide("digits", None, classes.asked, device="cpu")
+    for fields, run in made:
+        rows = [row for receipt in run.store.receipts() for row in run.store.data(receipt).to_pylist()]
+        images = np.stack([decode(row["image"]["bytes"])[0] for row in rows])
         with torch.no_grad():
-            entropy = float(energy.entropy(judge.logits(x_BCHW)).mean())
-        named = (clip.zero_shot(made.images) == made.labels).mean()
-        found.append(f"{', '.join(f'{name} {value}' for name, value in fields.items()):34} entropy {entropy:.2f} nats, "
-                     f"named {100 * named:.0f} %")
+            entropy = float(energy.entropy(judge.logits(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)).mean())
+        named = (clip.zero_shot(images) == np.array([row["label"] for row in rows])).mean()
+        said = ", ".join(f"{name} {value}" for name, value in fields.items())
+        found.append(f"{said:34} entropy {entropy:.2f} nats, named {100 * named:.0f} %")
     return found
 
 
