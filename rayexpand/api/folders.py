@@ -252,9 +252,22 @@ class LoopFolder(Result):
         """Where the page of its last round is."""
         return self.rounds[-1].page
 
+    def verify(self, pixels: bool = False) -> Any:
+        """Checks every round as a run, and whether decisions follow from each other and from scores; see
+        studies.rounds.verify.LoopFindings."""
+        from rayexpand.studies.rounds.verify import verify_loop
+
+        return verify_loop(self.folder, pixels=pixels)
+
     def report(self) -> str:
         """Writes the page of every round and returns where that of the last one is."""
         return [one.report() for one in self.rounds][-1]
+
+    def status(self) -> Any:
+        """How far it is, also while it runs; see studies.rounds.status.LoopStatus."""
+        from rayexpand.studies.rounds.status import read_loop_status
+
+        return read_loop_status(self.folder)
 
     def to_dict(self) -> dict[str, Any]:
         totals = [one._run().totals() for one in self.rounds]

@@ -1,5 +1,5 @@
-"""How far something is: of a run, study, sweep, audit, or of the fits in a folder of artifacts; while it runs, and
-after its driver died."""
+"""How far something is: of a run, loop, study, sweep, audit, or of the fits in a folder of artifacts; while it runs,
+and after its driver died."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from rayexpand.runs.status import RunStatus
     from rayexpand.storage.files import Files
     from rayexpand.studies.audit_status import AuditStatus
+    from rayexpand.studies.rounds.status import LoopStatus
     from rayexpand.studies.status import StudyStatus
     from rayexpand.studies.sweep.status import SweepStatus
 
 
 def status(folder: str | os.PathLike[str], clock: Callable[[], float] = time.time,
-           ) -> RunStatus | StudyStatus | SweepStatus | FitStatus | AuditStatus:
+           ) -> RunStatus | LoopStatus | StudyStatus | SweepStatus | FitStatus | AuditStatus:
     """How far what a folder (a path or a URL) holds is. Each status has `kind`, `name`, `complete`, `eta_seconds`,
     `drivers`, `problems`, `to_json()` and `table()`.
 
@@ -33,6 +34,10 @@ def status(folder: str | os.PathLike[str], clock: Callable[[], float] = time.tim
     files = open_files(where)
     if first_look(files) is not None:
         return read_status(where, clock)
+    if first_look(files, "rounds.json") is not None:
+        from rayexpand.studies.rounds.status import read_loop_status
+
+        return read_loop_status(where, clock)
     if first_look(files, "sweep.json") is not None:
         from rayexpand.studies.sweep.status import read_sweep_status
 

@@ -69,14 +69,14 @@ def _ended(found: Any, as_json: bool) -> None:
 
 
 @app.command()
-def status(folder: Annotated[str, typer.Argument(metavar="FOLDER", help="of a run, study, sweep or audit, or a folder "
-                                                 "that holds artifacts; a path or a URL")],
+def status(folder: Annotated[str, typer.Argument(metavar="FOLDER", help="of a run, loop, study, sweep or audit, or a "
+                                                 "folder that holds artifacts; a path or a URL")],
            watch: Annotated[bool, typer.Option("--watch", help="show it again every ten seconds, until it is complete "
                                                "or Ctrl-C")] = False,
            serve: Annotated[int | None, typer.Option(metavar="PORT", min=0, max=65535, help="show it in a browser, at "
                                                      "http://127.0.0.1:PORT/, until Ctrl-C; 0: any free port")] = None,
            as_json: Json = False) -> None:
-    """Say how far a run, a study, a sweep or a fit is, and whether its driver lives.
+    """Say how far a run, a loop, a study, a sweep or a fit is, and whether its driver lives.
 
     It reads the folder alone, so it works on every machine that sees it, while the driver runs and after it died.
 
@@ -120,7 +120,8 @@ def verify(folder: Folder, trust: Trust = None,
            marks: Annotated[bool, typer.Option(help="of an export: check that every image says that it is "
                                                     "synthetic")] = False,
            as_json: Json = False) -> None:
-    """Check every file of a run, or of all runs and results of a study; or the marks of an export.
+    """Check every file of a run, of all rounds of a loop, or of all runs and results of a study; or the marks of an
+    export.
 
     Examples:
 
@@ -135,8 +136,8 @@ def verify(folder: Folder, trust: Trust = None,
     if marks and pixels:
         raise UsageError("--marks looks at an export and --pixels at a run; give one of them")
     opened = None if marks else api.open(folder)
-    if opened is not None and not isinstance(opened, (api.RunFolder, api.StudyFolder)):
-        raise UsageError(f"{folder} holds neither a run nor a study; give the folder of one")
+    if opened is not None and not isinstance(opened, (api.RunFolder, api.StudyFolder, api.LoopFolder)):
+        raise UsageError(f"{folder} holds neither a run, a loop nor a study; give the folder of one")
     found = api.check_marks(folder) if opened is None else opened.verify(pixels)
     if as_json:
         show_json(found.to_json())

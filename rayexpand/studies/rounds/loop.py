@@ -149,7 +149,7 @@ def open_loop(config: LoopConfig, on_model: Progress | None = None, *, device_he
     for folder in LOOP_FOLDERS:
         files.make_folder(folder)
     files.sweep()
-    identity = {"config": _semantic(config), "data": _data_sha256(index), "planned": planned, "parts": parts,
+    identity = {"config": semantic_loop(config), "data": _data_sha256(index), "planned": planned, "parts": parts,
                 "models": runs.model_hashes(config.of_round(1), on_model)}
     found = create_once(files, FACTS, {
         "version": __version__, "created": time.time(), "name": config.name, "config": resolved_loop(config),
@@ -270,7 +270,7 @@ def _decide(loop: Loop, chain: Sequence[RoundDecision], earlier: Sequence[runs.R
         table=table))
 
 
-def _semantic(config: LoopConfig) -> dict[str, Any]:
+def semantic_loop(config: LoopConfig) -> dict[str, Any]:
     """What decides the samples of a loop. Lists count by what they say, wherever they lie."""
     rounds = config.rounds.model_dump(mode="json")
     rounds["scores"]["recipe"] = make_recipe(config.rounds.scores.recipe).model_dump(mode="json")
