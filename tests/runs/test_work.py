@@ -72,6 +72,7 @@ def batch_of(method: Any) -> Batch:
 
 SHORT = {"strength": 0.5, "steps": 6}
 DISTDIFF = {"name": "distdiff", **SHORT, "guide_step": 2, "lookahead": 2}
+PRACTICE = {"name": "practice", **SHORT, "every": 2}
 GIF = {"name": "gif", **SHORT, "rotation": 0.0}
 
 
@@ -81,6 +82,8 @@ GIF = {"name": "gif", **SHORT, "rotation": 0.0}
     {**DISTDIFF, "guidance": "direct"}, {**DISTDIFF, "guidance": "random"}, {**DISTDIFF, "measure": True},
     {**DISTDIFF, "guidance": "random", "measure": True}, {**DISTDIFF, "recompute": True},
     {**DISTDIFF, "guidance": "direct", "recompute": True},
+    PRACTICE, {**PRACTICE, "strength": None, "every": 4}, {**PRACTICE, "recompute": True}, {**PRACTICE, "omega": 0},
+    {**PRACTICE, "convention": "score", "direction": "random"},
     GIF, {**GIF, "chunk": 2}, {**GIF, "chunk": 8}, {**GIF, "guidance": "none"}, {**GIF, "measure": True},
     {**GIF, "guidance": "random", "measure": True}], ids=str)
 def test_counted_before_and_while_a_method_runs(method: dict[str, Any], tools: Tools, cost: Cost) -> None:
