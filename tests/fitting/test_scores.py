@@ -18,6 +18,7 @@ from rayexpand.classifier.classifier import Classifier
 from rayexpand.contract.errors import ConfigError, UsageError
 from rayexpand.fitting.config import parse_fit
 from rayexpand.fitting.fit import fit
+from rayexpand.fitting.status import read_fits
 from rayexpand.runs import run as runs
 from rayexpand.runs.allocation import FACTS, FILE
 from rayexpand.runs.status import read_status
@@ -125,6 +126,8 @@ def test_a_fit_killed_in_a_fold_goes_on_from_its_checkpoint(made: Path, tmp_path
     killed.join()
     (work,) = tmp_path.glob(".scores-*.work")
     assert [one.name for one in (work / "checkpoints").iterdir()] == ["scores-fold1.pt"]
+    (part,) = read_fits(tmp_path).parts
+    assert (part.folder, part.task, part.total) == (work.name[1:-len(".work")], "training folds", 2)
     steps, update = list[int](), Classifier.update
     monkeypatch.setattr(Classifier, "update", lambda self, batch: (steps.append(self.step), update(self, batch))[1])
 

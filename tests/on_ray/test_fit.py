@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
 from safetensors.numpy import save_file
 
+import rayexpand
 from rayexpand.artifacts import KINDS
 from rayexpand.artifacts.columns import write_class_features, write_image_features
 from rayexpand.artifacts.store import read_facts
@@ -33,6 +35,7 @@ from rayexpand.runs.config import GuideConfig, parse
 from tests.conftest import complete, hashes
 from tests.on_ray.conftest import ROOT, Head
 from tests.on_ray.test_nodes import add, expand_with, on
+from tests.studies.test_study import SMALL
 from tests.tiny import tiny_adapter, tiny_clip, tiny_pipeline
 
 pytestmark = pytest.mark.cluster
@@ -66,6 +69,29 @@ def test_prototypes_are_the_same_bytes_for_any_number_of_actors(head: Head, raw:
         assert Path(made["folder"]).name == expected.name
         assert ((Path(made["folder"]) / "prototypes.safetensors").read_bytes()
                 == (expected / "prototypes.safetensors").read_bytes())
+
+
+def test_scores_are_the_same_bytes_on_a_cluster(head: Head, tmp_path: Path) -> None:
+    """Folds as tasks: the bytes of this process. Spread over two Ray Train workers: scores of the same folds."""
+    raw = {"name": "digits", "out": str(tmp_path / "here"), "data": {"source": "digits", "per_class": 2},
+           "device": "cpu", "fit": {"scores": {"folds": 2, "recipe": SMALL}}}
+    expected, file = Path(rayexpand.fit(raw)["scores"].folder), tmp_path / "fit.yaml"
+    for workers in (0, 2):
+        spread = {"scores": {**raw["fit"]["scores"], "training": {"workers": workers, "gpus_per_worker": 0}}}
+        file.write_text(yaml.safe_dump({**raw, "out": str(tmp_path / str(workers)), "fit": spread,
+                                        "cluster": {"address": head.address}}))
+        done = subprocess.run([sys.executable, "-m", "rayexpand", "fit", str(file), "--json"], cwd=ROOT, env=head.env,
+                              text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        made = json.loads(done.stdout)["scores"]
+        assert made["updates"] == 2 * 6
+        assert made["cpu_seconds"] > 0
+        found = Path(made["folder"]) / "scores.parquet"
+        if not workers:
+            assert found.read_bytes() == (expected / "scores.parquet").read_bytes()
+        one, other = pq.read_table(found), pq.read_table(expected / "scores.parquet")
+        assert one.select(["seed_id", "fold"]) == other.select(["seed_id", "fold"])
+        np.testing.assert_allclose(one["p_label"].to_numpy(), other["p_label"].to_numpy(), atol=0.1)
 
 
 def test_features_of_two_guides_are_the_same_bytes(head: Head, raw: dict[str, Any], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,17 +38,20 @@ from rayexpand.studies.train import train_with
 from tests.conftest import complete
 from tests.studies.test_study import SMALL
 
+if TYPE_CHECKING:
+    from tests.s3server import Server
+
 SCORING = Scoring(folds=3, recipe=SMALL)
 Seeds = tuple[SeedIndex, DataConfig]
 
 
-def scored(out: Path, seeds: Seeds, made: list[runs.Run], scoring: Scoring = SCORING, prefix: str = "r0002",
+def scored(out: Path | str, seeds: Seeds, made: list[runs.Run], scoring: Scoring = SCORING, prefix: str = "r0002",
            **changes: Any) -> pa.Table:
     return cross_fit(folder_at(out, len(seeds[0].classes), **changes), prefix, scoring, seeds,
                      [RowSource(run=str(one.folder)) for one in made], train_with(lambda *_: None), seed=1)
 
 
-def folder_at(out: Path, n_classes: int = 10, **changes: Any) -> TrialFolder:
+def folder_at(out: Path | str, n_classes: int = 10, **changes: Any) -> TrialFolder:
     return TrialFolder("scores", open_files(out), TrainingConfig(**changes), ClusterConfig(), n_classes)
 
 
@@ -253,6 +256,11 @@ def test_an_image_that_is_listed_again_is_asked_for_with_all_its_ids(image_folde
     copies = table.filter(pc.starts_with(table["seed_id"], "ant/1.png"))
     assert len(copies) == 3
     assert len(set(copies["p_label"].to_pylist())) == 1
+
+
+def test_scores_in_an_object_store_are_those_of_a_disk(object_stores: Server, scores: tuple[pa.Table, Path],
+                                                       seeds: Seeds, made: list[runs.Run]) -> None:
+    assert scored("s3://runs/loop", seeds, made).equals(scores[0])
 
 
 def test_a_failed_fold_ends_it_and_is_named(seeds: Seeds, tmp_path: Path) -> None:
