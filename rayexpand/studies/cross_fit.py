@@ -45,6 +45,7 @@ from rayexpand.fitting.maker import FitBase
 from rayexpand.fitting.scores import ScoresFit, Scoring
 from rayexpand.loader.training_set import RowSource, TrainingSet
 from rayexpand.runs.allocation import FACTS, LEAST_P
+from rayexpand.runs.run import open_run
 from rayexpand.storage.places import open_files
 from rayexpand.storage.position import Position
 from rayexpand.storage.tables import NAMED, parquet_bytes, read_json, read_table, replace_json
@@ -77,7 +78,7 @@ def cross_fit(folder: TrialFolder, prefix: str, scoring: Scoring, seeds: Seeds, 
                              "kept, and the same command tries these again:\n  " + "\n  ".join(failed))
     table = pa.concat_tables([_answers(folder, trial, held, seeds[0], fold_N) for trial, held in made])
     table = table.take(pc.sort_indices(table["row"]))
-    facts = _facts(scoring, seed, seeds[0], table)
+    facts = {**_facts(scoring, seed, seeds[0], table), "samples_by": _made_with(runs)}
     return table.drop_columns(["row", "right"]).replace_schema_metadata({FACTS: json.dumps(facts).encode()})
 
 
@@ -100,7 +101,7 @@ def fold_trials(folder: TrialFolder, prefix: str, scoring: Scoring, seeds: Seeds
         out = NEVER - 1 if scoring.folds == 1 else fold
         parts = [RowSource(seeds=seeds, only=fold_N != out)]
         parts += [replace(rows, only=(of_run != out) & (True if rows.only is None else rows.only))
-                  for rows, of_run in zip(runs, of_runs, strict=True) if _gives(opened, rows, of_run != out)]
+                  for rows, of_run in zip(runs, of_runs, strict=True)]
         rows, name = training_set(parts, opened=opened.run), f"{prefix}-fold{fold}"
         found.append((classifier_trial(folder, name, scoring.recipe, seeds[1], held_out(
             folder, name, *seeds, held), rows, seed, track=True), held))
@@ -123,7 +124,21 @@ def score_artifact(run: Runner, section: ScoresFit, config: FitBase, index: Seed
     costs = fold_costs(place, "scores")
     if run is run_here:
         del costs["cpu_seconds"]  # whoever asks counts those of this process
-    return scores_bytes(table), {**json.loads(table.schema.metadata[FACTS]), **costs}
+    facts = json.loads(table.schema.metadata[FACTS])
+    return scores_bytes(table), {**facts, **costs, "summary": summary(facts)}
+
+
+def summary(facts: Mapping[str, Any]) -> list[str]:
+    """Scores in words, by what their file says of them."""
+    how = ("in sample: trained on the very images that it is asked for" if facts["in_sample"] else
+           f"trained without them and their samples, in {facts['folds']} folds")
+    found = [f"{facts['accuracy']:.1%} of {facts['images']:,} images named right by a classifier {how}"]
+    if alone := facts["not_scored"]:
+        found.append(f"{len(alone):,} classes have one image, which is not scored ({few(alone)})")
+    if made_with := facts["samples_by"]:
+        found.append(f"samples were made with {' and '.join(made_with)}; what was fitted on these images makes scores "
+                     "too good")
+    return found
 
 
 def fold_costs(folder: TrialFolder, prefix: str) -> dict[str, float]:
@@ -164,12 +179,6 @@ def held_out(folder: TrialFolder, name: str, index: SeedIndex, data: DataConfig,
     return SeedIndex(chosen, index.classes), asked
 
 
-def _gives(opened: Opened, rows: RowSource, only: np.ndarray) -> bool:
-    """Whether samples of these seeds were planned: a small round may have dealt to seeds of one fold alone."""
-    assert rows.run is not None
-    return bool(opened.run(rows.run).plan.copies[only].any())
-
-
 def _folds_of_run(opened: Opened, rows: RowSource, index: SeedIndex, fold_N: np.ndarray) -> np.ndarray:
     """The fold of each seed of a run. Raises UsageError for seeds that are none of those scored: an image among these
     may be held out under another name."""
@@ -198,6 +207,13 @@ def _answers(folder: TrialFolder, trial: Trial, held: np.ndarray, index: SeedInd
         "loss": -np.log(np.maximum(p_label, LEAST_P)), "right": found["predicted"].to_numpy() == index.labels[held]})
     several = np.bincount(index.labels[sound_rows(index)], minlength=len(index.classes))[index.labels[held]] > 1
     return rows.filter(pa.array(several | (fold_N[held] == NEVER)))
+
+
+def _made_with(runs: Sequence[RowSource]) -> list[str]:
+    """Kinds of artifacts, and a guide, that samples were made with. If one was fitted on all seeds, each fold has seen
+    something of what it is asked for."""
+    configs = [open_run(rows.run).config for rows in runs if rows.run is not None]
+    return sorted({kind for one in configs for kind in (*one.artifacts, *(one.needs & {"guide"}))})
 
 
 def _facts(scoring: Scoring, seed: int, index: SeedIndex, table: pa.Table) -> dict[str, Any]:

@@ -33,8 +33,9 @@ def training_set(parts: Sequence[RowSource], mode: Mode = "union", p: float = 0.
     made from the very row. `mix`: samples are mixed with real images, which are then in the set with weight 0 where
     they are not trained.
 
-    Seeds that the index refuses are left out. Raises ConfigError with everything that does not fit together (classes,
-    modes, weights), UsageError for a run that is not complete or an unknown selection. `opened`: opens a run folder.
+    Seeds that the index refuses are left out, and so is a run that has no sample of the seeds in `only`. Raises
+    ConfigError with everything that does not fit together (classes, modes, weights), UsageError for a run that is not
+    complete or an unknown selection. `opened`: opens a run folder.
     """
     parts = sorted(parts, key=lambda one: one.seeds is None)
     if problems := _problems(parts, mode, p, draw, mix):
@@ -51,6 +52,7 @@ def training_set(parts: Sequence[RowSource], mode: Mode = "union", p: float = 0.
               for one, run in zip(parts, found, strict=True)]
     if with_seeds:
         _name_seeds(blocks, found)
+    blocks = [made for made in blocks if made[0].only is None or len(made[1]["row"])]
     return TrainingSet.join(blocks, tables[0], mode=mode, p=p, soft_label=soft_label, draw=draw, mix=mix)
 
 

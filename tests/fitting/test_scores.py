@@ -58,6 +58,8 @@ def test_scores_are_found_again_by_what_they_were_made_from(made: Path, out: Pat
     facts = json.loads((made / "artifact.json").read_text())
     assert (facts["in_sample"], facts["folds"], facts["images"], facts["updates"]) == (False, 2, 20, 2 * 6)
     assert facts["process_seconds"] > 0
+    assert facts["summary"] == [f"{facts['accuracy']:.1%} of 20 images named right by a classifier trained without "
+                                "them and their samples, in 2 folds"]
 
 
 def test_a_run_is_dealt_by_them(made: Path, out: Path, tmp_path: Path) -> None:
@@ -77,6 +79,7 @@ def test_scores_in_sample_are_called_so_wherever_they_are_dealt_by(out: Path, tm
     config = runs.parse(raw_run(tmp_path, allocate={"rule": "loss", "scores": made.folder}))
 
     assert made.facts["in_sample"]
+    assert "by a classifier in sample" in made.facts["summary"][0]
     assert json.loads(pq.read_schema(Path(made.folder, FILE)).metadata[FACTS])["in_sample"]
     assert any("by rule loss, scores in sample: " in note for note in rayexpand.validate(config).notes)
     assert "scores in sample" in dict(read_status(complete(config)[0].folder).table())["dealt"]

@@ -30,7 +30,7 @@ from rayexpand.runs.allocation import FACTS
 from rayexpand.runs.config import ClusterConfig
 from rayexpand.storage.places import open_files
 from rayexpand.studies import cross_fit as module
-from rayexpand.studies.cross_fit import cross_fit, scores_bytes
+from rayexpand.studies.cross_fit import cross_fit, scores_bytes, summary
 from rayexpand.studies.fold_check import leaked_seeds
 from rayexpand.studies.kept import read_trial
 from rayexpand.studies.parts import TrialFolder
@@ -191,7 +191,9 @@ def test_a_class_with_one_seed_has_no_score_and_is_always_trained_on(seeds: Seed
     lacking = set(index.seed_ids) - set(table["seed_id"].to_pylist())
     assert lacking == {index.seed_ids[row] for row in np.flatnonzero(index.labels == lone)}
     assert all(lacking <= trained_seeds(tmp_path / "out", f"r0002-fold{fold}") for fold in range(3))
-    assert json.loads(table.schema.metadata[FACTS])["not_scored"] == [index.classes.key[lone]]
+    facts = json.loads(table.schema.metadata[FACTS])
+    assert facts["not_scored"] == [index.classes.key[lone]]
+    assert "1 classes have one image, which is not scored" in summary(facts)[1]
 
 
 LONG = Scoring(folds=3, recipe={**SMALL, "updates": 9, "epochs": 3})
@@ -261,6 +263,33 @@ def test_an_image_that_is_listed_again_is_asked_for_with_all_its_ids(image_folde
 def test_scores_in_an_object_store_are_those_of_a_disk(object_stores: Server, scores: tuple[pa.Table, Path],
                                                        seeds: Seeds, made: list[runs.Run]) -> None:
     assert scored("s3://runs/loop", seeds, made).equals(scores[0])
+
+
+def test_samples_of_a_guided_method_are_named(seeds: Seeds, tmp_path: Path) -> None:
+    run, _ = complete(runs.parse({
+        "name": "guided", "out": str(tmp_path), "data": seeds[1].model_dump(), "image": {"size": 16},
+        "method": {"name": "gif", "ratio": 1, "steps": 4, "strength": 0.5}, "sampler": {"batch": 20}}))
+    facts = json.loads(scored(tmp_path / "out", seeds, [run]).schema.metadata[FACTS])
+
+    assert facts["samples_by"] == ["guide"]
+    assert "samples were made with guide; what was fitted on these images makes scores too good" in summary(facts)
+
+
+def test_a_run_of_samples_of_one_fold_alone_is_in_the_other_folds(seeds: Seeds, scores: tuple[pa.Table, Path],
+                                                                  tmp_path: Path) -> None:
+    """As a small round may be, whose samples went to a few seeds, or were refused."""
+    held = scores[0]["fold"].to_numpy() == 1
+    lines = [f"{one},{int(mine)}" for one, mine in zip(seeds[0].seed_ids, held, strict=True)]
+    (tmp_path / "s.csv").write_text("\n".join(["seed_id,weight", *lines]))
+    run, totals = complete(runs.parse({
+        "name": "few", "out": str(tmp_path), "data": seeds[1].model_dump(), "method": {"name": "classical", "ratio": 1},
+        "image": {"size": 16}, "allocate": {"rule": "weight", "scores": str(tmp_path / "s.csv")}}))
+
+    scored(tmp_path / "out", seeds, [run])
+
+    rows = [TrainingSet.load(tmp_path / "out" / read_trial(open_files(tmp_path / "out"), f"r0002-fold{fold}").rows)
+            for fold in range(3)]
+    assert [one.n_synthetic for one in rows] == [totals.kept, 0, totals.kept]
 
 
 def test_a_failed_fold_ends_it_and_is_named(seeds: Seeds, tmp_path: Path) -> None:
