@@ -27,7 +27,7 @@ WRITING = ("expand", "train", "fit", "sweep", "report")  # below `out`
 RUN_VERBS = ("retry", "verify", "report", "card")
 # Fields whose value is a file or folder where one of that name is here; others are where they hold a slash, too.
 FILES = ("ids", "classes", "captions", "features", "weights", "checkpoint", "file", "model", "generator", "guide",
-         "class_map", "groups", "config", "vae", "timm")
+         "class_map", "groups", "group", "scores", "config", "vae", "timm")
 STUDY_FILE = "study (a file)"
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE|(^|_)KEY(_|$)|APIKEY", re.IGNORECASE)
 

@@ -75,10 +75,15 @@ def test_small_files_of_the_working_directory_are_sent(tree: Path) -> None:
                "extra_tests": {"y": {"source": "digits", "class_map": "../beside.csv"}}},
      ["expansions.x.config.artifacts.adapter", "expansions.x.config.prior.embeddings.0.file",
       "extra_tests.y.class_map"]),
+    ("fit", {"name": "f", "out": "/runs", "data": {"source": "digits"}, "fit": {"scores": {
+        "group": "birds.csv", "runs": ["runs/old"]}}}, ["fit.scores.group", "fit.scores.runs.0"]),
+    ("expand", {"name": "r", "out": "/runs", "data": {"source": "digits"}, "allocate": {
+        "rule": "loss", "scores": "birds.csv"}}, ["allocate.scores"]),
     ("report", {"out": "pages", "sources": {"a": ["runs/old", "/shared/runs/b"]}}, ["out", "sources.a.0"])])
 def test_files_are_found_wherever_a_job_names_them(tree: Path, verb: str, content: dict[str, Any],
                                                    fields: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     file = write("job.yaml", content)
+    (tree / "birds.csv").touch()
     monkeypatch.setattr(JobOrder, "name_and_folder", lambda order: ("s", f"{order.raw['out']}/s"))
     found = unsent_problems(checked(JobOrder(verb, file)), set(), tree)
 
