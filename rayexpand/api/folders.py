@@ -242,8 +242,8 @@ class LoopFolder(Result):
     @property
     def rounds(self) -> list[RunFolder]:
         """The runs of its rounds, in order."""
+        from rayexpand.runs.joined import run_folders
         from rayexpand.storage.places import open_files
-        from rayexpand.studies.rounds.decisions import run_folders
 
         return [RunFolder(one) for one in run_folders(open_files(self.folder))]
 

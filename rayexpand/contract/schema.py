@@ -305,8 +305,8 @@ class Receipt:
 
     shard_id: int
     generation: int  # 0, then 1, 2, ... for `retry`
-    data_file: str  # name in data/
-    side_file: str  # name in rejected/, "" without refused rows
+    data_file: str  # name in data/, or of a round of a loop its path below the loop
+    side_file: str  # name in rejected/, or such a path, "" without refused rows
     planned: int
     kept: int
     rejected: int
@@ -331,5 +331,15 @@ class Receipt:
     @classmethod
     def from_json(cls, text: str) -> Receipt:
         return cls(**json.loads(text))
+
+
+def data_place(data_file: str) -> str:
+    """Where a data file lies below the folder, by its name; that of a round of a loop is such a place already."""
+    return data_file if "/" in data_file else f"data/{data_file}"
+
+
+def side_place(side_file: str) -> str:
+    """The same of a file of refused rows."""
+    return side_file if "/" in side_file else f"rejected/{side_file}"
 
 

@@ -33,6 +33,7 @@ MOST_VALUES = 1_000_000  # of one file
 MOST_LEVELS = 100  # of one file; a job file has a handful
 DEVICES = r"auto|cpu|cuda(:[0-9]+)?"
 _MERGE = "tag:yaml.org,2002:merge"  # the key <<
+_BOOL, _TEXT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:str"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Section(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error instead of a silent choice, and deep nesting is one at once."""
+    """YAML in which a key given twice is an error instead of a silent choice, deep nesting is one at once, and the key
+    `on` is a text."""
 
     _depth = 0
 
@@ -95,6 +97,9 @@ class _Loader(yaml.SafeLoader):
         return found
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if key.tag == _BOOL:
+                key.tag = _TEXT
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
         if twice := [str(key) for i, key in enumerate(keys) if key in keys[:i]]:
             raise yaml.YAMLError(f"{', '.join(twice)} is given twice (line {node.start_mark.line + 1} and below)")

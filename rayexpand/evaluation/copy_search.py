@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayexpand.contract.errors import RowFault, UsageError
-from rayexpand.contract.schema import ClassTable, SeedIndex
+from rayexpand.contract.schema import ClassTable, SeedIndex, data_place
 from rayexpand.data.pixels import decode
 from rayexpand.data.seeds import DataConfig, SeedReader
 from rayexpand.evaluation import copy_extractor as extractors
@@ -36,7 +36,8 @@ from rayexpand.evaluation.known_copies import EDITS, drawing, edited, redrawn
 from rayexpand.evaluation.search import References, similarities, unit_rows
 from rayexpand.models.prior import inspect_prior
 from rayexpand.runs.config import RuntimeConfig
-from rayexpand.runs.run import Run, open_run
+from rayexpand.runs.joined import open_samples
+from rayexpand.runs.run import Run
 from rayexpand.runs.tools import load_tools
 from rayexpand.storage.tables import read_table
 
@@ -139,7 +140,7 @@ def in_process(job: CopyJob, chunks: Sequence[CompareChunk],
     from rayexpand.contract.device import torch_threads
 
     with torch_threads(job.runtime.torch_threads):
-        finder = CopyFinder(job, open_run(job.run), None if found is None else found.loaded())
+        finder = CopyFinder(job, open_samples(job.run), None if found is None else found.loaded())
         for number, chunk in enumerate(chunks):
             yield number, finder(chunk)
 
@@ -169,13 +170,13 @@ class CopyFinder:
 
     def _samples(self, chunk: CompareChunk) -> pa.Table:
         columns = ["image", "sample_id", "seed_id", "row", "label", "strength"]
-        table = read_table(self._run.files, f"data/{chunk.file}", columns)
+        table = read_table(self._run.files, data_place(chunk.file), columns)
         images = self._decoded([one["bytes"] for one in table["image"].to_pylist()])
         h_ND, sound_N, _ = self._features(images)
         if not sound_N.all():
-            raise UsageError(f"data/{chunk.file}: {int((~sound_N).sum())} samples cannot be decoded; `rayexpand verify "
-                             f"--pixels {self._job.run}` names them")
-        own_N = self._run.plan.position(table["row"].to_numpy())
+            raise UsageError(f"{data_place(chunk.file)}: {int((~sound_N).sum())} samples cannot be decoded; "
+                             f"`rayexpand verify --pixels {self._job.run}` names them")
+        own_N = self._run.plan.position(table["row"].to_numpy() + self._run.store.first_row(chunk.file))
         return self._rows(h_ND, table["label"].to_numpy(), own_N, {
             "sample_id": table["sample_id"], "file": pa.array([chunk.file] * table.num_rows), "label": table["label"],
             "strength": table["strength"], "own_id": table["seed_id"]})

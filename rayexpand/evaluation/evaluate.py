@@ -28,8 +28,8 @@ from rayexpand.evaluation.measure import measure
 from rayexpand.evaluation.presets import RESERVED
 from rayexpand.evaluation.sides import Choice, Side, reference_of, samples_of, seeds_of
 from rayexpand.models.guide_files import CLASSIFIER, kind_of, present_guide
-from rayexpand.runs import run as runs
 from rayexpand.runs.config import ClusterConfig, RuntimeConfig, guide_of_run
+from rayexpand.runs.joined import open_samples
 from rayexpand.runs.run import Run
 from rayexpand.runs.selections import read_selection
 from rayexpand.storage.tables import replace_json
@@ -66,7 +66,7 @@ class DistanceConfig(Section):
 class EvaluateConfig(DistanceConfig):
     name: str = Field("scores", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the result is "
                       "<run>/scores/<name>.json")
-    run: str = Field(min_length=1, description="run folder whose kept samples are compared")
+    run: str = Field(min_length=1, description="run or loop folder whose kept samples are compared")
     selection: str | None = Field(None, description="a decision in selections/ of the run; only rows it keeps")
     copies: int | float | None = Field(None, gt=0, description="only the first so many copies of each seed; 2.5 takes "
                                        "the third copy of half of each class, rounded down")
@@ -95,7 +95,7 @@ def parse(raw: Mapping[str, Any], where: str = "configuration") -> EvaluateConfi
         problems += mistakes(error, EvaluateConfig, "")
     if isinstance(folder := raw.get("run"), str) and folder:
         try:
-            run = runs.open_run(folder)
+            run = open_samples(folder)
             if isinstance(selection := raw.get("selection"), str):
                 read_selection(run, selection)
         except UsageError as error:
@@ -114,7 +114,7 @@ def evaluate(config: EvaluateConfig, extract: Extract, on_rows: OnRows = lambda 
     """Scores of the run, as written to its folder; `file` says where. Raises UsageError where a side has too few
     images for a metric."""
     started = time.perf_counter()
-    run = runs.open_run(config.run)
+    run = open_samples(config.run)
     sides = [samples_of(run, config.choice, config.selection, config.copies),
              reference_of(config.reference, config.choice)]
     if "cover" in config.metrics:

@@ -55,8 +55,8 @@ from rayexpand.evaluation.select_rules import (
 )
 from rayexpand.evaluation.select_scores import OnRows, Score, ScoreJob
 from rayexpand.models.guide_files import check_guide
-from rayexpand.runs import run as runs
 from rayexpand.runs.config import ClusterConfig, GuideConfig, RuntimeConfig, guide_of_run
+from rayexpand.runs.joined import open_samples
 from rayexpand.runs.plan import Plan
 from rayexpand.runs.run import Run
 from rayexpand.runs.store import FOOTER, Totals, totals
@@ -70,7 +70,7 @@ _LINES = 1 << 18  # of the decision, held as strings at once, and in a row group
 class SelectConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the decision is "
                       "<run>/selections/<name>.parquet")
-    run: str = Field(min_length=1, description="run folder to choose from; nothing of it may be pending")
+    run: str = Field(min_length=1, description="run or loop folder to choose from; nothing of it may be pending")
     rule: SerializeAsAny[Rule] = Field(description="what stays: its kind and fields")
     guide: GuideConfig | None = Field(None, description="which guide judges; null: the one the run is configured with")
     prompt: Template = Field("a photo of a {name}", description="what a CLIP guide is asked of each class (CLIP, "
@@ -132,7 +132,7 @@ def _run_problems(raw: Mapping[str, Any], config: SelectConfig | None) -> list[s
     if not isinstance(folder := raw.get("run"), str) or not folder:
         return []
     try:
-        run = runs.open_run(folder)
+        run = open_samples(folder)
         pending = run.totals().pending
     except UsageError as error:
         return [f"run: {error}"]
@@ -155,7 +155,7 @@ def select(config: SelectConfig, score: Score = by_guide.in_process,
     UsageError for scores the run does not have, and DigestMismatch where the name holds another decision.
     """
     started = time.perf_counter()
-    run = runs.open_run(config.run)
+    run = open_samples(config.run)
     needs_guide = config.rule.wants() & BY_GUIDE
     job = _job(run, config, needs_guide, on_rows) if needs_guide else None
     rule, audited = _calibrated(run, config.rule)
@@ -250,6 +250,8 @@ def _rows(run: Run, receipts: Sequence[Receipt], columns: frozenset[str]) -> _Sa
 
     def one(receipt: Receipt) -> pa.Table:
         table = run.store.data(receipt, [*_COLUMNS, "scores"] if columns else [*_COLUMNS])
+        at = table.schema.get_field_index("row")
+        table = table.set_column(at, "row", pc.add(table["row"], run.store.first_row(receipt.data_file)))
         if not columns:
             return table
         scores = table["scores"].combine_chunks()

@@ -31,7 +31,7 @@ import pyarrow as pa
 
 from rayexpand.contract.errors import ModelError, RowFault, UsageError
 from rayexpand.contract.rng import RowRng
-from rayexpand.contract.schema import Receipt
+from rayexpand.contract.schema import Receipt, data_place
 from rayexpand.contract.settings import digest
 from rayexpand.data.pixels import decode, prepare
 from rayexpand.data.seeds import SeedReader
@@ -41,8 +41,8 @@ from rayexpand.evaluation.select_rules import CONFIDENCE, CONTRAST, ENTROPY, FEA
 from rayexpand.models.guide_files import guide_folder, kind_of
 from rayexpand.models.scores import confidence, log_probabilities
 from rayexpand.runs.config import GuideConfig
-from rayexpand.runs.run import Run, open_run
-from rayexpand.storage.places import open_files
+from rayexpand.runs.joined import open_samples
+from rayexpand.runs.run import Run
 from rayexpand.storage.tables import parquet_bytes, read_table
 
 SEEDS = 2048  # of one chunk
@@ -142,7 +142,7 @@ class Scorer:
     """Chunks -> table: row, CONFIDENCE, ENTROPY, TOP, and CONTRAST and FEATURES where they are asked for."""
 
     def __init__(self, job: ScoreJob) -> None:
-        self._job, self._run = job, open_run(job.run)
+        self._job, self._run = job, open_samples(job.run)
         self._guide = load(job, self._run)
         height, width = self._guide.size
         if height != width:
@@ -162,7 +162,7 @@ class Scorer:
             ahead = self._decoding(images[start + size:start + 2 * size])
             bad = [one for one in pixels if isinstance(one, RowFault)]
             if bad and chunk.file:
-                raise UsageError(f"data/{chunk.file}: a sample cannot be decoded ({bad[0]}); `rayexpand verify "
+                raise UsageError(f"{data_place(chunk.file)}: a sample cannot be decoded ({bad[0]}); `rayexpand verify "
                                  f"--pixels {self._job.run}` names it")
             parts.append(self._call(pixels, label_N[start:start + size]))
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -204,9 +204,9 @@ class Scorer:
             return fault
 
     def _sample_images(self, chunk: Chunk) -> tuple[list[bytes | RowFault], np.ndarray, np.ndarray]:
-        table = read_table(open_files(self._job.run), f"data/{chunk.file}", ["image", "row", "label"])
-        return ([one["bytes"] for one in table["image"].to_pylist()], table["row"].to_numpy(),
-                table["label"].to_numpy())
+        table = read_table(self._run.files, data_place(chunk.file), ["image", "row", "label"])
+        return ([one["bytes"] for one in table["image"].to_pylist()],
+                table["row"].to_numpy() + self._run.store.first_row(chunk.file), table["label"].to_numpy())
 
     def _seed_images(self, chunk: Chunk) -> tuple[list[bytes | RowFault], np.ndarray, np.ndarray]:
         index, rows = self._run.plan.index, range(chunk.start, chunk.stop)

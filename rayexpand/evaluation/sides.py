@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from rayexpand.contract.errors import RowFault
 from rayexpand.contract.rng import PlanRng
-from rayexpand.contract.schema import ClassTable, Receipt, SeedIndex
+from rayexpand.contract.schema import ClassTable, Receipt, SeedIndex, data_place
 from rayexpand.data.pixels import PILLOW_PIXELS
 from rayexpand.data.seeds import DataConfig, SeedReader, build_index
 from rayexpand.evaluation import features as extractors
@@ -106,7 +106,8 @@ def samples_of(run: Run, choice: Choice, selection: str | None = None, copies: f
         ids = table["sample_id"].to_pylist()
         keep = np.ones(len(ids), bool) if chosen is None else np.asarray(chosen.keeps(ids))
         if copies is not None:
-            keep &= table["copy"].to_numpy() < below[run.plan.position(table["row"].to_numpy())]
+            row_N = table["row"].to_numpy() + run.store.first_row(receipt.data_file)
+            keep &= table["copy"].to_numpy() < below[run.plan.position(row_N)]
         return np.flatnonzero(keep), rng.per_seed("images", ids)[keep]
 
     receipts = [receipt for receipt in run.store.receipts() if receipt.kept]
@@ -140,7 +141,7 @@ def seeds_of(index: SeedIndex, data: DataConfig, choice: Choice, name: str) -> S
 
 def read_samples(folder: str, chunk: pa.Table) -> ChunkImages:
     """Chosen rows of a data file."""
-    table = read_table(open_files(folder), f"data/{chunk.schema.metadata[b'file'].decode()}", ["image", "label"])
+    table = read_table(open_files(folder), data_place(chunk.schema.metadata[b"file"].decode()), ["image", "label"])
     table = table.take(chunk["row"])
     return ChunkImages([image["bytes"] for image in table["image"].to_pylist()], table["label"].to_numpy())
 

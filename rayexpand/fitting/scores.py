@@ -32,7 +32,7 @@ from rayexpand.fitting.maker import FitBase, Maker, World, data_facts
 from rayexpand.loader.config import TrainingConfig
 from rayexpand.runs.allocation import FILE
 from rayexpand.runs.config import DIGITS
-from rayexpand.runs.run import open_run
+from rayexpand.runs.joined import open_samples
 from rayexpand.runs.stages import PlanStage, Sizes
 
 VERSION = 1  # raised when the code makes other scores of the same configuration
@@ -79,7 +79,7 @@ class ScoresMaker(Maker):
         return []
 
     def stages(self, section: ScoresFit, config: FitBase, sizes: Sizes) -> list[PlanStage]:
-        samples = sum(open_run(one).totals().kept for one in section.runs if not _run_problem(one))
+        samples = sum(open_samples(one).totals().kept for one in section.runs if not _run_problem(one))
         return [scoring_stage(f"fit {self.kind}", section, section.training, config, sizes, samples)]
 
     def make(self, section: ScoresFit, config: FitBase, world: World) -> Path:
@@ -141,7 +141,7 @@ def _evaluations(recipe: Recipe, steps: int) -> int:
 
 def _run_problem(folder: str) -> str:
     try:
-        run = open_run(folder)
+        run = open_samples(folder)
     except RayexpandError as error:
         return str(error)
     pending = run.totals().pending
@@ -152,7 +152,8 @@ def _made_from(section: ScoresFit, config: FitBase, world: World) -> dict[str, A
     """What scores depend on: images, folds, recipe, the samples by content, and how an epoch is cut."""
     recipe, training = make_recipe(section.recipe), section.training
     fold_N = folds_of(world.index, config.data, section.folds, config.seed, section.group)
-    samples = [sorted(one.content_sha256 for one in open_run(run).store.receipts() if one.kept) for run in section.runs]
+    samples = [sorted(one.content_sha256 for one in open_samples(run).store.receipts() if one.kept)
+               for run in section.runs]
     return {"version": VERSION, "seed": config.seed, "data": data_facts(config, world.index), "folds": section.folds,
             "folds_sha256": digest(fold_N.astype(np.int64).tolist()), "recipe": recipe.model_dump(mode="json"),
             "checkpoint_sha256": file_sha256(Path(recipe.checkpoint)) if recipe.checkpoint else "",

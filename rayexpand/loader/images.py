@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from rayexpand.contract.errors import RowFault, UsageError
-from rayexpand.contract.schema import SeedIndex
+from rayexpand.contract.schema import SeedIndex, data_place
 from rayexpand.data import pixels
 from rayexpand.data.seeds import DataConfig, SeedReader
 from rayexpand.loader.training_set import SetPart, TrainingSet
@@ -243,9 +243,9 @@ class _RunSource:
         return self._opened
 
     def _group(self, name: str, group: int, rows: np.ndarray) -> list[bytes]:
-        where = self._files.at(f"data/{name}")
+        where = self._files.at(data_place(name))
         try:
-            with self._files.open(f"data/{name}") as reader:
+            with self._files.open(data_place(name)) as reader:
                 file = open_parquet(reader, where)
                 with reading(where):
                     table = file.read_row_group(group, columns=["image.bytes"], use_threads=False)
@@ -256,5 +256,5 @@ class _RunSource:
 
     def refusal(self, row: int, chunk: int, fault: RowFault) -> UsageError:
         name, group = self._part.chunks[chunk - self._part.chunk]
-        return UsageError(f"{self._files.at(f'data/{name}')}: row {row} of row group {group} cannot be trained on "
+        return UsageError(f"{self._files.at(data_place(name))}: row {row} of row group {group} cannot be trained on "
                           f"({fault}); `rayexpand verify {self._part.run}` says what is damaged")

@@ -23,7 +23,8 @@ from rayexpand.evaluation.copy_search import CompareChunk, ComparedSeeds, CopyFi
 from rayexpand.on_ray.pool import at_driver, choose_pool, connected, ending, enter, waves
 from rayexpand.on_ray.stage import local, open_model_server, run_models, with_local_models
 from rayexpand.runs.config import ClusterConfig
-from rayexpand.runs.run import Run, open_run
+from rayexpand.runs.joined import open_samples
+from rayexpand.runs.run import Run
 
 Row = dict[str, list[Any]]
 
@@ -34,7 +35,7 @@ def find(job: CopyJob, chunks: Sequence[CompareChunk], found: ComparedSeeds | No
     EnvironmentFault for a fault of a node."""
     with connected(cluster):
         pool = choose_pool(cluster.at("judge"), job.config.extractor.device)
-        run = open_run(job.run)
+        run = open_samples(job.run)
         prior = {part: sha256 for part, sha256 in run.facts["models"].items() if part in _DRAWN_BY}
         models = {job.extractor_sha256: files_of(job.config.extractor), **run_models(run.config, prior)}
         shared, all_chunks = _shared(found), ray.put(list(chunks))
@@ -97,7 +98,7 @@ class FindActor:
         return self._finder
 
     def _staged(self) -> Run:
-        run = open_run(self._job.run)
+        run = open_samples(self._job.run)
         return replace(run, config=with_local_models(run.config, self._prior, self._server))
 
 

@@ -21,7 +21,8 @@ from rayexpand.reports.licenses import license_identifier
 from rayexpand.reports.templates import render
 from rayexpand.runs.cut_prompts import words_of
 from rayexpand.runs.export import markdown_cell, published, size_category, stated_license, stated_licenses
-from rayexpand.runs.status import RunView, class_counts, history, read_classes, view_run, write_page
+from rayexpand.runs.joined import view_samples
+from rayexpand.runs.status import RunView, class_counts, history, read_classes, write_page
 
 PROMISE = (
     "On one stack (versions in the receipt, same CPU instruction set or GPU model, dtype, attention backend, thread "
@@ -44,7 +45,7 @@ def write_card(folder: str | Path, *, license_id: str | None = None,
     given stays as it was.
     Raises UsageError if there is no run or no such license, EnvironmentFault if the card cannot be written.
     """
-    view = view_run(folder)
+    view = view_samples(folder)
     license_id = stated_license(view.files) if license_id is None else license_identifier(license_id)
     licenses = {**stated_licenses(view.files), **_source_licenses(license_of or {})}
     config = published(view.run["config"])

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rayexpand.contract.rng import PlanRng
-from rayexpand.contract.schema import ClassTable
+from rayexpand.contract.schema import ClassTable, data_place
 from rayexpand.evaluation.audit_files import copy_rows, latest, numbers
 from rayexpand.runs.status import RunView
 from rayexpand.storage.tables import find_rows, texts
@@ -62,7 +62,7 @@ def _pictures(view: RunView, classes: ClassTable, lines: Sequence[Mapping[str, A
     shown = dict(zip(ids, seed_pictures(view, ids), strict=True))
     rows = []
     for line in lines:
-        (sample,) = find_rows(view.files, f"data/{line['file']}", "sample_id", line["sample_id"]).to_pylist()
+        (sample,) = find_rows(view.files, data_place(line["file"]), "sample_id", line["sample_id"]).to_pylist()
         near = zip(line["top_id"][:NEAREST], line["top"][:NEAREST], strict=True)
         captions = [(line["own_id"], _caption("own", line["own"])),
                     *((one, _caption("own" if one == line["own_id"] else "", s)) for one, s in near)]

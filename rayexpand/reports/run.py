@@ -22,7 +22,17 @@ import yaml
 from PIL import Image
 
 from rayexpand.contract.errors import three_digits
-from rayexpand.contract.schema import SEED_INDEX, ClassTable, Reason, Receipt, Seed, SeedIndex, Status
+from rayexpand.contract.schema import (
+    SEED_INDEX,
+    ClassTable,
+    Reason,
+    Receipt,
+    Seed,
+    SeedIndex,
+    Status,
+    data_place,
+    side_place,
+)
 from rayexpand.data import seeds
 from rayexpand.data.pixels import decode
 from rayexpand.evaluation.release import release_sheet
@@ -264,7 +274,7 @@ def contact_sheet(view: RunView, classes: ClassTable, most: int = SHEET_SAMPLES)
     count = max(2, min(most, SHEET_PICTURES // max(1, len(chosen)) - 1))
     rows = []
     for (_, seed_id, receipt), seed in zip(chosen, seed_pictures(view, [one[1] for one in chosen]), strict=True):
-        table = find_rows(view.files, f"data/{receipt.data_file}", "seed_id", seed_id)
+        table = find_rows(view.files, data_place(receipt.data_file), "seed_id", seed_id)
         found = table.sort_by("copy").to_pylist()
         samples = tuple(encoded_picture((sample["image"] or {}).get("bytes"), about(sample),
                                         painted_as(sample, classes))
@@ -310,7 +320,7 @@ def _refused_rows(view: RunView, classes: ClassTable) -> list[dict[str, Any]]:
     lines = []
     for rows in turns[:REFUSED_ROWS]:
         sample_id, receipt = rows[0]
-        (row,) = find_rows(view.files, f"rejected/{receipt.side_file}", "sample_id", sample_id).to_pylist()
+        (row,) = find_rows(view.files, side_place(receipt.side_file), "sample_id", sample_id).to_pylist()
         picture = encoded_picture((row["image"] or {}).get("bytes"), about(row))
         lines.append({**row, "picture": picture, "class": _name(classes, row["label"]), "others": len(rows) - 1})
     return sorted(lines, key=lambda line: (line["status"], line["reason"]))

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayexpand.contract.rng import PlanRng
-from rayexpand.contract.schema import Receipt
+from rayexpand.contract.schema import Receipt, data_place
 from rayexpand.runs.status import RunView, read_plan_table
 from rayexpand.storage.tables import reading
 
@@ -89,7 +89,7 @@ def _kept(view: RunView, receipt: Receipt, wanted: pa.Array, copies: int | None)
     """One row group at a time, and of those without a wanted row two columns only."""
     if not receipt.kept:
         return
-    with view.store.open(receipt) as parquet, reading(view.files.at(f"data/{receipt.data_file}")):
+    with view.store.open(receipt) as parquet, reading(view.files.at(data_place(receipt.data_file))):
         for group in range(parquet.num_row_groups):
             names = parquet.read_row_group(group, ["seed_id", "copy"], use_threads=False)
             chosen = pc.is_in(names["seed_id"], wanted)

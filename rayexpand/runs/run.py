@@ -140,7 +140,7 @@ class Run:
         return self.config.model_copy(update={"prior": self.config.prior.model_copy(update=as_it_was)})
 
     def totals(self) -> Totals:
-        return totals(self.plan.planned, self.store.receipts())
+        return totals(int(self.facts["planned"]), self.store.receipts())
 
 
 def preflight(config: RunConfig, *, device_here: bool = True, with_classes: bool = True,

@@ -40,6 +40,7 @@ from rayexpand.contract.schema import (
     Receipt,
     Sample,
     Status,
+    data_place,
     huggingface_metadata,
     samples_to_arrow,
 )
@@ -156,6 +157,10 @@ class Store:
         """`adopted`: digests of smaller runs whose files belong to this one, with the number of their shards."""
         self.files, self.run_digest, self.token = files, run_digest, token or process_token()
         self._adopted = adopted or {}
+
+    def first_row(self, data_file: str) -> int:
+        """What is added to the column `row` of a data file to give rows of the plan."""
+        return 0
 
     def _is_ours(self, run_digest: str, shard_id: int) -> bool:
         return run_digest == self.run_digest or shard_id < self._adopted.get(run_digest, 0)
@@ -337,7 +342,7 @@ class Store:
     def data(self, receipt: Receipt, columns: list[str] | None = None) -> pa.Table:
         """Kept rows of a committed file (DATA_SCHEMA), or some of their columns. Raises DamagedFile."""
         with self.open(receipt) as parquet:
-            return read_columns(parquet, self.files.at(f"data/{receipt.data_file}"), columns or DATA_SCHEMA.names,
+            return read_columns(parquet, self.files.at(data_place(receipt.data_file)), columns or DATA_SCHEMA.names,
                                 DATA_SCHEMA)
 
     @contextlib.contextmanager

@@ -25,8 +25,8 @@ from rayexpand.contract.settings import Device, Section, mistakes, read
 from rayexpand.evaluation import copies_config
 from rayexpand.evaluation.audit_files import FOLDER, RESULT, register
 from rayexpand.evaluation.copies_config import CopiesConfig
-from rayexpand.runs import run as runs
 from rayexpand.runs.config import ClusterConfig, RuntimeConfig
+from rayexpand.runs.joined import open_samples
 from rayexpand.runs.run import Run
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 class AuditSection(Section):
     """What is audited, and how."""
 
-    run: str | None = Field(None, min_length=1, description="run folder that is audited, and where the result goes; "
-                            "nothing of it may be pending")
+    run: str | None = Field(None, min_length=1, description="run or loop folder that is audited, and where the result "
+                            "goes; nothing of it may be pending")
     copies: CopiesConfig | None = Field(None, description="compare the samples of the run with its seeds")
     membership: MembershipConfig | None = Field(None, description="attack whole pipelines of the same kind: do samples "
                                                 "or classifiers say which images a dataset had?")
@@ -77,7 +77,7 @@ def parse_audit(raw: Mapping[str, Any], where: str = "configuration") -> AuditCo
     section = raw.get("audit")
     if isinstance(section, Mapping) and isinstance(folder := section.get("run"), str) and folder:
         try:
-            run = runs.open_run(folder)
+            run = open_samples(folder)
         except UsageError as error:
             problems.append(f"audit.run: {error}")
     if config is not None:
@@ -114,11 +114,11 @@ def audit(config: AuditConfig, find: Work, machines: Machines, progress: Listene
 
     section, place = config.audit, place_of(config)
     if section.membership is not None and section.run is not None:
-        shadows.refuse_unrelated(section.membership, runs.open_run(section.run))
+        shadows.refuse_unrelated(section.membership, open_samples(section.run))
     if section.copies is not None:
         assert section.run is not None
         started = time.perf_counter()
-        found = audit_copies(runs.open_run(section.run), _on_device(section.copies, config.device), config.runtime,
+        found = audit_copies(open_samples(section.run), _on_device(section.copies, config.device), config.runtime,
                              place.at("copies"), find, progress)
         _store(place, config, "copies", {**found, "seconds": time.perf_counter() - started})
     if section.membership is not None:
@@ -151,7 +151,7 @@ class AuditPlace(NamedTuple):
 def place_of(config: AuditConfig) -> AuditPlace:
     if config.audit.run is None:
         return AuditPlace(open_files(f"{config.out.rstrip('/')}/{config.name}"), "")
-    return AuditPlace(runs.open_run(config.audit.run).files, f"{FOLDER}/{config.name}")
+    return AuditPlace(open_samples(config.audit.run).files, f"{FOLDER}/{config.name}")
 
 
 def _store(place: AuditPlace, config: AuditConfig, section: str, found: dict[str, Any]) -> None:

@@ -13,13 +13,14 @@ from rayexpand.data.seeds import DataConfig
 from rayexpand.data.seeds.source import image_id
 from rayexpand.loader.config import TrainingConfig
 from rayexpand.loader.training_set import SetPart, TrainingSet
-from rayexpand.runs.run import Run, open_run
+from rayexpand.runs.joined import open_samples
+from rayexpand.runs.run import Run
 from rayexpand.storage.files import Files
 from rayexpand.studies.kept import read_trial
 from rayexpand.studies.trial import open_work
 
 
-def leaked_seeds(files: Files, name: str, opened: Callable[[str], Run] = open_run) -> list[str]:
+def leaked_seeds(files: Files, name: str, opened: Callable[[str], Run] = open_samples) -> list[str]:
     """Seeds that trial `name` was trained on, by themselves or by a sample, though it was asked for them: none but in
     sample. `opened`: opens the folder of a run that its training set names, which may have moved since.
 
@@ -57,5 +58,6 @@ def _positions(rows: TrainingSet, part: SetPart, run: Run) -> np.ndarray:
     for number, (name, group) in enumerate(part.chunks):
         with run.store.open(receipts[name]) as file:
             of_group = file.read_row_group(group, ["row"], use_threads=False)["row"].to_numpy()
+        of_group = of_group + run.store.first_row(name)
         found.append(np.unique(run.plan.position(of_group[row[first[number]:first[number + 1]]])))
     return np.unique(np.concatenate(found))

@@ -15,7 +15,8 @@ from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.data.subsets import fingerprint
 from rayexpand.loader.config import TrainingConfig
 from rayexpand.runs.config import ClusterConfig, RunConfig
-from rayexpand.runs.run import Run, open_run
+from rayexpand.runs.joined import open_samples
+from rayexpand.runs.run import Run
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import healthy_json, read_table
 from rayexpand.studies.baselines import UNTRAINED, Baseline
@@ -127,9 +128,10 @@ class Opened:
         self._fingerprints = dict[str, str]()
 
     def run(self, folder: str) -> Run:
-        """The run in a folder. What is committed is read anew whenever it is asked for."""
+        """The run in a folder, or the rounds of a loop as one. What is committed is read anew whenever it is asked
+        for."""
         if folder not in self._runs:
-            self._runs[folder] = open_run(folder)
+            self._runs[folder] = open_samples(folder)
         return self._runs[folder]
 
     def index(self, data: DataConfig) -> SeedIndex:

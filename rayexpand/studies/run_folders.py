@@ -1,4 +1,5 @@
-"""The runs that a folder stands for: a run for itself, a study for one of each expansion, a sweep for its pilots."""
+"""The runs that a folder stands for: a run for itself, a loop for its rounds, a study for one of each expansion, a
+sweep for its pilots."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from rayexpand.contract.errors import UsageError
+from rayexpand.runs import joined
+from rayexpand.runs.joined import is_loop, read_loop_facts
 from rayexpand.runs.store import first_look, read_facts
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
@@ -25,10 +28,11 @@ def run_folders(folder: str) -> list[str]:
         found = list(dict.fromkeys(run for one in read_results(files).values()
                                    for run in _first_seed(_there(files, "pilots", one.get("pilots") or ()))))
     else:
-        return [folder]
+        found = [folder]
+    found = [run for one in found for run in (joined.run_folders(open_files(one)) if is_loop(one) else [one])]
     if not found:
-        raise UsageError(f"{folder}: no run of it is here yet; run `rayexpand train` or `rayexpand sweep` first, or "
-                         "name run folders")
+        raise UsageError(f"{folder}: no run of it is here yet; run `rayexpand expand`, `rayexpand train` or "
+                         "`rayexpand sweep` first, or name run folders")
     return found
 
 
@@ -38,13 +42,13 @@ def _there(files: Files, below: str, runs: Iterable[str]) -> dict[str, dict[str,
     found: dict[str, dict[str, Any]] = {}
     for run in runs:
         for one in (run, f"{files.root}/{below}/{run.rstrip('/').rpartition('/')[2]}"):
-            if open_files(one).read("run.json") is not None:
-                found[one] = read_facts(open_files(one))
+            if is_loop(one) or open_files(one).read("run.json") is not None:
+                found[one] = read_loop_facts(open_files(one)) if is_loop(one) else read_facts(open_files(one))
                 break
     return found
 
 
 def _first_seed(runs: dict[str, dict[str, Any]]) -> list[str]:
     """Runs of the lowest random seed."""
-    seeds = [facts["config"].get("seed", 0) for facts in runs.values()]
+    seeds = [facts["config"].get("run", facts["config"]).get("seed", 0) for facts in runs.values()]
     return [run for run, seed in zip(runs, seeds, strict=True) if seed == min(seeds)]

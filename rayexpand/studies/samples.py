@@ -13,10 +13,11 @@ import pyarrow.compute as pc
 from rayexpand.classifier.seed_mixing import SeedMix
 from rayexpand.contract.errors import ConfigError, UsageError, few
 from rayexpand.contract.rng import PlanRng
-from rayexpand.contract.schema import DATA_SCHEMA, ClassTable, Receipt, SeedIndex
+from rayexpand.contract.schema import DATA_SCHEMA, ClassTable, Receipt, SeedIndex, data_place
 from rayexpand.data.subsets import ids_hash
 from rayexpand.loader.training_set import COLUMNS, DrawRule, Mode, RowSource, SetPart, TrainingSet, seed_rows
-from rayexpand.runs.run import Run, open_run
+from rayexpand.runs.joined import open_samples
+from rayexpand.runs.run import Run
 from rayexpand.runs.selections import Selection, read_selection
 from rayexpand.storage.files import each
 from rayexpand.storage.tables import read_columns
@@ -26,7 +27,7 @@ _READ = ["label", "copy", "source_label", "strength"]  # of a data file
 
 def training_set(parts: Sequence[RowSource], mode: Mode = "union", p: float = 0.0,
                  soft_label: Mapping[str, float] | None = None, draw: DrawRule = "uniform",
-                 opened: Callable[[str], Run] = open_run, mix: SeedMix | None = None) -> TrainingSet:
+                 opened: Callable[[str], Run] = open_samples, mix: SeedMix | None = None) -> TrainingSet:
     """Training set of `parts`. Mode union: an epoch uses each row `weight` times. Mode replace (Diff-Mix): an epoch is
     one pass over the real rows, each replaced with probability `p` by a synthetic row; `draw` uniform takes any of
     them, inverse_freq first a class with probability proportional to 1 / (real rows of the class + 1), own one that was
@@ -111,7 +112,7 @@ def _class_problems(parts: Sequence[RowSource], tables: Sequence[ClassTable]) ->
 
 
 def _pending_problems(opened: Sequence[Run | None]) -> list[str]:
-    return [f"run {run.folder}: {pending:,} of {run.plan.planned:,} samples are pending; finish it first with "
+    return [f"run {run.folder}: {pending:,} of {run.facts['planned']:,} samples are pending; finish it first with "
             "`rayexpand expand`" for run in opened if run is not None and (pending := run.totals().pending)]
 
 
@@ -195,10 +196,11 @@ def _blocks(run: Run, receipts: Sequence[Receipt], rows: RowSource, chosen: Sele
 
     def block(receipt: Receipt) -> _Block:
         with run.store.open(receipt) as file:
-            table = read_columns(file, run.files.at(f"data/{receipt.data_file}"), _READ + named + numbered,
+            table = read_columns(file, run.files.at(data_place(receipt.data_file)), _READ + named + numbered,
                                  DATA_SCHEMA)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        position = run.plan.position(table["row"].to_numpy()) if numbered else None  # of their seeds
+        first = run.store.first_row(receipt.data_file)
+        position = run.plan.position(table["row"].to_numpy() + first) if numbered else None  # of their seeds
         most = below[position] if isinstance(rows.copies, float) else rows.copies
         keep = np.ones(len(table), bool) if most is None else table["copy"].to_numpy() < most
         if rows.only is not None:

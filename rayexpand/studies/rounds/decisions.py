@@ -12,7 +12,6 @@ is in a decision, so that a loop that was killed ends with the decisions of one 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,16 +20,16 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from rayexpand.contract.errors import DamagedFile, DigestMismatch, UsageError, looked_at
+from rayexpand.contract.errors import DamagedFile, DigestMismatch
 from rayexpand.contract.settings import digest
 from rayexpand.runs import config as configs
-from rayexpand.runs.store import Store, first_look
+from rayexpand.runs.joined import LOOP
+from rayexpand.runs.joined import read_loop_facts as read_loop_facts
+from rayexpand.runs.store import Store
 from rayexpand.storage.files import Files
-from rayexpand.storage.places import open_files
-from rayexpand.storage.tables import NAMED, parquet_bytes, read_json, sealed, table_of, unsealed
+from rayexpand.storage.tables import NAMED, parquet_bytes, read_json, sealed, table_of
 from rayexpand.studies.rounds.config import LoopConfig
 
-FACTS = "rounds.json"
 FIRST = "0" * 64  # what the first decision follows
 
 
@@ -77,33 +76,11 @@ def decision_name(number: int) -> str:
     return f"decisions/{number:04d}.json"
 
 
-def round_folder(files: Files, number: int) -> str:
-    """Of the run of a round."""
-    return f"{files.root}/rounds/{number:04d}"
-
-
-def run_folders(files: Files) -> list[str]:
-    """The runs of a loop that have begun, in the order of their rounds."""
-    folders = (round_folder(files, number) for number in itertools.count(1))
-    return list(itertools.takewhile(lambda folder: open_files(folder).read("run.json") is not None, folders))
-
-
-def read_loop_facts(files: Files) -> dict[str, Any]:
-    """rounds.json. Raises UsageError where there is none, DamagedFile where it does not hold what was written."""
-    if (content := first_look(files, FACTS)) is None:
-        raise UsageError(f"{files.root}: no loop is here (no {FACTS}){looked_at(files.root)}. Give the folder that "
-                         "`rayexpand expand` makes of a loop file, <out>/<name>")
-    try:
-        return unsealed(FACTS, content, files.at(FACTS))
-    except DamagedFile as error:
-        raise DamagedFile(f"{error}. Restore it from a copy; the rounds beside it are whole") from error
-
-
 def config_in(files: Files, facts: Mapping[str, Any]) -> LoopConfig:
     """The configuration that a loop was created with, in the folder where it is now."""
     out, _, name = str(files.root).rstrip("/").rpartition("/")
     raw = facts["config"]
-    run = configs.parse({**raw["run"], "out": out or "/", "name": name}, FACTS)
+    run = configs.parse({**raw["run"], "out": out or "/", "name": name}, LOOP)
     return LoopConfig(run=run, **{key: value for key, value in raw.items() if key != "run"})
 
 

@@ -46,6 +46,7 @@ from rayexpand.models.guides import guide_hash
 from rayexpand.runs import run as runs
 from rayexpand.runs.allocation import dealt_facts
 from rayexpand.runs.config import RunConfig, ids_sha256, resolved, semantic
+from rayexpand.runs.joined import LOOP, read_loop_facts, round_folder, run_folders
 from rayexpand.runs.plan import hash_column
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
@@ -54,7 +55,6 @@ from rayexpand.studies.config import renamed
 from rayexpand.studies.rounds.config import LoopConfig, loop_preflight, resolved_loop, with_fields
 from rayexpand.studies.rounds.dealing import allocate_of, deal_round, parts_of, room_problem, weigh
 from rayexpand.studies.rounds.decisions import (
-    FACTS,
     FIRST,
     RoundDecision,
     Seen,
@@ -64,9 +64,6 @@ from rayexpand.studies.rounds.decisions import (
     publish_decision,
     read_chain,
     read_dealt,
-    read_loop_facts,
-    round_folder,
-    run_folders,
     seen_of,
 )
 
@@ -133,7 +130,7 @@ def open_loop(config: LoopConfig, on_model: Progress | None = None, *, device_he
     DigestMismatch with what differs.
     """
     files = open_files(config.folder, single_writer=config.run.store.single_writer)
-    begun = files.read(FACTS) is not None
+    begun = files.read(LOOP) is not None
     if problems := loop_preflight(config, device_here=device_here, begun=begun):
         raise ConfigError(config.name, problems)
     index, dataset = seeds.surveyed(config.run.data)
@@ -151,7 +148,7 @@ def open_loop(config: LoopConfig, on_model: Progress | None = None, *, device_he
     files.sweep()
     identity = {"config": semantic_loop(config), "data": _data_sha256(index), "planned": planned, "parts": parts,
                 "models": runs.model_hashes(config.of_round(1), on_model)}
-    found = create_once(files, FACTS, {
+    found = create_once(files, LOOP, {
         "version": __version__, "created": time.time(), "name": config.name, "config": resolved_loop(config),
         "identity": identity, "digest": digest(identity), "parts": parts, "planned": planned, "seeds": len(index),
         "classes": len(index.classes)}, "rounds")

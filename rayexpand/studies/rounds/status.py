@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 
 from rayexpand.contract.errors import RayexpandError
 from rayexpand.runs.allocation import dealt_words
+from rayexpand.runs.joined import read_loop_facts, round_folder
 from rayexpand.runs.status import FolderStatus, driver_lines, duration, read_status
 from rayexpand.storage.files import Files
 from rayexpand.storage.heartbeats import DriverSeen, drivers_in
 from rayexpand.storage.places import open_files
-from rayexpand.studies.rounds.decisions import RoundDecision, read_chain, read_loop_facts, round_folder
+from rayexpand.studies.rounds.decisions import RoundDecision, read_chain
 from rayexpand.studies.status import RunStage
 
 

@@ -21,6 +21,7 @@ from rayexpand.contract.settings import digest
 from rayexpand.models.guides import guide_hash
 from rayexpand.runs.allocation import READS
 from rayexpand.runs.config import resolved
+from rayexpand.runs.joined import LOOP, read_loop_facts, run_folders
 from rayexpand.runs.run import Run, open_run
 from rayexpand.runs.store import Totals
 from rayexpand.runs.verify import Findings
@@ -30,7 +31,6 @@ from rayexpand.storage.places import open_files
 from rayexpand.studies.rounds.config import LoopConfig
 from rayexpand.studies.rounds.dealing import deal_round, parts_of, weigh
 from rayexpand.studies.rounds.decisions import (
-    FACTS,
     FIRST,
     RoundDecision,
     array_sha256,
@@ -38,8 +38,6 @@ from rayexpand.studies.rounds.decisions import (
     decision_name,
     read_dealt,
     read_decision,
-    read_loop_facts,
-    run_folders,
     seen_of,
     unseen,
 )
@@ -122,7 +120,7 @@ class _Check:
                 self.decisions.append(decision)
         others = [one for one in self.decisions if one.loop != self.facts["digest"]]
         if self.decisions == others != [] or not self.facts_agree():
-            self.say(FACTS, "was changed by hand: it is not what the decisions were made by")
+            self.say(LOOP, "was changed by hand: it is not what the decisions were made by")
             self.decisions = []
             return
         for one in others:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from rayexpand.runs import run as runs
+from rayexpand.runs.joined import run_folders
 from rayexpand.studies.rounds.config import LoopConfig, RoundsConfig
-from rayexpand.studies.rounds.decisions import RoundDecision, run_folders
+from rayexpand.studies.rounds.decisions import RoundDecision
 from rayexpand.studies.rounds.learning import Learning
 from rayexpand.studies.rounds.loop import Loop, drive_loop, open_loop
 from rayexpand.studies.train import train_with
