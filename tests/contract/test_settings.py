@@ -30,6 +30,11 @@ def written(folder: Path, text: str) -> Path:
     return folder / "x.yaml"
 
 
+def test_keys_that_look_like_booleans_are_texts(tmp_path: Path) -> None:
+    found = read(written(tmp_path, "stop: {on: folds, patience: 1}\nlater: yes\n"))
+    assert found == {"stop": {"on": "folds", "patience": 1}, "later": True}
+
+
 def test_merge_keys_are_read(tmp_path: Path) -> None:
     file = written(tmp_path, "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
 

@@ -36,17 +36,15 @@ def test_rows_and_shards_of_all_rounds_are_those_of_one_plan(made: tuple[str, st
         table = run.store.data(receipt, ["row", "seed_id", "sample_id"])
         row_N = table["row"].to_numpy() + run.store.first_row(receipt.data_file)
         assert run.plan.ids_of(row_N).to_pylist() == table["sample_id"].to_pylist()
-        assert run.plan.index.table["seed_id"].take(run.plan.position(row_N)).to_pylist() == table["seed_id"].to_pylist()
+        assert run.plan.index.table["seed_id"].take(run.plan.position(row_N)).equals(table["seed_id"])
         assert {run.plan.find(one) for one in table["sample_id"].to_pylist()} == {receipt.shard_id}
         seen += row_N.tolist()
     assert sorted(seen) == list(range(run.plan.planned))
-    assert len({one.shard_id for one in run.store.receipts()}) == run.plan.n_shards == view_samples(made[0]).totals.shards
+    assert view_samples(made[0]).totals.shards == run.plan.n_shards
 
 
-@pytest.mark.parametrize("copies", [None, 3, 2.5])
-def test_a_training_set_takes_the_copies_it_would_take_of_the_run_in_one_go(made: tuple[str, str],
-                                                                           copies: float | None) -> None:
-    def taken(folder: str) -> list[str]:
+def test_a_training_set_takes_the_copies_it_would_take_of_the_run_in_one_go(made: tuple[str, str]) -> None:
+    def taken(folder: str, copies: float | None) -> list[str]:
         run, found = open_samples(folder), list[str]()
         rows = training_set([RowSource(run=folder, copies=copies)])
         for (name, group), chunk in zip(rows.parts[0].chunks, range(len(rows.parts[0].chunks)), strict=True):
@@ -56,7 +54,8 @@ def test_a_training_set_takes_the_copies_it_would_take_of_the_run_in_one_go(made
             found += [ids[i] for i in rows.column("row")[rows.column("chunk") == chunk]]
         return sorted(found)
 
-    assert taken(made[0]) == taken(made[1]) != []
+    for copies in (None, 3, 2.5):
+        assert taken(made[0], copies) == taken(made[1], copies) != []
 
 
 def test_rounds_to_come_are_pending_and_what_a_loop_left_unspent_is_not(image_folder: Path, tmp_path: Path) -> None:
