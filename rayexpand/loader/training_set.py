@@ -291,9 +291,11 @@ def seed_rows(rows: RowSource) -> tuple[dict[str, np.ndarray], SetPart]:
         file, group = (index.table[name].to_numpy()[sound] for name in ("file", "group"))
         chunk = np.cumsum(np.r_[False, (np.diff(file) != 0) | (np.diff(group) != 0)]).astype(np.int32)[:len(sound)]
     ids = index.table["seed_id"].take(pa.array(sound)).to_pylist()
-    identity = hashlib.sha256(ids_hash(ids).encode())
+    ids_sha256 = ids_hash(ids)
+    identity = hashlib.sha256(ids_sha256.encode())
     identity.update(labels[np.argsort(np.array(ids, dtype=object), kind="stable")].tobytes())
-    part = SetPart(0, 0, 0, rows.weight, ids_hash(index.seed_ids), identity.hexdigest(),
+    whole_sha256 = ids_sha256 if len(ids) == len(index) else ids_hash(index.seed_ids)
+    part = SetPart(0, 0, 0, rows.weight, whole_sha256, identity.hexdigest(),
                    data=data.model_dump(mode="json"))
     return {"chunk": chunk, "row": sound.astype(np.int32), "label": labels, "source": labels,
             "strength": np.zeros(len(sound), np.float32)}, part

@@ -40,7 +40,7 @@ from rayexpand.contract.schema import SeedIndex
 from rayexpand.data.folds import NEVER, folds_of
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.seeds.source import image_id
-from rayexpand.data.subsets import fingerprint, ids_file, ids_hash, sound_rows
+from rayexpand.data.subsets import fingerprint, ids_file, sound_rows
 from rayexpand.fitting.maker import FitBase
 from rayexpand.fitting.scores import ScoresFit, Scoring
 from rayexpand.loader.training_set import RowSource, TrainingSet
@@ -161,7 +161,7 @@ def classifier_trial(folder: TrialFolder, name: str, recipe: Mapping[str, Any], 
     trial = Trial(
         name=name, arm="", seed=seed, group="", ratio=rows.n_synthetic / rows.n_real, control_of="",
         augment=made.augment, recipe=made.model_dump(mode="json"), rows=place, list_sha256=rows.digest,
-        ids_sha256=ids_hash(trained.seed_ids), data_sha256=fingerprint(trained, data),
+        ids_sha256=rows.parts[0].ids_sha256, data_sha256=fingerprint(trained, data),
         test=test[1].model_dump(mode="json"), test_sha256=fingerprint(*test), also={}, frequency=list(CUB_LT),
         checkpoint_sha256=file_sha256(Path(made.checkpoint)) if made.checkpoint else "",
         workers=max(1, training.workers), order=order, expansion_seconds=0.0, run="", track=track)

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from rayexpand.contract.schema import SeedIndex
 from rayexpand.data.folds import folds_of
 from rayexpand.data.seeds import DataConfig
 from rayexpand.fitting.scores import Scoring
@@ -35,12 +37,10 @@ from tests.benchmarks.dealing import CLASSES, SEEDS, listed
 FOLDS = 5
 
 
-def at_once(folder: TrialFolder, trials: Sequence[Trial]) -> list[str]:
-    """Answers of all trials."""
-    index = listed()
-    place = dict(zip(index.seed_ids, index.labels.tolist(), strict=True))
+def answer_at_once(index: SeedIndex, folder: TrialFolder, trials: Sequence[Trial]) -> None:
     for number, trial in enumerate(trials):
-        label = np.array([place[one] for one in Path(trial.test["ids"]).read_text().splitlines()])
+        asked = pa.array(Path(trial.test["ids"]).read_text().splitlines())
+        label = index.labels[pc.index_in(asked, index.table["seed_id"].combine_chunks()).to_numpy()]
         draw = np.random.Generator(np.random.Philox(key=number))
         p_label, other = draw.random(len(label)), draw.random(len(label))
         name = f"predictions/{trial.name}.parquet"
@@ -49,7 +49,6 @@ def at_once(folder: TrialFolder, trials: Sequence[Trial]) -> list[str]:
                           "right": draw.integers(0, 91, len(label), dtype=np.int32)})
         folder.files.replace(name, parquet_bytes(table, {NAMED: name.encode()}))
         replace_json(folder.files, f"results/{trial.name}.json", {"history": [{}] * 90})
-    return []
 
 
 def main() -> None:
@@ -59,9 +58,9 @@ def main() -> None:
     def train(folder: TrialFolder, trials: Sequence[Trial]) -> list[str]:
         nonlocal answered
         started = time.process_time()
-        found = at_once(folder, trials)
+        answer_at_once(index, folder, trials)
         answered = time.process_time() - started
-        return found
+        return []
 
     with tempfile.TemporaryDirectory() as scratch:
         data, files = DataConfig(source="imagefolder", path=scratch), LocalFiles(scratch)
