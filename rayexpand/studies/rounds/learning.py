@@ -115,7 +115,7 @@ class _Work:
             table = cross_fit(self.folder(), f"r{self.number:04d}", self.loop.config.rounds.scores, self.seeds,
                               self.sources, self.train, seed=self.seed)
             facts = {**json.loads(table.schema.metadata[FACTS]), **self._seen_facts()}
-            table = table.replace_schema_metadata({FACTS: json.dumps(facts).encode()})
+            table = table.replace_schema_metadata({FACTS: json.dumps(facts, sort_keys=True).encode()})
             self.loop.files.publish(name, scores_bytes(table, name), "scores", self.number)
         return name, table_in(self.loop.files, name)
 

@@ -8,6 +8,7 @@ import pytest
 
 from rayexpand.runs import run as runs
 from rayexpand.runs.joined import run_folders
+from rayexpand.storage.files import LocalFiles
 from rayexpand.studies.rounds.config import LoopConfig, RoundsConfig
 from rayexpand.studies.rounds.decisions import RoundDecision
 from rayexpand.studies.rounds.learning import Learning
@@ -45,7 +46,11 @@ def finished(config: LoopConfig) -> tuple[Loop, RoundDecision]:
 
 
 def rounds_of(loop: Loop) -> list[runs.Run]:
-    return [runs.open_run(one) for one in run_folders(loop.files)]
+    return rounds_at(loop.config.folder)
+
+
+def rounds_at(folder: str) -> list[runs.Run]:
+    return [runs.open_run(one) for one in run_folders(LocalFiles(folder))]
 
 
 def union(loop: Loop) -> dict[str, dict[str, Any]]:

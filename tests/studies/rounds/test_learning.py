@@ -32,8 +32,8 @@ TEST = {"source": "digits", "split": "test", "per_class": 3}
 
 def digits_loop(out: Path, name: str = "loop", method: str = "Fake", rounds: dict[str, Any] = LOSS,
                 **fields: Any) -> LoopConfig:
-    run = small_run(Path(), out, method, name=name, shard_images=20, data={"source": "digits", "per_class": 2},
-                    **{"ratio": 6, **fields})
+    run = small_run(Path(), out, method, name=name, data={"source": "digits", "per_class": 2},
+                    **{"ratio": 6, "shard_images": 20, **fields})
     return LoopConfig(run=run, rounds=RoundsConfig(**rounds))
 
 
