@@ -41,6 +41,9 @@ PREPARING = [f"{when}_{step}{part}" for step in ("index", "classes", "plan", "ru
              for when, part in (("before", ""), ("after", "_write"), ("after", "_link"), ("after", ""))]
 GROWING = [f"{when}_{step}{part}" for step in ("parts", "grown")
            for when, part in (("before", ""), ("after", "_write"), ("after", "_link"), ("after", ""))]
+LOOPING = [f"{when}_{step}{part}" for step in ("rounds", "scores", "dealt", "decision")
+           for when, part in (("before", ""), ("after", "_write"), ("after", "_link"), ("after", ""))] + [
+    "before_guide", "after_guide"]  # tests/chaos/test_loops.py
 STARTING = ["before_attempt", "after_attempt_link"]
 SAMPLING = ["before_call", "after_call"]
 COMMITTING = ["before_side", "after_side_write", "after_side_link", "after_side", "before_data", "after_data_write",
@@ -200,7 +203,7 @@ def test_the_promise_lists_every_crash_window() -> None:
     page = (ROOT / "docs/promise.md").read_text()
     listed = set(re.findall(r"`((?:before|after)_[a-z_]+)`", page))
 
-    assert listed == set(PREPARING + GROWING + STARTING + SAMPLING + COMMITTING + ENDING)
+    assert listed == set(PREPARING + GROWING + LOOPING + STARTING + SAMPLING + COMMITTING + ENDING)
 
 
 def test_killed_at_every_shard_in_turn(make_config: MakeConfig, reference: tuple) -> None:

@@ -21,22 +21,20 @@ from rayexpand.studies import trial as trials
 from rayexpand.studies.rounds.config import LoopConfig, resolved_loop
 from rayexpand.studies.rounds.decisions import read_chain, read_loop_facts
 from rayexpand.studies.rounds.verify import verify_loop
-from tests.chaos.test_kill import exit_code, in_child
+from tests.chaos.test_kill import LOOPING, exit_code, in_child
 from tests.commands import ROOT
 from tests.conftest import hashes
 from tests.studies.rounds.conftest import finished, rounds_at
 from tests.studies.rounds.test_learning import digits_loop
 from tests.studies.test_study import SMALL
 
-LOOPING = [f"{when}_{step}{part}" for step in ("rounds", "scores", "dealt", "decision")
-           for when, part in (("before", ""), ("after", "_write"), ("after", "_link"), ("after", ""))] + [
-    "before_guide", "after_guide"]
 # Of a run. Round 1 is complete when round 2 is driven into these.
 IN_A_ROUND = ["before_index", "after_classes_link", "before_plan", "after_plan", "before_run", "after_run_write",
               "after_run_link", "after_attempt_link", "before_call@shard=1", "after_call@shard=0",
               "after_data_write@shard=1", "after_data_link@shard=1", "after_data@shard=2", "after_receipt@shard=2"]
 CHAOS = ["after_rounds_link", "before_scores@shard=2", "after_scores_link@shard=2", "after_dealt@shard=3",
-         "before_decision@shard=2", "after_decision_write@shard=3", "after_decision_link@shard=2", "after_guide@shard=3"]
+         "before_decision@shard=2", "after_decision_write@shard=3", "after_decision_link@shard=2",
+          "after_guide@shard=3"]
 Ended = tuple[list[str], list[tuple[str, str]]]
 
 

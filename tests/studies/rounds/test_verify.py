@@ -163,7 +163,7 @@ def test_a_fold_that_saw_what_it_scores_is_found(tmp_path: Path, of: str, monkey
     finished(digits_loop(tmp_path))
     problems = verify_loop(str(tmp_path / "loop")).problems
     assert len(problems) == 2
-    assert all(one.startswith("lists/") and "10 seeds that r0002-fold" in one for one in problems)
+    assert all(one.startswith("lists/") and "10 of these seeds, or samples" in one for one in problems)
 
 
 def test_the_command_says_what_is_wrong(folder: Path) -> None:
