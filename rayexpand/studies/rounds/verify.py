@@ -205,8 +205,8 @@ class _Check:
                 continue
             leaked = self.read(rows, partial(leaked_seeds, self.files, name, self.opened))
             if leaked:
-                self.say(rows, f"{len(leaked):,} of these seeds, or samples of theirs, are in what {name} was trained on "
-                         f"({few(leaked)}), so that its scores say nothing")
+                self.say(rows, f"{len(leaked):,} of these seeds, or samples of theirs, are in what {name} was trained "
+                         f"on ({few(leaked)}), so that its scores say nothing")
 
     def opened(self, folder: str) -> Run:
         """A round by its folder, which may have moved since."""
