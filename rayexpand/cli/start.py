@@ -71,8 +71,8 @@ def init(images: Annotated[str, typer.Argument(metavar="FOLDER", help="folder wi
 
 
 @app.command()
-def schema(kind: Annotated[str, typer.Argument(metavar="[KIND]", help="run, fit, study, sweep, select or evaluate")] =
-           "run") -> None:
+def schema(kind: Annotated[str, typer.Argument(metavar="[KIND]", help="run, loop, fit, study, sweep, select or "
+                                               "evaluate")] = "run") -> None:
     """Print the JSON schema of a kind of file, for editors.
 
     Put its path into the first line of a file, and editors complete and check fields:

@@ -32,6 +32,7 @@ from rayexpand.studies.config import StudyConfig, load_study, run_config
 from rayexpand.studies.corrupted_sets import open_corrupted
 from rayexpand.studies.pivot_config import PivotConfig, load_pivot
 from rayexpand.studies.records import line_of
+from rayexpand.studies.rounds.config import LoopConfig, load_loop, loop_preflight
 from rayexpand.studies.sweep.config import dimensions_of, load_sweep
 from rayexpand.studies.sweep.count import count_of
 from rayexpand.studies.sweep.space import n_suggestions, suggest
@@ -80,6 +81,11 @@ def _sweep(config: Any) -> None:
         assert (found.trials, found.refused) == (len({json.dumps(one) for one in points}), ())
 
 
+def _loop(config: LoopConfig) -> None:
+    """Its budget can be dealt, and so can what its head says to set."""
+    assert loop_preflight(config) == []
+
+
 def _report(config: PivotConfig) -> None:
     """Its sources are what the files of jobs/ make, and what figures keep and compare with is in them."""
     made = {one.name: one for path in FILES if _kind(path) in ("study", "sweep") for one in [_opened(path)]}
@@ -119,6 +125,7 @@ VERBS: dict[str, tuple[Callable[[Path], Any], Callable[[Any], None]]] = {
     "study": (load_study, lambda config: None), "sweep": (load_sweep, _sweep),
     "evaluate": (_finished(evaluate.load), lambda config: None),
     "audit": (_finished(audit.load_audit), lambda config: None),
+    "loop": (load_loop, _loop),
     "select": (_finished(select.load), lambda config: None), "report": (load_pivot, _report)}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -13,7 +14,7 @@ from rayexpand.contract.errors import ConfigError
 from rayexpand.contract.settings import Section
 from rayexpand.data import seeds
 from rayexpand.data.seeds import DataConfig
-from rayexpand.fitting.scores import Scoring
+from rayexpand.fitting.scores import Scoring, scoring_problems
 from rayexpand.loader.config import TrainingConfig
 from rayexpand.methods import load_method
 from rayexpand.methods._copies import MAX_COPIES
@@ -144,6 +145,13 @@ class LoopConfig(Section):
         return self.run.model_copy(update={"name": f"{number:04d}", "out": f"{self.folder}/rounds", "method": method})
 
 
+def load_loop(path: str | Path, overrides: Sequence[str] = ()) -> LoopConfig:
+    """Loop of a YAML file with `a.b=value` overrides. Raises ConfigError with all mistakes."""
+    raw = settings.read(path, overrides)
+    raw.pop("kind", None)
+    return parse_loop(raw, str(path))
+
+
 def run_in(value: Any) -> Any:
     """The run of a loop, written out where it is the path of a file."""
     return {key: one for key, one in settings.read(value).items() if key != "kind"} if isinstance(value, str) else value
@@ -202,6 +210,8 @@ def loop_preflight(config: LoopConfig, *, device_here: bool = True, begun: bool 
     """Everything wrong that can be known without loading a model, one line each. `begun`: its first round has a
     plan."""
     problems = [f"run.{line}" for line in runs.preflight(config.of_round(1), device_here=device_here, planned=begun)]
+    if config.rounds.scores_seeds:
+        problems += [f"rounds.scores.{line}" for line in scoring_problems(config.rounds.scores, config.run.data)]
     if config.rounds.validation is not None:
         problems += renamed(seeds.check(config.rounds.validation), "rounds.validation")
     return problems
