@@ -239,7 +239,7 @@ def read_scores(allocate: Allocate) -> pa.Table:
         table = pyarrow.csv.read_csv(pa.BufferReader(content)) if path.endswith(".csv") else table_of(content, path)
     except (pa.ArrowException, DamagedFile, SeedDataError) as error:
         raise UsageError(f"allocate.scores: {path} cannot be read ({error}); give a .parquet or .csv table, or a "
-                         f"folder with {FILE}") from error
+                         f"folder with {FILE}, which `rayexpand fit` makes with fit: {{scores: {{}}}}") from error
     return _checked(allocate, table)
 
 
