@@ -31,8 +31,8 @@ def folds_of(index: SeedIndex, data: DataConfig, folds: int, seed: int, group: s
     """int64 (N,): the fold of each seed, stratified by class and of equal size but for one unit. NEVER: seeds with a
     fault, the only seed of its class, and all where `folds` is 1.
 
-    `group`: see `units_of`. Raises UsageError for classes whose seeds are all in one fold, which would be scored by a
-    classifier that has seen none of them; SeedDataError.
+    `group`: see `units_of`. Raises UsageError where no seed can be held out, and for classes whose seeds are all in one
+    fold, which would be scored by a classifier that has seen none of them; SeedDataError.
     """
     fold_N, sound = np.full(len(index), NEVER), sound_rows(index)
     n_K = np.bincount(index.labels[sound], minlength=len(index.classes))
@@ -45,6 +45,9 @@ def folds_of(index: SeedIndex, data: DataConfig, folds: int, seed: int, group: s
     is_alone_U = (size_U == 1) & (n_K[label_U] == 1)
     order = np.lexsort((PlanRng(seed, "scores").per_seed("fold", names), label_U))
     order = order[~is_alone_U[order]]
+    if not len(order):
+        raise UsageError("scores: no class has two images that can be used, so none can be scored without itself; give "
+                         "more images, or set folds: 1 for scores in sample")
     fold_U = np.full(len(names), NEVER)
     fold_U[order] = np.arange(len(order)) % folds
     fold_N[sound] = fold_U[unit_n]

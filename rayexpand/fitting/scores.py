@@ -22,7 +22,6 @@ from pydantic import Field, field_validator
 from rayexpand.artifacts.store import artifact_digest, file_sha256, publish
 from rayexpand.classifier.recipe import Recipe, make_recipe
 from rayexpand.contract.errors import RayexpandError
-from rayexpand.contract.schema import ClassTable
 from rayexpand.contract.settings import Section, digest
 from rayexpand.data import seeds
 from rayexpand.data.folds import folds_of, read_groups
@@ -71,12 +70,6 @@ class ScoresMaker(Maker):
         if section.training.keep is not None:
             found.append("fit.scores.training.keep: has no effect on scores, which are answers alone; take it out")
         return found + [f"fit.scores.runs: {line}" for one in section.runs if (line := _run_problem(one))]
-
-    def class_problems(self, section: ScoresFit, classes: ClassTable) -> list[str]:
-        if section.folds > 1 and max(classes.count, default=0) < 2:
-            return ["fit.scores: no class has two images, so none can be scored without itself; give more images, or "
-                    "set folds: 1 for scores in sample"]
-        return []
 
     def stages(self, section: ScoresFit, config: FitBase, sizes: Sizes) -> list[PlanStage]:
         samples = sum(open_samples(one).totals().kept for one in section.runs if not _run_problem(one))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayexpand.contract.errors import UsageError
+from rayexpand.contract.errors import SeedDataError, UsageError
 from rayexpand.contract.schema import SEED_INDEX, ClassTable, SeedIndex
 from rayexpand.data.folds import NEVER, folds_of
 from rayexpand.data.seeds import DataConfig, build_index
@@ -50,6 +51,12 @@ def test_seeds_that_are_held_out_of_nothing() -> None:
     assert set(folds_of(index_of([0, 0, 1]), FOLDER, 1, 0).tolist()) == {NEVER}
 
 
+@pytest.mark.parametrize(("labels", "faults"), [([0, 1, 2], {}), ([0, 0], {1: "missing"})])
+def test_seeds_of_which_none_can_be_held_out_are_refused(labels: list[int], faults: dict[int, str]) -> None:
+    with pytest.raises(UsageError, match="no class has two images that can be used"):
+        folds_of(index_of(labels, faults), FOLDER, 2, 0)
+
+
 def test_a_digit_behind_two_ids_is_held_out_whole() -> None:
     data = DataConfig(source="digits", digits_background="all", per_class=8)
     index = build_index(data)
@@ -82,6 +89,21 @@ def test_groups_of_a_file_are_held_out_whole(tmp_path: Path) -> None:
     (tmp_path / "groups.csv").write_text("seed_id,group\n" + "".join(lines[:-1]))
     with pytest.raises(UsageError, match=r"group: 1 of 12 seeds are in no group .* \('1/11.png'\)"):
         folds_of(index, FOLDER, 3, 0, str(tmp_path / "groups.csv"))
+
+
+def test_groups_may_be_a_column_of_the_dataset(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder, tmp_path / "images")
+    files = sorted((tmp_path / "images").rglob("*.png"))
+    lines = [f"{one.relative_to(tmp_path)},{one.parent.name},{number // 2}" for number, one in enumerate(files)]
+    (tmp_path / "birds.csv").write_text("\n".join(["path,label,video", *lines]))
+    data = DataConfig(source="manifest", path=str(tmp_path / "birds.csv"))
+
+    fold = folds_of(build_index(data), data, 2, 0, "video")
+
+    assert fold[::2].tolist() == fold[1::2].tolist()
+    assert set(fold.tolist()) == {0, 1}
+    with pytest.raises(SeedDataError, match="no column 'film'"):
+        folds_of(build_index(data), data, 2, 0, "film")
 
 
 def test_a_class_of_one_group_is_refused(tmp_path: Path) -> None:

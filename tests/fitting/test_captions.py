@@ -120,7 +120,7 @@ def test_an_image_that_is_listed_again_has_its_own_caption(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("column", "message"), [
-    ("txt", r"no column 'txt' in .*, which has 'image', 'label', 'text'"), ("size", "'size' is int64; a caption is")])
+    ("txt", r"no column 'txt' in .*, which has 'image', 'label', 'text'"), ("size", "'size' is int64, and has to")])
 def test_a_column_that_is_not_there_or_no_text_is_refused(tmp_path: Path, column: str, message: str) -> None:
     data = parquet_data(tmp_path)
     problems = check_captions(CaptionsFit(column=column), data)

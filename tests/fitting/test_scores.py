@@ -159,7 +159,7 @@ def test_mistakes_are_told_before_anything_is_trained(tmp_path: Path, scores: di
 def test_no_class_of_two_images_is_refused(tmp_path: Path) -> None:
     raw = raw_fit(tmp_path)
     raw["data"]["per_class"] = 1
-    with pytest.raises(ConfigError, match=r"fit\.scores: no class has two images"):
+    with pytest.raises(UsageError, match="scores: no class has two images"):
         rayexpand.fit(raw)
 
 

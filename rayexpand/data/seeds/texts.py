@@ -29,7 +29,7 @@ def text_problem(data: DataConfig, column: str) -> str:
     if column not in schema.names:
         return f"no column '{column}' in '{data.path}', which has {few(schema.names)}"
     if not is_text(kind := schema.field(column).type):
-        return f"'{column}' is {kind}; a caption is a string"
+        return f"'{column}' is {kind}, and has to be text"
     return ""
 
 
