@@ -141,7 +141,7 @@ def open_loop(config: LoopConfig, on_model: Progress | None = None, *, device_he
         raise ConfigError(config.name, [problem])
     if not begun:
         _try(config, index)
-    _refuse_overlap(config, index)
+    refuse_overlap(config, index)
     open_files(round_folder(files, 1), single_writer=config.run.store.single_writer).probe()
     for folder in LOOP_FOLDERS:
         files.make_folder(folder)
@@ -187,7 +187,7 @@ def drive_loop(loop: Loop, between: Between, drive: Callable[[runs.Run], None],
             return decision
         run = prepare_round(loop, decision, progress, device_here=device_here)
         drive(run)
-        earlier.append(run)
+        earlier.append(replace(run, plan=replace(run.plan, index=loop.index)))  # one index in memory for all rounds
     raise AssertionError("unreachable")
 
 
@@ -195,7 +195,7 @@ def prepare_round(loop: Loop, decision: RoundDecision, progress: Progress | None
                   device_here: bool = True) -> runs.Run:
     """The run of a decision, created or opened. Raises DigestMismatch where its folder holds another one."""
     table = read_dealt(loop.files, decision)
-    if table["seed_id"].to_pylist() != loop.index.seed_ids:
+    if not table["seed_id"].equals(loop.index.table["seed_id"]):
         raise DigestMismatch(f"{loop.files.at(decision.name)}: is of other seeds than run.data lists now")
     _refuse_other_guide(loop, decision)
     part = runs.RoundPart(loop.index, loop.dataset, table["copies"].to_numpy(), table["first"].to_numpy(),
@@ -300,7 +300,7 @@ def _try(config: LoopConfig, index: SeedIndex) -> None:
         folds_of(index, config.run.data, rounds.scores.folds, seed, rounds.scores.group)
 
 
-def _refuse_overlap(config: LoopConfig, index: SeedIndex) -> None:
+def refuse_overlap(config: LoopConfig, index: SeedIndex) -> None:
     """Raises UsageError where rounds would be compared on images that are trained on, or that tell nothing."""
     if (data := config.rounds.validation) is None:
         return

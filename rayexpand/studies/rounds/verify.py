@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from rayexpand.contract.errors import DamagedFile, RayexpandError, few
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.settings import digest
+from rayexpand.data import seeds
 from rayexpand.models.guides import guide_hash
 from rayexpand.runs.allocation import READS
 from rayexpand.runs.config import resolved
@@ -43,6 +44,7 @@ from rayexpand.studies.rounds.decisions import (
     unseen,
 )
 from rayexpand.studies.rounds.learning import table_in
+from rayexpand.studies.rounds.loop import refuse_overlap
 
 COPY = "Restore it from a copy"
 CLOSE = 1e-9  # weights hold logarithms, which differ in the last digit between machines
@@ -72,6 +74,7 @@ def verify_loop(folder: str, *, pixels: bool = False) -> LoopFindings:
         return found
     check = _Check(files, facts, config, runs, found)
     check.facts_and_chain()
+    check.validation()
     for decision in check.decisions:
         check.decision(decision)
     return found
@@ -79,6 +82,7 @@ def verify_loop(folder: str, *, pixels: bool = False) -> LoopFindings:
 
 def _sound_rounds(files: Files, found: LoopFindings, pixels: bool) -> Iterator[tuple[int, Run]]:
     """Verifies the run of each round; those without a problem by their numbers."""
+    first: Run | None = None
     for number, folder in enumerate(run_folders(files), 1):
         where = f"rounds/{number:04d}"
         try:
@@ -92,8 +96,12 @@ def _sound_rounds(files: Files, found: LoopFindings, pixels: bool) -> Iterator[t
         found.garbage += one.garbage
         found.totals = Totals(**{name.name: getattr(found.totals, name.name) + getattr(one.totals, name.name)
                                  for name in fields_of(Totals)})
-        if not one.problems:
-            yield number, run
+        if one.problems:
+            continue
+        if first is not None and run.plan.index.table.equals(first.plan.index.table):
+            run = replace(run, plan=replace(run.plan, index=first.plan.index))  # one in memory for all rounds
+        first = first or run
+        yield number, run
 
 
 @dataclass
@@ -126,6 +134,12 @@ class _Check:
         for one in others:
             self.say(one.name, "is a decision of another loop")
         self.decisions = [one for one in self.decisions if one not in others]
+
+    def validation(self) -> None:
+        """No image that rounds are compared on is trained on, as far as both datasets are here."""
+        run, data = next(iter(self.runs.values()), None), self.config.rounds.validation
+        if run is not None and data is not None and not (seeds.check(data) or seeds.check(run.config.data)):
+            self.read(FACTS, partial(refuse_overlap, self.config, run.plan.index))
 
     def facts_agree(self) -> bool:
         """Whether rounds.json says one thing. Lists of ids and groups may be gone since, so they are not looked at."""

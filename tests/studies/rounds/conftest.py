@@ -8,7 +8,7 @@ import pytest
 
 from rayexpand.runs import run as runs
 from rayexpand.runs.joined import run_folders
-from rayexpand.storage.files import LocalFiles
+from rayexpand.storage.places import open_files
 from rayexpand.studies.rounds.config import LoopConfig, RoundsConfig
 from rayexpand.studies.rounds.decisions import RoundDecision
 from rayexpand.studies.rounds.learning import Learning
@@ -50,7 +50,7 @@ def rounds_of(loop: Loop) -> list[runs.Run]:
 
 
 def rounds_at(folder: str) -> list[runs.Run]:
-    return [runs.open_run(one) for one in run_folders(LocalFiles(folder))]
+    return [runs.open_run(one) for one in run_folders(open_files(folder))]
 
 
 def union(loop: Loop) -> dict[str, dict[str, Any]]:

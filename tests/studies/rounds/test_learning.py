@@ -19,6 +19,7 @@ from rayexpand.studies.rounds.config import LoopConfig, RoundsConfig
 from rayexpand.studies.rounds.decisions import read_dealt, seen_of, unseen
 from rayexpand.studies.rounds.learning import Learning
 from rayexpand.studies.rounds.loop import drive_loop, open_loop
+from rayexpand.studies.rounds.verify import verify_loop
 from rayexpand.studies.train import train_with
 from tests.conftest import small_run
 from tests.studies.rounds.conftest import finished, in_this_process, rounds_of, union
@@ -179,6 +180,7 @@ def test_a_loop_is_compared_on_validation_images_that_it_has_not_seen(tmp_path: 
     assert end.reason == "budget: the last share is spent"
     assert [one.gain.get("images") for one in loop.chain()] == [None, 30, 30, None]
     assert list(loop.chain()[2].scores) == ["scores/0003-validation.parquet"]
+    assert verify_loop(loop.config.folder).problems == []
     table = read_table(loop.files, "scores/0003-validation.parquet")
     said = json.loads(Path(loop.files.at("results/r0003-guide.json")).read_text())
     assert (table["margin"].to_numpy() > 0).mean() == pytest.approx(said["last"]["top1"])

@@ -17,6 +17,8 @@ from rayexpand.runs.verify import verify
 from rayexpand.studies.rounds.config import LoopConfig, RoundsConfig
 from rayexpand.studies.rounds.decisions import FIRST, read_decision
 from rayexpand.studies.rounds.loop import open_loop
+from rayexpand.studies.rounds.status import read_loop_status
+from rayexpand.studies.rounds.verify import verify_loop
 from tests.conftest import complete, small_run
 from tests.methods.test_families import method_for
 from tests.runs.test_growth import contents, models, paint  # noqa: F401  (a fixture)
@@ -185,3 +187,15 @@ def test_the_plan_of_a_round_comes_back_from_its_decision(make_loop: MakeLoop) -
     finished(config)
     again = rounds_of(loop)[1].plan
     assert (np.array_equal(again.first, run.plan.first), again.copies.tolist()) == (True, [3] * 20)
+
+
+@pytest.mark.slow
+def test_a_loop_in_an_object_store_is_that_of_a_disk(make_loop: MakeLoop, object_stores: object) -> None:
+    disk, end = finished(make_loop(rounds=UNEVEN))
+    stored, other = finished(make_loop(rounds=UNEVEN, sections={"out": "s3://runs/loops"}))
+    assert stored.config.folder == "s3://runs/loops/loop"
+    assert other == end
+    images = [{one: row["image"] for one, row in union(loop).items()} for loop in (disk, stored)]
+    assert images[0] == images[1]
+    assert verify_loop("s3://runs/loops/loop").problems == []
+    assert read_loop_status("s3://runs/loops/loop").complete
