@@ -139,7 +139,7 @@ class _Check:
         """No image that rounds are compared on is trained on, as far as both datasets are here."""
         run, data = next(iter(self.runs.values()), None), self.config.rounds.validation
         if run is not None and data is not None and not (seeds.check(data) or seeds.check(run.config.data)):
-            self.read(FACTS, partial(refuse_overlap, self.config, run.plan.index))
+            self.read(LOOP, partial(refuse_overlap, self.config, run.plan.index))
 
     def facts_agree(self) -> bool:
         """Whether rounds.json says one thing. Lists of ids and groups may be gone since, so they are not looked at."""
