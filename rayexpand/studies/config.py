@@ -25,7 +25,7 @@ from rayexpand.contract.protocols import Method
 from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import Later, Section
 from rayexpand.data import seeds
-from rayexpand.data.seeds import DataConfig
+from rayexpand.data.seeds import DataConfig, renamed
 from rayexpand.data.subsets import SubsetConfig
 from rayexpand.evaluation import features as extractors
 from rayexpand.evaluation import select as selecting
@@ -501,8 +501,3 @@ def _fit_problems(made: RunConfig, fit: ExpansionFit) -> list[str]:
                 f"adapter; {first}prior.weights"]
     return problems + [f"fit.adapter.recipe: {line}" for line in adapter_fits(
         made.method, recipe.strategy, recipe.visual_token, "it")]
-
-
-def renamed(problems: Sequence[str], section: str) -> list[str]:
-    return [f"{section}.{line.removeprefix('data.')}" if line.startswith("data.") else f"{section}: {line}"
-            for line in problems]

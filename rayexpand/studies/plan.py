@@ -11,7 +11,7 @@ from typing import Any
 
 from rayexpand.contract.errors import ConfigError, RayexpandError, SeedDataError
 from rayexpand.contract.schema import SeedIndex
-from rayexpand.data.seeds import build_index
+from rayexpand.data.seeds import build_index, renamed
 from rayexpand.data.subsets import choose, ids_hash, sound_rows
 from rayexpand.evaluation import select as selecting
 from rayexpand.evaluation.select_rules import BY_GUIDE
@@ -28,7 +28,7 @@ from rayexpand.runs.status import view_run
 from rayexpand.runs.store import first_look
 from rayexpand.runs.work import peak_tflops
 from rayexpand.storage.places import open_files
-from rayexpand.studies.config import ExpansionConfig, StudyConfig, renamed, run_config
+from rayexpand.studies.config import ExpansionConfig, StudyConfig, run_config
 from rayexpand.studies.foresight import foreseen, real_sizes
 from rayexpand.studies.priors import prior_task
 from rayexpand.studies.trainings import Training, results_of, training_stage, trainings_of

@@ -28,7 +28,7 @@ from rayexpand.classifier.recipe import Recipe
 from rayexpand.contract.errors import ConfigError, SeedDataError, UsageError, few
 from rayexpand.contract.schema import ClassTable, SeedIndex
 from rayexpand.data import seeds
-from rayexpand.data.seeds import DataConfig
+from rayexpand.data.seeds import DataConfig, renamed
 from rayexpand.data.subsets import (
     choose,
     ids_file,
@@ -47,7 +47,6 @@ from rayexpand.studies.config import (
     ExpansionConfig,
     StudyConfig,
     ratios_of,
-    renamed,
     run_config,
     study_preflight,
     unknown_soft_labels,

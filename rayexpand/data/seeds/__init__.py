@@ -16,11 +16,11 @@ the place it lies in an EnvironmentFault (try again later).
 """
 
 from rayexpand.data.seeds.digits import digits_split
-from rayexpand.data.seeds.index import build_index, check, survey, survey_lines, surveyed
+from rayexpand.data.seeds.index import build_index, check, renamed, survey, survey_lines, surveyed
 from rayexpand.data.seeds.listing import EXTENSIONS
 from rayexpand.data.seeds.reader import SeedReader
 from rayexpand.data.seeds.source import DataConfig, image_id
 from rayexpand.data.seeds.texts import text_problem, texts
 
-__all__ = ["EXTENSIONS", "DataConfig", "SeedReader", "build_index", "check", "digits_split", "image_id", "survey",
-           "survey_lines", "surveyed", "text_problem", "texts"]
+__all__ = ["EXTENSIONS", "DataConfig", "SeedReader", "build_index", "check", "digits_split", "image_id", "renamed",
+           "survey", "survey_lines", "surveyed", "text_problem", "texts"]

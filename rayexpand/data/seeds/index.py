@@ -47,6 +47,12 @@ def check(data: DataConfig) -> list[str]:
     return problems
 
 
+def renamed(problems: Sequence[str], section: str) -> list[str]:
+    """Lines of `check` about a section that has another name than `data`."""
+    return [f"{section}.{line.removeprefix('data.')}" if line.startswith("data.") else f"{section}: {line}"
+            for line in problems]
+
+
 def build_index(data: DataConfig) -> SeedIndex:
     """Lists the dataset once: seeds in a fixed order (class, then path; or file, then row) with stable, unique ids.
 

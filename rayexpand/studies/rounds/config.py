@@ -13,7 +13,7 @@ from rayexpand.contract import settings
 from rayexpand.contract.errors import ConfigError
 from rayexpand.contract.settings import Section
 from rayexpand.data import seeds
-from rayexpand.data.seeds import DataConfig
+from rayexpand.data.seeds import DataConfig, renamed
 from rayexpand.fitting.scores import Scoring, scoring_problems
 from rayexpand.loader.config import TrainingConfig
 from rayexpand.methods import load_method
@@ -23,7 +23,6 @@ from rayexpand.runs import run as runs
 from rayexpand.runs.allocation import READS, Allocate
 from rayexpand.runs.config import ClusterConfig, GuideConfig, RunConfig
 from rayexpand.storage.places import is_url
-from rayexpand.studies.config import renamed
 
 LoopRule = Literal["uniform", "equal", "loss", "confidence", "entropy", "margin", "slow", "class"]
 OF_THE_LOOP = "of the loop"  # where an Allocate of a round has its scores

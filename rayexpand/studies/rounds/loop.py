@@ -51,7 +51,6 @@ from rayexpand.runs.plan import hash_column
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import create_once
-from rayexpand.studies.config import renamed
 from rayexpand.studies.rounds.config import LoopConfig, loop_preflight, resolved_loop, with_fields
 from rayexpand.studies.rounds.dealing import allocate_of, deal_round, parts_of, room_problem, weigh
 from rayexpand.studies.rounds.decisions import (
@@ -307,7 +306,7 @@ def refuse_overlap(config: LoopConfig, index: SeedIndex) -> None:
     try:
         validation = seeds.build_index(data)
     except SeedDataError as error:
-        raise SeedDataError(renamed([str(error)], "rounds.validation")[0]) from error
+        raise SeedDataError(seeds.renamed([str(error)], "rounds.validation")[0]) from error
     if not len(sound_rows(validation)):
         raise UsageError("rounds.validation: has no image that can be used; correct its split, ids or files")
     if validation.classes.key != index.classes.key:
