@@ -201,28 +201,34 @@ def drive_run(run: Run, progress: Relay, *, ray: bool | str, same_process: bool,
 
 
 def drive_rounds(loop: Loop, progress: Relay, *, ray: bool | str, same_process: bool) -> RoundDecision:
-    """Makes what is left of a loop; page and card of each round are written when it ends, whatever the end."""
+    """Makes what is left of a loop."""
+    config = loop.config
+    with (alive(progress, config.folder, "expand", config.name) as heartbeat,
+          driver(ray, config.cluster, same_process=same_process) as drive):
+        return drive_rounds_with(loop, drive, heartbeat, progress, ray=ray)
+
+
+def drive_rounds_with(loop: Loop, drive: Driver, heartbeat: Heartbeat, progress: Relay, *,
+                      ray: bool | str) -> RoundDecision:
+    """The same by a driver that is there; page and card of each round are written when it ends, whatever the end."""
     from rayexpand.reports.card import write_card
     from rayexpand.reports.run import write_report
     from rayexpand.runs.run import begun, check_budget, pending_jobs, tally_of
     from rayexpand.studies.rounds.learning import Learning
     from rayexpand.studies.rounds.loop import drive_loop
 
-    config = loop.config
-    with (alive(progress, config.folder, "expand", config.name) as heartbeat,
-          driver(ray, config.cluster, same_process=same_process) as drive):
-        def made(run: Run) -> None:
-            if not pending_jobs(run):
-                check_budget(run, tally_of(run))
-                return
-            try:
-                with heartbeat.also_in(run.files):
-                    drive(begun(run), progress)
-            finally:
-                write_card(str(run.folder))
-                write_report(str(run.folder))
+    def made(run: Run) -> None:
+        if not pending_jobs(run):
+            check_budget(run, tally_of(run))
+            return
+        try:
+            with heartbeat.also_in(run.files):
+                drive(begun(run), progress)
+        finally:
+            write_card(str(run.folder))
+            write_report(str(run.folder))
 
-        return drive_loop(loop, Learning(train_by(ray, progress)), made, progress, device_here=not ray)
+    return drive_loop(loop, Learning(train_by(ray, progress)), made, progress, device_here=not ray)
 
 
 def train_by(ray: bool | str, progress: Relay) -> Train:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from rayexpand.api.driving import (
     Relay,
     alive,
     at,
+    drive_rounds_with,
     driver,
     extract_with,
     find_with,
@@ -256,22 +258,28 @@ def train(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
           on: Callable[[Event], None] | None = None, same_process: bool = False) -> StudyFolder:
     """Expands what the arms of a study need, compares the samples with real images where it asks for that, trains every
     arm with every seed, and writes the page. What failed are lines of `.failed`; the same call tries it again."""
-    from rayexpand.studies.expansions import pending_runs
+    from rayexpand.studies.expansions import pending_loops, pending_runs
     from rayexpand.studies.robustness import show_corrupted
+    from rayexpand.studies.rounds.in_study import pending_controls, prune
     from rayexpand.studies.sample_scores import score_samples
     from rayexpand.studies.selections import make_selections
     from rayexpand.studies.study import prepare_study
-    from rayexpand.studies.trials import announce, make_trials
+    from rayexpand.studies.trials import announce, arms_of, make_trials
 
     config, progress = at(config_of("study", job, set, machine), ray), Relay(on)
     study = prepare_study(config)
     with (alive(progress, config.folder, "train", config.name) as heartbeat,
           driver(ray, config.cluster, same_process=same_process) as drive):
         announce(study)
-        for run in pending_runs(study, progress, fit_with(ray, on_workers=True), device_here=not ray):
+        fit, score = fit_with(ray, on_workers=True), score_with(ray, config.cluster)
+        for loop in pending_loops(study, progress, fit, device_here=not ray):
+            drive_rounds_with(loop, drive, heartbeat, progress, ray=ray)
+        for run in chain(pending_runs(study, progress, fit, device_here=not ray),
+                         pending_controls(study, arms_of(config), progress, device_here=not ray)):
             with heartbeat.also_in(run.files):
                 drive(run, progress)
-        make_selections(study, score_with(ray, config.cluster), progress)
+        prune(study, arms_of(config), score, progress)
+        make_selections(study, score, progress)
         trials = make_trials(study)
         failed = score_samples(study, trials, extract_with(ray), progress)
         failed += train_by(ray, progress)(study.trial_folder, trials)

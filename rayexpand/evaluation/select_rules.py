@@ -163,12 +163,22 @@ class Best(Scored):
     """The best `n` of each seed, of each class (a cap), or of all."""
 
     kind: Literal["best"] = "best"
-    n: int = Field(ge=1, description="samples that stay of each group")
+    n: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        description="samples that stay of each group; per class also a list, one number for each class")
     per: Group = Field("class", description="seed: of each seed's copies; class: over all copies of a class; all")
 
+    @model_validator(mode="after")
+    def _of_classes(self) -> Best:
+        if isinstance(self.n, tuple) and self.per != "class":
+            raise ValueError("n: a list is of classes; set per: class, or give one number")
+        return self
+
     def decide(self, rows: ScoredSamples, rng: PlanRng) -> Decision:
+        if isinstance(self.n, tuple) and len(self.n) != len(rows.seeds_K):
+            raise UsageError(f"rule.n: has {len(self.n)} numbers for {len(rows.seeds_K)} classes; give one for each")
+        most_N = np.array(self.n)[rows.label] if isinstance(self.n, tuple) else self.n
         place_N = rank_in(rows.groups(self.per), -self.rising(rows), rng.per_seed("ties", rows.sample_ids))
-        code_N = np.where(place_N < self.n, KEPT, OVER).astype(np.int8)
+        code_N = np.where(place_N < most_N, KEPT, OVER).astype(np.int8)
         return _unscored(Decision(code_N, rows.scores[self.score]))
 
 

@@ -51,15 +51,15 @@ DrawRule = Literal["uniform", "inverse_freq", "own"]
 class RowSource:
     """Where rows come from: seeds as (index, configuration), or a run folder with what is taken of it.
 
-    `copies`: the first so many of each seed, with a fraction one more of that share of each class; `selection`: name
-    of a decision in selections/; `limit`: so many rows of each class, int (K,), of those that are left; `only`: seeds
-    whose own rows, or samples, are taken, bool (N,) over the seed index, or that of the run; `weight`: how often each
-    row is used per epoch.
+    `copies`: the first so many of each seed, with a fraction one more of that share of each class, or of each its
+    own number, (N,) over the seed index of the run; `selection`: name of a decision in selections/; `limit`: so
+    many rows of each class, int (K,), of those that are left; `only`: seeds whose own rows, or samples, are taken,
+    bool (N,) over the seed index, or that of the run; `weight`: how often each row is used per epoch.
     """
 
     seeds: tuple[SeedIndex, DataConfig] | None = None
     run: str | None = None
-    copies: int | float | None = None
+    copies: int | float | np.ndarray | None = None
     selection: str | None = None
     limit: np.ndarray | None = None
     only: np.ndarray | None = None

@@ -48,6 +48,7 @@ from rayexpand.studies import baselines, extra_tests
 from rayexpand.studies.baselines import Baseline
 from rayexpand.studies.extra_tests import ExtraTest
 from rayexpand.studies.priors import PriorFit, prior_problems
+from rayexpand.studies.rounds.config import LoopConfig, RoundsConfig, contradictions
 from rayexpand.studies.value_config import ValueArm, ValueConfig, ValuePrices, used_by, value_arms, value_problems
 
 REPEATED = "original repeated"  # how controls are called
@@ -60,6 +61,9 @@ class ArmConfig(Section):
     ratio: int | float | list[int | float] | None = Field(
         None, description="only the first so many copies of each seed; 2.5 takes the third copy of half of each class, "
         "rounded down; a list makes one arm of each; null: all")
+    rounds: Annotated[int | list[int] | None, Later(None)] = Field(
+        None, description="of an expansion in rounds: only the samples of the first so many; a list makes one arm of "
+        "each; null: all")
     real: float = Field(1.0, ge=0, description="how often each real row is used per epoch; 0: synthetic only")
     weight: float = Field(1.0, gt=0, description="the same for synthetic rows")
     replace: float | None = Field(None, ge=0, le=1, description="instead of the union: probability that a real row is "
@@ -78,7 +82,8 @@ class ArmConfig(Section):
         None, description="mix samples with a real image as they are trained (DiffCoRe-Mix); {}: with their own seeds, "
         "pixel or patch at even odds; null: not. Controls are not mixed")
     recipe: dict[str, Any] = Field({}, description="recipe fields of this arm alone")
-    control: bool = Field(True, description="also train on the real rows repeated to as many rows")
+    control: bool = Field(True, description="also train on the real rows repeated to as many rows, and, with an "
+                          "expansion in rounds, on as many samples that were made otherwise")
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -119,6 +124,11 @@ class ExpansionConfig(Section):
     fit: ExpansionFit | None = Field(None, description="with a run configuration: fit what its method and its judge "
                                      "need, for each seed on its own real rows; {} for prototypes of the guide as it "
                                      "is")
+    rounds: Annotated[RoundsConfig | None, Later(None)] = Field(
+        None, description="with a run configuration: make its samples in rounds, as a loop file says")
+    oversample: Annotated[float, Later(2.5)] = Field(
+        2.5, gt=1, description="with guided rounds: the control that keeps the samples of highest entropy makes so "
+        "many times as many")
 
 
 class SamplesConfig(DistanceConfig):
@@ -176,12 +186,13 @@ class StudyConfig(Section):
     @field_validator("expansions", mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
-        """An expansion may be written as its run configuration (`fit` beside it), or as {run: folder}."""
+        """An expansion may be written as its run configuration (`fit` and others beside it), or as {run: folder}."""
         if not isinstance(value, Mapping):
             return value
+        beside = ExpansionConfig.model_fields.keys()
         return {name: one if not isinstance(one, Mapping) or {"run", "config"} & set(one) else
-                {"config": {key: field for key, field in one.items() if key != "fit"},
-                 **({"fit": one["fit"]} if "fit" in one else {})} for name, one in value.items()}
+                {"config": {key: field for key, field in one.items() if key not in beside},
+                 **{key: field for key, field in one.items() if key in beside}} for name, one in value.items()}
 
     @field_validator("baselines", mode="before")
     @classmethod
@@ -243,7 +254,7 @@ def study_preflight(config: StudyConfig) -> list[str]:
         if one.config is None or one.run is not None or {"name", "out", "data", "seed"} & set(one.config):
             continue
         try:
-            made = run_config(config, name, one, 0, config.data)
+            made = first_run(expansion_config(config, name, one, 0, config.data))
         except ConfigError:
             continue  # parse_study lists its mistakes
         to_come = facts_to_come(one.fit.pretrain, made.prior) if one.fit and one.fit.pretrain else None
@@ -253,7 +264,7 @@ def study_preflight(config: StudyConfig) -> list[str]:
                        *(("artifacts.image_features: ",) if one.fit and made.accept else ()),
                        *(("artifacts.adapter: ", "artifacts.class_features: ", "artifacts.image_features: ")
                          if one.fit and one.fit.adapter else ()),
-                       *(("guide.weights: ",) if trained else ()),
+                       *(("guide.weights: ",) if trained or (one.rounds and one.rounds.guided_from == 1) else ()),
                        *(("artifacts.captions: ",) if one.fit and one.fit.captions else ()),
                        *(("prior.weights: missing",) if to_come else ()))
         problems += _judge_problems(config, name, made)
@@ -266,6 +277,8 @@ def study_preflight(config: StudyConfig) -> list[str]:
                          if line.startswith("fit.") and not line.startswith("fit.adapter.features: is missing")]
         if one.fit is not None and one.fit.pretrain is not None:
             problems += [f"expansions.{name}.{line}" for line in prior_problems(made, one.fit.pretrain)]
+        if one.rounds is not None and one.rounds.validation is not None:
+            problems += renamed(seeds.check(one.rounds.validation), f"expansions.{name}.rounds.validation")
     return problems
 
 
@@ -330,6 +343,20 @@ def run_config(config: StudyConfig, name: str, one: ExpansionConfig, seed: int, 
     return configs.parse(raw, f"expansions.{name}")
 
 
+def expansion_config(config: StudyConfig, name: str, one: ExpansionConfig, seed: int,
+                     data: DataConfig) -> RunConfig | LoopConfig:
+    """The run, or the loop, that an expansion of the study is, for one of its seeds. Raises ConfigError."""
+    made = run_config(config, name, one, seed, data)
+    return made if one.rounds is None else LoopConfig(run=made, rounds=one.rounds, training=config.training)
+
+
+def first_run(made: RunConfig | LoopConfig) -> RunConfig:
+    """The run, or that of the first round, by which is known what is needed before anything is sampled."""
+    if isinstance(made, RunConfig):
+        return made
+    return made.run.model_copy(update={"method": made.of_round(1).method})
+
+
 def _arm_problems(config: StudyConfig) -> list[str]:
     problems = []
     names = [*(arm.name for arm in config.arms), *(one.called for one in config.baselines)]
@@ -349,7 +376,8 @@ def _arm_problems(config: StudyConfig) -> list[str]:
             problems.append(f"{where}.use: a list names two expansions or more, each once; write one as it is")
         if arm.use is None:
             plain = ArmConfig(name=arm.name)
-            unused = [field for field in ("draw", "fill", "ratio", "replace", "selection", "soft_label", "weight")
+            unused = [field for field in ("draw", "fill", "ratio", "replace", "rounds", "selection", "soft_label",
+                                          "weight")
                       if getattr(arm, field) != getattr(plain, field)]
             if unused:
                 problems.append(f"{where}: {', '.join(unused)} need `use`, the name of an expansion")
@@ -372,7 +400,8 @@ def _arm_problems(config: StudyConfig) -> list[str]:
         if arm.mix is not None and arm.use is None and arm.mix.partner == "seed":
             problems.append(f"{where}.mix.partner: real rows alone were made from no other image; set partner: class, "
                             "or give `use`")
-        problems += [f"{where}.{line}" for line in [*_ratio_problems(arm), *_soft_label_problems(config, arm)]]
+        problems += [f"{where}.{line}" for line in [*_ratio_problems(arm), *_round_problems(config, arm),
+                                                    *_soft_label_problems(config, arm)]]
     if config.frequency[0] > config.frequency[1] + 1:
         problems.append(f"frequency: classes would be both few (under {config.frequency[0]}) and many (over "
                         f"{config.frequency[1]}); give the smaller number first")
@@ -395,6 +424,30 @@ def _ratio_problems(arm: ArmConfig) -> list[str]:
     if len(set(ratios)) < len(ratios):
         problems.append(f"ratio: {ratios} gives a value twice, which would be one arm twice; give each once")
     return problems if ratios or arm.ratio is None else ["ratio: an empty list makes no arm; give ratios, or null"]
+
+
+def _round_problems(config: StudyConfig, arm: ArmConfig) -> list[str]:
+    """What is wrong with the rounds of an arm, and what cannot be done with samples that lie in several runs."""
+    loops = {name: one.rounds for name in arm.uses
+             if (one := config.expansions.get(name)) is not None and one.rounds is not None}
+    asked, problems = rounds_of(arm), list[str]()
+    if asked and arm.uses and not loops:
+        problems.append(f"rounds: {arm.group} is not made in rounds; give it a section rounds, or say ratio")
+    if arm.rounds == [] or len(set(asked)) < len(asked):
+        problems.append(f"rounds: {asked} must name rounds, each once")
+    if asked and arm.ratio is not None:
+        problems.append("rounds: says how many samples are taken, and so does ratio; leave one out")
+    problems += [f"rounds: {one} asked for, and {name} has 1 to {rounds.count}" for name, rounds in loops.items()
+                 for one in asked if not 1 <= one <= rounds.count]
+    problems += [f"{field}: is made of one run, and {name} is several, its rounds; take it out" for name in loops
+                 for field in ("selection", "fill") if getattr(arm, field)]
+    problems += [f"use: `samples` compares what one run made, and {name} is several, its rounds; take `samples` out"
+                 for name in loops if config.samples is not None]
+    return problems
+
+
+def rounds_of(arm: ArmConfig) -> list[int]:
+    return arm.rounds if isinstance(arm.rounds, list) else [] if arm.rounds is None else [arm.rounds]
 
 
 def ratios_of(arm: ArmConfig) -> list[int | float]:
@@ -455,18 +508,22 @@ def _expansion_problems(config: StudyConfig) -> list[str]:
         where = f"expansions.{name}"
         if (one.run is None) == (one.config is None):
             problems.append(f"{where}: give a run configuration, or run: <folder of a run>")
-        elif one.run is not None and one.fit is not None:
-            problems.append(f"{where}.fit: has no effect on a run that exists; take it out")
+        elif one.run is not None and (unused := [field for field in ("fit", "rounds") if getattr(one, field)]):
+            problems.append(f"{where}.{unused[0]}: has no effect on a run that exists; take it out")
         elif one.config is not None:
             if given := sorted({"name", "out", "data", "seed"} & set(one.config)):
                 problems.append(f"{where}: {', '.join(given)} come from the study; take them out")
                 continue
             try:
-                made = run_config(config, name, one, 0, config.data)
+                made = expansion_config(config, name, one, 0, config.data)
             except ConfigError as error:
                 problems += [f"{where}.{line}" for line in error.problems]
-            else:
-                problems += [f"{where}.{line}" for line in (_fit_problems(made, one.fit) if one.fit else ())]
+                continue
+            problems += [f"{where}.{line}" for line in (_fit_problems(first_run(made), one.fit) if one.fit else ())]
+            if isinstance(made, LoopConfig):
+                problems += [f"{where}.{line.removeprefix('run.')}" for line in contradictions(made)]
+        if one.oversample != 2.5 and (one.rounds is None or one.rounds.guided_from is None):
+            problems.append(f"{where}.oversample: has no effect without rounds.guided_from; take it out")
     return problems
 
 

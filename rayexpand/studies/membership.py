@@ -129,6 +129,8 @@ def check(config: MembershipConfig, cluster: ClusterConfig = ClusterConfig()) ->
     if study.expansions[EXPANSION].run is not None:
         return ["expansion.run: a run that exists was made of images that are not the members of one shadow; write its "
                 "configuration here"]
+    if study.expansions[EXPANSION].rounds is not None:
+        return ["expansion.rounds: a shadow makes its samples in one run; take the section out"]
     return [*_renamed(study_preflight(study)), *_outside(_made(study)), *_extractor_problems(config, study)]
 
 

@@ -21,6 +21,8 @@ from rayexpand.storage.files import Files
 from rayexpand.storage.tables import healthy_json, read_table
 from rayexpand.studies.baselines import UNTRAINED, Baseline
 from rayexpand.studies.config import ArmConfig, StudyConfig
+from rayexpand.studies.rounds.config import LoopConfig
+from rayexpand.studies.rounds.loop import Loop, loop_in
 from rayexpand.studies.value_config import HELD_OUT, ValueArm
 
 log = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of the table: an ArmConfig with one of its ratios, or the control of another arm."""
+    """One line of the table: an ArmConfig with one of its ratios or rounds, or the control of another arm."""
 
     name: str
     config: ArmConfig
@@ -37,11 +39,14 @@ class Arm:
     control_of: str = ""
     baseline: Baseline | None = None  # that it is the row of
     value: ValueArm | None = None  # that it is
+    rounds: int | None = None  # of its loops that are used
+    stands_for: str = ""  # of a control of a loop: which one it is (rounds/controls.py)
 
     @property
     def is_controlled(self) -> bool:
         """Whether the real rows repeated may be trained beside it; arms of as many rows share one."""
-        return self.config.use is not None and self.config.control and self.config.replace is None
+        return self.config.use is not None and self.config.control and self.config.replace is None and (
+            not self.stands_for)
 
     @property
     def is_real_alone(self) -> bool:
@@ -81,6 +86,7 @@ class Trial:
     runs: list[str] = field(default_factory=list)  # folders of the expansions, where there are several
     value: dict[str, Any] = field(default_factory=dict)  # of an arm of the section value: ValueArm.facts
     track: bool = False  # its predictions also say of each test image how many evaluations on the way were right
+    rounds: dict[str, Any] = field(default_factory=dict)  # of an arm with a loop, or a control of one: round_facts
 
     @property
     def digest(self) -> str:
@@ -125,7 +131,7 @@ class Opened:
 
     def __init__(self) -> None:
         self._runs, self._indexes = dict[str, Run](), dict[str, SeedIndex]()
-        self._fingerprints = dict[str, str]()
+        self._fingerprints, self._loops = dict[str, str](), dict[str, Loop]()
 
     def run(self, folder: str) -> Run:
         """The run in a folder, or the rounds of a loop as one. What is committed is read anew whenever it is asked
@@ -133,6 +139,12 @@ class Opened:
         if folder not in self._runs:
             self._runs[folder] = open_samples(folder)
         return self._runs[folder]
+
+    def loop(self, folder: str) -> Loop:
+        """The loop in a folder, which has made a round."""
+        if folder not in self._loops:
+            self._loops[folder] = loop_in(folder)
+        return self._loops[folder]
 
     def index(self, data: DataConfig) -> SeedIndex:
         """The seeds of a dataset. Raises SeedDataError."""
@@ -154,7 +166,7 @@ class Study:
     config: StudyConfig
     files: Files
     subsets: dict[int, tuple[DataConfig, SeedIndex]]  # real rows by seed
-    expansions: dict[tuple[str, int], RunConfig | str]  # a run to make, or the folder of one
+    expansions: dict[tuple[str, int], RunConfig | LoopConfig | str]  # what is to be made, or the folder of a run
     opened: Opened = field(default_factory=Opened, compare=False)
     sizes: dict[tuple[int, str], tuple[DataConfig, SeedIndex]] = field(default_factory=dict)  # of value; see real_key
 
@@ -191,6 +203,6 @@ def lacks_predictions(files: Files, trial: Trial) -> bool:
     return False
 
 
-def folder_of(expansion: RunConfig | str) -> str:
+def folder_of(expansion: RunConfig | LoopConfig | str) -> str:
     return expansion if isinstance(expansion, str) else expansion.folder
 

@@ -191,8 +191,9 @@ def _first_of_each_class(labels: np.ndarray, ids: Sequence[str], limit: np.ndarr
 def _blocks(run: Run, receipts: Sequence[Receipt], rows: RowSource, chosen: Selection | None,
             with_seeds: bool) -> Iterator[_Block]:
     named = ["sample_id"] if chosen is not None or rows.limit is not None else []
-    below = run.plan.first + run.plan.first_copies(rows.copies)
-    numbered = ["row"] if with_seeds or rows.only is not None or isinstance(rows.copies, float) else []
+    by_seed = isinstance(rows.copies, float | np.ndarray)
+    below = rows.copies if isinstance(rows.copies, np.ndarray) else run.plan.first + run.plan.first_copies(rows.copies)
+    numbered = ["row"] if with_seeds or rows.only is not None or by_seed else []
 
     def block(receipt: Receipt) -> _Block:
         with run.store.open(receipt) as file:
@@ -201,7 +202,7 @@ def _blocks(run: Run, receipts: Sequence[Receipt], rows: RowSource, chosen: Sele
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         first = run.store.first_row(receipt.data_file)
         position = run.plan.position(table["row"].to_numpy() + first) if numbered else None  # of their seeds
-        most = below[position] if isinstance(rows.copies, float) else rows.copies
+        most = below[position] if by_seed else rows.copies
         keep = np.ones(len(table), bool) if most is None else table["copy"].to_numpy() < most
         if rows.only is not None:
             keep &= rows.only[position]

@@ -46,13 +46,15 @@ from rayexpand.studies.config import (
     ArmConfig,
     ExpansionConfig,
     StudyConfig,
+    expansion_config,
+    first_run,
     ratios_of,
-    run_config,
     study_preflight,
     unknown_soft_labels,
 )
 from rayexpand.studies.corrupted_sets import open_corrupted
 from rayexpand.studies.parts import Opened, Study, folder_of, real_key
+from rayexpand.studies.rounds.config import LoopConfig
 from rayexpand.studies.value_config import (
     HELD_OUT,
     size_subset,
@@ -101,6 +103,7 @@ def prepare_study(config: StudyConfig, subset: Subset | None = None) -> Study:
              for key, one in _value_sizes(config, files, whole, subsets[seed][1], drawn).items()}
     trained = _trained_on(config, subsets if subset is None else {config.seeds[0]: (config.data, whole)}, opened)
     trained += [(f"real images of value, seed {seed}", (index, data)) for (seed, _), (data, index) in sizes.items()]
+    trained += _compared_by_rounds(config, trained, opened)
     _refuse_overlap(config, trained, test, opened)
     _open_also(config, trained, whole.classes, opened)
     _refuse_real_reference(config, test, opened)
@@ -130,6 +133,26 @@ def _trained_on(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, See
             known.append(made.data)
             index = _listed(opened, made.data, f"expansions.{name}.fit.pretrain.data")
             found.append((f"training images of the generator of expansion {name}", (index, made.data)))
+    return found
+
+
+def _compared_by_rounds(config: StudyConfig, trained: Sequence[tuple[str, Listed]],
+                        opened: Opened) -> list[tuple[str, Listed]]:
+    """Images by which rounds of expansions are compared, with how messages call them: they decide how many samples
+    there are, so they must not be tested on. Raises UsageError where they are trained on."""
+    found, known = list[tuple[str, Listed]](), list[DataConfig]()
+    for name, one in config.expansions.items():
+        data = None if one.rounds is None or name not in config.used else one.rounds.validation
+        if data is None or data in known:
+            continue
+        known.append(data)
+        section = f"expansions.{name}.rounds.validation"
+        listed = _listed(opened, data, section), data
+        for called, other in trained:
+            if shared := shared_images(other, listed):
+                raise UsageError(f"{section}: {len(shared):,} of its images are {called} ({few(shared)}); choose "
+                                 f"another part with {section}.split, or leave them out with {section}.ids")
+        found.append((f"validation images of the rounds of expansion {name}", listed))
     return found
 
 
@@ -212,9 +235,9 @@ def _value_sizes(config: StudyConfig, files: Files, whole: SeedIndex, base: Seed
 
 
 def _expansion(config: StudyConfig, name: str, one: ExpansionConfig, seed: int,
-               subsets: Mapping[int, tuple[DataConfig, SeedIndex]], opened: Opened) -> RunConfig | str:
+               subsets: Mapping[int, tuple[DataConfig, SeedIndex]], opened: Opened) -> RunConfig | LoopConfig | str:
     if one.run is None:
-        return run_config(config, name, one, seed, subsets[seed][0])
+        return expansion_config(config, name, one, seed, subsets[seed][0])
     folder = one.run.replace("{seed}", str(seed))
     made_from = opened.run(folder).plan.index.seed_ids
     if ids_hash(made_from) != ids_hash(subsets[seed][1].seed_ids):
@@ -248,7 +271,7 @@ def _refuse_overlap(config: StudyConfig, trained: Sequence[tuple[str, Listed]], 
 
 
 def _run_problems(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, SeedIndex]],
-                  expansions: Mapping[tuple[str, int], RunConfig | str], opened: Opened) -> list[str]:
+                  expansions: Mapping[tuple[str, int], RunConfig | LoopConfig | str], opened: Opened) -> list[str]:
     """What arms ask of their runs and these do not have: so many copies, arguments of the soft label, of a run that
     exists a selection (of a run to be made, `make_trials` asks for it, when it can be decided)."""
     problems: list[str] = []
@@ -267,17 +290,19 @@ def _run_problems(config: StudyConfig, subsets: Mapping[int, tuple[DataConfig, S
                 problems.append(f"arms.{arm.name}.selection: {made} has no selection {arm.selection!r}; make it with "
                                 f"`rayexpand select` and a file with name: {arm.selection} and run: {made}")
         if arm.soft_label and any(isinstance(made, str) for made in runs):
-            methods = [opened.run(made).config.method if isinstance(made, str) else made.method for made in runs]
+            methods = [opened.run(made).config.method if isinstance(made, str) else first_run(made).method
+                       for made in runs]
             problems += [f"arms.{arm.name}.{line}" for line in unknown_soft_labels(arm, methods)]
     return list(dict.fromkeys(problems))
 
 
-def _planned_copies(made: RunConfig | str, index: SeedIndex, opened: Opened) -> np.ndarray:
-    """Below which number the copies of each seed of a run are, or of one that is to be made of `index`."""
+def _planned_copies(made: RunConfig | LoopConfig | str, index: SeedIndex, opened: Opened) -> np.ndarray:
+    """Below which number the copies of each seed of a run are, or of one that is to be made of `index`; of a loop, what
+    its run in one go would plan, which a rule may pass for some seeds."""
     if isinstance(made, str):
         plan = opened.run(made).plan
         return plan.first + plan.copies
-    return planned_copies(index, made)[0]
+    return planned_copies(index, first_run(made))[0]
 
 
 def _differ(subsets: Mapping[int, tuple[DataConfig, SeedIndex]]) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from unicodedata import normalize
+
+import numpy as np
 
 from rayexpand.artifacts.store import process_seconds
 from rayexpand.classifier.recipe import make_recipe
@@ -25,11 +27,16 @@ from rayexpand.studies.baselines import recipe_of
 from rayexpand.studies.class_maps import map_sha256
 from rayexpand.studies.config import REPEATED, ArmConfig, StudyConfig
 from rayexpand.studies.parts import Arm, Study, Trial, TrialFolder, folder_of, lacks_predictions, read_result, real_key
+from rayexpand.studies.rounds.config import LoopConfig
+from rayexpand.studies.rounds.controls import KINDS, Remade, learned_seconds, round_facts
+from rayexpand.studies.rounds.in_study import beside_of, control_runs, kinds_of, loops_of
 from rayexpand.studies.samples import training_set
 from rayexpand.studies.value_config import repeats_of, updates_of
 from rayexpand.studies.weights import without_weights
 
 log = logging.getLogger(__name__)
+
+Line = list[tuple[Trial, int]]  # of an arm, by study seed: its trial and the rows of an epoch
 
 
 def make_trials(study: Study) -> list[Trial]:
@@ -40,15 +47,20 @@ def make_trials(study: Study) -> list[Trial]:
     _refuse_equal_names(study, arms)
     made = [[_trial(study, arm, seed, test_sha256, also) for seed in study.config.seeds] for arm in arms]
     controls = _controls(study, arms, [tuple(rows for _, rows in line) for line in made])
-    _refuse_equal_names(study, [*arms, *(control for control, _ in controls)])
+    beside = _LoopControls(study, [*arms, *(control for control, _ in controls)], made, test_sha256, also)
+    for arm, line in zip(arms, list(made), strict=True):
+        made += beside.of(arm, line)
+    _refuse_equal_names(study, beside.arms)
     for control, epoch_rows in controls:
         made.append([_trial(study, _repeated(study, control, seed, rows), seed, test_sha256, also)
                      for seed, rows in zip(study.config.seeds, epoch_rows, strict=True)])
     trials = [line[number][0] for number in range(len(study.config.seeds)) for line in made]
     names = [trial.name for trial in trials]
+    trials = [replace(trial, rounds={**trial.rounds, "controls": beside.names[trial.arm]})
+              if trial.arm in beside.names else trial for trial in trials]
     for trial in trials:
         replace_json(study.files, f"trials/{trial.name}.json", {**vars(trial), "digest": trial.digest})
-    replace_json(study.files, "study.json", {**_facts(study), "trials": names})
+    replace_json(study.files, "study.json", {**_facts(study, control_runs(study, arms)), "trials": names})
     return trials
 
 
@@ -59,10 +71,11 @@ def announce(study: Study) -> None:
     replace_json(study.files, "study.json", {**_facts(study), "trials": known})
 
 
-def _facts(study: Study) -> dict[str, Any]:
+def _facts(study: Study, controls: Sequence[Remade] = ()) -> dict[str, Any]:
     """What study.json says beside its trials: the runs they take samples of, and how many trials there are without
     controls."""
     folders = dict.fromkeys(folder_of(one) for one in study.expansions.values())
+    folders |= dict.fromkeys(made.folder for made, _ in controls)
     return {"config": study.config.model_dump(mode="json"),
             "runs": [{"name": one.rstrip("/").rpartition("/")[2], "folder": one} for one in folders],
             "trainings": len(arms_of(study.config)) * len(study.config.seeds)}
@@ -83,13 +96,21 @@ def pending_trials(folder: TrialFolder, trials: Sequence[Trial]) -> list[Trial]:
 
 def arms_of(config: StudyConfig) -> list[Arm]:
     """The arms of the configuration, one for each of their ratios, and its baselines."""
-    return [Arm(f"{one.name} {ratio:g}x" if isinstance(one.ratio, list) else one.name, one,
-                make_recipe({**config.recipe, **one.recipe}), ratio)
-            for one in config.arms for ratio in (one.ratio if isinstance(one.ratio, list) else [one.ratio])] + [
+    return [Arm(name, one, make_recipe({**config.recipe, **one.recipe}), ratio, rounds=rounds)
+            for one in config.arms for name, ratio, rounds in _curve(one)] + [
         Arm(one.called, ArmConfig(name=one.called, use=one.use, control=False), recipe_of(one, config.recipe),
             baseline=one) for one in config.baselines] + [
         Arm(one.name, ArmConfig(name=one.name, use=one.use, real=float(one.role != "alone"), control=False),
             make_recipe(dict(config.recipe)), one.ratio or None, value=one) for one in config.value_arms()]
+
+
+def _curve(one: ArmConfig) -> list[tuple[str, int | float | None, int | None]]:
+    """(name, ratio, rounds) of each arm that an entry of `arms` is."""
+    if isinstance(one.rounds, list):
+        return [(f"{one.name} round {rounds}", None, rounds) for rounds in one.rounds]
+    if isinstance(one.ratio, list):
+        return [(f"{one.name} {ratio:g}x", ratio, None) for ratio in one.ratio]
+    return [(one.name, one.ratio, one.rounds)]
 
 
 def settled(study: Study, arms: Sequence[Arm]) -> list[Arm]:
@@ -150,14 +171,59 @@ def _repeated(study: Study, control: Arm, seed: int, epoch_rows: int) -> Arm:
 
 def _planned(study: Study, arm: Arm) -> float:
     """Rows of an epoch over the real ones, if everything planned for the first seed is kept."""
-    runs = [study.opened.run(folder) for folder in _folders(study, arm, study.config.seeds[0])]
-    planned = sum(float(run.plan.first_copies(arm.copies).sum()) / len(run.plan.index) for run in runs)
-    return arm.config.real + planned * arm.config.weight
+    sources = _sources(study, arm, study.config.seeds[0])
+    planned = sum(float(_taken(study.opened.run(one.run or ""), one.copies).sum()) for one in sources)
+    return arm.config.real + arm.config.weight * planned / len(study.subsets[study.config.seeds[0]][1])
 
 
-def _folders(study: Study, arm: Arm, seed: int) -> list[str]:
-    """Runs of an arm for a study seed."""
-    return [folder_of(study.expansions[name, seed]) for name in arm.config.uses]
+def _sources(study: Study, arm: Arm, seed: int) -> list[RowSource]:
+    """Samples of an arm for a study seed: runs, with what is taken of each."""
+    found = list[RowSource]()
+    for name in arm.config.uses:
+        if isinstance(made := study.expansions[name, seed], LoopConfig):
+            loop = beside_of(study, name, made)
+            kind = arm.stands_for if arm.stands_for and loop.has(arm.stands_for, arm.rounds) else ""
+            rows = [one if kind else replace(one, copies=arm.copies) for one in loop.rows(kind, arm.rounds)]
+            found += [one for one in rows if study.opened.run(one.run or "").totals().kept]
+        else:
+            found.append(RowSource(run=folder_of(made), copies=arm.copies, selection=arm.config.selection))
+    return found
+
+
+class _LoopControls:
+    """Makes the controls of arms with loops. Arms for whom a control is the same training share it, and one that would
+    be the training of its arm is none."""
+
+    def __init__(self, study: Study, arms: Sequence[Arm], lines: Sequence[Line], test_sha256: str,
+                 also: dict[str, dict[str, Any]]) -> None:
+        self._study, self._with = study, (test_sha256, also)
+        self.arms = list(arms)
+        self.names = dict[str, dict[str, str]]()  # arm -> kind -> control
+        self._served = {self._key(arm, line): arm.name for arm, line in zip(arms, lines, strict=False)}
+
+    def of(self, arm: Arm, line: Line) -> Iterator[Line]:
+        for kind in kinds_of(self._study, arm):
+            control = self._named(arm, kind, line)
+            made = [_trial(self._study, control, seed, *self._with) for seed in self._study.config.seeds]
+            key = self._key(arm, made)
+            if key == self._key(arm, line):
+                continue
+            if key not in self._served:
+                self._served[key] = control.name
+                self.arms.append(control)
+                yield made
+            self.names.setdefault(arm.name, {})[kind] = self._served[key]
+
+    def _named(self, arm: Arm, kind: str, line: Line) -> Arm:
+        """Controls that arms of one budget share are called after it."""
+        name, taken = f"{KINDS[kind]} for {arm.name}", {one.name for one in self.arms}
+        if kind in ("uniform", "classes") and (short := f"{KINDS[kind]} {line[0][0].ratio:.3g}x") not in taken:
+            name = short
+        return replace(arm, name=name, config=arm.config.model_copy(update={"name": name}), control_of=arm.name,
+                       stands_for=kind)
+
+    def _key(self, arm: Arm, line: Line) -> tuple[str, ...]:
+        return (_recipe_digest(arm), *(trial.list_sha256 for trial, _ in line))
 
 
 def _recipe_digest(arm: Arm) -> str:
@@ -177,9 +243,9 @@ def _trial(study: Study, arm: Arm, seed: int, test_sha256: str, also: dict[str, 
     data, index = study.real_rows(arm, seed)
     is_read = arm.config.real > 0 or arm.config.mix is not None  # real images are also mixed with
     parts = [RowSource(seeds=(index, data), weight=arm.config.real)] if is_read else []
-    folders, limit = _folders(study, arm, seed), fill_counts(real_counts(index)) if arm.config.fill else None
-    parts += [RowSource(run=folder, copies=arm.copies, selection=arm.config.selection, limit=limit,
-                        weight=arm.config.weight) for folder in folders]
+    sources, limit = _sources(study, arm, seed), fill_counts(real_counts(index)) if arm.config.fill else None
+    parts += [replace(one, limit=limit, weight=arm.config.weight) for one in sources]
+    folders, loops = [one.run or "" for one in sources], loops_of(study, arm, seed)
     runs = [study.opened.run(folder) for folder in folders]
     rows = training_set(parts, mode="union" if arm.config.replace is None else "replace", p=arm.config.replace or 0.0,
                         soft_label=arm.config.soft_label, draw=arm.config.draw, mix=arm.config.mix,
@@ -198,10 +264,12 @@ def _trial(study: Study, arm: Arm, seed: int, test_sha256: str, also: dict[str, 
                   arm.recipe.augment, arm.recipe.model_dump(mode="json"), name, rows.digest, ids,
                   study.opened.fingerprint(index, data), study.config.test.model_dump(mode="json"), test_sha256, also,
                   list(study.config.frequency), _file_sha256(arm.recipe.checkpoint), max(1, training.workers), order,
-                  sum(_expansion_seconds(run, arm.copies) for run in runs),
-                  folders[0] if len(folders) == 1 else "", _fitting_seconds(*runs), _baseline(study, arm),
+                  sum(_expansion_seconds(run, one.copies) for run, one in zip(runs, sources, strict=True)),
+                  folders[0] if len(folders) == 1 else "",
+                  _fitting_seconds(*runs) + learned_seconds(loops, arm.rounds, arm.stands_for), _baseline(study, arm),
                   *_seeds(study, seed), folders if len(folders) > 1 else [],
-                  {} if arm.value is None else arm.value.facts())
+                  {} if arm.value is None else arm.value.facts(),
+                  rounds=round_facts(loops, arm.rounds, arm.stands_for) if loops else {})
     return trial, rows.epoch_rows
 
 
@@ -245,10 +313,15 @@ def _file_sha256(path: str | None) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _expansion_seconds(run: Run, copies: float | None) -> float:
+def _expansion_seconds(run: Run, copies: float | np.ndarray | None) -> float:
     """Process-seconds spent on the copies an arm uses."""
     spent = sum(shard_seconds(receipt) for receipt in run.store.receipts())
-    return spent * float(run.plan.first_copies(copies).sum()) / run.plan.planned
+    return spent * float(_taken(run, copies).sum()) / run.plan.planned
+
+
+def _taken(run: Run, copies: float | np.ndarray | None) -> np.ndarray:
+    """Copies of each seed of a run that an arm uses."""
+    return np.minimum(copies, run.plan.copies) if isinstance(copies, np.ndarray) else run.plan.first_copies(copies)
 
 
 def _fitting_seconds(*runs: Run) -> float:

@@ -171,7 +171,7 @@ def parse_loop(raw: Mapping[str, Any], where: str = "loop") -> LoopConfig:
     except ValidationError as error:
         found = settings.mistakes(error, LoopConfig, "")
         raise ConfigError(where, problems + [line for line in found if not line.startswith("run:")]) from error
-    if problems := problems + _contradictions(config):
+    if problems := problems + contradictions(config):
         raise ConfigError(where, problems)
     return config
 
@@ -181,7 +181,7 @@ def resolved_loop(config: LoopConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def _contradictions(config: LoopConfig) -> list[str]:
+def contradictions(config: LoopConfig) -> list[str]:
     """What the run and its rounds cannot mean together."""
     run, rounds, problems = config.run, config.rounds, list[str]()
     if run.allocate is not None:

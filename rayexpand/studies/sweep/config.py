@@ -260,6 +260,11 @@ def _study_problems(config: SweepConfig) -> list[str]:
         problems.append("score_on: there are no validation images to choose by; give study.validation, or hold_out: "
                         "<images of each class of data>, or choose by the test images in so many words with "
                         "score_on: test")
+    expansions = config.study.get("expansions")
+    problems += [f"study.expansions.{name}.rounds: a sweep makes each expansion in one run; take the section out, or "
+                 "compare rounds in a study" for name, one in (
+                     expansions.items() if isinstance(expansions, Mapping) else ())
+                 if isinstance(one, Mapping) and one.get("rounds")]
     if config.hold_out is not None and not is_holding_out(config):
         problems.append("hold_out: has no effect where study.validation is given or score_on is test; take it out")
     return problems

@@ -33,6 +33,7 @@ from rayexpand.storage.tables import healthy_json, replace_json, sealed
 from rayexpand.studies.expansions import pending_runs
 from rayexpand.studies.extra_tests import ExtraTest
 from rayexpand.studies.parts import Study, Trial, read_result
+from rayexpand.studies.rounds.config import LoopConfig
 from rayexpand.studies.selections import make_selections
 from rayexpand.studies.study import prepare_study
 from rayexpand.studies.sweep.proxies import measure_proxies
@@ -197,8 +198,9 @@ class _Member:
 def _with_pilots(sweep: Sweep, study: Study) -> Study:
     """The study with its expansions in pilots/, under a digest of what they hold. The id lists they read are named
     after their content too, since the path is part of what a run is."""
-    expansions: dict[tuple[str, int], RunConfig | str] = {}
+    expansions: dict[tuple[str, int], RunConfig | LoopConfig | str] = {}
     for (name, seed), one in study.expansions.items():
+        assert not isinstance(one, LoopConfig)  # refused with the file
         if isinstance(one, str):
             expansions[name, seed] = one
             continue
