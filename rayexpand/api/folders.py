@@ -179,6 +179,13 @@ class StudyFolder(_Paged):
 
         return further_scores(summary or self.summary())
 
+    def in_rounds(self, summary: Mapping[str, Any] | None = None) -> list[Table]:
+        """Arms in rounds beside their controls, and what they spent; none of a study without."""
+        from rayexpand.studies.round_table import cost_table, round_table
+
+        found = summary or self.summary()
+        return [one for one in (round_table(found), cost_table(found)) if one is not None]
+
     def compared(self, summary: Mapping[str, Any] | None = None) -> Table | None:
         """Accuracy, coverage, distance and cost of every arm, where the study compares its samples with real images."""
         from rayexpand.studies.score_table import score_table

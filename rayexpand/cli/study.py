@@ -38,6 +38,9 @@ def train(file: File, set_: Set = None, machine: Machine = None, trust: Trust = 
                 *worth.get("arms", ()), *worth.get("crossovers", ())))]))
         if numbers["sees"]:
             print(f"\nthis study {numbers['sees']['sentence']}")
+        for rounds in found.in_rounds(numbers):
+            print()
+            show_table(*rounds)
         if further := found.further(numbers):
             print()
             show_table(*further)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from rayexpand.runs.status import duration, read_classes, view_run
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_json
 from rayexpand.studies.comparisons import MIN_SEEDS
-from rayexpand.studies.results import Result, StudyView, number, read_study, run_folder, runs_of
+from rayexpand.studies.results import Result, StudyView, number, read_study, run_folder, run_name, runs_of
+from rayexpand.studies.round_table import cost_table, round_table
 from rayexpand.studies.score_table import said_of_samples_alone, said_of_top1, score_table
 from rayexpand.studies.spreads import plain, plus_minus, points
 from rayexpand.studies.summary import (
@@ -74,7 +75,7 @@ def write_study_report(folder: str | Path, *, demo: Mapping[str, Any] | None = N
         figures=drawn, value_figures=of_value, classes=classes_of(study, found["baseline"], best),
         frequencies=_frequencies(study, found), also=_also(found), further=further, corrupted=corrupted,
         samples=_samples(study), compared=score_table(found), told=said_of_top1(found),
-        alone=said_of_samples_alone(found),
+        alone=said_of_samples_alone(found), in_rounds=round_table(found), round_costs=cost_table(found),
         settings=settings_of(study.config), recipe=_recipe(study),
         stacks=_values(study, "stack"), facts=_facts(study), trials=_trial_lines(study),
         mixed_units=len({arm["cost"]["unit"] for arm in found["arms"]}) > 1,
@@ -94,7 +95,8 @@ def _best(found: Mapping[str, Any]) -> str | None:
 def _tally(found: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
     """How often each verdict was reached, against the baseline and against the controls."""
     lines = []
-    kinds = {"baseline": f"against the baseline {found['baseline']}", "control": "against the real images repeated"}
+    kinds = {"baseline": f"against the baseline {found['baseline']}", "control": "against the real images repeated",
+             "rounds": "of rounds against their controls"}
     for kind, words in kinds.items():
         verdicts = [c["verdict"] for c in found["comparisons"] if c["kind"] == kind]
         if verdicts:
@@ -106,7 +108,8 @@ def _against(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """arm -> {"baseline": comparison, "control": comparison}."""
     lines: dict[str, dict[str, Any]] = {arm["arm"]: {} for arm in found["arms"]}
     for comparison in found["comparisons"]:
-        lines[comparison["arm"]]["control" if comparison["kind"] == "control" else "baseline"] = comparison
+        if comparison["kind"] != "rounds":
+            lines[comparison["arm"]]["control" if comparison["kind"] == "control" else "baseline"] = comparison
     return lines
 
 
@@ -129,7 +132,7 @@ def _scores(study: StudyView) -> dict[str, Any] | None:
     runs: dict[str, str] = {}
     for result in study.results:
         for run in runs_of(result):
-            runs.setdefault(run, _group_of(result, run))
+            runs.setdefault(run, _group_of(study, result, run))
     lines, warnings = [], []
     for run, group in runs.items():
         try:
@@ -144,27 +147,40 @@ def _scores(study: StudyView) -> dict[str, Any] | None:
     return {"columns": columns, "lines": lines, "warnings": warnings} if lines else None
 
 
-def _group_of(result: Result, run: str) -> str:
-    """The expansion that a run is of, one of those of its arm."""
-    names, runs = str(result.get("group") or result["arm"]), runs_of(result)
-    return names if len(runs) == 1 else names.split(" + ")[runs.index(run)]
+def _group_of(study: StudyView, result: Result, run: str) -> str:
+    """The expansion that a run is of, one of those of its arm; of a control of rounds its own name."""
+    rounds, runs, group = study.rounds_of(result), runs_of(result), str(result.get("group") or result["arm"])
+    if "stands_for" in rounds:
+        return str(result["arm"])
+    if rounds:
+        return next((name for name in group.split(" + ") if run_name(run).startswith(f"{name}-")), group)
+    return group if len(runs) == 1 else group.split(" + ")[runs.index(run)]
 
 
 def _samples(study: StudyView) -> dict[str, Any]:
-    """Of every expansion: its runs, each with where its page is from here, and pictures of its first one."""
+    """Of every expansion: its runs, each with where its page is from here, and pictures of its first one, or of its
+    last round; of controls of rounds the runs alone."""
     runs: dict[str, list[str]] = {}
-    for result in study.results:
+    is_control = {result["arm"]: "stands_for" in study.rounds_of(result) for result in study.results}
+    for result in sorted(study.results, key=lambda one: is_control[one["arm"]]):
         for run in runs_of(result):
-            if run not in (own := runs.setdefault(_group_of(result, run), [])):
+            if run not in (own := runs.setdefault(_group_of(study, result, run), [])):
                 own.append(run)
     lines = [{"group": group, "runs": [_linked(study, run) for run in own],
-              "rows": _pictures(study, own[0]) if n < SHOWN else ""} for n, (group, own) in enumerate(runs.items())]
+              "rows": _pictures(study, _shown(own)) if n < SHOWN and not is_control.get(group) else ""}
+             for n, (group, own) in enumerate(runs.items())]
     return {"lines": lines, "shown": SHOWN}
+
+
+def _shown(runs: Sequence[str]) -> str:
+    """The first run, of a loop its last round."""
+    loop = runs[0].rpartition("/rounds/")[0]
+    return [one for one in runs if loop and one.startswith(f"{loop}/rounds/")][-1] if loop else runs[0]
 
 
 def _linked(study: StudyView, run: str) -> dict[str, str]:
     """The folder of a run and the address of its page from this one; "" where it is elsewhere or not written."""
-    name = run.rstrip("/").rpartition("/")[2]
+    name = run_name(run)
     written = "report.html" in study.files.entries(f"runs/{name}")
     return {"folder": run, "page": f"runs/{quote(name)}/report.html" if written else ""}
 

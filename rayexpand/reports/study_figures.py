@@ -49,7 +49,7 @@ def line_name(arm: Mapping[str, Any]) -> str:
     """What arms that differ in their ratio only have in common; empty for real images only."""
     if not (arm["synthetic_rows"] or {"mean": 0})["mean"]:
         return ""
-    if match := re.fullmatch(r"(.+) [\d.]+x", arm["arm"]):
+    if match := re.fullmatch(r"(.+) (?:[\d.]+x|round \d+)", arm["arm"]):
         return match[1]
     augment = arm["augment"] if arm["augment"] not in ("", "none") else ""
     return " + ".join(word for word in (arm["group"] or arm["arm"], augment) if word)

@@ -2,7 +2,8 @@
 
     baseline    the arm every other one is measured against
     control     real images alone, repeated to as many rows: what more rows by themselves would do
-    family      comparisons that are judged together: all arms against the baseline, and each against its control
+    family      comparisons that are judged together: all arms against the baseline, each against its control, and
+                all loops against theirs
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ VERDICTS = {"gain": "a gain", "loss": "a loss", "open": "no difference is shown,
 
 
 def comparisons(study: StudyView) -> list[dict[str, Any]]:
-    """Every arm against the baseline and against its control. `mean`, `low`, `high`, `p` stand alone; `adjusted` has p
+    """Every arm against the baseline and against its control, arms with loops also against what stands beside these
+    (`kind` rounds, `stands_for` which control). `mean`, `low`, `high`, `p` stand alone; `adjusted` has p
     and a simultaneous interval of the family, by which `verdict` and `sentence` go."""
     found = []
     for arm, (first, *_) in study.arms.items():
@@ -43,7 +45,9 @@ def comparisons(study: StudyView) -> list[dict[str, Any]]:
                                   else "baseline"))
         if control := study.controls.get(arm):
             found.append(_compare(study, arm, control, "control"))
-    for kinds in (("baseline", "control to baseline"), ("control",)):
+        found += [{**_compare(study, arm, control, "rounds"), "stands_for": kind}
+                  for kind, control in study.rounds_of(first).get("controls", {}).items() if control in study.arms]
+    for kinds in (("baseline", "control to baseline"), ("control",), ("rounds",)):
         _adjust(study, [one for one in found if one["kind"] in kinds])
     for one in found:
         one["verdict"] = _verdict(one)

@@ -48,6 +48,12 @@ def runs_of(result: Result) -> list[str]:
     return [str(one) for one in result.get("runs") or filter(None, [result.get("run")])]
 
 
+def run_name(run: str) -> str:
+    """Where a run is below the folder that has it: its name, or <loop>/rounds/<number> of a round."""
+    parts = run.rstrip("/").split("/")
+    return "/".join(parts[-3:] if parts[-2:-1] == ["rounds"] else parts[-1:])
+
+
 @dataclass
 class StudyView:
     """A study folder as it is now. `arms` holds the finished trials of each arm by rising seed: the baseline first,
@@ -81,6 +87,10 @@ class StudyView:
         """Arm -> its control, where there is one with results."""
         return {arm: control for arm in self.arms if (control := _control(self, arm))}
 
+    def rounds_of(self, result: Result) -> Mapping[str, Any]:
+        """What a trial says of its loops and their controls, as the study was last started; {} for others."""
+        return self.planned.get(result["trial"], {}).get("rounds") or result.get("rounds") or {}
+
     def predicted(self, trial: str) -> Predicted | str:
         """Predictions of a trial, or why there are none."""
         if trial not in self._predicted:
@@ -90,7 +100,7 @@ class StudyView:
 
 def run_folder(study: StudyView, run: str) -> str:
     """The folder of a run as its results name it, or below the study where that was moved."""
-    here = f"{study.files.root}/runs/{run.rstrip('/').rpartition('/')[2]}"
+    here = f"{study.files.root}/runs/{run_name(run)}"
     return run if open_files(run).read("run.json") is not None else here
 
 
@@ -230,8 +240,9 @@ def _by_arm(config: Mapping[str, Any], results: Iterable[Result]) -> dict[str, l
 def _arm_names(config: Mapping[str, Any]) -> list[str]:
     names = []
     for arm in _arm_configs(config):
-        ratio, name = arm.get("ratio"), str(arm.get("name", ""))
-        names += [f"{name} {one}x" for one in ratio] if isinstance(ratio, list) else [name]
+        ratio, rounds, name = arm.get("ratio"), arm.get("rounds"), str(arm.get("name", ""))
+        names += [f"{name} {one}x" for one in ratio] if isinstance(ratio, list) else [
+            f"{name} round {one}" for one in rounds] if isinstance(rounds, list) else [name]
     return names
 
 
@@ -241,9 +252,10 @@ def _arm_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def arm_config(config: Mapping[str, Any], arm: str) -> Mapping[str, Any]:
-    """The configuration of an arm by its name, or by its name before the ratio; empty if there is none."""
+    """The configuration of an arm by its name, or by its name before ratio or round; empty if there is none."""
     for one in _arm_configs(config):
         stem = arm.rpartition(" ")[0] if isinstance(one.get("ratio"), list) else arm
+        stem = arm.rpartition(" round ")[0] if isinstance(one.get("rounds"), list) else stem
         if one.get("name") == stem:
             return one
     return {}

@@ -12,7 +12,7 @@ from rayexpand.runs.joined import is_loop, read_loop_facts
 from rayexpand.runs.store import first_look, read_facts
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
-from rayexpand.studies.results import read_study, runs_of
+from rayexpand.studies.results import read_study, run_name, runs_of
 from rayexpand.studies.sweep.sweep import read_results
 
 
@@ -41,7 +41,7 @@ def _there(files: Files, below: str, runs: Iterable[str]) -> dict[str, dict[str,
     that are there."""
     found: dict[str, dict[str, Any]] = {}
     for run in runs:
-        for one in (run, f"{files.root}/{below}/{run.rstrip('/').rpartition('/')[2]}"):
+        for one in (run, f"{files.root}/{below}/{run_name(run)}"):
             if is_loop(one) or open_files(one).read("run.json") is not None:
                 found[one] = read_loop_facts(open_files(one)) if is_loop(one) else read_facts(open_files(one))
                 break

@@ -30,6 +30,7 @@ from rayexpand.studies.results import (
     runs_of,
 )
 from rayexpand.studies.robustness_table import mean_head, of_corrupted, tests_of
+from rayexpand.studies.round_table import in_rounds, stopped_early
 from rayexpand.studies.score_table import compared_with, go_with_top1, of_samples
 from rayexpand.studies.spreads import plus_minus, points, spread
 from rayexpand.studies.value import value_of
@@ -120,7 +121,7 @@ def summarised(study: StudyView) -> dict[str, Any]:
                         "missing": study.missing, "failed": study.failed},
              "baseline": study.baseline, "arms": arms, "comparisons": comparisons(study), "sees": sight_of(study),
              "samples": None if samples is None else {**samples, "with_top1": go_with_top1(arms)}}
-    notes = [*_notes(found), *_varied(study)]
+    notes = [*_notes(found), *_varied(study), *stopped_early(arms)]
     return {**found, **({"notes": notes} if notes else {}), "warnings": _warnings(study, found)}
 
 
@@ -164,6 +165,7 @@ def _arm(study: StudyView, arm: str, trials: Sequence[Result]) -> dict[str, Any]
             **({"robustness": of_corrupted(study.corrupted, [r["trial"] for r in trials])} if study.corrupted else {}),
             "samples": of_samples([study.scores[r["trial"]] for r in trials if r["trial"] in study.scores]),
             "seconds_per_image": spread(_seconds_per_image(r) for r in trials), "cost": _cost(trials),
+            **({"rounds": in_rounds(study, arm)} if study.rounds_of(first) else {}),
             **({"note": note} if (note := note_of(first)) else {})}
 
 
@@ -207,7 +209,8 @@ def _warnings(study: StudyView, found: Mapping[str, Any]) -> list[str]:
     if few := [arm["arm"] for arm in found["arms"] if len(arm["seeds"]) < MIN_SEEDS]:
         lines.append(f"Fewer than {MIN_SEEDS} seeds, so no error bar is trustworthy: {', '.join(few)}.")
     if bare := [arm for arm, (first, *_) in study.arms.items() if first.get("synthetic_rows")
-                and arm not in study.controls and not replaces(study, arm) and not is_valued(first)]:
+                and arm not in study.controls and not replaces(study, arm) and not is_valued(first)
+                and not controlled(first)]:
         lines.append("No control with the real images repeated, so a difference may come from the number of rows "
                      f"alone: {', '.join(bare)}.")
     lines += [f"{c['arm']} against {c['against']}: seed{'s' if len(c['left_out_seeds']) > 1 else ''} "

@@ -328,6 +328,8 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
         result |= {"classifier_seed": trial.classifier_seed, "data_seed": trial.data_seed}
     if trial.value:
         result["value"] = trial.value
+    if trial.rounds:
+        result["rounds"] = trial.rounds
     if (guide := guide_scores(files, trial, work.feed.rows.classes, device)) is not None:
         result["guide"] = guide
     if trial.baseline:
