@@ -4,43 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rayexpand.contract.errors import DamagedFile, RayexpandError, UsageError, looked_at
 from rayexpand.fitting.maker import ARTIFACTS
 from rayexpand.fitting.status import FitStatus, read_fits
-from rayexpand.runs.status import FolderStatus, RunStatus, driver_lines, duration, read_status
+from rayexpand.runs.status import FolderStatus, driver_lines, duration
 from rayexpand.storage.files import Files, each
 from rayexpand.storage.heartbeats import DriverSeen, drivers_in
 from rayexpand.storage.places import is_url, open_files
 from rayexpand.storage.tables import read_json
+from rayexpand.studies.rounds.decisions import FACTS as LOOP
+from rayexpand.studies.rounds.status import read_loop_status
+from rayexpand.studies.run_stage import RunStage, stage_in
 
 PACE_RESULTS = 20  # the time left follows from so many results at most
-
-
-@dataclass(frozen=True, slots=True)
-class RunStage:
-    """An expansion of a study. `status` is None where it has not begun; then `problem` says what is wrong, if anything
-    is."""
-
-    name: str
-    status: RunStatus | None = None
-    problem: str = ""
-
-    @property
-    def complete(self) -> bool:
-        return self.status is not None and self.status.complete
-
-    @property
-    def words(self) -> str:
-        if self.status is None:
-            return self.problem or "not begun"
-        one = self.status
-        left = "" if one.complete else f", {duration(one.eta_seconds)} left"
-        return (f"{one.planned - one.pending:,} of {one.planned:,} decided ({one.kept:,} kept, {one.rejected:,} "
-                f"rejected, {one.failed:,} failed){left}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +77,7 @@ def read_study_status(folder: str | Path, clock: Callable[[], float] = time.time
         raise UsageError(f"{folder}: no study is here (no study.json){looked_at(folder)}. Give the folder that "
                          "`rayexpand train` makes, <out>/<name>")
     drivers = tuple(drivers_in(files, problems, now))
-    runs = tuple(_stage(files, one, clock) for one in facts.get("runs") or ())
+    runs = tuple(stage for one in facts.get("runs") or () for stage in _stages(files, one, clock))
     trials = [str(one) for one in facts.get("trials") or ()]
     results = files.entries("results")
     done = sum(each(files, lambda trial: _is_done(files, trial, problems),
@@ -137,17 +117,25 @@ def _is_done(files: Files, trial: str, problems: list[str]) -> bool:
     return result is not None and (planned is None or result.get("digest") == planned.get("digest"))
 
 
-def _stage(files: Files, run: Mapping[str, Any], clock: Callable[[], float]) -> RunStage:
-    """A run where the study says it is, or below the study where that was moved."""
-    folder = str(run["folder"])
+def _stages(files: Files, run: Mapping[str, Any], clock: Callable[[], float]) -> Sequence[RunStage]:
+    """A run, or a loop with its rounds, where the study says it is, or below the study where that was moved."""
+    folder, name = str(run["folder"]), str(run["name"])
     for place in (folder, f"{files.root}/runs/{folder.rstrip('/').rpartition('/')[2]}"):
-        if open_files(place).read("run.json") is None:
-            continue
-        try:
-            return RunStage(str(run["name"]), read_status(place, clock))
-        except RayexpandError as error:
-            return RunStage(str(run["name"]), problem=str(error))
-    return RunStage(str(run["name"]))
+        found = open_files(place)
+        if found.read("run.json") is not None:
+            return [stage_in(place, name, clock)]
+        if found.read(LOOP) is not None:
+            return _of_loop(place, name, clock)
+    return [RunStage(name)]
+
+
+def _of_loop(folder: str, name: str, clock: Callable[[], float]) -> list[RunStage]:
+    try:
+        loop = read_loop_status(folder, clock)
+    except RayexpandError as error:
+        return [RunStage(name, problem=str(error))]
+    rounds = [replace(one.run, name=f"{name}, round {one.decision.round}") for one in loop.rounds]
+    return [*rounds, RunStage(name, problem="; ".join(loop.problems), now=loop.stage, ended=loop.complete)]
 
 
 def _fits(folder: str | Path, clock: Callable[[], float]) -> FitStatus | None:

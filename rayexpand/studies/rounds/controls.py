@@ -49,7 +49,8 @@ def may_have(kind: str, loop: LoopConfig, used: int | None) -> bool:
     rounds, method = loop.rounds, loop.run.method
     last = rounds.count if used is None else used
     guided = rounds.guided_from is not None and last >= rounds.guided_from
-    return {"uniform": guided or rounds.rule != "uniform",
+    aims = rounds.rule != "uniform" and (last > 1 or not READS[rounds.rule])
+    return {"uniform": guided or aims,
             "whole": rounds.stop is not None and last == rounds.count,
             "classes": guided or rounds.rule != "equal",
             "targets": bool(READS[rounds.rule]) and not rounds.permuted and last > 1,

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 from rayexpand.contract.errors import RayexpandError
 from rayexpand.runs.allocation import dealt_words
 from rayexpand.runs.joined import read_loop_facts, round_folder
-from rayexpand.runs.status import FolderStatus, driver_lines, duration, read_status
+from rayexpand.runs.status import FolderStatus, driver_lines, duration
 from rayexpand.storage.files import Files
 from rayexpand.storage.heartbeats import DriverSeen, drivers_in
 from rayexpand.storage.places import open_files
 from rayexpand.studies.rounds.decisions import RoundDecision, read_chain
-from rayexpand.studies.status import RunStage
+from rayexpand.studies.run_stage import RunStage, stage_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,8 @@ def read_loop_status(folder: str | Path, clock: Callable[[], float] = time.time)
         chain = read_chain(files, facts)
     except RayexpandError as error:
         problems.append(str(error))
-    rounds = tuple(RoundStatus(one, _stage_of(files, one.round, clock)) for one in chain if one.state == "run")
+    rounds = tuple(RoundStatus(one, stage_in(round_folder(files, one.round), f"{one.round:04d}", clock))
+                   for one in chain if one.state == "run")
     known = [one.run.status for one in rounds if one.run.status is not None]
     counts = {name: sum(getattr(one, name) for one in known) for name in ("kept", "rejected", "failed")}
     planned, count = sum(one.decision.planned for one in rounds), int(facts["config"]["rounds"]["count"])
@@ -93,16 +94,6 @@ def read_loop_status(folder: str | Path, clock: Callable[[], float] = time.time)
         str(facts["name"]), str(folder), rounds, count, _stage(files, rounds, count, ended), ended, planned, **counts,
         pending=pending, left=int(facts["planned"]) - planned, eta_seconds=0.0 if ended and not pending else last,
         drivers=tuple(drivers_in(files, problems, clock())), problems=tuple(problems))
-
-
-def _stage_of(files: Files, number: int, clock: Callable[[], float]) -> RunStage:
-    folder, name = round_folder(files, number), f"{number:04d}"
-    if open_files(folder).read("run.json") is None:
-        return RunStage(name)
-    try:
-        return RunStage(name, read_status(folder, clock))
-    except RayexpandError as error:
-        return RunStage(name, problem=str(error))
 
 
 def _stage(files: Files, rounds: tuple[RoundStatus, ...], count: int, ended: str) -> str:
