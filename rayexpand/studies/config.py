@@ -52,6 +52,7 @@ from rayexpand.studies.rounds.config import LoopConfig, RoundsConfig, contradict
 from rayexpand.studies.value_config import ValueArm, ValueConfig, ValuePrices, used_by, value_arms, value_problems
 
 REPEATED = "original repeated"  # how controls are called
+OVERSAMPLE = 2.5  # times as many unguided samples as guided ones, of which a control keeps as many (ours)
 
 
 class ArmConfig(Section):
@@ -126,8 +127,8 @@ class ExpansionConfig(Section):
                                      "is")
     rounds: Annotated[RoundsConfig | None, Later(None)] = Field(
         None, description="with a run configuration: make its samples in rounds, as a loop file says")
-    oversample: Annotated[float, Later(2.5)] = Field(
-        2.5, gt=1, description="with guided rounds: the control that keeps the samples of highest entropy makes so "
+    oversample: Annotated[float, Later(OVERSAMPLE)] = Field(
+        OVERSAMPLE, gt=1, description="with guided rounds: the control that keeps the samples of highest entropy makes so "
         "many times as many")
 
 
@@ -522,7 +523,7 @@ def _expansion_problems(config: StudyConfig) -> list[str]:
             problems += [f"{where}.{line}" for line in (_fit_problems(first_run(made), one.fit) if one.fit else ())]
             if isinstance(made, LoopConfig):
                 problems += [f"{where}.{line.removeprefix('run.')}" for line in contradictions(made)]
-        if one.oversample != 2.5 and (one.rounds is None or one.rounds.guided_from is None):
+        if one.oversample != OVERSAMPLE and (one.rounds is None or one.rounds.guided_from is None):
             problems.append(f"{where}.oversample: has no effect without rounds.guided_from; take it out")
     return problems
 

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 from rayexpand.contract.errors import DamagedFile, RayexpandError, UsageError, looked_at
 from rayexpand.fitting.maker import ARTIFACTS
 from rayexpand.fitting.status import FitStatus, read_fits
+from rayexpand.runs.joined import LOOP
 from rayexpand.runs.status import FolderStatus, driver_lines, duration
 from rayexpand.storage.files import Files, each
 from rayexpand.storage.heartbeats import DriverSeen, drivers_in
 from rayexpand.storage.places import is_url, open_files
 from rayexpand.storage.tables import read_json
-from rayexpand.studies.rounds.decisions import FACTS as LOOP
 from rayexpand.studies.rounds.status import read_loop_status
 from rayexpand.studies.run_stage import RunStage, stage_in
 

@@ -29,17 +29,20 @@ from rayexpand.contract.settings import digest
 from rayexpand.loader.training_set import RowSource
 from rayexpand.runs.allocation import READS, Allocate, deal
 from rayexpand.runs.config import RunConfig, semantic
+from rayexpand.runs.joined import round_folder
 from rayexpand.runs.plan import planned_copies
 from rayexpand.runs.run import RoundPart, open_run
 from rayexpand.runs.status import class_counts, view_run
 from rayexpand.storage.tables import healthy_json
 from rayexpand.studies.rounds.config import LoopConfig
-from rayexpand.studies.rounds.decisions import RoundDecision, read_dealt, round_folder
+from rayexpand.studies.rounds.decisions import RoundDecision, read_dealt
 from rayexpand.studies.rounds.loop import Loop, round_config
 
 KINDS = {"uniform": "one-shot uniform", "whole": "one-shot whole budget", "classes": "one-shot equal per class",
          "targets": "random targets", "direction": "random direction", "pruned": "over-sampled and pruned"}
 PRUNED = "pruned"  # the selection of a pool
+# How runs are called that are made of a round, and the controls that they belong to.
+CALLED = {"random-targets": "targets", "random-direction": "direction", "pool": "pruned"}
 
 Remade = tuple[RunConfig, RoundPart | None]  # a run of a control, with what it is dealt where it is of a round
 
