@@ -128,8 +128,8 @@ class ExpansionConfig(Section):
     rounds: Annotated[RoundsConfig | None, Later(None)] = Field(
         None, description="with a run configuration: make its samples in rounds, as a loop file says")
     oversample: Annotated[float, Later(OVERSAMPLE)] = Field(
-        OVERSAMPLE, gt=1, description="with guided rounds: the control that keeps the samples of highest entropy makes so "
-        "many times as many")
+        OVERSAMPLE, gt=1, description="with guided rounds: the control that keeps the samples of highest entropy makes "
+        "so many times as many")
 
 
 class SamplesConfig(DistanceConfig):
@@ -436,8 +436,8 @@ def _round_problems(config: StudyConfig, arm: ArmConfig) -> list[str]:
         problems.append(f"rounds: {arm.group} is not made in rounds; give it a section rounds, or say ratio")
     if arm.rounds == [] or len(set(asked)) < len(asked):
         problems.append(f"rounds: {asked} must name rounds, each once")
-    if asked and arm.ratio is not None:
-        problems.append("rounds: says how many samples are taken, and so does ratio; leave one out")
+    problems += [f"ratio: {name} is made in rounds, so how many samples are taken is said by rounds; take it out"
+                 for name in loops if arm.ratio is not None]
     problems += [f"rounds: {one} asked for, and {name} has 1 to {rounds.count}" for name, rounds in loops.items()
                  for one in asked if not 1 <= one <= rounds.count]
     problems += [f"{field}: is made of one run, and {name} is several, its rounds; take it out" for name in loops
