@@ -217,16 +217,25 @@ def drive_rounds_with(loop: Loop, drive: Driver, heartbeat: Heartbeat, progress:
     from rayexpand.studies.rounds.learning import Learning
     from rayexpand.studies.rounds.loop import drive_loop
 
+    def told(number: int, task: str, done: int, total: int, facts: Mapping[str, int] | None = None,
+             rate: float | None = None) -> None:
+        progress(f"expanding {loop.config.name}, round {number}", done, total, facts, rate)
+
+    def pages(run: Run) -> None:
+        write_card(str(run.folder))
+        write_report(str(run.folder))
+
     def made(run: Run) -> None:
         if not pending_jobs(run):
             check_budget(run, tally_of(run))
             return
         try:
             with heartbeat.also_in(run.files):
-                drive(begun(run), progress)
-        finally:
-            write_card(str(run.folder))
-            write_report(str(run.folder))
+                drive(begun(run), partial(told, run.facts["follows"]["round"]))
+        except OverBudget:
+            pages(run)
+            raise
+        pages(run)
 
     return drive_loop(loop, Learning(train_by(ray, progress)), made, progress, device_here=not ray)
 

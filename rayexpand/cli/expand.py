@@ -30,6 +30,8 @@ def expand(file: File, set_: Set = None, machine: Machine = None, trust: Trust =
         rayexpand expand my.yaml --no-ray --set method.ratio=2
 
         rayexpand expand my.yaml --machine cluster.yaml
+
+        rayexpand expand jobs/digits/loop.yaml --no-ray
     """
     from rayexpand import api
     from rayexpand.cli.progress import Progress

@@ -33,6 +33,7 @@ from rayexpand.contract.errors import (
     RayexpandError,
     SeedDataError,
     StorageError,
+    UsageError,
 )
 from rayexpand.contract.protocols import Tools
 from rayexpand.contract.schema import SEED_REASONS, Reason, Receipt, SeedIndex
@@ -286,6 +287,8 @@ def prepare(config: RunConfig, on_model: Callable[[str, int, int], None] | None 
                              planned=_has_started(config) and not config.grow):
         raise ConfigError(where or config.name, problems)
     files = open_files(config.folder, single_writer=config.store.single_writer)
+    if first_look(files, "rounds.json") is not None:
+        raise UsageError(f"{config.folder} holds a loop, whose rounds are runs below it; give this run another `name`")
     plan, dataset, begun = None, dict[str, Any](), first_look(files) is not None
     if not begun or config.grow:
         index, dataset = seeds.surveyed(config.data) if part is None else (part.index, part.dataset)

@@ -193,7 +193,9 @@ def driver_lines(drivers: Iterable[DriverSeen], problems: Iterable[str]) -> list
 def history(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How the copies of a run came about, (what, in words): nothing where it was begun with what its method plans.
     `run`: its run.json."""
-    return [*([("dealt", dealt_words(run["dealt"]))] if "dealt" in run else []),
+    return [*([("round", f"{run['follows']['round']} of a loop, by decision {run['follows']['decision'][:8]}")]
+              if "follows" in run else []),
+            *([("dealt", dealt_words(run["dealt"]))] if "dealt" in run else []),
             *([("grown", grown_words(run))] if "grown" in run else [])]
 
 

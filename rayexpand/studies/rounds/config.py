@@ -86,6 +86,9 @@ class RoundsConfig(Section):
         if on_validation != (self.validation is not None):
             raise ValueError("validation: is missing; stop.on: validation compares rounds on it" if on_validation else
                              "validation: has no effect without stop: {on: validation}; take it out")
+        if self.scores_seeds and self.scores.folds == 1 and self.stop is not None and self.stop.on == "folds":
+            raise ValueError("stop.on: folds compares seeds that were held out, and with scores.folds: 1 none is; "
+                             "raise scores.folds, or compare on validation")
         unused = {"guide": self.guide is not None and not self.trains_guide,
                   "stop": self.stop is not None and self.count == 1,
                   "scores": self.scores != Scoring() and not (

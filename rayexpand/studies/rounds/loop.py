@@ -130,6 +130,8 @@ def open_loop(config: LoopConfig, on_model: Progress | None = None, *, device_he
     """
     files = open_files(config.folder, single_writer=config.run.store.single_writer)
     begun = files.read(LOOP) is not None
+    if other := next((one for one in ("run", "study", "sweep") if files.read(f"{one}.json") is not None), ""):
+        raise UsageError(f"{config.folder} holds a {other}; give the loop another run.name")
     if problems := loop_preflight(config, device_here=device_here, begun=begun):
         raise ConfigError(config.name, problems)
     index, dataset = seeds.surveyed(config.run.data)

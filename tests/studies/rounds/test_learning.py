@@ -33,8 +33,8 @@ TEST = {"source": "digits", "split": "test", "per_class": 3}
 
 def digits_loop(out: Path, name: str = "loop", method: str = "Fake", rounds: dict[str, Any] = LOSS,
                 **fields: Any) -> LoopConfig:
-    run = small_run(Path(), out, method, name=name, data={"source": "digits", "per_class": 2},
-                    **{"ratio": 6, "shard_images": 20, **fields})
+    run = small_run(Path(), out, method, name=name, **{"data": {"source": "digits", "per_class": 2}, "ratio": 6,
+                                                       "shard_images": 20, **fields})
     return LoopConfig(run=run, rounds=RoundsConfig(**rounds))
 
 
@@ -203,6 +203,8 @@ def test_what_keeps_classifiers_from_being_trained_is_said_before_the_first_roun
         open_loop(digits_loop(tmp_path, rounds={**LOSS, "scores": {**SCORES, "recipe": wrong}}))
     with pytest.raises(UsageError, match="group"):
         open_loop(digits_loop(tmp_path, rounds={**LOSS, "scores": {**SCORES, "group": str(tmp_path / "no.csv")}}))
+    with pytest.raises(UsageError, match="no class has two images"):
+        open_loop(digits_loop(tmp_path, data={"source": "digits", "per_class": 1}))
     assert not (tmp_path / "loop").exists()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayexpand.contract.errors import ConfigError, DamagedFile, DigestMismatch, OverBudget
+from rayexpand.contract.errors import ConfigError, DamagedFile, DigestMismatch, OverBudget, UsageError
 from rayexpand.runs import run as runs
 from rayexpand.runs.allocation import Allocate
 from rayexpand.runs.config import parse, resolved
@@ -187,6 +187,17 @@ def test_the_plan_of_a_round_comes_back_from_its_decision(make_loop: MakeLoop) -
     finished(config)
     again = rounds_of(loop)[1].plan
     assert (np.array_equal(again.first, run.plan.first), again.copies.tolist()) == (True, [3] * 20)
+
+
+def test_a_run_and_a_loop_do_not_share_a_folder(make_loop: MakeLoop) -> None:
+    config = make_loop(rounds={"count": 2})
+    complete(config.run)
+    with pytest.raises(UsageError, match=r"holds a run; give the loop another run\.name"):
+        open_loop(config)
+    other = make_loop(rounds={"count": 2}, name="other")
+    open_loop(other)
+    with pytest.raises(UsageError, match="holds a loop"):
+        complete(other.run)
 
 
 @pytest.mark.slow
