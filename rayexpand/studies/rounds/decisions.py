@@ -113,7 +113,7 @@ def read_chain(files: Files, facts: Mapping[str, Any]) -> list[RoundDecision]:
                 "other. What differs:", *differs, "Put back the file that was here"]))
         chain.append(decision)
         before = decision.sha256
-    if later := [name for name in files.list("decisions") if re.fullmatch(r"\d{4}\.json", name)][len(chain):]:
+    if later := sorted(name for name in files.list("decisions") if re.fullmatch(r"\d{4}\.json", name))[len(chain):]:
         raise DamagedFile(f"{files.at(decision_name(len(chain) + 1))}: is gone, and {max(later)} is there. Restore it "
                           "from a copy")
     return chain

@@ -4,7 +4,7 @@ Decision r rests on trainings r000r-fold0, ... (cross_fit.py) and r000r-guide, t
 they gave is published without overwriting before the decision, and it says which samples it saw:
 
     scores/000r.parquet               of the seeds
-    scores/000r-validation.parquet    label, right: answers of r000r-guide for the validation images
+    scores/000r-validation.parquet    label, margin: answers of r000r-guide for the validation images
     artifacts/classifier-<digest8>    r000r-guide, as methods are guided by it
 """
 
@@ -54,21 +54,18 @@ class Learning:
     def __call__(self, loop: Loop, chain: Sequence[RoundDecision], earlier: Sequence[Run],
                  seen: tuple[Seen, ...]) -> Learned:
         rounds, work = loop.config.rounds, _Work(loop, len(chain) + 1, earlier, seen, self.train)
-        files, tables, learned = dict[str, str](), list[tuple[str, pa.Table]](), Learned(seen=seen)
-        if rounds.scores_seeds and earlier:
-            tables.append(work.scores())
-        if rounds.stop is not None and rounds.stop.on == "validation" and earlier:
-            tables.append(work.validated())
-        for name, table in tables:
-            files[name] = file_sha256(loop.files, name)
-            learned = replace(learned, seen=_seen(table), files=dict(files))
+        on = rounds.stop.on if rounds.stop is not None else ""
+        made = [work.scores()] if rounds.scores_seeds and earlier else []
+        made += [work.validated()] if on == "validation" and earlier else []
+        learned = Learned(files={name: file_sha256(loop.files, name) for name, _ in made},
+                          seen=_seen(made[0][1]) if made else seen)
         if rounds.stop is not None and earlier:
-            right = [_right(table_in(loop.files, name, sha256)) for one in chain for name, sha256 in one.scores.items()
-                     if _is_compared(name, rounds.stop.on)]
-            gain = gain_of(rounds.stop, [*right, _right(tables[-1][1])], chain[-1].gain)
+            before = [table_in(loop.files, name, sha256) for one in chain for name, sha256 in one.scores.items()
+                      if _is_compared(name, on)]
+            gain = gain_of(rounds.stop, [*map(_right, before), _right(made[-1][1])], chain[-1].gain)
             learned = replace(learned, gain=gain, stop=stops(rounds.stop, gain))
         if READS[rounds.rule] and earlier:
-            learned = replace(learned, scores=tables[0][1])
+            learned = replace(learned, scores=made[0][1])
         if work.is_guided and not learned.stop:
             learned = replace(learned, guide=work.guide())
         return learned
