@@ -15,6 +15,7 @@ from rayexpand.storage.places import open_files
 from rayexpand.studies.comparisons import MIN_SEEDS, joint_answers
 from rayexpand.studies.config import StudyConfig
 from rayexpand.studies.results import StudyView, is_valued, note_of, read_study
+from rayexpand.studies.rounds.in_study import foreseen_controls
 from rayexpand.studies.trials import arms_of
 from rayexpand.studies.value_config import sizes_in
 
@@ -89,7 +90,8 @@ def foreseen(config: StudyConfig, images: int | None = None) -> dict[str, Any]:
             noise = _measured_in(config.folder)
         except UsageError:
             noise = None  # study.json is damaged, which `train` says and mends
-    judged = sum(1 + one.is_controlled for one in arms_of(config) if one.value is None)
+    arms = [one for one in arms_of(config) if one.value is None]
+    judged = sum(1 + one.is_controlled for one in arms) + len(foreseen_controls(config, arms))
     return sight(max(images, 2), len(config.seeds), noise, judged - 1)
 
 

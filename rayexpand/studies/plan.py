@@ -18,19 +18,25 @@ from rayexpand.evaluation.select_rules import BY_GUIDE
 from rayexpand.fitting.config import fit_config
 from rayexpand.fitting.costs import features_pass
 from rayexpand.fitting.plan import fit_stages
-from rayexpand.runs.amounts import unit_of, work_of
+from rayexpand.runs.amounts import unit_of
 from rayexpand.runs.config import RunConfig
-from rayexpand.runs.estimate import first_draws, stand_in
+from rayexpand.runs.estimate import stand_in
+from rayexpand.runs.joined import is_loop
 from rayexpand.runs.plan import planned_copies
-from rayexpand.runs.run import measured, open_run
-from rayexpand.runs.stages import PlanStage, Sizes, Stages, shares_of, timed, unknown
+from rayexpand.runs.run import open_run
+from rayexpand.runs.stages import PlanStage, Sizes, Stages, timed, unknown
 from rayexpand.runs.status import view_run
 from rayexpand.runs.store import first_look
-from rayexpand.runs.work import peak_tflops
 from rayexpand.storage.places import open_files
-from rayexpand.studies.config import ExpansionConfig, StudyConfig, run_config
+from rayexpand.studies.config import ExpansionConfig, StudyConfig, expansion_config, first_run, run_config
 from rayexpand.studies.foresight import foreseen, real_sizes
+from rayexpand.studies.parts import Arm
 from rayexpand.studies.priors import prior_task
+from rayexpand.studies.rounds.config import LoopConfig
+from rayexpand.studies.rounds.costs import control_stages, loop_stages
+from rayexpand.studies.rounds.in_study import foreseen_controls
+from rayexpand.studies.rounds.status import read_loop_status
+from rayexpand.studies.run_costs import run_stage
 from rayexpand.studies.trainings import Training, results_of, training_stage, trainings_of
 from rayexpand.studies.trials import arms_of
 
@@ -89,6 +95,7 @@ def plan_study(config: StudyConfig) -> StudyPlan:
         if name in config.used:
             made, copies[name] = expansion_stages(config, name, one, listed)
             stages += made
+    stages += _control_stages(config, arms, listed)
     stages += _selection_stages(config, listed, copies) + _sample_stages(config, listed, copies)
     trainings = trainings_of(config, arms, listed.sizes.images, copies, results)
     if isinstance(trainings, str):
@@ -102,6 +109,22 @@ def plan_study(config: StudyConfig) -> StudyPlan:
     return StudyPlan([one.name for one in arms], config.seeds, len(arms) * seeds, controls * seeds,
                      sum(seeds - len(one.seeds) for one in trainings), foreseen(config, listed.tests),
                      timed(stages, config.estimate))
+
+
+def _control_stages(config: StudyConfig, arms: list[Arm], listed: Listed) -> list[PlanStage]:
+    """Samples of the controls of loops, until these are there. Arms of some of the rounds take theirs of the same
+    runs."""
+    found, seeds = dict[str, PlanStage](), listed.runs(config)
+    for arm in foreseen_controls(config, arms):
+        for name in (one for one in arm.config.uses if config.expansions[one].rounds is not None):
+            made = expansion_config(config, name, config.expansions[name], seeds[0], config.data)
+            missing = [seed for seed in seeds if not is_loop(f"{config.folder}/runs/{name}-{seed}")]
+            if isinstance(made, LoopConfig) and missing:
+                loop = made.model_copy(update={"run": asked_as(config, made.run)})
+                found |= {one.name: one for one in control_stages(
+                    name, loop, arm.stands_for, listed.first, planned_of(first_run(made), listed.first),
+                    config.expansions[name].oversample, len(missing))}
+    return list(found.values())
 
 
 def listed_for(config: StudyConfig) -> Listed:
@@ -140,9 +163,10 @@ def expansion_stages(config: StudyConfig, name: str, one: ExpansionConfig,
             return [unknown(f"expand {name}", "", f"{one.run} is not there yet; plan it with its own file")], None
         return [], plan.planned / max(len(plan.index), 1)
     seeds = listed.runs(config)
-    first = asked_as(config, run_config(config, name, one, seeds[0], config.data))
+    made = expansion_config(config, name, one, seeds[0], config.data)
+    first = asked_as(config, first_run(made))
     planned = planned_of(first, listed.first)
-    pending = [share for seed in seeds if (share := _pending(run_config(config, name, one, seed, config.data)))]
+    pending = [share for seed in seeds if (share := _pending(expansion_config(config, name, one, seed, config.data)))]
     copies = planned / max(listed.sizes.images, 1)
     if not pending:
         return [PlanStage(f"expand {name}", f"{planned * len(seeds):,} images are there", unit_of(first), (0.0, 0.0),
@@ -150,26 +174,11 @@ def expansion_stages(config: StudyConfig, name: str, one: ExpansionConfig,
     fresh = sum(share == 1.0 for share in pending)
     stages = [replace(stage, name=f"{stage.name} of {name}", times=fresh, hours=_times(stage.hours, fresh))
               for stage in _fits_of(config, one, first, listed) if fresh]
+    if isinstance(made, LoopConfig):
+        loop = made.model_copy(update={"run": asked_as(config, made.run)})
+        return [*stages, *loop_stages(name, loop, listed.first, planned, len(pending), sum(pending))], copies
     return [*stages, run_stage(f"expand {name}", first, listed.first, planned, len(pending), sum(pending),
                                f"expansions.{name}.estimate")], copies
-
-
-def run_stage(name: str, made: RunConfig, index: SeedIndex, planned: int, times: int, share: float,
-              where: str) -> PlanStage:
-    """Of `times` runs of so many images, of which the share is still to be made. `where`: its section `estimate`."""
-    work = work_of(made, seeds=len(index), planned=planned, measured=measured(made),
-                   draws=first_draws(made, index, planned))
-    what = f"{round(share * planned):,} images" + (f" in {times} runs" if times > 1 else "")
-    hours = [share * planned / rate / 3600 for rate in sorted(work.rates, reverse=True)]
-    source = work.notes["gpu_hours"] if hours else (
-        f"no rate is known: run a part of it, `rayexpand bench` a file of its own, or set {where}.images_per_second")
-    if work.petaflop is not None and len(hours) > 1:
-        _, source = shares_of(1000 * share * work.petaflop, made.estimate, peak_tflops(made), "peak_share")
-        source += f"; {work.notes['petaflop']}"
-    return PlanStage(name, what, unit_of(made), (hours[0], hours[-1]) if hours else None, source,
-                     tasks=max(1, round(work.shards * share / times)), times=times,
-                     bytes=None if work.bytes is None else round(work.bytes * share),
-                     petaflop=None if work.petaflop is None else work.petaflop * share)
 
 
 def asked_as(config: StudyConfig, made: RunConfig) -> RunConfig:
@@ -186,8 +195,13 @@ def _times(hours: tuple[float, float] | None, times: int) -> tuple[float, float]
     return None if hours is None else (times * hours[0], times * hours[1])
 
 
-def _pending(made: RunConfig) -> float:
-    """Share of the samples of a run that is still to be made."""
+def _pending(made: RunConfig | LoopConfig) -> float:
+    """Share of the samples of a run or a loop that is still to be made."""
+    if isinstance(made, LoopConfig):
+        if not is_loop(made.folder):
+            return 1.0
+        seen = read_loop_status(made.folder)
+        return 0.0 if seen.complete else (seen.pending + seen.left) / max(seen.planned + seen.left, 1)
     if first_look(open_files(made.folder)) is None:
         return 1.0
     totals = view_run(made.folder).totals

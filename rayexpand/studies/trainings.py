@@ -21,6 +21,8 @@ from rayexpand.storage.tables import healthy_json
 from rayexpand.studies.baselines import UNTRAINED
 from rayexpand.studies.config import StudyConfig
 from rayexpand.studies.parts import Arm
+from rayexpand.studies.rounds.controls import KINDS
+from rayexpand.studies.rounds.in_study import foreseen_controls
 from rayexpand.studies.value_config import updates_of
 
 
@@ -57,7 +59,7 @@ def trainings_of(config: StudyConfig, arms: Sequence[Arm], real: int, copies: Ma
     expansion. A word of what is missing where rows of an arm are unknown."""
     rows: dict[str, int] = {}
     for arm in arms:
-        if isinstance(count := _epoch_rows(arm, real, copies), str):
+        if isinstance(count := _epoch_rows(config, arm, real, copies), str):
             return count
         rows[arm.name] = count
     found, served = list[Training](), set[tuple[int, str]]()
@@ -74,6 +76,8 @@ def trainings_of(config: StudyConfig, arms: Sequence[Arm], real: int, copies: Ma
         if arm.is_controlled and key not in served:
             served.add(key)
             found.append(_training(config, arm.name, arm.recipe, rows[arm.name], None, results))
+    found += [_training(config, f"{KINDS[one.stands_for]} for {one.name}", one.recipe, rows[one.name], one, results)
+              for one in foreseen_controls(config, arms)]
     return found
 
 
@@ -116,16 +120,20 @@ def _training(config: StudyConfig, name: str, recipe: Recipe, rows: int, arm: Ar
               results: Sequence[Mapping[str, Any]]) -> Training:
     """`arm` None: the control of the arm of that name."""
     said = recipe.model_dump(mode="json")
+    kind = arm.stands_for if arm is not None else ""
+    of = name if arm is None or not kind else arm.name  # which arm it is, or the control of
     done = {one["seed"] for one in results if one["recipe"] == said and (
-        one["arm"] == name if arm is not None else one.get("control_of") == name)}
+        one["arm"] == of if arm is not None and not kind else one.get("control_of") == of
+        and (one.get("rounds") or {}).get("stands_for", "") == kind)}
     batch = max(1, min(recipe.batch, rows))
     steps = recipe.updates or recipe.epochs * (rows // batch)
     if arm is not None and arm.baseline is not None and arm.baseline.kind in UNTRAINED:
         steps = 0
-    return Training(name, recipe, steps, batch, tuple(seed for seed in config.seeds if seed not in done), arm is None)
+    return Training(name, recipe, steps, batch, tuple(seed for seed in config.seeds if seed not in done),
+                    arm is None or bool(kind))
 
 
-def _epoch_rows(arm: Arm, real: int, copies: Mapping[str, float | None]) -> int | str:
+def _epoch_rows(config: StudyConfig, arm: Arm, real: int, copies: Mapping[str, float | None]) -> int | str:
     """Rows of an epoch, if everything planned is kept."""
     if arm.value is not None:
         return max(1, round(real * (2 if arm.value.role == "repeated" else arm.value.size) + arm.value.ratio * real))
@@ -137,7 +145,9 @@ def _epoch_rows(arm: Arm, real: int, copies: Mapping[str, float | None]) -> int 
         if made is None and arm.copies is None:
             return (f"expansions.{name}: its run is not there yet, and nothing says how many samples it has; give its "
                     "arms a ratio")
-        synthetic += min(one for one in (made, arm.copies) if one is not None)
+        loop = config.expansions[name].rounds
+        synthetic += min(one for one in (made, arm.copies) if one is not None) * (
+            1.0 if loop is None else loop.share_of(arm.rounds))
     return max(1, round(real * arm.config.real + real * synthetic * arm.config.weight))
 
 

@@ -109,6 +109,11 @@ class RoundsConfig(Section):
         """Whether seeds are scored between rounds."""
         return self.count > 1 and (bool(READS[self.rule]) or (self.stop is not None and self.stop.on == "folds"))
 
+    def share_of(self, used: int | None) -> float:
+        """The part of the budget that so many rounds spend; None: all that are made."""
+        shares = self.shares or [1.0] * self.count
+        return sum(shares[:self.count if used is None else min(used, self.count)]) / sum(shares)
+
     @property
     def trains_guide(self) -> bool:
         """Whether a classifier is trained on everything there is."""

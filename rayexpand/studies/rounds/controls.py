@@ -61,6 +61,19 @@ def may_have(kind: str, loop: LoopConfig, used: int | None) -> bool:
             "pruned": guided}[kind]
 
 
+def unguided(loop: LoopConfig) -> RunConfig:
+    """The run of a loop without guidance."""
+    if loop.rounds.guided_from is None:
+        return loop.run
+    return loop.run.model_copy(update={"method": loop.run.method.model_copy(update={"omega": 0.0})})
+
+
+def one_shot(loop: LoopConfig, kind: str) -> RunConfig:
+    """The run of the controls `uniform` and `classes`, but for its place."""
+    allocate = Allocate(rule="equal", cap=loop.rounds.allocate.cap) if kind == "classes" else None
+    return unguided(loop).model_copy(update={"allocate": allocate})
+
+
 @dataclass(frozen=True)
 class Beside:
     """A loop of a study that has ended, and what stands beside it."""
@@ -151,19 +164,13 @@ class Beside:
 
     def _one_shot(self, kind: str) -> RunConfig:
         """A run of the whole budget, the same for all loops of one method."""
-        run = self.loop.config.run
-        allocate = Allocate(rule="equal", cap=self.loop.config.rounds.allocate.cap) if kind == "classes" else None
-        made = self._unguided(run).model_copy(update={"allocate": allocate, "out": self.out})
+        made = one_shot(self.loop.config, kind)
         called = "per-class" if kind == "classes" else "one-shot"
-        return made.model_copy(update={"name": f"{called}-{digest([semantic(made), made.artifacts])[:8]}"})
+        name = f"{called}-{digest([semantic(made), made.artifacts])[:8]}"
+        return made.model_copy(update={"name": name, "out": self.out})
 
     def _copies_of(self, kind: str) -> np.ndarray:
         return planned_copies(self.loop.index, self._one_shot(kind))[0]
-
-    def _unguided(self, run: RunConfig) -> RunConfig:
-        if self.loop.config.rounds.guided_from is None:
-            return run
-        return run.model_copy(update={"method": run.method.model_copy(update={"omega": 0.0})})
 
     def _dealt(self, decision: RoundDecision) -> tuple[np.ndarray, np.ndarray]:
         """Copies and first copies of each seed."""
@@ -207,7 +214,7 @@ class Beside:
                 copies_N, first_N = self._dealt(one)
                 next_N = first_N.astype(np.int64) if next_N is None else next_N
                 many_N = deal(copies_N, round(self.oversample * one.planned), key_N)
-                yield self._again(one, "pool", self._unguided(self.loop.config.run), many_N, next_N)
+                yield self._again(one, "pool", unguided(self.loop.config), many_N, next_N)
                 next_N = next_N + many_N
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from rayexpand.contract.errors import DigestMismatch
 from rayexpand.contract.protocols import Progress
+from rayexpand.contract.settings import digest
 from rayexpand.evaluation import select as selecting
 from rayexpand.evaluation import select_scores
 from rayexpand.evaluation.select_scores import Score
+from rayexpand.runs.config import semantic
 from rayexpand.runs.run import Run, pending_jobs, prepare
+from rayexpand.studies.config import StudyConfig, expansion_config
 from rayexpand.studies.parts import Arm, Study
 from rayexpand.studies.rounds.config import LoopConfig
-from rayexpand.studies.rounds.controls import KINDS, Beside, Remade
+from rayexpand.studies.rounds.controls import KINDS, Beside, Remade, may_have, one_shot
 
 
 def loops_of(study: Study, arm: Arm, seed: int) -> list[Beside]:
@@ -32,6 +36,23 @@ def kinds_of(study: Study, arm: Arm) -> list[str]:
     loops = [loop for seed in study.config.seeds for loop in loops_of(study, arm, seed)]
     return [kind for kind in KINDS if any(loop.has(kind, arm.rounds) for loop in loops)
             and (kind != "whole" or any(loop.stopped for loop in loops))]
+
+
+def foreseen_controls(config: StudyConfig, arms: Sequence[Arm]) -> list[Arm]:
+    """The controls of their loops that arms will have, as far as the configuration says; what they share once. Where a
+    loop will stop, and whether as many of each class is what the method plans, is not known yet."""
+    found = dict[tuple[str, ...], Arm]()
+    for arm in arms:
+        loops = [made for name in arm.config.uses if (one := config.expansions[name]).rounds is not None and isinstance(
+            made := expansion_config(config, name, one, config.seeds[0], config.data), LoopConfig)]
+        for kind in KINDS if arm.config.control else ():
+            if kind == "whole" or not any(may_have(kind, one, arm.rounds) for one in loops):
+                continue
+            shared = [digest(semantic(one_shot(one, kind))) + f"{one.rounds.share_of(arm.rounds):g}" for one in loops]
+            key = (kind, digest(arm.recipe.model_dump(mode="json")), *(
+                shared if kind in ("uniform", "classes") else [arm.name]))
+            found.setdefault(key, replace(arm, control_of=arm.name, stands_for=kind))
+    return list(found.values())
 
 
 def control_runs(study: Study, arms: Sequence[Arm]) -> list[Remade]:
