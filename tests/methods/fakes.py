@@ -176,6 +176,7 @@ class Practised(Fake):
     """Guided by a classifier: a picture is as much brighter as its seed's probabilities are uneven."""
 
     omega: float = 4.0
+    direction: str = "gradient"  # random: each picture by a number of its own
 
     def needs(self) -> frozenset[str]:
         return frozenset({"guide"} if self.omega else ())
@@ -188,6 +189,8 @@ class Practised(Fake):
             images = torch.from_numpy(np.stack(batch.images)).permute(0, 3, 1, 2) / 255
             with torch.inference_mode():
                 top_B = tools.guide.logits(images).softmax(1).max(1).values.tolist()
+            if self.direction == "random":
+                top_B = [float(rng("direction").random()) for rng in batch.rngs]
             made.images = [np.clip(image + self.omega * 10 * top, 0, 255).astype(np.uint8)
                            for image, top in zip(made.images, top_B, strict=True)]
         return made
