@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayexpand.api.cluster import submit
-    from rayexpand.api.folders import AuditFolder, LoopFolder, RunFolder, StudyFolder, SweepFolder, open
+    from rayexpand.api.folders import AuditFolder, StudyFolder, SweepFolder, open
     from rayexpand.api.results import (
         Artifact,
         Audited,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Scores,
         Selected,
     )
+    from rayexpand.api.runs import LoopFolder, RunFolder
     from rayexpand.api.statuses import status
     from rayexpand.api.verbs import (
         audit,

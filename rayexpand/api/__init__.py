@@ -12,7 +12,7 @@ changes the folder. Errors are RayexpandError with `.exit_code`.
 from rayexpand.api.cluster import cluster_jobs, follow, rayjob, stop, submit
 from rayexpand.api.endpoint import serve_metrics
 from rayexpand.api.files import first_file, job_files, job_text, jobs_named_by, schema, write_new
-from rayexpand.api.folders import AuditFolder, LoopFolder, RunFolder, StudyFolder, SweepFolder, open
+from rayexpand.api.folders import AuditFolder, StudyFolder, SweepFolder, open
 from rayexpand.api.live import serve_status
 from rayexpand.api.pages import pictures
 from rayexpand.api.results import (
@@ -29,6 +29,7 @@ from rayexpand.api.results import (
     Scores,
     Selected,
 )
+from rayexpand.api.runs import LoopFolder, RunFolder
 from rayexpand.api.statuses import status
 from rayexpand.api.verbs import (
     audit,

@@ -49,6 +49,19 @@ class Result:
         return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>" + below
 
 
+class Paged(Result):
+    """A folder with a page, which the verb that made it has written."""
+
+    folder: str
+
+    @property
+    def page(self) -> str:
+        """Where the page is."""
+        from rayexpand.storage.places import open_files
+
+        return str(open_files(self.folder).at("report.html"))
+
+
 @dataclass(frozen=True)
 class Checked(Result):
     """A file with every default filled in, what its dataset holds, and what is wrong with the world around it."""

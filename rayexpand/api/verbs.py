@@ -22,7 +22,8 @@ from rayexpand.api.driving import (
     train_by,
 )
 from rayexpand.api.files import Job, Set, config_of, data_of, parsed, preflight, read_job, where_of
-from rayexpand.api.folders import LoopFolder, RunFolder, StudyFolder, SweepFolder, drive_to_end, loop_to_end
+from rayexpand.api.folders import StudyFolder, SweepFolder
+from rayexpand.api.folders import open as open_folder
 from rayexpand.api.results import (
     Artifact,
     Audited,
@@ -36,6 +37,7 @@ from rayexpand.api.results import (
     Scores,
     Selected,
 )
+from rayexpand.api.runs import LoopFolder, RunFolder, drive_to_end, loop_to_end
 from rayexpand.contract.errors import EXIT_FAILURE, ConfigError, RayexpandError, UsageError
 from rayexpand.contract.secrets import secret_problems
 
@@ -237,7 +239,8 @@ def audit(job: Job, *, set: Set = (), machine: Job | None = None, ray: bool | st
         machines = machines_with(ray, config.cluster, drive, progress)
         found = audits.audit(config, find_with(ray, config.cluster), machines, progress)
     if config.audit.run is not None:
-        folder = RunFolder(config.audit.run)
+        folder = open_folder(config.audit.run)
+        assert isinstance(folder, RunFolder | LoopFolder)
         folder.card()
         folder.report()
     if config.audit.membership is not None:
@@ -331,9 +334,9 @@ def report(job: Job, *, set: Set = ()) -> str:
     return str(write_pivot_report(config_of("pivot", job, set, None)))
 
 
-def dataset(run: str | os.PathLike[str] | RunFolder, selection: str | None = None,
+def dataset(run: str | os.PathLike[str] | RunFolder | LoopFolder, selection: str | None = None,
             real: bool | Mapping[str, Any] | None = None, *, copies: int | None = None) -> SampleDataset:
-    """Samples of a finished run as a torch dataset of (image uint8 (3, H, W), soft label float32 (K,), facts).
+    """Samples of a finished run or loop as a torch dataset of (image uint8 (3, H, W), soft label float32 (K,), facts).
 
     `selection`: only what this decision keeps; `copies`: the first so many of each seed; `real`: True puts the run's
     own seeds before them, a mapping any `data` section with the same classes.
@@ -341,13 +344,13 @@ def dataset(run: str | os.PathLike[str] | RunFolder, selection: str | None = Non
     from rayexpand.data import seeds
     from rayexpand.loader.dataset import SampleDataset
     from rayexpand.loader.training_set import RowSource
-    from rayexpand.runs.run import open_run
+    from rayexpand.runs.joined import open_samples
     from rayexpand.studies.samples import training_set
 
-    folder = run.folder if isinstance(run, RunFolder) else os.fspath(run)
+    folder = run.folder if isinstance(run, RunFolder | LoopFolder) else os.fspath(run)
     parts = [RowSource(run=folder, selection=selection, copies=copies)]
     if real is not None and real is not False:
-        data = open_run(folder).config.data if real is True else seeds.DataConfig(**real)
+        data = open_samples(folder).config.data if real is True else seeds.DataConfig(**real)
         parts.append(RowSource(seeds=(seeds.build_index(data), data)))
     return SampleDataset(training_set(parts))
 

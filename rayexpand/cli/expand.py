@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from rayexpand.cli.app import app
-from rayexpand.cli.options import File, Folder, Json, LogJson, Machine, Metrics, NoRay, Set, Trust
+from rayexpand.cli.options import File, Folder, Json, LogJson, Machine, Metrics, NoRay, Set, Trust, samples_in
 from rayexpand.cli.show import quiet_stdout, show, show_json, show_table, warn
 from rayexpand.contract.errors import Stopped, UsageError
 
@@ -48,12 +48,9 @@ def retry(folder: Folder, set_: Set = None, trust: Trust = None, no_ray: NoRay =
 
     Example: rayexpand retry runs/birds
     """
-    from rayexpand import api
     from rayexpand.cli.progress import Progress
 
-    opened = api.open(folder)
-    if not isinstance(opened, (api.RunFolder, api.LoopFolder)):
-        raise UsageError(f"{folder} holds neither a run nor a loop; give the folder of one, such as a run of a study")
+    opened = samples_in(folder)
     with Progress(log_json) as progress, quiet_stdout():
         found = opened.retry(set=set_ or [], ray=not no_ray, on=progress, same_process=True)
     _ended(found, as_json)
@@ -160,11 +157,10 @@ def regen(folder: Folder,
 
     Example: rayexpand regen runs/birds ant/3.png/1 --to one.png
     """
-    from rayexpand import api
 
     if to and (Path(to).suffix.lower() not in PICTURES or not Path(to).parent.is_dir()):
         raise UsageError(f"--to {to}: give a file ending in {', '.join(PICTURES)} in a folder that exists")
-    found = api.RunFolder(folder).regen(sample_id)
+    found = samples_in(folder).regen(sample_id)
     image = found.pop("image")
     if to and image:
         _save(image, Path(to))

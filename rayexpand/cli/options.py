@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from rayexpand.contract.errors import UsageError
+
+if TYPE_CHECKING:
+    from rayexpand.api import LoopFolder, RunFolder
 
 
 def _trusted(names: list[str] | None) -> list[str] | None:
@@ -13,6 +18,16 @@ def _trusted(names: list[str] | None) -> list[str] | None:
 
         api.trust(*names)
     return names
+
+
+def samples_in(folder: str) -> RunFolder | LoopFolder:
+    """The run or loop in a folder. Raises UsageError where there is neither."""
+    from rayexpand import api
+
+    opened = api.open(folder)
+    if not isinstance(opened, (api.RunFolder, api.LoopFolder)):
+        raise UsageError(f"{folder} holds neither a run nor a loop; give the folder of one, such as a run of a study")
+    return opened
 
 
 def _served(port: int | None) -> int | None:
@@ -24,7 +39,7 @@ def _served(port: int | None) -> int | None:
 
 
 File = Annotated[str, typer.Argument(metavar="FILE", help="YAML file, for example jobs/digits/expand-img2img.yaml")]
-Folder = Annotated[str, typer.Argument(metavar="RUN", help="run folder, <out>/<name>")]
+Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="folder of a run or loop, <out>/<name>")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override a field; repeatable")]
 Machine = Annotated[str | None, typer.Option(metavar="FILE", help="YAML file of the sections that say where and how "
                                              "fast: cluster, runtime, store, estimate, device")]

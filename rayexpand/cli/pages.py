@@ -9,7 +9,7 @@ import typer
 
 from rayexpand.cli import picture_options as pictured
 from rayexpand.cli.app import app
-from rayexpand.cli.options import Folder, Json, Set, Trust
+from rayexpand.cli.options import Folder, Json, Set, Trust, samples_in
 from rayexpand.cli.show import show_json, show_table, warn
 from rayexpand.contract.errors import UsageError
 
@@ -87,16 +87,15 @@ def card(folder: Folder, license_id: Annotated[str | None, typer.Option("--licen
          license_of: Annotated[list[str] | None, typer.Option(metavar="WHAT=ID", help="of generator, adapter or seeds; "
                                                               "repeatable")] = None,
          trust: Trust = None, as_json: Json = False) -> None:
-    """Write the dataset card of a run (README.md in its folder).
+    """Write the dataset card of a run or loop (README.md in its folder).
 
     Example: rayexpand card runs/birds --license cc-by-4.0 --license-of seeds=cc-by-4.0
     """
-    from rayexpand import api
 
     given = [one.partition("=") for one in license_of or []]
     if wrong := [name for name, sign, license_of_it in given if not (sign and license_of_it)]:
         raise UsageError(f"--license-of {wrong[0]}: give what and its license, for example seeds=cc-by-4.0")
-    page = api.RunFolder(folder).card(license_id, {name: one for name, _, one in given})
+    page = samples_in(folder).card(license_id, {name: one for name, _, one in given})
     show_json({"card": page}) if as_json else print(page)
 
 
@@ -110,7 +109,7 @@ def export(folder: Folder,
            require: Annotated[str, typer.Option(metavar="LINE,...", help="lines of the release sheet that must pass, "
                                                 "e.g. copies,membership")] = "",
            trust: Trust = None, as_json: Json = False) -> None:
-    """Copy the kept samples of a run into the layout of another tool.
+    """Copy the kept samples of a run, or of all rounds of a loop, into the layout of another tool.
 
     Examples:
 
@@ -118,11 +117,10 @@ def export(folder: Folder,
 
         rayexpand export runs/birds birds-5x --require copies,licenses
     """
-    from rayexpand import api
     from rayexpand.cli.progress import Progress
 
     with Progress() as progress:
-        made = api.RunFolder(folder).export(out, layout, shard_images=shard_images,  # type: ignore[arg-type]
+        made = samples_in(folder).export(out, layout, shard_images=shard_images,  # type: ignore[arg-type]
                                             selection=selection or None, on=progress,
                                             require=[one.strip() for one in require.split(",")] if require else [])
     if made.pending:

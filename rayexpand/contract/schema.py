@@ -264,6 +264,7 @@ REFUSED_SCHEMA = pa.schema([("image", _IMAGE), ("label", pa.int64()), *_DRAW_TYP
                             ("status", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
 SOFT_LABEL = pa.field("soft_label", pa.list_(pa.float32()))  # of exports, where labels are mixtures: one weight a class
+ROUND = pa.field("round", pa.int32())  # of exports of a loop: the round that made the sample
 
 _HF_TYPES = {pa.string(): "string", pa.int32(): "int32", pa.int64(): "int64", pa.float64(): "float64"}
 

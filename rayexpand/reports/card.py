@@ -1,6 +1,8 @@
-"""The dataset card: README.md of a run folder, which makes it a dataset that tools can load and people can judge.
+"""The dataset card: README.md of a run or loop folder, which makes it a dataset that tools can load and people
+can judge.
 
-The front matter points at data/ only, so `datasets.load_dataset(<run folder>)` never reads refused rows or receipts.
+The front matter points at the data files only, so `datasets.load_dataset(<folder>)` never reads refused rows or
+receipts.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ ALL_CLASSES = 100  # up to here every class has its line
 
 def write_card(folder: str | Path, *, license_id: str | None = None,
                license_of: Mapping[str, str] | None = None) -> Path | str:
-    """Writes README.md into a run folder and returns its path or URL.
+    """Writes README.md into a run or loop folder and returns its path or URL.
 
     `license_id` is a Hugging Face or SPDX license identifier; without one that of the card that is there stays, else
     the card says that the license is unknown. `license_of`: those of `generator`, `adapter` and `seeds`; what is not
@@ -58,12 +60,18 @@ def write_card(folder: str | Path, *, license_id: str | None = None,
         release=sheet_text(release_sheet(view, kept=kept, licenses=licenses)), run={**view.run, "config": config},
         totals=view.totals, reasons=reasons, classes=lines,
         listed=lines if len(lines) <= ALL_CLASSES else [], license_id=license_id, promise=PROMISE,
-        gpu_caveat=GPU_CAVEAT, stacks=view.stacks, source=_fields(config["data"]), settings=_fields(config["method"]),
+        gpu_caveat=GPU_CAVEAT, data=data_of(view),
+        stacks=view.stacks, source=_fields(config["data"]), settings=_fields(config["method"]),
         cut_words=words_of(view.run["cut_prompts"]) if view.run.get("cut_prompts") else "",
         dataset=survey_lines(view.run.get("dataset", {})), history=history(view.run),
         label_words=label_words_of(view.run["config"]["method"], len(classes)),
         config=yaml.safe_dump(config, sort_keys=False))
     return write_page(view.files, "README.md", text)
+
+
+def data_of(view: RunView) -> str:
+    """Where the data files lie below the folder."""
+    return "rounds/*/data" if "rounds" in view.run else "data"
 
 
 def sheet_text(sheet: Sequence[ReleaseLine]) -> str:
@@ -95,7 +103,8 @@ def _front_matter(view: RunView, license_id: str | None, licenses: Mapping[str, 
         "pretty_name": view.run["name"], "annotations_creators": ["machine-generated"],
         "task_categories": ["image-classification"], "size_categories": [size_category(view.totals.kept)],
         "tags": ["synthetic", "rayexpand", view.run["config"]["method"]["name"]],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}]}
+        "configs": [{"config_name": "default",
+                     "data_files": [{"split": "train", "path": f"{data_of(view)}/*.parquet"}]}]}
     if any(step["classes"] != view.run["classes"] for step in view.run.get("grown", ())):
         matter["dataset_info"] = {"features": _features(read_classes(view))}  # older files do not know the new classes
     if license_id:

@@ -1,11 +1,12 @@
-"""Committed samples of a run in the layout another tool expects: WebDataset, ImageFolder or Hugging Face.
+"""Committed samples of a run or loop in the layout another tool expects: WebDataset, ImageFolder or Hugging Face.
 
     webdataset    train/000000.tar ...               members <key>.png|jpg, <key>.cls, <key>.json; index.json. One kind
                                                      of image for all: where a run has both, JPEGs become PNGs
     imagefolder   train/<class>/<key>.png|jpg        train/metadata.csv, one line per image; up to about 100,000 images
     huggingface   data/train-00000-of-00007.parquet  the columns of the run's own files
 
-Where the labels of a method are mixtures (Diff-Mix), samples carry `soft_label`, a list with one weight for each class.
+Where the labels of a method are mixtures (Diff-Mix), samples carry `soft_label`, a list with one weight for each class;
+those of a loop carry `round`, from 1.
 In metadata.csv lists and scores are JSON, and a text that a spreadsheet would take for a formula, or a reader for
 something else than this text, has an apostrophe before it (`storage.tables.csv_cell`).
 Every image carries a mark of its synthetic origin (marks.py); its pixels, and so sample_sha256, are those of the run.
@@ -27,7 +28,7 @@ import re
 import shutil
 import tarfile
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import groupby
@@ -42,11 +43,21 @@ import yaml
 from PIL import Image
 
 from rayexpand.contract.errors import StorageError, UsageError
-from rayexpand.contract.schema import DATA_SCHEMA, DRAW_FIELDS, SOFT_LABEL, ClassTable, huggingface_metadata
+from rayexpand.contract.schema import (
+    DATA_SCHEMA,
+    DRAW_FIELDS,
+    ROUND,
+    SOFT_LABEL,
+    ClassTable,
+    data_place,
+    huggingface_metadata,
+)
 from rayexpand.methods import label_words
+from rayexpand.runs.joined import open_samples, round_of
 from rayexpand.runs.marks import FROM_IMAGE, VOCABULARY, kind_of, mark_of, marked
-from rayexpand.runs.run import Run, open_run
+from rayexpand.runs.run import Run
 from rayexpand.runs.selections import Selection, read_selection
+from rayexpand.runs.status import rounds_words
 from rayexpand.storage.files import Files, process_token, token_alive
 from rayexpand.storage.tables import batches, csv_cell
 
@@ -71,7 +82,7 @@ class Exported:
 
 def export(folder: str, out: str, layout: Layout, *, shard_images: int = 1000, selection: str | None = None,
            release: str = "", on_rows: OnRows = lambda task, done, total: None) -> Exported:
-    """Writes the kept samples of the run in `folder` to the new folder `out`.
+    """Writes the kept samples of the run or loop in `folder` to the new folder `out`.
 
     `shard_images`: samples of one tar or parquet file. `selection`: name of a decision in selections/, of which only
     the rows to keep are written. `release`: Markdown of the release sheet, for the card. Raises UsageError for an
@@ -85,11 +96,12 @@ def export(folder: str, out: str, layout: Layout, *, shard_images: int = 1000, s
     if shard_images < 1:
         raise UsageError(f"shard_images is {shard_images}; give the samples of one file, 1 or more")
     target = _new_folder(out)
-    run = open_run(folder)
+    run = open_samples(folder)
     totals = run.totals()
     chosen = read_selection(run, selection) if selection else None
     words = label_words(run.config.method, len(run.plan.index.classes))
     rows = _rows(run, chosen, totals.kept, on_rows)
+    further = [ROUND] * ("rounds" in run.facts) + [SOFT_LABEL] * bool(words)
     if words:
         rows = (_with_soft_labels(table, run) for table in rows)
     partial = _partial_folder(target)
@@ -99,9 +111,9 @@ def export(folder: str, out: str, layout: Layout, *, shard_images: int = 1000, s
             one_kind = len(_image_kinds(run, chosen)) < 2
             made, files = _webdataset(rows, partial, run.plan.index.classes, shard_images, totals.kept, one_kind)
         elif layout == "imagefolder":
-            made, files = _imagefolder(rows, partial, run.plan.index.classes, totals.kept, bool(words))
+            made, files = _imagefolder(rows, partial, run.plan.index.classes, totals.kept, further)
         else:
-            made, files = _huggingface(rows, partial, run.plan.index.classes, shard_images, bool(words))
+            made, files = _huggingface(rows, partial, run.plan.index.classes, shard_images, further)
         if not made:
             raise UsageError(f"{folder} has no sample to export" + (f" in selection {selection!r}" if selection else
                              "; run `rayexpand expand` first, `rayexpand status` says how far it is"))
@@ -160,14 +172,16 @@ def _rows(run: Run, chosen: Selection | None, kept: int, on_rows: OnRows) -> Ite
         if not receipt.kept:
             continue
         with run.store.open(receipt) as parquet:
-            for table in batches(parquet, run.files.at(f"data/{receipt.data_file}"), BATCH, DATA_SCHEMA):
-                numbers = table["row"].to_numpy()
+            for table in batches(parquet, run.files.at(data_place(receipt.data_file)), BATCH, DATA_SCHEMA):
+                numbers = table["row"].to_numpy() + run.store.first_row(receipt.data_file)
                 if seen[numbers].any() or len(np.unique(numbers)) < len(numbers):
-                    raise UsageError(f"{run.folder}: data/{receipt.data_file} repeats samples of another file; "
+                    raise UsageError(f"{run.folder}: {data_place(receipt.data_file)} repeats samples of another file; "
                                      "`rayexpand verify` names them. Nothing was exported.")
                 seen[numbers] = True
                 done += len(numbers)
                 on_rows(f"exporting {run.config.name}", done, kept)
+                if (number := round_of(receipt.data_file)) is not None:
+                    table = table.append_column(ROUND, pa.array([number] * table.num_rows, ROUND.type))
                 if chosen is not None:
                     table = table.filter(chosen.keeps(table["sample_id"]))
                 if table.num_rows:
@@ -255,14 +269,14 @@ def _as_png(content: bytes) -> bytes:
 
 
 def _imagefolder(rows: Iterator[pa.Table], folder: Path, classes: ClassTable, kept: int,
-                 soft: bool) -> tuple[int, int]:
+                 further: Sequence[pa.Field]) -> tuple[int, int]:
     train, names = folder / "train", class_folders(classes)
     for name in names:
         (train / name).mkdir(parents=True)  # empty classes too: without them torchvision would renumber the others
     width, made = _key_width(kept), 0
     with (train / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         lines = csv.DictWriter(file, ("file_name", "label", "class_key", "class_name", *_PROVENANCE, "scores",
-                                      *([SOFT_LABEL.name] if soft else [])))
+                                      *(field.name for field in further)))
         lines.writeheader()
         for table in rows:
             for row in table.to_pylist():
@@ -291,9 +305,9 @@ def _cut(name: str) -> str:
 
 
 def _huggingface(rows: Iterator[pa.Table], folder: Path, classes: ClassTable, shard_images: int,
-                 soft: bool) -> tuple[int, int]:
+                 further: Sequence[pa.Field]) -> tuple[int, int]:
     (folder / "data").mkdir()
-    schema = DATA_SCHEMA.append(SOFT_LABEL) if soft else DATA_SCHEMA
+    schema = pa.schema([*DATA_SCHEMA, *further])
     schema = schema.with_metadata(huggingface_metadata(classes, schema))
     paths: list[Path] = []
     made = 0
@@ -332,7 +346,7 @@ def _facts(row: dict[str, Any], classes: ClassTable) -> dict[str, Any]:
     return {"label": row["label"], "class_key": classes.key[row["label"]], "class_name": classes.name[row["label"]],
             **{name: row[name] for name in _PROVENANCE},
             "scores": {score["name"]: score["value"] for score in row["scores"]},
-            **({SOFT_LABEL.name: row[SOFT_LABEL.name]} if SOFT_LABEL.name in row else {})}
+            **{field.name: row[field.name] for field in (ROUND, SOFT_LABEL) if field.name in row}}
 
 
 _PATTERNS = {"webdataset": "train/*.tar", "imagefolder": "train/**", "huggingface": "data/train-*.parquet"}
@@ -383,8 +397,11 @@ def _readme(run: Run, layout: Layout, made: int, files: int, selection: str | No
     loading = _LOADING[layout].format(last=files - 1)
     notes = [f"**Labels are mixtures.** {words} `soft_label` holds these weights as a list, one number for each class "
              "in the order of `label`; for another gamma compute it from the other three columns."] if words else []
+    if "rounds" in run.facts:
+        notes.append(f"Made by a loop of {rounds_words(run.facts)}; `round` says which of them made a sample, and "
+                     "`row` is its number within that round.")
     if not one_kind:
-        notes.append("The run has PNG and JPEG images; here all are PNG, with the pixels that the JPEGs decode to.")
+        notes.append("The samples are PNG and JPEG images; here all are PNG, with the pixels that the JPEGs decode to.")
     if layout == "imagefolder":
         notes.append("In `metadata.csv`, a text that begins with `=`, `+`, `-`, `@`, a tab, a line break or `'`, or "
                      "would be read as a number, true, false or nothing (`007`, `NA`), has one `'` before it, so that "

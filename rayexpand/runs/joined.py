@@ -85,6 +85,12 @@ def run_folders(files: Files) -> list[str]:
     return list(itertools.takewhile(lambda folder: first_look(open_files(folder)) is not None, folders))
 
 
+def round_with(folder: str, sample_id: str) -> int:
+    """The round of a loop that has planned a sample. Raises UsageError where none has."""
+    run, store = _joined(folder)
+    return int(np.searchsorted(store.shards, run.plan.find(sample_id), side="right"))
+
+
 def round_of(data_file: str) -> int | None:
     """The round that a data file of a joined run is of; None of a run."""
     return int(data_file.split("/")[1]) if "/" in data_file else None
@@ -144,7 +150,8 @@ def _joined(folder: str) -> tuple[Run, JoinedStore]:
     return Run(_config(folder, facts), files, store, plan, {
         **{key: said[0][key] for key in ("plan", "seeds", "classes", "dataset", "cut_prompts") if key in said[0]},
         "version": facts["version"], "created": facts["created"], "name": facts["name"],
-        "config": facts["config"]["run"], "run_digest": facts["digest"], "models": _models(said),
+        "config": {**facts["config"]["run"], "rounds": facts["config"]["rounds"]},
+        "run_digest": facts["digest"], "models": _models(said),
         "plan_digest": digest([one["plan_digest"] for one in said]), "planned": plan.planned + to_come,
         "shards": plan.n_shards, "rounds": [one["planned"] for one in said]}), store
 

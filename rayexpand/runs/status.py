@@ -196,7 +196,16 @@ def history(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*([("round", f"{run['follows']['round']} of a loop, by decision {run['follows']['decision'][:8]}")]
               if "follows" in run else []),
             *([("dealt", dealt_words(run["dealt"]))] if "dealt" in run else []),
-            *([("grown", grown_words(run))] if "grown" in run else [])]
+            *([("grown", grown_words(run))] if "grown" in run else []),
+            *([("made in rounds", rounds_words(run))] if "rounds" in run else [])]
+
+
+def rounds_words(facts: Mapping[str, Any]) -> str:
+    """'3 rounds of 40, 40 and 20 samples, guided from round 2'"""
+    sizes, first = [f"{size:,}" for size in facts["rounds"]], facts["config"]["rounds"]["guided_from"]
+    shown = sizes if len(sizes) <= 10 else [*sizes[:5], "...", sizes[-1]]
+    return (f"{len(sizes)} round{'s' * (len(sizes) > 1)} of {', '.join(shown)} samples"
+            + (f", guided from round {first}" if first and first <= len(sizes) else ""))
 
 
 class Rate:
