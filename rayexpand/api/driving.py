@@ -210,20 +210,18 @@ def drive_rounds(loop: Loop, progress: Relay, *, ray: bool | str, same_process: 
 
 def drive_rounds_with(loop: Loop, drive: Driver, heartbeat: Heartbeat, progress: Relay, *,
                       ray: bool | str) -> RoundDecision:
-    """The same by a driver that is there; page and card of each round are written when it ends, whatever the end."""
+    """The same by a driver that is there; pages and cards of each round and of the loop are written when it ends,
+    whatever the end."""
     from rayexpand.reports.card import write_card
     from rayexpand.reports.run import write_report
     from rayexpand.runs.run import begun, check_budget, pending_jobs, tally_of
     from rayexpand.studies.rounds.learning import Learning
     from rayexpand.studies.rounds.loop import drive_loop
 
-    def told(number: int, task: str, done: int, total: int, facts: Mapping[str, int] | None = None,
-             rate: float | None = None) -> None:
-        progress(f"expanding {loop.config.name}, round {number}", done, total, facts, rate)
-
     def pages(run: Run) -> None:
         write_card(str(run.folder))
         write_report(str(run.folder))
+        write_loop_pages(loop.config.folder)
 
     def made(run: Run) -> None:
         if not pending_jobs(run):
@@ -231,13 +229,24 @@ def drive_rounds_with(loop: Loop, drive: Driver, heartbeat: Heartbeat, progress:
             return
         try:
             with heartbeat.also_in(run.files):
-                drive(begun(run), partial(told, run.facts["follows"]["round"]))
+                drive(begun(run), progress)
         except OverBudget:
             pages(run)
             raise
         pages(run)
 
-    return drive_loop(loop, Learning(train_by(ray, progress)), made, progress, device_here=not ray)
+    end = drive_loop(loop, Learning(train_by(ray, progress)), made, progress, device_here=not ray)
+    write_loop_pages(loop.config.folder)
+    return end
+
+
+def write_loop_pages(folder: str) -> None:
+    """Card and page of a loop."""
+    from rayexpand.reports.card import write_card
+    from rayexpand.reports.loop import write_loop_report
+
+    write_card(folder)
+    write_loop_report(folder)
 
 
 def train_by(ray: bool | str, progress: Relay) -> Train:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rayexpand.api.driving import Relay, address_override, drive_rounds, drive_run
+from rayexpand.api.driving import Relay, address_override, drive_rounds, drive_run, write_loop_pages
 from rayexpand.api.files import Set, as_overrides
 from rayexpand.api.results import Event, Paged, Table, text
 from rayexpand.contract.errors import OverBudget
@@ -191,6 +191,7 @@ class LoopFolder(_SampleFolder):
         kept, started = self._kept(), time.perf_counter()
         for one in self.rounds:
             one.retry(set=set, ray=ray, on=on, same_process=same_process)
+        write_loop_pages(self.folder)
         last = {"made": self._kept() - kept, "seconds": round(time.perf_counter() - started, 3)}
         return LoopFolder(self.folder, last)
 
@@ -230,7 +231,11 @@ def loop_to_end(config: LoopConfig, on: Callable[[Event], None] | None, *, ray: 
     loop = open_loop(config, progress, device_here=not ray)
     before = found._decided()
     try:
-        end = loop.chain()[-1] if loop.is_over() else drive_rounds(loop, progress, ray=ray, same_process=same_process)
+        if loop.is_over():
+            end = loop.chain()[-1]
+            write_loop_pages(config.folder)
+        else:
+            end = drive_rounds(loop, progress, ray=ray, same_process=same_process)
     except OverBudget as error:
         error.result = found
         raise

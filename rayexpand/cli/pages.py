@@ -16,20 +16,20 @@ from rayexpand.contract.errors import UsageError
 
 @app.command()
 def report(folders: Annotated[list[str] | None, typer.Argument(
-               metavar="[FOLDER]...", help="a run, a study or a sweep; with --matrix, --sheet, --map and --latents "
+               metavar="[FOLDER]...", help="a run, loop, study or sweep; with --matrix, --sheet, --map and --latents "
                "several runs; none with --pivot")] = None,
            pivot: Annotated[str | None, typer.Option("--pivot", metavar="FILE", help="instead: tables and figures over "
                                                      "several studies and sweeps, as this YAML file says")] = None,
            set_: Set = None,
-           strips: Annotated[int, typer.Option(min=0, help="of a guided run: load its models and also show so many "
-                                               "samples beside plain ones of the same noise")] = 0,
+           strips: Annotated[int, typer.Option(min=0, help="of a guided run or loop: load its models and also show so "
+                                               "many samples beside plain ones of the same noise")] = 0,
            matrix: pictured.Matrix = False, sheet: pictured.Sheet = False, map_: pictured.Map = False,
            failures: pictured.Failures = False, latents: pictured.Latents = False, batch: pictured.Batch = False,
            saliency: pictured.Saliency = False, rows: pictured.Rows = None, copies: pictured.Copies = None,
            images: pictured.Images = None, classes: pictured.Classes = None, guide: pictured.Guide = None,
            checkpoint: pictured.Checkpoint = None, out: pictured.Out = None, name: pictured.Name = None,
            trust: Trust = None, as_json: Json = False) -> None:
-    """Write the page of a run (counts, reasons, samples beside their seeds), of a study, or of a sweep.
+    """Write the page of a run (counts, reasons, samples beside their seeds), of a loop, of a study, or of a sweep.
 
     Examples:
 
@@ -56,7 +56,7 @@ def report(folders: Annotated[list[str] | None, typer.Argument(
         page = api.report(pivot, set=set_ or [])
     elif not folders or set_:
         raise UsageError("report: " + ("--set changes fields of the file of --pivot; leave it out" if set_ else
-                                       "name the folder of a run, study or sweep, or --pivot FILE"))
+                                       "name the folder of a run, loop, study or sweep, or --pivot FILE"))
     elif kinds := [kind for kind, wanted in asked.items() if wanted]:
         if strips or len(kinds) > 1:
             raise UsageError(f"--{kinds[0]}: is a page of its own; leave --{kinds[1] if len(kinds) > 1 else 'strips'} "
@@ -68,7 +68,7 @@ def report(folders: Annotated[list[str] | None, typer.Argument(
 
 
 def _own_page(folders: Sequence[str], strips: int, options: Mapping[str, Any]) -> str:
-    """The page that every run, study and sweep has."""
+    """The page that every run, loop, study and sweep has."""
     from rayexpand import api
 
     if given := [key for key, value in options.items() if value is not None]:
@@ -77,9 +77,11 @@ def _own_page(folders: Sequence[str], strips: int, options: Mapping[str, Any]) -
         raise UsageError(f"{len(folders)} folders are named, and a page is of one; name one, or a page that shows "
                          "several, such as --matrix")
     found = api.open(folders[0])
-    if strips and not isinstance(found, api.RunFolder):
-        raise UsageError(f"--strips: {folders[0]} is no run; leave it out")
-    return found.report(strips) if isinstance(found, api.RunFolder) else found.report()
+    if isinstance(found, (api.RunFolder, api.LoopFolder)):
+        return found.report(strips)
+    if strips:
+        raise UsageError(f"--strips: {folders[0]} is neither a run nor a loop; leave it out")
+    return found.report()
 
 
 @app.command()

@@ -82,7 +82,7 @@ class LiveView:
         return render(
             "live.html.j2", _FILTERS, status=status, now=now, refresh=REFRESH_S, tiles=tiles(status), bars=bars(status),
             drivers=shown_drivers(status.drivers), lines=[line for line in status.table() if line[0] not in said],
-            shown=None if view is None else view.run["name"], throughput=throughput(spans, now), problem=problem,
+            shown=None if view is None else view.title, throughput=throughput(spans, now), problem=problem,
             reasons=[] if view is None else _reasons(view), shards=[] if view is None else self._last(view, now),
             sheet=_sheet(status))
 
@@ -110,12 +110,13 @@ def _samples(view: RunView, receipt: Receipt) -> tuple[Picture, ...]:
 
 
 def shown_run(status: Any) -> str | None:
-    """The run whose samples are shown: that of a run, the one in work of a study, the latest pilot of a sweep."""
+    """The run whose samples are shown: that of a run, the one in work of a loop or study, the last pilot of a sweep."""
     if status.kind == "run":
         return status.folder
     study = status if status.kind == "study" else getattr(status, "study", None)
-    if study is not None:
-        begun = [one.status for one in study.runs if one.status is not None and one.status.shards_done]
+    if study is not None or status.kind == "loop":
+        stages = study.runs if study is not None else [one.run for one in status.rounds]
+        begun = [one.status for one in stages if one.status is not None and one.status.shards_done]
         working = [one for one in begun if not one.complete]
         return next((one.folder for one in (*working, *reversed(begun))), None)
     if status.kind == "sweep":
@@ -136,6 +137,9 @@ def tiles(status: Any) -> list[tuple[str, str, str]]:
         counts = [(f"{getattr(status, kind):,}", kind, kind) for kind in ("kept", "rejected", "failed", "pending")]
         rate = status.images_per_second
         return [*counts, ("unknown" if rate is None else f"{rate:,.3g}", "images per second", ""), eta, *_alive(status)]
+    if status.kind == "loop":
+        counts = [(f"{getattr(status, kind):,}", kind, kind) for kind in ("kept", "rejected", "failed", "pending")]
+        return [*counts, (f"{status.left:,}", "not dealt", ""), eta, *_alive(status)]
     if status.kind == "sweep":
         best = "none" if status.best is None else f"{100 * status.best['score']:.1f} %"
         return [(best, "best so far", ""), (f"{sum(status.trials.values()):,}", "trials with a result", "kept"),
@@ -158,6 +162,9 @@ def bars(status: Any) -> list[Bar]:
     """One for each run, training and group of trials."""
     if status.kind == "run":
         return [_run_bar(status.name, status)]
+    if status.kind == "loop":
+        return [_run_bar(name, one.run.status, one.words) if one.run.status is not None else Bar(name, (), one.words)
+                for one in status.rounds for name in (f"round {one.decision.round}",)]
     found = []
     fits = status if status.kind == "fit" else getattr(status, "fits", None)
     for part in fits.parts if fits is not None else ():

@@ -100,13 +100,9 @@ def _chosen(tables: Sequence[Any], rows: int, copies: int, by_class: bool) -> li
     return [(label, [seed_id]) for label, seed_id in sorted(turns[:rows], key=lambda one: one[0])]
 
 
-def _places(seeds: Sequence[str], copies: int) -> list[tuple[str, int]]:
-    return [(seed_id, copy) for seed_id in seeds for copy in range(copies)]
-
-
 def _cell_facts(found: SeedRows, seeds: Sequence[str], copies: int) -> Iterator[dict[str, Any]]:
     """What stands in a cell: the sample with its draw and scores, or why there is none."""
-    for place in _places(seeds, copies):
+    for place in found.places(seeds, copies):
         row = found.kept.get(place)
         if row is None:
             yield {"sample_id": f"{place[0]}/{place[1]}", "absent": found.absence(place)}
@@ -121,7 +117,7 @@ def _strips(views: Sequence[RunView], chosen: Sequence[tuple[int, list[str]]], f
     ids = [seed_id for _, seeds in chosen for seed_id in seeds]
     pictures = dict(zip(ids, seed_pictures(_owner(views, found, ids), ids), strict=True))
     for label, seeds in chosen:
-        cells = tuple(tuple(_shown(one, place, classes) for place in _places(seeds, copies)) for one in found)
+        cells = tuple(tuple(_shown(one, place, classes) for place in one.places(seeds, copies)) for one in found)
         yield MatrixRow(classes.display[label], tuple(pictures[seed_id] for seed_id in seeds), cells)
 
 
@@ -147,7 +143,7 @@ def _facts(views: Sequence[RunView]) -> list[dict[str, Any]]:
 
 def _columns(views: Sequence[RunView]) -> list[Column]:
     differing = differences_of([view.run["config"] for view in views])
-    return [Column(view.run["name"], str(view.files.root), view.run["config"]["method"]["name"],
+    return [Column(view.title, str(view.files.root), view.run["config"]["method"]["name"],
                    tuple(lines[:LINES]) + ((("and more", f"{len(lines) - LINES} settings"),) if len(lines) > LINES
                                            else ()))
             for view, lines in zip(views, differing, strict=True)]

@@ -105,7 +105,8 @@ def write_report(folder: str | Path, *, demo: Mapping[str, Any] | None = None, l
     kept = kept_figures(view)
     write_figures(view.files, kept.values())
     page = render("run.html.j2", _FILTERS,
-        run=view.run, status=read_status(folder), totals=view.totals, demo=_demo(demo), phases=_phases(view.receipts),
+        run=view.run, title=view.title, status=read_status(folder), totals=view.totals, demo=_demo(demo),
+        phases=_phases(view.receipts),
         reasons=_reasons(view), selections=_selections(view), kept=kept, classes=_class_lines(view, classes),
         n_classes=len(classes),
         lowest=LOWEST_CLASSES if len(classes) > ALL_CLASSES else 0, sheet=contact_sheet(view, classes),

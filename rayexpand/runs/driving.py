@@ -49,7 +49,7 @@ class RunProgress:
 
     def __init__(self, run: Run, progress: Listener, *, retry: bool = False) -> None:
         before = run.totals()
-        self._run, self._task, self._progress = run, f"expanding {run.config.name}", progress
+        self._run, self._task, self._progress = run, f"expanding {run.title}", progress
         self._decided = before.kept + before.rejected + (0 if retry else before.failed)
         self._facts, self._shown, self._rate = dict[str, int](), self._decided, rate_of([run])
         self._method = run.config.method.name if run.config.method.name in names() else OWN_METHOD

@@ -82,6 +82,7 @@ from rayexpand.runs.store import (
     first_look,
     new_attempt,
     read_facts,
+    run_title,
     step_name,
     totals,
 )
@@ -139,6 +140,11 @@ class Run:
         begun = self.facts["config"]["prior"]
         as_it_was = {"vae_dtype": "float32", **{name: begun[name] for name in ("channels_last", "compile")}}
         return self.config.model_copy(update={"prior": self.config.prior.model_copy(update=as_it_was)})
+
+    @property
+    def title(self) -> str:
+        """What it is called where it is spoken of."""
+        return run_title(self.facts, str(self.folder))
 
     def totals(self) -> Totals:
         return totals(int(self.facts["planned"]), self.store.receipts())

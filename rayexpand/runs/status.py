@@ -24,7 +24,7 @@ from rayexpand.contract.schema import ClassTable, Reason, Receipt, Status
 from rayexpand.runs.allocation import dealt_words
 from rayexpand.runs.blame import running_here
 from rayexpand.runs.growth import grown_words
-from rayexpand.runs.store import Store, Totals, adopted_digests, attempt_names, read_facts, totals
+from rayexpand.runs.store import Store, Totals, adopted_digests, attempt_names, read_facts, run_title, totals
 from rayexpand.storage.files import Files, each
 from rayexpand.storage.heartbeats import DriverSeen, drivers_in
 from rayexpand.storage.places import open_files
@@ -45,6 +45,11 @@ class RunView:
     @property
     def files(self) -> Files:
         return self.store.files
+
+    @property
+    def title(self) -> str:
+        """What it is called where it is spoken of."""
+        return run_title(self.run, str(self.files.root))
 
     def attempts(self) -> list[dict[str, Any]]:
         """Every start of the run in order; reads one small file for each. Of one that is gone or damaged the number is

@@ -123,6 +123,13 @@ def read_facts(files: Files) -> dict[str, Any]:
     return facts
 
 
+def run_title(facts: Mapping[str, Any], folder: str) -> str:
+    """The name of a run, of a round of a loop that of the loop with its number."""
+    if "follows" not in facts:
+        return str(facts["name"])
+    return f"{folder.rstrip('/').split('/')[-3]}, round {facts['follows']['round']}"
+
+
 def data_name(shard_id: int, generation: int = 0) -> str:
     suffix = f".r{generation}" if generation else ""
     return f"train-{shard_id:06d}{suffix}.parquet"
