@@ -6,6 +6,7 @@ what price). OPERATIONAL lists the second kind; everything else is semantic.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -413,6 +414,17 @@ def semantic(config: RunConfig) -> dict[str, Any]:
         fields.pop("prior")
     if not config.needs & {"guide"}:
         fields.pop("guide")
+    elif (own := guide_of_loop(config.out, config.guide.weights)) is not None:
+        fields["guide"]["weights"] = own
     return fields
+
+
+def guide_of_loop(out: str, weights: str) -> str | None:
+    """Where a guide lies below the loop whose rounds lie in `out`, so that it may move; None where it is none of its
+    own."""
+    loop, place = os.path.normpath(out), os.path.normpath(weights)
+    loop = loop.removesuffix("/rounds")
+    return place.removeprefix(f"{loop}/") if loop != os.path.normpath(out) and place.startswith(
+        f"{loop}/artifacts/") else None
 
 

@@ -147,8 +147,9 @@ def _joined(folder: str) -> tuple[Run, JoinedStore]:
     store = JoinedStore(files, rounds)
     plan = _plan(rounds, store)
     to_come, said = _to_come(files, facts, len(rounds)), [one.facts for one in rounds]
-    return Run(_config(folder, facts), files, store, plan, {
-        **{key: said[0][key] for key in ("plan", "seeds", "classes", "dataset", "cut_prompts") if key in said[0]},
+    return Run(_config(folder, facts, rounds[-1].config), files, store, plan, {
+        **{key: said[0][key] for key in ("seeds", "classes", "dataset", "cut_prompts") if key in said[0]},
+        "plan": f"{round_name(1)}/{said[0]['plan']}",
         "version": facts["version"], "created": facts["created"], "name": facts["name"],
         "config": {**facts["config"]["run"], "rounds": facts["config"]["rounds"]},
         "run_digest": facts["digest"], "models": _models(said),
@@ -156,10 +157,12 @@ def _joined(folder: str) -> tuple[Run, JoinedStore]:
         "shards": plan.n_shards, "rounds": [one["planned"] for one in said]}), store
 
 
-def _config(folder: str, facts: dict[str, Any]) -> RunConfig:
-    """What the rounds have in common, as if it were that of one run in this folder."""
+def _config(folder: str, facts: dict[str, Any], newest: RunConfig) -> RunConfig:
+    """What the rounds have in common, as if it were that of one run in this folder; its guide is that of the newest
+    round."""
     out, _, name = (folder if is_url(folder) else str(Path(folder).absolute())).rstrip("/").rpartition("/")
-    return parse({**facts["config"]["run"], "out": out or "/", "name": name}, f"{folder}/{LOOP}")
+    config = parse({**facts["config"]["run"], "out": out or "/", "name": name}, f"{folder}/{LOOP}")
+    return config.model_copy(update={"guide": newest.guide})
 
 
 def _to_come(files: Files, facts: dict[str, Any], made: int) -> int:

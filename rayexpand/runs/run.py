@@ -54,7 +54,7 @@ from rayexpand.models.sources import source_notes
 from rayexpand.runs.allocation import allocation_problems, dealt_facts, scores_sha256
 from rayexpand.runs.amounts import Measured, measure
 from rayexpand.runs.blame import Blame, forget_unexplained
-from rayexpand.runs.config import MODELS, RunConfig, ids_sha256, parse, resolved, semantic, unnamed
+from rayexpand.runs.config import MODELS, RunConfig, guide_of_loop, ids_sha256, parse, resolved, semantic, unnamed
 from rayexpand.runs.cut_prompts import cut_prompts, words_of
 from rayexpand.runs.expander import Expander
 from rayexpand.runs.growth import GROWS, adds, grown_plan, growth_problems
@@ -426,7 +426,12 @@ def open_run(folder: str, overrides: Sequence[str] = (), *, check_models: bool =
     """
     facts = read_facts(open_files(folder))
     out, _, name = (folder if is_url(folder) else str(Path(folder).absolute())).rstrip("/").rpartition("/")
-    config = parse(override({**facts["config"], "out": out or "/", "name": name}, overrides), f"{folder}/run.json")
+    raw = {**facts["config"], "out": out or "/", "name": name}
+    guide = raw.get("guide", {})
+    own = guide_of_loop(facts["config"].get("out", ""), guide.get("weights", ""))
+    if own is not None and out.endswith("/rounds"):  # a loop may have moved, with its guides
+        raw["guide"] = {**guide, "weights": f"{out.removesuffix('/rounds')}/{own}"}
+    config = parse(override(raw, overrides), f"{folder}/run.json")
     run = _open(config, open_files(folder, single_writer=config.store.single_writer),
                 model_hashes(config) if check_models else facts["models"])
     if check_models and kept:
