@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+import csv
+import json
+import shutil
+import tarfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from rayexpand.api.pages import pictures
+from rayexpand.api.runs import LoopFolder, RunFolder
 from rayexpand.contract.errors import ConfigError, DamagedFile, UsageError
+from rayexpand.evaluation.select import parse, select
+from rayexpand.evaluation.sides import EVERY_ROW, samples_of
 from rayexpand.loader.training_set import RowSource
 from rayexpand.runs import run as runs
+from rayexpand.runs.export import export, stated_license
 from rayexpand.runs.joined import open_samples, view_samples
+from rayexpand.storage.places import open_files
 from rayexpand.studies.rounds.config import LoopConfig, RoundsConfig
 from rayexpand.studies.rounds.loop import open_loop
 from rayexpand.studies.run_folders import run_folders
@@ -16,15 +28,22 @@ from tests.conftest import small_run
 from tests.studies.rounds.conftest import finished, in_this_process
 
 
-@pytest.fixture
-def made(image_folder: Path, tmp_path: Path) -> tuple[str, str]:
+@pytest.fixture(scope="module")
+def finished_ones(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A loop of three uneven rounds, and the run in one go."""
-    config = LoopConfig(run=small_run(image_folder, tmp_path / "out", "Fake", name="loop", ratio=6),
+    out = tmp_path_factory.mktemp("joined")
+    config = LoopConfig(run=small_run(image_folder, out, "Fake", name="loop", ratio=6),
                         rounds=RoundsConfig(count=3, shares=[1, 3, 2]))
-    whole = config.run.model_copy(update={"name": "whole"})
     finished(config)
-    in_this_process(runs.prepare(whole))
-    return config.folder, whole.folder
+    in_this_process(runs.prepare(config.run.model_copy(update={"name": "whole"})))
+    return out
+
+
+@pytest.fixture
+def made(finished_ones: Path, tmp_path: Path) -> tuple[str, str]:
+    """Their folders, to change."""
+    shutil.copytree(finished_ones, tmp_path / "out")
+    return str(tmp_path / "out/loop"), str(tmp_path / "out/whole")
 
 
 def test_rows_and_shards_of_all_rounds_are_those_of_one_plan(made: tuple[str, str]) -> None:
@@ -86,3 +105,63 @@ def test_a_damaged_data_file_is_named_by_its_round(made: tuple[str, str]) -> Non
     damaged = next(one for one in run.store.receipts() if one.data_file == "rounds/0002/data/train-000000.parquet")
     with pytest.raises(DamagedFile, match=r"rounds/0002/data/train-000000\.parquet"):
         run.store.data(damaged)
+
+
+def test_every_layout_says_which_round_made_a_sample(made: tuple[str, str], tmp_path: Path) -> None:
+    for layout in ("webdataset", "imagefolder", "huggingface"):
+        export(made[0], str(tmp_path / layout), layout)
+    table = pq.read_table(tmp_path / "huggingface/data")
+    by_round = dict(zip(table["sample_id"].to_pylist(), table["round"].to_pylist(), strict=True))
+    assert sorted(by_round.values()) == [1] * 20 + [2] * 60 + [3] * 40
+    assert by_round.keys() == {one["sample_id"] for run in run_folders(made[0]) for one in RunFolder(run).samples()}
+    with (tmp_path / "imagefolder/train/metadata.csv").open(newline="") as file:
+        assert {one["sample_id"]: int(one["round"]) for one in csv.DictReader(file)} == by_round
+    found = dict[str, int]()
+    with tarfile.open(tmp_path / "webdataset/train/000000.tar") as tar:
+        for member in tar:
+            if member.name.endswith(".json"):
+                said = json.loads(tar.extractfile(member).read())  # type: ignore[union-attr]
+                found[said["sample_id"]] = said["round"]
+    assert found == by_round
+    assert "3 rounds of 20, 60, 40 samples" in (tmp_path / "webdataset/README.md").read_text()
+
+
+def test_a_selection_of_a_loop_is_one_decision_over_all_rounds(made: tuple[str, str], tmp_path: Path) -> None:
+    raw = {"name": "some", "run": made[0], "rule": {"kind": "random", "n": 3}}
+    decided, whole = select(parse(raw)), select(parse({**raw, "run": made[1]}))
+    assert (decided["planned"], decided["kept"]) == (120, whole["kept"])
+    assert 0 < decided["kept"] < 120
+    chosen = [{one["sample_id"] for one in pq.read_table(f"{folder}/selections/some.parquet").to_pylist()
+               if one["keep"]} for folder in made]
+    assert chosen[0] == chosen[1], "by keys of sample ids, whatever round they are of"
+    assert export(made[0], str(tmp_path / "x"), "huggingface", selection="some").count == len(chosen[0])
+    side = samples_of(open_samples(made[0]), EVERY_ROW, "some", 4)
+    assert len(side) == sum(int(one.rpartition("/")[2]) < 4 for one in chosen[0])
+    images = [image for chunk in side.chunks for image in side.read(chunk).images]
+    assert len(images) == len(side)
+
+
+def test_a_loop_folder_makes_a_sample_again_by_its_round(made: tuple[str, str]) -> None:
+    loop = LoopFolder(made[0])
+    third = next(one for one in loop.samples() if one["round"] == 3)
+    found = loop.regen(third["sample_id"])
+    assert (found["round"], found["equal"]) == (3, True)
+    with pytest.raises(UsageError, match="is not in this plan"):
+        loop.regen("ant/1.png/900")
+
+
+def test_the_card_of_a_loop_points_at_all_its_rounds(made: tuple[str, str]) -> None:
+    text = Path(LoopFolder(made[0]).card("cc0-1.0")).read_text()
+    matter = yaml.safe_load(text.split("---")[1])
+    assert matter["configs"][0]["data_files"][0]["path"] == "rounds/*/data/*.parquet"
+    assert "Copies made in rounds: 3 rounds of 20, 60, 40 samples" in text
+    assert "120 synthetic images" in text
+    assert stated_license(open_files(made[0])) == "cc0-1.0"
+
+
+def test_the_same_seeds_stand_beside_each_other_by_round(made: tuple[str, str]) -> None:
+    pictures("matrix", made[0], rows=4)
+    found = json.loads(Path(made[0], "figures/matrix.json").read_text())
+    shown = [one for row in found["rows"] for cell in row["cells"] for one in cell]
+    assert len(shown) == 12
+    assert {one["sample_id"].rpartition("/")[2] for one in shown if "absent" not in one} == {"0", "1", "4"}
