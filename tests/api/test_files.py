@@ -20,8 +20,8 @@ from rayexpand.runs import run
 from tests.commands import ROOT, process, rayexpand
 
 DIGITS = {"name": "x", "data": {"source": "digits", "per_class": 1}, "method": {"name": "classical", "ratio": 1}}
-VERBS = {"expand": "expand", "loop": "expand", "study": "train", "sweep": "sweep", "fit": "fit", "pretrain": "fit", "select": "select",
-         "evaluate": "evaluate", "audit": "audit", "report": "report"}
+VERBS = {"expand": "expand", "loop": "expand", "study": "train", "sweep": "sweep", "fit": "fit", "pretrain": "fit",
+         "select": "select", "evaluate": "evaluate", "audit": "audit", "report": "report"}
 
 
 def test_the_verb_of_every_ready_file() -> None:
