@@ -35,9 +35,9 @@ from rayexpand.loader.training_set import RowSource
 from rayexpand.models.guides import ClassifierGuide, load_guide
 from rayexpand.runs import run as runs
 from rayexpand.runs.driving import Here
+from rayexpand.runs.joined import run_folders
 from rayexpand.studies.demo import settings
 from rayexpand.studies.rounds.config import parse_loop
-from rayexpand.studies.rounds.decisions import run_folders
 from rayexpand.studies.rounds.learning import Learning
 from rayexpand.studies.rounds.loop import drive_loop, open_loop
 from rayexpand.studies.samples import training_set
