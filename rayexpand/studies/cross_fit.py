@@ -219,7 +219,6 @@ def _made_with(runs: Sequence[RowSource]) -> list[str]:
 def _facts(scoring: Scoring, seed: int, index: SeedIndex, table: pa.Table) -> dict[str, Any]:
     n_K = np.bincount(index.labels[sound_rows(index)], minlength=len(index.classes))
     alone = [] if scoring.folds == 1 else np.flatnonzero(n_K == 1).tolist()
-    return {**scoring.model_dump(mode="json", include={"folds", "recipe", "group"}), "seed": seed,
-            "in_sample": scoring.folds == 1, "images": len(table),
+    return {"folds": scoring.folds, "seed": seed, "in_sample": scoring.folds == 1, "images": len(table),
             "accuracy": float(np.mean(table["right"].to_numpy(zero_copy_only=False))),
             "not_scored": [index.classes.key[label] for label in alone]}
