@@ -11,6 +11,7 @@ from tests.benchmarks.practice import RANDOM, RENEWED, SUBSETS, UNGUIDED, compar
 
 
 @pytest.mark.study
+@pytest.mark.timeout(3600)  # six minutes of CPU
 def test_a_guide_renewed_between_rounds_teaches_more_than_as_many_unguided_samples(tmp_path: Path) -> None:
     """Seen before, in points over ten subsets each: +1.4 +- 0.4 over unguided samples, as much over random ones."""
     right = compare(range(SUBSETS), tmp_path)
