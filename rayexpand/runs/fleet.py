@@ -12,9 +12,9 @@
     wave               shards handed out together: the next wave begins, and its actors load, when one is done
 
 What is simulated is what the engine does on Ray (runs/run.py, on_ray/expand.py). A GPU takes the next shard when it has
-committed one. With its node, a GPU loses the shard it works on; another node is asked for at once, and the GPU begins
-that shard again there, unless another GPU runs out of work before. A node is paid for from its boot until it is lost or
-given back.
+committed one. With its node, a GPU loses the shard it works on; another node is asked for at once, and the shard begins
+again there. If another GPU has run out of work before, its process ends and that of the lost node is started in its
+place, once Ray knows of the loss. A node is paid for from its boot until it is lost or given back.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import numpy as np
 
 from rayexpand.contract.rng import generator, row_key
 
+SILENT_S = 15.0  # Ray takes a node for lost after five health checks, three seconds apart
 HOPELESS = 50.0  # times its work and an hour of each GPU: a run that has been paid for longer never ends
 
 Event = Callable[[int, float], None]  # number of a node or GPU, now
@@ -77,7 +78,7 @@ class _Gpu:
     loaded: bool = False
     shard: int | None = None  # what it works on
     kept: int | None = None  # what it lost with its node, and begins again
-    since: float = 0.0
+    since: float = 0.0  # it works on the shard, or has lost it
 
 
 @dataclass(slots=True)
@@ -155,13 +156,26 @@ class _Course:
                 saved = done - done % self.fleet.saved_s
                 self.lost += done - saved
                 self.seconds_N[gpu.shard] -= saved
-                gpu.kept = gpu.shard
+                gpu.kept, gpu.since = gpu.shard, now
             gpu.shard, gpu.loaded = None, False
         self._pay(node, now)
         self._ask(number, now)
         for other in range(len(self.gpus)):
-            if self.gpus[other].loaded and self.gpus[other].shard is None:
-                self._take(other, now)
+            self._hand_over(other, now)
+
+    def _hand_over(self, number: int, now: float) -> None:
+        """A GPU without work gets the process that waits for a node longest, with the shard that it lost."""
+        gpu, node = self.gpus[number], self.nodes[self.gpus[number].node]
+        waiting = [one for one in self.gpus if one.kept is not None and not self.nodes[one.node].up]
+        if not waiting or not gpu.loaded or gpu.shard is not None or self._left_at(node) < now:
+            return
+        longest = min(waiting, key=lambda one: one.since)
+        if (known := longest.since + SILENT_S) > now:
+            self._at(known, self._hand_over, number, node)
+            return
+        gpu.kept, longest.kept = longest.kept, None
+        gpu.loaded, node.idle_since = False, None
+        self._at(now + self.fleet.load_s, self._ready, number, node)
 
     # Steps ---------------------------------------------------------------------------------------------------------
 
@@ -187,15 +201,16 @@ class _Course:
         if (shard := self._next_shard(gpu)) is not None:
             node.idle_since, gpu.shard, gpu.since = None, shard, now
             self._at(now + float(self.seconds_N[shard]), self._done, number, node)
-        elif node.idle_since is None and all(self.gpus[one].shard is None for one in node.gpus):
+            return
+        if node.idle_since is None and all(self.gpus[one].shard is self.gpus[one].kept is None for one in node.gpus):
             node.idle_since = now
+        self._hand_over(number, now)
 
     def _next_shard(self, gpu: _Gpu) -> int | None:
-        """Its own lost one, else the next in line, else what another GPU waits to begin again."""
-        if gpu.kept is None and self.queue:
-            return self.queue.popleft()
-        holder = gpu if gpu.kept is not None else next((one for one in self.gpus if one.kept is not None), gpu)
-        shard, holder.kept = holder.kept, None
+        """Its own lost one, else the next in line."""
+        if gpu.kept is None:
+            return self.queue.popleft() if self.queue else None
+        shard, gpu.kept = gpu.kept, None
         return shard
 
     def _ask(self, number: int, now: float) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rayexpand.runs import fleet
 from rayexpand.runs.fleet import Course, Fleet, simulate
 
 CALM = {"node_start_s": 100.0, "load_s": 20.0, "idle_s": 0.0}
@@ -117,3 +118,26 @@ def test_what_a_task_has_saved_is_not_lost() -> None:
         assert parts.losses > 1
         assert saved == pytest.approx(parts)
         assert simulate(np.array([600.0]), fleet, 3, number).wall_hours > saved.wall_hours
+
+
+@pytest.mark.parametrize(("other", "lost_at", "end"), [
+    (100.0, 1150.0, 1165 + 10 + 100),  # idle since 1110, and Ray knows of the loss after 15 s
+    (300.0, 1150.0, 1310 + 10 + 100),  # Ray knows before the other one is idle
+    (100.0, 2000.0, 1110 + 100)])  # nothing is lost any more
+def test_a_lost_shard_goes_to_a_gpu_without_work(monkeypatch: pytest.MonkeyPatch, other: float, lost_at: float,
+                                                 end: float) -> None:
+    monkeypatch.setattr(fleet, "lives", lambda settings, node, seed, repetition: iter(
+        [lost_at - 1000, math.inf] if node == 0 else [math.inf]))
+
+    made = simulate(np.array([100.0, other, 100.0]), Fleet(2, loss_rate=1, node_start_s=1000, load_s=10, idle_s=2000))
+
+    assert made.wall_hours * 3600 == pytest.approx(end)
+
+
+def test_without_such_a_gpu_a_lost_shard_waits_for_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "lives", lambda settings, node, seed, repetition: iter(
+        [150.0, math.inf] if node == 0 else [math.inf]))
+
+    made = simulate(np.array([100.0, 5000.0, 100.0]), Fleet(2, loss_rate=1, node_start_s=1000, load_s=10, idle_s=2000))
+
+    assert made.wall_hours * 3600 == pytest.approx(1010 + 5000)  # the lost one is done at 2150 + 10 + 100
