@@ -85,16 +85,20 @@ def test_a_guided_loop_survives_the_loss_of_a_trial_the_driver_the_head_and_a_sa
             while not [*folder.glob(pattern)]:
                 time.sleep(0.02)
             known.update(committed(folder))
-            kill()
             killed.append(what)
+            with replacing:
+                kill()
 
+    replacing = threading.Lock()
     killer, codes = threading.Thread(target=disturb, daemon=True), list[int]()
     killer.start()
     while EXIT_DONE not in codes:
-        processes.append(expand(job, cluster.head))
+        with replacing:  # a head that is gone is back
+            processes.append(expand(job, cluster.head))
         _, said = processes[-1].communicate()
         codes.append(processes[-1].returncode)
-        assert codes[-1] in (EXIT_DONE, EXIT_RESUMABLE, -signal.SIGKILL), (codes, said.decode()[-2000:])
+        lost_head = codes[-1] == 1 and killed[-1] == "head"  # Ray ends a driver whose head is gone
+        assert lost_head or codes[-1] in (EXIT_DONE, EXIT_RESUMABLE, -signal.SIGKILL), (codes, said.decode()[-2000:])
         assert len(codes) < 6
     after = committed(folder)
 
