@@ -47,7 +47,7 @@ class StudyFolder:
                   "recipe": Recipe().model_dump(mode="json"), "stack": STACK, **fields}
         self.write(f"results/{trial}.json", result)
         self.write(f"trials/{trial}.json", {name: result[name] for name in (
-            "arm", "seed", "group", "ratio", "control_of", "recipe", "list_sha256", "ids_sha256", "value")
+            "arm", "seed", "group", "ratio", "control_of", "recipe", "list_sha256", "ids_sha256", "value", "rounds")
             if name in result})
         if predictions:
             (self.folder / "predictions").mkdir(exist_ok=True)

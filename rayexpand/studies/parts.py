@@ -22,7 +22,8 @@ from rayexpand.storage.tables import healthy_json, read_table
 from rayexpand.studies.baselines import UNTRAINED, Baseline
 from rayexpand.studies.config import ArmConfig, StudyConfig
 from rayexpand.studies.rounds.config import LoopConfig
-from rayexpand.studies.rounds.loop import Loop, loop_in
+from rayexpand.studies.rounds.controls import Beside
+from rayexpand.studies.rounds.loop import loop_in
 from rayexpand.studies.value_config import HELD_OUT, ValueArm
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class Opened:
 
     def __init__(self) -> None:
         self._runs, self._indexes = dict[str, Run](), dict[str, SeedIndex]()
-        self._fingerprints, self._loops = dict[str, str](), dict[str, Loop]()
+        self._fingerprints, self._besides = dict[str, str](), dict[str, Beside]()
 
     def run(self, folder: str) -> Run:
         """The run in a folder, or the rounds of a loop as one. What is committed is read anew whenever it is asked
@@ -140,11 +141,11 @@ class Opened:
             self._runs[folder] = open_samples(folder)
         return self._runs[folder]
 
-    def loop(self, folder: str) -> Loop:
-        """The loop in a folder, which has made a round."""
-        if folder not in self._loops:
-            self._loops[folder] = loop_in(folder)
-        return self._loops[folder]
+    def beside(self, loop: LoopConfig, oversample: float) -> Beside:
+        """A loop that has ended, and what stands beside it. Raises UsageError where it has not."""
+        if loop.folder not in self._besides:
+            self._besides[loop.folder] = Beside(loop_in(loop.folder), loop.run.out, oversample)
+        return self._besides[loop.folder]
 
     def index(self, data: DataConfig) -> SeedIndex:
         """The seeds of a dataset. Raises SeedDataError."""

@@ -24,7 +24,8 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 def in_rounds(study: StudyView, arm: str) -> dict[str, Any]:
     """Of an arm with loops, spreads over its trials: `rounds`, `of` (at most), `spent` and `planned` (samples, all of
     them; the latter if no loop had stopped), `kept`, `scoring` and `guide` (process-seconds), `stopped` (seeds of loops
-    that ended early), `ended` (why), and `controls` by kind. Of a control `stands_for`, and `words`."""
+    that ended early), `ended` (why), `controls` by kind, and `same`, kinds of controls whose samples would be its own.
+    Of a control `stands_for`, and `words`."""
     facts = [study.rounds_of(result) for result in study.arms[arm]]
     found = facts[0]
     if "stands_for" in found:
@@ -33,15 +34,17 @@ def in_rounds(study: StudyView, arm: str) -> dict[str, Any]:
               for name in ("rounds", "of", "spent", "planned", "kept")}
     seconds = {name: spread(each[f"{name}_seconds"] for each in facts) for name in ("scoring", "guide")}
     seeds = [result["seed"] for result in study.arms[arm]]
-    return {**counts, **seconds, "controls": found.get("controls", {}),
+    return {**counts, **seconds, "controls": found.get("controls", {}), "same": found.get("same", []),
             "stopped": [seed for seed, each in zip(seeds, facts, strict=True)
                         if any(one["stopped"] and one["ended"] for one in each["loops"])],
             "ended": [one["ended"] for each in facts for one in each["loops"]]}
 
 
-def stopped_early(arms: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each arm whose loops left some of their budget."""
-    return [f"{arm['arm']}: the loop ended early in {len(one['stopped'])} of {len(arm['seeds'])} seeds, so "
+def said_of_rounds(arms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What must be said of loops: that one left some of its budget, that a control would be the loop itself."""
+    same = [f"{arm['arm']}: {' and '.join(KINDS[kind] for kind in one['same'])} would be its own samples, so there is "
+            "no such control." for arm in arms if (one := arm.get("rounds", {})).get("same")]
+    return same + [f"{arm['arm']}: the loop ended early in {len(one['stopped'])} of {len(arm['seeds'])} seeds, so "
             f"{one['spent']['mean']:,.0f} of {one['planned']['mean']:,.0f} samples were spent in the mean. It is "
             "compared with as many samples made otherwise" + (
                 f", and with the whole budget ({one['controls']['whole']})." if "whole" in one["controls"] else ".")

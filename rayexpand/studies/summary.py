@@ -30,7 +30,7 @@ from rayexpand.studies.results import (
     runs_of,
 )
 from rayexpand.studies.robustness_table import mean_head, of_corrupted, tests_of
-from rayexpand.studies.round_table import in_rounds, stopped_early
+from rayexpand.studies.round_table import in_rounds, said_of_rounds
 from rayexpand.studies.score_table import compared_with, go_with_top1, of_samples
 from rayexpand.studies.spreads import plus_minus, points, spread
 from rayexpand.studies.value import value_of
@@ -121,7 +121,7 @@ def summarised(study: StudyView) -> dict[str, Any]:
                         "missing": study.missing, "failed": study.failed},
              "baseline": study.baseline, "arms": arms, "comparisons": comparisons(study), "sees": sight_of(study),
              "samples": None if samples is None else {**samples, "with_top1": go_with_top1(arms)}}
-    notes = [*_notes(found), *_varied(study), *stopped_early(arms)]
+    notes = [*_notes(found), *_varied(study), *said_of_rounds(arms)]
     return {**found, **({"notes": notes} if notes else {}), "warnings": _warnings(study, found)}
 
 

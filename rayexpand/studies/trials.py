@@ -56,8 +56,9 @@ def make_trials(study: Study) -> list[Trial]:
                      for seed, rows in zip(study.config.seeds, epoch_rows, strict=True)])
     trials = [line[number][0] for number in range(len(study.config.seeds)) for line in made]
     names = [trial.name for trial in trials]
-    trials = [replace(trial, rounds={**trial.rounds, "controls": beside.names[trial.arm]})
-              if trial.arm in beside.names else trial for trial in trials]
+    trials = [replace(trial, rounds={**trial.rounds, "controls": beside.names.get(trial.arm, {}),
+                                     "same": beside.same.get(trial.arm, [])}) if "loops" in trial.rounds else trial
+              for trial in trials]
     for trial in trials:
         replace_json(study.files, f"trials/{trial.name}.json", {**vars(trial), "digest": trial.digest})
     replace_json(study.files, "study.json", {**_facts(study, control_runs(study, arms)), "trials": names})
@@ -199,6 +200,7 @@ class _LoopControls:
         self._study, self._with = study, (test_sha256, also)
         self.arms = list(arms)
         self.names = dict[str, dict[str, str]]()  # arm -> kind -> control
+        self.same = dict[str, list[str]]()  # arm -> kinds of controls that would be its own training
         self._served = {self._key(arm, line): arm.name for arm, line in zip(arms, lines, strict=False)}
 
     def of(self, arm: Arm, line: Line) -> Iterator[Line]:
@@ -207,6 +209,7 @@ class _LoopControls:
             made = [_trial(self._study, control, seed, *self._with) for seed in self._study.config.seeds]
             key = self._key(arm, made)
             if key == self._key(arm, line):
+                self.same.setdefault(arm.name, []).append(kind)
                 continue
             if key not in self._served:
                 self._served[key] = control.name

@@ -9,10 +9,10 @@
     pruned      for a guided round those of highest entropy, by its guide, among n      rounds are guided
                 times as many without guidance, as many of each class
 
-A budget is counted in planned samples, of the rounds that an arm uses. Of what its runs have, `uniform` takes for each
-seed the first copies that a run of that budget would have; so a loop that deals uniformly has the same samples. What is
-made once more is of the same decision, with its guide: round 1, and rounds before the guided ones, are those of the
-loop. A control that would train on the samples of its loop is none.
+A budget is counted in planned samples, of the rounds that an arm uses; one run is made of the whole budget, and as many
+of its samples are taken as these rounds spent, the first ones of each seed. What is made once more is of the same
+decision, with its guide: round 1, and rounds before the guided ones, are those of the loop. A control that would train
+on the samples of its loop is none.
 """
 
 from __future__ import annotations
@@ -82,17 +82,23 @@ class Beside:
     out: str  # folder of the runs of the study
     oversample: float
 
+    def __post_init__(self) -> None:
+        if self.chain[-1:] == [] or self.chain[-1].state != "stop":
+            raise UsageError(f"{self.loop.files.root}: the loop has not ended; run the same `rayexpand train` again")
+
+    @cached_property
+    def chain(self) -> list[RoundDecision]:
+        return self.loop.chain()
+
     @cached_property
     def decisions(self) -> list[RoundDecision]:
         """Of the rounds that were made."""
         return [one for one in self.chain if one.state == "run"]
 
     @cached_property
-    def chain(self) -> list[RoundDecision]:
-        chain = self.loop.chain()
-        if not chain or chain[-1].state != "stop":
-            raise UsageError(f"{self.loop.files.root}: the loop has not ended; run the same `rayexpand train` again")
-        return chain
+    def _copies(self) -> dict[str, np.ndarray]:
+        """Of each seed in a run of the whole budget."""
+        return {kind: planned_copies(self.loop.index, self._one_shot(kind))[0] for kind in ("uniform", "classes")}
 
     def spent(self, used: int | None) -> int:
         return sum(one.planned for one in self.decisions[:used])
@@ -105,14 +111,14 @@ class Beside:
     def has(self, kind: str, used: int | None) -> bool:
         """Whether there is a control of this kind."""
         return may_have(kind, self.loop.config, used) and (
-            kind != "classes" or not np.array_equal(self._copies_of(kind), self.loop.base_N))
+            kind != "classes" or not np.array_equal(self._copies[kind], self.loop.base_N))
 
     def rows(self, kind: str, used: int | None) -> list[RowSource]:
         """What is trained on: of the loop itself ("") or of a control."""
         if kind == "whole":
             return [RowSource(run=self._one_shot(kind).folder)]
         if kind in ("uniform", "classes"):
-            most_N = self._copies_of(kind).astype(np.int64)
+            most_N = self._copies[kind].astype(np.int64)
             key_N = self.loop.rng.per_seed("allocate", self.loop.index.seed_ids)
             return [RowSource(run=self._one_shot(kind).folder,
                               copies=deal(most_N, self.spent(used), key_N, None, most_N))]
@@ -168,9 +174,6 @@ class Beside:
         called = "per-class" if kind == "classes" else "one-shot"
         name = f"{called}-{digest([semantic(made), made.artifacts])[:8]}"
         return made.model_copy(update={"name": name, "out": self.out})
-
-    def _copies_of(self, kind: str) -> np.ndarray:
-        return planned_copies(self.loop.index, self._one_shot(kind))[0]
 
     def _dealt(self, decision: RoundDecision) -> tuple[np.ndarray, np.ndarray]:
         """Copies and first copies of each seed."""

@@ -26,7 +26,7 @@ def loops_of(study: Study, arm: Arm, seed: int) -> list[Beside]:
 
 
 def beside_of(study: Study, name: str, made: LoopConfig) -> Beside:
-    return Beside(study.opened.loop(made.folder), made.run.out, study.config.expansions[name].oversample)
+    return study.opened.beside(made, study.config.expansions[name].oversample)
 
 
 def kinds_of(study: Study, arm: Arm) -> list[str]:
