@@ -20,10 +20,11 @@ from rayexpand.runs.run import Run
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import healthy_json, read_table
 from rayexpand.studies.baselines import UNTRAINED, Baseline
-from rayexpand.studies.config import ArmConfig, StudyConfig
+from rayexpand.studies.config import StudyConfig
 from rayexpand.studies.rounds.config import LoopConfig
 from rayexpand.studies.rounds.controls import Beside
 from rayexpand.studies.rounds.loop import loop_in
+from rayexpand.studies.sections import ArmConfig
 from rayexpand.studies.value_config import HELD_OUT, ValueArm
 
 log = logging.getLogger(__name__)

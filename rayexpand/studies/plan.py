@@ -28,7 +28,7 @@ from rayexpand.runs.stages import PlanStage, Sizes, Stages, timed, unknown
 from rayexpand.runs.status import view_run
 from rayexpand.runs.store import first_look
 from rayexpand.storage.places import open_files
-from rayexpand.studies.config import ExpansionConfig, StudyConfig, expansion_config, first_run, run_config
+from rayexpand.studies.config import StudyConfig, expansion_config, first_run, run_config
 from rayexpand.studies.foresight import foreseen, real_sizes
 from rayexpand.studies.parts import Arm
 from rayexpand.studies.priors import prior_task
@@ -37,6 +37,7 @@ from rayexpand.studies.rounds.costs import control_stages, loop_stages
 from rayexpand.studies.rounds.in_study import foreseen_controls
 from rayexpand.studies.rounds.status import read_loop_status
 from rayexpand.studies.run_costs import run_stage
+from rayexpand.studies.sections import ExpansionConfig
 from rayexpand.studies.trainings import Training, results_of, training_stage, trainings_of
 from rayexpand.studies.trials import arms_of
 

@@ -42,19 +42,11 @@ from rayexpand.runs.plan import planned_copies
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
 from rayexpand.studies import extra_tests
-from rayexpand.studies.config import (
-    ArmConfig,
-    ExpansionConfig,
-    StudyConfig,
-    expansion_config,
-    first_run,
-    ratios_of,
-    study_preflight,
-    unknown_soft_labels,
-)
+from rayexpand.studies.config import StudyConfig, expansion_config, first_run, study_preflight
 from rayexpand.studies.corrupted_sets import open_corrupted
 from rayexpand.studies.parts import Opened, Study, folder_of, real_key
 from rayexpand.studies.rounds.config import LoopConfig
+from rayexpand.studies.sections import ArmConfig, ExpansionConfig, ratios_of, unknown_soft_labels
 from rayexpand.studies.value_config import (
     HELD_OUT,
     size_subset,

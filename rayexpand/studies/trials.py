@@ -25,12 +25,13 @@ from rayexpand.storage.tables import healthy_json, replace_json
 from rayexpand.studies import extra_tests
 from rayexpand.studies.baselines import recipe_of
 from rayexpand.studies.class_maps import map_sha256
-from rayexpand.studies.config import REPEATED, ArmConfig, StudyConfig
+from rayexpand.studies.config import StudyConfig
 from rayexpand.studies.parts import Arm, Study, Trial, TrialFolder, folder_of, lacks_predictions, read_result, real_key
 from rayexpand.studies.rounds.config import LoopConfig
 from rayexpand.studies.rounds.controls import KINDS, Remade, learned_seconds, round_facts
 from rayexpand.studies.rounds.in_study import beside_of, control_runs, kinds_of, loops_of
 from rayexpand.studies.samples import training_set
+from rayexpand.studies.sections import REPEATED, ArmConfig
 from rayexpand.studies.value_config import repeats_of, updates_of
 from rayexpand.studies.weights import without_weights
 

@@ -17,10 +17,10 @@ from rayexpand.runs.verify import Findings
 from rayexpand.runs.verify import verify as verify_run
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_json, read_table
-from rayexpand.studies.config import OVERSAMPLE
 from rayexpand.studies.rounds.controls import CALLED, Beside
 from rayexpand.studies.rounds.loop import loop_in
 from rayexpand.studies.rounds.verify import verify_loop
+from rayexpand.studies.sections import OVERSAMPLE
 
 AGAIN = "`rayexpand train` with the file of the study makes it again"
 

@@ -21,7 +21,8 @@ from rayexpand.data.subsets import ids_hash
 from rayexpand.runs import config as configs
 from rayexpand.runs.config import ClusterConfig, EstimateConfig, RunConfig, semantic
 from rayexpand.storage.places import open_files
-from rayexpand.studies.config import ArmConfig, ExpansionConfig, StudyConfig, parse_study, study_preflight
+from rayexpand.studies.config import StudyConfig, parse_study, study_preflight
+from rayexpand.studies.sections import ArmConfig, ExpansionConfig
 from rayexpand.studies.sweep.proxies_config import EarlyConfig, ProxiesConfig, early_problems
 from rayexpand.studies.sweep.space import Dimension, condition_problems, n_suggestions, parse_dimension
 

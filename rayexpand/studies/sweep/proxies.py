@@ -24,9 +24,9 @@ from rayexpand.evaluation.evaluate import in_process
 from rayexpand.runs.run import Run
 from rayexpand.storage.files import Files
 from rayexpand.storage.tables import healthy_json, read_json, replace_json
-from rayexpand.studies.config import SamplesConfig
 from rayexpand.studies.parts import Study, Trial
 from rayexpand.studies.sample_scores import SCORES, score_samples
+from rayexpand.studies.sections import SamplesConfig
 from rayexpand.studies.sweep.proxies_config import OF_METHOD, EarlyConfig, ProxiesConfig, prefers
 from rayexpand.studies.trials import arms_of
 

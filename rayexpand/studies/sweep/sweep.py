@@ -38,7 +38,8 @@ from rayexpand.runs import run as runs
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import create_once, healthy_json, read_json
-from rayexpand.studies.config import ArmConfig, StudyConfig, parse_study, study_preflight
+from rayexpand.studies.config import StudyConfig, parse_study, study_preflight
+from rayexpand.studies.sections import ArmConfig
 from rayexpand.studies.sweep.config import (
     OPERATIONAL,
     UNSWEPT,
