@@ -52,11 +52,17 @@ def raw_rounds(out: Path, **changes: Any) -> dict[str, Any]:
                  {"name": "guided", "use": "guided"}], **changes})
 
 
-def made(raw: dict[str, Any]) -> Study:
-    """The study with all its samples, made in this process."""
+def with_loops(raw: dict[str, Any]) -> Study:
+    """The study with its loops made in this process."""
     study = prepare_study(parse_study(raw))
     for loop in pending_loops(study):
         drive_loop(loop, Learning(train_with(lambda *_: None)), in_this_process)
+    return study
+
+
+def made(raw: dict[str, Any]) -> Study:
+    """The same with all samples."""
+    study = with_loops(raw)
     for run in (*pending_runs(study), *pending_controls(study, arms_of(study.config))):
         in_this_process(run)
     prune(study, arms_of(study.config))
