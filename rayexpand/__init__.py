@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Event,
         Planned,
         PlannedFit,
+        PlannedLoop,
         PlannedStudy,
         PlannedSweep,
         Scores,
@@ -48,9 +49,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "LoopFolder", "Planned",
-           "PlannedFit", "PlannedStudy", "PlannedSweep", "RayexpandError", "RunFolder", "Scores", "Selected",
-           "StudyFolder", "SweepFolder", "audit", "bench", "dataset", "demo", "evaluate", "expand", "fit", "open",
-           "plan", "select", "status", "submit", "sweep", "train", "trust", "validate"]
+           "PlannedFit", "PlannedLoop", "PlannedStudy", "PlannedSweep", "RayexpandError", "RunFolder", "Scores",
+           "Selected", "StudyFolder", "SweepFolder", "audit", "bench", "dataset", "demo", "evaluate", "expand", "fit",
+           "open", "plan", "select", "status", "submit", "sweep", "train", "trust", "validate"]
 
 
 def __getattr__(name: str) -> Any:

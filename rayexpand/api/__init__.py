@@ -23,6 +23,7 @@ from rayexpand.api.results import (
     Event,
     Planned,
     PlannedFit,
+    PlannedLoop,
     PlannedStudy,
     PlannedSweep,
     PreparedData,
@@ -54,9 +55,9 @@ from rayexpand.contract.errors import RayexpandError
 from rayexpand.methods import trust
 
 __all__ = ["Artifact", "AuditFolder", "Audited", "Checked", "ClusterJob", "Event", "LoopFolder", "Planned",
-           "PlannedFit", "PlannedStudy", "PlannedSweep", "PreparedData", "RayexpandError", "RunFolder", "Scores",
-           "Selected", "StudyFolder", "SweepFolder", "audit", "bench", "check_marks", "cluster_jobs", "convert",
-           "dataset", "demo", "evaluate", "expand", "first_file", "fit", "follow", "job_files", "job_text",
+           "PlannedFit", "PlannedLoop", "PlannedStudy", "PlannedSweep", "PreparedData", "RayexpandError", "RunFolder",
+           "Scores", "Selected", "StudyFolder", "SweepFolder", "audit", "bench", "check_marks", "cluster_jobs",
+           "convert", "dataset", "demo", "evaluate", "expand", "first_file", "fit", "follow", "job_files", "job_text",
            "jobs_named_by", "open", "pictures", "plan", "prepare_data", "published_sets", "rayjob", "report", "schema",
            "select", "serve_metrics", "serve_status", "status", "stop", "submit", "sweep", "train", "trust", "validate",
            "write_new"]

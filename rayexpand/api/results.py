@@ -166,6 +166,20 @@ class PlannedSweep(PlannedStages):
 
 
 @dataclass(frozen=True)
+class PlannedLoop(PlannedStages):
+    """Rounds, with scoring and guides between them. `plan` is a studies.rounds.plan.LoopPlan."""
+
+    verb: ClassVar[str] = "expand"
+
+    def below(self) -> list[str]:
+        found = self.plan
+        unspent = f"; {found.unspent:,} are left unspent" if found.unspent else ""
+        guided = f"; guided from round {found.guided_from}" if found.guided_from else ""
+        return [f"loop: {found.budget:,} samples of {found.seeds:,} seeds in {len(found.rounds)} rounds of "
+                f"{', '.join(f'{rows:,}' for rows in found.rounds)}{guided}{unspent}", *super().below()]
+
+
+@dataclass(frozen=True)
 class Artifact(Result):
     """A folder that `fit` made, or found made, and how that was."""
 

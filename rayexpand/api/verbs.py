@@ -31,6 +31,7 @@ from rayexpand.api.results import (
     Event,
     Planned,
     PlannedFit,
+    PlannedLoop,
     PlannedStudy,
     PlannedSweep,
     PreparedData,
@@ -59,14 +60,16 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
         try:
             index, listed = seeds.surveyed(data)
             dealt = dealing_of(index, config) if kind == "run" and not problems else []
+            problems += _loop_problems(config, index) if kind == "loop" else []
         except RayexpandError as error:
             problems = list(dict.fromkeys([*problems, *getattr(error, "problems", [str(error)])]))
         else:
             if kind == "run" and (changed := changed_since_planned(config)):
                 listed["since_planned"] = changed
-    if kind == "run" and not problems:
-        problems = weight_problems_of(config, present_only=True)
-    notes = [*sampling_of(config), *dealt] if kind == "run" and not problems else []
+    run = config.of_round(1) if kind == "loop" else config  # whose generator is sampled
+    if kind in ("run", "loop") and not problems:
+        problems = weight_problems_of(run, present_only=True)
+    notes = [*sampling_of(run), *dealt] if kind in ("run", "loop") and not problems else []
     sees = ""
     if kind == "study" and not problems:
         from rayexpand.studies.foresight import foreseen, real_sizes
@@ -78,6 +81,12 @@ def validate(job: Job, *, set: Set = (), machine: Job | None = None) -> Checked:
             problems = [str(error)]
     return Checked(kind, config.model_dump(mode="json"), problems, listed, notes, sees,
                    _tries(config, costs=not problems) if kind == "sweep" else [])
+
+
+def _loop_problems(config: Any, index: Any) -> list[str]:
+    from rayexpand.studies.rounds.plan import loop_problems
+
+    return loop_problems(config, index)
 
 
 def _tries(config: Any, *, costs: bool = True) -> list[str]:
@@ -112,15 +121,15 @@ def published_sets() -> list[dict[str, Any]]:
 
 
 def plan(job: Job, *, set: Set = (),
-         machine: Job | None = None) -> Planned | PlannedFit | PlannedStudy | PlannedSweep:
-    """What a run, fit, study or sweep makes and costs, by stage, and what still keeps it from starting, without loading
-    a model; of a study also the difference it can show, of a sweep the number of trials."""
+         machine: Job | None = None) -> Planned | PlannedFit | PlannedLoop | PlannedStudy | PlannedSweep:
+    """What a run, loop, fit, study or sweep makes and costs, by stage, and what still keeps it from starting, without
+    loading a model; of a study also the difference it can show, of a sweep the number of trials."""
     from rayexpand.runs.estimate import estimate_config
     from rayexpand.runs.run import changed_since_planned, measured
     from rayexpand.runs.run import preflight as run_preflight
 
     kind, raw, where = read_job(job, set, machine)
-    if kind in ("fit", "study", "sweep"):
+    if kind in ("fit", "loop", "study", "sweep"):
         config = parsed(kind, raw, where)
         if problems := secret_problems(config.model_dump(mode="json")):
             raise ConfigError(where_of(job), problems)
@@ -134,7 +143,7 @@ def plan(job: Job, *, set: Set = (),
     return Planned(estimate, run_preflight(config))
 
 
-def _planned(kind: str, config: Any, problems: list[str]) -> PlannedFit | PlannedStudy | PlannedSweep:
+def _planned(kind: str, config: Any, problems: list[str]) -> PlannedFit | PlannedLoop | PlannedStudy | PlannedSweep:
     if kind == "fit":
         from rayexpand.fitting.plan import plan_fit
 
@@ -143,6 +152,10 @@ def _planned(kind: str, config: Any, problems: list[str]) -> PlannedFit | Planne
         from rayexpand.studies.plan import plan_study
 
         return PlannedStudy(plan_study(config), problems)
+    if kind == "loop":
+        from rayexpand.studies.rounds.plan import plan_loop
+
+        return PlannedLoop(plan_loop(config), problems)
     from rayexpand.studies.sweep.plan import plan_sweep
 
     return PlannedSweep(plan_sweep(config), problems)

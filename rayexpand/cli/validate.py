@@ -41,8 +41,8 @@ def validate(file: File, set_: Set = None, machine: Machine = None, trust: Trust
 
 @app.command()
 def plan(file: File, set_: Set = None, machine: Machine = None, trust: Trust = None, as_json: Json = False) -> None:
-    """Count what a run, fit, study or sweep makes, by stage, and estimate hours, bytes and cost on a fleet that loses
-    nodes, without loading a model. Of a study also which difference it can show, of a sweep how many trials it is.
+    """Count what a run, loop, fit, study or sweep makes, by stage, and estimate hours, bytes and cost on a fleet that
+    loses nodes, without loading a model. Of a study also which difference it can show, of a sweep how many trials.
 
     Examples:
 

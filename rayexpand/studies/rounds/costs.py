@@ -30,7 +30,7 @@ def loop_stages(name: str, loop: LoopConfig, index: SeedIndex, planned: int, tim
                                  sizes, samples) for number, samples in enumerate(seen, 2)]
     if rounds.trains_guide:
         first = rounds.guided_from if rounds.guided_from is not None else 2
-        stages += [_guide_stage(f"guide of round {number} of {name}", loop, sizes, samples)
+        stages += [guide_stage(f"guide of round {number} of {name}", loop, sizes, samples)
                    for number, samples in enumerate([0, *seen], 1) if number >= first]
     return [one if one.name.startswith("expand") else replace(
         one, times=times, hours=one.hours and (left * one.hours[0], left * one.hours[1])) for one in stages]
@@ -68,7 +68,7 @@ def _sampling(loop: LoopConfig, parts: Sequence[int]) -> list[tuple[str, RunConf
     return [one for one in found if one[2]]
 
 
-def _guide_stage(name: str, loop: LoopConfig, sizes: Sizes, samples: int) -> PlanStage:
+def guide_stage(name: str, loop: LoopConfig, sizes: Sizes, samples: int) -> PlanStage:
     recipe, training = make_recipe(loop.rounds.guide_recipe), loop.training
     rows = sizes.images + samples
     batch = max(1, min(recipe.batch, rows))
