@@ -51,9 +51,9 @@ def _asked(job: str | os.PathLike[str], verb: str, set: Set, machine: str | os.P
         return wanted
     kind, raw, where = read_job(job, set, machine)
     verb = verb or KINDS[kind][1]
-    made_by = next((one for one, (_, by) in KINDS.items() if by == verb), "")
-    if made_by not in ("", kind) and (verb, kind) != ("fit", "run"):
-        parsed(kind, raw, where, made_by)  # which refuses it
+    taken = [one for one, (_, by) in KINDS.items() if by == verb]
+    if taken and kind not in taken and (verb, kind) != ("fit", "run"):
+        parsed(kind, raw, where, taken[0])  # which refuses it
     return replace(wanted, verb=verb, raw=raw)
 
 

@@ -21,6 +21,7 @@ from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import read
 from rayexpand.on_ray.package import LARGE_BYTES
 from rayexpand.runs.config import parse
+from rayexpand.studies.rounds.config import parse_loop, run_in
 
 FILE_VERBS = ("expand", "train", "fit", "evaluate", "audit", "select", "sweep", "plan", "validate", "bench")
 WRITING = ("expand", "train", "fit", "sweep", "report")  # below `out`
@@ -28,7 +29,7 @@ RUN_VERBS = ("retry", "verify", "report", "card")
 # Fields whose value is a file or folder where one of that name is here; others are where they hold a slash, too.
 FILES = ("ids", "classes", "captions", "features", "weights", "checkpoint", "file", "model", "generator", "guide",
          "class_map", "groups", "group", "scores", "config", "vae", "timm")
-STUDY_FILE = "study (a file)"
+STUDY_FILE, RUN_FILE = "study (a file)", "run (a file)"
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE|(^|_)KEY(_|$)|APIKEY", re.IGNORECASE)
 
 
@@ -47,6 +48,15 @@ class JobOrder:
     @property
     def takes_file(self) -> bool:
         return self.verb in FILE_VERBS or (self.verb == "report" and self.target.endswith((".yaml", ".yml")))
+
+    @property
+    def is_loop(self) -> bool:
+        return "rounds" in self.raw
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The sections of a run: of a loop those of its section `run`, written out, else all."""
+        return dict(run_in(self.raw.get("run")) or {}) if self.is_loop else dict(self.raw)
 
     @property
     def files(self) -> list[str]:
@@ -71,15 +81,17 @@ class JobOrder:
                 raise UsageError(f"{self.target}: a job does not start in this folder; give the path that every node "
                                  f"of the cluster sees, such as {Path(self.target).absolute()}")
             return self.target.rstrip("/").rpartition("/")[2], self.target.rstrip("/")
-        raw = {key: value for key, value in self.raw.items() if key != "kind"}
-        if self.verb in ("plan", "validate", "bench") and "method" not in raw:
-            found: Any = None
+        raw: dict[str, Any] = {key: value for key, value in self.raw.items() if key != "kind"}
+        found: Any = None
+        if self.is_loop:
+            found = parse_loop(raw, self.target).run if self.verb == "expand" else None
+            raw = self.run
         elif self.verb == "train":
             from rayexpand.studies.config import parse_study
 
             found = parse_study(raw, self.target)
-        else:
-            found = parse(raw, self.target) if self.verb in ("expand", "plan", "bench") else None
+        elif self.verb == "expand" or (self.verb in ("plan", "bench") and "method" in raw):
+            found = parse(raw, self.target)
         name = str(found.name if found else raw.get("name", Path(self.target).stem))
         out = str(found.out if found else raw.get("out", "runs"))
         return name, f"{out.rstrip('/')}/{name}"
@@ -89,7 +101,8 @@ def checked(job: JobOrder) -> JobOrder:
     """The order with the content of its file, where it has none yet. Raises ConfigError for secrets, which anyone who
     sees the dashboard could read."""
     raw = job.raw or (read(job.target, job.overrides) if job.takes_file else {})
-    if problems := secret_problems({"target": job.target, **raw, **(read(job.machine) if job.machine else {})}):
+    run = {"run": run_in(raw.get("run"))} if "rounds" in raw else {}
+    if problems := secret_problems({"target": job.target, **raw, **run, **(read(job.machine) if job.machine else {})}):
         raise ConfigError(job.target, problems)
     return replace(job, raw=raw)
 
@@ -106,8 +119,9 @@ def unsent_problems(job: JobOrder, sent: Set[str], root: Path | None = None) -> 
                         "directory is removed after it. Give `fit` a file of its own, with an `out` that every node "
                         "sees")
     elif (job.verb in WRITING or (job.verb == "audit" and not raw["audit"].get("run"))) and _is_relative(out):
-        problems.append(f"out: {out!r} is relative, and a job's working directory is removed after it. Give a path or "
-                        f"URL that every node of the cluster sees: --set out={Path(out).absolute()}")
+        field = "run.out" if job.is_loop else "out"
+        problems.append(f"{field}: {out!r} is relative, and a job's working directory is removed after it. Give a path "
+                        f"or URL that every node of the cluster sees: --set {field}={Path(out).absolute()}")
     if "://" in out:
         problems += [f"expansions.{name}.fit.adapter: a fine-tuning keeps its checkpoints in a folder that all nodes "
                      f"share, and out is an object store ({out}); give a folder that every node sees: --set "
@@ -115,6 +129,8 @@ def unsent_problems(job: JobOrder, sent: Set[str], root: Path | None = None) -> 
                      if isinstance(one, Mapping) and (one.get("fit") or {}).get("adapter") is not None]
     if isinstance(study := raw.get("study"), str) and Path(study).is_file():
         raw |= {STUDY_FILE: study, "study": read(study)}
+    if job.is_loop and isinstance(run := raw.get("run"), str) and Path(run).is_file():
+        raw |= {RUN_FILE: run, "run": read(run)}
     if job.verb != "plan":  # which estimates without data
         problems += [f"{name}: {place!r} is not sent ({_why(place, root)}). Give a path or URL that every node of the "
                      f"cluster sees: {_remedy(name, place)}" for name, place in _places(raw)
@@ -156,7 +172,7 @@ def _places(raw: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]
 
 
 def _is_place(key: str, value: str, above: str) -> bool:
-    if key in ("path", "run", STUDY_FILE) or above.endswith("sources."):
+    if key in ("path", "run", STUDY_FILE, RUN_FILE) or above.endswith("sources."):
         return True
     return (key in FILES or "/" in value or above.endswith("artifacts.")) and Path(value).exists()
 

@@ -41,11 +41,12 @@ def needs_of(asked: JobOrder) -> list[StageNeed]:
     """What each stage of a job asks for. Raises ConfigError."""
     raw = asked.raw
     try:
-        cluster = ClusterConfig(**(raw.get("cluster") or {}))
+        cluster = ClusterConfig(**(asked.run.get("cluster") or {}))
     except ValidationError as error:
         raise ConfigError(asked.target, mistakes(error, ClusterConfig, "cluster.")) from error
     found = []
-    for stage in STAGES.get(asked.verb, ()):
+    stages: tuple[Stage, ...] = ("expand", "train") if asked.is_loop else STAGES.get(asked.verb, ())
+    for stage in stages:
         at = cluster.at(stage)
         sizes = [(at.actors, at.cpus_per_actor, at.gpus_per_actor)] if stage != "train" else []
         if asked.verb == "sweep":

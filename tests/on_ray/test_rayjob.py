@@ -117,6 +117,22 @@ def test_workers_have_what_the_stages_of_a_verb_ask_for(verb: str, tmp_path: Pat
         assert {"name": "RAYEXPAND_NODE_GPUS", "value": str(max(map(gpus_of, groups)))} in pod["containers"][0]["env"]
 
 
+def test_a_loop_is_one_job_whose_workers_expand_and_train(tmp_path: Path) -> None:
+    (tmp_path / "machine.yaml").write_text(yaml.safe_dump(MACHINE))
+    (tmp_path / "loop.yaml").write_text(yaml.safe_dump({
+        "kind": "loop", "run": {"name": "birds", **VERBS["expand"]}, "rounds": {"count": 2},
+        "training": {"workers": 6}}))
+    with pytest.raises(UsageError, match=r"run\.out: 'runs' is relative.*--set run\.out="):
+        rayjob(JobOrder("expand", str(tmp_path / "loop.yaml")))
+    config_map, made = objects(api.rayjob(tmp_path / "loop.yaml", machine=tmp_path / "machine.yaml",
+                                          set=["run.out=s3://bucket/runs"]))
+    groups = made["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert config_map["metadata"]["name"] == "birds"
+    assert shlex.split(made["spec"]["entrypoint"])[3:5] == ["expand", f"{FOLDER}/loop.yaml"]
+    assert [(one["labels"]["ray.io/market-type"], one["maxReplicas"], gpus_of(one), one["resources"])
+            for one in groups] == [("spot", 6, 1, {"disk": "4"})]
+
+
 def test_pods_without_gpus_for_what_needs_none(job: str) -> None:
     _, made = objects(rayjob(JobOrder("expand", job, [SHARED, "cluster.gpus_per_actor=0"])))
     (group,) = made["spec"]["rayClusterSpec"]["workerGroupSpecs"]

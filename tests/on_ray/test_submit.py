@@ -279,6 +279,17 @@ def test_a_file_that_says_its_kind_is_submitted(verb: str, fields: dict[str, Any
     assert job.checked(JobOrder(verb, str(file))).name_and_folder() == ("mine", "/runs/mine")
 
 
+def test_a_loop_names_what_a_job_would_not_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(yaml.safe_dump({"name": "birds", "out": "/runs", "method": {"name": "classical"},
+                                                "data": {"source": "imagefolder", "path": "data/birds"}}))
+    Path("loop.yaml").write_text(yaml.safe_dump({"run": "run.yaml", "rounds": {"count": 2}}))
+    order = job.checked(JobOrder("expand", "loop.yaml"))
+    assert order.name_and_folder() == ("birds", "/runs/birds")
+    assert [one.partition(":")[0] for one in job.unsent_problems(order, {"run.yaml"})] == ["run.data.path"]
+    assert [one.partition(":")[0] for one in job.unsent_problems(order, set())] == ["run.data.path", "run (a file)"]
+
+
 def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package, "PACKAGE_BYTES", 1000)
     with pytest.raises(UsageError, match="files would be sent"):

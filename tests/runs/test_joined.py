@@ -165,3 +165,17 @@ def test_the_same_seeds_stand_beside_each_other_by_round(made: tuple[str, str]) 
     shown = [one for row in found["rows"] for cell in row["cells"] for one in cell]
     assert len(shown) == 12
     assert {one["sample_id"].rpartition("/")[2] for one in shown if "absent" not in one} == {"0", "1", "4"}
+
+
+def test_a_loop_in_an_object_store_is_read_like_one_on_a_disk(image_folder: Path, tmp_path: Path,
+                                                              object_stores: object) -> None:
+    config = LoopConfig(run=small_run(image_folder, Path(), "Fake", name="loop", ratio=3,
+                                      sections={"out": "s3://runs/loops"}), rounds=RoundsConfig(count=2))
+    finished(config)
+    folder = LoopFolder(config.folder)
+    assert folder.export(tmp_path / "x", "huggingface").count == 60
+    assert select(parse({"name": "some", "run": config.folder, "rule": {"kind": "random", "n": 2}}))["samples"] == 60
+    assert folder.card() == "s3://runs/loops/loop/README.md"
+    assert folder.report() == folder.page == "s3://runs/loops/loop/report.html"
+    second = next(one for one in folder.samples() if one["round"] == 2)
+    assert folder.regen(second["sample_id"])["equal"]
