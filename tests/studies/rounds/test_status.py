@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rayexpand import api
+from rayexpand.contract.metrics import stage_of
 from rayexpand.runs import run as runs
 from rayexpand.studies.rounds.loop import open_loop
 from rayexpand.studies.rounds.status import read_loop_status
@@ -66,3 +67,17 @@ def test_retry_offers_the_failed_rows_of_every_round(make_loop: MakeLoop, image_
     assert (said["made"], said["failed"], said["kept"]) == (6, 0, 120)
     assert api.open(config.folder).verify().unseen == 6  # type: ignore[union-attr]
     assert [runs.open_run(one.folder).totals().failed for one in api.open(config.folder).rounds] == [0, 0]  # type: ignore[union-attr]
+
+
+def test_a_loop_says_that_it_lives_and_counts_under_few_labels(tmp_path: Path) -> None:
+    tasks = list[str]()
+    raw = {"run": {"name": "loop", "out": str(tmp_path), "data": {"source": "digits", "per_class": 2},
+                   "method": {"name": "classical", "policy": "randaugment", "ratio": 4}},
+           "rounds": {"count": 2, "rule": "loss", "scores": {"folds": 2, "recipe": {"updates": 2, "batch": 8}}}}
+    loop = api.expand(raw, on=lambda event: tasks.append(event.task), same_process=True)
+    assert {"expanding loop, round 1", "expanding loop, round 2"} <= {*tasks}
+    assert {stage_of(one) for one in tasks} == {"expand", "train"}
+    (driver,) = api.status(loop.folder).drivers
+    assert (driver.state, driver.beat.verb) == ("ended", "expand")
+    assert Path(loop.page).is_file()
+    assert Path(loop.folder, "README.md").is_file()
