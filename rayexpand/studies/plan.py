@@ -21,9 +21,8 @@ from rayexpand.fitting.plan import fit_stages
 from rayexpand.runs.amounts import unit_of
 from rayexpand.runs.config import RunConfig
 from rayexpand.runs.estimate import stand_in
-from rayexpand.runs.joined import is_loop
+from rayexpand.runs.joined import is_loop, open_samples
 from rayexpand.runs.plan import planned_copies
-from rayexpand.runs.run import open_run
 from rayexpand.runs.stages import PlanStage, Sizes, Stages, timed, unknown
 from rayexpand.runs.status import view_run
 from rayexpand.runs.store import first_look
@@ -159,7 +158,7 @@ def expansion_stages(config: StudyConfig, name: str, one: ExpansionConfig,
     """(what its fits and runs cost, samples of each real image; None where nothing says)."""
     if one.run is not None:
         try:
-            plan = open_run(one.run.replace("{seed}", str(config.seeds[0]))).plan
+            plan = open_samples(one.run.replace("{seed}", str(config.seeds[0]))).plan
         except RayexpandError:
             return [unknown(f"expand {name}", "", f"{one.run} is not there yet; plan it with its own file")], None
         return [], plan.planned / max(len(plan.index), 1)
