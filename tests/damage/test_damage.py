@@ -27,6 +27,8 @@ from rayexpand.studies.trial import run_trials
 from rayexpand.studies.trials import make_trials, pending_trials
 from tests.conftest import complete, hashes, small_run
 from tests.damage.cases import Case, Outcome, Work, cases, content_of, run_all, run_case, table
+from tests.studies.rounds.conftest import finished, union
+from tests.studies.rounds.test_learning import digits_loop
 from tests.tiny import tiny_clip
 
 Make = Callable[[Path, Path], Work]
@@ -143,6 +145,38 @@ def _study_page(folder: Path) -> Any:
     return Outcome(re.findall(r"[\d.]+ ± [\d.]+", text), _scores(folder).said)
 
 
+# ----------------------------------------------------------------------------------------------------------------- loop
+
+
+def loop_work(images: Path, place: Path) -> Work:
+    """A loop of three rounds whose later ones are dealt by scores."""
+    rounds = {"count": 3, "rule": "loss", "scores": {"folds": 2, "recipe": {"preset": "digits", **SMALL}}}
+    config = digits_loop(place, rounds=rounds, ratio=3, shard_images=8)
+
+    def expand(folder: Path) -> Any:
+        run = config.run.model_copy(update={"out": str(folder.parent)})
+        loop, end = finished(config.model_copy(update={"run": run}))
+        return end.reason, sorted(union(loop).items())
+
+    def status(folder: Path) -> Any:
+        found = api.LoopFolder(str(folder)).status()
+        return Outcome((found.stage, found.kept, f"{found.pending} pending"), str(found.problems))
+
+    def verify(folder: Path) -> Any:
+        counts = api.LoopFolder(str(folder)).verify().to_json()
+        problems = counts.pop("problems")
+        del counts["rebuilt_receipts"]
+        return Outcome((f"{counts['pending']} pending", counts), str(problems))
+
+    expand(place / "loop")
+    return Work("loop", place / "loop", {
+        "rounds.json": "rounds.json", "decisions": "decisions/*.json", "copies of rounds": "decisions/*.parquet",
+        "scores of seeds": "scores/*.parquet", "run of a round": "rounds/*/run.json",
+        "data of a round": "rounds/*/data/*.parquet", "plan of a round": "rounds/*/plan/*/*",
+        "folds": "results/*.json"}, {"expand": expand, "status": status, "verify": verify},
+        absent={"data of a round": r"[1-9]\d* pending", "decisions": "all rounds are made"})
+
+
 # ---------------------------------------------------------------------------------------------------------------- sweep
 
 
@@ -210,6 +244,17 @@ def test_no_damage_goes_unnoticed(image_folder: Path, tmp_path: Path, tmp_path_f
     assert {"same", "refused", "said"} == {outcome for *_, outcome in counts}
 
 
+@pytest.mark.slow
+def test_no_damage_to_a_loop_goes_unnoticed(image_folder: Path, tmp_path: Path,
+                                            tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Each damage to each of its kinds of files, for each verb."""
+    works = made((loop_work,), image_folder, tmp_path_factory)
+    counts, wrong = run_all(works, cases(works, 8), tmp_path)
+
+    assert not wrong, "\n".join(wrong)
+    assert {"same", "refused", "said"} == {outcome for *_, outcome in counts}
+
+
 @pytest.mark.parametrize(("given", "outcome"), [
     (lambda folder: {"data/a": 2, "metadata": "run"}, "silently different"), (lambda folder: {"data/a": 1}, "same"),
     (lambda folder: Outcome({"data/a": 2}, "data/train-000000.parquet is damaged"), "said"),
@@ -234,7 +279,7 @@ def refuse(text: str) -> None:
 def test_no_damage_of_thousands_goes_unnoticed(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                                tmp_path_factory: pytest.TempPathFactory) -> None:
     """Every kind of file and every verb that reads it, 24 times: each damage three times."""
-    works = made((run_work, study_work, sweep_work, fit_work), image_folder, tmp_path_factory)
+    works = made((run_work, loop_work, study_work, sweep_work, fit_work), image_folder, tmp_path_factory)
     counts, wrong = run_all(works, cases(works, 24), tmp_path)
     with capsys.disabled():
         print(f"\n{sum(counts.values())} cases\n{table(counts)}", *wrong, sep="\n")

@@ -23,10 +23,10 @@ import pyarrow as pa
 from rayexpand.contract.errors import DamagedFile, DigestMismatch
 from rayexpand.contract.settings import digest
 from rayexpand.runs import config as configs
-from rayexpand.runs.joined import LOOP
-from rayexpand.runs.joined import read_loop_facts as read_loop_facts
-from rayexpand.runs.store import Store
+from rayexpand.runs.joined import LOOP, round_folder, round_name
+from rayexpand.runs.store import Store, first_look, read_facts
 from rayexpand.storage.files import Files
+from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import NAMED, parquet_bytes, read_json, sealed, table_of
 from rayexpand.studies.rounds.config import LoopConfig
 
@@ -163,6 +163,16 @@ def seen_of(store: Store, upto: Mapping[str, int] | None = None) -> Seen:
 def unseen(store: Store, seen: Seen) -> int:
     """Samples of a round that a later `retry` made, so that a decision did not see them."""
     return sum(one.kept for one in store.receipts() if one.generation > seen.generations.get(str(one.shard_id), 0))
+
+
+def round_problem(files: Files, number: int, *, gone: bool = True) -> str:
+    """What is wrong with the run.json of a round that is decided, "" where nothing is, or the round has not begun.
+    `gone`: also where it is gone, which the next `expand` mends. Raises DamagedFile."""
+    run, where = open_files(round_folder(files, number)), f"{round_name(number)}/run.json"
+    if first_look(run) is None:
+        return f"{where}: is gone. `rayexpand expand` of the loop makes it again" * (gone and bool(run.list("data")))
+    return "" if read_facts(run).get("follows", {}).get("round") == number else (
+        f"{where}: is that of another run. Delete it, and `rayexpand expand` of the loop makes the right one again")
 
 
 def first_of(chain: Sequence[RoundDecision], files: Files, seeds: int) -> np.ndarray:

@@ -34,7 +34,7 @@ import pyarrow as pa
 
 from rayexpand import __version__
 from rayexpand.classifier.recipe import make_recipe
-from rayexpand.contract.errors import ConfigError, DigestMismatch, SeedDataError, UsageError, few
+from rayexpand.contract.errors import ConfigError, DamagedFile, DigestMismatch, SeedDataError, UsageError, few
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import SeedIndex
@@ -63,6 +63,7 @@ from rayexpand.studies.rounds.decisions import (
     publish_decision,
     read_chain,
     read_dealt,
+    round_problem,
     seen_of,
 )
 
@@ -201,6 +202,8 @@ def prepare_round(loop: Loop, decision: RoundDecision, progress: Progress | None
     _refuse_other_guide(loop, decision)
     part = runs.RoundPart(loop.index, loop.dataset, table["copies"].to_numpy(), table["first"].to_numpy(),
                           {"round": decision.round, "decision": decision.sha256})
+    if problem := round_problem(loop.files, decision.round, gone=False):
+        raise DamagedFile(problem)
     run = runs.prepare(round_config(loop, decision), progress, device_here=device_here,
                        where=f"{loop.config.name}, round {decision.round}", part=part)
     if (said := run.facts.get("follows")) != part.follows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from rayexpand.runs.status import FolderStatus, driver_lines, duration
 from rayexpand.storage.files import Files
 from rayexpand.storage.heartbeats import DriverSeen, drivers_in
 from rayexpand.storage.places import open_files
-from rayexpand.studies.rounds.decisions import RoundDecision, read_chain
+from rayexpand.studies.rounds.decisions import RoundDecision, read_chain, round_problem
 from rayexpand.studies.run_stage import RunStage, stage_in
 
 
@@ -82,9 +83,11 @@ def read_loop_status(folder: str | Path, clock: Callable[[], float] = time.time)
         chain = read_chain(files, facts)
     except RayexpandError as error:
         problems.append(str(error))
-    rounds = tuple(RoundStatus(one, stage_in(round_folder(files, one.round), f"{one.round:04d}", clock))
+    rounds = tuple(RoundStatus(one, _stage_of(files, one.round, clock))
                    for one in chain if one.state == "run")
     known = [one.run.status for one in rounds if one.run.status is not None]
+    problems += [one.run.problem for one in rounds if one.run.problem]
+    problems += [line for one in known for line in one.problems]
     counts = {name: sum(getattr(one, name) for one in known) for name in ("kept", "rejected", "failed")}
     planned, count = sum(one.decision.planned for one in rounds), int(facts["config"]["rounds"]["count"])
     ended = chain[-1].reason if chain and chain[-1].state == "stop" else ""
@@ -94,6 +97,14 @@ def read_loop_status(folder: str | Path, clock: Callable[[], float] = time.time)
         str(facts["name"]), str(folder), rounds, count, _stage(files, rounds, count, ended), ended, planned, **counts,
         pending=pending, left=int(facts["planned"]) - planned, eta_seconds=0.0 if ended and not pending else last,
         drivers=tuple(drivers_in(files, problems, clock())), problems=tuple(problems))
+
+
+def _stage_of(files: Files, number: int, clock: Callable[[], float]) -> RunStage:
+    stage = stage_in(round_folder(files, number), f"{number:04d}", clock)
+    with contextlib.suppress(RayexpandError):  # which the stage says
+        if problem := round_problem(files, number):
+            return RunStage(stage.name, problem=problem)
+    return stage
 
 
 def _stage(files: Files, rounds: tuple[RoundStatus, ...], count: int, ended: str) -> str:

@@ -22,7 +22,7 @@ from rayexpand.data import seeds
 from rayexpand.models.guides import guide_hash
 from rayexpand.runs.allocation import READS
 from rayexpand.runs.config import resolved
-from rayexpand.runs.joined import LOOP, read_loop_facts, run_folders
+from rayexpand.runs.joined import LOOP, read_loop_facts, round_folder, round_name
 from rayexpand.runs.run import Run, open_run
 from rayexpand.runs.store import Totals
 from rayexpand.runs.verify import Findings
@@ -40,6 +40,7 @@ from rayexpand.studies.rounds.decisions import (
     decision_name,
     read_dealt,
     read_decision,
+    round_problem,
     seen_of,
     unseen,
 )
@@ -83,9 +84,14 @@ def verify_loop(folder: str, *, pixels: bool = False) -> LoopFindings:
 def _sound_rounds(files: Files, found: LoopFindings, pixels: bool) -> Iterator[tuple[int, Run]]:
     """Verifies the run of each round; those without a problem by their numbers."""
     first: Run | None = None
-    for number, folder in enumerate(run_folders(files), 1):
-        where = f"rounds/{number:04d}"
+    last = max((int(name[:4]) for name in files.list("decisions") if re.fullmatch(r"\d{4}\.json", name)), default=0)
+    for number in range(1, last + 1):
+        folder, where = round_folder(files, number), round_name(number)
         try:
+            if problem := round_problem(files, number):
+                found.problems.append(problem)
+            if problem or open_files(folder).read("run.json") is None:
+                continue
             run = open_run(folder)
             one = verify_run(run, pixels=pixels)
         except RayexpandError as error:
