@@ -43,6 +43,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return LoadFileScheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`@pytest.mark.fast_cases(n)`: n cases of the test, evenly spread, are fast and the others slow."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("fast_cases"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for found in cases.values():
+        marker = found[0].get_closest_marker("fast_cases")
+        fast = {len(found) * one // marker.args[0] for one in range(marker.args[0])} if marker else set()
+        for number, item in enumerate(found):
+            if number not in fast:
+                item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish() -> None:
     """What is imported and collected stays: the collector need not look through it again and again."""
     gc.collect()

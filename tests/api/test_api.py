@@ -78,6 +78,7 @@ def test_a_child_and_this_process_make_the_same_samples(job: dict[str, Any],
     assert hashes(runs.open_run(made[0].folder)) == hashes(runs.open_run(here.folder))
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_and_the_folder_stays(job: dict[str, Any], tmp_path: Path) -> None:
     code = ("import json, os, signal, sys, rayexpand\n"
             "before = os.getcwd(), [signal.getsignal(n) for n in (2, 15)]\n"
@@ -133,6 +134,7 @@ def test_a_child_that_says_much_ends_when_it_is_told_to(job: dict[str, Any]) -> 
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_the_child_finds_what_this_process_can_import(image_folder: Path, tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine_of_a_notebook.py").write_text(
@@ -187,6 +189,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_over_budget_carries_the_run_and_holds_every_time(make_config: MakeConfig) -> None:
     config = make_config("Failing", ratio=1, nan="bee/2.png/0", sections={"limits": {"max_failed": 0.0}})
     for same_process in (False, True):  # the second finds nothing to make

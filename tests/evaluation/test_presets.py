@@ -162,6 +162,7 @@ def test_results_of_before_are_shown_with_the_name_of_their_extractor() -> None:
     assert list(with_current_names(new)["scores"]) == list(old["scores"])
 
 
+@pytest.mark.slow
 def test_scores_by_the_published_extractor(run: Run, image_folder: Path, converted: Path,  # noqa: F811
                                            guide: str) -> None:  # noqa: F811
     config = config_of(run, image_folder, guide, extractor=by(converted).model_dump(), metrics=["fid", "kd"], images=6,

@@ -534,6 +534,7 @@ def test_a_file_of_that_name_from_elsewhere_is_left_alone(run: Run) -> None:
         select(parse({"name": "one", "run": str(run.folder), "rule": {"kind": "random", "n": 1}}))
 
 
+@pytest.mark.slow
 def test_a_run_in_an_object_store(object_stores: Any, run: Run, make_config: MakeConfig, guide: str) -> None:
     remote, _ = complete(make_config("classical", ratio=2).model_copy(update={"out": "s3://runs/x", "seed": 0}))
     fields = {"rule": {"kind": "quantile", "score": "clip_confidence"}}

@@ -208,6 +208,7 @@ OF_IMAGES = [{"chunk": 2}, {"level": "pixel"}, {"diversity_in": "latent"}, {"div
 @pytest.mark.parametrize(("kind", "settings"), [
     *(("mae", one) for one in (*SETTINGS, *OF_IMAGES)),
     *(("unclip", one) for one in (*SETTINGS, {"embedding_noise": 200}))], ids=str)
+@pytest.mark.fast_cases(7)
 def test_batched_equals_one_image_at_a_time(of: Any, updates: Any, kind: str, settings: dict[str, Any]) -> None:
     method, tools = Gif(**{**SHORT[kind], **settings}), of(kind)
     batch = batch_of(method, CLASSES, ROWS)

@@ -90,6 +90,7 @@ PIPELINE = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2i
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "unipc"])
+@pytest.mark.fast_cases(2)
 def test_images_are_those_of_the_diffusers_pipeline(tmp_path, monkeypatch, prediction_type, solver):
     folder = tiny_pipeline(tmp_path, prediction_type=prediction_type)
     prior = load_prior(str(folder), device="cpu")

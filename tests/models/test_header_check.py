@@ -36,6 +36,7 @@ def line(problems: list[str], *words: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.fast_cases(5)
 def test_one_tensor_removed_from_each_part_of_each_fixture_is_named(family_folder: Folders, tmp_path: Path,
                                                                     family: str) -> None:
     folder = family_folder(family)

@@ -131,6 +131,7 @@ def test_a_shard_that_the_index_names_and_the_repository_lacks(hub: Hub, tmp_pat
     assert "unet/diffusion_pytorch_model-00002-of-00002.safetensors is missing" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_fetch_that_was_cut_off_is_completed(hub: Hub, tmp_path: Path) -> None:
     first = Path(fetched(hub, tmp_path / "cache").stdout.strip())
     gone = first / "unet/diffusion_pytorch_model-00001-of-00002.safetensors"

@@ -79,6 +79,7 @@ def test_the_hash_is_that_of_a_staged_copy(single_file: Files, family_folder: Fo
     assert load_prior(str(tmp_path)).vae.config.latents_mean is not None
 
 
+@pytest.mark.slow
 def test_a_run_of_a_single_file_makes_the_samples_of_its_folder(single_file: Files, family_folder: Folders,
                                                                 tmp_path: Path) -> None:
     samples = []

@@ -93,6 +93,7 @@ def bare(tensors: original.Tensors) -> original.Tensors:
 @pytest.mark.parametrize("layout", [original.unet, lambda folder: bare(original.unet(folder)),
                                     lambda folder: original.part(folder, "unet")],
                          ids=["original", "bare", "diffusers"])
+@pytest.mark.fast_cases(2)
 def test_a_unet_alone_over_the_parts_of_a_folder(family_folder: Folders, tmp_path: Path, family: str,
                                                  layout: Callable[[Path], original.Tensors]) -> None:
     base = family_folder("sdxl" if family == "lightning" else "sd2v")

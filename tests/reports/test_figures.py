@@ -67,6 +67,7 @@ DRAWN: dict[str, Callable[[], Figure]] = {
 
 
 @pytest.mark.parametrize("kind", DRAWN)
+@pytest.mark.fast_cases(5)
 def test_letters_are_ten_pixels_on_a_screen_of_400(kind: str) -> None:
     svg = DRAWN[kind]().svg
     (width,) = re.findall(r'viewBox="0 0 (\d+)', svg)
@@ -76,6 +77,7 @@ def test_letters_are_ten_pixels_on_a_screen_of_400(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", DRAWN)
+@pytest.mark.fast_cases(5)
 def test_figures_know_no_colour_but_those_of_the_page(kind: str) -> None:
     svg = DRAWN[kind]().svg
     assert {one for one in re.findall(r"(?:fill|stroke): ([^;\"]+)", svg) if not one.startswith("url(#")} <= {

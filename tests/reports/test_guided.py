@@ -58,6 +58,7 @@ def scores(run: runs.Run) -> dict[str, np.ndarray]:
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
+@pytest.mark.slow
 def test_the_energy_of_digits_falls(made: dict[str, runs.Run]) -> None:
     found = scores(made["distdiff"])
 

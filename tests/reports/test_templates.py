@@ -97,6 +97,7 @@ def test_the_measure_is_the_published_one(a: Any, b: Any, expected: float) -> No
 @pytest.mark.parametrize("mode", ["light", "dark"])
 @pytest.mark.parametrize("group", BESIDE)
 @pytest.mark.parametrize("name", ["run", "study"])
+@pytest.mark.fast_cases(4)
 def test_colours_side_by_side_differ_for_everybody(pages: dict[str, str], name: str, group: str, mode: str) -> None:
     found = {one: linear(colour) for one, colour in marks(pages[name], mode).items()}
     close = [(a, b, deficiency) for a, b in combinations(BESIDE[group], 2) for deficiency, matrix in

@@ -86,6 +86,7 @@ GIF = {"name": "gif", **SHORT, "rotation": 0.0}
     {**PRACTICE, "convention": "score", "direction": "random"},
     GIF, {**GIF, "chunk": 2}, {**GIF, "chunk": 8}, {**GIF, "guidance": "none"}, {**GIF, "measure": True},
     {**GIF, "guidance": "random", "measure": True}], ids=str)
+@pytest.mark.fast_cases(6)
 def test_counted_before_and_while_a_method_runs(method: dict[str, Any], tools: Tools, cost: Cost) -> None:
     config = job(method)
     batch = batch_of(config.method)
@@ -98,6 +99,7 @@ def test_counted_before_and_while_a_method_runs(method: dict[str, Any], tools: T
     assert planned.tflop == pytest.approx(counter.get_total_flops() / 1e12 / ROWS, rel=rel)
 
 
+@pytest.mark.slow
 def test_bench_counts_what_a_plan_counted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks that are none of those known: their count is there after `bench`, and it is that of the whole call."""
     monkeypatch.setenv("RAYEXPAND_CACHE", str(tmp_path / "cache"))

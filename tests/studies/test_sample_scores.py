@@ -223,6 +223,7 @@ def test_the_page_and_the_csv_have_the_table(finished: Study) -> None:
     assert row["samples.images_compared"] == "60.0"
 
 
+@pytest.mark.slow
 def test_an_arm_of_samples_alone_has_its_classifier_accuracy_score(finished: Study) -> None:
     """Beside real images alone at the same updates: its control, or that of an arm with as many rows."""
     found = summary(finished.config.folder)

@@ -283,6 +283,7 @@ def test_mistakes(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     assert any(words in line for line in caught.value.problems), caught.value.problems
 
 
+@pytest.mark.slow
 def test_more_samples_than_there_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         prepare_study(parse_study(raw_value(tmp_path, ratio=[1, 5])))

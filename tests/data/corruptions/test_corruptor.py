@@ -53,6 +53,7 @@ def test_both_tables_have_fifteen_types_in_five_severities() -> None:
 
 @pytest.mark.parametrize("table", ["imagenet", "cifar"])
 @pytest.mark.parametrize("kind", COMMON)
+@pytest.mark.fast_cases(10)
 def test_a_type_is_a_function_of_set_image_and_severity(table: Any, kind: str, frost: str) -> None:
     made, x = Corruptor(Corrupt(table=table, frost=frost), "set"), image(SIDES[table])
     before = x.copy()

@@ -266,6 +266,7 @@ def test_a_dropped_row_reads_what_no_text_is_to_the_sampler(xl: Path) -> None:
         assert bool(text_BTE[1].any()) != forced
 
 
+@pytest.mark.slow
 def test_bf16_freezes_small_and_trains_in_fp32(xl: Path) -> None:
     exact, model = tuner_of(loaded(xl), lr=1e-4), tuner_of(loaded(xl), lr=1e-4, precision="bf16")
     losses = [[one.update(batch(step)) for step in range(2)] for one in (exact, model)]
@@ -280,6 +281,7 @@ def _worker(xl: Path, rank: int) -> dict[str, Tensor]:
     return {name: p.grad.contiguous() for name, p in model.trainable.items() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_two_workers_equal_one_process(xl: Path, tmp_path: Path) -> None:
     first, second = run_processes(2, partial(_worker, xl), tmp_path)
     alone = tuner_of(loaded(xl), clip=None)
@@ -489,6 +491,7 @@ def test_features_of_two_guides_stand_side_by_side(raw: Callable[..., Any], clip
 
 
 @pytest.mark.parametrize("visual_token", [pytest.param("class_mean", marks=pytest.mark.slow), "instance"])
+@pytest.mark.slow
 def test_realfake_on_two_encoders(visual_token: str, raw: Callable[..., Any], clips: list[Path], xl: Path,
                                   image_folder: Path, tmp_path: Path) -> None:
     """Features, adapter and samples from one fit file and one run, with the encoders' hashes in the adapter."""

@@ -62,6 +62,7 @@ def test_a_masked_autoencoder_is_trained_alike_twice(few: None, tmp_path: Path) 
     assert digits_mae.cache_name() != digits_mae.cache_name(short)
 
 
+@pytest.mark.slow
 def test_a_decoder_of_embeddings_is_trained_alike_twice(few: None, tmp_path: Path) -> None:
     short = replace(digits_unclip.RECIPE, steps=2, measured=4)
     base = replace(digits.RECIPE, guide_steps=2, vae_steps=2, unet_steps=2, measured_samples=0)

@@ -87,6 +87,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize(("stage", "step"), [("guide", 1), ("autoencoder", 5), ("generator", 5),
                                              ("generator", 6)])
+@pytest.mark.fast_cases(2)
 def test_a_killed_training_continues_to_the_same_weights(stage: str, step: int, tmp_path: Path,
                                                         undisturbed: dict[str, str]) -> None:
     seen: list[tuple[str, int]] = []
