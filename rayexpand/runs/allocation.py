@@ -41,13 +41,14 @@ Rule = Literal["uniform", "equal", "weight", "loss", "confidence", "entropy", "m
 READS: Mapping[Rule, tuple[str, ...]] = {  # columns of the scores that a rule needs
     "uniform": (), "equal": (), "weight": ("weight",), "loss": ("p_label",), "confidence": ("p_label",),
     "entropy": ("entropy",), "margin": ("margin",), "slow": ("speed", "p_label"), "class": ("margin",)}
-RANGES = {"weight": (0.0, np.inf), "p_label": (0.0, 1.0), "entropy": (0.0, np.inf), "margin": (-1.0, 1.0),
+RANGES = {"weight": (0.0, 1e100), "p_label": (0.0, 1.0), "entropy": (0.0, np.inf), "margin": (-1.0, 1.0),
           "speed": (0.0, 1.0)}
 SHARES = ("margin", "slow")  # rules that take a share of the seeds and leave out the others
 OF_CLASSES = ("equal", "class")  # rules that weigh classes: dealt over these, then evenly in each
 LEVELS = 1 << 20
 LEAST_P = 1e-6  # least probability that a loss is the logarithm of
 FILE = "scores.parquet"
+_IDS_ARE_TEXT = pyarrow.csv.ConvertOptions(column_types={"seed_id": pa.string()})  # also 007
 FACTS = b"scores"  # schema metadata of scores that `rayexpand fit` made: what they are of, as JSON
 
 
@@ -78,10 +79,13 @@ class Allocate(Section):
         unused = {"scores": self.scores is not None and not READS[self.rule],
                   "share": self.share is not None and self.rule not in SHARES,
                   "total": self.total == "scaled" and self.rule not in SHARES,
-                  "permuted": self.permuted and not READS[self.rule]}
+                  "permuted": self.permuted and not READS[self.rule],
+                  "per": self.per == "all" and self.rule not in SHARES and not self.permuted}
         for field, is_unused in unused.items():
             if is_unused:
                 raise ValueError(f"{field}: has no effect with rule {self.rule}; take it out")
+        if self.permuted and self.rule == "class" and self.per == "class":
+            raise ValueError("permuted: has no effect, for rule class weighs all seeds of a class alike; set per: all")
         if self.rule in SHARES and self.share is None:
             raise ValueError(f"share: is missing; rule {self.rule} takes a share of the seeds, such as 0.35")
         return self
@@ -123,11 +127,13 @@ def allocated(allocate: Allocate, index: SeedIndex, base_N: np.ndarray, weight_N
     have from earlier ones."""
     key_N, able_N = rng.per_seed("allocate", index.seed_ids), base_N > 0
     if total is None:
-        counted = (weight_N > 0) & able_N if allocate.total == "scaled" else able_N
+        counted = weight_N > 0 if allocate.total == "scaled" else able_N
         total = int(base_N[counted].sum(dtype=np.int64))
+    if READS[allocate.rule]:
+        able_N &= (weight_N > 0) | _sound(index)
     cap_N = np.where(able_N, allocate.cap - (0 if first_N is None else first_N.astype(np.int64)), 0)
     floor_N = _floors(allocate, index, able_N, total, key_N, cap_N)
-    if allocate.rule not in OF_CLASSES:
+    if allocate.rule not in OF_CLASSES or allocate.permuted:
         return deal(weight_N, total, key_N, floor_N, cap_N).astype(np.uint16)
     found_N, key_K = np.zeros(len(index), np.uint16), rng.per_seed("allocate", index.classes.key)
     weight_K, floor_K, cap_K = (np.bincount(index.labels, one, len(index.classes))
@@ -158,7 +164,7 @@ def weights_of(allocate: Allocate, index: SeedIndex, base_N: np.ndarray, rng: Pl
     scores = _aligned(allocate, index, base_N > 0, table) if allocate.scores is not None else {}
     rule_N = _rule(allocate, index, base_N, scores, rng)
     if allocate.permuted:
-        able = np.flatnonzero(base_N > 0)
+        able = np.flatnonzero((base_N > 0) & (_sound(index) | scores["known"]))
         group = index.labels[able] if allocate.per == "class" else np.zeros(len(able), np.int64)
         key = rng.per_seed("permute", index.table["seed_id"].take(pa.array(able)).to_pylist())
         rule_N[able[np.lexsort((key, group))]] = rule_N[able[np.argsort(group, kind="stable")]]
@@ -236,7 +242,8 @@ def read_scores(allocate: Allocate) -> pa.Table:
     path = _place(allocate)
     try:
         content = read_bytes("allocate.scores", path)
-        table = pyarrow.csv.read_csv(pa.BufferReader(content)) if path.endswith(".csv") else table_of(content, path)
+        table = pyarrow.csv.read_csv(pa.BufferReader(content), convert_options=_IDS_ARE_TEXT) if path.endswith(
+            ".csv") else table_of(content, path)
     except (pa.ArrowException, DamagedFile, SeedDataError) as error:
         raise UsageError(f"allocate.scores: {path} cannot be read ({error}); give a .parquet or .csv table, or a "
                          f"folder with {FILE}, which `rayexpand fit` makes with fit: {{scores: {{}}}}") from error

@@ -140,6 +140,34 @@ def test_a_share_is_taken_in_each_class_or_in_all(scores: Scores) -> None:
     assert mixed != [4, 4, 0, 0, 4, 4, 0, 0]
 
 
+def test_permuted_weights_of_classes_reach_single_seeds(scores: Scores) -> None:
+    at = scores({"margin": [-.5] * 4 + [.5] * 4})
+    index, rule = index_of([0] * 4 + [1] * 4, 2), {"rule": "class", "scores": at}
+    assert plan_of(rule, index, [6] * 8) == [10] * 4 + [2] * 4
+    mixed = plan_of({**rule, "permuted": True, "per": "all"}, index, [6] * 8)
+    assert sorted(mixed) == [2] * 4 + [10] * 4
+    assert mixed != [10] * 4 + [2] * 4
+
+
+def test_a_faulty_seed_gets_nothing_from_floor_cap_or_permutation(scores: Scores) -> None:
+    index = index_of([0, 0, 0, 1], 2)
+    index = SeedIndex(index.table.set_column(6, "fault", pa.array(["", "", "", "missing"])), index.classes)
+    for columns in ({"weight": [1.0, 2.0, 3.0]}, {"weight": [0.0] * 3}):
+        for more in ({}, {"floor": 0.5}, {"cap": 4}, {"permuted": True, "per": "all"}):
+            found = plan_of({"rule": "weight", "scores": scores(columns), **more}, index, [3] * 4)
+            assert (found[3], sum(found)) == (0, 12)
+    mixed = plan_of({"rule": "weight", "scores": scores({"weight": [1.0, 2.0, 3.0]}), "permuted": True, "per": "all"},
+                    index, [3] * 4)
+    assert sorted(mixed) == [0, 2, 4, 6]
+
+
+def test_ids_of_digits_alone_are_text_in_a_csv_file(tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_text("seed_id,weight\n007,1\n008,3\n")
+    index = index_of([0, 0], 1)
+    index = SeedIndex(index.table.set_column(0, "seed_id", pa.array(["007", "008"])), index.classes)
+    assert plan_of({"rule": "weight", "scores": str(tmp_path / "s.csv")}, index, [4, 4]) == [2, 6]
+
+
 def test_equal_gives_each_class_the_same_whatever_its_size() -> None:
     copies = plan_of({"rule": "equal"}, index_of([0] * 8 + [1] * 2, 2), [2] * 10)
     assert (sum(copies[:8]), sum(copies[8:])) == (10, 10)
@@ -186,6 +214,8 @@ def test_methods_that_deal_already_refuse(make_config: MakeConfig, name: str, fi
     ({"rule": "loss", "scores": "x", "total": "scaled"}, "total: has no effect"),
     ({"rule": "uniform", "permuted": True}, "permuted: has no effect"),
     ({"rule": "slow", "scores": "x"}, "share: is missing"),
+    ({"rule": "class", "scores": "x", "permuted": True}, "weighs all seeds of a class alike; set per: all"),
+    ({"rule": "loss", "scores": "x", "per": "all"}, "per: has no effect"),
     ({"rule": "lost"}, "rule"), ({"rule": "uniform", "cap": 0}, "cap")])
 def test_sections_that_say_nothing_are_refused(make_config: MakeConfig, section: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match="allocate") as raised:
@@ -202,6 +232,11 @@ def test_scores_that_cannot_be_dealt_by_are_refused_before_the_seeds_are_listed(
     config = make_config(sections={"allocate": {"rule": "loss", "scores": scores(columns)}})
     (problem,) = runs.preflight(config, with_classes=False)
     assert words in problem
+
+
+def test_weights_whose_sum_would_be_no_number_are_refused(scores: Scores) -> None:
+    with pytest.raises(UsageError, match=r"weight of 1 seeds is no number from 0 to 1e\+100"):
+        plan_of({"rule": "weight", "scores": scores({"weight": [1e308, 1.0]})}, index_of([0, 0]), [9, 9])
 
 
 def test_every_mistake_of_scores_is_told_at_once(make_config: MakeConfig, tmp_path: Path) -> None:
