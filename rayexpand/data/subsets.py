@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from rayexpand.contract.errors import RowFault, UsageError
+from rayexpand.contract.errors import EnvironmentFault, RowFault, SeedDataError, UsageError
 from rayexpand.contract.rng import PlanRng
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.contract.settings import Section
@@ -145,6 +145,20 @@ def fingerprint(index: SeedIndex, data: DataConfig) -> str:
     return hasher.hexdigest()
 
 
+def differing(one: tuple[SeedIndex, DataConfig], other: tuple[SeedIndex, DataConfig]) -> list[str]:
+    """Ids behind which two datasets of the same ids in the same order have other images, among SAMPLED of them. What
+    cannot be read any more differs from nothing."""
+    if _part(one[1]) == _part(other[1]):
+        return []
+    rows = np.unique(np.linspace(0, len(one[0]) - 1, min(SAMPLED, len(one[0]))).astype(int)).tolist()
+    try:
+        found = [list(SeedReader(index, data).read(rows)) for index, data in (one, other)]
+    except (SeedDataError, EnvironmentFault):
+        return []
+    return [a.seed_id for a, b in zip(*found, strict=True)
+            if not isinstance(a, RowFault) and not isinstance(b, RowFault) and a.image != b.image]
+
+
 def ids_file(ids: Sequence[str]) -> bytes:
     """Content of a file for `data.ids`, one id per line. Raises UsageError for an id with a line break in it."""
     if broken := [one for one in ids if "\n" in one]:
@@ -185,10 +199,15 @@ def shared_images(train: tuple[SeedIndex, DataConfig], test: tuple[SeedIndex, Da
 
 
 def image_names(index: SeedIndex, data: DataConfig) -> list[str]:
+    """The image of each seed."""
+    return images_of(index.seed_ids, data)
+
+
+def images_of(seed_ids: list[str], data: DataConfig) -> list[str]:
     """The image of each seed id: the same digit lies behind several ids, and an image listed again has one for each."""
     if not data.repeats and data.source != "digits":
-        return index.seed_ids
-    images = [image_id(data, one) for one in index.seed_ids]
+        return seed_ids
+    images = [image_id(data, one) for one in seed_ids]
     return list(map(digit_of, images)) if data.source == "digits" else images
 
 

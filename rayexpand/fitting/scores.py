@@ -11,6 +11,7 @@ They are trained as trials of studies are (studies/cross_fit.py), in a hidden fo
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,9 @@ class ScoresMaker(Maker):
         found = [f"fit.scores.{line}" for line in scoring_problems(section, config.data)]
         if section.training.keep is not None:
             found.append("fit.scores.training.keep: has no effect on scores, which are answers alone; take it out")
+        places = [os.path.realpath(one) for one in section.runs]
+        found += [f"fit.scores.runs: {one} is named twice, so that its samples would count twice; name it once"
+                  for one, place in dict(zip(section.runs, places, strict=True)).items() if places.count(place) > 1]
         return found + [f"fit.scores.runs: {line}" for one in section.runs if (line := _run_problem(one))]
 
     def stages(self, section: ScoresFit, config: FitBase, sizes: Sizes) -> list[PlanStage]:

@@ -40,7 +40,7 @@ from rayexpand.contract.schema import SeedIndex
 from rayexpand.data.folds import NEVER, folds_of
 from rayexpand.data.seeds import DataConfig
 from rayexpand.data.seeds.source import image_id
-from rayexpand.data.subsets import fingerprint, ids_file, sound_rows
+from rayexpand.data.subsets import differing, fingerprint, ids_file, sound_rows
 from rayexpand.fitting.maker import FitBase
 from rayexpand.fitting.scores import ScoresFit, Scoring
 from rayexpand.loader.training_set import RowSource, TrainingSet
@@ -78,7 +78,7 @@ def cross_fit(folder: TrialFolder, prefix: str, scoring: Scoring, seeds: Seeds, 
                              "kept, and the same command tries these again:\n  " + "\n  ".join(failed))
     table = pa.concat_tables([_answers(folder, trial, held, seeds[0], fold_N) for trial, held in made])
     table = table.take(pc.sort_indices(table["row"]))
-    facts = {**_facts(scoring, seed, seeds[0], table), "samples_by": _made_with(runs)}
+    facts = {**_facts(scoring, seed, seeds[0], table), "folds": len(made), "samples_by": _made_with(runs)}
     return table.drop_columns(["row", "right"]).replace_schema_metadata({FACTS: json.dumps(facts).encode()})
 
 
@@ -92,7 +92,7 @@ def fold_trials(folder: TrialFolder, prefix: str, scoring: Scoring, seeds: Seeds
                 runs: Sequence[RowSource], seed: int) -> list[tuple[Trial, np.ndarray]]:
     """The trial of each fold, its training set written, with the rows of the index that it is asked for."""
     opened, found = Opened(), list[tuple[Trial, np.ndarray]]()
-    of_runs = [_folds_of_run(opened, rows, seeds[0], fold_N) for rows in runs]
+    of_runs = [_folds_of_run(opened, rows, seeds, fold_N) for rows in runs]
     asked = sound_rows(seeds[0])
     for fold in range(scoring.folds):
         held = asked if scoring.folds == 1 else np.flatnonzero(fold_N == fold)
@@ -179,16 +179,23 @@ def held_out(folder: TrialFolder, name: str, index: SeedIndex, data: DataConfig,
     return SeedIndex(chosen, index.classes), asked
 
 
-def _folds_of_run(opened: Opened, rows: RowSource, index: SeedIndex, fold_N: np.ndarray) -> np.ndarray:
+def _folds_of_run(opened: Opened, rows: RowSource, seeds: Seeds, fold_N: np.ndarray) -> np.ndarray:
     """The fold of each seed of a run. Raises UsageError for seeds that are none of those scored: an image among these
     may be held out under another name."""
     assert rows.run is not None
-    of_run = opened.run(rows.run).plan.index.table["seed_id"].combine_chunks()
+    run, (index, data) = opened.run(rows.run), seeds
+    of_run = run.plan.index.table["seed_id"].combine_chunks()
     place = pc.index_in(of_run, index.table["seed_id"].combine_chunks())
     if place.null_count:
         lost = of_run.filter(place.is_null()).to_pylist()
         raise UsageError(f"scores: {rows.run} was made from {len(lost):,} images that are none of the {len(index):,} "
                          f"seeds that are scored ({few(lost[:4])}); score the seeds that it was made from")
+    mine = SeedIndex(index.table.take(place), index.classes)
+    same = run.plan.index.classes.key == index.classes.key  # else the training set says so
+    other = of_run.filter(pa.array(mine.labels != run.plan.index.labels)).to_pylist() if same else []
+    if other := other or differing((run.plan.index, run.config.data), (mine, data)):
+        raise UsageError(f"scores: {rows.run} was made from other images, or labels, than those that are scored, which "
+                         f"have the same ids ({few(other[:4])}); score the seeds that it was made from")
     return fold_N[place.to_numpy()]
 
 
@@ -219,6 +226,6 @@ def _made_with(runs: Sequence[RowSource]) -> list[str]:
 def _facts(scoring: Scoring, seed: int, index: SeedIndex, table: pa.Table) -> dict[str, Any]:
     n_K = np.bincount(index.labels[sound_rows(index)], minlength=len(index.classes))
     alone = [] if scoring.folds == 1 else np.flatnonzero(n_K == 1).tolist()
-    return {"folds": scoring.folds, "seed": seed, "in_sample": scoring.folds == 1, "images": len(table),
+    return {"seed": seed, "in_sample": scoring.folds == 1, "images": len(table),
             "accuracy": float(np.mean(table["right"].to_numpy(zero_copy_only=False))),
             "not_scored": [index.classes.key[label] for label in alone]}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rayexpand.contract.errors import DamagedFile
 from rayexpand.data.seeds import DataConfig
-from rayexpand.data.seeds.source import image_id
+from rayexpand.data.subsets import images_of
 from rayexpand.loader.config import TrainingConfig
 from rayexpand.loader.training_set import SetPart, TrainingSet
 from rayexpand.runs.joined import open_samples
@@ -21,7 +21,7 @@ from rayexpand.studies.trial import open_work
 
 
 def leaked_seeds(files: Files, name: str, opened: Callable[[str], Run] = open_samples) -> list[str]:
-    """Seeds that trial `name` was trained on, by themselves or by a sample, though it was asked for them: none but in
+    """Images that trial `name` was trained on, by themselves or by a sample, though it was asked for them: none but in
     sample. `opened`: opens the folder of a run that its training set names, which may have moved since.
 
     Raises DamagedFile, UsageError where the trial or a run is gone.
@@ -30,24 +30,22 @@ def leaked_seeds(files: Files, name: str, opened: Callable[[str], Run] = open_sa
     if content is None:
         raise DamagedFile(f"{files.at(f'lists/{name}.txt')}: is gone, so nothing tells what {name} was asked for; the "
                           "command that trained it writes it again")
-    asked = pa.array(content.decode().splitlines(), pa.string())
-    rows = open_work(files, read_trial(files, name), TrainingConfig()).feed.rows
-    found = [pc.unique(pa.array(ids).filter(pc.is_in(pa.array(ids), asked))) for ids in _seeds_of(rows, opened)]
-    return sorted({one for ids in found for one in ids.to_pylist()})
+    rows = open_work(files, trial := read_trial(files, name), TrainingConfig()).feed.rows
+    asked = set(images_of(content.decode().splitlines(), DataConfig(**trial.test)))
+    return sorted(asked.intersection(chain.from_iterable(_images(rows, opened))))
 
 
-def _seeds_of(rows: TrainingSet, opened: Callable[[str], Run]) -> Iterator[list[str]]:
-    """Ids of the images behind the rows of each part."""
+def _images(rows: TrainingSet, opened: Callable[[str], Run]) -> Iterator[list[str]]:
+    """The images behind the rows of each part."""
     indexes = iter(rows.indexes)
     for part in rows.parts:
         if part.is_real:
+            ids, data = next(indexes)["seed_id"], DataConfig(**part.data)
             taken = np.unique(rows.column("row")[part.first:part.stop])
-            ids, data = next(indexes)["seed_id"].take(pa.array(taken)).to_pylist(), DataConfig(**part.data)
         else:
             run = opened(part.run)
-            ids, data = run.plan.index.table["seed_id"].take(pa.array(_positions(rows, part, run))), run.config.data
-            ids = ids.to_pylist()
-        yield [image_id(data, one) for one in ids] if data.repeats else ids
+            ids, data, taken = run.plan.index.table["seed_id"], run.config.data, _positions(rows, part, run)
+        yield images_of(ids.take(pa.array(taken)).to_pylist(), data)
 
 
 def _positions(rows: TrainingSet, part: SetPart, run: Run) -> np.ndarray:

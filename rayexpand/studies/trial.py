@@ -94,7 +94,9 @@ class TrialWork:
         """A worker's share of the test images, listed once and kept decoded where they fit."""
         if (rank, world) not in self.tested:
             data = DataConfig(**self.trial.test)
-            self.tested[rank, world] = TestSet(seeds.build_index(data), data, self.recipe, rank, world, TEST_BATCH)
+            section = "data" if self.trial.track else "test"  # a fold is asked for seeds
+            self.tested[rank, world] = TestSet(seeds.build_index(data), data, self.recipe, rank, world, TEST_BATCH,
+                                               section=section)
         return self.tested[rank, world]
 
     @cached_property

@@ -149,6 +149,7 @@ def test_a_fit_killed_in_a_fold_goes_on_from_its_checkpoint(made: Path, tmp_path
     ({"group": "gone.csv"}, "fit.scores.group: 'gone.csv' does not exist"),
     ({"folds": 1, "group": "gone.csv"}, "fit.scores.group: has no effect with folds: 1"),
     ({"training": {"keep": "weights"}}, "fit.scores.training.keep: has no effect"),
+    ({"runs": ["gone", "./gone"]}, "fit.scores.runs: gone is named twice"),
     ({"runs": ["gone"]}, "fit.scores.runs: gone is not a run folder")])
 def test_mistakes_are_told_before_anything_is_trained(tmp_path: Path, scores: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as raised:

@@ -21,7 +21,7 @@ from rayexpand.classifier.classifier import Classifier
 from rayexpand.contract.errors import RayexpandError, UsageError
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.data.seeds import DataConfig, SeedReader, build_index
-from rayexpand.data.subsets import ids_file
+from rayexpand.data.subsets import ids_file, image_names
 from rayexpand.fitting.scores import Scoring
 from rayexpand.loader.config import TrainingConfig
 from rayexpand.loader.training_set import RowSource, TrainingSet
@@ -170,6 +170,17 @@ def test_folds_stay_when_there_are_more_samples(scores: tuple[pa.Table, Path], s
     assert first["p_label"] != scores[0]["p_label"]
 
 
+def test_no_more_folds_than_images_are_trained_and_counted(seeds: Seeds, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_answers", lambda folder, trial, held, *rest: pa.table(
+        {"row": held, "right": held < 5}))
+    table = cross_fit(folder_at(tmp_path), "s", SCORING.model_copy(update={"folds": 1000}), seeds, [],
+                      lambda folder, trials: [], seed=1)
+    facts = json.loads(table.schema.metadata[FACTS])
+    assert (facts["folds"], facts["images"], facts["accuracy"]) == (20, 20, 0.25)
+    assert summary(facts)[0].endswith("in 20 folds")
+
+
 def test_in_sample_scores_say_so(seeds: Seeds, made: list[runs.Run], tmp_path: Path) -> None:
     table = scored(tmp_path, seeds, made, Scoring(folds=1, recipe=SMALL))
 
@@ -265,6 +276,19 @@ def test_scores_in_an_object_store_are_those_of_a_disk(object_stores: Server, sc
     assert scored("s3://runs/loop", seeds, made).equals(scores[0])
 
 
+def test_a_digit_before_another_background_is_noticed_as_the_same(tmp_path: Path) -> None:
+    data = DataConfig(source="digits", digits_background="all", per_class=8)
+    index = build_index(data)
+    names = image_names(index, data)
+    row = next(row for row, one in enumerate(names) if names.count(one) > 1)
+    fold_N = np.where(np.arange(len(index)) == row, 0, 1)
+    for name in ("lists", "trials", ".tmp"):
+        (folder := folder_at(tmp_path)).files.make_folder(name)
+    module.fold_trials(folder, "s", SCORING, (index, data), fold_N, [], 1)
+
+    assert leaked_seeds(folder.files, "s-fold0") != []
+
+
 def test_samples_of_a_guided_method_are_named(seeds: Seeds, tmp_path: Path) -> None:
     run, _ = complete(runs.parse({
         "name": "guided", "out": str(tmp_path), "data": seeds[1].model_dump(), "image": {"size": 16},
@@ -301,10 +325,45 @@ def test_a_failed_fold_ends_it_and_is_named(seeds: Seeds, tmp_path: Path) -> Non
     assert "training diverged" in str(failed.value)
 
 
+def test_a_seed_that_cannot_be_read_is_named_with_what_to_do(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder, tmp_path / "data")
+    (tmp_path / "data/ant/1.png").write_bytes(b"\x89PNG broken")
+    data = DataConfig(source="imagefolder", path=str(tmp_path / "data"))
+    with pytest.raises(RayexpandError, match=r"'ant/1.png' .* cannot be used \(decode_error.* give it as data.ids"):
+        scored(tmp_path / "out", (build_index(data), data), [], SCORING.model_copy(update={"folds": 2}))
+
+
 def test_a_run_of_other_images_is_refused(made: list[runs.Run], tmp_path: Path) -> None:
     data = DataConfig(source="digits", per_class=2, subset_seed=9)
     with pytest.raises(UsageError, match=r"round-2 was made from \d+ images that are none of the 20 seeds"):
         scored(tmp_path, (build_index(data), data), made)
+
+
+def test_a_run_of_other_images_or_labels_behind_the_same_ids_is_refused(image_folder: Path, tmp_path: Path) -> None:
+    """As another part of a dataset has."""
+    raw = {"name": "flips", "out": str(tmp_path), "method": {"name": "classical", "ratio": 1}, "image": {"size": 16}}
+    run, _ = complete(runs.parse({**raw, "data": {"source": "imagefolder", "path": str(image_folder)}}))
+    for part in ("moved", "other"):
+        shutil.copytree(image_folder, tmp_path / part)
+    for image in (tmp_path / "other").rglob("*.png"):
+        image.write_bytes((image_folder / "ant/1.png").read_bytes())
+    data = {part: DataConfig(source="imagefolder", path=str(tmp_path / part)) for part in ("moved", "other")}
+    index, fold_N = build_index(data["moved"]), np.zeros(20, np.int64)
+    rows = [RowSource(run=str(run.folder))]
+
+    def trials(index: SeedIndex, part: str) -> int:
+        return len(module.fold_trials(folder_at(tmp_path / part, 4), "s", SCORING, (index, data[part]), fold_N, rows, 1))
+
+    with pytest.raises(UsageError, match=r"made from other images, or labels, .* \('ant/0.png'"):
+        trials(build_index(data["other"]), "other")
+    label = pa.array((index.labels + (np.arange(20) == 7)).astype(np.int32))
+    with pytest.raises(UsageError, match=r"made from other images, or labels, .* \('bee/2.png'\)"):
+        trials(SeedIndex(index.table.set_column(1, "label", label), index.classes), "moved")
+    fold_N[::2] = 1
+    folder_at(tmp_path / "moved").files.make_folder("lists")
+    folder_at(tmp_path / "moved").files.make_folder("trials")
+    folder_at(tmp_path / "moved").files.make_folder(".tmp")
+    assert trials(index, "moved") == 2
 
 
 @pytest.mark.slow
