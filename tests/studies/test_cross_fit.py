@@ -348,21 +348,19 @@ def test_a_run_of_other_images_or_labels_behind_the_same_ids_is_refused(image_fo
     for image in (tmp_path / "other").rglob("*.png"):
         image.write_bytes((image_folder / "ant/1.png").read_bytes())
     data = {part: DataConfig(source="imagefolder", path=str(tmp_path / part)) for part in ("moved", "other")}
-    index, fold_N = build_index(data["moved"]), np.zeros(20, np.int64)
-    rows = [RowSource(run=str(run.folder))]
+    index, fold_N, rows = build_index(data["moved"]), np.arange(20) % 2, [RowSource(run=str(run.folder))]
+    folder = folder_at(tmp_path / "folds", 4)
+    for name in ("lists", "trials", ".tmp"):
+        folder.files.make_folder(name)
 
     def trials(index: SeedIndex, part: str) -> int:
-        return len(module.fold_trials(folder_at(tmp_path / part, 4), "s", SCORING, (index, data[part]), fold_N, rows, 1))
+        return len(module.fold_trials(folder, "s", SCORING, (index, data[part]), fold_N, rows, 1))
 
     with pytest.raises(UsageError, match=r"made from other images, or labels, .* \('ant/0.png'"):
         trials(build_index(data["other"]), "other")
     label = pa.array((index.labels + (np.arange(20) == 7)).astype(np.int32))
     with pytest.raises(UsageError, match=r"made from other images, or labels, .* \('bee/2.png'\)"):
         trials(SeedIndex(index.table.set_column(1, "label", label), index.classes), "moved")
-    fold_N[::2] = 1
-    folder_at(tmp_path / "moved").files.make_folder("lists")
-    folder_at(tmp_path / "moved").files.make_folder("trials")
-    folder_at(tmp_path / "moved").files.make_folder(".tmp")
     assert trials(index, "moved") == 2
 
 
