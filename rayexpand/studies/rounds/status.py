@@ -92,10 +92,11 @@ def read_loop_status(folder: str | Path, clock: Callable[[], float] = time.time)
     planned, count = sum(one.decision.planned for one in rounds), int(facts["config"]["rounds"]["count"])
     ended = chain[-1].reason if chain and chain[-1].state == "stop" else ""
     pending = planned - sum(counts.values())
-    last = known[-1].eta_seconds if known and len(rounds) == count else None
+    last = rounds[-1].run.status if len(rounds) == count else None  # before it nothing tells how long trainings take
+    eta = None if last is None else last.eta_seconds
     return LoopStatus(
         str(facts["name"]), str(folder), rounds, count, _stage(files, rounds, count, ended), ended, planned, **counts,
-        pending=pending, left=int(facts["planned"]) - planned, eta_seconds=0.0 if ended and not pending else last,
+        pending=pending, left=int(facts["planned"]) - planned, eta_seconds=0.0 if ended and not pending else eta,
         drivers=tuple(drivers_in(files, problems, clock())), problems=tuple(problems))
 
 

@@ -34,6 +34,8 @@ def test_status_of_a_loop_from_before_its_first_round_to_its_end(make_loop: Make
     Path(config.folder, "rounds/0002/data/train-000003.parquet").unlink()
     again = read_loop_status(config.folder)
     assert (again.stage, again.pending > 0, again.complete) == ("expanding round 2", True, False)
+    shutil.rmtree(Path(config.folder, "rounds/0002"))
+    assert read_loop_status(config.folder).eta_seconds is None, "decided, not begun"
 
 
 def test_what_is_being_decided_is_told_by_its_trainings(tmp_path: Path) -> None:
