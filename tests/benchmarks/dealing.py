@@ -4,7 +4,8 @@
     python -m tests.benchmarks.dealing --rounds 3    the same rows by a loop: its decisions, and the plans of its rounds
 
 Prints one JSON object: CPU seconds of reading scores, dealing, deciding, planning and writing the plan of each round;
-those in which `verify` repeats the dealing, or verifies the loop; and the peak memory of this process.
+those in which `verify` repeats the dealing, or verifies the loop; in which the rounds are opened as one run with the
+seed of each row, and the numbers of their page are counted; and the peak memory of this process.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rayexpand.contract.schema import SEED_INDEX, ClassTable, SeedIndex
 from rayexpand.data import seeds
 from rayexpand.runs.allocation import allocated
 from rayexpand.runs.config import parse
+from rayexpand.runs.joined import open_samples
 from rayexpand.runs.plan import make_plan, plan_digest, write_plan
 from rayexpand.runs.run import Run
 from rayexpand.storage.files import LocalFiles
@@ -33,6 +35,7 @@ from rayexpand.storage.tables import NAMED, parquet_bytes
 from rayexpand.studies.rounds.config import parse_loop
 from rayexpand.studies.rounds.learning import file_sha256
 from rayexpand.studies.rounds.loop import Learned, Loop, drive_loop, open_loop
+from rayexpand.studies.rounds.summary import loop_summary
 from rayexpand.studies.rounds.verify import verify_loop
 
 SEEDS, CLASSES = 1_281_167, 1000
@@ -91,8 +94,14 @@ def in_rounds(index: SeedIndex, folder: Path, rounds: int) -> dict[str, object]:
     peak, started = peak_mb(), time.process_time()
     found = verify_loop(config.folder)
     assert found.problems == []
+    verified, started = round(time.process_time() - started, 2), time.process_time()
+    run = open_samples(config.folder)
+    assert len(run.plan.position(np.arange(found.totals.planned))) == SEEDS * 10
+    opened, started = round(time.process_time() - started, 2), time.process_time()
+    assert len(loop_summary(config.folder)["accuracy"]) == rounds - 1
     return {"rows": found.totals.planned, "rounds": rounds, "cpu_seconds": spent, "decided_peak_mb": peak,
-            "verify_cpu_seconds": round(time.process_time() - started, 2)}
+            "verify_cpu_seconds": verified, "open_cpu_seconds": opened,
+            "page_cpu_seconds": round(time.process_time() - started, 2)}
 
 
 def main() -> None:
@@ -103,7 +112,8 @@ def main() -> None:
         Path(folder, "c0").mkdir()
         Path(folder, "c0/0.JPEG").touch()
         p_label = np.random.Generator(np.random.Philox(key=1)).random(SEEDS)
-        pq.write_table(pa.table({"seed_id": index.table["seed_id"], "p_label": p_label}),
+        pq.write_table(pa.table({"seed_id": index.table["seed_id"], "p_label": p_label, "margin": 2 * p_label - 1,
+                                 "loss": -np.log(np.maximum(p_label, 1e-6)), "fold": np.zeros(SEEDS, np.int32)}),
                        Path(folder, "scores.parquet"))
         found = one_go(index, Path(folder)) if rounds == 1 else in_rounds(index, Path(folder), rounds)
     print(json.dumps({**found, "peak_mb": peak_mb()}))
