@@ -16,10 +16,11 @@ import pytest
 import yaml
 
 from rayexpand.contract.errors import RayexpandError
+from rayexpand.runs.joined import read_loop_facts
 from rayexpand.storage.files import LocalFiles
 from rayexpand.studies import trial as trials
 from rayexpand.studies.rounds.config import LoopConfig, resolved_loop
-from rayexpand.studies.rounds.decisions import read_chain, read_loop_facts
+from rayexpand.studies.rounds.decisions import read_chain
 from rayexpand.studies.rounds.verify import verify_loop
 from tests.chaos.test_kill import LOOPING, exit_code, in_child
 from tests.commands import ROOT
