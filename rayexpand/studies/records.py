@@ -102,8 +102,8 @@ class Record:
 
 
 def line_of(arm: str) -> str:
-    """The name of an arm without its ratio."""
-    return re.sub(r" [\d.]+x$", "", arm)
+    """The name of an arm without its ratio or round."""
+    return re.sub(r" ([\d.]+x|round \d+)$", "", arm)
 
 
 @dataclass(frozen=True)

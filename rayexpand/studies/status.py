@@ -54,7 +54,8 @@ class StudyStatus(FolderStatus):
         return {**FolderStatus.to_json(self), "pending": self.pending,
                 "fits": None if self.fits is None else self.fits.to_json(),
                 "runs": [{"name": one.name, "problem": one.problem, "complete": one.complete,
-                          "status": None if one.status is None else one.status.to_json()} for one in self.runs]}
+                          "status": None if one.status is None else one.status.to_json(),
+                          **({"now": one.now} if one.now else {})} for one in self.runs]}
 
     def table(self) -> list[tuple[str, str]]:
         fits = () if self.fits is None else self.fits.parts
