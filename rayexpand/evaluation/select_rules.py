@@ -163,9 +163,17 @@ class Best(Scored):
     """The best `n` of each seed, of each class (a cap), or of all."""
 
     kind: Literal["best"] = "best"
-    n: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        description="samples that stay of each group; per class also a list, one number for each class")
+    n: int | tuple[int, ...] = Field(description="samples that stay of each group; per class also a list, one number "
+                                     "for each class")
     per: Group = Field("class", description="seed: of each seed's copies; class: over all copies of a class; all")
+
+    @field_validator("n", mode="before")
+    @classmethod
+    def _are_amounts(cls, n: Any) -> Any:
+        amounts, least = (n, 0) if isinstance(n, list | tuple) else ([n], 1)
+        if not amounts or any(type(one) is not int or one < least for one in amounts):
+            raise ValueError("must be a whole number from 1 on, or a list of whole numbers, one for each class")
+        return n
 
     @model_validator(mode="after")
     def _of_classes(self) -> Best:

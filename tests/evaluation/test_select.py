@@ -130,6 +130,10 @@ def test_the_best_of_each_seed_of_each_class_and_of_all() -> None:
     assert kept(decide(given, "best", score="mine", n=2, per="class")) == [2, 3, 4, 5]
     assert kept(decide(given, "best", score="mine", n=3, per="all")) == [2, 3, 4]
     assert kept(decide(given, "best", score="mine", n=1, per="class", best="low")) == [0, 7]
+    assert kept(decide(given, "best", score="mine", n=[3, 0, 0, 9])) == [1, 2, 3]
+    assert kept(decide(given, "best", score="mine", n=[1, 2, 0, 0])) == [3, 4, 5]
+    with pytest.raises(UsageError, match="3 numbers for 4 classes"):
+        decide(given, "best", score="mine", n=[1, 2, 3])
 
 
 def test_equal_scores_are_ordered_by_a_key_and_not_by_place() -> None:
@@ -497,6 +501,7 @@ def test_every_mistake_at_once(tmp_path: Path, run: Run) -> None:
     for rule, piece in (({"kind": "best", "score": "x", "n": 0, "topp": 1}, "rule.topp: unknown field"),
                         ({"kind": "random"}, "needs either n or share"), ({}, "rule.kind: is missing"),
                         ({"kind": "best", "n": 1, "score": "features"}, "has no order"),
+                        ({"kind": "best", "n": [1], "score": "x", "per": "seed"}, "n: a list is of classes"),
                         ({"kind": "quantile", "score": "x", "drop": 1}, "rule.drop")):
         with pytest.raises(ConfigError, match=piece):
             parse({"name": "x", "run": str(run.folder), "rule": rule})

@@ -57,6 +57,8 @@ def test_mistakes_have_the_names_of_the_section() -> None:
     assert problems(expansion={"method": {"name": "clasical"}}).startswith("expansion.method")
     assert problems(selection={"rule": {"kind": "nothing"}}).startswith("selection.rule.kind")
     assert problems(recipe={"presett": "digits"}).startswith("recipe.presett")
+    rounds = {"method": {"name": "classical", "policy": "randaugment"}, "rounds": {"count": 2}}
+    assert problems(expansion=rounds).startswith("expansion.rounds: a shadow makes its samples in one run")
     assert problems(test={"source": "digits", "split": "tests"}).startswith("test.split")
 
 

@@ -214,6 +214,9 @@ def test_mistakes_of_the_study_are_those_of_train(raw: dict[str, Any]) -> None:
         assert any(line.startswith(next(iter(more))) for line in found), "all at once"
     del raw["study"]["recipe"]["lrr"]
     assert any("several ratios" in line for line in problems_of(raw))
+    raw["study"]["expansions"] = {name: {**one, "rounds": {"count": 2}} for name, one in raw["study"][
+        "expansions"].items()}
+    assert any(".rounds: a sweep makes each expansion in one run" in line for line in problems_of(raw))
 
 
 def test_the_study_may_be_a_file(raw: dict[str, Any], tmp_path: Path, make: Make) -> None:
