@@ -255,6 +255,20 @@ def test_a_loop_that_stops_is_compared_at_what_it_spent(tmp_path: Path) -> None:
         "uniform": 2.0, "whole": 3.0, "classes": 2.0, "targets": 2.0}
 
 
+@pytest.mark.slow
+def test_what_an_expansion_fits_serves_its_rounds_and_their_controls(tmp_path: Path) -> None:
+    method = {"name": "distdiff", "ratio": 2, "prompt": "a photo of a {name}", "strength": 0.5, "steps": 4,
+              "guidance_scale": 2.0, "guide_step": 2}
+    study = made(raw_rounds(tmp_path, expansions={
+        "fitted": {"method": method, "sampler": SAMPLER, "fit": {}, "rounds": {"count": 2, "rule": "equal"}}},
+        arms=[{"name": "original"}, {"name": "fitted", "use": "fitted"}]))
+    trials = {one.arm: one for one in make_trials(study)}
+    assert trials["fitted"].fitting_seconds == trials["one-shot uniform 2x"].fitting_seconds > 0
+    artifacts = {open_run(run).config.artifacts["prototypes"] for one in trials.values() for run in (
+        one.runs or [one.run]) if run}
+    assert len(artifacts) == 1
+
+
 @pytest.mark.parametrize(("changes", "said"), [
     ({"arms": [{"name": "a", "use": "hard", "rounds": 4}]}, "arms.a.rounds: 4 asked for, and hard has 1 to 3"),
     ({"arms": [{"name": "a", "use": "hard", "rounds": []}]}, "arms.a.rounds: [] must name rounds"),
