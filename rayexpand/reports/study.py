@@ -28,7 +28,8 @@ from rayexpand.reports.study_figures import study_figures
 from rayexpand.reports.tables import further_table
 from rayexpand.reports.templates import render, settings_of
 from rayexpand.reports.value_figures import value_figures
-from rayexpand.runs.status import duration, read_classes, view_run
+from rayexpand.runs.joined import view_samples
+from rayexpand.runs.status import duration, read_classes
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_json
 from rayexpand.studies.comparisons import MIN_SEEDS
@@ -188,7 +189,7 @@ def _linked(study: StudyView, run: str) -> dict[str, str]:
 def _pictures(study: StudyView, run: str) -> list[SheetRow] | str:
     """Seeds beside their samples, or why there are none."""
     try:
-        view = view_run(run_folder(study, run))
+        view = view_samples(run_folder(study, run))
         return contact_sheet(view, read_classes(view), SAMPLES)
     except (OSError, ValueError, KeyError, RayexpandError) as error:
         return f"No pictures, {run} cannot be read from here ({type(error).__name__}: {error})."

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from rayexpand.runs.status import read_classes, view_run
+from rayexpand.runs.joined import view_samples
+from rayexpand.runs.status import read_classes
 from rayexpand.studies.results import Predicted, StudyView, run_folder, runs_of
 
 CLASSES, CONFUSED = 8, 10  # classes shown at either end; pairs of classes
@@ -52,7 +53,7 @@ def _class_names(study: StudyView) -> Sequence[str]:
     """Names from the first run of the study that can be read; without one, classes are numbers."""
     for run in dict.fromkeys(run for result in study.results for run in runs_of(result)):
         try:
-            return read_classes(view_run(run_folder(study, run))).display
+            return read_classes(view_samples(run_folder(study, run))).display
         except Exception:  # noqa: S112  # whatever is wrong with the run, numbers do
             continue
     return ()

@@ -45,7 +45,7 @@ from rayexpand.fitting.maker import FitBase
 from rayexpand.fitting.scores import ScoresFit, Scoring
 from rayexpand.loader.training_set import RowSource, TrainingSet
 from rayexpand.runs.allocation import FACTS, LEAST_P
-from rayexpand.runs.run import open_run
+from rayexpand.runs.joined import open_samples
 from rayexpand.storage.places import open_files
 from rayexpand.storage.position import Position
 from rayexpand.storage.tables import NAMED, parquet_bytes, read_json, read_table, replace_json
@@ -219,7 +219,7 @@ def _answers(folder: TrialFolder, trial: Trial, held: np.ndarray, index: SeedInd
 def _made_with(runs: Sequence[RowSource]) -> list[str]:
     """Kinds of artifacts, and a guide, that samples were made with. If one was fitted on all seeds, each fold has seen
     something of what it is asked for."""
-    configs = [open_run(rows.run).config for rows in runs if rows.run is not None]
+    configs = [open_samples(rows.run).config for rows in runs if rows.run is not None]
     return sorted({kind for one in configs for kind in (*one.artifacts, *(one.needs & {"guide"}))})
 
 

@@ -23,6 +23,7 @@ from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.loader.loader import TestSet
 from rayexpand.models.guide_files import CLASSIFIER, CLIP_HEAD, about_guide, kind_of, present_guide
 from rayexpand.models.guides import guide_hash, load_guide
+from rayexpand.runs.joined import is_loop
 from rayexpand.runs.store import read_facts
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
@@ -36,9 +37,10 @@ BATCH = 256
 
 
 def guide_scores(files: Files, trial: Trial, classes: ClassTable, device: str) -> dict[str, Any] | None:
-    """Scores of the guide of a trial's run on the test images. None without a guide that was trained; where it is gone
-    or has changed, a warning and None, since the trial itself is sound."""
-    if not trial.run:
+    """Scores of the guide of a trial's run on the test images. None without a guide that was trained, and of a loop,
+    which has one for each guided round; where it is gone or has changed, a warning and None, since the trial itself is
+    sound."""
+    if not trial.run or is_loop(trial.run):
         return None
     try:
         run = read_facts(open_files(trial.run))

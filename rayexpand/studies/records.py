@@ -22,7 +22,8 @@ from typing import Any
 from rayexpand.contract.errors import RayexpandError, UsageError
 from rayexpand.contract.schema import Receipt, Status
 from rayexpand.evaluation.features import with_current_names
-from rayexpand.runs.status import RunView, view_run
+from rayexpand.runs.joined import LOOP, view_samples
+from rayexpand.runs.status import RunView
 from rayexpand.runs.store import facts_name
 from rayexpand.storage.files import Files
 from rayexpand.storage.places import open_files
@@ -52,7 +53,7 @@ class RunNumbers:
         """Of the images that were drawn: how many were not kept, redrawn attempts among them. None where the run cannot
         be read. Of a large run it is measured on FILES_READ of its files."""
         try:
-            view = view_run(self.folder)
+            view = view_samples(self.folder)
             drawn = [_drawn(view, one) for one in _spread(list(view.receipts), FILES_READ)]
         except (RayexpandError, OSError, KeyError) as error:
             log.warning("what %s discarded is not known: %s", self.folder, error)
@@ -183,6 +184,8 @@ def _run(folder: str, given: Sequence[tuple[str, str, Mapping[str, float]]]) -> 
     """None where the folder is gone or damaged: settings and scores of its samples are then not known."""
     files = open_files(folder)
     facts = healthy_json(files, facts_name(files))
+    if facts is None and (loop := healthy_json(files, LOOP)) is not None:
+        facts = {"config": loop["config"]["run"], "run_digest": loop["digest"], "classes": loop["classes"]}
     if facts is None:
         return None
     scores: dict[str, Mapping[str, float]] = {}

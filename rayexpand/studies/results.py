@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from rayexpand.contract.errors import DamagedFile, UsageError, looked_at
+from rayexpand.runs.joined import is_loop
 from rayexpand.storage.files import Files, each
 from rayexpand.storage.places import open_files
 from rayexpand.storage.tables import read_table, unsealed
@@ -101,7 +102,7 @@ class StudyView:
 def run_folder(study: StudyView, run: str) -> str:
     """The folder of a run as its results name it, or below the study where that was moved."""
     here = f"{study.files.root}/runs/{run_name(run)}"
-    return run if open_files(run).read("run.json") is not None else here
+    return run if is_loop(run) or open_files(run).read("run.json") is not None else here
 
 
 # Reading -------------------------------------------------------------------------------------------------------------

@@ -16,10 +16,14 @@ from rayexpand.contract.errors import ConfigError, DamagedFile, UsageError
 from rayexpand.evaluation.select import parse, select
 from rayexpand.evaluation.sides import EVERY_ROW, samples_of
 from rayexpand.loader.training_set import RowSource
+from rayexpand.reports.run import contact_sheet
 from rayexpand.runs import run as runs
 from rayexpand.runs.export import export, stated_license
 from rayexpand.runs.joined import open_samples, view_samples
+from rayexpand.runs.status import read_classes
 from rayexpand.storage.places import open_files
+from rayexpand.studies.cross_fit import _made_with
+from rayexpand.studies.records import _run as known_run
 from rayexpand.studies.rounds.config import LoopConfig, RoundsConfig
 from rayexpand.studies.rounds.loop import open_loop
 from rayexpand.studies.run_folders import run_folders
@@ -179,3 +183,14 @@ def test_a_loop_in_an_object_store_is_read_like_one_on_a_disk(image_folder: Path
     assert folder.report() == folder.page == "s3://runs/loops/loop/report.html"
     second = next(one for one in folder.samples() if one["round"] == 2)
     assert folder.regen(second["sample_id"])["equal"]
+
+
+def test_pages_and_tables_of_studies_know_a_loop_by_its_folder(made: tuple[str, str]) -> None:
+    view, found = view_samples(made[0]), known_run(made[0], ())
+    assert found is not None
+    assert (found.digest, found.classes, found.discarded_share) == (view.run["run_digest"], 4, 0.0)
+    assert found.config["method"] == view.run["config"]["method"]
+    rows = contact_sheet(view, read_classes(view))
+    assert len(rows) == 4
+    assert all(one.uri for row in rows for one in (row.seed, *row.samples))
+    assert _made_with([RowSource(run=made[0])]) == []
