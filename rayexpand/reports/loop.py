@@ -110,7 +110,8 @@ def _dealt_lines(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _costs(found: Mapping[str, Any]) -> dict[str, Any]:
     """What sampling, scoring and guides took, and a guided sample against a plain one."""
     rounds = found["rounds"]
-    total = {name: sum(one[f"{name}_seconds"] for one in rounds) for name in ("sampling", "scoring", "guide")}
+    total = {name: sum(one.get(f"{name}_seconds", 0.0) for one in (*rounds, found["further"]))
+             for name in ("sampling", "scoring", "guide")}
     each = {guided: [(one["sampling_seconds"], one["planned"] - one["pending"]) for one in rounds
                      if one["guided"] == guided and one["seconds_per_sample"]] for guided in (False, True)}
     plain, guided = (sum(one for one, _ in each[key]) / n if (n := sum(n for _, n in each[key])) else None

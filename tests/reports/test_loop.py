@@ -21,6 +21,7 @@ from rayexpand.reports.loop import write_loop_report
 from rayexpand.runs.joined import open_samples
 from rayexpand.storage.tables import read_table
 from rayexpand.studies.rounds.loop import Loop, open_loop
+from rayexpand.studies.rounds.plan import plan_loop
 from rayexpand.studies.rounds.summary import _allowed, loop_summary
 from tests.reports.test_live import text_of
 from tests.studies.rounds.conftest import MakeLoop, finished
@@ -115,6 +116,18 @@ def test_the_live_page_shows_the_round_in_work(scored: Loop, tmp_path: Path) -> 
     assert "loop, round 2" in said
     assert "20 of 40 decided" in said
     assert "40 not dealt" in said
+
+
+def test_what_was_trained_before_a_loop_stopped_is_paid_for_and_the_rest_is_not_planned(tmp_path: Path) -> None:
+    config = digits_loop(tmp_path, rounds={"count": 4, "scores": SCORES, "stop": {"min_gain": 300.0}}, ratio=4)
+    _, end = finished(config)
+    found = loop_summary(config.folder)
+    assert (end.round, found["left"]) == (3, 40)
+    assert found["further"]["scoring_seconds"] > 0
+    said = text_of(Path(write_loop_report(config.folder)).read_text())
+    assert "after the last" in said
+    assert "The loop ended: no gain" in said
+    assert [one.stage.name for one in plan_loop(config).costs.stages][-1] == "expand round 2"
 
 
 @pytest.mark.slow

@@ -94,6 +94,8 @@ def _stages(config: LoopConfig, index: SeedIndex, parts: list[int], status: Loop
     rounds, sizes = config.rounds, Sizes(len(sound_rows(index)), len(index.classes))
     decided = {} if status is None else {one.decision.round: one for one in status.rounds}
     for number, rows in enumerate(parts, 1):
+        if status is not None and status.ended and number not in decided:
+            return  # it will not be made
         seen, before = sum(parts[:number - 1]), list[PlanStage]()
         if rounds.scores_seeds and number > 1:
             before.append(scoring_stage(f"score seeds for round {number}", rounds.scores, config.training, config.run,

@@ -31,8 +31,9 @@ HARDEST = 10  # classes
 
 
 def loop_summary(folder: str) -> dict[str, Any]:
-    """`rounds`, `dealt` (by class and round), `accuracy` (after each round), `hardest` (classes), `costs`, `notes`.
-    Raises UsageError where no loop is, DamagedFile, DigestMismatch."""
+    """`rounds`, with what each took; `further`, what was trained since the last of them; `dealt`, by round and class;
+    `accuracy` after each round, and what it `says`; `hardest` classes. Raises UsageError where no loop is,
+    DamagedFile, DigestMismatch."""
     files = open_files(folder)
     facts = read_loop_facts(files)
     chain = read_chain(files, facts)
@@ -48,6 +49,8 @@ def loop_summary(folder: str) -> dict[str, Any]:
         "left": facts["planned"] - sum(one.planned for one in decided), "count": facts["config"]["rounds"]["count"],
         "ended": ended.reason if ended else "", "rule": facts["config"]["rounds"]["rule"],
         "rounds": [_round(files, one, chain, views) for one in decided],
+        "further": {"scoring_seconds": _training_seconds(files, f"r{len(decided) + 1:04d}-fold"),
+                    "guide_seconds": _training_seconds(files, f"r{len(decided) + 1:04d}-guide")},
         "classes": list(names), "dealt": [] if table is None else [
             _by_class(read_dealt(files, one)["copies"].to_numpy(), table["label"].to_numpy(), len(names))
             for one in decided],
@@ -116,9 +119,11 @@ def _says(accuracy: Sequence[Mapping[str, Any]], rounds: int, ended: bool) -> li
                 "`stop: {on: folds}`, scores them; a study compares arms on test images."]
     if ended and max(line["after"] for line in accuracy) < rounds:
         found.append(f"Nothing was scored after round {rounds}, the last one, so what it brought is not known here.")
-    return [*found, "All intervals are over images and of one training for each fold: they do not say how another "
-            "training would have ended. Seeds are those the samples were made from; a gain on test images is for a "
-            "study to show."]
+    found.append("All intervals are over images and of one training each: they do not say how another training would "
+                 "have ended.")
+    if any(line["on"] == "folds" for line in accuracy):
+        found.append("Seeds are those that the samples were made from; a gain on test images is for a study to show.")
+    return found
 
 
 def _allowed(line: Mapping[str, Any]) -> str:
