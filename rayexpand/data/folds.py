@@ -100,7 +100,8 @@ def _refuse_lonely(index: SeedIndex, fold_N: np.ndarray, sound: np.ndarray, n_K:
     np.minimum.at(least, index.labels[sound], fold_N[sound])
     np.maximum.at(most, index.labels[sound], fold_N[sound])
     if len(bad := np.flatnonzero((n_K > 1) & (least == most))):
-        raise UsageError(f"scores: all seeds of {len(bad):,} classes are one image or one group "
+        raise UsageError(f"scores: all seeds of {len(bad):,} classes fall into one fold "
                          f"({few([index.classes.key[c] for c in bad[:4]])}), so that a classifier that is trained "
-                         "without them has seen none of the class; give these classes more images or groups, or leave "
-                         "them out with data.ids")
+                         "without them has seen none of the class: they are one image or one group, or share groups "
+                         "with other classes. Give these classes more images or groups, take more folds, or leave them "
+                         "out with data.ids")

@@ -91,6 +91,17 @@ def test_groups_of_a_file_are_held_out_whole(tmp_path: Path) -> None:
         folds_of(index, FOLDER, 3, 0, str(tmp_path / "groups.csv"))
 
 
+def test_the_only_seed_of_a_class_is_held_out_with_its_group(tmp_path: Path) -> None:
+    index = index_of([1, 1, 1, 0, 2])
+    (tmp_path / "groups.csv").write_text("seed_id,group\n" + "".join(
+        f"{one},{name}\n" for one, name in zip(index.seed_ids, "abcad", strict=True)))
+
+    fold = folds_of(index, FOLDER, 3, 0, str(tmp_path / "groups.csv"))
+
+    assert fold[3] == fold[0] != NEVER
+    assert (sorted(fold[:3].tolist()), fold[4]) == ([0, 1, 2], NEVER)
+
+
 def test_groups_may_be_a_column_of_the_dataset(image_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(image_folder, tmp_path / "images")
     files = sorted((tmp_path / "images").rglob("*.png"))
@@ -111,5 +122,5 @@ def test_a_class_of_one_group_is_refused(tmp_path: Path) -> None:
     (tmp_path / "groups.csv").write_text("path,group\n" + "".join(
         f"{one},{'a' if row < 3 else row}\n" for row, one in enumerate(index.seed_ids)))
 
-    with pytest.raises(UsageError, match=r"all seeds of 1 classes are one image or one group \('0'\)"):
+    with pytest.raises(UsageError, match=r"all seeds of 1 classes fall into one fold \('0'\)"):
         folds_of(index, FOLDER, 2, 0, str(tmp_path / "groups.csv"))

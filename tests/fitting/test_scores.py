@@ -7,7 +7,8 @@ import multiprocessing
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,8 +17,11 @@ import pytest
 import rayexpand
 from rayexpand.classifier.classifier import Classifier
 from rayexpand.contract.errors import ConfigError, UsageError
+from rayexpand.data.seeds import DataConfig, build_index
 from rayexpand.fitting.config import parse_fit
 from rayexpand.fitting.fit import fit
+from rayexpand.fitting.maker import World
+from rayexpand.fitting.scores import ScoresFit, _made_from
 from rayexpand.fitting.status import read_fits
 from rayexpand.runs import run as runs
 from rayexpand.runs.allocation import FACTS, FILE
@@ -139,6 +143,15 @@ def test_a_fit_killed_in_a_fold_goes_on_from_its_checkpoint(made: Path, tmp_path
     assert steps == [3, 4, 5]
     assert (again / FILE).read_bytes() == (made / FILE).read_bytes()
     assert not work.exists()
+
+
+def test_groups_make_other_scores(tmp_path: Path) -> None:
+    raw, index = raw_fit(tmp_path), build_index(DataConfig(source="digits", per_class=2))
+    (tmp_path / "g.csv").write_text("\n".join(["seed_id,group", *(f"{one},a{one}" for one in index.seed_ids)]))
+    config, world = parse_fit(raw), cast("World", SimpleNamespace(index=index))
+    facts = [_made_from(ScoresFit(folds=2, recipe=SMALL, group=group), config, world)
+             for group in (None, str(tmp_path / "g.csv"))]
+    assert [name for name in facts[0] if facts[0][name] != facts[1][name]] == ["folds_sha256"]
 
 
 @pytest.mark.parametrize(("scores", "words"), [

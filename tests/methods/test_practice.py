@@ -21,6 +21,7 @@ from rayexpand.diffusion.process import Point, Prediction, Schedule, prediction
 from rayexpand.loader.loader import Loader
 from rayexpand.loader.training_set import TrainingSet
 from rayexpand.methods import load_method
+from rayexpand.methods._guided import Guided
 from rayexpand.methods.practice import Practice
 from rayexpand.models.guides import ClassifierGuide
 from rayexpand.models.prior import load_prior
@@ -143,14 +144,26 @@ def test_norms_are_those_of_each_row_and_random_ones_as_long() -> None:
     back = 0.5 / 0.5**0.5  # from the latent after a step to that before it, where no noise is predicted
     for direction in ("gradient", "random"):
         _, (z, there), _ = one_step({**fields, "direction": direction}, seeds=5)
-        z = z * torch.tensor([1.0, 1, 1, 1, 1])[:, None, None, None]
-        share = ((back * there - z).flatten(1).norm(dim=1) / z.flatten(1).norm(dim=1))
+        share = (back * there - z).flatten(1).norm(dim=1) / z.flatten(1).norm(dim=1)
         torch.testing.assert_close(share, torch.full((5,), 0.1))
     moved = [one_step({**fields, **SCORE, "direction": direction}, seeds=5)[1][1] - one_step(
         {**fields, **SCORE, "omega": 1e-30}, seeds=5)[1][1] for direction in ("gradient", "random")]
     climbed, drawn = (one.flatten(1) for one in moved)
     torch.testing.assert_close(climbed.norm(dim=1), drawn.norm(dim=1))
     assert (torch.cosine_similarity(climbed, drawn) < 0.99).all()
+
+
+@pytest.mark.parametrize("convention", ["unit", "score"])
+def test_latent_and_prediction_agree_after_guidance(convention: Any) -> None:
+    """Solvers that take the latent (dpmpp_2m, unipc) and those that take the prediction alone go on from one place."""
+    prior, at, method = Halves(sd_scheduler(), 0.8), Point(0.6, 0.8, 500.0), Practice(convention=convention, omega=0.5)
+    batch, z_BCHW = batch_of(method, CLASSES, ROWS), torch.from_numpy(np.random.default_rng(3).standard_normal(
+        (4, 3, 4, 4)))
+    moved, p = method._guided(batch, Tools(CLASSES, prior, MeanGuide()), Guided(4), z_BCHW, at,
+                              prior.embed(ROWS, ROWS, 1.0), 5)
+    torch.testing.assert_close(at.mix(*p), moved)
+    share = (moved - z_BCHW).flatten(1).norm(dim=1) / z_BCHW.flatten(1).norm(dim=1)
+    torch.testing.assert_close(share, torch.full((4,), 0.5 if convention == "unit" else 0.0, dtype=torch.float64))
 
 
 def test_a_random_direction_belongs_to_row_and_step(tools: Tools) -> None:

@@ -135,6 +135,7 @@ def test_a_share_is_taken_in_each_class_or_in_all(scores: Scores) -> None:
     assert plan_of({"rule": "margin", "per": "all", **rule}, index, [2] * 8) == [4, 4, 4, 4, 0, 0, 0, 0]
     assert plan_of({"rule": "slow", **rule}, index, [2] * 8) == [0, 0, 4, 4, 0, 0, 4, 4], "ties by loss"
     assert plan_of({"rule": "slow", "total": "scaled", **rule}, index, [2] * 8) == [0, 0, 2, 2, 0, 0, 2, 2]
+    assert plan_of({"rule": "margin", "scores": at, "share": 0.01}, index, [2] * 8) == [8, 0, 0, 0, 8, 0, 0, 0]
     mixed = plan_of({"rule": "margin", "permuted": True, **rule}, index, [2] * 8)
     assert sorted(mixed[:4]) == sorted(mixed[4:]) == [0, 0, 4, 4]
     assert mixed != [4, 4, 0, 0, 4, 4, 0, 0]
@@ -174,6 +175,7 @@ def test_equal_gives_each_class_the_same_whatever_its_size() -> None:
     assert plan_of({"rule": "equal", "cap": 3}, index_of([0] * 8 + [1] * 2, 2), [2] * 10)[8:] == [3, 3]
     floored = plan_of({"rule": "uniform", "floor": 0.5}, index_of([0] * 8 + [1] * 2, 2), [2] * 10)
     assert sum(floored[8:]) == 5 + 2, "half of 20 evenly over classes, the rest by seeds"
+    assert plan_of({"rule": "uniform", "floor": 1, "cap": 3}, index_of([0] * 8 + [1] * 2, 2), [2] * 10)[8:] == [3, 3]
 
 
 def test_a_class_of_one_seed_gets_the_mean_and_a_faulty_seed_nothing(scores: Scores) -> None:

@@ -15,11 +15,15 @@ from PIL import Image
 import rayexpand
 from rayexpand.artifacts.columns import write_captions
 from rayexpand.contract.errors import ConfigError, DamagedFile, DigestMismatch, UsageError
+from rayexpand.contract.schema import SeedIndex
+from rayexpand.data.seeds import build_index
 from rayexpand.fitting.config import parse_fit
 from rayexpand.fitting.fit import fit
 from rayexpand.methods import names
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import RunConfig
+from rayexpand.runs.growth import growth_problems
+from rayexpand.runs.plan import make_plan
 from rayexpand.runs.status import read_status
 from rayexpand.runs.verify import verify
 from rayexpand.storage.tables import sealed
@@ -192,6 +196,18 @@ def test_what_is_no_larger_run_is_refused_with_the_reason(make: Make, seeds: Pat
         runs.prepare(make("run", **fields))
     assert words in str(raised.value)
     assert stored(small) == before, "nothing is written by a refusal"
+
+
+@pytest.mark.parametrize("words", ["name", "metaclass", "noun"])
+def test_a_class_of_other_words_is_refused(make: Make, words: str) -> None:
+    config = make("run", ratio=2)
+    plan = make_plan(build_index(config.data), config)
+    classes = replace(plan.index.classes, **{words: ("ant", "wasp", "cat", "dog")})
+    other = replace(plan, index=SeedIndex(plan.index.table, classes))
+    fields: dict[str, Any] = {"method": {}, "data": {}, "sampler": {}}
+    assert growth_problems(plan, plan, fields, fields, frozenset()) == []
+    (told,) = growth_problems(plan, other, fields, fields, frozenset())
+    assert f"the {words} of label" in told
 
 
 def test_all_reasons_are_told_at_once(make: Make, seeds: Path) -> None:

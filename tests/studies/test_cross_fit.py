@@ -205,6 +205,12 @@ def test_a_class_with_one_seed_has_no_score_and_is_always_trained_on(seeds: Seed
     facts = json.loads(table.schema.metadata[FACTS])
     assert facts["not_scored"] == [index.classes.key[lone]]
     assert "1 classes have one image, which is not scored" in summary(facts)[1]
+    mates = [np.flatnonzero(index.labels == lone)[0], np.flatnonzero(index.labels != lone)[0]]
+    lines = [f"{one},{'mates' if row in mates else row}" for row, one in enumerate(index.seed_ids)]
+    (tmp_path / "groups.csv").write_text("\n".join(["seed_id,group", *lines]))
+    held = scored(tmp_path / "held", (index, fewer), [], SCORING.model_copy(
+        update={"folds": 2, "group": str(tmp_path / "groups.csv")}))
+    assert set(index.seed_ids) - set(held["seed_id"].to_pylist()) == lacking, "held out, by a classifier without it"
 
 
 LONG = Scoring(folds=3, recipe={**SMALL, "updates": 9, "epochs": 3})
@@ -290,10 +296,11 @@ def test_a_digit_before_another_background_is_noticed_as_the_same(tmp_path: Path
 
 
 def test_samples_of_a_guided_method_are_named(seeds: Seeds, tmp_path: Path) -> None:
-    run, _ = complete(runs.parse({
+    run = runs.prepare(runs.parse({
         "name": "guided", "out": str(tmp_path), "data": seeds[1].model_dump(), "image": {"size": 16},
         "method": {"name": "gif", "ratio": 1, "steps": 4, "strength": 0.5}, "sampler": {"batch": 20}}))
-    facts = json.loads(scored(tmp_path / "out", seeds, [run]).schema.metadata[FACTS])
+    facts = {"accuracy": 0.5, "images": 20, "folds": 3, "in_sample": False, "not_scored": [],
+             "samples_by": module._made_with([RowSource(run=str(run.folder))])}
 
     assert facts["samples_by"] == ["guide"]
     assert "samples were made with guide; what was fitted on these images makes scores too good" in summary(facts)
