@@ -35,6 +35,8 @@ from rayexpand.studies.rounds.summary import last_guided, loop_summary
 SHOWN_SEEDS, OF_A_ROUND = 10, 2  # seeds with pictures, and samples of each round
 ALL_CLASSES = 50  # up to here every class has its line
 MOST_ROUNDS = 8  # with a column of pictures
+ASKED_FOR = {"folds": "seeds, by classifiers trained without them",
+             "in_sample": "seeds, by classifiers trained on them", "validation": "validation images"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,9 @@ def write_loop_report(folder: str, strips: int = 0) -> Path | str:
     views = [view_run(one) for one in run_folders(files)]
     figures = [one for one in (_accuracy_figure(found),) if one is not None]
     write_figures(files, figures)
-    page = render("loop.html.j2", _FILTERS, found=found, facts=facts, status=read_loop_status(folder),
-        figures=figures, dealt=_dealt_lines(found), all_classes=len(found["classes"]) <= ALL_CLASSES,
-        costs=_costs(found),
+    page = render("loop.html.j2", _FILTERS, found=found, facts=facts, asked_for=ASKED_FOR,
+        status=read_loop_status(folder), figures=figures, dealt=_dealt_lines(found), costs=_costs(found),
+        all_classes=len(found["classes"]) <= ALL_CLASSES,
         sheet=_sheet(views[:MOST_ROUNDS]), shown_rounds=min(len(views), MOST_ROUNDS),
         look=_look(files, facts, strips) if strips else None, settings=settings_of({
             **facts["config"]["run"], **{name: facts["config"][name] for name in ("rounds", "training")}}),
@@ -81,9 +83,9 @@ def _look(files: Files, facts: Mapping[str, Any], strips: int) -> Look:
 
 def _accuracy_figure(found: Mapping[str, Any]) -> Figure | None:
     """Share named right after each round, with standard errors over images."""
-    drawn = [Line({"folds": "seeds, by classifiers trained without them", "validation": "validation images"}[on], tuple(
+    drawn = [Line(ASKED_FOR[on], tuple(
         FigurePoint(f"after round {one['after']}", 100 * one["accuracy"], _error(one), one["after"])
-        for one in found["accuracy"] if one["on"] == on), series) for series, on in enumerate(("folds", "validation"))]
+        for one in found["accuracy"] if one["on"] == on), series) for series, on in enumerate(ASKED_FOR)]
     drawn = [one for one in drawn if one.points]
     if not drawn:
         return None

@@ -312,20 +312,27 @@ def _are_in_sample(allocate: Allocate) -> bool:
     if allocate.scores is None or _place(allocate).endswith(".csv"):
         return False
     try:
-        schema = pq.read_schema(pa.BufferReader(read_bytes("allocate.scores", _place(allocate))))
+        return said_in_sample(pq.read_schema(pa.BufferReader(read_bytes("allocate.scores", _place(allocate)))))
     except (pa.ArrowException, SeedDataError, EnvironmentFault):
         return False  # a run that has begun needs them no more
-    return bool(json.loads((schema.metadata or {}).get(FACTS, b"{}")).get("in_sample"))
 
 
-def dealt_facts(allocate: Allocate, index: SeedIndex, copies_N: np.ndarray) -> dict[str, Any]:
-    """What was dealt, for run.json."""
+def said_in_sample(scores: pa.Schema) -> bool:
+    """Whether scores with this schema say that they are in sample."""
+    return bool(json.loads((scores.metadata or {}).get(FACTS, b"{}")).get("in_sample"))
+
+
+def dealt_facts(allocate: Allocate, index: SeedIndex, copies_N: np.ndarray,
+                scores: pa.Table | None = None) -> dict[str, Any]:
+    """What was dealt, for run.json. `scores`: those of the round of a loop, which lie in no file that `allocate`
+    names."""
     of_K = np.bincount(index.labels, copies_N, len(index.classes)).astype(int)
     of_K = of_K[np.bincount(index.labels, minlength=len(of_K)) > 0]
     return {"rule": allocate.rule, "permuted": allocate.permuted, "seeds": len(index),
             "without": int((copies_N == 0).sum()), "least": int(copies_N.min()), "most": int(copies_N.max()),
             "class_least": int(of_K.min()), "class_most": int(of_K.max()),
-            **({"in_sample": True} if _are_in_sample(allocate) else {})}
+            **({"in_sample": True} if (_are_in_sample(allocate) if scores is None else said_in_sample(scores.schema))
+               else {})}
 
 
 def dealt_words(facts: Mapping[str, Any]) -> str:

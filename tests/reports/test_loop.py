@@ -22,6 +22,7 @@ from rayexpand.runs.joined import open_samples
 from rayexpand.storage.tables import read_table
 from rayexpand.studies.rounds.loop import Loop, open_loop
 from rayexpand.studies.rounds.plan import plan_loop
+from rayexpand.studies.rounds.status import read_loop_status
 from rayexpand.studies.rounds.summary import _allowed, loop_summary
 from tests.reports.test_live import text_of
 from tests.studies.rounds.conftest import MakeLoop, finished
@@ -143,3 +144,14 @@ def test_a_guided_loop_may_move_and_shows_guided_samples_beside_plain_ones(tmp_p
     assert page.count('class="strip"') == 3
     with pytest.raises(UsageError, match=r"is not a run folder"):
         api.open(loop.config.folder)
+
+
+def test_scores_in_sample_are_said_to_be(tmp_path: Path) -> None:
+    loop = finished(digits_loop(tmp_path, rounds={"count": 2, "rule": "loss", "scores": {**SCORES, "folds": 1}}))[0]
+    said = text_of(Path(write_loop_report(loop.config.folder)).read_text())
+    assert "Scores are in sample" in said
+    assert "by classifiers trained on them" in said
+    assert "trained without" not in said
+    status = dict(read_loop_status(loop.config.folder).table())
+    assert "rule loss, scores in sample" in status["round 2 of 2"]
+    assert "in sample" not in status["round 1 of 2"]

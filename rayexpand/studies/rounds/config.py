@@ -89,6 +89,9 @@ class RoundsConfig(Section):
         if self.scores_seeds and self.scores.folds == 1 and self.stop is not None and self.stop.on == "folds":
             raise ValueError("stop.on: folds compares seeds that were held out, and with scores.folds: 1 none is; "
                              "raise scores.folds, or compare on validation")
+        if self.count == 1 and READS[self.rule]:
+            raise ValueError(f"rule: {self.rule} reads scores, and rules that do begin with round 2; raise count, or "
+                             "make one run with `allocate` and scores of `rayexpand fit`")
         unused = {"guide": self.guide is not None and not self.trains_guide,
                   "stop": self.stop is not None and self.count == 1,
                   "scores": self.scores != Scoring() and not (

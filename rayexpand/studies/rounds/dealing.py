@@ -61,7 +61,8 @@ def room_problem(rounds: RoundsConfig, base_N: np.ndarray, parts: Sequence[int])
     """Why the rounds cannot be dealt, "" where they can."""
     planned, able = int(base_N.sum(dtype=np.int64)), int(np.count_nonzero(base_N))
     if empty := [number for number, rows in enumerate(parts[:rounds.count], 1) if not rows]:
-        return (f"rounds.shares: round {empty[0]} would have no sample of {planned:,}; raise the method's ratio, or "
+        field = "count" if rounds.shares is None else "shares"
+        return (f"rounds.{field}: round {empty[0]} would have no sample of {planned:,}; raise the method's ratio, or "
                 "make fewer rounds")
     if rounds.cap is not None and rounds.cap * able < planned:
         return (f"rounds.cap: {able:,} seeds with at most {rounds.cap:,} samples each leave no room for {planned:,}; "

@@ -157,7 +157,7 @@ def open_loop(config: LoopConfig, on_model: Progress | None = None, *, device_he
     if changed := differences(found["identity"], identity):
         raise DigestMismatch("\n  ".join([f"{files.root} holds another loop; its rounds would not follow from each "
                                           "other. What differs (there -> here):", *changed,
-                                          "Set it back, or give this loop another `name`."]))
+                                          "Set it back, or give this loop another run.name."]))
     return Loop(config, files, found, index, dataset)
 
 
@@ -267,8 +267,8 @@ def _decide(loop: Loop, chain: Sequence[RoundDecision], earlier: Sequence[runs.R
     allocate = allocate_of(rounds, scored=learned.scores is not None)
     publish_decision(loop.files, replace(
         plain, state="run", reason=f"{rows:,} of {planned:,} samples", planned=rows, left=left - rows,
-        method=resolved(loop.config.of_round(number))["method"], dealt=dealt_facts(allocate, loop.index, copies_N),
-        table=table))
+        method=resolved(loop.config.of_round(number))["method"], table=table,
+        dealt=dealt_facts(allocate, loop.index, copies_N, learned.scores)))
 
 
 def semantic_loop(config: LoopConfig) -> dict[str, Any]:

@@ -47,4 +47,4 @@ def stops(stop: StopConfig, gain: Mapping[str, Any]) -> str:
             f"below min_gain {stop.min_gain:g} for {gain['below']} round{'s' if gain['below'] > 1 else ''}")
 
 
-WORDS = {"folds": "seeds", "validation": "validation images"}
+WORDS = {"folds": "seeds", "in_sample": "seeds, in sample,", "validation": "validation images"}

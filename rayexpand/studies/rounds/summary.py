@@ -1,7 +1,8 @@
 """What a loop has spent, dealt and learned so far, in numbers: what its page shows.
 
     symbol   here       meaning
-    k of n   right      seeds (or validation images) that a classifier names right which was not trained on them
+    k of n   right      seeds (or validation images) that a classifier names right which was not trained on them, unless
+                        the line is `on` in_sample
     [l, h]   low, high  95 %: exact (Clopper and Pearson) of a share, Student's t over images of a difference of shares
 
 An interval is over images: one classifier for each fold, so it says nothing of how another training would have ended.
@@ -9,6 +10,7 @@ An interval is over images: one classifier for each fold, so it says nothing of 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ import pyarrow.compute as pc
 
 from rayexpand.classifier.statistics import crossed
 from rayexpand.evaluation.roc import exact_interval
+from rayexpand.runs.allocation import FACTS, said_in_sample
 from rayexpand.runs.joined import read_loop_facts, round_folder, run_folders
 from rayexpand.runs.status import RunView, read_classes, read_plan_table, shard_seconds, view_run
 from rayexpand.storage.files import Files
@@ -54,7 +57,7 @@ def loop_summary(folder: str) -> dict[str, Any]:
         "classes": list(names), "dealt": [] if table is None else [
             _by_class(read_dealt(files, one)["copies"].to_numpy(), table["label"].to_numpy(), len(names))
             for one in decided],
-        "accuracy": accuracy, "says": _says(accuracy, len(decided), ended is not None),
+        "accuracy": accuracy, "says": [*_says(accuracy, len(decided), ended is not None), *_too_good(tables)],
         "hardest": [] if table is None else _hardest(chain, tables, table, names)}
 
 
@@ -94,7 +97,8 @@ def _accuracy(chain: Sequence[RoundDecision], tables: Mapping[str, pa.Table]) ->
     found, before = list[dict[str, Any]](), dict[str, list[tuple[int, np.ndarray]]]()
     for decision in chain:
         for name in decision.scores:
-            on = "validation" if name.endswith("-validation.parquet") else "folds"
+            on = "validation" if name.endswith("-validation.parquet") else (
+                "in_sample" if said_in_sample(tables[name].schema) else "folds")
             right_N = tables[name]["margin"].to_numpy() > 0
             low, high = exact_interval(right := int(right_N.sum()), len(right_N))
             line = {"on": on, "after": decision.round - 1, "images": len(right_N), "right": right,
@@ -123,6 +127,18 @@ def _says(accuracy: Sequence[Mapping[str, Any]], rounds: int, ended: bool) -> li
                  "have ended.")
     if any(line["on"] == "folds" for line in accuracy):
         found.append("Seeds are those that the samples were made from; a gain on test images is for a study to show.")
+    return found
+
+
+def _too_good(tables: Mapping[str, pa.Table]) -> list[str]:
+    """Why seeds are named right more often than classifiers that have not seen them would."""
+    found = []
+    if any(said_in_sample(one.schema) for one in tables.values()):
+        found.append("Scores are in sample: the classifier was trained on the very seeds that it was asked for.")
+    if made_with := sorted({kind for one in tables.values() for kind in json.loads(
+            (one.schema.metadata or {}).get(FACTS, b"{}")).get("samples_by", [])}):
+        found.append(f"Samples were made with {' and '.join(made_with)}; what was fitted on these seeds makes scores "
+                     "too good.")
     return found
 
 
@@ -155,7 +171,8 @@ def _hardest(chain: Sequence[RoundDecision], tables: Mapping[str, pa.Table], see
     with_K = np.maximum(of_K, 1)
     order = np.lexsort((-loss_K / with_K, right_K / with_K))
     return [{"class": names[label], "label": int(label), "images": int(of_K[label]), "right": int(right_K[label]),
-             "loss": float(loss_K[label] / of_K[label]), "after": int(newest.split("/")[1][:4]) - 1}
+             "loss": float(loss_K[label] / of_K[label]), "in_sample": said_in_sample(table.schema),
+             "after": int(newest.split("/")[1][:4]) - 1}
             for label in _first(order.tolist(), of_K)]
 
 

@@ -33,7 +33,8 @@ def test_every_mistake_is_said_at_once() -> None:
     ({"permuted": True}, "permuted: has no effect"), ({"guided_from": 4}, "none would be guided"),
     ({"stop": {"on": "validation"}}, "validation: is missing"), ({"guide": {}}, "guide: has no effect"),
     ({"validation": {"source": "digits", "split": "test"}}, "validation: has no effect"),
-    ({"count": 1, "stop": {}}, "stop: has no effect"), ({"scores": {"folds": 3}}, "scores: has no effect"),
+    ({"count": 1, "stop": {}}, "stop: has no effect"), ({"count": 1, "rule": "loss"}, "rule: loss reads scores"),
+    ({"scores": {"folds": 3}}, "scores: has no effect"),
     ({"scores": {"recipe": {"epochs": 0}}}, "scores.recipe"),
     ({"scores": {"folds": 1}, "stop": {}}, "stop.on: folds compares")])
 def test_what_rounds_cannot_mean(rounds: dict[str, Any], said: str) -> None:

@@ -56,7 +56,7 @@ def test_without_its_data_a_loop_is_planned_by_what_is_told() -> None:
 
 @pytest.mark.parametrize(("rounds", "says"), [
     ({"cap": 5}, "rounds.cap: 20 seeds with at most 5 samples each leave no room for 180"),
-    ({"count": 200, "shares": None}, "rounds.shares: round 181 would have no sample"),
+    ({"count": 200, "shares": None}, "rounds.count: round 181 would have no sample"),
     ({"rule": "uniform", "scores": {}, "guide": {"updates": 5}, "stop": {"on": "validation"},
       "validation": {"source": "digits", "per_class": 4}}, "rounds.validation: 20 of its images are those of")])
 def test_validate_says_what_cannot_be_dealt_or_compared(rounds: dict[str, Any], says: str) -> None:
