@@ -328,10 +328,7 @@ def write_result(files: Files, work: TrialWork, curve: TrainingCurve, answers: A
         "ids_sha256": trial.ids_sha256, "list_sha256": trial.list_sha256, "recipe": trial.recipe, "stack": _stack()}
     if trial.classifier_seed is not None:
         result |= {"classifier_seed": trial.classifier_seed, "data_seed": trial.data_seed}
-    if trial.value:
-        result["value"] = trial.value
-    if trial.rounds:
-        result["rounds"] = trial.rounds
+    result |= {name: one for name in ("value", "rounds") if (one := getattr(trial, name))}
     if (guide := guide_scores(files, trial, work.feed.rows.classes, device)) is not None:
         result["guide"] = guide
     if trial.baseline:
