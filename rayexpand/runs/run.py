@@ -570,17 +570,19 @@ def check_budget(run: Run, tally: Tally) -> Totals:
     counts = tally.totals
     allowed = run.config.limits.max_failed * run.plan.planned
     if counts.failed > allowed:
+        is_round = "follows" in run.facts
         listed = ", ".join(f"{reason} {count}" for reason, count in tally.failures().most_common(5))
         raise OverBudget(
             f"{counts.failed} of {run.plan.planned} rows failed, more than limits.max_failed = "
             f"{run.config.limits.max_failed:g} allows ({listed}). Everything made so far is kept in {run.folder}, and "
             f"its report.html shows the refused rows. {_remedy(run, tally)}, or go on with "
-            "--set limits.max_failed=<share>.")
+            f"--set {'run.' if is_round else ''}limits.max_failed=<share>.")
     return counts
 
 
 def _remedy(run: Run, tally: Tally) -> str:
-    retry = f"run `rayexpand retry {run.folder}`"
+    folder = str(run.folder).rpartition("/rounds/")[0] if "follows" in run.facts else run.folder
+    retry = f"run `rayexpand retry {folder}`"
     if SEED_REASONS & tally.failures().keys():
         return f"Repair their seeds and {retry}"
     if Reason.CONSTANT_IMAGE in tally.failures():

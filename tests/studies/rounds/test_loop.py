@@ -33,7 +33,8 @@ def in_one_go(config: LoopConfig, **sections: Any) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("method", "rounds", "ratio"), [
-    ("Fake", UNEVEN, 6), ("Mixes", {"count": 3, "shares": [0.2, 1, 0.5]}, 5.3), ("FractionalRatio", {"count": 2}, 2.5)])
+    ("Fake", UNEVEN, 6), ("FractionalRatio", {"count": 2}, 2.5),
+    pytest.param("Mixes", {"count": 3, "shares": [0.2, 1, 0.5]}, 5.3, marks=pytest.mark.slow)])
 def test_three_uneven_rounds_are_the_run_in_one_go(make_loop: MakeLoop, method: str, rounds: dict[str, Any],
                                                    ratio: float) -> None:
     config = make_loop(method, rounds=rounds, ratio=ratio)
@@ -119,7 +120,7 @@ def test_shares_that_are_not_reached_stay_unspent_and_that_is_said(make_loop: Ma
 def test_too_many_failed_rows_end_the_loop_before_the_next_decision(make_loop: MakeLoop) -> None:
     config = make_loop("Failing", rounds=UNEVEN, nan="bee/2.png/0", sections={"limits": {"max_failed": 0.01}})
     for _ in range(2):
-        with pytest.raises(OverBudget):
+        with pytest.raises(OverBudget, match=f"retry {config.folder}`.*--set run.limits.max_failed"):
             finished(config)
     assert [one.round for one in open_loop(config).chain()] == [1]
 

@@ -151,7 +151,7 @@ def test_decisions_that_are_gone_or_of_another_loop_are_named(folder: Path, tmp_
     assert named(folder) == [], "nothing rests on them once a round is decided"
 
 
-@pytest.mark.parametrize("of", ["seeds", "samples"])
+@pytest.mark.parametrize("of", [pytest.param("seeds", marks=pytest.mark.slow), "samples"])
 def test_a_fold_that_saw_what_it_scores_is_found(tmp_path: Path, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = scoring.training_set
 
