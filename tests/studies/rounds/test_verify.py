@@ -90,6 +90,10 @@ def _moved(columns: dict[str, np.ndarray]) -> None:
     copies[1] += 1
 
 
+def _weighted(columns: dict[str, np.ndarray]) -> None:
+    columns["weight"][0] *= 1 + 1e-7  # deals the same
+
+
 def _harder(columns: dict[str, np.ndarray]) -> None:
     columns["p_label"][0] *= 0.5
 
@@ -112,13 +116,17 @@ def test_a_change_that_was_sealed_anew_is_found_too(folder: Path, forge: Callabl
     assert named(folder) == [place]
 
 
-def test_a_count_that_its_weights_do_not_give_is_found_in_a_forged_decision(folder: Path) -> None:
+@pytest.mark.parametrize(("change", "says"), [
+    (_moved, "the copies of 2 seeds are not those that their weights give"),
+    (_weighted, "its weights do not follow from the scores")])
+def test_what_weights_or_scores_do_not_give_is_found_in_a_forged_decision(
+        folder: Path, change: Callable[[dict[str, np.ndarray]], None], says: str) -> None:
     """Table, decision and run.json forged together: the dealing is repeated."""
     import hashlib
 
     from rayexpand.studies.rounds.decisions import array_sha256
 
-    place = _table(folder, _moved, TABLE)
+    place = _table(folder, change, TABLE)
     decision = read_decision(LocalFiles(folder), 2)
     assert decision is not None
     copies = read_table(LocalFiles(folder), place)["copies"].to_numpy()
@@ -133,7 +141,7 @@ def test_a_count_that_its_weights_do_not_give_is_found_in_a_forged_decision(fold
     (folder / "rounds/0002/run.json").write_bytes(sealed("run.json", facts))
 
     problems = verify_loop(str(folder)).problems
-    assert problems[0].startswith(f"{place}: the copies of 2 seeds are not those that their weights give")
+    assert problems[0].startswith(f"{place}: {says}")
     assert [one.partition(":")[0] for one in problems[1:]] in (["decisions/0003.json"], [place, "decisions/0003.json"])
 
 
