@@ -85,7 +85,7 @@ def spread(config: dict[str, Any]) -> Path:
 @pytest.fixture(scope="module", params=RECIPES)
 def undisturbed(request: pytest.FixtureRequest, place: Path, image_folder: Path,
                 cluster: None) -> tuple[dict[str, Any], Path]:
-    config = raw(request.param, place, image_folder, place / "artifacts")
+    config = raw(request.param, place, image_folder, place / "artifacts" / request.param)
     return config, spread(config)
 
 
