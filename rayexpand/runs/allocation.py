@@ -279,14 +279,14 @@ def _checked(allocate: Allocate, table: pa.Table) -> pa.Table:
 
 def _aligned(allocate: Allocate, index: SeedIndex, able_N: np.ndarray,
              table: pa.Table | None) -> dict[str, np.ndarray]:
-    """The columns by seed, and `known`: bool (N,), of which seeds there are scores. Raises UsageError for sound seeds
-    without scores in a class that has more than one."""
-    table = read_scores(allocate) if table is None else _checked(allocate, table)
+    """The columns by seed, and `known`: bool (N,), of which seeds there are scores. Raises UsageError where scores of a
+    file lack sound seeds in a class that has more than one; a loop has scored all that it could read."""
+    is_whole, table = table is not None, read_scores(allocate) if table is None else _checked(allocate, table)
     place = pc.index_in(index.table["seed_id"].combine_chunks(), table["seed_id"].combine_chunks())
     known = place.is_valid().to_numpy(zero_copy_only=False)
     lacks = ~known & able_N & _sound(index)
     several = np.bincount(index.labels[_sound(index)], minlength=len(index.classes))[index.labels] > 1
-    if not known.any() or (lacks & several).any():
+    if not known.any() or ((lacks & several).any() and not is_whole):
         raise UsageError(f"allocate.scores: {allocate.scores} says nothing of {int(lacks.sum()):,} of {len(index):,} "
                          f"seeds ({few(_ids(index, lacks))}); score every seed of this dataset, or leave them out with "
                          "data.ids")

@@ -35,6 +35,7 @@ from rayexpand.contract.errors import DamagedFile, DigestMismatch, StorageError,
 from rayexpand.contract.schema import (
     DATA_SCHEMA,
     REFUSED_SCHEMA,
+    SEED_REASONS,
     ClassTable,
     Reason,
     Receipt,
@@ -466,6 +467,20 @@ class Tally:
 def totals(planned: int, receipts: Iterable[Receipt]) -> Totals:
     """Counts over all generations of committed files."""
     return Tally(planned, receipts).totals
+
+
+def faulty_seeds(store: Store) -> dict[str, str]:
+    """Seeds that were refused before anything was sampled, and whose rows were not made since: id -> reason."""
+    last: dict[int, Receipt] = {}
+    for receipt in store.receipts():
+        if receipt.generation >= (before := last.setdefault(receipt.shard_id, receipt)).generation:
+            last[before.shard_id] = receipt
+    found: dict[str, str] = {}
+    for receipt in last.values():
+        if SEED_REASONS & receipt.reasons.keys():
+            table = store.refused(receipt).select(["seed_id", "reason"])
+            found |= {row["seed_id"]: row["reason"] for row in table.to_pylist() if row["reason"] in SEED_REASONS}
+    return found
 
 
 def _tables(samples: Sequence[Sample], schema: pa.Schema) -> Iterator[pa.Table]:

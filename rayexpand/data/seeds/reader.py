@@ -24,6 +24,7 @@ _WHY = {Reason.BAD_LABEL: "its label is null or not a label of the dataset",
         Reason.UNREADABLE: "it is not a regular file, or its name is not valid UTF-8",
         Reason.TOO_LARGE: "its file has 2 GiB or more"}
 
+UNREAD = "it could not be read when it was expanded"
 
 class SeedReader:
     """Encoded images of index rows. A parquet row group, or a whole .npz split, is read once and kept."""
@@ -48,7 +49,7 @@ class SeedReader:
 
     def _one(self, row: dict[str, Any]) -> Seed | RowFault:
         if row["fault"]:
-            return RowFault(row["fault"], f"{row['seed_id']}: {_WHY[Reason(row['fault'])]}")
+            return RowFault(row["fault"], f"{row['seed_id']}: {_WHY.get(Reason(row['fault']), UNREAD)}")
         try:
             return Seed(row["seed_id"], row["label"], self._read(row))
         except RowFault as fault:

@@ -32,6 +32,7 @@ from rayexpand.models.guide_files import CLASSIFIER, save_classifier
 from rayexpand.models.guides import guide_hash
 from rayexpand.runs.allocation import FACTS, READS
 from rayexpand.runs.run import Run
+from rayexpand.runs.store import faulty_seeds
 from rayexpand.storage.files import Files, failpoint
 from rayexpand.storage.tables import NAMED, parquet_bytes, read_table, table_of
 from rayexpand.studies.cross_fit import Seeds, classifier_trial, cross_fit, held_out, scores_bytes
@@ -81,9 +82,18 @@ class _Work:
     seen: tuple[Seen, ...]
     train: Train
 
-    @property
+    @cached_property
     def seeds(self) -> Seeds:
-        return self.loop.index, self.loop.config.run.data
+        """The dataset; a seed that could not be read when it was expanded has that fault."""
+        faults = {one: why for run in self.earlier for one, why in faulty_seeds(run.store).items()}
+        index = self.loop.index
+        if faults:
+            column = pa.array([faults.get(one, fault) for one, fault in zip(
+                index.seed_ids, index.table["fault"].to_pylist(), strict=True)], pa.string())
+            at = index.table.schema.get_field_index("fault")
+            index = replace(index, table=index.table.set_column(at, index.table.schema.field(at), [column.cast(
+                index.table.schema.field(at).type)]))
+        return index, self.loop.config.run.data
 
     @property
     def seed(self) -> int:
@@ -143,7 +153,7 @@ class _Work:
         name, rows = f"r{self.number:04d}-guide", training_set([RowSource(seeds=self.seeds), *self.sources])
         validation = rounds.validation
         asked = (build_index(validation), validation) if validation is not None else held_out(
-            folder, name, *self.seeds, sound_rows(self.loop.index)[:ASKED])
+            folder, name, *self.seeds, sound_rows(self.seeds[0])[:ASKED])
         trial = classifier_trial(folder, name, rounds.guide_recipe, self.seeds[1], asked, rows, self.seed)
         if failed := self.train(folder, [trial]):
             raise RayexpandError(f"the classifier before round {self.number} could not be trained; the same command "

@@ -63,6 +63,21 @@ def test_round_two_is_dealt_by_the_scores_of_what_round_one_made(by_loss: Any) -
     assert len(union(loop)) == 120
 
 
+def test_a_seed_that_cannot_be_read_is_not_scored_and_stops_no_loop(image_folder: Path, tmp_path: Path) -> None:
+    """Listing looks at its header alone."""
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    broken = sorted(images.rglob("*.png"))[0]
+    broken.write_bytes(broken.read_bytes()[:-40])
+    run = small_run(images, tmp_path / "out", "Fake", name="loop", ratio=6)
+    run = run.model_copy(update={"limits": run.limits.model_copy(update={"max_failed": 0.5})})
+    loop, end = finished(LoopConfig(run=run, rounds=RoundsConfig(**LOSS)))
+
+    scored = read_table(loop.files, "scores/0002.parquet")["seed_id"].to_pylist()
+    lost = [one for one in loop.index.seed_ids if one == str(broken.relative_to(images))]
+    assert (end.state, len(lost)) == ("stop", 1)
+    assert sorted(scored) == sorted(set(loop.index.seed_ids) - set(lost))
+
+
 def test_a_round_that_is_decided_is_never_scored_again(by_loss: Any) -> None:
     loop, end = by_loss
     for folder in ("scores", "results", "predictions", "trials", "lists"):
