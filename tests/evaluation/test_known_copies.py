@@ -15,8 +15,8 @@ from tests.commands import ROOT
 from tests.conftest import MakeConfig
 
 IMAGE = np.random.Generator(np.random.Philox(key=3)).integers(0, 200, (20, 30, 3), dtype=np.uint8)
-WITH_DEFAULTS = ("dafusion", "diffcoremix", "diffmix", "distdiff", "gif", "img2img", "lecf", "realfake", "text2img",
-                 "vae")
+WITH_DEFAULTS = ("dafusion", "diffcoremix", "diffmix", "distdiff", "gif", "img2img", "lecf", "practice", "realfake",
+                 "text2img", "vae")
 
 
 def test_edits() -> None:

@@ -73,7 +73,7 @@ def test_trials_of_a_study(ends: dict[str, list[Exception]], attempts: dict[str,
     """One retry: more nodes than that may go, and more deaths may not be."""
     sent = {"a": 0, "b": 0}
 
-    def submit(study: Any, trial: Any, config: Any) -> tuple[str, int]:
+    def submit(folder: Any, trial: Any, config: Any) -> tuple[str, int]:
         sent[trial.name] += 1
         return trial.name, sent[trial.name] - 1
 
@@ -88,10 +88,10 @@ def test_trials_of_a_study(ends: dict[str, list[Exception]], attempts: dict[str,
     monkeypatch.setattr(train, "connected", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(ray, "wait", lambda tasks, **_: ([tasks[0]], tasks[1:]))
     monkeypatch.setattr(ray, "get", get)
-    study: Any = SimpleNamespace(config=SimpleNamespace(cluster=ClusterConfig(), training=SimpleNamespace(workers=0)))
+    folder: Any = SimpleNamespace(cluster=ClusterConfig(), training=SimpleNamespace(workers=0))
     heard: list[str] = []
     trials: Any = [SimpleNamespace(name="a"), SimpleNamespace(name="b")]
-    said = train.train_trials(study.trial_folder, trials, on_done=lambda _, problem: heard.append(problem))
+    said = train.train_trials(folder, trials, on_done=lambda _, problem: heard.append(problem))
 
     assert sent == attempts
     assert [line[:len(want)] for line, want in zip(said, failed, strict=True)] == failed

@@ -296,7 +296,7 @@ def test_a_folder_filled_meanwhile_is_kept(run: runs.Run, tmp_path: Path) -> Non
 
 def test_a_sample_there_twice_stops_the_export(run: runs.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     receipts = list(run.store.receipts())
-    monkeypatch.setattr(exporting, "open_run", lambda folder: run)
+    monkeypatch.setattr(exporting, "open_samples", lambda folder: run)
     monkeypatch.setattr(type(run.store), "receipts", lambda store: iter([*receipts, receipts[0]]))
     with pytest.raises(UsageError, match="repeats samples"):
         export(str(run.folder), str(tmp_path / "out"), "huggingface")

@@ -171,6 +171,7 @@ def test_the_same_seeds_stand_beside_each_other_by_round(made: tuple[str, str]) 
     assert {one["sample_id"].rpartition("/")[2] for one in shown if "absent" not in one} == {"0", "1", "4"}
 
 
+@pytest.mark.slow
 def test_a_loop_in_an_object_store_is_read_like_one_on_a_disk(image_folder: Path, tmp_path: Path,
                                                               object_stores: object) -> None:
     config = LoopConfig(run=small_run(image_folder, Path(), "Fake", name="loop", ratio=3,
