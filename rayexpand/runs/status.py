@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -81,7 +82,7 @@ class RunView:
         return [(json.loads(stack), shards) for stack, shards in counts.most_common()]
 
 
-class FolderStatus:
+class FolderStatus(ABC):
     """One look at what a folder holds; subclasses are dataclasses with these fields and their own."""
 
     __slots__ = ()
@@ -92,8 +93,9 @@ class FolderStatus:
     problems: tuple[str, ...]  # files that are damaged; what they held is not counted
 
     @property
+    @abstractmethod
     def complete(self) -> bool:
-        raise NotImplementedError
+        """Whether nothing is left to make."""
 
     def to_json(self) -> dict[str, Any]:
         fields = asdict(self)  # type: ignore[call-overload]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,14 @@ class Findings:
     rebuilt_receipts: int = 0
     garbage: int = 0  # side files that no data file names; harmless
     totals: Totals = field(default_factory=Totals)
+
+    def add(self, one: Findings, where: str) -> None:
+        """Takes over what was found in a folder below this one; `where` stands before its problems."""
+        self.problems += [f"{where}/{line}" for line in one.problems]
+        self.rebuilt_receipts += one.rebuilt_receipts
+        self.garbage += one.garbage
+        self.totals = Totals(**{each.name: getattr(self.totals, each.name) + getattr(one.totals, each.name)
+                                for each in fields(Totals)})
 
     def to_json(self) -> dict[str, Any]:
         return {**self._counts(), "problems": self.problems, "rebuilt_receipts": self.rebuilt_receipts,

@@ -4,7 +4,6 @@ with its predictions."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ import numpy as np
 from rayexpand.contract.errors import DamagedFile, RayexpandError, UsageError, looked_at
 from rayexpand.runs.joined import is_loop
 from rayexpand.runs.run import Run, open_run
-from rayexpand.runs.store import Totals
 from rayexpand.runs.verify import Findings
 from rayexpand.runs.verify import verify as verify_run
 from rayexpand.storage.places import open_files
@@ -48,11 +46,7 @@ def verify_study(folder: str, *, pixels: bool = False) -> Findings:
         except RayexpandError as error:
             found.problems.append(f"runs/{name}: {error}")
             continue
-        found.problems += [f"runs/{name}/{line}" for line in one.problems]
-        found.rebuilt_receipts += one.rebuilt_receipts
-        found.garbage += one.garbage
-        found.totals = Totals(**{field.name: getattr(found.totals, field.name) + getattr(one.totals, field.name)
-                                 for field in fields(Totals)})
+        found.add(one, f"runs/{name}")
     for kind, read in (("results", read_json), ("predictions", read_table)):
         for name in files.list(kind):
             try:

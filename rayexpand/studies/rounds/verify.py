@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from dataclasses import fields as fields_of
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,6 @@ from rayexpand.runs.allocation import READS
 from rayexpand.runs.config import resolved
 from rayexpand.runs.joined import LOOP, read_loop_facts, round_folder, round_name
 from rayexpand.runs.run import Run, open_run
-from rayexpand.runs.store import Totals
 from rayexpand.runs.verify import Findings
 from rayexpand.runs.verify import verify as verify_run
 from rayexpand.storage.files import Files
@@ -97,11 +95,7 @@ def _sound_rounds(files: Files, found: LoopFindings, pixels: bool) -> Iterator[t
         except RayexpandError as error:
             found.problems.append(f"{where}/{str(error).replace(f'{folder}/', '')}")
             continue
-        found.problems += [f"{where}/{line}" for line in one.problems]
-        found.rebuilt_receipts += one.rebuilt_receipts
-        found.garbage += one.garbage
-        found.totals = Totals(**{name.name: getattr(found.totals, name.name) + getattr(one.totals, name.name)
-                                 for name in fields_of(Totals)})
+        found.add(one, where)
         if one.problems:
             continue
         if first is not None and run.plan.index.table.equals(first.plan.index.table):
