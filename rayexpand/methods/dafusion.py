@@ -26,12 +26,10 @@ import numpy as np
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from rayexpand.contract.prompts import Template
-from rayexpand.contract.protocols import Batch, Expansion, Tools
-from rayexpand.contract.rng import PlanRng, RowRng
-from rayexpand.contract.schema import ClassTable, Draw, SeedIndex
 from rayexpand.contract.settings import Section
 from rayexpand.diffusion import sampling
 from rayexpand.methods._copies import MAX_COPIES
+from rayexpand.methods._on_plain import OnPlain
 from rayexpand.methods.diffmix import DiffMix, Strengths
 
 MODES: dict[str, dict[str, Any]] = {
@@ -40,7 +38,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-class DaFusion(Section):
+class DaFusion(OnPlain, Section):
     """Settings of DA-Fusion. Defaults are those of the paper unless noted; `mode` sets four of them."""
 
     model_config = ConfigDict(validate_default=True)
@@ -82,24 +80,6 @@ class DaFusion(Section):
                               negative=self.negative, strengths=self.strengths, steps=self.steps,
                               guidance_scale=self.guidance_scale, solver=self.solver, spacing=self.spacing)
         return self
-
-    def expand(self, batch: Batch, tools: Tools) -> Expansion:
-        return self._plain.expand(batch, tools)
-
-    def needs(self) -> frozenset[str]:
-        return self._plain.needs()
-
-    def copies(self, index: SeedIndex, rng: PlanRng) -> np.ndarray:
-        return self._plain.copies(index, rng)
-
-    def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
-        return self._plain.draw(seed_id, label, copy, row, classes, rng)
-
-    def group(self, copies: int) -> int:
-        return 1
-
-    def batch_key(self, draw: Draw) -> tuple[Any, ...]:
-        return self._plain.batch_key(draw)
 
     def soft_label(self, source: np.ndarray, target: np.ndarray, strength: np.ndarray, n_classes: int,
                    **recipe: float) -> np.ndarray:

@@ -28,11 +28,11 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from rayexpand.contract.errors import UsageError, looked_at
 from rayexpand.contract.prompts import check_template, format_prompt, prompt_needs
-from rayexpand.contract.protocols import Batch, Expansion, Tools
 from rayexpand.contract.rng import PlanRng, RowRng
 from rayexpand.contract.schema import ClassTable, Draw, SeedIndex
 from rayexpand.contract.settings import Section
 from rayexpand.diffusion import sampling
+from rayexpand.methods._on_plain import OnPlain
 from rayexpand.methods.img2img import Img2Img
 from rayexpand.methods.text2img import Text2Img
 
@@ -40,7 +40,7 @@ ANY = "*"  # the entry of `prompts` that serves every class without one of its o
 FILE = "prompts.json"
 
 
-class Lecf(Section):
+class Lecf(OnPlain, Section):
     """Settings of LECF's generator. Defaults are those of Stable Diffusion's text-to-image pipeline unless noted."""
 
     name: Literal["lecf"] = "lecf"
@@ -89,9 +89,6 @@ class Lecf(Section):
             self._plain = Img2Img(prompt="", strength=self.strength, **fields)
         return self
 
-    def expand(self, batch: Batch, tools: Tools) -> Expansion:
-        return self._plain.expand(batch, tools)
-
     def needs(self) -> frozenset[str]:
         return self._plain.needs() | prompt_needs(*self.prompts.get(ANY, ()))
 
@@ -113,16 +110,6 @@ class Lecf(Section):
         prompt = choice[int(rng("prompt").integers(len(choice)))]
         return replace(self._plain.draw(seed_id, label, copy, row, classes, rng),
                        prompt=prompt if own else format_prompt(prompt, label, classes))
-
-    def group(self, copies: int) -> int:
-        return 1
-
-    def batch_key(self, draw: Draw) -> tuple[Any, ...]:
-        return self._plain.batch_key(draw)
-
-    def soft_label(self, source: np.ndarray, target: np.ndarray, strength: np.ndarray, n_classes: int,
-                   **recipe: float) -> np.ndarray:
-        return self._plain.soft_label(source, target, strength, n_classes, **recipe)
 
 
 def read_prompts(path: str) -> dict[str, list[str]]:

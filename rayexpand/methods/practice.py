@@ -27,17 +27,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from rayexpand.contract.prompts import Template
 from rayexpand.contract.protocols import Batch, Calls, Cond, Expansion, Tools
-from rayexpand.contract.rng import PlanRng, RowRng
-from rayexpand.contract.schema import ClassTable, Draw, SeedIndex
 from rayexpand.contract.settings import Section
 from rayexpand.diffusion import energy, sampling
 from rayexpand.diffusion.process import LEAST_SIGNAL
 from rayexpand.methods._guided import LOSS_SCALE, Guided, with_graph
+from rayexpand.methods._on_plain import OnPlain
 from rayexpand.methods.img2img import Img2Img
 from rayexpand.methods.text2img import Text2Img
 
@@ -45,7 +43,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Practice(Section):
+class Practice(OnPlain, Section):
     """Settings of entropy guidance. Each default names its source."""
 
     model_config = ConfigDict(validate_default=True)
@@ -206,22 +204,6 @@ class Practice(Section):
 
     def needs(self) -> frozenset[str]:
         return self._plain.needs() | ({"guide"} if self.omega else set())
-
-    def copies(self, index: SeedIndex, rng: PlanRng) -> np.ndarray:
-        return self._plain.copies(index, rng)
-
-    def draw(self, seed_id: str, label: int, copy: int, row: int, classes: ClassTable, rng: RowRng) -> Draw:
-        return self._plain.draw(seed_id, label, copy, row, classes, rng)
-
-    def group(self, copies: int) -> int:
-        return 1
-
-    def batch_key(self, draw: Draw) -> tuple[Any, ...]:
-        return self._plain.batch_key(draw)
-
-    def soft_label(self, source: np.ndarray, target: np.ndarray, strength: np.ndarray, n_classes: int,
-                   **recipe: float) -> np.ndarray:
-        return self._plain.soft_label(source, target, strength, n_classes, **recipe)
 
 
 def _logits(guide: Any, x_BCHW: torch.Tensor) -> torch.Tensor:
