@@ -45,17 +45,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`@pytest.mark.fast_cases(n)`: n cases of the test, evenly spread, are fast and the others slow."""
+    """`@pytest.mark.fast_cases(n, "chaos")`: n cases of the test, evenly spread, are fast, the others chaos; or slow,
+    where nothing is said."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("fast_cases"):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for found in cases.values():
         marker = found[0].get_closest_marker("fast_cases")
-        fast = {len(found) * one // marker.args[0] for one in range(marker.args[0])} if marker else set()
+        n, other = (*marker.args, "slow")[:2] if marker else (len(found), "slow")
+        fast = {len(found) * one // n for one in range(n)}
         for number, item in enumerate(found):
             if number not in fast:
-                item.add_marker(pytest.mark.slow)
+                item.add_marker(other)
 
 
 def pytest_collection_finish() -> None:

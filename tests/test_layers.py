@@ -101,6 +101,7 @@ def test_light_modules_import_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code, *LIGHT], check=True)
 
 
+@pytest.mark.slow
 def test_everything_works_with_ray_blocked(tmp_path: Path) -> None:
     code = """
 import importlib, pkgutil, sys

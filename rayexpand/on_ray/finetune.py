@@ -53,7 +53,7 @@ REFUSED = "refused"  # a file in the folder of a job
 
 def tuning_on(config: FitConfig, connect: Callable[[], Any], task: Callable[..., Any] | None = None) -> TuneEngine:
     """Where a fine-tuning of this configuration runs; `connect` joins the cluster when there is something to do. One
-    without workers is trained in this process, or by `task(function, *arguments)` on a worker."""
+    without workers is trained in this process, or by `task(told, folder, function, *arguments)` on a worker."""
     def parts(task: LatentTask, index: SeedIndex, wanted: list[range], costs: dict[str, Any]) -> Iterator[LatentPart]:
         connect()
         return latent_parts(config, task, index, wanted, costs)
@@ -65,7 +65,8 @@ def tuning_on(config: FitConfig, connect: Callable[[], Any], task: Callable[...,
         if not job.made.workers and task is not None:
             progress("fine-tuning on a worker", 0, job.made.finetune.steps)
             with ending(open_model_server(dict(_parts(job).values()))) as server:
-                task(_train_alone, job, server)
+                task(lambda said: progress(said["task"], said["step"], said["total"]), job.folder, _train_alone, job,
+                     server)
             return 0.0
         train_spread(job, progress, config.cluster.at("fit"))
         return 0.0
@@ -73,10 +74,9 @@ def tuning_on(config: FitConfig, connect: Callable[[], Any], task: Callable[...,
     return TuneEngine(parts, train, spreads=True)
 
 
-def _train_alone(job: TuneJob, server: Any, cwd: str) -> None:
+def _train_alone(job: TuneJob, server: Any, folder: str) -> None:
     """A fine-tuning without workers, in a task; what stops is continued from its last checkpoint by the next one."""
-    enter(cwd)
-    check_shared(job.folder)
+    check_shared(folder)
     train_here(_local_job(job, server), lambda *_: None, Leaving())
 
 

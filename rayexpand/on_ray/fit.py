@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import ray
 
 from rayexpand.contract.device import torch_threads
+from rayexpand.contract.errors import EnvironmentFault
 from rayexpand.contract.protocols import Progress
 from rayexpand.contract.schema import SeedIndex
 from rayexpand.fitting.captions import CaptionBlock
@@ -28,9 +30,11 @@ from rayexpand.on_ray.finetune import tuning_on
 from rayexpand.on_ray.pool import address_of, connected, enter, error_of, gpus_each, place_of
 from rayexpand.on_ray.preemption import lasting
 from rayexpand.on_ray.train import train_trials
+from rayexpand.storage.position import Position, read_position, write_position
 from rayexpand.studies.cross_fit import score_artifact
 
 TASK_RETRIES = 16  # deaths of a process that trains alone before the fit counts as failed; lost nodes do not count
+LOOK_S = 1.0  # between two looks at how far it is
 
 
 def fit(config: FitConfig, progress: Progress, *, on_workers: bool = False) -> dict[str, Path]:
@@ -61,7 +65,13 @@ def fit(config: FitConfig, progress: Progress, *, on_workers: bool = False) -> d
             def alone(function: Training, progress: Progress, folder: Path) -> dict[str, Any]:
                 connect()
                 progress("training on a worker", 0, 1)
-                facts, contents = one_task(config, _filled, function, config.runtime.torch_threads)
+
+                def told(said: dict[str, Any]) -> None:
+                    progress(said["task"], said["step"], said["total"])
+                    write_position(folder, said)
+
+                facts, contents = one_task(config, told, "", _filled, function, config.runtime.torch_threads)
+                Position(folder).remove()
                 for name, content in contents.items():
                     (folder / name).parent.mkdir(parents=True, exist_ok=True)
                     (folder / name).write_bytes(content)
@@ -72,27 +82,48 @@ def fit(config: FitConfig, progress: Progress, *, on_workers: bool = False) -> d
         return fit_with(config, progress, engine)
 
 
-def one_task(config: FitConfig, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in one process of the cluster, which has what the stage fit gives an actor. Raises its
-    error, or EnvironmentFault where the process died too often."""
+def one_task(config: FitConfig, told: Callable[[dict[str, Any]], None], folder: str, function: Callable[..., Any],
+             *arguments: Any) -> Any:
+    """What `function(*arguments, folder)` returns in one process of the cluster, which has what the stage fit gives an
+    actor; where no folder is named, it gets one on the disk of its node. `told` hears how far it is, as it says in that
+    folder (storage/position.py). Raises its error, or EnvironmentFault where the process died too often."""
     cluster = config.cluster.at("fit")
     gpus = gpus_each(cluster.gpus_per_actor, config.device, "cluster.gpus_per_actor")
-    task = ray.remote(num_cpus=cluster.cpus_per_actor, num_gpus=gpus, max_retries=0,
-                      **place_of(cluster))(function)
+    task: Any = ray.remote(num_cpus=cluster.cpus_per_actor, num_gpus=gpus, max_retries=0, **place_of(cluster))(_watched)
+
+    def attempt() -> Any:
+        for one in task.remote(function, arguments, folder, os.getcwd()):
+            found = ray.get(one)
+            if "made" in found:
+                return found["made"]
+            told(found)
+        raise EnvironmentFault("a task of fit ended without a result. The same command tries again")
+
     try:
-        return lasting(lambda: task.remote(*arguments, cwd=os.getcwd()), TASK_RETRIES)
+        return lasting(attempt, TASK_RETRIES)
     except ray.exceptions.RayError as error:
         raise error_of(error, "a task of fit ended: {}. The same command tries again") from error
 
 
-def _filled(function: Training, threads: int, cwd: str) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Facts and files of what a function makes, on a disk of this node: the driver's need not be seen here."""
+def _watched(function: Callable[..., Any], arguments: tuple[Any, ...], folder: str, cwd: str) -> Iterator[Any]:
+    """How far the function is, whenever that has changed, and at last what it returned as `made`."""
     enter(cwd)
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1) as pool:
+        work, last = pool.submit(function, *arguments, folder or scratch), None
+        while not wait([work], LOOK_S).done:
+            if (said := read_position(folder or scratch)) not in (None, last):
+                yield said
+                last = said
+        yield {"made": work.result()}
+
+
+def _filled(function: Training, threads: int, folder: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Facts and files of what a function makes in a folder that the driver need not see."""
     wall, cpu = time.perf_counter(), time.process_time()
-    with tempfile.TemporaryDirectory() as scratch, torch_threads(threads):
-        facts = function(lambda *_: None, Path(scratch))
-        contents = {str(file.relative_to(scratch)): file.read_bytes() for file in sorted(Path(scratch).rglob("*"))
-                    if file.is_file()}
+    with torch_threads(threads):
+        facts = function(lambda *_: None, Path(folder))
+    contents = {str(file.relative_to(folder)): file.read_bytes() for file in sorted(Path(folder).rglob("*"))
+                if file.is_file()}
     seconds = time.perf_counter() - wall
     return {"cpu_seconds": time.process_time() - cpu, "process_seconds": seconds,
             "gpu_seconds": seconds * (facts.get("device") == "cuda"), **facts}, contents

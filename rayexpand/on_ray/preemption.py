@@ -72,13 +72,13 @@ class Deaths:
         return self._count <= self._most
 
 
-def lasting(submit: Callable[[], Any], most: int) -> Any:
-    """What the task returns that `submit` sends off with `max_retries=0`; it is sent again when its process dies, up to
-    `most` times, and whenever its node is lost. Raises the last error."""
+def lasting(attempt: Callable[[], Any], most: int) -> Any:
+    """What `attempt` returns, which waits for a task with `max_retries=0`; it is called again when the task's process
+    dies, up to `most` times, and whenever its node is lost. Raises the last error."""
     deaths = Deaths(most)
     while True:
         try:
-            return ray.get(submit())
+            return attempt()
         except ray.exceptions.RayError as error:
             if not deaths.forgives(error):
                 raise

@@ -201,8 +201,8 @@ def _test(search: Search, share: dict[str, float]) -> dict[str, Any] | None:
         return None
     task = ray.remote(_score).options(num_cpus=share["cpu"], num_gpus=share.get("gpu", 0.0), max_retries=0)
     try:
-        return lasting(lambda: task.remote(_packed(search.sweep), best.number, best.values, share.get("gpu", 0.0)),
-                       RESTARTS)
+        return lasting(lambda: ray.get(task.remote(_packed(search.sweep), best.number, best.values,
+                                                   share.get("gpu", 0.0))), RESTARTS)
     except ray.exceptions.RayError as error:
         raise error_of(error, "scoring on the test images ended: {}. The same command tries again") from error
 

@@ -19,7 +19,7 @@ class Position:
     such as the loss. A disk that takes no file costs nothing here; what matters more will say so."""
 
     def __init__(self, folder: Path | str) -> None:
-        self._file = Path(folder) / POSITION
+        self._folder = Path(folder)
         self._task, self._begun, self._first, self._written = "", 0.0, 0, 0.0
 
     def __call__(self, task: str, step: int, total: int,
@@ -33,13 +33,18 @@ class Position:
         self._written = now
         said = {"task": task, "step": step, "total": total, "first": self._first, "begun": self._begun, "time": now,
                 "numbers": {name: float(value) for name, value in numbers().items()}}
-        partial = self._file.with_name(f".{POSITION}.{os.getpid()}")
-        with contextlib.suppress(OSError):
-            partial.write_text(json.dumps(said))
-            os.replace(partial, self._file)
+        write_position(self._folder, said)
 
     def remove(self) -> None:
-        self._file.unlink(missing_ok=True)
+        (self._folder / POSITION).unlink(missing_ok=True)
+
+
+def write_position(folder: Path, said: Mapping[str, Any]) -> None:
+    """Position's file, of what it or `read_position` on another machine gave."""
+    partial = folder / f".{POSITION}.{os.getpid()}"
+    with contextlib.suppress(OSError):
+        partial.write_text(json.dumps(said))
+        os.replace(partial, folder / POSITION)
 
 
 def read_position(folder: Path | str) -> dict[str, Any] | None:

@@ -87,7 +87,8 @@ def training_stage(config: StudyConfig, trainings: Sequence[Training], n_classes
     pending = [one for one in trainings if one.seeds]
     trials, total = sum(len(one.seeds) for one in pending), sum(len(config.seeds) for _ in trainings)
     steps = sum(one.steps * len(one.seeds) for one in pending)
-    what = f"{trials:,} trainings, {steps:,} steps" + (f"; {total - trials:,} are done" if total > trials else "")
+    what = f"{trials:,} training{'s' * (trials != 1)}, {steps:,} step{'s' * (steps != 1)}" + (
+        f"; {total - trials:,} are done" if total > trials else "")
     if not pending:
         return PlanStage(name, what, GPU, (0.0, 0.0), "nothing is left to train")
     rates = [_rate(config, one, n_classes, tests, files, results) for one in pending]

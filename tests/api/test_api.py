@@ -89,7 +89,7 @@ def test_nothing_is_printed_and_the_folder_stays(job: dict[str, Any], tmp_path: 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("same_process", [False, True])
+@pytest.mark.parametrize("same_process", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_on_raises_cancels_and_the_same_call_continues(job: dict[str, Any], same_process: bool) -> None:
     job["method"]["name"] = "tests.methods.fakes.Fake"  # starts without torch
 

@@ -138,6 +138,7 @@ def few_reference(few: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 @pytest.mark.parametrize("point", PREPARING + STARTING + [f"{p}@shard={SHARD}" for p in SAMPLING + COMMITTING] + ENDING)
+@pytest.mark.fast_cases(12, "chaos")
 def test_killed_anywhere_and_run_again(few: Path, few_reference: tuple, tmp_path: Path, point: str) -> None:
     config = small_run(few, tmp_path / "out", "Failing", ratio=2, nan=BAD)
     child = in_child(run_command, config, failpoint=f"{point}:kill")
@@ -153,8 +154,9 @@ def test_killed_anywhere_and_run_again(few: Path, few_reference: tuple, tmp_path
     assert run.files.list(".tmp") == [], "leftovers of the dead are swept at the next start"
 
 
-@pytest.mark.parametrize("exhausted", ["reject", pytest.param("best", marks=pytest.mark.chaos)])
+@pytest.mark.parametrize("exhausted", ["reject", "best"])
 @pytest.mark.parametrize("point", [f"{point}@shard={SHARD}" for point in SAMPLING + COMMITTING])
+@pytest.mark.fast_cases(6, "chaos")
 def test_killed_while_rows_are_drawn_again(few: Path, accept: Accepting, tmp_path: Path, point: str,
                                            exhausted: str) -> None:
     """No row in both files, none in neither, and each at the attempt it would have had."""
@@ -174,6 +176,7 @@ def test_killed_while_rows_are_drawn_again(few: Path, accept: Accepting, tmp_pat
 
 
 @pytest.mark.parametrize("call", range(1, 7))
+@pytest.mark.fast_cases(2, "chaos")
 def test_killed_at_any_call_of_redraws(few: Path, accept: Accepting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                        call: int) -> None:
     def config(name: str) -> RunConfig:
@@ -269,6 +272,7 @@ def test_deleted_receipts_and_data_come_back(make_config: MakeConfig, reference:
 
 @pytest.mark.parametrize(("method", "reason", "deaths"), [
     ("Hang", "timeout", 2), ("Segfault", "actor_died", 2), ("HardExit", "actor_died", 3)])
+@pytest.mark.fast_cases(1, "chaos")
 def test_a_row_that_ends_its_process_is_refused_alone(make_config: MakeConfig, method: str, reason: str,
                                                       deaths: int) -> None:
     """Two deaths blame the call, two more that are seen the row, or three that nobody saw; every other sample of its
@@ -461,6 +465,7 @@ def test_random_kills_never_poison_a_row(make_config: MakeConfig, reference: tup
 
 
 @pytest.mark.parametrize("point", ["before_call", "after_call"])
+@pytest.mark.fast_cases(1, "chaos")
 def test_kills_at_one_place_cost_no_row(make_config: MakeConfig, reference: tuple, point: str) -> None:
     """A job slot that always ends at the same place: however often, no row is refused for it."""
     config = make_config("Failing", ratio=2, nan=BAD)

@@ -179,6 +179,7 @@ def test_a_run_begun_before_is_decoded_in_full_precision_on_any_device(unpack: U
 
 
 @pytest.mark.parametrize("name", ["distdiff", "diffmix"])
+@pytest.mark.fast_cases(1)
 def test_a_run_by_solvers_that_changed_since_is_refused_and_may_be_made_under_another_name(name: str,
                                                                                            unpack: Unpack) -> None:
     """A gradient through two steps and a multistep solver: their latents differ in the last digits, which the few small
@@ -384,6 +385,7 @@ OPENED = [  # archives, command, some of what it answers
 
 
 @pytest.mark.parametrize(("archives", "command", "answer"), OPENED, ids=[command for _, command, _ in OPENED])
+@pytest.mark.fast_cases(12)
 def test_every_verb_opens_what_that_code_wrote(archives: str, command: str, answer: dict[str, Any],
                                                unpack: Unpack) -> None:
     project = unpack(*archives.split())

@@ -106,6 +106,7 @@ def test_the_known_hashes_are_those_that_publishers_state() -> None:
     ("inception2015", "fd", "fid"), ("inception2015", "kd", "kid"), ("inception2015_clean", "fd", "fid_clean"),
     ("inception2015_clean", "kd", "kd_inception2015_clean"),
     ("inception2015", "mmd2_rbf10", "mmd2_rbf10_inception2015")])
+@pytest.mark.fast_cases(2)
 def test_the_published_content_has_the_known_name(converted: Path, preset: str, statistic: str, key: str) -> None:
     assert key_of(statistic, by(converted, preset)) == key
     assert metric_problems(["fid", "kid"], by(converted)) == []

@@ -153,6 +153,7 @@ def variants():
 
 
 @pytest.mark.parametrize(("method", "on_real_models"), variants())
+@pytest.mark.fast_cases(14)
 def test_batch_mates_never_change_a_row(method, on_real_models, tools):
     """Each method on models of the real classes once; with its other settings on the smallest prior there is."""
     tools = tools if on_real_models else replace(tools, prior=SmallestPrior(tools.prior.scheduler))
@@ -216,6 +217,7 @@ def test_a_failed_slot_is_named_and_its_mates_keep_their_bytes(method, tools):
         np.testing.assert_array_equal(made.images[i], alone[i])
 
 
+@pytest.mark.fast_cases(6)
 def test_run_seed_and_copy_change_the_image(method, tools):
     first = expand(method, batch_of(method, CLASSES, ROWS), tools)
     again = expand(method, batch_of(method, CLASSES, ROWS), tools)

@@ -66,7 +66,7 @@ def literal(method, batch, tools, i):
     {"proto_space": "official"}, {"proto_space": "unit", "rho": 5.0}, {"guide_input": "raw"}, {"eps": 100.0},
     {"proto_space": "official", "guide_input": "raw"},
     {"guidance": "direct"}, {"guidance": "direct", "proto_space": "official", "guide_batch": 3}], ids=str)
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(2)
 def test_batched_equals_one_image_at_a_time(tools, updates, settings):
     compare(DistDiff(**{**QUICK, **settings}), tools, updates)
 

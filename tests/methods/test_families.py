@@ -63,7 +63,7 @@ def images_of(method: Method, batch: Batch, tools: Tools) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.fast_cases(37)
+@pytest.mark.fast_cases(14)
 def test_every_method_runs_on_every_family(name: str, family: tuple[str, StableDiffusionPrior], family_folder: Any,
                                            tools: Tools) -> None:
     kind, prior = family
@@ -112,7 +112,7 @@ class _OneCopy:
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "cosxl", "sdzsnr", "sdturbo", "lcm"])
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_gradients_through_steps_and_decoder_are_differences_in_float64(name: str, family_folder: Any) -> None:
     """d energy / d (e, b) through two steps and the decoder, as DistDiff takes it."""
     prior = load_prior(str(family_folder(name)), device="cpu")

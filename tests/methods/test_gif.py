@@ -53,7 +53,7 @@ def run(method, batch, tools):
     {"lambda_cls": 0.0, "lambda_ent": 0.0}, {"noise_level": "official"}, {"level": "pixel"}, {"chunk": 2},
     {"class_term_on": "first", "kl_direction": "official", "noise_level": "official", "lambda_ent": 0.5,
      "lambda_div": 0.5, "group_size": 2}], ids=str)
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(2)
 def test_batched_equals_one_image_at_a_time(tools, updates, settings):
     compare(Gif(**{**QUICK, **settings}), tools, updates)
 

@@ -39,7 +39,7 @@ def tflop(call: Any) -> float:
 
 
 @pytest.mark.parametrize("side", [48, 96])
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_counts_are_those_of_the_networks_at_every_size(prior: StableDiffusionPrior, found: Cost, side: int) -> None:
     z, x = torch.zeros(1, 4, side // 2, side // 2), torch.zeros(1, 3, side, side)
     at, (plain, guided) = Point(0.6, 0.8, 400.0), (prior.embed(["a three"], ["a two"], scale) for scale in (1, 5))

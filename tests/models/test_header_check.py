@@ -51,6 +51,7 @@ def test_one_tensor_removed_from_each_part_of_each_fixture_is_named(family_folde
 
 
 @pytest.mark.parametrize("name", ["sd", "sd2", "sdxl"])
+@pytest.mark.fast_cases(1)
 def test_one_tensor_removed_from_each_part_of_a_single_file_is_named(single_file: Files, tmp_path: Path,
                                                                      name: str) -> None:
     sources, tensors = single_file(name), load_file(single_file(name).weights)

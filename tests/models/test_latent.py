@@ -530,6 +530,7 @@ def test_what_an_adapter_does_not_train_is_shared(prior, adapters):
 
 @torch.no_grad()
 @pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.fast_cases(1)
 def test_loading_options_hold_for_the_adapted_unet(folders, prior, adapters, fuse):
     from diffusers.models.attention_processor import AttnProcessor
 

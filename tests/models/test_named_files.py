@@ -34,6 +34,7 @@ def named(sources: PriorSources) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.fast_cases(1)
 def test_a_single_file_samples_as_its_folder(single_file: Files, family_folder: Folders, name: str) -> None:
     z_BCHW = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     outs = []

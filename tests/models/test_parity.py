@@ -241,7 +241,7 @@ def oracle(family_folder: Folders) -> Oracle:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-@pytest.mark.fast_cases(15)
+@pytest.mark.fast_cases(6)
 def test_images_are_those_of_the_pipeline(oracle: Oracle, row: Row) -> None:
     assert oracle(row) < row.bound
 

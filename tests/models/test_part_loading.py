@@ -39,6 +39,7 @@ def assert_equal(one: torch.nn.Module, other: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.fast_cases(1)
 def test_tensors_are_those_of_the_folder_and_of_diffusers(single_file: Files, family_folder: Folders,
                                                           name: str) -> None:
     """diffusers' own single-file pipeline is the oracle; it reads the file in another way."""
@@ -66,6 +67,7 @@ def images(name: str, parts: dict[str, Any], folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.fast_cases(1)
 def test_images_are_those_of_the_folder(single_file: Files, family_folder: Folders, name: str) -> None:
     folder = family_folder(SINGLE[name][0])
     mine, theirs = images(name, loaded(single_file(name)), folder), images(name, loaded(PriorSources(folder)), folder)
@@ -113,6 +115,7 @@ def old_attention(folder: Path) -> original.Tensors:
                                     lambda folder: original.vae(folder, "vae."),
                                     lambda folder: original.part(folder, "vae"), old_attention],
                          ids=["original", "first_stage_model", "vae", "diffusers", "diffusers of 2022"])
+@pytest.mark.fast_cases(2)
 def test_a_named_autoencoder_replaces_that_of_the_model(single_file: Files, family_folder: Folders, tmp_path: Path,
                                                         layout: Callable[[Path], original.Tensors]) -> None:
     file = original.write(tmp_path / "vae.safetensors", layout(family_folder("sd2v")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from rayexpand.artifacts.store import read_facts
 from rayexpand.contract.errors import ModelError
 from rayexpand.fitting import fit as fits
 from rayexpand.fitting.config import parse_fit
+from rayexpand.fitting.status import read_fits
 from rayexpand.models import folders
 from rayexpand.models.guides import guide_hash, guide_model
 from rayexpand.models.prior import prior_hash
@@ -32,6 +34,7 @@ from rayexpand.on_ray import stage
 from rayexpand.on_ray.pool import connected
 from rayexpand.runs import run as runs
 from rayexpand.runs.config import GuideConfig, parse
+from rayexpand.storage.position import POSITION
 from tests.conftest import complete, hashes
 from tests.on_ray.conftest import ROOT, Head
 from tests.on_ray.test_nodes import add, expand_with, on
@@ -231,6 +234,30 @@ def test_what_trains_in_one_process_is_a_task_of_a_cluster_that_is_joined(
     assert {role: folder.name for role, folder in made.items()} == {role: one.name for role, one in here.items()}
     for role, file in (("guide", "model.safetensors"), ("adapter", "pytorch_lora_weights.safetensors")):
         assert (made[role] / file).read_bytes() == (here[role] / file).read_bytes()
+        assert {one.name for one in made[role].iterdir()} == {one.name for one in here[role].iterdir()}
+
+
+def test_how_far_a_task_is_lies_in_the_folder_of_the_driver(head: Head, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in head.env.items():
+        monkeypatch.setenv(name, value)
+    heard, seen = list[tuple[str, int, int]](), list[str]()
+
+    def progress(*said: Any) -> None:
+        heard.append(said)
+        seen.extend(one.words for one in read_fits(tmp_path).parts)
+
+    made = on_ray.fit(parse_fit({
+        "name": "digits", "out": str(tmp_path), "data": {"source": "digits", "per_class": 2}, "device": "cpu",
+        "cluster": {"address": head.address}, "fit": {"guide": {"recipe": {
+            "size": 16, "backbone_args": {"width": 24}, "updates": 600, "batch": 20}}}}), progress)
+
+    steps = [done for task, done, total in heard if (task, total) == ("training the guide", 600)]
+    assert steps == sorted(steps)
+    assert [step for step in steps if 0 < step < 600]
+    assert any(re.match(r"training the guide: step \d+ of 600, loss ", words) for words in seen)
+    assert read_fits(tmp_path).complete
+    assert not (made["guide"] / POSITION).exists()
 
 
 def test_a_stage_has_resources_and_labels_of_its_own(
@@ -251,7 +278,7 @@ def test_a_stage_has_resources_and_labels_of_its_own(
     assert json.loads((made["guide"] / "said.json").read_text()) == {"kind": "on-demand", "gpus": 1, "big": 1.0}
 
 
-def _said(function: Any, threads: int, cwd: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _said(function: Any, threads: int, folder: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     given = ray.get_runtime_context().get_assigned_resources()
     said = {"kind": os.environ["KIND_OF_NODE"], "gpus": given.get("GPU"), "big": given.get("big")}
     return {}, {"said.json": json.dumps(said).encode()}

@@ -434,6 +434,7 @@ def test_the_same_command_again_makes_nothing(make_config: MakeConfig, accept: A
 
 
 @pytest.mark.parametrize("exhausted", ["reject", "best"])
+@pytest.mark.fast_cases(1)
 def test_rows_do_not_depend_on_the_batch_the_shards_or_their_order(make_config: MakeConfig, accept: Accepting,
                                                                   exhausted: str) -> None:
     def config(name: str, **sizes: int) -> Any:

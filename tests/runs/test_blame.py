@@ -202,6 +202,7 @@ def _killed(number: int) -> Callable[[], None]:
 @pytest.mark.parametrize(("how", "seen"), [
     (_killed(signal.SIGSEGV), True), (_killed(signal.SIGBUS), True), (os.abort, True), (_killed(signal.SIGKILL), False),
     (_killed(signal.SIGTERM), False), (_killed(signal.SIGHUP), False), (lambda: os._exit(11), False)])
+@pytest.mark.fast_cases(3)
 def test_which_deaths_are_seen(files: LocalFiles, how: Callable[[], None], seen: bool) -> None:
     for _ in range(DEAD_ROWS):
         assert exit_code(in_child(_end, files, how)) != 0

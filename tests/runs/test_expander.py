@@ -479,7 +479,7 @@ OWN_FIELDS: dict[str, dict[str, Any]] = {
     "realguidance": {"prompt": "a {name}", "strength": 0.5}, "vae": {"sample": True}}
 
 
-FAST = {False: {"classical", "distdiff", "diffcoremix", "img2img"}, True: {"classical"}}  # judged or not
+FAST = {False: {"diffcoremix", "img2img"}, True: {"classical"}}  # judged or not
 MATRIX = [pytest.param(method, judged, marks=() if method in FAST[judged] else pytest.mark.slow)
           for judged in (False, True) for method in names()]
 

@@ -107,6 +107,7 @@ def test_a_filler_is_not_larger_than_its_smallest_batch_mate(make_config: MakeCo
 @pytest.mark.parametrize(("method", "fields"), [
     ("classical", {}), ("Groups", {"ratio": 5}), ("Picky", {"ratio": 3}), ("MixedStarts", {"seeds": "a"}),
     ("ManyBadGroups", {"ratio": 5, "bads": ("a/03.png/0", "b/07.png/4")}), ("BadRedraws", {"bads": ("a/03.png/1",)})])
+@pytest.mark.fast_cases(2)
 def test_samples_do_not_depend_on_the_bytes(make_config: MakeConfig, photos: dict[str, str], method: str,
                                             fields: dict[str, Any]) -> None:
     most, few = (complete(limited(make_config, method, image_bytes, data=photos, **fields))[0]

@@ -86,7 +86,7 @@ GIF = {"name": "gif", **SHORT, "rotation": 0.0}
     {**PRACTICE, "convention": "score", "direction": "random"},
     GIF, {**GIF, "chunk": 2}, {**GIF, "chunk": 8}, {**GIF, "guidance": "none"}, {**GIF, "measure": True},
     {**GIF, "guidance": "random", "measure": True}], ids=str)
-@pytest.mark.fast_cases(6)
+@pytest.mark.fast_cases(2)
 def test_counted_before_and_while_a_method_runs(method: dict[str, Any], tools: Tools, cost: Cost) -> None:
     config = job(method)
     batch = batch_of(config.method)

@@ -112,6 +112,7 @@ def test_a_flat_curve_defines_no_worth(tmp_path: Path) -> None:
     ({"held out": 0.71, "repeated": 0.70}, "100 held-out real images are worth 0.0"),
     ({"held out": 0.78, "repeated": 0.75}, "the 100 real images, repeated, are worth 0."),
     ({"held out": 0.9, "repeated": 0.70}, "100 held-out real images are worth more than 3.00 [3.00, open] real")])
+@pytest.mark.fast_cases(1)
 def test_a_check_that_fails_leaves_nothing_but_why(tmp_path: Path, checks: dict[str, float], words: str) -> None:
     study = valued(tmp_path / "s", {1: 0.74}, checks=checks, alone={1: 0.6, 2: 0.65})
     page = Path(write_study_report(study.finish())).read_text()

@@ -414,7 +414,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_two_workers_equal_one_process(workers: list[dict[str, Tensor]], case: str) -> None:
     fields, sizes = CASES[case]
     alone = tuner(**fields)
@@ -569,6 +569,7 @@ def test_a_tokenizer_with_more_words_than_the_text_encoder() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ti", "ti_db", "full"])
+@pytest.mark.fast_cases(1)
 def test_a_restored_training_goes_on_bit_for_bit(strategy: str) -> None:
     fields = {"strategy": strategy, "mmd_gamma": 0.05, "lr": 1e-4}
     straight = tuner(**fields)

@@ -254,7 +254,7 @@ CASES = {"bf16": {"recipe": {**SHORT, "rank": 2, "precision": "bf16"}, "sheet": 
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_a_killed_fine_tuning_goes_on_to_the_same_bytes(case: str, raw: Callable[..., Any], tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     fields = CASES[case] if isinstance(CASES[case], dict) else visual(tmp_path, str(CASES[case]))

@@ -200,6 +200,7 @@ def test_v_prediction_by_hand(xl: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["pooled", "sizes", "swapped"])
+@pytest.mark.fast_cases(1)
 def test_the_loss_by_hand_sees_mistakes(xl: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hand, data = ByHand(xl, "digit"), batch()
     with torch.no_grad():

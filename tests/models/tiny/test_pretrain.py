@@ -87,7 +87,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize(("stage", "step"), [("guide", 1), ("autoencoder", 5), ("generator", 5),
                                              ("generator", 6)])
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_a_killed_training_continues_to_the_same_weights(stage: str, step: int, tmp_path: Path,
                                                         undisturbed: dict[str, str]) -> None:
     seen: list[tuple[str, int]] = []
@@ -106,6 +106,7 @@ def test_a_killed_training_continues_to_the_same_weights(stage: str, step: int, 
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.fast_cases(1)
 def test_other_sizes_load_like_any_other_model(prediction_type: str, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     """32 pixels, shrunk four times, six latent channels, attention on both levels."""

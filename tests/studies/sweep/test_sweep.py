@@ -298,6 +298,7 @@ def _trained(file: Path) -> tuple[list[float], pa.Table]:
 
 
 @pytest.mark.parametrize("score_on", ["validation", "test"])
+@pytest.mark.fast_cases(1)
 def test_the_best_is_trained_again_with_fresh_seeds(make: Make, score_on: str) -> None:
     config = make(samples=2, fresh_seeds=2, seeds=[0, 4], score_on=score_on,
                   hold_out=1 if score_on == "validation" else None)
