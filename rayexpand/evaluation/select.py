@@ -287,11 +287,13 @@ def _rows(run: Run, receipts: Sequence[Receipt], columns: frozenset[str]) -> _Sa
 
 def _by_row(found: ChunkColumns) -> dict[str, Any]:
     """The columns in the order of the plan, which files have but for retried rows."""
-    row_N: Any = found.columns["row"]
-    if (np.diff(row_N) > 0).all():
-        return found.columns
-    order = np.argsort(row_N, kind="stable")
-    return {name: values[order] for name, values in found.columns.items()}
+    order = _order(found.columns["row"])
+    return found.columns if order is None else {name: values[order] for name, values in found.columns.items()}
+
+
+def _order(row_N: Any) -> np.ndarray | None:
+    """What puts rows in the order of the plan; None where they are: a copy of 13 million of each column is much."""
+    return None if (row_N[1:] > row_N[:-1]).all() else np.argsort(row_N, kind="stable")
 
 
 class _Ids(Sequence[str]):
@@ -336,9 +338,12 @@ def _in_plan_order(found: dict[str, np.ndarray | FeatureFile], rows: _Samples, *
                    with_seeds: bool) -> dict[str, np.ndarray | FeatureFile]:
     """Scores of the samples, which come first, and those of their seeds, which follow."""
     count, numbers = len(rows.row), {name: one for name, one in found.items() if isinstance(one, np.ndarray)}
-    order = np.argsort(numbers.pop("row")[:count])
-    scores = {name: one.ordered(order) if isinstance(one, FeatureFile) else one[:count][order]
-              for name, one in found.items() if name != "row"}
+    order = _order(numbers.pop("row")[:count])
+    scores = {name: found[name] if isinstance(found[name], FeatureFile) else numbers[name][:count]
+              for name in found if name != "row"}
+    if order is not None:
+        scores = {name: one.ordered(order) if isinstance(one, FeatureFile) else one[order]
+                  for name, one in scores.items()}
     if with_seeds:
         scores |= {ANCHOR: numbers[TOP][count:][rows.table.seed],
                    ANCHOR_ENTROPY: numbers[ENTROPY][count:][rows.table.seed]}
