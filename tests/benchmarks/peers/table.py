@@ -71,8 +71,8 @@ def juicer(task: Task, out: Path) -> None:
 
 _files = partial(read_images, slot_of=_copy_of)
 _ours = partial(read_parquet, pattern="run/data/*.parquet", slot_of=_own_slot, image="image.bytes",
-                keeps=("run/run.json", "run/plan/*", "run/receipts/*", "run/attempts/*", "run/README.md",
-                       "run/report.html"))
+                keeps=("run/run.json", "run/plan/*", "run/receipts/*", "run/attempts/*", "run/heartbeats/*",
+                       "run/README.md", "run/report.html"))
 _ray: Callable[[Path], Any] = partial(read_parquet, pattern="data/*.parquet", slot_of=lambda row: row["slot"],
                                       image="image")
 _paths = partial(read_images, slot_of=lambda name: name if name.endswith(".png") else None)
