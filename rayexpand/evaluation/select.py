@@ -170,8 +170,8 @@ def select(config: SelectConfig, score: Score = by_guide.in_process,
         rows.table.scores[COPIES[rule.against]] = similarities_of(run.files, rule.audit, rule.against, rows.ids)
     if job is not None:
         chunks = by_guide.sample_chunks(receipts) + (by_guide.seed_chunks(run) if ANCHOR in needs_guide else [])
-        found = by_guide.guide_scores(run, job, chunks, score, on_rows)
-        rows.table.scores.update(_in_plan_order(found, rows, with_seeds=ANCHOR in needs_guide))
+        rows.table.scores.update(_in_plan_order(by_guide.guide_scores(run, job, chunks, score, on_rows), rows,
+                                                needs_guide))
     decision = rule.decide(rows.table, PlanRng(config.seed, "select"))
     facts = {**_facts(run, totals(run.plan.planned, receipts), config, rows, decision), "settings": settings,
              "content_sha256": content, "scored_in": job.folder if job else None,
@@ -334,17 +334,16 @@ def _job(run: Run, config: SelectConfig, wanted: frozenset[str], on_rows: OnRows
                     config.runtime.io_threads)
 
 
-def _in_plan_order(found: dict[str, np.ndarray | FeatureFile], rows: _Samples, *,
-                   with_seeds: bool) -> dict[str, np.ndarray | FeatureFile]:
-    """Scores of the samples, which come first, and those of their seeds, which follow."""
+def _in_plan_order(found: dict[str, np.ndarray | FeatureFile], rows: _Samples,
+                   wanted: frozenset[str]) -> dict[str, np.ndarray | FeatureFile]:
+    """Wanted scores of the samples, which come first, and those of their seeds, which follow."""
     count, numbers = len(rows.row), {name: one for name, one in found.items() if isinstance(one, np.ndarray)}
-    order = _order(numbers.pop("row")[:count])
-    scores = {name: found[name] if isinstance(found[name], FeatureFile) else numbers[name][:count]
-              for name in found if name != "row"}
-    if order is not None:
-        scores = {name: one.ordered(order) if isinstance(one, FeatureFile) else one[order]
-                  for name, one in scores.items()}
-    if with_seeds:
+    order, features = _order(numbers["row"][:count]), found.get(FEATURES)
+    scores: dict[str, np.ndarray | FeatureFile] = {
+        name: one[:count] if order is None else one[:count][order] for name, one in numbers.items() if name in wanted}
+    if isinstance(features, FeatureFile):
+        scores[FEATURES] = features if order is None else features.ordered(order)
+    if ANCHOR in wanted:
         scores |= {ANCHOR: numbers[TOP][count:][rows.table.seed],
                    ANCHOR_ENTROPY: numbers[ENTROPY][count:][rows.table.seed]}
     return scores

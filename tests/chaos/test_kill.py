@@ -331,6 +331,7 @@ def test_a_deadly_redraw_costs_its_row_alone(make_config: MakeConfig, accept: Ac
 
 
 @pytest.mark.parametrize("shard_images", [100, 8])
+@pytest.mark.fast_cases(1, "chaos")
 def test_a_seed_that_ends_its_decoder_blames_no_other_row(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch,
                                                           image_folder: Path, shard_images: int) -> None:
     """It is decoded while another call runs, so at first the dead blame that call."""
@@ -396,6 +397,7 @@ def test_deaths_that_blame_no_row_end_resumably(make_config: MakeConfig, referen
 
 
 @pytest.mark.parametrize("point", ["before_receipt", "before_data", "before_side"])
+@pytest.mark.fast_cases(1, "chaos")
 def test_a_full_disk_ends_resumably_and_loses_nothing(make_config: MakeConfig, reference: tuple, point: str) -> None:
     config = make_config("Failing", ratio=2, nan=BAD)
 
