@@ -125,7 +125,8 @@ def evaluate(config: EvaluateConfig, extract: Extract, on_rows: OnRows = lambda 
                              "`rayexpand expand` first, or choose less narrowly with copies, selection and ids")
     sha256 = extractors.extractor_hash(config.extractor, on_rows)
     listed = time.perf_counter()
-    found = extract(config, sha256, sides, on_rows)
+    found, sizes = extract(config, sha256, sides, on_rows), {side.name: len(side) for side in sides}
+    sides.clear()  # of 13 million samples: 0.3 GB
     extracted = time.perf_counter()
     measured = measure(config.metrics, found[0], found[1], seed=config.seed, training=found[2] if found[2:] else None,
                        key=lambda statistic: extractors.key_of(statistic, config.extractor),
@@ -135,8 +136,8 @@ def evaluate(config: EvaluateConfig, extract: Extract, on_rows: OnRows = lambda 
         "committed_sha256": committed_sha256(run.store.receipts()), "created": time.time(),
         "config": config.model_dump(mode="json"),
         "extractor": facts_of(config.extractor, sha256, found[0].size),
-        **measured, "refused": {side.name: one.refused for side, one in zip(sides, found, strict=True)},
-        "warnings": _warnings(run, config, sides, found) + measured["warnings"],
+        **measured, "refused": {name: one.refused for name, one in zip(sizes, found, strict=True)},
+        "warnings": _warnings(run, config, sizes, found) + measured["warnings"],
         "seconds": {"list": listed - started, "features": extracted - listed,
                     "scores": time.perf_counter() - extracted}}
     for folder in ("scores", ".tmp"):
@@ -248,13 +249,13 @@ def _chosen(config: ExtractorConfig, run: Run) -> ExtractorConfig:
     return config.model_copy(update={"guide": guide.weights, "checkpoint": config.checkpoint or checkpoint})
 
 
-def _warnings(run: Run, config: EvaluateConfig, sides: Sequence[Side], found: Sequence[Found]) -> list[str]:
+def _warnings(run: Run, config: EvaluateConfig, sizes: Mapping[str, int], found: Sequence[Found]) -> list[str]:
     lines = []
     if pending := run.totals().pending:
         lines.append(f"{pending} planned samples are not decided yet and are not in this result")
-    for side, one in zip(sides, found, strict=True):
+    for (name, size), one in zip(sizes.items(), found, strict=True):
         if one.refused:
-            lines.append(f"{one.refused} of {len(side)} {side.name} images cannot be decoded and were left out")
-        if config.images is not None and len(side) < config.images and side.name != TRAINING:
-            lines.append(f"there are only {len(side)} {side.name} images of the {config.images} asked for")
+            lines.append(f"{one.refused} of {size} {name} images cannot be decoded and were left out")
+        if config.images is not None and size < config.images and name != TRAINING:
+            lines.append(f"there are only {size} {name} images of the {config.images} asked for")
     return lines

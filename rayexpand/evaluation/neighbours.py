@@ -12,6 +12,8 @@ such a ball holds; open balls (as in the package prdc) would say that a set does
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from rayexpand.contract.errors import UsageError
@@ -19,7 +21,7 @@ from rayexpand.contract.errors import UsageError
 PRECISION_K = 3  # Kynkaanniemi et al. 2019, section 3
 COVERAGE_K = 5  # Naeem et al. 2020, section 4
 CLOSED = "closed balls: an image at the very radius counts"
-_MEBIBYTES = 256  # of distances held at once
+_MEBIBYTES = 64  # of distances held at once
 _ROUNDING = 1e-7  # of the largest norm: error of a distance that is computed from inner products
 
 
@@ -66,26 +68,38 @@ def cover(s_SD: np.ndarray, e_ED: np.ndarray) -> dict[str, float | None]:
 
 def balls_holding(points_ND: np.ndarray, centres_MD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """(N,) how many balls around `centres_MD` hold each point, and (M,) how many points each ball holds."""
-    from sklearn.metrics import pairwise_distances_chunked
+    from sklearn.metrics.pairwise import euclidean_distances
     from sklearn.neighbors import NearestNeighbors
 
     if len(centres_MD) <= k:
         raise UsageError(f"precision, recall, density and coverage: {len(centres_MD)} images are too few for balls "
                          f"that reach to the nearest neighbour number {k}; take more than {k} of both")
-    points_ND, centres_MD, slack = _centred(points_ND, centres_MD)
+    middle_D = centres_MD.mean(axis=0)
+    slack = _rounding(points_ND, centres_MD, middle_D)
+    centres_MD = centres_MD - middle_D
     radius_M = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(centres_MD).kneighbors()[0][:, -1] + slack
-    balls: list[np.ndarray] = []
-    held_M = np.zeros(len(centres_MD), np.int64)
-    for distances_BM in pairwise_distances_chunked(points_ND, centres_MD, working_memory=_MEBIBYTES):
-        inside_BM = distances_BM <= radius_M
+    balls, held_M = list[np.ndarray](), np.zeros(len(centres_MD), np.int64)
+    for block in _blocks(len(points_ND), 8 * len(centres_MD)):
+        inside_BM = euclidean_distances(points_ND[block] - middle_D, centres_MD) <= radius_M
         balls.append(inside_BM.sum(axis=1))
         held_M += inside_BM.sum(axis=0)
     return np.concatenate(balls), held_M
 
 
+def _blocks(rows: int, row_bytes: int) -> Iterator[slice]:
+    """Rows of which so many bytes each are held at once."""
+    step = max(1, (_MEBIBYTES << 20) // max(1, row_bytes))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
 def _centred(x_ND: np.ndarray, y_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Both about the mean of `y_MD`, and the error of their distances: copies are at distance 0 of each other, but not
-    once inner products have been rounded."""
+    """Both about the mean of `y_MD`, and the error of their distances."""
     middle_D = y_MD.mean(axis=0)
-    x_ND, y_MD = x_ND - middle_D, y_MD - middle_D
-    return x_ND, y_MD, _ROUNDING * float(max(np.linalg.norm(x_ND, axis=1).max(), np.linalg.norm(y_MD, axis=1).max()))
+    return x_ND - middle_D, y_MD - middle_D, _rounding(x_ND, y_MD, middle_D)
+
+
+def _rounding(x_ND: np.ndarray, y_MD: np.ndarray, middle_D: np.ndarray) -> float:
+    """Error of distances about a middle: copies are at distance 0 of each other, but not once inner products have been
+    rounded."""
+    return _ROUNDING * max(float(np.linalg.norm(side[block] - middle_D, axis=1).max()) for side in (x_ND, y_MD)
+                           for block in _blocks(len(side), 8 * side.shape[1]))
