@@ -19,7 +19,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +41,8 @@ from rayexpand.runs.run import Run
 from rayexpand.runs.tools import load_tools
 from rayexpand.storage.tables import read_table
 
-_ROWS = 65_536  # of features, held at once
+_ROWS, _FEW = 65_536, 2048  # of features, held at once
+CLASSES_HELD = 64  # whose seeds are ready to be searched: samples come in the order of their classes
 
 OnRows = Callable[[str, int, int], None]
 
@@ -268,15 +269,17 @@ class Searcher:
         assert isinstance(found.h_MD, np.ndarray)
         self._found, self._config, self._device = found, config, device
         self._at = np.flatnonzero(found.sound_M & (found.same_M == np.arange(len(found.same_M))))
-        self._centre = found.h_MD[self._at].mean(axis=0, dtype=np.float64) if config.centre else None
-        self._unit_MD = unit_rows(found.h_MD, self._centre)
-        self._of_class: dict[int, tuple[np.ndarray, References]] = {}
+        self._centre = _mean(found.h_MD, self._at) if config.centre else None
+        self._class = lru_cache(CLASSES_HELD)(self._of_class)
         self._pixels, times = np.unique(found.pixels_M[self._at], return_counts=True)
         self._wanted = config.top + int(times.max(initial=1))  # the own pixels may be listed under several classes
 
     @cached_property
     def _all(self) -> References:
-        return References(self._unit_MD[self._at], self._device)
+        return self._references(self._at)
+
+    def _references(self, at: np.ndarray) -> References:
+        return References(unit_rows(self._found.h_MD[at], self._centre), self._device)
 
     def are_seeds(self, pixels_N: np.ndarray) -> np.ndarray:
         """bool (N,): whether a seed has these pixels."""
@@ -288,7 +291,8 @@ class Searcher:
         q_ND, count = unit_rows(h_ND, self._centre), len(h_ND)
         has_own = (own_N >= 0) & self._found.sound_M[own_N]
         own = np.full(count, np.nan, np.float32)
-        own[has_own] = similarities(q_ND[has_own], self._unit_MD, own_N[has_own, None])[:, 0]
+        seeds_OD = unit_rows(self._found.h_MD[own_N[has_own]], self._centre)
+        own[has_own] = similarities(q_ND[has_own], seeds_OD, np.arange(len(seeds_OD))[:, None])[:, 0]
         found: dict[str, np.ndarray] = {"own": own}
         wanted = self._wanted
         in_class = np.full((count, wanted), -np.inf, np.float32), np.full((count, wanted), -1)
@@ -307,11 +311,9 @@ class Searcher:
         found["top"], found["top_at"] = (one[:, :self._config.top] for one in of_all)
         return found
 
-    def _class(self, label: int) -> tuple[np.ndarray, References]:
-        if label not in self._of_class:
-            at = self._at[self._found.label_M[self._at] == label]
-            self._of_class[label] = at, References(self._unit_MD[at], self._device)
-        return self._of_class[label]
+    def _of_class(self, label: int) -> tuple[np.ndarray, References]:
+        at = self._at[self._found.label_M[self._at] == label]
+        return at, self._references(at)
 
     def _other(self, s_NT: np.ndarray, at_NT: np.ndarray, own_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The first that has not the pixels of the own seed."""
@@ -321,6 +323,14 @@ class Searcher:
         rows = np.arange(len(own_N))
         at_N = at_NT[rows, first_N]
         return np.where(at_N < 0, np.nan, s_NT[rows, first_N]).astype(np.float32), at_N
+
+
+def _mean(h_MD: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """float64 (D,): mean of some rows, few of which are copied at once; the bits are those of one sum."""
+    total_D = np.zeros(h_MD.shape[1])
+    for start in range(0, len(at), _FEW):
+        total_D = np.concatenate([total_D[None], h_MD[at[start:start + _FEW]]]).sum(axis=0)
+    return total_D / len(at)
 
 
 def _read(index: SeedIndex, data: DataConfig, rows: Sequence[int]) -> list[bytes | RowFault]:
