@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.places import in_memory
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side
+if memory := in_memory():
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", memory)
 
 from rayexpand import methods
 from rayexpand.data.seeds import digits
