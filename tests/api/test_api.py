@@ -148,7 +148,8 @@ def test_the_child_finds_what_this_process_can_import(image_folder: Path, tmp_pa
     assert run.status().kept == 20
 
 
-@pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=pytest.mark.cluster)])
+@pytest.mark.parametrize("on_ray", [pytest.param(False, marks=pytest.mark.slow),
+                                    pytest.param(True, marks=pytest.mark.cluster)])
 def test_nothing_is_imported_from_the_folder_one_stands_in(job: dict[str, Any], tmp_path: Path, on_ray: bool) -> None:
     """A run folder from somebody else may hold a PIL.py."""
     here = tmp_path / "theirs"

@@ -39,6 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("point", PLANNING + GROWING + STARTING + [f"{one}@shard={SHARD}" for one in SAMPLING + [
     one for one in COMMITTING if "side" not in one]])
+@pytest.mark.fast_cases(8, "chaos")
 def test_killed_while_it_grows(world: Path, tmp_path: Path, point: str) -> None:
     out = tmp_path.name
     begun, _ = complete(config(world, out, 2))

@@ -126,6 +126,7 @@ def test_cuts_change_no_id_and_a_stopped_audit_goes_on(run: Run, guide: str, mon
 
 
 @pytest.mark.parametrize("at", [60, -6])
+@pytest.mark.fast_cases(1)
 def test_a_damaged_part_is_made_again(run: Run, guide: str, at: int) -> None:
     """A page of it, or its end."""
     audited(run, guide)

@@ -80,6 +80,7 @@ def test_every_sweep_of_a_paper_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.fast_cases(18)
 def test_a_grid_has_as_many_trials_as_the_paper_has_values(name: str) -> None:
     trials, expansions, _ = GRIDS[name]
     config = load_sweep(PAPERS / f"{name}.yaml")
@@ -92,6 +93,7 @@ def test_a_grid_has_as_many_trials_as_the_paper_has_values(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["distdiff/sweep-rho", "gif/sweep-level-mae", "diffmix/sweep-replace-5",
                                   "realfake/sweep-in10-mmd", "diffcoremix/sweep-mix"])
+@pytest.mark.fast_cases(2)
 def test_a_grid_says_its_cost_without_the_dataset(name: str) -> None:
     found = plan_sweep(load_sweep(PAPERS / f"{name}.yaml"))
 

@@ -63,7 +63,7 @@ def images_of(method: Method, batch: Batch, tools: Tools) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.fast_cases(14)
+@pytest.mark.fast_cases(9)
 def test_every_method_runs_on_every_family(name: str, family: tuple[str, StableDiffusionPrior], family_folder: Any,
                                            tools: Tools) -> None:
     kind, prior = family
@@ -150,6 +150,7 @@ def test_gradients_through_steps_and_decoder_are_differences_in_float64(name: st
 
 
 @pytest.mark.parametrize("name", ["sd", "cosxl", "sdzsnr", "sdturbo"])
+@pytest.mark.fast_cases(1)
 def test_the_gradient_of_entropy_guidance_is_that_of_differences_in_float64(
         name: str, family_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """d entropy / d z_t through a network that predicts noise or v, the decoder and a classifier."""

@@ -51,6 +51,7 @@ def watched(method: Any, batch: Batch, tools: Tools) -> tuple[Any, torch.Tensor,
     {}, SCORE, {"criterion": "loss"}, {**SCORE, "criterion": "loss"}, {**FROM_NOISE, "every": 5},
     {**FROM_NOISE, **SCORE, "from_step": 4}, {"direction": "random"}, {**SCORE, "direction": "random"},
     {**SCORE, "guide_batch": 3}, {"recompute": True}], ids=str)
+@pytest.mark.fast_cases(3)
 def test_batched_equals_one_image_at_a_time(tools: Tools, settings: dict[str, Any]) -> None:
     method = Practice(**{**QUICK, **settings})
     batch = batch_of(method, CLASSES, ROWS)

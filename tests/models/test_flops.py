@@ -56,6 +56,7 @@ def test_counts_are_those_of_the_networks_at_every_size(prior: StableDiffusionPr
             work.back_at(side), rel=1e-6)
 
 
+@pytest.mark.fast_cases(1)
 def test_texts_are_counted(prior: StableDiffusionPrior, found: Cost) -> None:
     with torch.no_grad():
         assert tflop(lambda: prior.embed(["a four"], ["a five"], 1)) == pytest.approx(2 * found.text, rel=1e-6)

@@ -288,6 +288,7 @@ XL = [row for row in ONE_OF_EACH if FAMILIES[row.family].xl]
 
 
 @pytest.mark.parametrize("row", ONE_OF_EACH, ids=str)
+@pytest.mark.fast_cases(4)
 def test_swapped_prompts_are_seen(oracle: Oracle, row: Row) -> None:
     assert oracle.sees("swapped prompts", row, replace(row, prompts=PROMPTS[::-1])) > 5
 
@@ -326,6 +327,7 @@ def test_an_empty_negative_that_is_encoded_is_seen(oracle: Oracle) -> None:
     assert oracle.sees("encoded empty negative", replace(row, negatives=("", "")), row) > 50
 
 
+@pytest.mark.slow
 def test_the_table(oracle: Oracle) -> None:
     """Shown with -s; the second part holds the mistakes that the tests before it made."""
     measured = {row: oracle(row) for row in ROWS}

@@ -366,6 +366,7 @@ def printed() -> list[str]:
 
 
 @pytest.mark.parametrize("command", printed())
+@pytest.mark.fast_cases(6)
 def test_a_command_that_a_page_prints_gets_as_far_as_the_cluster(command: str, tmp_path: Path) -> None:
     contents = {
         "study.yaml": {"data": {"source": "digits"}, "test": {"source": "digits", "split": "test"},

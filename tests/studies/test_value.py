@@ -278,6 +278,7 @@ def test_sizes_without_images_are_left_out_and_below_twice_it_is_refused(tmp_pat
     ({"value": {}, "expansions": {}, "arms": [{"name": "original"}]}, "value: there is no expansion"),
     ({"value": {}, "arms": [{"name": "value: real 1x"}]}, "the section value has an arm of this name"),
     ({"price": {"cpu_hour": 1}}, "price: says what samples cost beside what they are worth")])
+@pytest.mark.fast_cases(3)
 def test_mistakes(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_study(raw_study(tmp_path, **changes))

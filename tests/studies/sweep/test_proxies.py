@@ -189,6 +189,7 @@ def test_what_a_proxy_finds_poor_is_not_trained_and_a_killed_sweep_drops_the_sam
                for line in summary["words"])
 
 
+@pytest.mark.chaos
 def test_asha_without_ray_stops_the_same_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The learning rate that learns nothing falls behind; everything that was suggested is accounted for."""
     sections = raw(tmp_path, arm="original", search="optuna", samples=6, space={LR: {"loguniform": [1e-7, 0.05]}},
