@@ -127,6 +127,8 @@ def evaluate(config: EvaluateConfig, extract: Extract, on_rows: OnRows = lambda 
     listed = time.perf_counter()
     found, sizes = extract(config, sha256, sides, on_rows), {side.name: len(side) for side in sides}
     sides.clear()  # of 13 million samples: 0.3 GB
+    if "alignment" not in config.metrics:  # which is of float32; all others are of float64, and both take room
+        found = [one._replace(features_ND=np.asarray(one.features_ND, np.float64)) for one in found]
     extracted = time.perf_counter()
     measured = measure(config.metrics, found[0], found[1], seed=config.seed, training=found[2] if found[2:] else None,
                        key=lambda statistic: extractors.key_of(statistic, config.extractor),

@@ -6,7 +6,7 @@ as there are samples where the reference has them. Below it nothing can be read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -209,7 +209,7 @@ def _vendi(pair: Comparison) -> Result:
     x, y = (side[pair.chosen(rows, len(side), "vendi")] for side in (pair.x_ND, pair.y_MD))
     both = {"at_most": min(rows, x.shape[1]), "n_samples": rows, "n_reference": rows}
     found: Result = {"vendi": {"value": diversity.vendi(x), "reference": diversity.vendi(y), **both}}
-    of_classes = [(diversity.vendi(x[:n]), diversity.vendi(y[:n])) for x, y in _class_rows(pair).values()
+    of_classes = [(diversity.vendi(x[:n]), diversity.vendi(y[:n])) for _, x, y in _class_rows(pair)
                   if (n := min(len(x), len(y)))]
     if of_classes:
         own, real = np.mean(of_classes, axis=0)
@@ -221,7 +221,7 @@ def _class_energy(pair: Comparison) -> Result:
     """How far samples are from the mean reference image of their class: DistDiff's D_c with the extractor as guide.
     `reference`: the same of real images, each left out of the mean of its class."""
     own, real = [], []
-    for x_ND, y_MD in _class_rows(pair).values():
+    for _, x_ND, y_MD in _class_rows(pair):
         own.append(np.linalg.norm(x_ND - y_MD.mean(axis=0), axis=1))
         if (m := len(y_MD)) > 1:
             real.append(np.linalg.norm(y_MD - y_MD.mean(axis=0), axis=1) * m / (m - 1))
@@ -281,7 +281,7 @@ def worst_classes(pair: Comparison) -> Result | None:
     many samples as other reference images are asked how many of the balls they reach, so that `real` says what is
     possible at that number. None where no class has enough images of both."""
     lines, left_out = [], []
-    for key, (x_ND, y_MD) in _class_rows(pair).items():
+    for key, x_ND, y_MD in _class_rows(pair):
         centres, others = y_MD[1::2], y_MD[::2]
         rows = min(len(x_ND), len(others))
         if rows < 1 or len(centres) <= COVERAGE_K:
@@ -302,18 +302,17 @@ def _shared_classes(pair: Comparison) -> list[str]:
     return [] if own is None or real is None else sorted({*own.tolist()} & {*real.tolist()})
 
 
-def _class_rows(pair: Comparison) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Class -> (samples, reference images) of it, each in a keyed order."""
-    if not (shared := _shared_classes(pair)):
-        return {}
-    own, real = (_by_class(rows, side.classes, pair.seed) for rows, side in (
-        (pair.x_ND, pair.samples), (pair.y_MD, pair.reference)))
-    return {key: (own[key], real[key]) for key in shared}
+def _class_rows(pair: Comparison) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(class, samples, reference images) of each shared class, both in a keyed order; those of one class are copied at
+    once."""
+    if shared := _shared_classes(pair):
+        own, real = (_by_class(side.classes, pair.seed) for side in (pair.samples, pair.reference))
+        for key in shared:
+            yield key, pair.x_ND[own[key]], pair.y_MD[real[key]]
 
 
-def _by_class(rows_ND: np.ndarray, classes_N: np.ndarray | None, seed: int) -> dict[str, np.ndarray]:
+def _by_class(classes_N: np.ndarray | None, seed: int) -> dict[str, np.ndarray]:
     assert classes_N is not None
-    order = generator(row_key(seed, "distance", "", 0, 0, "classes")).permutation(len(rows_ND))
+    order = generator(row_key(seed, "distance", "", 0, 0, "classes")).permutation(len(classes_N))
     keys, inverse = np.unique(classes_N[order], return_inverse=True)
-    return {str(key): rows_ND[order[inverse == i]] for i, key in enumerate(keys)}
-
+    return {str(key): order[inverse == i] for i, key in enumerate(keys)}
