@@ -23,7 +23,7 @@ CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # Jayasumana et al. 2024, section 5
 INFINITY_SIZES = 15  # Chong and Forsyth 2020, section 4
 LEAST_INFINITY = 2 * INFINITY_SIZES  # images of a side
 MEDIAN_ROWS = 2000  # rows whose distances give the median bandwidth
-_BLOCK, _HELD = 2048, 1 << 24  # rows of a kernel matrix, and numbers of it, held at once
+_BLOCK, _HELD = 2048, 1 << 23  # rows of a kernel matrix, and numbers of it, held at once
 
 
 def fd(x_ND: np.ndarray, y_MD: np.ndarray) -> float:
@@ -45,7 +45,7 @@ def fd_infinity(x_ND: np.ndarray, y_MD: np.ndarray, seed: int = 0) -> tuple[floa
     rng = generator(row_key(seed, "distance", "", 0, 0, "infinity"))
     sizes = [(round(share * len(x_ND)), round(share * len(y_MD))) for share in np.linspace(0.5, 1, INFINITY_SIZES)]
     # Drawn anew for each size: subsets of one another share their errors, which the line then extrapolates.
-    values = [frechet(*(FittedGaussian.of_rows(side[rng.permutation(len(side))[:rows]])
+    values = [frechet(*(FittedGaussian.of_rows(side[rng.permutation(len(side))[:rows]], ours=True)
                         for side, rows in zip((x_ND, y_MD), size, strict=True))) for size in sizes]
     return float(np.polyfit([1 / n for n, _ in sizes], values, 1)[1]), sizes
 

@@ -27,12 +27,13 @@ class Moments(NamedTuple):
     scatter_DD: np.ndarray
 
     @classmethod
-    def of(cls, x_ND: np.ndarray) -> Moments:
+    def of(cls, x_ND: np.ndarray, *, ours: bool = False) -> Moments:
+        """`ours`: the rows are nobody else's, and are centred where they lie."""
         x_ND = np.asarray(x_ND, np.float64)
         if not len(x_ND):
             return NONE
         mean_D = x_ND.mean(axis=0)
-        centred_ND = x_ND - mean_D
+        centred_ND = np.subtract(x_ND, mean_D, out=x_ND if ours else None)
         return cls(len(x_ND), mean_D, centred_ND.T @ centred_ND)
 
     def merged(self, other: Moments) -> Moments:
@@ -78,11 +79,12 @@ class FittedGaussian(NamedTuple):
     trace: float  # of the covariance
 
     @classmethod
-    def of_rows(cls, x_ND: np.ndarray) -> FittedGaussian:
-        """With the (n - 1) covariance of at least two rows. Few rows are a factor by themselves."""
+    def of_rows(cls, x_ND: np.ndarray, *, ours: bool = False) -> FittedGaussian:
+        """With the (n - 1) covariance of at least two rows; `ours` as in Moments. Few rows are a factor by
+        themselves."""
         x_ND = np.asarray(x_ND, np.float64)
         if len(x_ND) > x_ND.shape[1]:
-            return cls.of(Moments.of(x_ND))
+            return cls.of(Moments.of(x_ND, ours=ours))
         mean_D = x_ND.mean(axis=0)
         factor_ND = (x_ND - mean_D) / np.sqrt(len(x_ND) - 1)
         return cls(mean_D, factor_ND, float(np.square(factor_ND).sum()))

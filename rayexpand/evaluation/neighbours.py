@@ -44,11 +44,14 @@ def authenticity(x_ND: np.ndarray, y_MD: np.ndarray) -> float:
     other one (Alaa et al. 2022, section 3.3). Copies of outliers pass. Raises UsageError for one reference image."""
     from sklearn.neighbors import NearestNeighbors
 
-    x_ND, y_MD, slack = _centred(x_ND, y_MD)
-    real = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(y_MD)
+    middle_D = y_MD.mean(axis=0)
+    slack = _rounding(x_ND, y_MD, middle_D)
+    real, new = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(y_MD - middle_D), 0
     own_M = real.kneighbors()[0][:, 0]
-    distance_N1, nearest_N1 = real.kneighbors(x_ND)
-    return float((distance_N1[:, 0] > own_M[nearest_N1[:, 0]] + slack).mean())
+    for block in _blocks(len(x_ND), 8 * x_ND.shape[1]):
+        distance_B1, nearest_B1 = real.kneighbors(x_ND[block] - middle_D)
+        new += int((distance_B1[:, 0] > own_M[nearest_B1[:, 0]] + slack).sum())
+    return new / len(x_ND)
 
 
 def cover(s_SD: np.ndarray, e_ED: np.ndarray) -> dict[str, float | None]:
