@@ -271,7 +271,7 @@ def test_deleted_receipts_and_data_come_back(make_config: MakeConfig, reference:
 
 
 @pytest.mark.parametrize(("method", "reason", "deaths"), [
-    ("Hang", "timeout", 2), ("Segfault", "actor_died", 2), ("HardExit", "actor_died", 3)])
+    ("Segfault", "actor_died", 2), ("HardExit", "actor_died", 3), ("Hang", "timeout", 2)])
 @pytest.mark.fast_cases(1, "chaos")
 def test_a_row_that_ends_its_process_is_refused_alone(make_config: MakeConfig, method: str, reason: str,
                                                       deaths: int) -> None:

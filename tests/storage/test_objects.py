@@ -358,6 +358,7 @@ def test_a_run_in_an_object_store_is_the_run_of_a_folder(make_config: MakeConfig
     assert b"not-a-secret" not in (run.files.read("run.json") or b"")
 
 
+@pytest.mark.chaos
 def test_a_lost_reply_at_every_put_changes_nothing(make_config: MakeConfig, s3: Files, object_stores: Server) -> None:
     reference = hashes(complete(make_config(ratio=2, name="local"))[0])
     url = str(s3.root)
