@@ -26,7 +26,8 @@ class Progress:
                              console=console) if console.is_terminal and not as_json else None
         self._as_json = as_json
         self._tasks: dict[str, Any] = {}
-        self._begun: dict[str, tuple[float, int]] = {}
+        self._begun: dict[str, tuple[float, Event]] = {}
+        self._last: dict[str, Event] = {}
         self._spoken = ("", 0.0)
         self._unsaid: tuple[Event, float | None] | None = None
 
@@ -40,10 +41,13 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         now = time.monotonic()
-        at, first = self._begun.setdefault(event.task, (now, event.done))
-        rate = event.rate
+        last = self._last.get(event.task)
+        if last is None or event.done < last.done or event.total != last.total or last.done == last.total:
+            self._begun[event.task] = now, event  # also one of that name that begins again
+        self._last[event.task] = event
+        (at, first), rate = self._begun[event.task], event.rate
         if rate is None and now - at > 1:
-            rate = (event.done - first) / (now - at)
+            rate = (event.done - first.done) / (now - at)
         if self._bar:
             self._show(self._bar, event, rate)
             return

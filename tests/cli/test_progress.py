@@ -29,3 +29,20 @@ def test_a_rate_that_is_said_is_not_counted_again(capsys: pytest.CaptureFixture[
     before, after = map(json.loads, capsys.readouterr().err.splitlines())
     assert (before["per_second"], before["eta_seconds"]) == (None, None)
     assert (after["per_second"], after["eta_seconds"]) == (1499.25, 0)
+
+
+@pytest.mark.parametrize(("again", "total"), [(20, 160), (20, 200), (150, 150)], ids=["fewer", "more", "as many"])
+def test_a_task_of_a_name_that_ended_has_a_rate_of_its_own(again: int, total: int, monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    monkeypatch.setattr("rayexpand.cli.progress.time.monotonic", lambda: now)
+    with Progress() as progress:
+        for seconds, done, of in ((0.0, 10, 150), (100.0, 150, 150), (200.0, again, total), (210.0, total, total)):
+            now = seconds
+            progress(Event("latents", done, of))
+            progress(Event("fine-tuning", 0, 9))
+
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("latents")]
+    rate = (total - again) / 10
+    assert said == ["latents: 10/150", "latents: 150/150, 1.4/s", f"latents: {again}/{total}",
+                    f"latents: {total}/{total}" + (f", {rate:g}/s" if rate else "")]
