@@ -106,7 +106,7 @@ class Meter:
     def __call__(self, task: str, done: int, total: int, facts: Mapping[str, float] | None = None,
                  rate: float | None = None) -> None:
         now, labels = time.monotonic(), {"verb": self._verb, "stage": stage_of(task)}
-        if task != self._task:
+        if task != self._task or done < self._first:  # one of the same name may begin again
             self._task, self._begun, self._first, self._last = task, now, done, done
         record(WORK, max(0, done - self._last), **labels)
         self._last = max(done, self._last)
