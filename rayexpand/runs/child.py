@@ -69,3 +69,6 @@ def _drive(here: Here, task: dict[str, Any], wanted: threading.Event, out: IO[st
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # nothing is open any more; with torch, Python takes a second to end, which the other process waits for
