@@ -100,6 +100,7 @@ def test_planted_copies_come_first_in_all_scopes(run: Run, guide: str) -> None:
     assert only["tau"].keys() == {"class"}
 
 
+@pytest.mark.slow
 def test_cuts_change_no_id_and_a_stopped_audit_goes_on(run: Run, guide: str, monkeypatch: pytest.MonkeyPatch) -> None:
     audited(run, guide)
     wanted = by_id(run)

@@ -175,6 +175,7 @@ def test_scores_by_the_published_extractor(run: Run, image_folder: Path, convert
     assert found["extractor"]["resize"] == "both sides to size, bilinear as TensorFlow 1, not antialiased"
 
 
+@pytest.mark.slow
 def test_the_network_gets_pixels_as_tensorflow_did(converted: Path) -> None:
     """(x - 128) / 128, averages without the padding, the maximum in the last pooling branch."""
     extractor, pixels = load_extractor(by(converted)), images(2, 299)

@@ -385,6 +385,7 @@ def test_calls_hold_one_number_of_steps_and_a_prompt_for_each_row():
     assert max(len({draw.prompt for draw in call.slots if draw}) for call in calls) >= 3
 
 
+@pytest.mark.slow
 def test_through_the_expander_mix_of_the_own_class_is_aug(make_config, tools, tmp_path, image_folder):
     base = tools.prior.source.files.folder
     adapter = tiny_adapter(tmp_path / "adapter", base, sorted(folder.name for folder in image_folder.iterdir()))

@@ -331,6 +331,7 @@ def digit_tools() -> Tools:
                  ClassifierGuide(classifier.module, recipe, torch.device("cpu")))
 
 
+@pytest.mark.slow
 def test_the_entropy_of_digits_rises_with_omega_and_not_by_chance(digit_tools: Tools) -> None:
     images, labels = digits_split()["seeds"]
     seeds = [int(np.flatnonzero(labels == label)[0]) for label in range(10)]

@@ -189,6 +189,7 @@ def test_gradients_reach_the_inputs_and_no_weight(prior):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_loading_options(folders, prior):
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 

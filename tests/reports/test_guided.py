@@ -66,6 +66,7 @@ def test_the_energy_of_digits_falls(made: dict[str, runs.Run]) -> None:
     assert (found["energy_after"] < found["energy_random"]).mean() > 0.95
 
 
+@pytest.mark.slow
 def test_the_score_of_digits_rises_and_the_class_stays(made: dict[str, runs.Run]) -> None:
     found = scores(made["gif"])
     gain = found["score_after"] - found["score_random"]

@@ -298,6 +298,7 @@ def test_other_real_images_are_not_those_that_are_compared_with(tmp_path: Path) 
         prepare_study(parse_study(raw(tmp_path, samples=samples)))
 
 
+@pytest.mark.slow
 def test_train_compares_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the features of a guide, in this process."""
     monkeypatch.undo()

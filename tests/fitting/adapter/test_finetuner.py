@@ -414,7 +414,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 def test_two_workers_equal_one_process(workers: list[dict[str, Tensor]], case: str) -> None:
     fields, sizes = CASES[case]
     alone = tuner(**fields)

@@ -371,8 +371,8 @@ def test_words_of_the_base_are_pooled_as_before(xl: Path, tmp_path: Path) -> Non
 # -------------------------------------------------------------------------------------------------------- adapters
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ti", marks=pytest.mark.slow),
-                                      pytest.param("db", marks=pytest.mark.slow), "ti_db"])
+@pytest.mark.parametrize("strategy", ["ti", "db", "ti_db"])
+@pytest.mark.slow
 def test_fitted_adapters_reload_to_what_was_trained(raw: Callable[..., Any], xl: Path, strategy: str) -> None:
     """The modules in training and the prior that loads the adapter say the same, and samples differ from those of the
     base."""

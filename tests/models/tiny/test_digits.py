@@ -95,6 +95,7 @@ def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path):
         digits.ensure(None, tmp_path / "file/cache", SHORT)
 
 
+@pytest.mark.slow
 def test_training_is_repeatable_and_leaves_global_state_alone(tmp_path, monkeypatch):
     few = {part: (x_nHWC[:64], labels[:64]) for part, (x_nHWC, labels) in digits_split().items()}
     monkeypatch.setattr(digits, "digits_split", lambda split: few)

@@ -143,6 +143,7 @@ def test_other_sizes_load_like_any_other_model(prediction_type: str, tmp_path: P
     assert pretrain.sample(again, ["a photo of a café"] * 2, 0, lambda *_: None).shape == (2, 3, 32, 32)
 
 
+@pytest.mark.slow
 def test_training_learns(tmp_path: Path) -> None:
     """Three classes of plain colours: after a second the guide knows them, and the autoencoder draws them."""
     colours = torch.tensor([[220, 30, 30], [30, 200, 40], [40, 50, 220]], dtype=torch.uint8)

@@ -70,6 +70,7 @@ def test_asha_is_an_interval_from_the_rule_to_nobody_stopped(raw: Raw) -> None: 
     assert f"243 epochs, {least} to 243 with ASHA" in found.sentence
 
 
+@pytest.mark.slow
 def test_a_large_sweep_of_imagenet_without_the_data(raw: Raw) -> None:  # noqa: F811
     data = {"source": "imagefolder", "path": "not/here"}
     study = {**raw["study"], "data": data, "test": data, "validation": data, "subset": {"kind": "full"},
