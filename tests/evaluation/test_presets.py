@@ -70,6 +70,7 @@ def by(file: Path, preset: Any = "inception2015") -> ExtractorConfig:
     return ExtractorConfig(preset=preset, checkpoint=str(file), device="cpu")
 
 
+@pytest.mark.slow
 def test_only_the_published_file_is_converted(published: Path, known: Path, tmp_path: Path) -> None:
     found = convert("inception2015", str(known), str(tmp_path / "a.safetensors"))
     tensors = torch.load(known, weights_only=True)

@@ -80,7 +80,7 @@ def test_every_sweep_of_a_paper_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.fast_cases(18)
+@pytest.mark.fast_cases(9)
 def test_a_grid_has_as_many_trials_as_the_paper_has_values(name: str) -> None:
     trials, expansions, _ = GRIDS[name]
     config = load_sweep(PAPERS / f"{name}.yaml")

@@ -151,6 +151,7 @@ for _ in range(40):
 """
 
 
+@pytest.mark.chaos
 def test_processes_that_hash_while_a_file_is_replaced(tmp_path: Path) -> None:
     """Three of them, at once, with one folder of notes: each hash is that of a content the file had."""
     file = large(tmp_path / "a", 0)

@@ -77,7 +77,7 @@ def test_the_score_of_digits_rises_and_the_class_stays(made: dict[str, runs.Run]
 
 
 @pytest.mark.parametrize("name", list(COPIES))
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 def test_plain_samples_have_the_noise_of_the_guided_ones(made: dict[str, runs.Run], looks: dict[str, Look],
                                                          name: str) -> None:
     run = made[name]

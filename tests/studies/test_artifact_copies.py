@@ -26,6 +26,7 @@ STUDY = {
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
+@pytest.mark.fast_cases(1)
 def test_another_machine_fits_nothing_again(scheme: str, object_stores: Server, tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[dict[str, Path]] = []

@@ -424,6 +424,7 @@ def test_the_sheet_shows_what_the_adapter_samples(raw: Callable[..., Any], xl: P
     assert [one.name for one in sorted((folder / "sheets").iterdir())] == ["step-000002.png", "step-000003.png"]
 
 
+@pytest.mark.slow
 def test_diffusers_reads_the_lora(raw: Callable[..., Any], xl: Path) -> None:
     folder = fit(raw(recipe_of("db", alpha=6)))["adapter"]
     pipe = StableDiffusionXLPipeline.from_pretrained(xl)
