@@ -41,7 +41,7 @@ from rayexpand.runs.run import Run
 from rayexpand.runs.tools import load_tools
 from rayexpand.storage.tables import read_table
 
-_ROWS, _FEW = 65_536, 2048  # of features, held at once
+_ROWS = 2048  # of features, copied at once
 CLASSES_HELD = 64  # whose seeds are ready to be searched: samples come in the order of their classes
 
 OnRows = Callable[[str, int, int], None]
@@ -328,8 +328,8 @@ class Searcher:
 def _mean(h_MD: np.ndarray, at: np.ndarray) -> np.ndarray:
     """float64 (D,): mean of some rows, few of which are copied at once; the bits are those of one sum."""
     total_D = np.zeros(h_MD.shape[1])
-    for start in range(0, len(at), _FEW):
-        total_D = np.concatenate([total_D[None], h_MD[at[start:start + _FEW]]]).sum(axis=0)
+    for start in range(0, len(at), _ROWS):
+        total_D = np.concatenate([total_D[None], h_MD[at[start:start + _ROWS]]]).sum(axis=0)
     return total_D / len(at)
 
 

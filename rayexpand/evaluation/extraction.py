@@ -51,7 +51,7 @@ class SpanPart(NamedTuple):
 class Found(NamedTuple):
     """Of one side."""
 
-    features_ND: np.ndarray  # float32, of kept rows
+    features_ND: np.ndarray  # of kept rows: float32, or float64 where a driver needs them in that
     refused: int  # images that could not be decoded
     size: int  # side of the extractor's input, pixels
     classes: np.ndarray | None = None  # key of the class of each kept row

@@ -26,6 +26,7 @@ _WHY = {Reason.BAD_LABEL: "its label is null or not a label of the dataset",
 
 UNREAD = "it could not be read when it was expanded"
 
+
 class SeedReader:
     """Encoded images of index rows. A parquet row group, or a whole .npz split, is read once and kept."""
 
