@@ -15,14 +15,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field, SerializeAsAny, ValidationError
 
 from rayexpand import __version__
@@ -34,37 +32,27 @@ from rayexpand.contract.secrets import secret_problems
 from rayexpand.contract.settings import Device, Section, differences, mistakes, read
 from rayexpand.evaluation import select_scores as by_guide
 from rayexpand.evaluation.audit_files import read_audit, similarities_of
-from rayexpand.evaluation.chunk_columns import ChunkColumns
-from rayexpand.evaluation.feature_file import FeatureFile
 from rayexpand.evaluation.select_rules import (
     ANCHOR,
-    ANCHOR_ENTROPY,
     BY_GUIDE,
     CONTRAST,
     COPIES,
-    ENTROPY,
     FEATURES,
     REASONS,
     RULES,
-    TOP,
     Decision,
     Random,
     Rule,
-    ScoredSamples,
     SeedCopies,
 )
+from rayexpand.evaluation.select_samples import LINES, KeptSamples, in_plan_order, kept_samples
 from rayexpand.evaluation.select_scores import OnRows, Score, ScoreJob
 from rayexpand.models.guide_files import check_guide
 from rayexpand.runs.config import ClusterConfig, GuideConfig, RuntimeConfig, guide_of_run
 from rayexpand.runs.joined import open_samples
-from rayexpand.runs.plan import Plan
 from rayexpand.runs.run import Run
 from rayexpand.runs.store import FOOTER, Totals, totals
-from rayexpand.storage.files import each
-from rayexpand.storage.tables import parquet_facts, parquet_of, texts
-
-_COLUMNS = ["row", "label", "strength"]
-_LINES = 1 << 18  # of the decision, held as strings at once, and in a row group of its file
+from rayexpand.storage.tables import parquet_facts, parquet_of
 
 
 class SelectConfig(Section):
@@ -165,12 +153,12 @@ def select(config: SelectConfig, score: Score = by_guide.in_process,
     name = f"selections/{config.name}.parquet"
     if (there := _there(run, name, settings, content)) is not None:
         return there
-    rows = _rows(run, receipts, frozenset() if audited else config.rule.wants() - BY_GUIDE)
+    rows = kept_samples(run, receipts, frozenset() if audited else config.rule.wants() - BY_GUIDE)
     if isinstance(rule, SeedCopies):
         rows.table.scores[COPIES[rule.against]] = similarities_of(run.files, rule.audit, rule.against, rows.ids)
     if job is not None:
         chunks = by_guide.sample_chunks(receipts) + (by_guide.seed_chunks(run) if ANCHOR in needs_guide else [])
-        rows.table.scores.update(_in_plan_order(by_guide.guide_scores(run, job, chunks, score, on_rows), rows,
+        rows.table.scores.update(in_plan_order(by_guide.guide_scores(run, job, chunks, score, on_rows), rows,
                                                 needs_guide))
     decision = rule.decide(rows.table, PlanRng(config.seed, "select"))
     facts = {**_facts(run, totals(run.plan.planned, receipts), config, rows, decision), "settings": settings,
@@ -233,88 +221,7 @@ def _there(run: Run, name: str, settings: dict[str, Any], content: str) -> dict[
     return {**facts, "file": str(where), "made": False}
 
 
-# -------------------------------------------------------------------------------------------------------------- samples
-
-
-@dataclass(frozen=True, eq=False)
-class _Samples:
-    table: ScoredSamples
-    ids: _Ids
-    row: np.ndarray  # int64 (N,), rising
-    strength: np.ndarray
-
-
-def _rows(run: Run, receipts: Sequence[Receipt], columns: frozenset[str]) -> _Samples:
-    """The kept samples in the order of the plan with the scores of the run that a rule looks at. Raises UsageError."""
-    names: set[str] = set()
-
-    def one(receipt: Receipt) -> pa.Table:
-        table = run.store.data(receipt, [*_COLUMNS, "scores"] if columns else [*_COLUMNS])
-        at = table.schema.get_field_index("row")
-        table = table.set_column(at, "row", pc.add(table["row"], run.store.first_row(receipt.data_file)))
-        if not columns:
-            return table
-        scores = table["scores"].combine_chunks()
-        flat = scores.flatten()
-        key, value, parent = flat.field("name"), flat.field("value").to_numpy(False), pc.list_parent_indices(scores)
-        names.update(pc.unique(key).to_pylist())
-        table = table.drop(["scores"])
-        for column in sorted(columns):
-            chosen = pc.equal(key, column).to_numpy(False)
-            values_N = np.full(table.num_rows, np.nan)
-            values_N[parent.to_numpy()[chosen]] = value[chosen]
-            table = table.append_column(f"score {column}", pa.array(values_N))
-        return table
-
-    kept = {receipt.data_file: receipt for receipt in receipts if receipt.kept}
-    if not kept:
-        raise UsageError(f"{run.folder} has no kept sample to choose from")
-    found = ChunkColumns({name: receipt.kept for name, receipt in kept.items()})
-    for name, table in zip(kept, each(run.files, one, kept.values()), strict=True):
-        found.add(name, table)
-    if missing := sorted(columns - names):
-        raise UsageError(f"rule.score: no sample of {run.folder} has a score {missing[0]!r}; it has "
-                         f"{', '.join(sorted(names)) or 'none'}, and a guide gives clip_confidence, clip_contrast and "
-                         "clip_entropy")
-    values = _by_row(found)
-    row_N, index = values["row"], run.plan.index
-    counts = np.bincount(index.labels[index.labels >= 0], minlength=len(index.classes))
-    ids = _Ids(run.plan, row_N)
-    rows = ScoredSamples(ids, values["label"], run.plan.position(row_N), counts,
-                         {column: values[f"score {column}"] for column in columns})
-    return _Samples(rows, ids, row_N, values["strength"])
-
-
-def _by_row(found: ChunkColumns) -> dict[str, Any]:
-    """The columns in the order of the plan, which files have but for retried rows."""
-    order = _order(found.columns["row"])
-    return found.columns if order is None else {name: values[order] for name, values in found.columns.items()}
-
-
-def _order(row_N: Any) -> np.ndarray | None:
-    """What puts rows in the order of the plan; None where they are: a copy of 13 million of each column is much."""
-    return None if (row_N[1:] > row_N[:-1]).all() else np.argsort(row_N, kind="stable")
-
-
-class _Ids(Sequence[str]):
-    """Sample ids of rows of a plan, made when they are asked for: as strings, those of 13 million are a gigabyte."""
-
-    def __init__(self, plan: Plan, row_N: np.ndarray) -> None:
-        self._plan, self._row_N = plan, row_N
-
-    def __len__(self) -> int:
-        return len(self._row_N)
-
-    def __getitem__(self, at: Any) -> Any:
-        return self._plan.ids_of(self._row_N[at:at + 1])[0].as_py()
-
-    def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), _LINES):
-            yield from texts(self.part(start))
-
-    def part(self, start: int) -> pa.Array:
-        """Those of _LINES rows."""
-        return self._plan.ids_of(self._row_N[start:start + _LINES])
+# ------------------------------------------------------------------------------------------------------------ the guide
 
 
 def _job(run: Run, config: SelectConfig, wanted: frozenset[str], on_rows: OnRows) -> ScoreJob:
@@ -334,25 +241,10 @@ def _job(run: Run, config: SelectConfig, wanted: frozenset[str], on_rows: OnRows
                     config.runtime.io_threads)
 
 
-def _in_plan_order(found: dict[str, np.ndarray | FeatureFile], rows: _Samples,
-                   wanted: frozenset[str]) -> dict[str, np.ndarray | FeatureFile]:
-    """Wanted scores of the samples, which come first, and those of their seeds, which follow."""
-    count, numbers = len(rows.row), {name: one for name, one in found.items() if isinstance(one, np.ndarray)}
-    order, features = _order(numbers["row"][:count]), found.get(FEATURES)
-    scores: dict[str, np.ndarray | FeatureFile] = {
-        name: one[:count] if order is None else one[:count][order] for name, one in numbers.items() if name in wanted}
-    if isinstance(features, FeatureFile):
-        scores[FEATURES] = features if order is None else features.ordered(order)
-    if ANCHOR in wanted:
-        scores |= {ANCHOR: numbers[TOP][count:][rows.table.seed],
-                   ANCHOR_ENTROPY: numbers[ENTROPY][count:][rows.table.seed]}
-    return scores
-
-
 # --------------------------------------------------------------------------------------------------------------- result
 
 
-def _facts(run: Run, totals: Totals, config: SelectConfig, rows: _Samples, decision: Decision) -> dict[str, Any]:
+def _facts(run: Run, totals: Totals, config: SelectConfig, rows: KeptSamples, decision: Decision) -> dict[str, Any]:
     """How the decision counts up."""
     code_N, label_N = decision.code_N, rows.table.label
     kept_N, samples = code_N == 0, len(decision.code_N)
@@ -394,12 +286,12 @@ def _by_strength(strength_N: np.ndarray, kept_N: np.ndarray) -> dict[str, float]
     return {f"{value:g}": float(share) for value, share in zip(values, dropped, strict=True)}
 
 
-def _file(rows: _Samples, decision: Decision, facts: dict[str, Any]) -> bytes:
+def _file(rows: KeptSamples, decision: Decision, facts: dict[str, Any]) -> bytes:
     def lines(start: int) -> pa.Table:
-        code, score = decision.code_N[start:start + _LINES], decision.score_N[start:start + _LINES]
+        code, score = decision.code_N[start:start + LINES], decision.score_N[start:start + LINES]
         reason = pa.DictionaryArray.from_arrays(pa.array(code, pa.int8()), list(REASONS)).cast(pa.string())
         return pa.table({"sample_id": rows.ids.part(start), "keep": code == 0, "reason": reason,
                          "score": pa.array(score, from_pandas=True)})
 
-    return parquet_of(map(lines, range(0, len(rows.row), _LINES)), lines(len(rows.row)).schema,
-                      {FOOTER: json.dumps(facts).encode()}, _LINES)
+    return parquet_of(map(lines, range(0, len(rows.row), LINES)), lines(len(rows.row)).schema,
+                      {FOOTER: json.dumps(facts).encode()}, LINES)

@@ -21,7 +21,7 @@ from PIL import Image
 from rayexpand.contract.errors import ConfigError, DigestMismatch, Interrupted, UsageError
 from rayexpand.contract.rng import PlanRng
 from rayexpand.evaluation import select as select_module
-from rayexpand.evaluation import select_scores
+from rayexpand.evaluation import select_samples, select_scores
 from rayexpand.evaluation.select import load, parse, select
 from rayexpand.evaluation.select_rules import REASONS, RULES, Decision, ScoredSamples, rank_in
 from rayexpand.evaluation.select_scores import Chunk, ScoreJob, Scorer, contrast, in_process, sample_chunks, scores_of
@@ -586,7 +586,8 @@ def test_a_decision_holds_no_table_and_few_ids(run: Run, guide: str, monkeypatch
     """Of 13 million samples numbers alone are held."""
     wanted = lines(select(job(run, guide)))
     monkeypatch.setattr(select_scores, "PART_ROWS", 8)
-    monkeypatch.setattr(select_module, "_LINES", 7)
+    for module in (select_module, select_samples):
+        monkeypatch.setattr(module, "LINES", 7)
     held, most, begun = list[weakref.ref[pa.Table]](), [0, 0], Store.data
 
     def data(store: Store, *given: Any) -> pa.Table:
